@@ -1,0 +1,43 @@
+# make demo   installs into .venv and runs the main job: train and compare latent agents, in minutes on a CPU
+# make test   installs into .venv and runs the tests; what CI runs
+#
+# PYTHON=python3.12  interpreter for .venv        PY=python3  use an environment that has everything; nothing is installed
+
+PYTHON ?= python3
+VENV ?= .venv
+PY ?= $(VENV)/bin/python
+TORCH ?= torch -c constraints.txt
+ifeq ($(PY),$(VENV)/bin/python)
+INSTALLED := $(VENV)/.installed
+endif
+
+.PHONY: demo test compat install lint clean
+
+demo: $(INSTALLED)
+	$(PY) -m diffmas demo
+
+test: $(INSTALLED)
+	$(PY) -m pytest -q tests
+
+# The Hugging Face side against the oldest supported transformers and one in between; .venv holds the newest.
+COMPAT ?= 4.56.2 5.17.0
+compat: $(INSTALLED)
+	for v in $(COMPAT); do \
+	  test -d .compat/$$v || $(PY) -m pip install -q --target .compat/$$v "transformers==$$v" || exit 1; \
+	  PYTHONPATH=.compat/$$v $(PY) -m pytest -q tests --ignore tests/test_ops.py --ignore tests/test_package.py || exit 1; \
+	done
+
+install: $(INSTALLED)
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel ninja
+	$(VENV)/bin/python -m pip install -q $(TORCH)
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+lint:
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+clean:
+	rm -rf .venv .compat build dist *.egg-info diffmas/libdiffmas.so diffmas/build_info.json

@@ -1,0 +1,144 @@
+// Picks the kernels for this CPU, plans a call, hands its tasks to the threads.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace diffmas::cpu {
+namespace {
+
+#define DIFFMAS_KERNELS(isa)                                                                                    \
+  Kernels {                                                                                                     \
+    isa::inject_forward_range, isa::inject_backward_block, isa::attention_forward_task, isa::attention_merge_task, \
+        isa::attention_backward_unit, isa::attention_backward_reduce_task                                       \
+  }
+
+Kernels pick() {
+#ifdef DIFFMAS_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return DIFFMAS_KERNELS(avx512);
+  // Every CPU with AVX2 and FMA converts halves too (F16C).
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return DIFFMAS_KERNELS(avx2);
+#endif
+  return DIFFMAS_KERNELS(generic);
+}
+
+const Kernels& kernels() {
+  static const Kernels picked = pick();
+  return picked;
+}
+
+// Runs task(i) for i in [0, count), each on whichever thread is free.
+template <class F>
+void run(const Threads& threads, int64_t count, const F& task) {
+  if (count <= 1 || threads.count <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  struct Shared {
+    const F& task;
+    int64_t count;
+    std::atomic<int64_t> next;
+  } shared{task, count, {0}};
+  threads.parallel_for(
+      std::min(count, threads.count),
+      [](int64_t, int64_t, void* context) {
+        Shared& s = *static_cast<Shared*>(context);
+        for (int64_t i; (i = s.next.fetch_add(1)) < s.count;) s.task(i);
+      },
+      &shared);
+}
+
+// One buffer per thread, kept: fresh pages for every call would cost more than a decode step.
+float* scratch(int64_t size) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> buffer;
+  thread_local int64_t capacity = 0;
+  if (size > capacity) {
+    const size_t bytes = (size_t(size) * sizeof(float) + 63) / 64 * 64;
+    buffer.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    capacity = buffer ? size : 0;
+    if (!buffer) throw std::bad_alloc();
+  }
+  return buffer.get();
+}
+
+// A call of less work than this (in multiply-adds) is over before a second thread has woken up.
+constexpr int64_t kSerialWork = 1 << 17;
+
+}  // namespace
+
+void inject_forward(const InjectArgs& args, const Threads& threads) {
+  constexpr int64_t kTokens = 8;
+  const int64_t work = args.n * (args.q_heads + 2 * args.kv_heads) * args.head_dim;
+  if (work < kSerialWork) return kernels().inject_forward(args, 0, args.n);
+  run(threads, (args.n + kTokens - 1) / kTokens,
+      [&](int64_t i) { kernels().inject_forward(args, i * kTokens, std::min(args.n, (i + 1) * kTokens)); });
+}
+
+void inject_backward(InjectArgs args, float* dq_weight, float* dk_weight, const Threads& threads) {
+  const int64_t blocks = (args.n + kInjectBlock - 1) / kInjectBlock, d = args.head_dim;
+  std::vector<float> partials(size_t(blocks * 2 * d));
+  args.weight_partials = partials.data();
+  run(threads, blocks, [&](int64_t i) { kernels().inject_backward(args, i); });
+  for (float* out : {dq_weight, dk_weight}) {
+    if (!out) continue;
+    const float* from = partials.data() + (out == dk_weight ? d : 0);
+    for (int64_t i = 0; i < d; ++i) {
+      double total = 0;
+      for (int64_t b = 0; b < blocks; ++b) total += from[b * 2 * d + i];
+      out[i] = float(total);
+    }
+  }
+}
+
+void attention_forward(AttentionArgs args, const Segments& segments, const Threads& threads) {
+  const Rotations rotations(segments);
+  const ForwardPlan plan(segments, rotations, args.group(), args.kv_heads);
+  args.rotation_cos = rotations.cos.data();
+  args.rotation_sin = rotations.sin.data();
+  args.padded_dim = padded_head_dim(args.head_dim);
+  args.tiles = plan.tiles.data();
+  args.blocks = plan.blocks.data();
+  const std::unique_ptr<float[]> partials(new float[size_t(plan.partials * args.forward_partial_size())]);
+  args.partials = partials.get();
+
+  int64_t work = 0;
+  for (const ForwardTask& task : plan.tasks) work += (task.tile_end - task.tile_begin) * kTileKeys * plan.blocks[task.block].rows * args.head_dim;
+  const Threads used = work < kSerialWork ? Threads{1, nullptr} : threads;
+  run(used, int64_t(plan.tasks.size()), [&](int64_t i) {
+    kernels().attention_forward(args, plan.tasks[i], scratch(forward_scratch_size(args.padded_dim)));
+  });
+  run(used, int64_t(plan.merges.size()), [&](int64_t i) { kernels().attention_merge(args, plan.merges[i]); });
+}
+
+void attention_backward(AttentionArgs args, const Segments& segments, const Threads& threads) {
+  const Rotations rotations(segments);
+  args.rotation_cos = rotations.cos.data();
+  args.rotation_sin = rotations.sin.data();
+  args.padded_dim = padded_head_dim(args.head_dim);
+  const BackwardPlan plan(segments, rotations, args.group(), args.kv_heads, args.padded_dim);
+  args.tiles = plan.tiles.data();
+  args.blocks = plan.blocks.data();
+  for (const BackwardPhase& phase : plan.phases) {
+    const std::unique_ptr<float[]> partials(new float[size_t(phase.partials * args.backward_partial_size())]);
+    args.partials = partials.get();
+    const int64_t chunks = int64_t(phase.chunk_indptr.size()) - 1;
+    // A thread owns the rows of one (chunk, kv head) of the gradient pools.
+    run(threads, chunks * args.kv_heads, [&](int64_t i) {
+      const int64_t chunk = i / args.kv_heads, head = i % args.kv_heads;
+      for (int64_t u = phase.chunk_indptr[chunk]; u < phase.chunk_indptr[chunk + 1]; ++u)
+        kernels().attention_backward(args, phase.units[u], head, scratch(backward_scratch_size(args.padded_dim)));
+    });
+    run(threads, int64_t(phase.reduces.size()), [&](int64_t i) { kernels().attention_backward_reduce(args, phase.reduces[i]); });
+  }
+}
+
+}  // namespace diffmas::cpu

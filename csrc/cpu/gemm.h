@@ -1,0 +1,123 @@
+// Small matrix products on tiles that are already in cache. Operands are never packed: the left one is read by broadcasts with
+// any strides, the right one by vectors along its rows.
+#pragma once
+#include "simd.h"
+
+namespace diffmas::cpu::DIFFMAS_ISA {
+
+// A left operand: element (i, k) at data[i * stride_i + k * stride_k].
+struct Left {
+  const float* data;
+  int64_t stride_i, stride_k;
+};
+
+// C[MR, NV*W] (+)= A[MR, depth] B[depth, NV*W], held in MR*NV registers.
+template <int MR, int NV, bool kAdd>
+static void micro(int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  vf acc[MR][NV];
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) acc[i][j] = kAdd ? load(c + i * ldc + j * W) : vf{};
+  const float* p = a.data;
+  for (int64_t k = 0; k < depth; ++k, p += a.stride_k, b += ldb) {
+    vf bj[NV];
+    for (int j = 0; j < NV; ++j) bj[j] = load(b + j * W);
+    for (int i = 0; i < MR; ++i) {
+      const float ai = p[i * a.stride_i];
+      for (int j = 0; j < NV; ++j) acc[i][j] += ai * bj[j];
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
+}
+
+// Rows per register block: as many accumulators as the register file holds beside the operands (16 registers, 32 with AVX-512).
+constexpr int block_rows(int nv) { return W == 16 ? (nv == 4 ? 6 : 8) : (nv == 3 ? 4 : nv == 2 ? 6 : 8); }
+
+template <int MR, int NV, bool kAdd>
+static void micro_rest(int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  if (m == MR) return micro<MR, NV, kAdd>(depth, a, b, ldb, c, ldc);
+  if constexpr (MR > 1) micro_rest<MR - 1, NV, kAdd>(m, depth, a, b, ldb, c, ldc);
+}
+
+// One strip of NV vectors, m rows.
+template <int NV, bool kAdd>
+static void strip(int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  constexpr int MR = block_rows(NV);
+  for (; m >= MR; m -= MR, a.data += MR * a.stride_i, c += MR * ldc) micro<MR, NV, kAdd>(depth, a, b, ldb, c, ldc);
+  if (m > 0) micro_rest<MR, NV, kAdd>(m, depth, a, b, ldb, c, ldc);
+}
+
+// C[m, n] (+)= A[m, depth] B[depth, n], n a multiple of W. A strip of B stays in L1 while all rows pass over it.
+template <bool kAdd>
+static void gemm(int64_t m, int64_t n, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  constexpr int NV = W == 16 ? 4 : 2;
+  for (; n >= NV * W; n -= NV * W, b += NV * W, c += NV * W) strip<NV, kAdd>(m, depth, a, b, ldb, c, ldc);
+  for (; n >= W; n -= W, b += W, c += W) strip<1, kAdd>(m, depth, a, b, ldb, c, ldc);
+}
+
+// The forms for a few query rows, where K/V bandwidth is the bound: every row of K or V is read once, in order.
+
+// S[r, i] = X[r, :] . K[i, :]   X [R, d] with row length ldx, S row length lds. Writes S up to the next multiple of 8 keys.
+template <int R, int KB>
+static void dots(int64_t count, int64_t d, const float* k, int64_t ldk, const float* x, int64_t ldx, float* s, int64_t lds) {
+  for (int64_t i = 0; i < count; i += KB) {
+    const float* row[KB];
+    // Past the end the last row is read again.
+    for (int j = 0; j < KB; ++j) row[j] = k + min(i + j, count - 1) * ldk;
+    vf acc[R][KB] = {};
+    for (int64_t c = 0; c < d; c += W) {
+      vf xr[R];
+      for (int r = 0; r < R; ++r) xr[r] = load(x + r * ldx + c);
+      for (int j = 0; j < KB; ++j) {
+        const vf kj = load(row[j] + c);
+        for (int r = 0; r < R; ++r) acc[r][j] += xr[r] * kj;
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < KB; j += 4)
+        *reinterpret_cast<f4_any*>(s + r * lds + i + j) = sums(acc[r][j], acc[r][j + 1], acc[r][j + 2], acc[r][j + 3]);
+  }
+}
+
+static void scores(int64_t rows, int64_t count, int64_t d, const float* k, int64_t ldk, const float* x, int64_t ldx, float* s, int64_t lds) {
+  int64_t r = 0;
+  for (; r + 2 <= rows; r += 2) dots<2, 4>(count, d, k, ldk, x + r * ldx, ldx, s + r * lds, lds);
+  if (r < rows) dots<1, 8>(count, d, k, ldk, x + r * ldx, ldx, s + r * lds, lds);
+}
+
+// Y[r, :] += sum_i P[r, i] V[i, :]
+template <int R, int KB>
+static void axpys(int64_t d, const float* v, int64_t ldv, const float* p, int64_t ldp, float* y, int64_t ldy) {
+  for (int64_t c = 0; c < d; c += W) {
+    vf acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = load(y + r * ldy + c);
+    for (int j = 0; j < KB; ++j) {
+      const vf vj = load(v + j * ldv + c);
+      for (int r = 0; r < R; ++r) acc[r] += p[r * ldp + j] * vj;
+    }
+    for (int r = 0; r < R; ++r) store(y + r * ldy + c, acc[r]);
+  }
+}
+
+static void weighted_sum(int64_t rows, int64_t count, int64_t d, const float* v, int64_t ldv, const float* p, int64_t ldp, float* y, int64_t ldy) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) axpys<2, 8>(d, v + i * ldv, ldv, p + r * ldp + i, ldp, y + r * ldy, ldy);
+    if (r < rows) axpys<1, 8>(d, v + i * ldv, ldv, p + r * ldp + i, ldp, y + r * ldy, ldy);
+  }
+  for (; i < count; ++i)
+    for (int64_t r = 0; r < rows; ++r) axpys<1, 1>(d, v + i * ldv, ldv, p + r * ldp + i, ldp, y + r * ldy, ldy);
+}
+
+// C[i, :] += sum_r P[r, i] X[r, :]
+static void outer_sum(int64_t rows, int64_t count, int64_t d, const float* p, int64_t ldp, const float* x, int64_t ldx, float* c, int64_t ldc) {
+  for (int64_t i = 0; i < count; ++i, c += ldc)
+    for (int64_t j = 0; j < d; j += W) {
+      vf acc = load(c + j);
+      for (int64_t r = 0; r < rows; ++r) acc += p[r * ldp + i] * load(x + r * ldx + j);
+      store(c + j, acc);
+    }
+}
+
+}  // namespace diffmas::cpu::DIFFMAS_ISA

@@ -1,0 +1,37 @@
+// The kernels as one instruction set provides them. inject.cpp, attention_forward.cpp and attention_backward.cpp are compiled
+// once per instruction set, each into its own namespace; dispatch.cpp picks one at load time.
+//
+// Those files must not use inline functions from outside that namespace (the standard library's too): the linker keeps one copy of
+// such a function, and it could be the one compiled for a CPU that this is not.
+#pragma once
+#include "attention.h"
+#include "inject.h"
+
+namespace diffmas::cpu {
+
+struct Kernels {
+  void (*inject_forward)(const InjectArgs&, int64_t token_begin, int64_t token_end);
+  void (*inject_backward)(const InjectArgs&, int64_t block);
+  void (*attention_forward)(const AttentionArgs&, const ForwardTask&, float* scratch);
+  void (*attention_merge)(const AttentionArgs&, const MergeTask&);
+  void (*attention_backward)(const AttentionArgs&, const BackwardUnit&, int64_t head, float* scratch);
+  void (*attention_backward_reduce)(const AttentionArgs&, const MergeTask&);
+};
+
+#define DIFFMAS_DECLARE_KERNELS(isa)                                                             \
+  namespace isa {                                                                                \
+  void inject_forward_range(const InjectArgs&, int64_t token_begin, int64_t token_end);          \
+  void inject_backward_block(const InjectArgs&, int64_t block);                                  \
+  void attention_forward_task(const AttentionArgs&, const ForwardTask&, float* scratch);         \
+  void attention_merge_task(const AttentionArgs&, const MergeTask&);                             \
+  void attention_backward_unit(const AttentionArgs&, const BackwardUnit&, int64_t head, float* scratch); \
+  void attention_backward_reduce_task(const AttentionArgs&, const MergeTask&);                   \
+  }
+DIFFMAS_DECLARE_KERNELS(generic)
+#ifdef DIFFMAS_X86
+DIFFMAS_DECLARE_KERNELS(avx2)
+DIFFMAS_DECLARE_KERNELS(avx512)
+#endif
+#undef DIFFMAS_DECLARE_KERNELS
+
+}  // namespace diffmas::cpu

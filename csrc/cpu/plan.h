@@ -1,0 +1,46 @@
+// Cuts one attention call into tasks. Every choice here follows from shapes and indices, never from the number of threads: the
+// same call gives the same bits on any machine width.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+
+namespace diffmas::cpu {
+
+// Rotations of queries by -shift: one row of cos and sin per distinct non-zero shift.
+struct Rotations {
+  std::vector<int64_t> shifts;  // sorted
+  std::vector<float> cos, sin;  // [shifts, Dr/2]
+
+  explicit Rotations(const Segments& segments);
+  int32_t find(int64_t shift) const;  // -1 for no shift
+};
+
+struct ForwardPlan {
+  std::vector<Tile> tiles;
+  std::vector<Block> blocks;
+  std::vector<ForwardTask> tasks;
+  std::vector<MergeTask> merges;
+  int64_t partials = 0;
+
+  ForwardPlan(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads);
+};
+
+// Backward runs in phases over consecutive query blocks, so that the partial dq of all chunks stays small.
+struct BackwardPhase {
+  std::vector<BackwardUnit> units;    // ordered by chunk, then by block
+  std::vector<int64_t> chunk_indptr;  // units of each chunk
+  std::vector<MergeTask> reduces;     // one per (block, kv head)
+  int64_t partials = 0;
+};
+
+struct BackwardPlan {
+  std::vector<Tile> tiles;
+  std::vector<Block> blocks;
+  std::vector<BackwardPhase> phases;
+
+  BackwardPlan(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim);
+};
+
+}  // namespace diffmas::cpu

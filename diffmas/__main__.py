@@ -1,0 +1,3 @@
+from diffmas.cli import app
+
+app(prog_name="diffmas")

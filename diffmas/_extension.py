@@ -1,0 +1,36 @@
+"""Loads the compiled kernels (torch.ops.diffmas_cpu). Never raises: without them diffmas runs on its other backends.
+
+loaded  whether the library is in this process
+error   why not, as one line for a person; None when loaded
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+
+
+def _build_info() -> dict:
+    try:
+        return json.loads((_HERE / "build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _load() -> str | None:
+    library = _HERE / "libdiffmas.so"
+    if not library.exists():
+        return _build_info().get("error") or "the extension is not built: run `pip install -e .` in the source tree"
+    try:
+        torch.ops.load_library(str(library))
+    except Exception as exc:  # a library of another platform, a torch older than 2.10: whatever dlopen says
+        return f"{library.name} does not load: {exc}"
+    return None
+
+
+error: str | None = _load()
+loaded: bool = error is None

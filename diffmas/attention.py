@@ -1,0 +1,171 @@
+"""How an attention layer reads and writes a trace: the table of fused families, and the generic tier.
+
+*Fused*: one op for norm, RoPE and the K/V write, one op for attention, for the families of FAMILIES. *Generic*: the layer
+computes q, k and v its own way and only its attention function is replaced. Both leave calls without a trace as they were.
+"""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = ["FAMILIES", "Family", "Layer", "Unsupported", "install", "refuse", "uninstall"]
+
+
+class Unsupported(ValueError):
+    """The model needs something that diffmas does not do."""
+
+
+def refuse(attention: nn.Module, features: list[str]) -> Unsupported:
+    return Unsupported(
+        f"diffmas cannot patch {type(attention).__name__} (layer {attention.layer_idx}): {'; '.join(features)}. "
+        "Supported: causal softmax attention over all K/V rows, multi-head or grouped, with RoPE that does not depend on "
+        "the sequence length"
+    )
+
+
+# ---- the fused families ----------------------------------------------------------------------------------------------
+
+
+def _llama4_scale(attention: nn.Module, position_ids: Tensor) -> Tensor:
+    """Ministral 3 scales queries beyond its pre-training length: [n, 1, 1]."""
+    rope = attention.config.rope_parameters
+    beta, length = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+    return (1 + beta * torch.log(1 + torch.floor(position_ids / length))).view(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What an attention class looks like, where it differs from Llama's.
+
+    qkv: the name of one fused projection, rows ordered q, k, v. norm: per-head RMSNorm modules q_norm and k_norm before
+    RoPE. query_scale: (attention, position_ids) -> factor on q.
+    """
+
+    qkv: str | None = None
+    norm: bool = False
+    query_scale: Callable | None = None
+
+    def project(self, attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [n, hidden] -> q [n, Hq, D], k, v [n, Hkv, D]."""
+        D = attention.head_dim
+        if self.qkv is None:
+            projections = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        else:
+            config = attention.config
+            Hq, Hkv = config.num_attention_heads, config.num_key_value_heads
+            projections = getattr(attention, self.qkv)(x).split((Hq * D, Hkv * D, Hkv * D), dim=-1)
+        return tuple(y.unflatten(-1, (-1, D)) for y in projections)
+
+
+# A new family is a line here; the probe says at patch time whether the line is right.
+FAMILIES = {
+    "LlamaAttention": Family(),
+    "MistralAttention": Family(),
+    "MinistralAttention": Family(),
+    "Ministral3Attention": Family(query_scale=_llama4_scale),
+    "MixtralAttention": Family(),
+    "Qwen2Attention": Family(),
+    "Qwen3Attention": Family(norm=True),
+    "Qwen3MoeAttention": Family(norm=True),
+    "Phi3Attention": Family(qkv="qkv_proj"),
+}
+
+
+@dataclass
+class Layer:
+    """How one attention layer is served. rope: half | interleaved | none | unknown (its keys cannot be moved)."""
+
+    index: int
+    family: Family | None  # None: generic tier
+    rope: str
+    config: object = None  # the config object it had
+
+
+# ---- attention with a trace ------------------------------------------------------------------------------------------
+
+
+def _original(module: nn.Module):
+    return type(module).forward
+
+
+def fused_forward(self, *args, **kwargs):
+    """An attention layer's forward: one op writes K/V and rotates q, one op attends. Without a trace: as it was."""
+    plan = kwargs.get("diffmas_trace")
+    if plan is None:
+        return _original(self)(self, *args, **kwargs)
+    x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # [1, n, hidden]
+    cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]  # [1, n, Dr]
+    layer = self._diffmas_layer
+    family = layer.family
+    q, k, v = family.project(self, x[0])
+    if family.query_scale is not None:
+        q = q * family.query_scale(self, kwargs["position_ids"]).to(q.dtype)
+    norms = {}
+    if family.norm:
+        if self.q_norm.weight.is_meta:
+            raise RuntimeError(f"layer {layer.index}: q_norm and k_norm are offloaded; the fused tier needs them in memory")
+        norms = dict(q_weight=self.q_norm.weight, k_weight=self.k_norm.weight, eps=self.q_norm.variance_epsilon)
+    o = plan.attend(layer, q, k, v, self.scaling, cos=cos[0], sin=sin[0], **norms)
+    return self.o_proj(o.flatten(1)[None]), None
+
+
+def generic_attention(module, query, key, value, attention_mask, *args, diffmas_trace=None, **kwargs):
+    """The attention function of the generic tier; query [1, Hq, n, D], key, value [1, Hkv, n, D], rotated."""
+    if diffmas_trace is None:
+        name = module._diffmas_layer.config._attn_implementation
+        eager = sys.modules[type(module).__module__].__dict__.get("eager_attention_forward")
+        attention = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        return attention(module, query, key, value, attention_mask, *args, **kwargs)
+    for name in ("softcap", "s_aux", "position_bias", "indices", "head_mask"):
+        if kwargs.get(name) is not None:
+            raise refuse(module, [f"the attention argument {name}"])
+    if kwargs.get("dropout"):
+        raise refuse(module, [f"attention dropout {kwargs['dropout']}"])
+    scale = kwargs.get("scaling")
+    # Norms that stay in float32 under autocast leave q and k wider than v.
+    o = diffmas_trace.attend(
+        module._diffmas_layer, *(x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)),
+        query.shape[-1] ** -0.5 if scale is None else scale,
+    )  # fmt: skip
+    return o[None], None
+
+
+GENERIC = "diffmas"
+AttentionInterface.register(GENERIC, generic_attention)  # adds a name; a model uses it only after patch_model
+
+
+def install(attention: nn.Module, layer: Layer) -> None:
+    """Puts an attention module on its tier."""
+    layer.config = attention.config
+    attention._diffmas_layer = layer
+    if layer.family is None:
+        # The model's config stays, so transformers goes on building the right masks for calls without a trace.
+        attention.config = copy.copy(attention.config)
+        attention.config._attn_implementation_internal = GENERIC
+        return
+    # A module-level function that finds the original through the class: a captured bound method would call the original
+    # model's weights after copy.deepcopy.
+    # A partial, since a method is pickled by its name, which would find the class's own.
+    method = functools.partial(fused_forward, attention)
+    if hasattr(attention, "_hf_hook"):  # accelerate wrapped forward: go inside its wrapper
+        attention._old_forward = method
+    else:
+        attention.forward = method
+
+
+def uninstall(attention: nn.Module) -> None:
+    layer = attention.__dict__.pop("_diffmas_layer")
+    attention.config = layer.config
+    if layer.family is None:
+        return
+    if hasattr(attention, "_hf_hook"):
+        attention._old_forward = _original(attention).__get__(attention)
+    else:
+        attention.__dict__.pop("forward", None)

@@ -1,0 +1,207 @@
+"""The command line: diffmas demo | train | generate | evaluate | env."""
+
+import functools
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+errors = Console(stderr=True)
+
+ConfigFile = Annotated[Path, typer.Argument(help="config.yaml; see examples/train.yaml", show_default=False)]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one")]
+
+
+def explained(command):
+    """Errors about what the user gave are one line on stderr and exit status 1; others keep their traceback."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        from diffmas.training import NonFiniteLoss
+
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, FileNotFoundError, NonFiniteLoss) as error:
+            errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@app.command()
+@explained
+def demo(output: Annotated[Path, typer.Option(help="directory for the table and the plot")] = Path("diffmas-demo")):
+    """Train and compare a small real system on this machine; ends with a table and a plot."""
+    from diffmas.demo import run
+
+    run(output)
+
+
+@app.command()
+@explained
+def train(
+    config: ConfigFile,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint in output_dir")] = False,
+):
+    """Train LoRA adapters as a config says; under torchrun on several GPUs."""
+    from transformers import EarlyStoppingCallback
+
+    from diffmas.config import build_system, load, read_data, training_arguments
+    from diffmas.training import Trainer
+
+    settings = load(config)
+    rows, held_out = read_data(settings)
+    arguments = training_arguments(settings)
+    system = build_system(settings)
+    callbacks = []
+    if settings.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
+    trainer = Trainer(system, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks)
+    if trainer.is_world_process_zero():
+        console.print(_summary(settings, system, arguments, rows, held_out))
+    result = trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        best = f", best eval_loss {trainer.state.best_metric:.4f}" if trainer.state.best_metric is not None else ""
+        console.print(f"{result.global_step} steps, training loss {result.training_loss:.4f}{best}", highlight=False)
+        console.print(f"adapter and agents.json: {settings.output_dir}", highlight=False, soft_wrap=True)
+
+
+def _summary(settings, system, arguments, rows, held_out) -> Table:
+    out = Table(title="diffmas train", show_header=False)
+    trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in system.parameters())
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    for name, value in (
+        ("model", settings.model),
+        ("agents", ", ".join(f"{a.name} (T={a.latent_steps})" for a in system.agents[:-1]) + f" -> {system.agents[-1].name}"),
+        ("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"),
+        ("adapter", f"{system.adapter_scope}, r={settings.lora.r}, alpha={settings.lora.alpha}"),
+        ("data", f"{len(rows)} rows, {len(held_out or [])} for validation"),
+        ("step", f"{batch} rows ({arguments.train_batch_size} x {arguments.gradient_accumulation_steps} x {arguments.world_size} processes)"),
+        ("learning rate", f"{arguments.learning_rate:g}, {getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}"),
+        ("device", str(arguments.device)),
+        ("output", settings.output_dir),
+    ):
+        out.add_row(name, str(value))
+    return out
+
+
+@app.command()
+@explained
+def generate(
+    adapter: Annotated[Path, typer.Option(help="directory that `diffmas train` wrote", show_default=False)],
+    question: Annotated[str, typer.Option(help="the field {question} of the agents' prompts")] = "",
+    field: Annotated[Optional[list[str]], typer.Option(help="another field of the prompts, as name=text; may be repeated")] = None,
+    model: Annotated[Optional[str], typer.Option(help="base model, if it is not where it was")] = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    seed: Optional[int] = None,
+    samples: int = 1,
+    device: Device = None,
+):
+    """Answer a question with a trained system."""
+    from diffmas.system import MultiAgentSystem
+
+    fields = {"question": question} if question else {}
+    for item in field or []:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"--field: expected name=text, got {item!r}")
+        fields[name] = text
+    system = MultiAgentSystem.from_pretrained(adapter, model).to(_device(device))
+    texts = system.generate(
+        [fields], max_new_tokens, temperature, top_p, seed, samples=samples, progress=errors.is_terminal
+    )  # fmt: skip
+    for text in texts[0] if samples > 1 else texts:
+        typer.echo(text)
+
+
+@app.command()
+@explained
+def evaluate(
+    config: ConfigFile,
+    adapter: Annotated[Optional[Path], typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
+    output: Annotated[Optional[Path], typer.Option(help="directory for results.csv, results.png and answers.jsonl")] = None,
+    device: Device = None,
+):
+    """Compare the trained system with its baselines on the same questions."""
+    from diffmas import evaluation
+    from diffmas.config import build_model, build_system, load, read_data
+    from diffmas.data import read_jsonl
+    from diffmas.system import MultiAgentSystem
+
+    settings, place = load(config), _device(device)
+    options = settings.evaluation
+    scorer = evaluation.Scorer(options.extract, options.match)
+    rows = read_jsonl(options.data, settings.agents) if options.data else read_data(settings)[1]
+    if rows is None:
+        raise ValueError(f"{config}: evaluation.data: expected a file of JSON lines (or validation data), got none")
+    rows = rows[: options.limit]
+    if adapter:
+        system = MultiAgentSystem.from_pretrained(adapter, *build_model(settings, place))
+    else:
+        system = build_system(settings, adapter=False, device=place)
+    system.eval()
+    makers = {
+        "single": lambda: evaluation.single_agent(system),
+        "text": lambda: evaluation.TextAgents(system, options.max_message_tokens),
+        "latent_mas": lambda: evaluation.latent_mas(system),
+        "diffmas": lambda: evaluation.Latent(system),
+    }
+    methods = {name: makers[name]() for name in options.methods if adapter or name != "diffmas"}
+    results = evaluation.evaluate(
+        methods, rows, options.samples, scorer, options.batch_size,
+        lambda name: errors.print(f"{name} ...", highlight=False), **vars(settings.generation),
+    )  # fmt: skip
+    console.print(evaluation.table(results, str(config)))
+    target = output or Path(settings.output_dir) / "evaluation"
+    for path in (
+        evaluation.write_csv(results, target / "results.csv"), evaluation.plot(results, target / "results.png"),
+        evaluation.write_answers(results, rows, target / "answers.jsonl"),
+    ):  # fmt: skip
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def env():
+    """What diffmas finds on this machine: backends, extension, versions, devices."""
+    import torch
+
+    import diffmas
+    from diffmas import _extension, ops
+
+    out = Table(title=f"diffmas {diffmas.__version__}", show_header=False)
+    out.add_column(no_wrap=True)
+    out.add_column(overflow="fold")
+    for name, missing in ops.available().items():
+        out.add_row(f"backend {name}", "[green]usable[/]" if missing is None else f"[yellow]missing[/]: {missing}")
+    out.add_row("C++ extension", "[green]loaded[/]" if _extension.loaded else f"[yellow]not loaded[/]: {_extension.error}", end_section=True)
+    out.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for name in ("torch", "triton", "transformers", "peft", "accelerate"):
+        try:
+            out.add_row(name, version(name))
+        except PackageNotFoundError:
+            out.add_row(name, "[yellow]not installed[/]")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    built_for = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+    out.add_row("CUDA devices", ", ".join(devices) if devices else f"none ({built_for})")
+    console.print(out)
+
+
+if __name__ == "__main__":
+    app()

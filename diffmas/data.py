@@ -1,0 +1,95 @@
+"""Rows of questions and answers: JSON lines on disk, and the batches that training and evaluation take.
+
+A row is {"question": "...", "answer": "..."}, or {"question": {"question": "...", "facts": "..."}, "answer": "..."} with
+the fields that the agents' prompts need, or the same flat: every column but the answer is then a field.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch.utils.data import random_split
+
+from diffmas.system import MultiAgentSystem
+
+__all__ = ["Collator", "question_and_answer", "read_jsonl", "split"]
+
+ANSWER = "answer"
+
+
+def question_and_answer(row, where: str = "row") -> tuple[dict, str]:
+    """The prompt fields and the answer of a row in any of its forms; raises ValueError that starts with `where`."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with a question and an answer, got {type(row).__name__}")
+    answer = row.get(ANSWER)
+    if not isinstance(answer, str):
+        found = f"one of type {type(answer).__name__}" if ANSWER in row else f"only {sorted(row)}"
+        raise ValueError(f"{where}: expected a string {ANSWER!r}, got {found}")
+    # A datasets.Dataset fills the columns that a row does not have with None.
+    fields = {k: v for k, v in row.items() if k != ANSWER and v is not None}
+    if isinstance(fields.get("question"), dict):
+        nested = {k: v for k, v in fields.pop("question").items() if v is not None}
+        fields = {**fields, **nested}
+    if not fields:
+        raise ValueError(f"{where}: expected a question or other fields of the agents' prompts, got only the answer")
+    return fields, answer
+
+
+def read_jsonl(path, agents=()) -> list[dict]:
+    """The rows of a JSON-lines file; blank lines are skipped.
+
+    agents: every row must have the fields of their prompts. Raises ValueError naming file and line for a bad row, naming
+    the file when it holds no row, FileNotFoundError when there is none.
+    """
+    path, rows = Path(path), []
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file of JSON lines, found none")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: expected one JSON object per line, got {line.strip()[:60]!r} ({error})") from error
+            fields, _ = question_and_answer(row, where)
+            for agent in agents:
+                try:
+                    agent.render(fields)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from error
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: expected at least one row, got an empty data set")
+    return rows
+
+
+def split(rows: list, fraction: float, seed: int = 0) -> tuple[list, list]:
+    """Train and validation rows, drawn at random: both keep at least one row. Raises ValueError if that cannot be."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction: expected a number between 0 and 1, got {fraction}")
+    if len(rows) < 2:
+        raise ValueError(f"validation_fraction: expected at least two rows to split, got {len(rows)}")
+    held_out = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
+    parts = random_split(rows, [len(rows) - held_out, held_out], generator=torch.Generator().manual_seed(seed))
+    return list(parts[0]), list(parts[1])
+
+
+class Collator:
+    """Rows to a batch: labels int64 [B, 1 + A], questions [B] and answers [B].
+
+    labels are there to be counted: transformers' Trainer takes the tokens that are not -100 behind the first column as
+    num_items_in_batch. They come first because accelerate reads the batch size off the first value.
+    """
+
+    answer_ids = MultiAgentSystem.answer_ids  # needs the tokenizer only: workers of a DataLoader get no model
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list) -> dict:
+        questions, answers = zip(*(question_and_answer(row) for row in rows))
+        ids = [torch.tensor([-100, *self.answer_ids(answer)]) for answer in answers]
+        labels = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+        return {"labels": labels, "questions": list(questions), "answers": list(answers)}

@@ -1,0 +1,147 @@
+"""What answers are worth: accuracy with an interval, perplexity, self-consistency.
+
+Several samples of one question are not independent: an interval counts questions, not samples.
+"""
+
+import math
+import re
+import statistics
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from importlib.util import find_spec
+
+__all__ = ["EXTRACTORS", "MATCHERS", "Scorer", "boxed", "last_number", "normalise", "perplexity", "wilson"]
+
+Z95 = statistics.NormalDist().inv_cdf(0.975)
+
+
+# ---- final answers ---------------------------------------------------------------------------------------------------
+
+
+def normalise(text: str) -> str:
+    """For comparison: compatibility form, lower case, single spaces, no punctuation, quotes or $ around it."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(text.split()).strip(" .,:;!?\"'`*$")
+
+
+def boxed(text: str) -> str | None:
+    r"""The contents of the last whole \boxed{...}, braces inside it included; None without one."""
+    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start:end]
+    return None
+
+
+def last_number(text: str) -> str | None:
+    """The last number, without thousands separators; None without one."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return found[-1].replace(",", "") if found else None
+
+
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {"all": lambda text: text, "boxed": boxed, "number": last_number}
+
+
+def _extractor(how) -> Callable[[str], str | None]:
+    if callable(how):
+        return how
+    if how in EXTRACTORS:
+        return EXTRACTORS[how]
+    try:
+        pattern = re.compile(how, re.DOTALL)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"extract: expected one of {sorted(EXTRACTORS)}, a regular expression or a function, got {how!r} ({error})") from error
+
+    def last_match(text: str) -> str | None:
+        matches = list(pattern.finditer(text))
+        return matches[-1].group(1 if pattern.groups else 0) if matches else None
+
+    return last_match
+
+
+def _exact(given: str, gold: str) -> bool:
+    return normalise(given) == normalise(gold)
+
+
+def _math(given: str, gold: str) -> bool:
+    from math_verify import parse, verify
+
+    # As LaTeX, whatever the answer is written as; parse returns nothing for what is no mathematics.
+    return _exact(given, gold) or bool(verify(parse(f"${gold}$"), parse(f"${given}$")))
+
+
+MATCHERS: dict[str, Callable[[str, str], bool]] = {"exact": _exact, "math": _math}
+
+
+class Scorer:
+    """Judges answers. extract: how a text's final answer is found: all | boxed | number, a regular expression (its last
+    match, its first group if it has one) or a function text -> str | None. match: exact (after `normalise`) | math
+    (with math-verify: equal as mathematics) or a function (given, gold) -> bool.
+
+    Raises ValueError for anything else, and for "math" where math-verify is not installed.
+    """
+
+    def __init__(self, extract="all", match="exact"):
+        self.extract = _extractor(extract)
+        if not callable(match) and match not in MATCHERS:
+            raise ValueError(f"match: expected one of {sorted(MATCHERS)} or a function, got {match!r}")
+        if match == "math" and find_spec("math_verify") is None:
+            raise ValueError("match: 'math' needs the package math-verify: pip install 'math-verify[antlr4_13_2]'")
+        self.match = match if callable(match) else MATCHERS[match]
+
+    def correct(self, text: str, gold: str) -> bool:
+        given = self.extract(text)
+        return given is not None and bool(self.match(given, gold))
+
+    def accuracy(self, texts: list[list[str]], golds: list[str]) -> float:
+        """texts[question][sample] -> the mean over questions of the share of right samples."""
+        _check(texts, golds)
+        return statistics.fmean(statistics.fmean(self.correct(t, gold) for t in samples) for samples, gold in zip(texts, golds))
+
+    def vote(self, samples: list[str]) -> tuple[str | None, float]:
+        """The final answer that most samples give, and the share of samples that give it; the first one wins a tie.
+
+        A sample without a final answer has no vote; (None, 0.0) if none has one.
+        """
+        answers = [a for a in map(self.extract, samples) if a is not None]
+        if not answers:
+            return None, 0.0
+        form, count = Counter(map(normalise, answers)).most_common(1)[0]
+        return next(a for a in answers if normalise(a) == form), count / len(samples)
+
+    def self_consistency(self, texts: list[list[str]], golds: list[str]) -> tuple[float, float]:
+        """(accuracy of the majority's answer, mean share of samples that agree with it)."""
+        _check(texts, golds)
+        votes = [self.vote(samples) for samples in texts]
+        right = [winner is not None and bool(self.match(winner, gold)) for (winner, _), gold in zip(votes, golds)]
+        return statistics.fmean(right), statistics.fmean(share for _, share in votes)
+
+
+def _check(texts, golds) -> None:
+    if not texts or len(texts) != len(golds):
+        raise ValueError(f"texts: expected samples for each of {len(golds)} questions, at least one, got {len(texts)}")
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def wilson(rate: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a rate measured on n questions; 95 % by default. Raises ValueError for n < 1."""
+    if n < 1 or not 0 <= rate <= 1:
+        raise ValueError(f"wilson: expected a rate in [0, 1] and n >= 1, got {rate} and {n}")
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """exp of the mean negative log-likelihood (nats) per answer token; infinity where that overflows."""
+    if tokens < 1:
+        raise ValueError(f"perplexity: expected at least one token, got {tokens}")
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,52 @@
+"""Who wrote a file: fingerprints of a model and of its adapter, to refuse a trace or an adapter of another model."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from diffmas.patch import causal_lm_of
+
+__all__ = ["adapter_fingerprint", "model_fingerprint", "rope_of"]
+
+SAMPLES = 64  # values looked at per weight: enough to tell checkpoints apart, cheap for large models
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or "modules_to_save" in name
+
+
+def _digest(named) -> str:
+    digest = hashlib.sha256()
+    for name, p in sorted(named, key=lambda item: item[0]):
+        flat = p.detach().flatten()
+        step = max(1, flat.numel() // SAMPLES)
+        # As bfloat16: a model loaded in float32 and in bfloat16 is the same model.
+        values = flat[::step].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+        digest.update(f"{name}{tuple(p.shape)}".encode() + values)
+    return digest.hexdigest()[:32]
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Of the base weights: the same with and without a PEFT adapter around them, different once it is merged."""
+    weights = []
+    for name, p in causal_lm_of(model).named_parameters():
+        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if not _is_adapter(name):
+            weights.append((name, p))
+    return _digest(weights)
+
+
+def adapter_fingerprint(model: nn.Module) -> str | None:
+    """Of the active adapter's weights; None without one (or with the adapter disabled)."""
+    base = causal_lm_of(model)
+    weights = [(name, p) for name, p in base.named_parameters() if _is_adapter(name)]
+    disabled = any(getattr(m, "disable_adapters", False) for m in base.modules() if hasattr(m, "lora_A"))
+    return _digest(weights) if weights and not disabled else None
+
+
+def rope_of(model: nn.Module) -> dict:
+    """The RoPE parameters that stored keys depend on."""
+    config = causal_lm_of(model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return {"theta": getattr(config, "rope_theta", None), **rope} if not rope.get("rope_theta") else dict(rope)

@@ -1,0 +1,334 @@
+"""The ops of diffmas: registered torch ops (`torch.ops.diffmas.*`), their checks, and the one place that picks a backend.
+
+Raw ops mutate pools, so they carry no autograd of their own: `diffmas.pool` holds the autograd of `inject` and
+`cross_attention`. The functions of this module are the checked entry points; inside the package, plans that were built
+and checked once per forward call `torch.ops.diffmas.*` directly.
+
+Backends: `reference` (plain PyTorch, anywhere), `cpu` (the compiled extension). `backend="auto"` takes the
+fastest one that serves the device and dtype; the environment variable DIFFMAS_BACKEND overrides "auto".
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from diffmas import _extension, reference
+
+__all__ = ["BACKENDS", "available", "inject", "cross_attention", "merge_states", "reposition"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# ---- schemas ---------------------------------------------------------------------------------------------------------
+
+ROPE = "Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved"
+VIEW = (
+    "Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_shift, Tensor? inv_freq, "
+    "float scale, bool causal, bool interleaved"
+)
+MOVE = "Tensor src, Tensor dst, Tensor shift, Tensor inv_freq, bool interleaved"
+POOLS, GRADS = "Tensor(a!) k_pool, Tensor(b!) v_pool", "Tensor(a!) dk_pool, Tensor(b!) dv_pool"
+SCHEMAS = {
+    "inject": f"(Tensor q, Tensor k, Tensor v, {ROPE}, {POOLS}, str backend='auto') -> Tensor",
+    "inject_backward": f"(Tensor dq_rot, Tensor q, Tensor k, {ROPE}, {GRADS}, str backend='auto')"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "cross_attention": f"(Tensor q, Tensor k_pool, Tensor v_pool, {VIEW}, str backend='auto') -> (Tensor, Tensor)",
+    "cross_attention_backward": "(Tensor do, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, "
+    f"Tensor v_pool, {VIEW}, {GRADS}, str backend='auto') -> Tensor",
+    "merge_states": "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, str backend='auto') -> (Tensor, Tensor)",
+    "merge_states_backward": "(Tensor do, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor o, "
+    "Tensor lse, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor)",
+    "reposition": f"({MOVE}, {POOLS}, str backend='auto') -> ()",
+    "reposition_backward": f"({MOVE}, {GRADS}, str backend='auto') -> ()",
+}
+
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+
+class Backend:
+    """A set of op implementations, and the devices and dtypes that it serves."""
+
+    def __init__(self, name, ops, devices, dtypes, why_missing):
+        self.name, self.ops, self.devices, self.dtypes = name, ops, devices, dtypes
+        self.why_missing = why_missing  # None when it is usable
+
+    def serves(self, op: str, device: torch.device, dtype: torch.dtype) -> bool:
+        if self.why_missing is not None or not hasattr(self.ops, op):
+            return False
+        return (self.devices is None or device.type in self.devices) and (self.dtypes is None or dtype in self.dtypes)
+
+
+# In order of preference.
+BACKENDS = {
+    "cpu": Backend("cpu", torch.ops.diffmas_cpu, ("cpu",), FLOATS, _extension.error),
+    "reference": Backend("reference", reference, None, None, None),
+}
+
+
+def available() -> dict[str, str | None]:
+    """Backends by name; None for a usable one, else the reason why it is missing."""
+    return {name: backend.why_missing for name, backend in BACKENDS.items()}
+
+
+def check_backend(name: str) -> str:
+    """Returns `name` if it is "auto" or a usable backend; raises ValueError otherwise."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
+    if name != "auto" and BACKENDS[name].why_missing:
+        raise ValueError(f"backend: {name!r} is not usable here: {BACKENDS[name].why_missing}")
+    return name
+
+
+def implementation(op: str, device: torch.device, dtype: torch.dtype, backend: str):
+    """The function that runs `op`. An op that a named backend does not have (the small ones) runs on the reference."""
+    name = backend if backend != "auto" else os.environ.get("DIFFMAS_BACKEND") or "auto"
+    if name == "auto":
+        return next(getattr(b.ops, op) for b in BACKENDS.values() if b.serves(op, device, dtype))
+    chosen = BACKENDS[check_backend(name)]
+    if not hasattr(chosen.ops, op):
+        return getattr(reference, op)
+    if not chosen.serves(op, device, dtype):
+        raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device.type} in {dtype}")
+    return getattr(chosen.ops, op)
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("diffmas", "DEF")
+
+
+def _register(name: str, lead: int) -> None:
+    """Defines op `name`; its argument number `lead` decides device and dtype."""
+
+    def run(*args, backend="auto"):
+        if len(args) == count + 1:  # the dispatcher passes a non-default backend as the last positional argument
+            args, backend = args[:-1], args[-1]
+        x = args[lead]
+        return implementation(name, x.device, x.dtype, backend)(*args)
+
+    _library.define(name + SCHEMAS[name])
+    count = len(getattr(torch.ops.diffmas, name).default._schema.arguments) - 1
+    _library.impl(name, run, "CompositeExplicitAutograd")
+
+
+for _name, _lead in {
+    "inject": 0, "inject_backward": 1, "cross_attention": 0, "cross_attention_backward": 2,
+    "merge_states": 0, "merge_states_backward": 2, "reposition": 5, "reposition_backward": 5,
+}.items():  # fmt: skip
+    _register(_name, _lead)
+
+
+def _fake_states(q, *_, **__):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=reference.accumulator(q.dtype))
+
+
+def _fake_inject_backward(dq_rot, q, k, cos, sin, slots, q_weight, k_weight, *_, **__):
+    acc = reference.accumulator(q.dtype)
+    weights = (q.new_empty(0 if w is None else w.shape[0], dtype=acc) for w in (q_weight, k_weight))
+    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(k.shape), *weights
+
+
+def _fake_merge_backward(do, dlse, o_a, lse_a, o_b, lse_b, *_, **__):
+    return tuple(x.new_empty(x.shape) for x in (o_a, lse_a, o_b, lse_b))
+
+
+torch.library.register_fake("diffmas::inject", lambda q, *_, **__: q.new_empty(q.shape))
+torch.library.register_fake("diffmas::inject_backward", _fake_inject_backward)
+torch.library.register_fake("diffmas::cross_attention", _fake_states)
+torch.library.register_fake(
+    "diffmas::cross_attention_backward", lambda do, dlse, q, *_, **__: q.new_empty(q.shape)
+)
+torch.library.register_fake("diffmas::merge_states", _fake_states)
+torch.library.register_fake("diffmas::merge_states_backward", _fake_merge_backward)
+torch.library.register_fake("diffmas::reposition", lambda *_, **__: None)
+torch.library.register_fake("diffmas::reposition_backward", lambda *_, **__: None)
+
+
+def _merge_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.backend = inputs[4]
+
+
+def _merge_backward(ctx, do, dlse):
+    return *torch.ops.diffmas.merge_states_backward(do, dlse, *ctx.saved_tensors, ctx.backend), None
+
+
+torch.library.register_autograd("diffmas::merge_states", _merge_backward, setup_context=_merge_setup)
+
+# ---- checked entry points --------------------------------------------------------------------------------------------
+
+
+def _expect(condition: bool, argument: str, expected: str, got) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple) -> None:
+    """`shape` holds sizes, or names for sizes that are free."""
+    fits = x.dim() == len(shape) and all(isinstance(want, str) or want == have for want, have in zip(shape, x.shape))
+    _expect(fits, name, f"shape [{', '.join(map(str, shape))}]", f"{list(x.shape)}")
+
+
+def _check_floats(like: Tensor, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None:
+            _expect(x.is_floating_point(), name, "a floating-point tensor", x.dtype)
+            _expect(x.device == like.device, name, f"a tensor on {like.device}", x.device)
+            wide = (x.dtype == torch.float64) == (like.dtype == torch.float64)
+            _expect(wide or name in ("inv_freq", "cos", "sin"), name, f"a dtype that goes with {like.dtype}", x.dtype)
+            _expect(x.dim() == 0 or x.shape[-1] < 2 or x.stride(-1) == 1, name, "a last stride of 1", x.stride())
+
+
+def _check_index(name: str, x: Tensor, like: Tensor, low: int | None = None, high: int | None = None) -> None:
+    """Index tensors are int64 on the op's device. Values are looked at where that needs no device sync: on the CPU."""
+    _expect(x.dtype == torch.int64 and x.dim() == 1, name, "a 1-D int64 tensor", f"{x.dtype} {list(x.shape)}")
+    _expect(x.device == like.device, name, f"a tensor on {like.device}", x.device)
+    if x.device.type == "cpu" and x.numel():
+        _expect(low is None or int(x.min()) >= low, name, f"values >= {low}", int(x.min()))
+        _expect(high is None or int(x.max()) < high, name, f"values < {high}", int(x.max()))
+
+
+def _check_distinct(name: str, x: Tensor) -> None:
+    """Two tokens in one row would make the result depend on their order."""
+    if x.device.type == "cpu":
+        used = x[x >= 0]
+        _expect(used.unique().numel() == used.numel(), name, "distinct rows", "repeated ones")
+
+
+def _check_pools(k_pool: Tensor, v_pool: Tensor, heads: int | str, D: int) -> None:
+    _check_shape("k_pool", k_pool, ("R", heads, D))
+    _check_shape("v_pool", v_pool, tuple(k_pool.shape))
+    _expect(k_pool.dtype == v_pool.dtype, "v_pool", f"the dtype of k_pool, {k_pool.dtype}", v_pool.dtype)
+
+
+def _check_no_grad(op: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f"diffmas.ops.{op} writes or reads K/V pools in place and records no gradient; call it under "
+            "torch.no_grad(), or go through diffmas.pool.attend, which is differentiable"
+        )
+
+
+def inject(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, slots: Tensor,
+    k_pool: Tensor, v_pool: Tensor, *, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+    eps: float = 1e-6, interleaved: bool = False, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Per-head RMSNorm, RoPE and the K/V scatter of n packed tokens, in one op.
+
+    q [n, Hq, D]; k, v [n, Hkv, D]; cos, sin [n, Dr] (Dr <= D even, Hugging Face's tables) or None for no rotation;
+    slots [n] int64, the pool row of each token, -1 for a token that is not stored; k_pool, v_pool [R, Hkv, D], mutated;
+    q_weight, k_weight [D] or None for no norm. Returns the rotated q [n, Hq, D].
+
+    Raises ValueError naming the argument for shapes, dtypes, devices and (on the CPU) rows that do not fit.
+    """
+    n, Hq, D = q.shape if q.dim() == 3 else _expect(False, "q", "shape [n, Hq, D]", list(q.shape))
+    _check_shape("k", k, (n, "Hkv", D))
+    _check_shape("v", v, tuple(k.shape))
+    _expect(k.shape[1] > 0 and Hq % k.shape[1] == 0, "k", f"a number of heads that divides {Hq}", k.shape[1])
+    _expect((cos is None) == (sin is None), "sin", "cos and sin together", "only one of them")
+    if cos is not None:
+        _check_shape("cos", cos, (n, "Dr"))
+        _check_shape("sin", sin, tuple(cos.shape))
+        _expect(cos.shape[1] <= D and cos.shape[1] % 2 == 0, "cos", f"an even Dr <= {D}", cos.shape[1])
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            _check_shape(name, weight, (D,))
+    _check_pools(k_pool, v_pool, k.shape[1], D)
+    _check_floats(
+        q, q=q, k=k, v=v, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, k_pool=k_pool, v_pool=v_pool
+    )
+    _expect(k.dtype == q.dtype and v.dtype == q.dtype, "k, v", f"the dtype of q, {q.dtype}", f"{k.dtype}, {v.dtype}")
+    _check_shape("slots", slots, (n,))
+    _check_index("slots", slots, q, -1, k_pool.shape[0])
+    _check_distinct("slots", slots)
+    _check_no_grad("inject", q, k, v, q_weight, k_weight)
+    return torch.ops.diffmas.inject(
+        q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, check_backend(backend)
+    )
+
+
+def cross_attention(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, q_indptr: Tensor, seg_indptr: Tensor, seg_start: Tensor,
+    seg_len: Tensor, seg_shift: Tensor | None = None, inv_freq: Tensor | None = None, *, scale: float | None = None,
+    causal: bool = True, interleaved: bool = False, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of n packed queries of B sequences, each over its own view of the pools, without a concatenation.
+
+    q [n, Hq, D], rotated; k_pool, v_pool [R, Hkv, D]; q_indptr, seg_indptr [B + 1], int64: where each sequence's queries
+    and segments begin; seg_start, seg_len [S]: pool rows of each segment, in the order they are read; seg_shift [S]: read
+    the segment as if its keys stood that many positions later (needs inv_freq [Dr/2]); scale defaults to D ** -0.5.
+    Causal is bottom-right aligned: the newest tokens of a view are its queries' own.
+    Returns o [n, Hq, D] and lse [n, Hq] (natural log, float32). Nothing visible: o = 0, lse = -inf.
+
+    Raises ValueError naming the argument for shapes, dtypes, devices and (on the CPU) rows that do not fit.
+    """
+    n, Hq, D = q.shape if q.dim() == 3 else _expect(False, "q", "shape [n, Hq, D]", list(q.shape))
+    _check_pools(k_pool, v_pool, "Hkv", D)
+    _expect(Hq % max(k_pool.shape[1], 1) == 0, "k_pool", f"a number of heads that divides {Hq}", k_pool.shape[1])
+    _check_floats(q, q=q, k_pool=k_pool, v_pool=v_pool, inv_freq=inv_freq)
+    S = seg_start.shape[0]
+    _check_shape("seg_indptr", seg_indptr, tuple(q_indptr.shape))
+    for name, indptr, end in (("q_indptr", q_indptr, n), ("seg_indptr", seg_indptr, S)):
+        _check_index(name, indptr, q, 0, end + 1)
+        _expect(indptr.numel() >= 1, name, "at least one entry", 0)
+        if indptr.device.type == "cpu":
+            rising = bool((indptr.diff() >= 0).all()) and int(indptr[0]) == 0 and int(indptr[-1]) == end
+            _expect(rising, name, f"values that rise from 0 to {end}", indptr.tolist())
+    _check_shape("seg_len", seg_len, (S,))
+    _check_index("seg_start", seg_start, q, 0)
+    _check_index("seg_len", seg_len, q, 0)
+    if q.device.type == "cpu" and S:
+        last = int((seg_start + seg_len).max())
+        _expect(last <= k_pool.shape[0], "seg_start + seg_len", f"rows up to {k_pool.shape[0]}", last)
+    if seg_shift is not None:
+        _check_shape("seg_shift", seg_shift, (S,))
+        _check_index("seg_shift", seg_shift, q)
+        _expect(inv_freq is not None, "inv_freq", "the rotary frequencies that seg_shift needs", None)
+    if inv_freq is not None:
+        _check_shape("inv_freq", inv_freq, ("Dr/2",))
+        _expect(2 * inv_freq.shape[0] <= D, "inv_freq", f"at most {D // 2} frequencies", inv_freq.shape[0])
+    _check_no_grad("cross_attention", q, k_pool, v_pool)
+    return torch.ops.diffmas.cross_attention(
+        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq,
+        D**-0.5 if scale is None else scale, causal, interleaved, check_backend(backend),
+    )  # fmt: skip
+
+
+def merge_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The attention state (o [n, H, D], lse [n, H]) over the union of two disjoint views; differentiable in all four.
+
+    Associative and commutative; (0, -inf) is the neutral element. Raises ValueError naming the argument.
+    """
+    _check_shape("o_a", o_a, ("n", "H", "D"))
+    _check_shape("o_b", o_b, tuple(o_a.shape))
+    _check_shape("lse_a", lse_a, tuple(o_a.shape[:2]))
+    _check_shape("lse_b", lse_b, tuple(o_a.shape[:2]))
+    _check_floats(o_a, o_a=o_a, lse_a=lse_a, o_b=o_b, lse_b=lse_b)
+    return torch.ops.diffmas.merge_states(o_a, lse_a, o_b, lse_b, check_backend(backend))
+
+
+def reposition(
+    src: Tensor, dst: Tensor, shift: Tensor, inv_freq: Tensor, k_pool: Tensor, v_pool: Tensor, *,
+    interleaved: bool = False, backend: str = "auto",
+) -> None:  # fmt: skip
+    """Copies pool rows `src` to rows `dst`, their keys rotated on by `shift` positions.
+
+    src, dst, shift [m] int64 (dst distinct, none of them also in src); inv_freq [Dr/2]: a pure rotation, without the
+    attention factor that some models scale cos and sin by; k_pool, v_pool [R, Hkv, D], mutated.
+    Raises ValueError naming the argument.
+    """
+    _check_pools(k_pool, v_pool, "Hkv", k_pool.shape[-1])
+    _check_floats(k_pool, k_pool=k_pool, v_pool=v_pool, inv_freq=inv_freq)
+    R = k_pool.shape[0]
+    _check_index("src", src, k_pool, 0, R)
+    for name, x in (("dst", dst), ("shift", shift)):
+        _check_shape(name, x, tuple(src.shape))
+    _check_index("dst", dst, k_pool, 0, R)
+    _check_index("shift", shift, k_pool)
+    _check_distinct("dst", dst)
+    if dst.device.type == "cpu":
+        _expect(not torch.isin(dst, src).any(), "dst", "rows that are not read", "rows that are also in src")
+    _check_shape("inv_freq", inv_freq, ("Dr/2",))
+    _expect(2 * inv_freq.shape[0] <= k_pool.shape[2], "inv_freq", f"at most {k_pool.shape[2] // 2}", inv_freq.shape[0])
+    torch.ops.diffmas.reposition(src, dst, shift, inv_freq, interleaved, k_pool, v_pool, check_backend(backend))

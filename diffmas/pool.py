@@ -1,0 +1,181 @@
+"""One layer's K/V storage, and the autograd of writing and reading it.
+
+Rows ("slots") are written once and never move, so attention saves nothing of K and V: its backward reads the pool again.
+The order this needs is carried by a *token*, a zero-size tensor that threads through the writes and reads of a layer:
+
+    inject(token, q, k, v) -> q_rot, token'         attend(token', q_rot) -> o
+
+Autograd runs the backward of an inject only after the backward of everything that used its token', that is, of all later
+readers of its rows. Each attend adds into the gradient pool, each inject takes its own rows out.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["Pool", "attend", "inherit", "reposition"]
+
+
+class Pool:
+    """K and V of one layer: `k`, `v` [rows, Hkv, D], stored head-major so that the rows of one head are contiguous.
+
+    Growing moves the storage, never a row's number; nothing outside holds on to the old storage. Gradient pools (float32,
+    or float64 for float64 pools) live from the first read of a backward pass to its end; there is one pair per *lineage*:
+    what reads a row as a constant must not add to the gradient that the row's writer takes out.
+    """
+
+    def __init__(self, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+        self.k = self.v = None
+        self._shape = (heads, head_dim)
+        self._options = dict(dtype=dtype, device=device)
+        self._grads: dict[int, tuple[Tensor, Tensor]] = {}
+        self._grads_of = -1  # the backward pass (autograd graph task) that the gradient pools belong to
+        self.reserve(rows)
+
+    @property
+    def rows(self) -> int:
+        return 0 if self.k is None else self.k.shape[0]
+
+    def _zeros(self, rows: int, dtype: torch.dtype) -> Tensor:
+        # Zero-filled: a kernel that reads whole tiles may touch rows past a segment's end, and 0 * NaN is NaN.
+        heads, head_dim = self._shape
+        return torch.zeros(heads, rows, head_dim, dtype=dtype, device=self._options["device"]).transpose(0, 1)
+
+    def reserve(self, rows: int) -> None:
+        """Makes room for at least `rows` rows; doubles, so that n appends copy O(n) rows in all."""
+        if rows <= self.rows:
+            return
+        rows = max(rows, 2 * self.rows)
+        with torch.inference_mode(False), torch.no_grad():  # the pool outlives an inference-mode caller
+            for name in ("k", "v"):
+                old, new = getattr(self, name), self._zeros(rows, self._options["dtype"])
+                if old is not None:
+                    new[: old.shape[0]] = old
+                setattr(self, name, new)
+
+    def grads(self, lineage: int) -> tuple[Tensor, Tensor]:
+        """A lineage's gradient pools of the backward pass that is running: zeros at first, dropped at its end.
+
+        A pass that stops half-way (an error, or torch.autograd.grad for a few inputs) leaves nothing behind for the next.
+        """
+        task = torch._C._current_graph_task_id()
+        if task == -1 or task != self._grads_of:
+            self._grads, self._grads_of = {}, task
+            if task != -1:
+                torch.autograd.Variable._execution_engine.queue_callback(self._drop_grads)
+        if lineage not in self._grads:
+            dtype = torch.float64 if self.k.dtype == torch.float64 else torch.float32
+            self._grads[lineage] = (self._zeros(self.rows, dtype), self._zeros(self.rows, dtype))
+        return self._grads[lineage]
+
+    def _drop_grads(self) -> None:
+        self._grads, self._grads_of = {}, -1
+
+
+class Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, token, q_weight, k_weight, pool, lineage, cos, sin, slots, eps, interleaved, backend):
+        q_rot = torch.ops.diffmas.inject(
+            q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, pool.k, pool.v, backend
+        )
+        normed = q_weight is not None or k_weight is not None
+        ctx.save_for_backward(q_weight, k_weight, *((q, k) if normed else ()))
+        ctx.pool, ctx.lineage, ctx.tables, ctx.rest = pool, lineage, (cos, sin, slots), (eps, interleaved, backend)
+        ctx.k_shape = k.shape
+        return q_rot, token.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_rot, _):
+        q_weight, k_weight, *normed = ctx.saved_tensors
+        # Without a norm the backward is linear: q and k only tell shape and dtype.
+        q, k = normed or (dq_rot, dq_rot.new_empty(ctx.k_shape))
+        eps, interleaved, backend = ctx.rest
+        dq, dk, dv, dq_weight, dk_weight = torch.ops.diffmas.inject_backward(
+            dq_rot, q, k, *ctx.tables, q_weight, k_weight, eps, interleaved, *ctx.pool.grads(ctx.lineage), backend
+        )
+        weights = (None if w is None else dw.to(w.dtype) for w, dw in ((q_weight, dq_weight), (k_weight, dk_weight)))
+        return dq, dk, dv, None, *weights, *(None,) * 8
+
+
+class Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, token, pool, lineage, view, scale, interleaved, backend):
+        o, lse = torch.ops.diffmas.cross_attention(q, pool.k, pool.v, *view, scale, True, interleaved, backend)
+        ctx.save_for_backward(q, o, lse)
+        ctx.pool, ctx.view, ctx.rest = pool, view, (scale, True, interleaved)
+        ctx.lineage, ctx.backend = lineage, backend
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, o, lse = ctx.saved_tensors
+        pool = ctx.pool
+        dq = torch.ops.diffmas.cross_attention_backward(
+            do, None, q, o, lse, pool.k, pool.v, *ctx.view, *ctx.rest, *pool.grads(ctx.lineage), ctx.backend
+        )
+        return dq, *(None,) * 7
+
+
+class Reposition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token, pool, lineage, src, dst, shift, inv_freq, interleaved, backend):
+        torch.ops.diffmas.reposition(src, dst, shift, inv_freq, interleaved, pool.k, pool.v, backend)
+        ctx.pool, ctx.lineage, ctx.rest, ctx.backend = pool, lineage, (src, dst, shift, inv_freq, interleaved), backend
+        return token.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        torch.ops.diffmas.reposition_backward(*ctx.rest, *ctx.pool.grads(ctx.lineage), ctx.backend)
+        return (None,) * 9
+
+
+class Inherit(torch.autograd.Function):
+    """Hands the gradient that readers of one lineage left in `rows` on to the lineage of the rows' writers."""
+
+    @staticmethod
+    def forward(ctx, token, pool, rows, readers, writers):
+        ctx.pool, ctx.rest = pool, (rows, readers, writers)
+        return token.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        rows, readers, writers = ctx.rest
+        for taken, given in zip(ctx.pool.grads(readers), ctx.pool.grads(writers)):
+            given[rows] += taken[rows]
+        return (None,) * 5
+
+
+def attend(
+    pool: Pool, token: Tensor, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, view: tuple, *, scale: float,
+    cos: Tensor | None = None, sin: Tensor | None = None, q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None, eps: float = 1e-6, interleaved: bool = False, lineage: int = 0, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes n new tokens' K/V into the pool and attends from them over their views; differentiable.
+
+    q [n, Hq, D]; k, v [n, Hkv, D]; slots [n]; view: (q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq) as
+    in `diffmas.ops.cross_attention`; the new rows are the newest of each view; lineage: which gradient pools it uses.
+    -> o [n, Hq, D], the next token.
+    """
+    q_rot, after = Inject.apply(
+        q, k, v, token, q_weight, k_weight, pool, lineage, cos, sin, slots, eps, interleaved, backend
+    )
+    if not torch.is_grad_enabled():
+        after = token  # these rows are constants; readers to come still order themselves behind the earlier writers
+    return Attend.apply(q_rot, after, pool, lineage, view, scale, interleaved, backend), after
+
+
+def reposition(
+    pool: Pool, token: Tensor, src, dst, shift, inv_freq, interleaved=False, lineage: int = 0, backend="auto"
+) -> Tensor:
+    """Copies rows `src` to `dst` with their keys rotated by `shift`; differentiable through the token it returns."""
+    after = Reposition.apply(token, pool, lineage, src, dst, shift, inv_freq, interleaved, backend)
+    return after if torch.is_grad_enabled() else token
+
+
+def inherit(pool: Pool, token: Tensor, rows: Tensor, readers: int, writers: int) -> Tensor:
+    """The token for readers of lineage `readers` of the distinct `rows` that were written in lineage `writers`."""
+    return Inherit.apply(token, pool, rows, readers, writers)

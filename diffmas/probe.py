@@ -1,0 +1,192 @@
+"""The numeric probe: every attention layer is replayed through diffmas and compared with its own forward.
+
+The body runs a few random tokens, unpatched, at small and at large positions, while hooks record what each attention
+layer was called with. A float32 copy of the layer then computes the same inputs both ways, plain and scaled up until the
+softmax saturates. This finds what no attribute reveals: another rotary layout, a norm in another place, a layer without
+rotation, positions that scale the query.
+"""
+
+import copy
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from diffmas import pool, reference
+from diffmas.attention import FAMILIES, Layer, Unsupported, install, refuse, uninstall
+
+__all__ = ["choose_tiers"]
+
+TOKENS = 9
+SCALES = {1.0: 1e-4, 30.0: 5e-3}  # of the hidden states -> tolerated error, relative to the largest output
+SENTINEL = "diffmas_trace"
+
+
+class ProbePlan:
+    """Stands in for a Plan: one sequence, one layer, a pool of its own, the reference backend."""
+
+    def __init__(self, n: int):
+        self.n, self.keys = n, None
+
+    def attend(self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float, **inject) -> Tensor:
+        if k.shape != v.shape or q.shape[2] != k.shape[2]:
+            raise ValueError(f"q, k, v of shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} [head_dim]")
+        index = lambda *x: torch.tensor(x, device=q.device)  # noqa: E731
+        view = (index(0, self.n), index(0, 1), index(0), index(self.n), None, None)
+        rows = pool.Pool(self.n, *k.shape[1:], k.dtype, k.device)
+        slots = torch.arange(self.n, device=q.device)
+        o, _ = pool.attend(rows, torch.zeros(0), q, k, v, slots, view, scale=scale, backend="reference", **inject)
+        self.keys = rows.k
+        return o
+
+
+@contextmanager
+def recorded_calls(attentions: list[nn.Module], calls: dict):
+    """Records args and kwargs of each attention's next call."""
+
+    def record(module, args, kwargs):
+        calls[module.layer_idx] = (args, kwargs)
+
+    hooks = [a.register_forward_pre_hook(record, with_kwargs=True) for a in attentions]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def record_body(body: nn.Module, attentions: list[nn.Module], first_position: int) -> dict[int, tuple]:
+    """What each layer is called with when the body runs TOKENS random tokens from `first_position` on."""
+    weight = body.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, weight.shape[0], (1, TOKENS), generator=generator).to(weight.device)
+    positions = torch.arange(first_position, first_position + TOKENS, device=weight.device)[None]
+    calls = {}
+    with recorded_calls(attentions, calls):
+        try:
+            body(input_ids=ids, position_ids=positions, use_cache=False, **{SENTINEL: None})
+        except (TypeError, ValueError) as error:  # a forward that takes no other arguments than its own
+            raise Unsupported(f"diffmas cannot patch {type(body).__name__}: {error} [{SENTINEL}]") from error
+    return calls
+
+
+def to_float32(x):
+    if isinstance(x, Tensor):
+        return x.detach().float() if x.is_floating_point() else x
+    return tuple(map(to_float32, x)) if isinstance(x, tuple) else x
+
+
+def replay(attention: nn.Module, call: tuple, scale: float, forward, **extra) -> Tensor:
+    args, kwargs = (to_float32(call[0]), {k: to_float32(v) for k, v in call[1].items()})
+    kwargs.update(extra)
+    if "hidden_states" in kwargs:
+        kwargs["hidden_states"] = kwargs["hidden_states"] * scale
+    else:
+        args = (args[0] * scale, *args[1:])
+    out = forward(attention, *args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def traced(attention: nn.Module, *args, **kwargs):
+    return attention.forward(*args, **kwargs)  # the patched one
+
+
+def plain_copy(attention: nn.Module) -> nn.Module:
+    """A float32 copy in eval mode whose plain forward uses an attention function that runs anywhere."""
+    twin = copy.deepcopy(attention).float().eval()
+    twin.config = copy.copy(attention.config)
+    if twin.config._attn_implementation not in ("eager", "sdpa"):
+        twin.config._attn_implementation_internal = "sdpa"
+    return twin
+
+
+def mismatch(attention: nn.Module, twin: nn.Module, layer: Layer, calls: list[dict]) -> str | None:
+    """None if the layer computes through diffmas what it computes by itself, else what differs."""
+    own = type(attention).forward
+    for call in calls:
+        for scale, tolerance in SCALES.items():
+            want = replay(twin, call[layer.index], scale, own)
+            plan = ProbePlan(TOKENS)
+            install(twin, layer)
+            try:
+                got = replay(twin, call[layer.index], scale, traced, **{SENTINEL: plan})
+            except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+                return f"{type(error).__name__}: {error}"
+            finally:
+                uninstall(twin)
+            if plan.keys is None:
+                return "its forward does not go through transformers' attention interface"
+            error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
+            if not error <= tolerance:
+                return f"output differs by {error:.1e} of its largest value (inputs scaled by {scale:g})"
+    return None
+
+
+def rotation(twin: nn.Module, layer: Layer, calls: list[dict], shift: int, inv_freq: Tensor | None) -> str:
+    """How the layer rotates its keys, from the same hidden states at two positions: half | interleaved | none | unknown."""
+    near, moved = (call[layer.index][1].get("position_embeddings") for call in calls)
+    if near is None or inv_freq is None:
+        return "unknown"
+    keys = []
+    install(twin, layer)
+    try:
+        for tables in (near, moved):
+            plan = ProbePlan(TOKENS)
+            replay(twin, calls[0][layer.index], 1.0, traced,
+                   position_embeddings=to_float32(tables), **{SENTINEL: plan})  # fmt: skip
+            keys.append(plan.keys.double())
+    finally:
+        uninstall(twin)
+    shifts = torch.full((TOKENS,), shift, dtype=torch.int64, device=inv_freq.device)
+    limit = 1e-3 * keys[0].abs().max()
+    if (keys[0] - keys[1]).abs().max() <= limit:
+        return "none"
+    for name in ("half", "interleaved"):
+        tables = reference.shift_tables(shifts, inv_freq, name == "interleaved", torch.float64)
+        if (reference.rotate(keys[0], *tables, name == "interleaved") - keys[1]).abs().max() <= limit:
+            return name
+    return "unknown"
+
+
+@torch.no_grad()
+def choose_tiers(body: nn.Module, attentions: list[nn.Module]) -> list[Layer]:
+    """The tier of every layer: fused if its family is known and the probe agrees, else generic if the probe agrees.
+
+    Raises Unsupported naming layer and reason.
+    """
+    config = body.config.get_text_config()
+    meta = [a for a in attentions if any(p.is_meta for p in a.parameters())]
+    if meta:
+        raise refuse(meta[0], ["weights that are not in memory, so that the layer cannot be probed [device=meta]"])
+    longest = getattr(config, "max_position_embeddings", 2048) or 2048
+    far = max(0, min(longest, 50_000) - TOKENS)
+    near = min(far, 200)  # the float32 angles that layers rotate by are exact enough to tell what a rotation is
+    training = [m for m in body.modules() if m.training]
+    body.eval()
+    try:
+        first, moved, last = (record_body(body, attentions, position) for position in (0, near, far))
+    finally:
+        for module in training:
+            module.training = True
+    calls = [first, last]
+    rotary = getattr(body, "rotary_emb", None)
+    inv_freq = getattr(rotary, "inv_freq", None)
+    layers = []
+    for attention in attentions:
+        if SENTINEL not in calls[0].get(attention.layer_idx, ((), {}))[1]:
+            raise refuse(attention, [f"the keyword argument {SENTINEL} does not reach it"])
+        twin = plain_copy(attention)
+        family = FAMILIES.get(type(attention).__name__)
+        reasons = []
+        for candidate in (family, None) if family else (None,):
+            layer = Layer(attention.layer_idx, candidate, "half" if candidate else "unknown")
+            reason = mismatch(attention, twin, layer, calls)
+            if reason is None:
+                if candidate is None:
+                    layer.rope = rotation(twin, layer, [first, moved], near, inv_freq)
+                break
+            reasons.append(f"{'fused' if candidate else 'generic'}: {reason}")
+        else:
+            raise refuse(attention, reasons)
+        layers.append(layer)
+    return layers

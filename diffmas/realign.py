@@ -1,0 +1,63 @@
+"""Realign: the map from a model's last hidden state to its input-embedding space, applied at every latent step.
+
+A latent step feeds the post-final-norm hidden state h of the last position back as an input embedding, but h lives where
+the output embedding reads, not where the input embedding writes (LatentMAS, arXiv 2511.20639; DiffMAS, arXiv 2604.21794).
+"""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["REALIGN", "Realign"]
+
+REALIGN = ("none", "norm", "ridge", "soft_token", "learned")
+
+
+class Realign(nn.Module):
+    """h [n, hidden] -> input embeddings [n, hidden].
+
+    none: h. norm: h, rescaled to the mean norm of the input embeddings. ridge: h W with
+    W = (E_out' E_out + ridge I)^-1 E_out' E_in, rescaled alike (W is close to the identity for tied embeddings).
+    soft_token: softmax(h E_out' / temperature) E_in, the expected token embedding. learned: a linear map that starts as
+    ridge's W and is trained and saved with the adapter, rescaled alike.
+
+    Raises ValueError for an unknown mode, and for a model without an output embedding where one is needed.
+    """
+
+    def __init__(self, model: nn.Module, mode: str = "ridge", ridge: float = 1e-3, temperature: float = 1.0):
+        super().__init__()
+        if mode not in REALIGN:
+            raise ValueError(f"realign: expected one of {REALIGN}, got {mode!r}")
+        if temperature <= 0:
+            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        self.mode, self.ridge, self.temperature = mode, ridge, temperature
+        # Tuples hide the model from nn.Module: its weights are not this module's.
+        self._embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+        if mode in ("ridge", "soft_token", "learned") and self._embeddings[1] is None:
+            raise ValueError(f"realign: {mode!r} needs a model with an output embedding")
+        e_in = self._embeddings[0].weight
+        with torch.no_grad():
+            norm = e_in.float().norm(dim=-1).mean().to(e_in.device)
+            self.register_buffer("mean_norm", norm, persistent=False)
+            if mode in ("ridge", "learned"):
+                W = self._solve().to(e_in.device)
+                if mode == "learned":
+                    self.weight = nn.Parameter(W)
+                else:
+                    self.register_buffer("weight", W, persistent=False)
+
+    def _solve(self) -> Tensor:
+        """W [hidden, hidden], float32; solved in float64. The ridge is relative to the mean of the Gram's diagonal."""
+        e_in, e_out = (e.weight.double() for e in self._embeddings)
+        gram = e_out.T @ e_out
+        gram.diagonal().add_(self.ridge * gram.diagonal().mean())
+        return torch.linalg.solve(gram, e_out.T @ e_in).float()
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.mode == "none":
+            return h
+        if self.mode == "soft_token":
+            e_in, e_out = self._embeddings
+            return torch.softmax(h @ e_out.weight.T.to(h.dtype) / self.temperature, dim=-1) @ e_in.weight.to(h.dtype)
+        x = h if self.mode == "norm" else h @ self.weight.to(h.dtype)
+        wide = x if x.dtype == torch.float64 else x.float()
+        return (wide * (self.mean_norm.to(wide.dtype) / wide.norm(dim=-1, keepdim=True).clamp_min(1e-12))).to(h.dtype)

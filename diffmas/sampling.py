@@ -1,0 +1,110 @@
+"""Decoding on a trace: packed, one token per unfinished sequence and step; finished sequences leave the batch."""
+
+import secrets
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+from diffmas.patch import patch_of, run
+from diffmas.trace import Trace
+
+__all__ = ["Sampling", "decode"]
+
+RESERVE = 512  # rows a sequence reserves at once for what it decodes
+
+
+@dataclass
+class Sampling:
+    """How tokens are chosen. temperature 0: the likeliest. Raises ValueError for values out of range."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: list[str]
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop: expected a list of non-empty strings, got {self.stop!r}")
+        if self.seed is None:
+            self.seed = secrets.randbits(31)
+
+    def generator(self, question: int, sample: int) -> torch.Generator:
+        """A stream of its own for every sample, so that a result does not depend on the batch it is in."""
+        mixed = (self.seed * 1_000_003 + question) * 1_000_033 + sample
+        return torch.Generator().manual_seed(mixed % (1 << 63))
+
+    def choose(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:
+        """logits [n, V] -> n token ids."""
+        if self.temperature == 0:
+            return logits.argmax(-1).tolist()
+        logits = logits.float()
+        scores = TemperatureLogitsWarper(float(self.temperature))(None, logits)
+        if self.top_p < 1:
+            scores = TopPLogitsWarper(self.top_p)(None, scores)
+        ladder = scores.double().softmax(-1).cumsum(-1)
+        u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(ladder.device)
+        picked = torch.searchsorted(ladder, u[:, None] * ladder[:, -1:], right=True)[:, 0]
+        return picked.clamp_max(logits.shape[-1] - 1).tolist()
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """End-of-sequence ids of the generation config and of the tokenizer."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, (list, tuple)) else [configured]
+    return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}
+
+
+@torch.no_grad()
+def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, samples: int, first: int, progress: bool):
+    """New token ids [question][sample][token]. Samples of one question share the rows of the trace and of the prompt.
+
+    first: the number of the first question, which seeds its samples.
+    """
+    causal_lm, device = patch_of(system.model).causal_lm, system.device
+    ends = end_tokens(causal_lm, system.tokenizer)
+    longest_stop = max((len(s) for s in sampling.stop), default=0)
+    plan = trace.plan([len(p) for p in prompts], "prompt")
+    ids = torch.tensor([t for p in prompts for t in p], device=device)[None]
+    logits = run(causal_lm, plan, input_ids=ids, logits_to_keep=plan.last_rows().to(device)).logits[0]  # [B, V]
+    owner = [b for b in range(len(prompts)) for _ in range(samples)]
+    logits, trace = logits[owner], trace.select(owner)
+    active = list(range(len(owner)))  # rows of `tokens` that the trace's sequences stand for
+    generators = [sampling.generator(first + b, s) for b in range(len(prompts)) for s in range(samples)]
+    tokens: list[list[int]] = [[] for _ in owner]
+
+    def finished(i: int) -> bool:
+        new = tokens[i]
+        if new[-1] in ends or len(new) >= sampling.max_new_tokens:
+            return True
+        if not longest_stop:
+            return False
+        tail = system.tokenizer.decode(new[-2 * longest_stop - 8 :], skip_special_tokens=True)
+        return any(s in tail for s in sampling.stop)
+
+    with tqdm(total=sampling.max_new_tokens, desc="decode", unit="step", disable=not progress, leave=False) as bar:
+        while True:
+            for i, token in zip(active, sampling.choose(logits, [generators[i] for i in active])):
+                tokens[i].append(token)
+            bar.update()
+            bar.set_postfix(sequences=len(active), refresh=False)
+            going = [j for j, i in enumerate(active) if not finished(i)]
+            if not going:
+                break
+            if len(going) < len(active):
+                trace, active = trace.select(going), [active[j] for j in going]
+            trace.reserve(min(RESERVE, sampling.max_new_tokens))
+            plan = trace.plan([1] * len(active), "text")
+            ids = torch.tensor([tokens[i][-1] for i in active], device=device)[None]
+            logits = run(causal_lm, plan, input_ids=ids).logits[0]
+    rows = iter(tokens)
+    return [[next(rows) for _ in range(samples)] for _ in prompts]

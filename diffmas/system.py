@@ -1,0 +1,366 @@
+"""MultiAgentSystem: agents that share one model and communicate through its K/V states (DiffMAS, arXiv 2604.21794).
+
+One token's way through an agent: its prompt is packed with the prompts of the batch (no padding) and run through the body
+in one forward; the last hidden state of each sequence is realigned and fed back T times (`think`); all K/V rows land on
+the trace, which the next agent attends to. The last agent's forward gives the loss, or its decoding loop the text
+(`diffmas.sampling`).
+"""
+
+import contextlib
+from dataclasses import asdict, dataclass
+from string import Formatter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from diffmas.patch import patch_model, patch_of, run
+from diffmas.realign import Realign
+from diffmas.sampling import Sampling, decode
+from diffmas.trace import Trace
+
+__all__ = ["Agent", "MultiAgentSystem", "SystemOutput"]
+
+GRAD_SCOPES = ("full", "detach_trace", "last_k")
+TRACE_CONTENTS = ("all", "latent_only")
+ADAPTER_SCOPES = ("shared", "per_role", "final_only")
+NO_LATENTS = ("prompt", "skip")
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A role. prompt: a format string, "{question}" or any fields of the question; latent_steps: T (the last agent's is
+    not used); system: an optional system message for chat templates. Raises ValueError for T < 0 and an empty name."""
+
+    name: str
+    prompt: str
+    latent_steps: int = 0
+    system: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.latent_steps, int) or self.latent_steps < 0:
+            raise ValueError(f"agent {self.name!r}: latent_steps: expected an integer >= 0, got {self.latent_steps!r}")
+        if not self.name:
+            raise ValueError("name: expected a name for every agent, got an empty one")
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"agent {self.name!r}: prompt: expected a format string, got {type(self.prompt).__name__}")
+
+    def render(self, fields: dict) -> str:
+        """The prompt with the question's fields filled in; raises ValueError naming a field that is not there."""
+        for _, name, _, _ in Formatter().parse(self.prompt):
+            if name is not None and (not name or name.split(".")[0].split("[")[0] not in fields):
+                raise ValueError(
+                    f"agent {self.name!r}: its prompt needs the field {{{name}}}, the question has {sorted(fields)}"
+                )
+        return self.prompt.format_map(fields)
+
+
+@dataclass
+class SystemOutput(ModelOutput):
+    """loss: mean (or sum / num_items_in_batch) negative log-likelihood of the answer tokens. logits [B, A, V]:
+    logits[b, t] predicts labels[b, t]. labels [B, A], -100 behind shorter answers. Without answers: loss and labels are
+    None, A is 1: the first token of the answer. trace: what the agents and the solver left."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+    trace: Trace | None = None
+
+
+class MultiAgentSystem(nn.Module):
+    """Agents over one patched model; the last agent answers.
+
+    model: a transformers causal LM or a PEFT model around one; it is patched if it is not yet. tokenizer: its tokenizer;
+    a chat template is used if it has one (chat_template=False: never). realign: see `diffmas.realign`.
+    grad_scope: full | detach_trace (only the last agent learns) | last_k (the last `last_k` agents learn).
+    trace_content: all | latent_only (an agent's prompt is dropped when it hands on).
+    adapter_scope: shared | per_role (one PEFT adapter per agent, of the agent's name) | final_only (the others run the
+    bare model). no_latents: what an agent with T = 0 hands on: prompt (its prompt's K/V) | skip (it does not run).
+    positions: keep | reindex, how rows kept by latent_only are numbered.
+
+    Raises ValueError naming the argument for anything else, for no agents and for two agents of one name.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer, agents: list[Agent], realign: str = "ridge", grad_scope: str = "full",
+        trace_content: str = "all", *, last_k: int | None = None, adapter_scope: str = "shared",
+        no_latents: str = "prompt", positions: str = "keep", chat_template: bool | None = None, temperature: float = 1.0,
+    ):  # fmt: skip
+        super().__init__()
+        for name, value, allowed in (
+            ("grad_scope", grad_scope, GRAD_SCOPES), ("trace_content", trace_content, TRACE_CONTENTS),
+            ("adapter_scope", adapter_scope, ADAPTER_SCOPES), ("no_latents", no_latents, NO_LATENTS),
+            ("positions", positions, ("keep", "reindex")),
+        ):  # fmt: skip
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+        if not agents:
+            raise ValueError("agents: expected at least one agent, got an empty list")
+        names = [agent.name for agent in agents]
+        if len(set(names)) != len(names):
+            raise ValueError(f"agents: expected distinct names, got {names}")
+        if (grad_scope == "last_k") != (last_k is not None) or (last_k is not None and not 1 <= last_k <= len(agents)):
+            raise ValueError(f"last_k: expected 1 to {len(agents)} with grad_scope='last_k' and None otherwise, got {last_k!r}")
+        if adapter_scope != "shared" and not hasattr(model, "peft_config"):
+            raise ValueError(f"adapter_scope: {adapter_scope!r} needs a PEFT model, got {type(model).__name__}")
+        if adapter_scope == "per_role" and (missing := [n for n in names if n not in model.peft_config]):
+            raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every agent, the model has none for {missing}")
+        if not hasattr(getattr(model, "get_base_model", lambda: model)(), "_diffmas_patch"):
+            patch_model(model)
+        self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
+        self.grad_scope, self.last_k, self.trace_content = grad_scope, last_k, trace_content
+        self.adapter_scope, self.no_latents, self.positions = adapter_scope, no_latents, positions
+        self.chat_template = bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
+        self.realign = Realign(model, realign, temperature=temperature)
+        if adapter_scope == "per_role":
+            self._train_roles(names)
+
+    # ---- text to tokens ----------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, agent: Agent, fields: dict) -> list[int]:
+        """The token ids of an agent's prompt, chat template included."""
+        text = agent.render(fields)
+        if self.chat_template:
+            messages = [{"role": "system", "content": agent.system}] if agent.system else []
+            messages.append({"role": "user", "content": text})
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer(f"{agent.system}\n\n{text}" if agent.system else text)["input_ids"]
+        if not ids:
+            raise ValueError(f"agent {agent.name!r}: expected a prompt of at least one token, got {text!r}")
+        return list(ids)
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """The token ids of an answer, closed by the end-of-sequence token."""
+        if not isinstance(answer, str):
+            raise ValueError(f"answers: expected strings, got {type(answer).__name__}")
+        ids = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        if self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        if not ids:
+            raise ValueError(f"answers: expected at least one token, got {answer!r}")
+        return ids
+
+    @staticmethod
+    def fields_of(questions) -> list[dict]:
+        """Questions as dicts of prompt fields; a string is the field "question"."""
+        if isinstance(questions, (str, dict)):
+            raise ValueError(f"questions: expected a list, got one {type(questions).__name__}")
+        if not len(questions):
+            raise ValueError("questions: expected at least one question, got an empty list")
+        for q in questions:
+            if not isinstance(q, (str, dict)):
+                raise ValueError(f"questions: expected strings or dicts of prompt fields, got {type(q).__name__}")
+        return [dict(q) if isinstance(q, dict) else {"question": q} for q in questions]
+
+    # ---- one agent ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def _pack(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor([t for row in rows for t in row], dtype=torch.long, device=self.device)[None]
+
+    def _check_fits(self, agent: Agent, trace: Trace, lengths: list[int], what: str) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for b, (at, n) in enumerate(zip(trace.next_positions, lengths)):
+            if limit is not None and at + n > limit:
+                raise ValueError(
+                    f"questions[{b}], agent {agent.name!r}: expected {what} to fit in the context of {limit} positions, "
+                    f"got {at} before it and {n} of its own"
+                )
+
+    def think(self, agent: Agent, questions: list[dict], trace: Trace) -> Trace:
+        """An agent's turn: one forward over its prompts on top of the trace, then T latent steps without logits.
+
+        Returns the trace that it hands on.
+        """
+        T = agent.latent_steps
+        if T == 0 and self.no_latents == "skip":
+            return trace
+        prompts = [self.prompt_ids(agent, fields) for fields in questions]
+        lengths = [len(p) for p in prompts]
+        self._check_fits(agent, trace, [n + T for n in lengths], f"its prompt and {T} latent steps")
+        body = patch_of(self.model).body
+        trace.agent = agent.name
+        trace.reserve(T)
+        plan = trace.plan(lengths, "prompt")
+        h = run(body, plan, input_ids=self._pack(prompts)).last_hidden_state[0, plan.last_rows().to(self.device)]
+        for _ in range(T):  # h [B, hidden]
+            plan = trace.plan([1] * len(prompts), "latent")
+            h = run(body, plan, inputs_embeds=self.realign(h)[None]).last_hidden_state[0]
+        if self.trace_content == "latent_only":
+            trace = trace.keep(kind="latent", positions=self.positions)
+        return trace
+
+    def communicate(self, questions: list[dict], trace: Trace | None = None) -> Trace:
+        """All agents but the last take their turns; returns the trace that the last one reads."""
+        trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
+        learning = {"full": 0, "detach_trace": len(self.agents) - 1}.get(self.grad_scope, len(self.agents) - (self.last_k or 0))
+        for i, agent in enumerate(self.agents[:-1]):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= learning), self._adapter(i):
+                trace = self.think(agent, questions, trace)
+        return trace
+
+    # ---- the last agent ----------------------------------------------------------------------------------------------
+
+    def forward(self, questions, answers: list[str] | None = None, num_items_in_batch=None) -> SystemOutput:
+        """questions: list of str, or of dicts whose fields fill the agents' prompts; answers: list of str.
+
+        num_items_in_batch: answer tokens over all accumulated micro-batches (Hugging Face Trainer); the loss is then the
+        sum over this batch divided by it. Raises ValueError naming what does not fit.
+        """
+        questions = self.fields_of(questions)
+        if answers is not None and len(answers) != len(questions):
+            raise ValueError(f"answers: expected one for each of {len(questions)} questions, got {len(answers)}")
+        self._check_checkpointing()
+        targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
+        trace = self.communicate(questions)
+        solver = self.agents[-1]
+        prompts = [self.prompt_ids(solver, fields) for fields in questions]
+        rows = [p + t for p, t in zip(prompts, targets)]
+        lengths = [len(r) for r in rows]
+        self._check_fits(solver, trace, lengths, "its prompt and answer" if answers is not None else "its prompt")
+        trace.agent = solver.name
+        plan = trace.plan(lengths, "prompt")
+        # The rows whose next token is an answer token: the last of the prompt and all of the answer but its end.
+        first, predict = 0, []
+        for p, t in zip(prompts, targets):
+            predict.append(torch.arange(max(len(t), 1)) + first + len(p) - 1)
+            first += len(p) + len(t)
+        keep = torch.cat(predict).to(self.device)
+        with self._adapter(len(self.agents) - 1):
+            logits = run(patch_of(self.model).causal_lm, plan, input_ids=self._pack(rows), logits_to_keep=keep).logits[0]
+        if answers is None:
+            return SystemOutput(logits=logits[:, None], trace=trace)
+        labels = self._pack(targets)[0]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        total = F.cross_entropy(wide, labels, reduction="sum")
+        loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        counts = [len(t) for t in targets]
+        return SystemOutput(
+            loss=loss, logits=_padded(logits, counts, 0.0), labels=_padded(labels, counts, -100), trace=trace
+        )
+
+    @torch.no_grad()
+    def generate(
+        self, questions, max_new_tokens: int = 256, temperature: float = 0.6, top_p: float = 0.95,
+        seed: int | None = None, *, stop: list[str] | None = None, samples: int = 1, batch_size: int | None = None,
+        progress: bool = False,
+    ) -> list:  # fmt: skip
+        """The last agent's text for each question: list[str], or list[list[str]] for samples > 1.
+
+        temperature 0 is greedy. A result depends on the seed and on the place of its question in the list, not on how
+        the list is batched. Decoding ends at an end-of-sequence token, at a `stop` string (cut off) or at max_new_tokens.
+        progress: show a bar. Raises ValueError naming what does not fit.
+        """
+        tokens = self.generate_tokens(
+            questions, max_new_tokens, temperature, top_p, seed, stop=stop, samples=samples, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
+        texts = [[self._text(t, stop) for t in row] for row in tokens]
+        return texts if samples > 1 else [row[0] for row in texts]
+
+    @torch.no_grad()
+    def generate_tokens(
+        self, questions, max_new_tokens: int = 256, temperature: float = 0.6, top_p: float = 0.95,
+        seed: int | None = None, *, stop: list[str] | None = None, samples: int = 1, batch_size: int | None = None,
+        progress: bool = False,
+    ) -> list[list[list[int]]]:  # fmt: skip
+        """As `generate`, but the new token ids (the end-of-sequence token included), [question][sample][token]."""
+        questions = self.fields_of(questions)
+        if samples < 1:
+            raise ValueError(f"samples: expected at least 1, got {samples}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop or [])
+        solver, tokens, step = self.agents[-1], [], batch_size or len(questions)
+        was_training = self.training
+        self.eval()
+        try:
+            for first in range(0, len(questions), step):
+                batch = questions[first : first + step]
+                trace = self.communicate(batch)
+                prompts = [self.prompt_ids(solver, fields) for fields in batch]
+                self._check_fits(solver, trace, [len(p) + max_new_tokens for p in prompts], "its prompt and answer")
+                trace.agent = solver.name
+                with self._adapter(len(self.agents) - 1):
+                    tokens += decode(self, trace, prompts, sampling, samples, first, progress)
+        finally:
+            self.train(was_training)
+        return tokens
+
+    def _text(self, ids: list[int], stop: list[str] | None) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        for s in stop or []:
+            text = text.split(s, 1)[0]
+        return text
+
+    # ---- adapters ----------------------------------------------------------------------------------------------------
+
+    def _train_roles(self, names: list[str]) -> None:
+        """Makes every role's adapter trainable; PEFT trains the active one only."""
+        for name, p in self.model.named_parameters():
+            if any(f".{role}." in name for role in names) and "lora_" in name:
+                p.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def _adapter(self, i: int):
+        """The adapter that agent i runs with."""
+        if self.adapter_scope == "final_only" and i < len(self.agents) - 1:
+            with self.model.disable_adapter():
+                yield
+        elif self.adapter_scope == "per_role":
+            trainable = [p for p in self.model.parameters() if p.requires_grad]
+            try:
+                self.model.set_adapter(self.agents[i].name)
+                yield
+            finally:
+                for p in trainable:  # set_adapter freezes the others, whose gradients are still to come
+                    p.requires_grad_(True)
+        else:
+            yield
+
+    def _check_checkpointing(self) -> None:
+        if self.adapter_scope == "shared" or not self.training:
+            return
+        if any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
+            raise RuntimeError(
+                f"adapter_scope {self.adapter_scope!r} does not go with activation checkpointing: layers would be "
+                "recomputed with another agent's adapter"
+            )
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict:
+        """The agents and options, as plain data."""
+        return {
+            "agents": [asdict(agent) for agent in self.agents], "realign": self.realign.mode,
+            "grad_scope": self.grad_scope, "last_k": self.last_k, "trace_content": self.trace_content,
+            "adapter_scope": self.adapter_scope, "no_latents": self.no_latents, "positions": self.positions,
+            "chat_template": self.chat_template, "temperature": self.realign.temperature,
+        }  # fmt: skip
+
+    def save_pretrained(self, path) -> None:
+        """Writes the PEFT adapter (if there is one) and `agents.json` to a directory."""
+        from diffmas.system_file import save
+
+        save(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path, model=None, tokenizer=None, **model_options) -> "MultiAgentSystem":
+        """Reads back what `save_pretrained` wrote. model: a loaded base model, a directory or hub name, or None for the
+        one named in the file. Raises ValueError for a file of another model."""
+        from diffmas.system_file import load
+
+        return load(cls, path, model, tokenizer, **model_options)
+
+
+def _padded(packed: Tensor, counts: list[int], fill) -> Tensor:
+    """[sum(counts), ...] -> [B, max(counts), ...]."""
+    if len(set(counts)) == 1:
+        return packed.unflatten(0, (len(counts), counts[0]))
+    return nn.utils.rnn.pad_sequence(packed.split(counts), batch_first=True, padding_value=fill)

@@ -1,0 +1,101 @@
+"""A trace on disk: one safetensors file with the rows that the trace sees, who wrote them, and a checksum."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from diffmas.identity import adapter_fingerprint, model_fingerprint, rope_of
+from diffmas.pool import Pool
+from diffmas.trace import Segment, Trace
+
+__all__ = ["load", "save"]
+
+FORMAT = "diffmas-trace-1"
+
+
+def _checksum(tensors: dict) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name].contiguous()
+        digest.update(f"{name}{x.dtype}{tuple(x.shape)}".encode())
+        digest.update(x.view(torch.uint8).numpy() if x.numel() else b"")
+    return digest.hexdigest()
+
+
+def _identity(patch) -> dict:
+    return {
+        "model": model_fingerprint(patch.causal_lm),
+        "adapter": adapter_fingerprint(patch.causal_lm),
+        "rope": json.loads(json.dumps(rope_of(patch.causal_lm), default=str)),
+    }
+
+
+def save(trace: Trace, path) -> None:
+    """Writes to a temporary file first: a crash leaves the old file, never half a new one."""
+    if not any(trace.lengths):
+        raise ValueError("trace: expected one that holds tokens, got an empty one")
+    tensors = {"positions": torch.cat([trace.positions(b) for b in range(trace.batch_size)])}
+    for i in range(len(trace)):
+        rows = [trace.keys_values(i, b) for b in range(trace.batch_size)]
+        for name, column in zip("kv", zip(*rows)):
+            tensors[f"{i}.{name}"] = torch.cat(column).detach().cpu().contiguous()
+    header = {
+        "format": FORMAT,
+        **_identity(trace._patch),
+        "batch_size": trace.batch_size,
+        "segments": [[s.sequence, s.agent, s.kind, s.length, s.shift] for s in trace.segments],
+        "next": trace.next_positions,
+        "checksum": _checksum(tensors),
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"diffmas": json.dumps(header)})
+    os.replace(partial, path)
+
+
+def load(path, model) -> Trace:
+    """A trace of `model` from a file; raises ValueError for a file that is damaged or of another model or adapter."""
+    trace = Trace(model)
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"path: expected a trace file, got {path}, which does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("diffmas", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{path}: expected a whole trace file, got a damaged one ({error})") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected a trace file of format {FORMAT}, got {header.get('format')}")
+    if header["checksum"] != _checksum(tensors):
+        raise ValueError(f"{path}: expected the checksum {header['checksum'][:12]}..., got another: the file is damaged")
+    for what, mine in _identity(trace._patch).items():
+        if header[what] != mine:
+            raise ValueError(f"{path}: expected a trace of this {what} ({mine}), got one of another ({header[what]})")
+    return _rebuild(trace, header, tensors)
+
+
+def _rebuild(trace: Trace, header: dict, tensors: dict) -> Trace:
+    patch, store = trace._patch, trace._store
+    positions = tensors["positions"].numpy()
+    store.allocate(len(positions))
+    rows, at = [[] for _ in range(header["batch_size"])], 0
+    for sequence, agent, kind, length, shift in header["segments"]:
+        # Positions in the file are the ones rows are read at; the pool keeps the ones they were written at.
+        store.positions[at : at + length] = positions[at : at + length] - shift
+        rows[sequence].append(Segment(sequence, agent, kind, at, length, int(positions[at]) - shift, shift))
+        at += length
+    for layer in patch.layers:
+        k, v = tensors[f"{layer.index}.k"], tensors[f"{layer.index}.v"]
+        device = next(patch.attention(layer.index).parameters()).device
+        pool = Pool(at, *k.shape[1:], k.dtype, device)
+        pool.k[:at], pool.v[:at] = k.to(device), v.to(device)
+        store.pools[layer.index] = pool
+    return trace._view(rows, None, np.asarray(header["next"]).tolist())

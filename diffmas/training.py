@@ -1,0 +1,302 @@
+"""Training: transformers' Trainer with a multi-agent system as its model, and PEFT LoRA as what learns.
+
+The whole episode of a batch (all agents, the answer's loss) is one forward of the system. That is what makes
+DistributedDataParallel right, also when ranks take different numbers of latent steps, and lets accumulation, schedules,
+logging, evaluation, checkpoints and early stopping be transformers' own.
+
+A checkpoint is a directory `checkpoint-N`: the PEFT adapter and agents.json as `MultiAgentSystem.save_pretrained` writes
+them, and transformers' optimizer.pt, scheduler.pt, rng_state*.pth and, last, trainer_state.json.
+"""
+
+import contextlib
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import TrainingArguments
+
+from diffmas.data import Collator, question_and_answer
+from diffmas.system import MultiAgentSystem
+from diffmas.system_file import load_weights, read_agents
+
+__all__ = ["NonFiniteLoss", "Trainer", "add_lora", "check_checkpoint", "default_arguments", "last_checkpoint", "lora_config"]
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"  # written last: a checkpoint without it is not whole
+RESUME_FILES = ("optimizer.pt", "scheduler.pt")
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or its gradients became NaN or infinite; the weights are those of the last good step."""
+
+
+# ---- the paper's settings --------------------------------------------------------------------------------------------
+
+
+def default_arguments(output_dir, **overrides) -> TrainingArguments:
+    """TrainingArguments with the settings of the DiffMAS paper: AdamW, lr 5e-5, cosine, 64 accumulated micro-batches.
+
+    With an eval_strategy in `overrides`, checkpoints follow it and the one of the lowest eval_loss is loaded at the end.
+    """
+    options = {
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 64, "learning_rate": 5e-5,
+        "lr_scheduler_type": "cosine", "optim": "adamw_torch", "num_train_epochs": 3, "logging_steps": 1,
+        "save_strategy": "epoch", "save_total_limit": 3, "report_to": ["tensorboard"], "remove_unused_columns": False,
+    }  # fmt: skip
+    evaluating = str(getattr(overrides.get("eval_strategy"), "value", overrides.get("eval_strategy", "no")))
+    if evaluating != "no":
+        options["save_strategy"] = evaluating
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        options |= best | ({"save_steps": overrides["eval_steps"]} if overrides.get("eval_steps") else {})
+        if str(overrides.get("save_strategy", evaluating)) == "no":
+            options["load_best_model_at_end"] = False
+    return TrainingArguments(output_dir=str(output_dir), **{**options, **overrides})
+
+
+def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_modules="all-linear"):
+    """PEFT's LoraConfig with the paper's settings: all linear layers of attention and MLP."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+    )  # fmt: skip
+
+
+def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=None) -> nn.Module:
+    """A PEFT model around `model`: one adapter, or with adapter_scope "per_role" one for each agent, of its name."""
+    from peft import get_peft_model
+
+    config = config or lora_config()
+    if adapter_scope != "per_role":
+        return get_peft_model(model, config)
+    first, *others = [agent.name for agent in agents]
+    model = get_peft_model(model, config, adapter_name=first)
+    for name in others:
+        model.add_adapter(name, config)
+    return model
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _check_file(file: Path) -> None:
+    """Raises ValueError if a file of a checkpoint is missing or cut short; reads its index only."""
+    if not file.is_file():
+        raise ValueError(f"{file}: expected this file of a checkpoint, found none")
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
+        elif file.suffix in (".pt", ".pth"):
+            zipfile.ZipFile(file).close()
+        else:
+            json.loads(file.read_text())
+    except (SafetensorError, zipfile.BadZipFile, ValueError, OSError) as error:
+        raise ValueError(f"{file}: expected a whole file, got a damaged one of {file.stat().st_size} bytes ({error})") from error
+
+
+def check_checkpoint(path) -> Path:
+    """Returns the path of a whole checkpoint; raises ValueError naming the file that is missing or damaged."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: expected the directory of a checkpoint, found none")
+    _check_file(path / STATE_FILE)
+    read_agents(path)
+    adapters = [p.parent for p in path.glob("**/adapter_config.json")]
+    if not adapters:
+        raise ValueError(f"{path}: expected the adapter of a checkpoint (adapter_config.json), found none")
+    for file in [
+        *(a / name for a in adapters for name in ("adapter_config.json", "adapter_model.safetensors")),
+        *(path / name for name in RESUME_FILES), *path.glob("rng_state*.pth"), *path.glob("*.safetensors"),
+    ]:  # fmt: skip
+        _check_file(file)
+    if not list(path.glob("rng_state*.pth")):
+        raise ValueError(f"{path}: expected the random number state of a checkpoint (rng_state.pth), found none")
+    return path
+
+
+def last_checkpoint(output_dir) -> Path | None:
+    """The newest whole checkpoint of a run, None without one; damaged ones are skipped with a warning."""
+    numbered = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            return check_checkpoint(path)
+        except ValueError as error:
+            logger.warning("skipping a damaged checkpoint: %s", error)
+    return None
+
+
+# ---- the trainer -----------------------------------------------------------------------------------------------------
+
+
+def _may_leave_unused(system: MultiAgentSystem) -> bool:
+    """Whether DistributedDataParallel has to look for parameters without a gradient.
+
+    A shared adapter always has one, through the last agent. One role's adapter has none where grad_scope cuts it off or
+    where T = 0 leaves nobody to read its last hidden state; the answer must be the same on ranks of different T.
+    """
+    return system.adapter_scope == "per_role" or system.realign.mode == "learned"
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer for a `MultiAgentSystem`.
+
+    system: its PEFT adapter is what learns; a plain model gets LoRA first (peft_config, by default `lora_config()`).
+    args: TrainingArguments, by default `default_arguments("diffmas-output")`. train_dataset, eval_dataset: lists of rows
+    or any dataset of them (see `diffmas.data`). Everything else is transformers' own.
+
+    A loss or gradient that is not finite stops training with `NonFiniteLoss` before it reaches the weights.
+    train(resume_from_checkpoint=True) goes on from the newest whole checkpoint, bit for bit as if it had not stopped.
+
+    Raises ValueError for an empty data set, a row that lacks a field of a prompt, and options that do not apply.
+    """
+
+    def __init__(
+        self, system: MultiAgentSystem, args: TrainingArguments | None = None, *, train_dataset=None, eval_dataset=None,
+        peft_config=None, data_collator=None, **options,
+    ):  # fmt: skip
+        if not isinstance(system, MultiAgentSystem):
+            raise ValueError(f"system: expected a MultiAgentSystem, got {type(system).__name__}")
+        args = default_arguments("diffmas-output") if args is None else args
+        for name in ("label_smoothing_factor", "neftune_noise_alpha", "fsdp", "deepspeed"):
+            if getattr(args, name, None):
+                raise ValueError(f"{name}: expected it to be off for a multi-agent system, got {getattr(args, name)!r}")
+        sets = [("train_dataset", train_dataset)]
+        sets += [(f"eval_dataset[{k!r}]", v) for k, v in eval_dataset.items()] if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
+        for name, rows in sets:
+            self._check_rows(system, name, rows)
+        if not hasattr(system.model, "peft_config"):
+            system.model = add_lora(system.model, config=peft_config)
+        elif peft_config is not None:
+            raise ValueError("peft_config: expected None for a model that has an adapter, got a config")
+        if not any(p.requires_grad for p in system.parameters()):
+            raise ValueError("system: expected trainable parameters, got a frozen adapter; load it with trainable=True")
+        args.remove_unused_columns = False  # its columns are not the parameters of a forward
+        args.logging_nan_inf_filter = False  # it hides what must stop training, and waits for the device at every step
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = _may_leave_unused(system)
+        if args.n_gpu > 1:  # DataParallel replicates modules, which no trace survives; DDP is started with torchrun
+            logger.warning("training on one of %d GPUs; start it with torchrun to use them all", args.n_gpu)
+            args._n_gpu = 1
+        for name in ("hf_device_map", "quantization_method"):  # a placed or quantised model is not moved
+            if getattr(system.model, name, None) is not None:
+                setattr(system, name, getattr(system.model, name))
+        self._bad_losses, self._good_checkpoint = None, None
+        super().__init__(
+            model=system, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=data_collator or Collator(system.tokenizer), **options,
+        )  # fmt: skip
+        self.model_accepts_loss_kwargs = True
+        self.label_names = ["labels"]
+
+    @staticmethod
+    def _check_rows(system, name: str, rows) -> None:
+        if rows is None or not hasattr(rows, "__len__"):
+            return
+        if not len(rows):
+            raise ValueError(f"{name}: expected at least one row, got an empty data set")
+        fields, _ = question_and_answer(rows[0], f"{name}[0]")
+        for agent in system.agents:
+            agent.render(fields)
+
+    # ---- loss --------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum of the answer tokens' losses / num_items_in_batch (the mean without it), as transformers expects it."""
+        outputs = model(inputs["questions"], inputs["answers"], num_items_in_batch=num_items_in_batch)
+        loss = outputs["loss"]
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean over ranks, the items are of all ranks
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        bad = ~loss.isfinite()  # stays on the device until the optimizer is to step
+        self._bad_losses = bad if self._bad_losses is None else self._bad_losses | bad
+        if self.accelerator.sync_gradients:
+            self._check_finite()
+        return loss
+
+    def _check_finite(self) -> None:
+        """Before an optimizer step; ranks agree, so that none waits for one that stopped."""
+        bad, self._bad_losses = self._bad_losses, None
+        what = "loss"
+        if self.accelerator.scaler is None:  # with a scaler, infinite gradients are how it finds its scale
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if grads:
+                norms = torch._foreach_norm(grads)
+                bad_grads = ~torch.stack([n.to(bad.device) for n in norms]).isfinite().all()
+                bad, what = bad | bad_grads, "loss or gradient"
+        bad = self.accelerator.reduce(bad.float(), "sum")
+        if bad.item():
+            kept = self._good_checkpoint or last_checkpoint(self.args.output_dir)
+            raise NonFiniteLoss(
+                f"step {self.state.global_step + 1}: expected a finite {what}, got NaN or infinity; training stopped before "
+                f"it reached the weights. Last good checkpoint: {kept or 'none'}"
+            )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), outputs["logits"].detach(), outputs["labels"].detach()
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint=None, **options):
+        """As transformers' train; resume_from_checkpoint=True takes the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir}: expected a whole checkpoint to resume from, found none")
+        self._bad_losses = None
+        self._good_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        with self._checkpointing():
+            return super().train(resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+
+    @contextlib.contextmanager
+    def _checkpointing(self):
+        """Activation checkpointing is switched on at the model itself, in its only form that is right with a trace."""
+        name = "activation_checkpointing" if hasattr(self.args, "activation_checkpointing") else "gradient_checkpointing"
+        if not getattr(self.args, name):
+            yield
+            return
+        options = {"use_reentrant": False, **(getattr(self.args, name + "_kwargs") or {})}
+        own = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
+        setattr(self.args, name, False)
+        try:
+            getattr(self.model.model, name + "_enable")(**{name + "_kwargs": options}, **own)
+            yield
+        finally:
+            setattr(self.args, name, True)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir or self.args.output_dir)
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and not p.isfinite().all():
+                raise NonFiniteLoss(
+                    f"{output_dir}: not written, {name} is not finite. Last good checkpoint: {self._good_checkpoint or 'none'}"
+                )
+        self.model.save_pretrained(output_dir)
+
+    def _save_checkpoint(self, model, trial, *args, **kwargs):
+        super()._save_checkpoint(model, trial, *args, **kwargs)
+        self._good_checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_checkpoint(resume_from_checkpoint)
+        load_weights(model or self.model, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        logger.info("loading the best adapter, of %s", self.state.best_model_checkpoint)
+        load_weights(self.model, self.state.best_model_checkpoint)

@@ -1,0 +1,142 @@
+"""Builds diffmas/libdiffmas.so with a plain C++ compiler; every other packaging fact is in pyproject.toml.
+
+The extension needs torch's headers (the LibTorch stable ABI) and nothing of torch at build time beyond them: one binary runs on
+torch 2.10 and newer. Headers are taken from the torch that pip installs into, also in an isolated build, where that torch is on
+disk but cannot be imported; only when there is none does the build ask for torch itself.
+
+No compiler, no headers or a failed compilation: the package installs all the same, runs on the reference backend, and
+diffmas/build_info.json says why.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+LIBRARY = "libdiffmas.so"
+BUILD_INFO = "build_info.json"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
+# Kernels are compiled once per instruction set; csrc/cpu/dispatch.cpp picks one when the library is loaded.
+KERNELS = ["inject.cpp", "attention_forward.cpp", "attention_backward.cpp"]
+ISAS = {"generic": []}
+if X86:
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    ISAS |= {"avx2": avx2, "avx512": avx2 + avx512}
+
+
+class BuildError(Exception):
+    """Why there is no extension; the text is what the user reads."""
+
+
+def find_compiler():
+    words = shlex.split(os.environ.get("CXX", ""))
+    if words:
+        return words if shutil.which(words[0]) else None
+    found = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    return [found] if found else None
+
+
+def find_torch():
+    """The torch package directory: importable here, or in the environment an isolated build was started from."""
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.origin:
+        return Path(spec.origin).parent
+    for scheme in ("platlib", "purelib"):
+        path = Path(sysconfig.get_path(scheme)) / "torch"
+        if (path / "include" / "torch" / "csrc" / "stable").is_dir():
+            return path
+    return None
+
+
+def compile_library(target, build_dir):
+    compiler, torch = find_compiler(), find_torch()
+    if compiler is None:
+        raise BuildError("no C++ compiler found at install time (looked for $CXX, g++, c++, clang++)")
+    if torch is None:
+        raise BuildError("torch was not installed when diffmas was built")
+    flags = [*FLAGS, f"-I{CSRC}"] + (["-DDIFFMAS_X86"] if X86 else [])
+    binding = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch / 'include'}"]
+    jobs = [(CSRC / "binding.cpp", "binding.o", binding)]
+    jobs += [(CSRC / "cpu" / f"{name}.cpp", f"{name}.o", []) for name in ("plan", "dispatch")]
+    jobs += [
+        (CSRC / "cpu" / name, f"{Path(name).stem}.{isa}.o", [f"-DDIFFMAS_ISA={isa}", *more])
+        for name in KERNELS
+        for isa, more in ISAS.items()
+    ]
+    headers = max(p.stat().st_mtime for p in [Path(__file__), *CSRC.rglob("*.h")])
+    build_dir.mkdir(parents=True, exist_ok=True)
+
+    def run(command):
+        print(shlex.join(command), flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        sys.stderr.write(done.stderr)
+        if done.returncode:
+            last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+            raise BuildError(f"`{' '.join(compiler)}` failed at install time: {last}")
+
+    def compile_one(job):
+        source, name, more = job
+        output = build_dir / name
+        if not output.exists() or output.stat().st_mtime < max(headers, source.stat().st_mtime):
+            run([*compiler, *flags, *more, "-c", str(source), "-o", str(output)])
+        return str(output)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(compile_one, jobs))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run([*compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)])
+
+
+class BuildExtension(build_ext):
+    """One shared library that torch.ops.load_library opens; not a Python module."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")[:-1], LIBRARY)
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        info = {"library": LIBRARY, "error": None}
+        try:
+            compile_library(target, Path(self.build_temp))
+        except (BuildError, OSError) as error:
+            target.unlink(missing_ok=True)
+            info = {"library": None, "error": str(error)}
+            print(f"\nWARNING: diffmas is built without its C++ kernels: {error}\n", file=sys.stderr, flush=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (target.parent / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n")
+
+    def copy_extensions_to_source(self):  # pip install -e
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            for name in (LIBRARY, BUILD_INFO):
+                Path("diffmas", name).unlink(missing_ok=True)
+                if (built.parent / name).exists():
+                    shutil.copy(built.parent / name, Path("diffmas", name))
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):  # the library does not know Python's ABI
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("diffmas.libdiffmas", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+    # Reported to pip as a requirement of the isolated build; see above.
+    setup_requires=["torch>=2.10"] if find_compiler() and not find_torch() else [],
+)

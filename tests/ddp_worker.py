@@ -1,0 +1,61 @@
+"""One rank of a two-process run over gloo, for test_training.py: one optimizer step per case, everything written to a file.
+
+    torchrun --nproc_per_node 2 ddp_worker.py OUTPUT_DIR
+"""
+
+import sys
+from pathlib import Path
+
+import tiny_systems
+import torch
+from transformers import TrainerCallback
+
+from diffmas.training import Trainer, default_arguments
+
+# name -> (latent steps of each rank, options of the system)
+CASES = {
+    "same": ((2, 2), {}),
+    "different": ((1, 3), {}),
+    "per_role": ((1, 3), {"adapter_scope": "per_role"}),
+    "unused": ((0, 2), {"adapter_scope": "per_role"}),
+}
+
+
+def build(latent_steps: int, options: dict):
+    return tiny_systems.system(latent_steps, **options)
+
+
+class Record(TrainerCallback):
+    """The gradients as the optimizer gets them; None counts as zero."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.grads = {
+            n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
+        }
+
+
+class Recording(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.seen += zip(inputs["questions"], inputs["answers"])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def main(output: Path) -> None:
+    torch.set_num_threads(1)
+    for name, (steps, options) in CASES.items():
+        args = default_arguments(
+            output / name, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0,
+            use_cpu=True, ddp_backend="gloo", report_to=[], disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        assert args.world_size == 2
+        trainer = Recording(build(steps[args.process_index], options), args, train_dataset=tiny_systems.rows(8), callbacks=[record := Record()])
+        trainer.seen = []
+        trainer.train()
+        trainer.save_model()
+        find_unused = args.ddp_find_unused_parameters
+        torch.save({"seen": trainer.seen, "grads": record.grads, "find_unused": find_unused}, output / f"{name}-{args.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()

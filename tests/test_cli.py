@@ -1,0 +1,167 @@
+"""The command line on a tiny model on disk, and what a config may hold."""
+
+import json
+
+import pytest
+import tiny_systems as tiny
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from diffmas import MultiAgentSystem, cli, config
+
+AGENTS = [{"name": a.name, "prompt": a.prompt, "latent_steps": a.latent_steps} for a in tiny.agents()]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A directory with a base model, data and a config."""
+    path = tmp_path_factory.mktemp("project")
+    tiny.save_base(path / "base")
+    tiny.write_jsonl(path / "rows.jsonl", tiny.rows(10))
+    settings = {
+        "model": "base", "output_dir": "run", "agents": AGENTS, "lora": {"r": 2, "alpha": 4},
+        "data": {"train": "rows.jsonl", "validation_fraction": 0.2, "seed": 1},
+        "training": {
+            "num_train_epochs": 2, "gradient_accumulation_steps": 4, "learning_rate": "1e-2", "use_cpu": True, "disable_tqdm": True,
+        },
+        "early_stopping_patience": 2,
+        "generation": {"max_new_tokens": 4, "temperature": 0.6},
+        "evaluation": {"samples": 2, "batch_size": 4, "max_message_tokens": 3},
+    }  # fmt: skip
+    (path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return path
+
+
+def call(*arguments, code: int = 0):
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(project):
+    """What `diffmas train` printed."""
+    torch.set_num_threads(1)
+    return call("train", project / "config.yaml").output
+
+
+def test_train_says_what_it_does_and_saves(project, trained):
+    assert "parameters (" in trained and "shared, r=2, alpha=4" in trained
+    assert "planner (T=2), critic (T=2) -> solver" in trained and "8 rows, 2 for validation" in trained
+    assert "best eval_loss" in trained and "4 steps" in trained
+    names = {p.name for p in (project / "run").iterdir()} - {"README.md"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "agents.json", "checkpoint-2", "checkpoint-4", "runs"}
+    assert list((project / "run").glob("runs/**/events.out.tfevents.*"))
+
+
+def test_resume_goes_on_from_the_last_whole_checkpoint(project, trained):
+    weights = project / "run" / "adapter_model.safetensors"
+    state = project / "run" / "checkpoint-4" / "trainer_state.json"
+    before = weights.read_bytes()
+    state.write_text(state.read_text()[:100])
+    weights.unlink()
+    assert "4 steps" in call("train", project / "config.yaml", "--resume").output
+    assert weights.read_bytes() == before and json.loads(state.read_text())["global_step"] == 4
+
+
+def test_generate_loads_adapter_and_agents(project, trained):
+    options = ("--question", "where is the key", "--max-new-tokens", 5, "--temperature", 0, "--device", "cpu")
+    output = call("generate", "--adapter", project / "run", *options).stdout
+    system = MultiAgentSystem.from_pretrained(project / "run", tiny.model(), tiny.tokenizer())
+    assert output.rstrip("\n") == system.generate(["where is the key"], 5, temperature=0)[0]
+    moved = call("generate", "--adapter", project / "run", "--model", project / "base", *options, "--samples", 2).stdout
+    assert moved == output * 2
+    fields = ("--field", "question=where is the key", "--device", "cpu", "--max-new-tokens", 5, "--temperature", 0)
+    assert call("generate", "--adapter", project / "run", *fields).stdout == output
+
+
+def test_evaluate_compares(project, trained):
+    result = call("evaluate", project / "config.yaml", "--adapter", project / "run", "--device", "cpu")
+    assert all(name in result.stdout for name in ("single", "text", "latent_mas", "diffmas", "perplexity"))
+    directory = project / "run" / "evaluation"
+    assert {p.name for p in directory.iterdir()} == {"results.csv", "results.png", "answers.jsonl"}
+    assert len((directory / "answers.jsonl").read_text().splitlines()) == 2
+    bare = call("evaluate", project / "config.yaml", "--output", project / "bare", "--device", "cpu").stdout
+    assert "latent_mas" in bare and len((project / "bare" / "results.csv").read_text().splitlines()) == 4
+
+
+def test_env_says_what_is_there():
+    from diffmas import ops
+
+    output = call("env").output
+    for name in (*ops.available(), "torch", "transformers", "peft", "accelerate", "python", "C++ extension", "CUDA devices"):
+        assert name in output
+    assert torch.__version__.split("+")[0] in output
+
+
+# ---- errors are one line ---------------------------------------------------------------------------------------------
+
+
+def test_errors_are_one_line(project, tmp_path):
+    assert "error:" in (output := call("train", tmp_path / "none.yaml", code=1).output) and "found none" in output
+    (tmp_path / "bad.yaml").write_text("model: [")
+    assert "bad.yaml: expected YAML" in call("train", tmp_path / "bad.yaml", code=1).output
+    assert "expected a directory with agents.json, found none" in call("generate", "--adapter", tmp_path, "--question", "a", code=1).output
+    assert "--field: expected name=text" in call("generate", "--adapter", tmp_path, "--field", "a", code=1).output
+    assert "Traceback" not in output and len(output.strip().splitlines()) == 1
+
+
+def test_an_adapter_of_another_model_is_refused(project, trained, tmp_path):
+    tiny.save_base(tmp_path / "other", seed=9)
+    arguments = ("generate", "--adapter", project / "run", "--model", tmp_path / "other", "--question", "a", "--device", "cpu")
+    assert "expected agents of this base model" in call(*arguments, code=1).output
+
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"modle": "x"}, "modle: expected one of .*got an unknown key; did you mean 'model'?"),
+        ({"lora": {"rank": 4}}, r"lora.rank: expected one of \['alpha', 'dropout', 'r', 'target_modules'\], got an unknown key"),
+        ({"lora": {"r": "many"}}, "lora.r: expected int, got 'many'"),
+        ({"lora": {"r": True}}, "lora.r: expected int, got True"),
+        ({"lora": 3}, "lora: expected a mapping, got 3"),
+        ({"agents": []}, "agents: expected at least one agent"),
+        ({"agents": [{"name": "a"}]}, r"agents\[0\].prompt: expected a value, got none"),
+        ({"agents": [{"name": "a", "prompt": "b", "latent_steps": -1}]}, "agent 'a': latent_steps: expected an integer >= 0, got -1"),
+        ({"agents": [{"name": "a", "prompt": "b", "steps": 1}]}, r"agents\[0\].steps: expected one of .*unknown key"),
+        ({"system": {"last_k": "two"}}, "system.last_k: expected int or null, got 'two'"),
+        ({"training": {"learning_rat": 1}}, "training.learning_rat: expected one of .*did you mean 'learning_rate'"),
+        ({"training": {"learning_rate": "fast"}}, "training.learning_rate: expected float, got 'fast'"),
+        ({"training": {"output_dir": "x"}}, "training.output_dir: expected it at the top level"),
+        ({"data": {"train": "a", "validation": "b", "validation_fraction": 0.1}}, "data.validation_fraction: expected it alone"),
+        ({"evaluation": {"methods": ["magic"]}}, "evaluation.methods: expected some of .*got 'magic'"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience: expected data.validation"),
+        ({"dtype": "int8"}, "dtype: expected one of .*got 'int8'"),
+    ],
+)
+def test_what_a_config_may_not_hold(tmp_path, change, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "agents": AGENTS, "data": {"train": "a"}, **change}))
+    with pytest.raises(ValueError, match=f"config.yaml: {message}"):
+        config.load(path)
+
+
+def test_what_a_config_may_hold(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: m\nagents: [{name: a, prompt: '{question}'}]\ntraining: {learning_rate: 5e-5, max_steps: 3, bf16: false}\n")
+    settings = config.load(path)
+    assert settings.agents == [tiny.Agent("a", prompt="{question}")] and settings.lora.r == 8
+    assert settings.output_dir == str(tmp_path / "diffmas-output")
+    arguments = config.training_arguments(settings)
+    assert (arguments.learning_rate, arguments.max_steps, arguments.gradient_accumulation_steps) == (5e-5, 3, 64)
+    assert str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no"
+    settings.data.validation_fraction = 0.1
+    arguments = config.training_arguments(settings)
+    assert arguments.load_best_model_at_end and arguments.metric_for_best_model == "eval_loss"
+
+
+def test_the_example_is_a_config(pytestconfig):
+    from diffmas.config import read_data
+
+    settings = config.load(pytestconfig.rootpath / "examples" / "train.yaml")
+    train, held_out = read_data(settings)
+    assert len(train) == 8 and len(held_out) == 2 and len(settings.agents) == 4

@@ -1,0 +1,377 @@
+"""Every op of every backend against the float64 reference, within an error budget; autograd of the pools; bad input.
+
+Budget (DESIGN section 8): a backend's error is at most twice that of the plain-PyTorch reference in the same precision.
+"""
+
+import pytest
+import torch
+from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
+
+from diffmas import ops, pool, reference
+
+BACKENDS = [name for name, missing in ops.available().items() if missing is None and name != "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+raw = torch.ops.diffmas
+
+
+def within_budget(got, same_precision, exact, terms: float):
+    """Twice the error of the same-precision reference, and what rounding costs where that one is exact by luck.
+
+    Inputs are unit normal, sums are kept in float32: a sum over `terms` of them may round by terms * eps. (A single
+    visible row is such a case: do.v - do.o is zero, the reference takes both in the same order, a kernel need not.)
+    """
+    floor = torch.finfo(torch.float32).eps * terms + torch.finfo(got.dtype).eps * exact.abs().max()
+    error, budget = (got.double() - exact).abs(), (same_precision.double() - exact).abs()
+    assert not got.isnan().any()
+    assert error.max() <= 2 * budget.max() + floor, f"error {error.max():.3e}, reference's {budget.max():.3e}"
+
+
+def finite(x):
+    return x.masked_fill(x == -torch.inf, -1e30)
+
+
+def attention_all(inputs, backend, do, dlse=None):
+    """o, lse, dq and the gradient pools after one forward and backward; the pools start from a constant, to be added to."""
+    args = inputs.args()
+    o, lse = raw.cross_attention(*args, backend)
+    wide = reference.accumulator(inputs.q.dtype)
+    dk, dv = (head_major(ROWS, inputs.k_pool.shape[1], inputs.q.shape[2], wide, fill=0.5) for _ in "kv")
+    dq = raw.cross_attention_backward(do.to(o.dtype), dlse, args[0], o, lse, *args[1:], dk, dv, backend)
+    return o, finite(lse), dq, dk, dv
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_budget(backend, name, dtype):
+    for heads in HEADS.values():
+        inputs = attention_inputs(VIEWS[name], heads)
+        do = torch.randn_like(inputs.q).bfloat16().double()
+        exact = attention_all(inputs, "reference", do)
+        same = attention_all(inputs.to(dtype), "reference", do)
+        for got, like, want in zip(attention_all(inputs.to(dtype), backend, do), same, exact):
+            within_budget(got, like, want, 64 * (heads[0] / heads[1]) ** 0.5)
+
+
+@pytest.mark.parametrize("D, Dr, interleaved", [(32, 32, False), (80, 80, True), (96, 48, False), (128, 128, False), (256, 64, True), (40, 20, False)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_head_sizes(backend, D, Dr, interleaved):
+    for name in ("shifted", "ragged"):
+        inputs = attention_inputs(VIEWS[name], (4, 2), D, Dr, interleaved)
+        do, dlse = torch.randn_like(inputs.q), torch.randn(inputs.q.shape[:2])
+        exact = attention_all(inputs, "reference", do, dlse.double())
+        same = attention_all(inputs.to(torch.float32), "reference", do, dlse)
+        for got, like, want in zip(attention_all(inputs.to(torch.float32), backend, do, dlse), same, exact):
+            within_budget(got, like, want, D * 2**0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_mixed_storage(backend):
+    """bfloat16 pools under float32 queries: the pool's values are exact, the math is float32."""
+    inputs = attention_inputs(VIEWS["prefill_on_trace"])
+    exact = attention_all(inputs, "reference", inputs.q)
+    single, half = inputs.to(torch.float32), inputs.to(torch.bfloat16)
+    single.k_pool, single.v_pool = half.k_pool, half.v_pool
+    same = attention_all(inputs.to(torch.float32), "reference", inputs.q)
+    for got, like, want in zip(attention_all(single, backend, inputs.q), same, exact):
+        within_budget(got, like, want, 64 * 2**0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_do_not_change_bits(backend):
+    before = torch.get_num_threads()
+    try:
+        for name in ("prefill_on_trace", "one_query_long_view", "shared_rows", "many_queries"):
+            inputs = attention_inputs(VIEWS[name]).to(torch.float32)
+            do = torch.randn_like(inputs.q)
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(attention_all(inputs, backend, do))
+            for other in results[1:]:
+                for a, b in zip(results[0], other):
+                    assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+def inject_all(inputs, backend, dq_rot, dk, dv):
+    n, Hkv, D = inputs.k.shape
+    wide = reference.accumulator(inputs.q.dtype)
+    k_pool, v_pool = (head_major(ROWS, Hkv, D, inputs.q.dtype, fill=7.0) for _ in "kv")
+    q_rot = raw.inject(inputs.q, inputs.k, inputs.v, *inputs.rope(), k_pool, v_pool, backend)
+    dk_pool, dv_pool = (head_major(ROWS, Hkv, D, wide, fill=0.0) for _ in "kv")
+    dk_pool += dk.to(wide)
+    dv_pool += dv.to(wide)
+    grads = raw.inject_backward(dq_rot.to(q_rot.dtype), inputs.q, inputs.k, *inputs.rope(), dk_pool, dv_pool, backend)
+    return q_rot, k_pool, v_pool, *grads, dk_pool, dv_pool
+
+
+INJECTS = {
+    "llama": dict(norm=False),
+    "qwen3": dict(D=128, heads=(8, 2)),
+    "partial": dict(D=96, Dr=24, norm=False, strided=True),
+    "interleaved": dict(D=80, Dr=40, interleaved=True),
+    "no_rope": dict(Dr=0),
+    "scatter": dict(Dr=0, norm=False),
+    "one_token": dict(n=1),
+    "odd": dict(n=130, D=36, Dr=18, heads=(3, 1), strided=True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", INJECTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inject_budget(backend, name, dtype):
+    inputs = inject_inputs(**INJECTS[name])
+    dq_rot = torch.randn_like(inputs.q).bfloat16().double()
+    dk, dv = torch.randn(2, ROWS, *inputs.k.shape[1:]).bfloat16().double()
+    exact = inject_all(inputs, "reference", dq_rot, dk, dv)
+    same = inject_all(inputs.to(dtype), "reference", dq_rot, dk, dv)
+    for got, like, want in zip(inject_all(inputs.to(dtype), backend, dq_rot, dk, dv), same, exact):
+        assert got.shape == want.shape
+        if got.numel():
+            within_budget(got, like, want, inputs.q.shape[2])
+
+
+def test_inject_stores_rows_and_takes_gradients_out():
+    inputs = inject_inputs()
+    ones = torch.ones(ROWS, *inputs.k.shape[1:], dtype=torch.float64)
+    _, k_pool, v_pool, _, dk, dv, _, _, dk_pool, dv_pool = inject_all(inputs, "reference", inputs.q, ones, ones)
+    stored = inputs.slots[inputs.slots >= 0]
+    assert torch.equal(v_pool[stored], inputs.v[inputs.slots >= 0])
+    untouched = torch.ones(ROWS, dtype=torch.bool)
+    untouched[stored] = False
+    assert (k_pool[untouched] == 7).all() and (v_pool[untouched] == 7).all()
+    assert (dk_pool[stored] == 0).all() and (dv_pool[stored] == 0).all()
+    assert (dk_pool[untouched] == 1).all()
+    assert (dv[inputs.slots < 0] == 0).all() and (dk[inputs.slots < 0] == 0).all()
+
+
+# ---- the reference itself, against plain PyTorch and finite differences ----------------------------------------------
+
+
+def test_reference_attention_is_sdpa():
+    view = View([12], [[(100, 20, 0), (0, 12, 0)]])
+    inputs = attention_inputs(view, (4, 2))
+    rows = torch.cat((torch.arange(100, 120), torch.arange(12)))
+    k, v = (x[rows].transpose(0, 1)[None] for x in (inputs.k_pool, inputs.v_pool))
+    mask = torch.ones(12, 32, dtype=torch.bool).tril(20)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        inputs.q.transpose(0, 1)[None], k, v, attn_mask=mask, scale=inputs.scale, enable_gqa=True
+    )
+    o, _ = raw.cross_attention(*inputs.args(), "reference")
+    torch.testing.assert_close(o, want[0].transpose(0, 1))
+
+
+def test_shift_equals_rotated_keys():
+    """Reading a segment at shifted positions is reading keys rotated on by the shift."""
+    for interleaved in (False, True):
+        moved = attention_inputs(VIEWS["shifted"], interleaved=interleaved)
+        plain = attention_inputs(View([7, 1], [[(0, 40, 0), (100, 30, 0), (300, 7, 0)], [(0, 40, 0), (400, 1, 0)]]))
+        want = []
+        for b, segments in enumerate(VIEWS["shifted"].segments):
+            pool_b = moved.k_pool.clone()
+            for start, length, shift in segments:
+                src, dst = torch.arange(start, start + length), torch.arange(500, 500 + length)
+                turn = torch.full((length,), shift)
+                ops.reposition(src, dst, turn, moved.inv_freq, pool_b, moved.v_pool.clone(), interleaved=interleaved)
+                pool_b[src] = pool_b[dst]
+            o, _ = raw.cross_attention(plain.q, pool_b, *plain.args()[2:], "reference")
+            want.append(o[slice(0, 7) if b == 0 else slice(7, 8)])
+        o, _ = raw.cross_attention(*moved.args(), "reference")
+        torch.testing.assert_close(o, torch.cat(want))
+
+
+def test_gradcheck_of_a_layer():
+    """Two writes and two reads of one pool, with norm and partial RoPE, through the token."""
+    D, heads = 4, (2, 1)
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.randn(*s, dtype=torch.float64, generator=g).requires_grad_()  # noqa: E731
+    tables = torch.randn(2, 5, 2, dtype=torch.float64, generator=g)
+    view = lambda q, *segments: (  # noqa: E731
+        torch.tensor([0, q]), torch.tensor([0, len(segments)]), torch.tensor([s[0] for s in segments]),
+        torch.tensor([s[1] for s in segments]), torch.tensor([s[2] for s in segments]), torch.tensor([0.7]),
+    )  # fmt: skip
+
+    def layer(q, k, v, qw, kw):
+        rows = pool.Pool(1, heads[1], D, torch.float64, torch.device("cpu"))
+        rows.reserve(8)
+        token, out = torch.zeros(0), []
+        for part, slots, seen in (
+            (slice(0, 3), torch.tensor([4, 5, 6]), view(3, (4, 3, 0))),
+            (slice(3, 5), torch.tensor([0, 1]), view(2, (4, 3, 2), (0, 2, 0))),
+        ):
+            o, token = pool.attend(
+                rows, token, q[part], k[part], v[part], slots, seen, scale=0.6,
+                cos=tables[0, part], sin=tables[1, part], q_weight=qw, k_weight=kw, backend="reference",
+            )  # fmt: skip
+            out.append(o)
+        return torch.cat(out)
+
+    inputs = (rand(5, 2, D), rand(5, 1, D), rand(5, 1, D), rand(D), rand(D))
+    assert torch.autograd.gradcheck(layer, inputs)
+
+
+def test_gradcheck_merge_states():
+    rand = lambda *s: torch.randn(*s, dtype=torch.float64).requires_grad_()  # noqa: E731
+    assert torch.autograd.gradcheck(ops.merge_states, (rand(3, 2, 4), rand(3, 2), rand(3, 2, 4), rand(3, 2)))
+
+
+def test_gradcheck_reposition():
+    """A row that two copies are made of gets both gradients."""
+    src, dst, shift = torch.tensor([0, 1, 0]), torch.tensor([4, 5, 6]), torch.tensor([3, -2, 9])
+    inv_freq = torch.tensor([0.3, 0.05])
+
+    def layer(k, v):
+        rows = pool.Pool(8, 1, 4, torch.float64, torch.device("cpu"))
+        view = (torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([2]), None, None)
+        _, token = pool.attend(rows, torch.zeros(0), k, k, v, torch.tensor([0, 1]), view, scale=1.0, backend="reference")
+        token = pool.reposition(rows, token, src, dst, shift, inv_freq)
+        view = (torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([4]), torch.tensor([4]), None, None)
+        o, _ = pool.attend(rows, token, k[:1], k[:1], v[:1], torch.tensor([7]), view, scale=1.0, backend="reference")
+        return o
+
+    rand = lambda: torch.randn(2, 1, 4, dtype=torch.float64).requires_grad_()  # noqa: E731
+    assert torch.autograd.gradcheck(layer, (rand(), rand()))
+
+
+def test_merge_states_is_attention_over_the_union():
+    whole, a, b = (
+        View([3], [segments], causal=False)
+        for segments in ([(0, 50, 0), (60, 21, 0)], [(0, 50, 0)], [(60, 21, 0)])
+    )
+    inputs = attention_inputs(whole)
+    want = raw.cross_attention(*inputs.args(), "reference")
+    states = []
+    for part in (a, b):
+        inputs.view = part
+        states.append(raw.cross_attention(*inputs.args(), "reference"))
+    empty = torch.zeros_like(want[0]), torch.full_like(want[1], -torch.inf)
+    for left, right in (states, states[::-1]):
+        for got, expected in zip(ops.merge_states(*ops.merge_states(*left, *right), *empty), want):
+            torch.testing.assert_close(got, expected)
+    for got, expected in zip(ops.merge_states(*empty, *empty), empty):
+        assert torch.equal(got, expected)
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_opcheck(backend):
+    small = attention_inputs(VIEWS["ragged"], D=32).to(torch.float32)
+    small.k_pool, small.v_pool = small.k_pool.nan_to_num(), small.v_pool.nan_to_num()
+    args = small.args()
+    o, lse = raw.cross_attention(*args, backend)
+    torch.library.opcheck(raw.cross_attention.default, (*args, backend))
+    grads = [torch.zeros(ROWS, 2, 32) for _ in range(2)]
+    torch.library.opcheck(
+        raw.cross_attention_backward.default, (o, None, args[0], o, lse, *args[1:], *grads, backend)
+    )
+    x = inject_inputs(n=9, D=32).to(torch.float32)
+    torch.library.opcheck(raw.inject.default, (x.q, x.k, x.v, *x.rope(), *grads, backend))
+    torch.library.opcheck(raw.inject_backward.default, (x.q, x.q, x.k, *x.rope(), *grads, backend))
+    state = (torch.randn(3, 2, 8), torch.randn(3, 2))
+    torch.library.opcheck(raw.merge_states.default, (*state, *state, backend))
+    torch.library.opcheck(raw.merge_states_backward.default, (*state, *state, *state, *state, backend))
+    move = (torch.arange(4), torch.arange(10, 14), torch.arange(4), torch.ones(16), False)
+    torch.library.opcheck(raw.reposition.default, (*move, *grads, backend))
+    torch.library.opcheck(raw.reposition_backward.default, (*move, *grads, backend))
+
+
+def test_expanded_gradient():
+    """The gradient of a sum is a stride-0 tensor."""
+    for backend in ("reference", *BACKENDS):
+        inputs = attention_inputs(VIEWS["ragged"]).to(torch.float32)
+        plain = attention_all(inputs, backend, torch.ones_like(inputs.q))
+        strided = attention_all(inputs, backend, torch.ones(1, dtype=torch.float32).expand(inputs.q.shape))
+        for a, b in zip(plain, strided):
+            assert torch.equal(a, b)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def bad_inject(**change):
+    x = inject_inputs(n=5).to(torch.float32)
+    args = dict(q=x.q, k=x.k, v=x.v, cos=x.cos, sin=x.sin, slots=torch.arange(5))
+    args.update(k_pool=torch.zeros(ROWS, 2, 64), v_pool=torch.zeros(ROWS, 2, 64))
+    args.update(change)
+    return ops.inject(**args)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(k=torch.zeros(4, 2, 64)), "k: expected shape"),
+        (dict(v=torch.zeros(5, 2, 32)), "v: expected shape"),
+        (dict(k=torch.zeros(5, 3, 64), v=torch.zeros(5, 3, 64)), "divides 4"),
+        (dict(cos=None), "cos and sin together"),
+        (dict(slots=torch.arange(4)), "slots: expected shape"),
+        (dict(slots=torch.arange(5).int()), "slots: expected a 1-D int64"),
+        (dict(slots=torch.tensor([0, 1, 2, 3, ROWS])), f"values < {ROWS}, got {ROWS}"),
+        (dict(slots=torch.tensor([0, 1, 2, 3, -2])), "values >= -1, got -2"),
+        (dict(slots=torch.tensor([0, 1, 1, 3, 4])), "slots: expected distinct rows"),
+        (dict(k_pool=torch.zeros(ROWS, 2, 32)), "k_pool: expected shape"),
+        (dict(v_pool=torch.zeros(ROWS, 2, 64, dtype=torch.float16)), "v_pool: expected the dtype"),
+        (dict(q_weight=torch.ones(32)), "q_weight: expected shape"),
+        (dict(backend="fast"), "backend: expected"),
+        (dict(q=torch.zeros(5, 4, 64).half()), "the dtype of q"),
+    ],
+)
+def test_inject_refuses(change, word):
+    with pytest.raises(ValueError, match=word):
+        bad_inject(**change)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(q=torch.zeros(3, 64)), "q: expected shape"),
+        (dict(q=torch.zeros(4, 4, 64)), "q_indptr: expected values that rise from 0 to 4"),
+        (dict(q_indptr=torch.tensor([0, 2, 1, 3])), "seg_indptr: expected shape"),
+        (dict(seg_len=torch.tensor([ROWS + 1])), "seg_start \\+ seg_len: expected rows up to"),
+        (dict(seg_start=torch.tensor([-1])), "seg_start: expected values >= 0"),
+        (dict(seg_shift=torch.tensor([1])), "inv_freq: expected"),
+        (dict(seg_shift=torch.tensor([1]), inv_freq=torch.ones(40)), "inv_freq: expected at most 32"),
+    ],
+)
+def test_cross_attention_refuses(change, word):
+    args = dict(
+        q=torch.zeros(3, 4, 64), k_pool=torch.zeros(ROWS, 2, 64), v_pool=torch.zeros(ROWS, 2, 64),
+        q_indptr=torch.tensor([0, 3]), seg_indptr=torch.tensor([0, 1]), seg_start=torch.tensor([0]),
+        seg_len=torch.tensor([5]),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=word):
+        ops.cross_attention(**{**args, **change})
+
+
+def test_ops_never_drop_a_gradient_silently():
+    with pytest.raises(RuntimeError, match="records no gradient"):
+        bad_inject(q=torch.zeros(5, 4, 64, requires_grad=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_checks_before_it_writes(backend):
+    """The raw op, without the checks of ops.py: no row may change when an argument is bad."""
+    x = inject_inputs(n=5).to(torch.float32)
+    pools = torch.zeros(10, 2, 64), torch.zeros(10, 2, 64)
+    for slots in (torch.tensor([0, 1, 2, 3, 10]), torch.tensor([0, 1, 1, 2, 3]), torch.tensor([0, -5, 1, 2, 3])):
+        with pytest.raises(RuntimeError, match="slots"):
+            raw.inject(x.q, x.k, x.v, x.cos, x.sin, slots, None, None, 1e-6, False, *pools, backend)
+        assert not pools[0].any() and not pools[1].any()
+
+
+def test_float64_is_for_the_reference():
+    inputs = attention_inputs(VIEWS["ragged"])
+    assert torch.equal(raw.cross_attention(*inputs.args())[0], raw.cross_attention(*inputs.args(), "reference")[0])
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match="backend"):
+            raw.cross_attention(*inputs.args(), backend)
+
+
+def test_environment_variable_picks_the_backend(monkeypatch):
+    monkeypatch.setenv("DIFFMAS_BACKEND", "none-such")
+    with pytest.raises(ValueError, match="expected 'auto' or one of"):
+        raw.cross_attention(*attention_inputs(VIEWS["ragged"]).args())

@@ -1,0 +1,449 @@
+"""A system of agents against a cache-free unroll, single runs, finite differences and the unpatched model."""
+
+import pytest
+import torch
+from models import EOS, assert_close, body, gradients, tiny, with_lora
+from systems import AGENTS, ANSWERS, QUESTIONS, system, tokenizer, unroll, unrolled_loss
+
+import diffmas
+from diffmas import Agent, MultiAgentSystem, Trace
+from diffmas.realign import REALIGN
+
+TIGHT = 1e-9  # everything is float64
+
+SETTINGS = [
+    {},
+    dict(trace_content="latent_only"),
+    dict(realign="none"),
+    dict(realign="soft_token", trace_content="latent_only"),
+    dict(realign="learned"),
+    dict(no_latents="skip", agents=[Agent("a", "w5 {question}"), *AGENTS[1:]]),
+    dict(agents=[Agent("a", "w5 {question}"), *AGENTS[1:]]),
+]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "cohere"])
+def test_handoff_equals_one_long_context(family):
+    s = system(family)
+    with torch.no_grad():
+        out = s(QUESTIONS, ANSWERS)
+        for b, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
+            want = unroll(s, question, answer)
+            assert_close(out.logits[b, : len(want)], want, TIGHT)
+        first = s(QUESTIONS).logits
+        for b, question in enumerate(QUESTIONS):
+            assert_close(first[b], unroll(s, question), TIGHT)
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=lambda o: "-".join(map(str, o)) or "default")
+def test_loss_and_gradients_equal_the_unroll(options):
+    s = system(**options)
+    s(QUESTIONS, ANSWERS).loss.backward()
+    got = gradients(s)
+    want_loss = unrolled_loss(s, QUESTIONS, ANSWERS)
+    want_loss.backward()
+    want = gradients(s)
+    assert len([n for n in want if "lora_" in n]) == 12
+    if options.get("realign") == "learned":
+        assert want["realign.weight"].abs().max() > 0
+    assert_close(got, want, TIGHT)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "cohere"])
+def test_gradients_by_family(family):
+    s = system(family)
+    s(QUESTIONS, ANSWERS).loss.backward()
+    got = gradients(s)
+    unrolled_loss(s, QUESTIONS, ANSWERS).backward()
+    assert_close(got, gradients(s), 1e-6 if family == "cohere" else TIGHT)  # Cohere rotates in float32
+
+
+def test_directional_finite_difference():
+    s = system()
+    parameters = [p for p in s.parameters() if p.requires_grad]
+    s(QUESTIONS, ANSWERS).loss.backward()
+    directions = [torch.randn_like(p) for p in parameters]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, directions))
+
+    def at(step):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions):
+                p += step * d
+            loss = float(s(QUESTIONS, ANSWERS).loss)
+            for p, d in zip(parameters, directions):
+                p -= step * d
+        return loss
+
+    assert abs((at(1e-7) - at(-1e-7)) / 2e-7 - slope) < 1e-6 * abs(slope)
+
+
+@pytest.mark.parametrize("trace_content", ["all", "latent_only"])
+def test_ragged_batch_equals_single_runs(trace_content):
+    s = system(trace_content=trace_content)
+    out = s(QUESTIONS, ANSWERS)
+    out.loss.backward()
+    got, total, labels = gradients(s), 0.0, 0
+    for b, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
+        single = s([question], [answer])
+        n = single.labels.numel()
+        assert_close(out.logits[b, :n], single.logits[0], TIGHT)
+        assert (out.labels[b, n:] == -100).all()
+        total, labels = total + single.loss * n, labels + n
+    assert_close(out.loss, total / labels)
+    (total / labels).backward()
+    assert_close(got, gradients(s), TIGHT)
+
+
+def test_no_padding_is_stored():
+    s = system()
+    trace = s(QUESTIONS, ANSWERS).trace
+    kinds = [(seg.agent, seg.kind, seg.length) for seg in trace.segments if seg.sequence == 1]
+    assert kinds == [
+        ("planner", "prompt", 6), ("planner", "latent", 3), ("critic", "prompt", 6), ("critic", "latent", 2),
+        ("solver", "prompt", 7),
+    ]  # fmt: skip
+    assert trace.lengths == [4 + 3 + 4 + 2 + 3 + 4, 6 + 3 + 6 + 2 + 5 + 2, 3 + 3 + 3 + 2 + 2 + 3]
+
+
+def test_one_agent_without_latent_steps_is_the_model():
+    s = system(agents=[Agent("solver", "w9 {question}")], lora=False)
+    plain = tiny("qwen3", patch=False)
+    for question, answer in zip(QUESTIONS, ANSWERS):
+        ids = torch.tensor([s.prompt_ids(s.agents[0], {"question": question}) + s.answer_ids(answer)])
+        count = len(s.answer_ids(answer))
+        want = plain(ids).logits[0, -count - 1 : -1]
+        out = s([question], [answer])
+        assert_close(out.logits[0], want)
+        assert_close(out.loss, torch.nn.functional.cross_entropy(want, ids[0, -count:]))
+
+
+# ---- who learns ------------------------------------------------------------------------------------------------------
+
+
+def roles_model(names=("planner", "critic", "solver")):
+    """One LoRA per role, all of the same weights."""
+    from peft import LoraConfig
+
+    model = with_lora(tiny("qwen3", patch=False))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    weights = {n: p.data.clone() for n, p in model.named_parameters() if "lora_" in n}
+    for name in names:
+        model.add_adapter(name, config)
+        own = dict(model.named_parameters())
+        for n, w in weights.items():
+            own[n.replace("default", name)].data.copy_(w)
+    model.delete_adapter("default")
+    return model
+
+
+@pytest.mark.parametrize(
+    "options, learning",
+    [
+        (dict(grad_scope="full"), {"planner", "critic", "solver"}),
+        (dict(grad_scope="detach_trace"), {"solver"}),
+        (dict(grad_scope="last_k", last_k=2), {"critic", "solver"}),
+    ],
+)
+def test_grad_scope(options, learning):
+    s = MultiAgentSystem(roles_model(), tokenizer(), AGENTS, adapter_scope="per_role", **options)
+    out = s(QUESTIONS, ANSWERS)
+    out.loss.backward()
+    grads = gradients(s)
+    roles = {r for r in ("planner", "critic", "solver") if any(f".{r}." in n and g.abs().max() > 0 for n, g in grads.items())}
+    assert roles == learning
+    shared = system()
+    full = shared(QUESTIONS, ANSWERS)
+    assert_close(out.loss, full.loss)  # the scope changes gradients, never the loss
+    if learning == {"planner", "critic", "solver"}:  # the shared adapter's gradient is the sum of the roles'
+        full.loss.backward()
+        for name, g in gradients(shared).items():
+            assert_close(sum(grads[name.replace("default", role)] for role in learning), g)
+
+
+def test_final_only_runs_the_others_without_adapter():
+    s = MultiAgentSystem(with_lora(tiny("qwen3", patch=False)), tokenizer(), AGENTS, adapter_scope="final_only")
+    trace = s(QUESTIONS, ANSWERS).trace
+    plain = MultiAgentSystem(tiny("qwen3", patch=False), tokenizer(), AGENTS)
+    others, n = plain.communicate(plain.fields_of(QUESTIONS)), 4 + 3 + 4 + 2
+    assert_close(trace.keys_values(2, 0)[1][:n], others.keys_values(2, 0)[1])
+    assert (trace.keys_values(2, 0)[1][n:] != plain(QUESTIONS, ANSWERS).trace.keys_values(2, 0)[1][n:]).any()
+
+
+def test_checkpointing_with_switched_adapters_is_refused():
+    s = MultiAgentSystem(roles_model(), tokenizer(), AGENTS, adapter_scope="per_role").train()
+    s.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with pytest.raises(RuntimeError, match="another agent's adapter"):
+        s(QUESTIONS, ANSWERS)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    s = system().train()
+    s(QUESTIONS, ANSWERS).loss.backward()
+    want = gradients(s)
+    s.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    s(QUESTIONS, ANSWERS).loss.backward()
+    assert_close(gradients(s), want, 1e-9)
+
+
+# ---- realign ---------------------------------------------------------------------------------------------------------
+
+
+def test_realign_modes():
+    model = tiny("qwen3", patch=False)
+    e_in, e_out = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+    h = torch.randn(5, 32, dtype=torch.float64)
+    norm = e_in.norm(dim=-1).mean()
+    mapped = {mode: diffmas.realign.Realign(model, mode)(h) for mode in REALIGN}
+    assert torch.equal(mapped["none"], h)
+    assert_close(mapped["norm"], h / h.norm(dim=-1, keepdim=True) * norm)
+    gram = e_out.T @ e_out
+    W = torch.linalg.inv(gram + 1e-3 * gram.diagonal().mean() * torch.eye(32)) @ e_out.T @ e_in
+    want = h @ W
+    assert_close(mapped["ridge"], want / want.norm(dim=-1, keepdim=True) * norm)
+    assert_close(mapped["learned"], mapped["ridge"])
+    assert_close(mapped["soft_token"], (h @ e_out.T).softmax(-1) @ e_in)
+    with pytest.raises(ValueError, match="realign: expected one of"):
+        diffmas.realign.Realign(model, "magic")
+
+
+def test_ridge_is_the_identity_for_tied_embeddings():
+    model = tiny("qwen3", patch=False, tie_word_embeddings=True)
+    h = torch.randn(5, 32, dtype=torch.float64)
+    ridge, norm = (diffmas.realign.Realign(model, mode)(h) for mode in ("ridge", "norm"))
+    assert_close(ridge, norm, 5e-3)
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def greedy_by_hand(s, question, count):
+    """The cache-free unroll, one token at a time."""
+    ids = []
+    while len(ids) < count and EOS not in ids:
+        with torch.no_grad():
+            ids.append(int(unroll(s, question, generated=ids).argmax()))
+    return ids
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "cohere"])
+def test_greedy_equals_a_loop_by_hand(family):
+    s = system(family)
+    tokens = s.generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0)
+    for b, question in enumerate(QUESTIONS):
+        assert tokens[b][0] == greedy_by_hand(s, question, 6)
+
+
+def test_sampling_depends_on_seed_not_on_batching():
+    s = system()
+    run = lambda **kw: s.generate(QUESTIONS, max_new_tokens=8, temperature=1.0, samples=3, **kw)  # noqa: E731
+    together = run(seed=3)
+    assert together == run(seed=3, batch_size=1) == run(seed=3, batch_size=2)
+    assert together != run(seed=4)
+    assert len({t for row in together for t in row}) > 3
+    assert s.generate(QUESTIONS, max_new_tokens=8, temperature=1.0, seed=3) == [row[0] for row in together]
+
+
+def test_sampling_follows_the_distribution():
+    """First tokens over many samples against the model's own probabilities, with and without top-p."""
+    s = system(agents=[Agent("solver", "w9 {question}")])
+    p = (s(["w10"]).logits[0, 0].float() / 2.0).softmax(-1).detach()
+    for top_p in (1.0, 0.7):
+        tokens = s.generate_tokens(["w10"], max_new_tokens=1, temperature=2.0, top_p=top_p, seed=0, samples=4000)
+        counts = torch.bincount(torch.tensor(tokens[0]).flatten(), minlength=64) / 4000
+        want = p
+        if top_p < 1:
+            order = p.argsort(descending=True)
+            kept = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
+            want = torch.zeros_like(p).index_copy(0, kept, p[kept] / p[kept].sum())
+            assert (counts[want == 0] == 0).all()
+        assert (counts - want).abs().sum() < 0.12
+
+
+def test_generate_stops():
+    s = system()
+    tokens = s.generate_tokens(QUESTIONS, max_new_tokens=30, temperature=1.5, seed=5, samples=8)
+    ended = [t for row in tokens for t in row if len(t) < 30]
+    assert ended and all(t[-1] == EOS and EOS not in t[:-1] for t in ended)
+    texts = s.generate(QUESTIONS, max_new_tokens=12, temperature=0)
+    word = texts[0].split()[2]
+    cut = s.generate(QUESTIONS, max_new_tokens=12, temperature=0, stop=[word])
+    assert cut[0] == texts[0].split(word)[0]
+
+
+def test_generate_leaves_the_mode_alone():
+    s = system().train()
+    s.generate(QUESTIONS[:1], max_new_tokens=2, seed=0)
+    assert s.training and s.model.training
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_agents_can_see_different_fields():
+    agents = [Agent("reader", "w5 {facts}", latent_steps=1), Agent("solver", "w9 {question}")]
+    s = system(agents=agents)
+    rows = [{"question": "w10", "facts": "w30 w31"}, {"question": "w11", "facts": "w32"}]
+    assert s(rows, ["w20", "w21"]).trace.lengths == [3 + 1 + 4, 2 + 1 + 4]
+    with pytest.raises(ValueError, match=r"agent 'reader': its prompt needs the field \{facts\}, the question has \['question'\]"):
+        s(["w10"], ["w20"])
+
+
+def test_chat_template_and_system_message():
+    tok = tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}{{ 'w2 ' if m.role == 'system' else 'w3 ' }}{{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}w4{% endif %}"
+    )
+    s = MultiAgentSystem(tiny("qwen3"), tok, [Agent("solver", "w9 {question}", system="w40")])
+    assert s.prompt_ids(s.agents[0], {"question": "w10"}) == [2, 40, 3, 9, 10, 4]
+    plain = MultiAgentSystem(tiny("qwen3"), tok, [Agent("solver", "w9 {question}")], chat_template=False)
+    assert plain.prompt_ids(plain.agents[0], {"question": "w10"}) == [9, 10]
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda s: s([]), "questions: expected at least one question"),
+        (lambda s: s("w10"), "questions: expected a list, got one str"),
+        (lambda s: s([3]), "questions: expected strings or dicts"),
+        (lambda s: s(QUESTIONS, ["w1"]), "answers: expected one for each of 3 questions, got 1"),
+        (lambda s: s(["w10"], [None]), "answers: expected strings, got NoneType"),
+        (lambda s: s(["w10"], ["w20 " * 600]), "answer to fit in the context of 512 positions"),
+        (lambda s: s(["w10 " * 600]), "'planner': expected its prompt and 3 latent steps to fit"),
+        (lambda s: s.generate([]), "questions: expected at least one question"),
+        (lambda s: s.generate(["w10"], max_new_tokens=600), "to fit in the context"),
+        (lambda s: s.generate(["w10"], max_new_tokens=0), "max_new_tokens: expected at least 1"),
+        (lambda s: s.generate(["w10"], temperature=-1), "temperature: expected 0 or more"),
+        (lambda s: s.generate(["w10"], top_p=0), "top_p: expected a number in"),
+        (lambda s: s.generate(["w10"], stop="x"), "stop: expected a list"),
+        (lambda s: s.generate(["w10"], samples=0), "samples: expected at least 1"),
+        (lambda s: Agent("a", "x", latent_steps=-1), "latent_steps: expected an integer >= 0, got -1"),
+        (lambda s: Agent("", "x"), "name: expected a name"),
+        (lambda s: MultiAgentSystem(s.model, s.tokenizer, []), "agents: expected at least one"),
+        (lambda s: MultiAgentSystem(s.model, s.tokenizer, [AGENTS[0]] * 2), "agents: expected distinct names"),
+        (lambda s: MultiAgentSystem(s.model, s.tokenizer, AGENTS, grad_scope="half"), "grad_scope: expected one of"),
+        (lambda s: MultiAgentSystem(s.model, s.tokenizer, AGENTS, grad_scope="last_k"), "last_k: expected 1 to 3"),
+        (lambda s: MultiAgentSystem(s.model, s.tokenizer, AGENTS, adapter_scope="per_role"), "needs an adapter for every"),
+        (lambda s: Trace(s.model, batch_size=0), "batch_size: expected at least 1"),
+    ],
+)
+def test_bad_input(call, message):
+    s = system()
+    with pytest.raises(ValueError, match=message):
+        call(s)
+    assert s(QUESTIONS, ANSWERS).loss.isfinite()  # and nothing is broken afterwards
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def base_directory(tmp_path, **options):
+    model = tiny("qwen3", torch.float32, patch=False, **options)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_save_and_load_a_system(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = base_directory(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    s = MultiAgentSystem(with_lora(model), tokenizer(), AGENTS, realign="learned", trace_content="latent_only").eval()
+    with torch.no_grad():
+        s.realign.weight += 0.1
+    want = s(QUESTIONS, ANSWERS).loss
+    s.save_pretrained(tmp_path / "out")
+    for again in (
+        MultiAgentSystem.from_pretrained(tmp_path / "out"),  # the base model is named in the file
+        MultiAgentSystem.from_pretrained(tmp_path / "out", AutoModelForCausalLM.from_pretrained(base), tokenizer()),
+    ):
+        assert torch.equal(again.eval()(QUESTIONS, ANSWERS).loss, want)
+    from peft import PeftModel  # and PEFT alone reads the adapter
+
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "out"))
+
+
+def test_roles_are_saved_and_loaded(tmp_path):
+    base = base_directory(tmp_path)
+    model = roles_model().float()
+    model.get_base_model().config._name_or_path = str(base)
+    s = MultiAgentSystem(model, tokenizer(), AGENTS, adapter_scope="per_role").eval()
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if "lora_" in name:
+                p += 0.01 * (i % 7)
+    want = s(QUESTIONS, ANSWERS).loss
+    s.save_pretrained(tmp_path / "out")
+    assert torch.equal(MultiAgentSystem.from_pretrained(tmp_path / "out").eval()(QUESTIONS, ANSWERS).loss, want)
+
+
+def test_files_of_another_model_are_refused(tmp_path):
+    s = system(dtype=torch.float32)
+    s.save_pretrained(tmp_path)
+    other = tiny("qwen3", torch.float32, patch=False, seed=1)
+    with pytest.raises(ValueError, match="expected agents of this base model"):
+        MultiAgentSystem.from_pretrained(tmp_path, other, tokenizer())
+    (tmp_path / "agents.json").write_text('{"format": "diffm')
+    with pytest.raises(ValueError, match="agents.json: expected whole JSON"):
+        MultiAgentSystem.from_pretrained(tmp_path, other, tokenizer())
+    with pytest.raises(ValueError, match="expected a directory with agents.json"):
+        MultiAgentSystem.from_pretrained(tmp_path / "none", other, tokenizer())
+
+
+def test_trace_file(tmp_path):
+    s = system()
+    path = tmp_path / "t.safetensors"
+    with torch.no_grad():
+        trace = s.communicate(s.fields_of(QUESTIONS))
+        latents = trace.keep(kind="latent", positions="reindex")
+        for t in (trace, latents):
+            t.save(path)
+            loaded = Trace.load(path, s.model)
+            assert loaded.lengths == t.lengths and loaded.next_positions == t.next_positions
+            assert [s_[1:3] for s_ in loaded.segments] == [s_[1:3] for s_ in t.segments]
+            ids = torch.tensor([[9, 10]] * 3)
+            want = s.model(ids, past_key_values=t.fork(1)[0]).logits
+            assert_close(s.model(ids, past_key_values=loaded).logits, want, 1e-12)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="damaged"):
+            Trace.load(path, s.model)
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        with pytest.raises(ValueError, match="checksum"):
+            Trace.load(path, s.model)
+        path.write_bytes(whole)
+        other = diffmas.patch_model(tiny("qwen3", patch=False, seed=1))
+        with pytest.raises(ValueError, match="expected a trace of this model"):
+            Trace.load(path, other)
+        with pytest.raises(ValueError, match="expected a trace of this adapter"):
+            Trace.load(path, diffmas.patch_model(tiny("qwen3", patch=False)))
+        with pytest.raises(ValueError, match="does not exist"):
+            Trace.load(tmp_path / "none", s.model)
+    with pytest.raises(ValueError, match="expected one that holds tokens"):
+        Trace(s.model).save(path)
+
+
+def test_body_is_reached_through_peft():
+    s = system()
+    assert body(s.model) is diffmas.patch.patch_of(s.model).body
+
+
+# ---- against the plain Hugging Face way ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trace_content", ["all", "latent_only"])
+def test_plain_hugging_face_agrees(trace_content):
+    from diffmas.evaluation.plain_hf import plain_loss
+
+    s = system(trace_content=trace_content)
+    out = s(QUESTIONS, ANSWERS)
+    out.loss.backward()
+    got = gradients(s)
+    loss = plain_loss(s, QUESTIONS, ANSWERS)
+    loss.backward()
+    assert_close(out.loss, loss, TIGHT)
+    assert_close(got, gradients(s), TIGHT)

@@ -1,0 +1,373 @@
+"""The trainer against what it must equal: one big batch, an uninterrupted run, a single process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_systems as tiny
+import torch
+from ddp_worker import CASES, build
+from transformers import EarlyStoppingCallback, Qwen3Config, TrainerCallback
+from transformers.models.qwen3 import Qwen3ForCausalLM
+
+from diffmas import MultiAgentSystem
+from diffmas.data import Collator, read_jsonl, split
+from diffmas.training import NonFiniteLoss, Trainer, add_lora, check_checkpoint, default_arguments, last_checkpoint
+
+QUIET = dict(report_to=[], disable_tqdm=True, use_cpu=True, save_total_limit=None)
+
+
+def arguments(path, **options):
+    given = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, **QUIET)
+    return default_arguments(path, **{**given, **options})
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Four steps, two per epoch, with a checkpoint after each; not to be changed by a test."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("run")
+    args = arguments(path, max_steps=4, eval_strategy="steps", eval_steps=1, report_to=["tensorboard"])
+    trainer = Trainer(tiny.system(), args, train_dataset=tiny.rows(8), eval_dataset=tiny.rows(6))
+    trainer.train()
+    return trainer
+
+
+# ---- what a run does and leaves --------------------------------------------------------------------------------------
+
+
+def test_learns_evaluates_and_keeps_the_best(run):
+    losses = [log["eval_loss"] for log in run.state.log_history if "eval_loss" in log]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert run.state.best_metric == min(losses)
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    questions, answers = zip(*((r["question"], r["answer"]) for r in tiny.rows(6)))
+    with torch.no_grad():
+        assert run.model(list(questions), list(answers)).loss.item() == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_logs_to_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = list(Path(run.args.output_dir).glob("**/events.out.tfevents.*"))
+    steps = {}
+    for events in (EventAccumulator(str(file)).Reload() for file in files):
+        for tag in events.Tags()["scalars"]:
+            steps.setdefault(tag, []).extend(scalar.step for scalar in events.Scalars(tag))
+    for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss"):
+        assert set(steps[tag]) == {1, 2, 3, 4}, steps
+
+
+def test_a_checkpoint_holds_no_base_weights(run):
+    path = Path(run.args.output_dir) / "checkpoint-4"
+    names = {p.name for p in path.iterdir()} - {"README.md"}
+    assert names == {
+        "adapter_config.json", "adapter_model.safetensors", "agents.json",
+        "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+    }  # fmt: skip
+    assert check_checkpoint(path) == path == last_checkpoint(run.args.output_dir)
+
+
+def test_its_adapter_is_a_plain_peft_adapter(run, tmp_path):
+    from peft import PeftModel
+
+    run.save_model(tmp_path / "out")
+    plain = PeftModel.from_pretrained(tiny.model(), tmp_path / "out").eval()
+    ids = torch.arange(3, 12)[None]
+    trained = run.model.model.eval()
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, trained(ids).logits)
+        assert not torch.equal(plain(ids).logits, tiny.model().eval()(ids).logits)
+    loaded = MultiAgentSystem.from_pretrained(tmp_path / "out", tiny.model(), tiny.tokenizer())
+    question = [tiny.rows(1)[0]["question"]]
+    assert loaded.generate(question, 5, temperature=0) == run.model.generate(question, 5, temperature=0)
+
+
+def test_the_papers_settings_are_the_defaults(tmp_path):
+    args = default_arguments(tmp_path)
+    assert (args.learning_rate, args.lr_scheduler_type, args.gradient_accumulation_steps) == (5e-5, "cosine", 64)
+    assert args.optim == "adamw_torch" and args.per_device_train_batch_size == 1
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2))  # of Qwen3-8B's width
+    model = add_lora(model)
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (8, 16)
+    assert {name.split(".")[-1] for name in config.target_modules} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    trainable, total = model.get_nb_trainable_parameters()
+    assert 0 < trainable < 0.05 * total
+
+
+def test_a_plain_model_gets_lora(tmp_path):
+    system = tiny.system(lora=False)
+    trainer = Trainer(system, arguments(tmp_path, max_steps=1, save_strategy="no"), train_dataset=tiny.rows(4))
+    before = tiny.trainable(system)
+    assert before and all("lora_" in name for name in before)
+    trainer.train()
+    assert any(not torch.equal(before[n], p) for n, p in tiny.trainable(system).items())
+
+
+# ---- equal to something else -----------------------------------------------------------------------------------------
+
+
+def one_step(path, batch: int, accumulate: int, system_options={}, **options):
+    """Weights after one step of plain gradient descent over the same eight rows."""
+    args = arguments(
+        path, max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, optim="sgd",
+        lr_scheduler_type="constant", save_strategy="no", learning_rate=0.1, max_grad_norm=0.0, **options,
+    )  # fmt: skip
+    system = tiny.system(**system_options)
+    Trainer(system, args, train_dataset=tiny.rows(8)).train()
+    return tiny.trainable(system)
+
+
+def test_accumulation_gives_the_step_of_one_batch(tmp_path):
+    whole, parts = one_step(tmp_path, 8, 1), one_step(tmp_path, 2, 4)
+    start = tiny.trainable(tiny.system())
+    moved = max(float((whole[n] - start[n]).abs().max()) for n in start)
+    assert max(float((whole[n] - parts[n]).abs().max()) for n in start) < 1e-5 * moved
+
+
+def test_activation_checkpointing_gives_the_same_step(tmp_path):
+    plain, recomputed = one_step(tmp_path, 4, 2), one_step(tmp_path, 4, 2, gradient_checkpointing=True)
+    assert all(torch.equal(plain[n], recomputed[n]) for n in plain)
+
+
+def test_bf16_trains_close_to_float32(tmp_path):
+    start = tiny.trainable(tiny.system())
+    # Not "ridge": between these tiny random embeddings it is ill-conditioned and enlarges what bf16 rounds off.
+    exact, half = (one_step(tmp_path, 4, 2, {"realign": "norm"}, bf16=bf16) for bf16 in (False, True))
+    step, error = (torch.cat([(a[n] - b[n]).flatten() for n in start]).norm() for a, b in ((exact, start), (half, exact)))
+    assert all(p.dtype == torch.float32 for p in half.values())
+    assert 0 < error < 0.1 * step
+
+
+@pytest.mark.parametrize("options", [{}, {"adapter_scope": "per_role"}, {"realign": "learned"}], ids=["shared", "per_role", "learned"])
+def test_resume_is_bit_for_bit(tmp_path, options):
+    """Stopped in the middle of the second epoch."""
+    weights, histories = [], []
+    for name, stop in (("whole", None), ("parts", 3)):
+        args = lambda: arguments(tmp_path / name, max_steps=5, save_strategy="steps", save_steps=3)  # noqa: E731
+        system = tiny.system(**options)
+        trainer = Trainer(system, args(), train_dataset=tiny.rows(8), callbacks=[Stop(stop)] if stop else [])
+        trainer.train()
+        if stop:
+            torch.manual_seed(99)  # resuming restores the random state
+            stopped, system = tiny.trainable(system), tiny.system(**options)
+            trainer = Trainer(system, args(), train_dataset=tiny.rows(8))
+            trainer.train(resume_from_checkpoint=True)
+            assert any(not torch.equal(stopped[n], p) for n, p in tiny.trainable(system).items())
+        weights.append(tiny.trainable(system))
+        histories.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    assert histories[0] == histories[1] and len(histories[0]) == 5
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tests / "ddp_worker.py", tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (steps, options) in CASES.items():
+        ranks = [torch.load(tmp_path / f"{name}-{r}.pt", weights_only=False) for r in (0, 1)]
+        assert len(ranks[0]["seen"]) == len(ranks[1]["seen"]) == 4 and ranks[0]["seen"] != ranks[1]["seen"]
+        assert ranks[0]["find_unused"] == ("adapter_scope" in options)
+        # One process, all rows: each with the latent steps of the rank that had it.
+        total, counted, expected = 0, 0, {}
+        for T, rank in zip(steps, ranks):
+            system = build(T, options)
+            questions, answers = map(list, zip(*rank["seen"]))
+            counted += sum(len(system.answer_ids(a)) for a in answers)
+            system(questions, answers, num_items_in_batch=1).loss.backward()
+            for n, p in system.named_parameters():
+                if p.grad is not None:
+                    expected[n] = expected.get(n, 0) + p.grad
+        for n, grad in ranks[0]["grads"].items():
+            assert torch.equal(grad, ranks[1]["grads"][n]), (name, n)
+            total += float(grad.norm())
+            want = expected.get(n, torch.zeros_like(grad)) / counted
+            assert float((grad - want).abs().max()) <= 1e-4 * max(float(want.abs().max()), 1e-2), (name, n)
+        assert total > 0 and (tmp_path / name / "agents.json").is_file()
+
+
+# ---- stopping --------------------------------------------------------------------------------------------------------
+
+
+def test_stops_early_and_loads_the_best(tmp_path):
+    args = arguments(tmp_path, max_steps=10, learning_rate=2.0, eval_strategy="steps", eval_steps=1)
+    system = tiny.system()
+    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    trainer = Trainer(system, args, train_dataset=tiny.rows(8), eval_dataset=tiny.rows(6), callbacks=[stop])
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert trainer.state.global_step < 10 and losses[-1] > min(losses)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+class Poison(TrainerCallback):
+    """Makes the adapter NaN behind the trainer's back."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        if state.global_step == self.step:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+
+def test_a_loss_that_is_nan_stops_and_keeps_the_last_checkpoint(tmp_path):
+    args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+    system = tiny.system()
+    trainer = Trainer(system, args, train_dataset=tiny.rows(8), callbacks=[Poison(3)])
+    with pytest.raises(NonFiniteLoss, match=r"step 4: expected a finite loss or gradient.*checkpoint-2$"):
+        trainer.train()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    with pytest.raises(NonFiniteLoss, match="not written.*is not finite.*checkpoint-2"):
+        trainer.save_model()
+    assert not (tmp_path / "agents.json").exists()
+    again = tiny.system()
+    Trainer(again, args, train_dataset=tiny.rows(8)).train(resume_from_checkpoint=True)
+    assert all(p.isfinite().all() for p in again.parameters())
+
+
+def test_an_infinite_gradient_does_not_reach_the_weights(tmp_path):
+    system = tiny.system()
+    before = tiny.trainable(system)
+    parameter = next(p for p in system.parameters() if p.requires_grad)
+    parameter.register_hook(lambda g: torch.full_like(g, float("inf")))
+    trainer = Trainer(system, arguments(tmp_path, max_steps=2), train_dataset=tiny.rows(8))
+    with pytest.raises(NonFiniteLoss, match="Last good checkpoint: none"):
+        trainer.train()
+    assert all(torch.equal(before[n], p) for n, p in tiny.trainable(system).items())
+
+
+# ---- bad inputs ------------------------------------------------------------------------------------------------------
+
+
+def copy_of(run, path, *steps):
+    for step in steps:
+        source = Path(run.args.output_dir) / f"checkpoint-{step}"
+        target = path / source.name
+        target.mkdir(parents=True)
+        for file in source.iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "agents.json"])
+def test_a_cut_checkpoint_is_named_and_skipped(run, tmp_path, name):
+    copy_of(run, tmp_path, 1, 2)
+    file = tmp_path / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    system = tiny.system()
+    trainer = Trainer(system, arguments(tmp_path, max_steps=3, save_strategy="no"), train_dataset=tiny.rows(8))
+    before = tiny.trainable(system)
+    with pytest.raises(ValueError, match=rf"checkpoint-2/{name}: expected .*whole"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(before[n], p) for n, p in tiny.trainable(system).items())
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"checkpoint-2.*{name[:9]}"):
+        check_checkpoint(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path).name == "checkpoint-1"
+
+
+def test_a_checkpoint_of_something_else_is_refused(run, tmp_path):
+    copy_of(run, tmp_path, 2)
+    path = str(tmp_path / "checkpoint-2")
+    for system, message in (
+        (tiny.system(seed=5), "expected agents of this base model"),
+        (tiny.system(latent_steps=3), r"agents.json: expected agents \["),
+        (tiny.system(trace_content="latent_only"), "agents.json: expected trace_content 'latent_only', got 'all'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(system, arguments(tmp_path), train_dataset=tiny.rows(8)).train(resume_from_checkpoint=path)
+    with pytest.raises(ValueError, match="expected agents of this base model"):
+        MultiAgentSystem.from_pretrained(path, tiny.model(seed=5), tiny.tokenizer())
+    weights = tmp_path / "checkpoint-2" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: expected a whole safetensors file"):
+        MultiAgentSystem.from_pretrained(path, tiny.model(), tiny.tokenizer())
+    with pytest.raises(ValueError, match="expected a whole checkpoint to resume from, found none"):
+        Trainer(tiny.system(), arguments(tmp_path / "new"), train_dataset=tiny.rows(8)).train(resume_from_checkpoint=True)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    with pytest.raises(ValueError, match="train_dataset: expected at least one row, got an empty data set"):
+        Trainer(tiny.system(), args, train_dataset=[])
+    with pytest.raises(ValueError, match="eval_dataset: expected at least one row"):
+        Trainer(tiny.system(), args, train_dataset=tiny.rows(2), eval_dataset=[])
+    with pytest.raises(ValueError, match=r"train_dataset\[0\]: expected a string 'answer', got only \['question'\]"):
+        Trainer(tiny.system(), args, train_dataset=[{"question": "x"}])
+    with pytest.raises(ValueError, match="its prompt needs the field {question}"):
+        Trainer(tiny.system(), args, train_dataset=[{"facts": "x", "answer": "y"}])
+    with pytest.raises(ValueError, match="label_smoothing_factor: expected it to be off"):
+        Trainer(tiny.system(), arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=tiny.rows(2))
+    with pytest.raises(ValueError, match="system: expected a MultiAgentSystem, got Qwen3ForCausalLM"):
+        Trainer(tiny.model(), args, train_dataset=tiny.rows(2))
+    frozen = tiny.system()
+    frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match="expected trainable parameters"):
+        Trainer(frozen, args, train_dataset=tiny.rows(2))
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_in_all_forms_make_the_same_batch():
+    collate = Collator(tiny.tokenizer())
+    forms = [
+        {"question": "where is the key", "facts": "the key", "answer": "garden"},
+        {"question": {"question": "where is the key", "facts": "the key"}, "answer": "garden"},
+        {"question": "where is the key", "facts": "the key", "other": None, "answer": "garden"},
+    ]
+    batch = collate(forms)
+    assert batch["questions"] == [{"question": "where is the key", "facts": "the key"}] * 3
+    assert next(iter(batch)) == "labels" and batch["labels"].shape == (3, 3)
+    ragged = collate([{"question": "q", "answer": "garden"}, {"question": "q", "answer": "in the garden"}])["labels"]
+    assert (ragged[:, 1:] != -100).sum(1).tolist() == [2, 4] and (ragged[:, 0] == -100).all()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"question": "a"', r"rows.jsonl:2: expected one JSON object per line, got '{\"question\""),
+        ('["a"]', "rows.jsonl:2: expected an object with a question and an answer, got list"),
+        ('{"question": "a"}', r"rows.jsonl:2: expected a string 'answer', got only \['question'\]"),
+        ('{"question": "a", "answer": 3}', "rows.jsonl:2: expected a string 'answer', got one of type int"),
+        ('{"facts": "a", "answer": "b"}', "rows.jsonl:2: agent 'planner': its prompt needs the field {question}"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "a", "answer": "b"}) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_jsonl(path, tiny.agents())
+
+
+def test_reading_and_splitting(tmp_path):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(6))
+    path.write_text(path.read_text() + "\n\n")
+    assert read_jsonl(path, tiny.agents()) == tiny.rows(6)
+    train, held_out = split(list(range(10)), 0.2, seed=3)
+    assert sorted(train + held_out) == list(range(10)) and len(held_out) == 2
+    assert split(list(range(10)), 0.2, seed=3) == (train, held_out) != split(list(range(10)), 0.2, seed=4)
+    assert [len(x) for x in split([1, 2], 0.01)] == [1, 1]
+    with pytest.raises(ValueError, match="expected at least two rows"):
+        split([1], 0.5)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="empty.jsonl: expected at least one row, got an empty data set"):
+        read_jsonl(tmp_path / "empty.jsonl")
+    with pytest.raises(FileNotFoundError, match="none.jsonl: expected a file of JSON lines, found none"):
+        read_jsonl(tmp_path / "none.jsonl")

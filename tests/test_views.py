@@ -1,0 +1,414 @@
+"""Forks, joins, selections and other views of a trace, against contexts recomputed with explicit positions and masks."""
+
+import copy
+
+import pytest
+import torch
+from models import assert_close, body, gradients, latent_steps, pad, tiny, tokens, whole
+
+import diffmas
+from diffmas.reference import rotate, shift_tables
+
+
+def prefill(model, *rows, trace=None):
+    trace = diffmas.Trace(model, len(rows)) if trace is None else trace
+    ids, mask = pad(list(rows))
+    model(input_ids=ids, attention_mask=mask, past_key_values=trace)
+    return trace
+
+
+def read(model, trace, *rows):
+    """Logits of each row's new tokens on a trace, which is left as it was."""
+    ids, mask = pad(list(rows))
+    logits = model(input_ids=ids, attention_mask=mask, past_key_values=trace.fork(1)[0]).logits
+    return [x[m.bool()] for x, m in zip(logits, mask)]
+
+
+def attend_only(ids, positions, hidden, dtype):
+    """A 4-D mask that is causal, but for the (query, key) pairs in `hidden`: ranges of query and of key tokens."""
+    n = len(ids)
+    allowed = torch.ones(n, n, dtype=torch.bool).tril()
+    for queries, keys in hidden:
+        allowed[queries, keys] = False
+    return torch.zeros(n, n, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
+
+
+def masked(model, parts, positions, hidden, gradient=False):
+    """Logits of the context that `parts` make up, at explicit positions, some tokens not seeing some others."""
+    ids = torch.cat(parts)
+    mask = attend_only(ids, positions, hidden, model.dtype)
+    return model(ids[None], attention_mask=mask, position_ids=torch.tensor(positions)[None], use_cache=False).logits[0]
+
+
+def loss_of(logits):
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    return (logits.log_softmax(-1) * weights).sum()
+
+
+@pytest.fixture(params=["qwen3", "cohere"])
+def model(request):
+    return tiny(request.param)
+
+
+# ---- forks -----------------------------------------------------------------------------------------------------------
+
+
+def test_forks_share_and_go_on_separately(model):
+    a, b, c, d = tokens(5, 3, 4, 2)
+    trace = prefill(model, a)
+    used = trace._store.used
+    left, right, third = trace.fork(3)
+    assert trace._store.used == used
+    prefill(model, b, trace=left)
+    prefill(model, c, trace=right)
+    for fork, text in ((left, [a, b]), (right, [a, c]), (third, [a]), (trace, [a])):
+        assert_close(read(model, fork, d)[0], whole(model, torch.cat((*text, d))).logits[0, -2:])
+
+
+def test_forks_within_an_open_segment(model):
+    """The parent, too, goes on in the rows that were reserved for it: only one branch can have them."""
+    a, b, c = tokens(4, 6, 6, seed=3)
+    trace = prefill(model, a[:1])
+    for i in range(1, 4):
+        prefill(model, a[i : i + 1], trace=trace)
+    left, right = trace.fork(2)
+    for i in range(6):
+        prefill(model, b[i : i + 1], trace=left)
+        prefill(model, c[i : i + 1], trace=right)
+    for fork, text in ((left, b), (right, c)):
+        assert_close(read(model, fork, a)[0], whole(model, torch.cat((a, text, a))).logits[0, -4:])
+
+
+def test_a_deep_copy_is_a_fork(model):
+    a, b = tokens(5, 3)
+    trace = prefill(model, a)
+    twin = copy.deepcopy(trace)
+    prefill(model, b, trace=twin)
+    assert (trace.lengths, twin.lengths) == ([5], [8]) and twin._patch is trace._patch
+
+
+def test_select_reorders_and_repeats(model):
+    rows, new = tokens(5, 2, 3), tokens(1, 1, 1, 1, seed=2)
+    picked = prefill(model, *rows).select([2, 0, 0, 1])
+    assert picked.lengths == [3, 5, 5, 2]
+    got = read(model, picked, *new)
+    for b, source in enumerate([2, 0, 0, 1]):
+        assert_close(got[b], whole(model, torch.cat((rows[source], new[b]))).logits[0, -1:])
+
+
+def test_reorder_repeat_and_crop_in_place(model):
+    rows, new = tokens(5, 2), tokens(3, 3, 3, seed=2)
+    trace = prefill(model, *rows)
+    trace.reorder_cache(torch.tensor([1, 0]))
+    assert trace.lengths == [2, 5]
+    trace.batch_repeat_interleave(2)
+    assert trace.lengths == [2, 2, 5, 5]
+    trace.batch_select_indices(torch.tensor([0, 2, 3]))
+    prefill(model, *new, trace=trace)
+    trace.crop(-2)
+    assert trace.lengths == [3, 6, 6]
+    got = read(model, trace, *new)
+    for b, source in enumerate([1, 0, 0]):
+        assert_close(got[b], whole(model, torch.cat((rows[source], new[b][:1], new[b]))).logits[0, -3:])
+    trace.crop(4)  # what transformers before 5.17 means by it: the longest keeps 4
+    assert trace.lengths == [1, 4, 4] and trace.next_positions == [1, 4, 4]
+    trace.crop(-2)
+    assert trace.lengths == [0, 2, 2] and trace.next_positions == [0, 2, 2]
+    trace.reset()
+    assert trace.lengths == [0, 0, 0]
+    assert_close(read(model, trace, *new)[1], whole(model, new[1]).logits[0])
+
+
+# ---- joins -----------------------------------------------------------------------------------------------------------
+
+
+def join_case(model, positions):
+    """Two branches b, c after a common a, joined, then d -> (joined, parts, positions of a forward, hidden pairs)."""
+    a, b, c, d = tokens(4, 3, 5, 2, seed=4)
+    trace = prefill(model, a)
+    left, right = trace.fork(2)
+    prefill(model, b, trace=left)
+    prefill(model, c, trace=right)
+    return diffmas.Trace.join([left, right], positions), (a, b, c, d)
+
+
+# Where a, b, c and d are read from.
+READ = {
+    "keep": ([0, 1, 2, 3], [4, 5, 6], [4, 5, 6, 7, 8], [9, 10]),
+    "same_branch": ([0, 1, 2, 3], [4, 5, 6], [4, 5, 6, 7, 8], [9, 10]),
+    "shift": ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11], [12, 13]),
+    "reindex": ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11], [12, 13]),
+}
+
+
+@pytest.mark.parametrize("positions", list(READ))
+def test_join(model, positions):
+    """K and V do not change when positions move, for RoPE is relative: b and c saw a at the same distances, or not b."""
+    joined, (a, b, c, d) = join_case(model, positions)
+    assert joined.lengths == [12] and joined.positions(0).tolist() == sum(READ[positions][:3], [])
+    got = read(model, joined, d)[0]
+    cache = {}
+    for layer in range(3):
+        k, v = joined.keys_values(layer, 0)
+        shift = joined.positions(0) - torch.tensor(READ["keep"][0] + READ["keep"][1] + READ["keep"][2])
+        interleaved = type(body(model).layers[0].self_attn).__name__.startswith("Cohere")
+        tables = shift_tables(shift, body(model).rotary_emb.inv_freq, interleaved, k.dtype)
+        cache[layer] = (rotate(k, *tables, interleaved), v)
+    assert_close(got, from_cache(model, cache, d, READ[positions][3]))
+
+
+def from_cache(model, cache, ids, positions):
+    """Logits of new tokens over given K and V, through transformers' own cache."""
+    from transformers import DynamicCache
+
+    past = DynamicCache()
+    for layer, (k, v) in cache.items():
+        past.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
+    n = past.get_seq_length()
+    mask = torch.ones(1, n + len(ids), dtype=torch.long)
+    return model(
+        ids[None], attention_mask=mask, position_ids=torch.tensor(positions)[None], past_key_values=past, use_cache=True
+    ).logits[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("positions", ["keep", "same_branch"])
+def test_join_that_moves_nothing_equals_a_masked_context(model, positions):
+    joined, parts = join_case(model, positions)
+    want = masked(model, parts, sum(READ["keep"], []), [(slice(7, 12), slice(4, 7))])
+    loss_of(read(model, joined, parts[3])[0]).backward()
+    got = gradients(model)
+    loss_of(want[12:]).backward()
+    assert_close(read(model, joined, parts[3])[0], want[12:])
+    assert_close(got, gradients(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "cohere", "smollm3"])
+@pytest.mark.parametrize("positions", ["shift", "reindex"])
+def test_shift_in_one_layer_equals_recomputing(family, positions):
+    """With one layer, and queries of c that do not exist in the loss, K and V are functions of token and position alone."""
+    changes = dict(no_rope_layers=[1]) if family == "smollm3" else {}
+    model = tiny(family, num_hidden_layers=1, **changes)
+    joined, parts = join_case(model, positions)
+    where = sum(READ[positions], [])
+    want = masked(model, parts, where, [])[12:]
+    got = read(model, joined, parts[3])[0]
+    assert_close(got, want)
+    loss_of(got).backward()
+    got = gradients(model)
+    loss_of(want).backward()
+    assert_close(got, gradients(model))
+
+
+def test_joining_after_going_on_in_a_common_segment(model):
+    """A branch that lengthens the last common segment still shares its beginning."""
+    a, b, c, d = tokens(3, 2, 4, 2, seed=5)
+    trace = prefill(model, a[:1])
+    for i in (1, 2):
+        prefill(model, a[i : i + 1], trace=trace)  # an extent with room to spare
+    left, right = trace.fork(2)
+    prefill(model, b, trace=left)
+    prefill(model, c, trace=right)
+    for order, parts in (([left, right], (b, c)), ([right, left], (c, b)), ([trace, left, right], (b, c))):
+        joined = diffmas.Trace.join(order, "keep")
+        assert joined.lengths == [9]
+        n = len(parts[0])
+        where = [0, 1, 2, *range(3, 3 + n), *range(3, 9 - n), 7, 8]
+        want = masked(model, (a, *parts, d), where, [(slice(3 + n, 9), slice(3, 3 + n))])
+        assert_close(read(model, joined, d)[0], want[9:])
+
+
+def test_join_of_ragged_batches_of_independent_agents(model):
+    """Agents that write independently fork an empty trace; a join of one sequence is not a join of another's rows."""
+    first, second, new = tokens(3, 1), tokens(2, 4, seed=2), tokens(2, 1, seed=3)
+    left, right = diffmas.Trace(model, 2).fork(2)
+    prefill(model, *first, trace=left)
+    prefill(model, *second, trace=right)
+    got = read(model, diffmas.Trace.join([left, right], "keep"), *new)
+    for b in range(2):
+        n, m = len(first[b]), len(second[b])
+        where = [*range(n), *range(m), *range(max(n, m), max(n, m) + len(new[b]))]
+        want = masked(model, (first[b], second[b], new[b]), where, [(slice(n, n + m), slice(0, n))])
+        assert_close(got[b], want[n + m :])
+
+
+def test_join_made_without_gradients_detaches_nothing(model):
+    joined, parts = join_case(model, "keep")
+    loss_of(read(model, joined, parts[3])[0]).backward(retain_graph=True)
+    want = gradients(model)
+    with torch.no_grad():
+        left, right = joined.fork(2)
+        again = diffmas.Trace.join([left, right], "keep")
+    loss_of(read(model, again, parts[3])[0]).backward()
+    assert_close(gradients(model), want)
+
+
+def test_bad_joins_are_refused(model):
+    (a,) = tokens(3)
+    trace, other = prefill(model, a), prefill(model, a)
+    for traces, positions, message in (
+        ([], "keep", "traces"), ([trace, other], "keep", "different origin"), ([trace], "nowhere", "positions"),
+        ([trace, trace.select([0, 0])], "keep", "batch size"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            diffmas.Trace.join(traces, positions)
+
+
+def test_keys_that_cannot_be_moved_are_refused():
+    model = tiny("gpt2")
+    joined, parts = join_case(model, "shift")
+    with pytest.raises(ValueError, match="layer 0.*cannot move keys"):
+        read(model, joined, parts[3])
+    with pytest.raises(ValueError, match="cannot move keys"):
+        joined.repack()
+
+
+# ---- keep ------------------------------------------------------------------------------------------------------------
+
+
+def agents(model):
+    """Two agents, each a prompt and two latent steps, on two sequences."""
+    trace = diffmas.Trace(model, 2)
+    for agent, rows in (("planner", tokens(3, 1)), ("critic", tokens(2, 4, seed=2))):
+        trace.agent = agent
+        h = body(model)(*pad(rows), past_key_values=trace).last_hidden_state[:, -1:]
+        latent_steps(model, trace, h, 2)
+    return trace
+
+
+@pytest.mark.parametrize("kind, agent", [("latent", None), (None, "critic"), ("prompt", "planner"), (None, None)])
+@pytest.mark.parametrize("positions", ["keep", "reindex"])
+def test_keep(model, kind, agent, positions):
+    trace, new = agents(model), tokens(2, 2, seed=3)
+    kept = trace.keep(kind=kind, agent=agent, positions=positions)
+    assert all(kind in (None, s.kind) and agent in (None, s.agent) for s in kept.segments)
+    got = read(model, kept, *new)
+    for b in range(2):
+        table = [s for s in trace.segments if s.sequence == b]
+        rows = torch.cat([torch.full((s.length,), kind in (None, s.kind) and agent in (None, s.agent)) for s in table])
+        stored = torch.arange(len(rows))[rows]
+        at = torch.arange(len(stored)) if positions == "reindex" else stored
+        assert kept.positions(b).tolist() == at.tolist()
+        first = len(stored) if positions == "reindex" else len(rows)
+        interleaved = type(body(model).layers[0].self_attn).__name__.startswith("Cohere")
+        tables = shift_tables(at - stored, body(model).rotary_emb.inv_freq, interleaved, torch.float64)
+        cache = {}
+        for layer in range(3):
+            k, v = trace.keys_values(layer, b)
+            cache[layer] = (rotate(k[rows], *tables, interleaved), v[rows])
+        assert_close(got[b], from_cache(model, cache, new[b], [first, first + 1]))
+
+
+def test_keep_nothing(model):
+    (new,) = tokens(3, seed=3)
+    kept = prefill(model, *tokens(4)).keep(kind="latent")
+    assert kept.lengths == [0] and kept.next_positions == [4]
+    assert_close(read(model, kept, new)[0], whole(model, new, [4, 5, 6]).logits[0])
+    with pytest.raises(ValueError, match="kind"):
+        kept.keep(kind="thought")
+
+
+# ---- detach and repack -----------------------------------------------------------------------------------------------
+
+
+def test_detach_stops_gradients_upstream_only():
+    model = tiny("qwen3")
+    a, b, c = tokens(4, 3, 2)
+    trace = diffmas.Trace(model)
+    x = model.get_input_embeddings()(a).detach().requires_grad_()
+    y = model.get_input_embeddings()(b).detach().requires_grad_()
+    model(inputs_embeds=x[None], past_key_values=trace)
+    cut = trace.detach()
+    model(inputs_embeds=y[None], past_key_values=cut)
+    loss_of(read(model, cut, c)[0]).backward()
+    got = gradients(model)
+    assert x.grad is None
+
+    want_y = y.grad
+    y.grad = None
+    frozen = diffmas.Trace(model)
+    with torch.no_grad():
+        model(a[None], past_key_values=frozen)
+    model(inputs_embeds=y[None], past_key_values=frozen)
+    loss_of(read(model, frozen, c)[0]).backward()
+    assert_close(want_y, y.grad)
+    assert_close(got, gradients(model))
+
+
+def frozen_branch(model, ids):
+    """Gradients of the loss of `ids[-1]` over a context whose rows are constants."""
+    trace = diffmas.Trace(model)
+    with torch.no_grad():
+        model(torch.cat(ids[:-1])[None], past_key_values=trace)
+    loss_of(read(model, trace, ids[-1])[0]).backward()
+    return gradients(model)
+
+
+def test_a_detached_and_a_plain_reader_in_one_backward():
+    """What the detached reader adds to a row's gradient must not reach the row's writer by way of the other reader."""
+    model = tiny("qwen3")
+    a, b, c = tokens(4, 3, 2)
+    frozen = frozen_branch(model, [a, b])
+    trace = prefill(model, a)
+    loss_of(read(model, trace, c)[0]).backward()
+    plain = gradients(model)
+    trace = prefill(model, a)
+    (loss_of(read(model, trace.detach(), b)[0]) + loss_of(read(model, trace, c)[0])).backward()
+    assert_close(gradients(model), {n: frozen[n] + plain[n] for n in plain})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_join_of_a_detached_and_a_learning_branch(order):
+    model = tiny("qwen3")
+    a, b, c, d = tokens(4, 3, 5, 2)
+    trace = prefill(model, a)
+    left, right = trace.fork(2)
+    prefill(model, b, trace=left)
+    prefill(model, c, trace=right)
+    joined = diffmas.Trace.join([left.detach(), right][::order], "keep")
+    # Another reader keeps the detached branch's writers in the graph.
+    (loss_of(read(model, joined, d)[0]) + loss_of(read(model, left, d)[0])).backward()
+    got = gradients(model)
+
+    trace = prefill(model, a)
+    loss_of(masked(model, (a, b, d), list(range(9)), [])[7:]).backward()
+    alone = gradients(model)
+    from transformers import DynamicCache
+
+    past = DynamicCache()
+    with torch.no_grad():
+        model(torch.cat((a, b))[None], past_key_values=past, use_cache=True)
+    rows = [(layer.keys[:, :, 4:], layer.values[:, :, 4:]) for layer in past.layers]
+    past = DynamicCache()
+    model(torch.cat((a, c))[None], past_key_values=past, use_cache=True)
+    for layer, (k, v) in zip(past.layers, rows):
+        layer.keys, layer.values = torch.cat((layer.keys, k), 2), torch.cat((layer.values, v), 2)
+    mask = torch.ones(1, 14, dtype=torch.long)
+    out = model(d[None], attention_mask=mask, position_ids=torch.tensor([[9, 10]]), past_key_values=past, use_cache=True)
+    loss_of(out.logits[0]).backward()
+    joint = gradients(model)
+    assert_close(got, {n: alone[n] + joint[n] for n in joint})
+
+
+@pytest.mark.parametrize("positions", list(READ))
+def test_repack_changes_no_logit_and_no_gradient(model, positions):
+    results = []
+    for pack in (False, True):
+        joined, parts = join_case(model, positions)
+        if pack:
+            where = joined.positions(0)
+            joined = joined.repack()
+            assert joined.positions(0).tolist() == where.tolist() and all(s.shift == 0 for s in joined.segments)
+        logits = read(model, joined, parts[3])[0]
+        loss_of(logits).backward()
+        results.append((logits, gradients(model)))
+    assert_close(results[1][0], results[0][0])
+    assert_close(results[1][1], results[0][1])
+
+
+def test_repack_of_partly_empty_and_empty_traces(model):
+    rows, new = tokens(3, 0), tokens(2, 2, seed=2)
+    trace = prefill(model, *rows).repack()
+    got = read(model, trace, *new)
+    for b in range(2):
+        assert_close(got[b], whole(model, torch.cat((rows[b], new[b]))).logits[0, -2:])
+    assert diffmas.Trace(model).repack().lengths == [0]

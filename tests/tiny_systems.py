@@ -1,0 +1,74 @@
+"""Tiny trainable systems for the tests of training, evaluation and the command line, and a data set they can learn."""
+
+import json
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from diffmas import Agent, MultiAgentSystem
+
+WORDS = "plan : answer question notes where is the key lamp ring book coin map in kitchen cellar garden attic garage".split()
+THINGS, PLACES = WORDS[8:14], WORDS[15:20]
+VOCAB = ["<pad>", "<unk>", "<end>", *WORDS]
+
+
+def tokenizer():
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCAB)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
+
+
+def model(seed: int = 0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=len(VOCAB), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=128, initializer_range=0.25,
+        eos_token_id=2, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+def save_base(path, seed: int = 0):
+    """A base model and its tokenizer on disk, as `diffmas train` takes them by name."""
+    model(seed).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def agents(latent_steps: int = 2, middle: int | None = None):
+    return [
+        Agent("planner", prompt="plan : {question}", latent_steps=latent_steps),
+        Agent("critic", prompt="notes : {question}", latent_steps=latent_steps if middle is None else middle),
+        Agent("solver", prompt="question : {question} answer :"),
+    ]
+
+
+def system(latent_steps: int = 2, middle: int | None = None, lora: bool = True, seed: int = 0, adapter_scope="shared", **options):
+    """A system of three agents around the same weights every time; LoRA has a B that is not zero."""
+    from diffmas.training import add_lora, lora_config
+
+    base, crew = model(seed), agents(latent_steps, middle)
+    if lora:
+        base = add_lora(base, crew, adapter_scope, lora_config(r=2, alpha=4))
+        generator = torch.Generator().manual_seed(1)
+        for name, p in base.named_parameters():
+            if "lora_B" in name:
+                p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    return MultiAgentSystem(base, tokenizer(), crew, adapter_scope=adapter_scope, **options)
+
+
+def rows(count: int = 8):
+    """Where a thing is, is told by the thing alone: there is something to learn. Answers differ in length."""
+    places = [f"the {p}" if i % 2 else f"in the {p}" for i, p in enumerate(PLACES)]
+    things = [THINGS[i % len(THINGS)] for i in range(count)]
+    return [{"question": f"where is the {t}", "answer": places[THINGS.index(t) % len(places)]} for t in things]
+
+
+def write_jsonl(path, data):
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    return path
+
+
+def trainable(module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}

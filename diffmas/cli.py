@@ -1,6 +1,7 @@
 """The command line: diffmas demo | train | generate | evaluate | env."""
 
 import functools
+import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 from rich.table import Table
-
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -28,7 +28,7 @@ def explained(command):
 
         try:
             return command(*args, **kwargs)
-        except (ValueError, FileNotFoundError, NonFiniteLoss) as error:
+        except (ValueError, OSError, NonFiniteLoss) as error:
             errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
@@ -43,7 +43,7 @@ def _device(name: str | None) -> str:
 
 @app.command()
 @explained
-def demo(output: Annotated[Path, typer.Option(help="directory for the table and the plot")] = Path("diffmas-demo")):
+def demo(output: Annotated[Path, typer.Option(help="directory for the table and the plot")] = Path("runs/demo")):
     """Train and compare a small real system on this machine; ends with a table and a plot."""
     from diffmas.demo import run
 
@@ -84,15 +84,17 @@ def _summary(settings, system, arguments, rows, held_out) -> Table:
     out = Table(title="diffmas train", show_header=False)
     trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
     total = sum(p.numel() for p in system.parameters())
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    step = (arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
+    rows_per_step = math.prod(step)
+    schedule = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
     for name, value in (
         ("model", settings.model),
         ("agents", ", ".join(f"{a.name} (T={a.latent_steps})" for a in system.agents[:-1]) + f" -> {system.agents[-1].name}"),
         ("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"),
         ("adapter", f"{system.adapter_scope}, r={settings.lora.r}, alpha={settings.lora.alpha}"),
         ("data", f"{len(rows)} rows, {len(held_out or [])} for validation"),
-        ("step", f"{batch} rows ({arguments.train_batch_size} x {arguments.gradient_accumulation_steps} x {arguments.world_size} processes)"),
-        ("learning rate", f"{arguments.learning_rate:g}, {getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}"),
+        ("step", f"{rows_per_step} rows = " + " x ".join(map(str, step)) + " (micro-batch x accumulation x processes)"),
+        ("learning rate", f"{arguments.learning_rate:g}, {schedule}"),
         ("device", str(arguments.device)),
         ("output", settings.output_dir),
     ):
@@ -105,7 +107,9 @@ def _summary(settings, system, arguments, rows, held_out) -> Table:
 def generate(
     adapter: Annotated[Path, typer.Option(help="directory that `diffmas train` wrote", show_default=False)],
     question: Annotated[str, typer.Option(help="the field {question} of the agents' prompts")] = "",
-    field: Annotated[Optional[list[str]], typer.Option(help="another field of the prompts, as name=text; may be repeated")] = None,
+    field: Annotated[
+        Optional[list[str]], typer.Option(help="another field of the prompts, as name=text; may be repeated")
+    ] = None,
     model: Annotated[Optional[str], typer.Option(help="base model, if it is not where it was")] = None,
     max_new_tokens: int = 256,
     temperature: float = 0.6,
@@ -135,7 +139,9 @@ def generate(
 @explained
 def evaluate(
     config: ConfigFile,
-    adapter: Annotated[Optional[Path], typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
+    adapter: Annotated[
+        Optional[Path], typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")
+    ] = None,
     output: Annotated[Optional[Path], typer.Option(help="directory for results.csv, results.png and answers.jsonl")] = None,
     device: Device = None,
 ):
@@ -190,7 +196,11 @@ def env():
     out.add_column(overflow="fold")
     for name, missing in ops.available().items():
         out.add_row(f"backend {name}", "[green]usable[/]" if missing is None else f"[yellow]missing[/]: {missing}")
-    out.add_row("C++ extension", "[green]loaded[/]" if _extension.loaded else f"[yellow]not loaded[/]: {_extension.error}", end_section=True)
+    out.add_row(
+        "C++ extension",
+        "[green]loaded[/]" if _extension.loaded else f"[yellow]not loaded[/]: {_extension.error}",
+        end_section=True,
+    )
     out.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     for name in ("torch", "triton", "transformers", "peft", "accelerate"):
         try:

@@ -116,7 +116,9 @@ class Config:
         if unknown := [m for m in self.evaluation.methods if m not in METHODS]:
             raise ValueError(f"evaluation.methods: expected some of {METHODS}, got {unknown[0]!r}")
         if self.early_stopping_patience is not None and not (self.data.validation or self.data.validation_fraction):
-            raise ValueError("early_stopping_patience: expected data.validation or data.validation_fraction with it, got neither")
+            raise ValueError(
+                "early_stopping_patience: expected data.validation or data.validation_fraction with it, got neither"
+            )
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def load(path) -> Config:
     config.data.train, config.data.validation = near(config.data.train), near(config.data.validation)
     config.evaluation.data, config.output_dir = near(config.evaluation.data), near(config.output_dir)
     if (path.parent / config.model).is_dir():
-        config.model = near(config.model)
+        config.model = str((path.parent / config.model).resolve())  # agents.json names it, to be found from anywhere
     return config
 
 

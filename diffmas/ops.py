@@ -60,6 +60,8 @@ class Backend:
 
 # In order of preference.
 BACKENDS = {
+    "cuda": Backend("cuda", None, ("cuda",), FLOATS, "this version has no CUDA kernels"),
+    "triton": Backend("triton", None, ("cuda",), FLOATS, "this version has no Triton kernels"),
     "cpu": Backend("cpu", torch.ops.diffmas_cpu, ("cpu",), FLOATS, _extension.error),
     "reference": Backend("reference", reference, None, None, None),
 }

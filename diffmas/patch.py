@@ -78,7 +78,9 @@ def attention_layers(body: nn.Module) -> list[nn.Module]:
     for name, module in body.named_modules():
         if type(module).__name__.endswith("Attention") and isinstance(getattr(module, "layer_idx", None), int):
             if module.layer_idx in found:
-                raise Unsupported(f"diffmas cannot patch {type(body).__name__}: two attention modules are layer {module.layer_idx} ({name})")
+                raise Unsupported(
+                    f"diffmas cannot patch {type(body).__name__}: two attention modules are layer {module.layer_idx} ({name})"
+                )
             found[module.layer_idx] = module
     layers = body.config.get_text_config().num_hidden_layers
     missing = [i for i in range(layers) if i not in found]
@@ -168,7 +170,7 @@ def run(module: nn.Module, plan: Plan, **inputs):
 def _check_forward(body: nn.Module) -> None:
     """Refuses the ways of checkpointing that would give wrong gradients without a word."""
     if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError("a forward with a trace ran inside backward: checkpoint layers, not the whole model, when a trace is used")
+        raise RuntimeError("a forward with a trace ran inside backward: checkpoint layers, not the whole model")
     if not (body.training and torch.is_grad_enabled()):
         return
     for module in body.modules():

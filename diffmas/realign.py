@@ -58,6 +58,9 @@ class Realign(nn.Module):
         if self.mode == "soft_token":
             e_in, e_out = self._embeddings
             return torch.softmax(h @ e_out.weight.T.to(h.dtype) / self.temperature, dim=-1) @ e_in.weight.to(h.dtype)
-        x = h if self.mode == "norm" else h @ self.weight.to(h.dtype)
-        wide = x if x.dtype == torch.float64 else x.float()
-        return (wide * (self.mean_norm.to(wide.dtype) / wide.norm(dim=-1, keepdim=True).clamp_min(1e-12))).to(h.dtype)
+        # In float32, autocast or not: it is one small product, and every later latent step builds on its rounding.
+        with torch.autocast(h.device.type, enabled=False):
+            x = h if h.dtype == torch.float64 else h.float()
+            if self.mode != "norm":
+                x = x @ self.weight.to(x.dtype)
+            return (x * (self.mean_norm.to(x.dtype) / x.norm(dim=-1, keepdim=True).clamp_min(1e-12))).to(h.dtype)

@@ -427,7 +427,8 @@ class Trace(Cache):
         columns = [[] for _ in self._tokens]
         for lineage in lineages:
             own = [t for t in traces if t._lineage == lineage]
-            rows = torch.from_numpy(np.unique(np.concatenate([np.arange(s.start, s.end) for t in own for s in t.segments] or [[]])))
+            runs = [np.arange(s.start, s.end) for t in own for s in t.segments]
+            rows = torch.from_numpy(np.unique(np.concatenate(runs or [[]])))
             for i, pool in enumerate(self._store.pools):
                 token = torch.cat([t._tokens[i] for t in own])
                 if pool is not None and len(rows):

@@ -99,7 +99,9 @@ def _check_file(file: Path) -> None:
         else:
             json.loads(file.read_text())
     except (SafetensorError, zipfile.BadZipFile, ValueError, OSError) as error:
-        raise ValueError(f"{file}: expected a whole file, got a damaged one of {file.stat().st_size} bytes ({error})") from error
+        raise ValueError(
+            f"{file}: expected a whole file, got a damaged one of {file.stat().st_size} bytes ({error})"
+        ) from error
 
 
 def check_checkpoint(path) -> Path:
@@ -124,7 +126,9 @@ def check_checkpoint(path) -> Path:
 
 def last_checkpoint(output_dir) -> Path | None:
     """The newest whole checkpoint of a run, None without one; damaged ones are skipped with a warning."""
-    numbered = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    numbered = [
+        (int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+    ]
     for _, path in sorted(numbered, reverse=True):
         try:
             return check_checkpoint(path)
@@ -169,7 +173,11 @@ class Trainer(transformers.Trainer):
             if getattr(args, name, None):
                 raise ValueError(f"{name}: expected it to be off for a multi-agent system, got {getattr(args, name)!r}")
         sets = [("train_dataset", train_dataset)]
-        sets += [(f"eval_dataset[{k!r}]", v) for k, v in eval_dataset.items()] if isinstance(eval_dataset, dict) else [("eval_dataset", eval_dataset)]
+        sets += (
+            [(f"eval_dataset[{k!r}]", v) for k, v in eval_dataset.items()]
+            if isinstance(eval_dataset, dict)
+            else [("eval_dataset", eval_dataset)]
+        )
         for name, rows in sets:
             self._check_rows(system, name, rows)
         if not hasattr(system.model, "peft_config"):
@@ -260,7 +268,9 @@ class Trainer(transformers.Trainer):
         self._bad_losses = None
         self._good_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         with self._checkpointing():
-            return super().train(resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+            return super().train(
+                resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint else None, **options
+            )
 
     @contextlib.contextmanager
     def _checkpointing(self):

@@ -1,6 +1,6 @@
 """One rank of a two-process run over gloo, for test_training.py: one optimizer step per case, everything written to a file.
 
-    torchrun --nproc_per_node 2 ddp_worker.py OUTPUT_DIR
+torchrun --nproc_per_node 2 ddp_worker.py OUTPUT_DIR
 """
 
 import sys
@@ -48,12 +48,17 @@ def main(output: Path) -> None:
             use_cpu=True, ddp_backend="gloo", report_to=[], disable_tqdm=True, save_strategy="no",
         )  # fmt: skip
         assert args.world_size == 2
-        trainer = Recording(build(steps[args.process_index], options), args, train_dataset=tiny_systems.rows(8), callbacks=[record := Record()])
+        trainer = Recording(
+            build(steps[args.process_index], options), args, train_dataset=tiny_systems.rows(8), callbacks=[record := Record()]
+        )
         trainer.seen = []
         trainer.train()
         trainer.save_model()
         find_unused = args.ddp_find_unused_parameters
-        torch.save({"seen": trainer.seen, "grads": record.grads, "find_unused": find_unused}, output / f"{name}-{args.process_index}.pt")
+        torch.save(
+            {"seen": trainer.seen, "grads": record.grads, "find_unused": find_unused},
+            output / f"{name}-{args.process_index}.pt",
+        )
 
 
 if __name__ == "__main__":

@@ -88,9 +88,10 @@ def with_lora(model, seed: int = 7, **options):
     targets = [name for name in ("q_proj", "v_proj", "qkv_proj") if any(n.endswith(name) for n, _ in model.named_modules())]
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options))
     generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.get_base_model().parameters()).dtype
     for name, p in model.named_parameters():
         if "lora_" in name:
-            p.data = (0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(next(model.base_model.model.parameters()).dtype)
+            p.data = (0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(dtype)
     return model.eval()
 
 
@@ -113,6 +114,21 @@ def pad(rows: list[torch.Tensor], side: str = "left", value: int = 0) -> tuple[t
 
 def body(model):
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+
+
+def attend_only(n: int, hidden, dtype):
+    """A 4-D mask that is causal, but for the (query, key) pairs in `hidden`: ranges of query and of key tokens."""
+    allowed = torch.ones(n, n, dtype=torch.bool).tril()
+    for queries, keys in hidden:
+        allowed[queries, keys] = False
+    return torch.zeros(n, n, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
+
+
+def masked(model, parts, positions, hidden=()):
+    """Logits of the context that `parts` make up, at explicit positions, some tokens not seeing some others."""
+    ids = torch.cat(parts)
+    mask = attend_only(len(ids), hidden, model.dtype)
+    return model(ids[None], attention_mask=mask, position_ids=torch.tensor(positions)[None], use_cache=False).logits[0]
 
 
 def embed(model, ids: torch.Tensor) -> torch.Tensor:
@@ -153,6 +169,41 @@ def latent_steps(model, trace, hidden: torch.Tensor, steps: int, **options) -> t
     for _ in range(steps):
         hidden = body(model)(inputs_embeds=hidden, past_key_values=trace, **options).last_hidden_state[:, -1:]
     return hidden
+
+
+def episode(model, first, second, side="left", trace=None, steps: int = 3):
+    """A prompt, latent steps, a second prompt. first, second: lists of rows of ids -> output of the second prompt."""
+    trace = diffmas.Trace(model, batch_size=len(first)) if trace is None else trace
+    ids, mask = pad(first, "left")
+    h = body(model)(input_ids=ids, attention_mask=mask, past_key_values=trace).last_hidden_state[:, -1:]
+    latent_steps(model, trace, h, steps)
+    ids, mask = pad(second, side)
+    return model(input_ids=ids, attention_mask=mask, past_key_values=trace, output_hidden_states=True), mask, trace
+
+
+def loss_of(logits):
+    """A loss in which every logit counts differently."""
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    return (logits.log_softmax(-1) * weights).sum()
+
+
+def monolithic(model, first, second, steps: int = 3):
+    """The same episode, one sequence at a time and without a cache -> logits of each second prompt."""
+    return [unroll(model, [a, steps, b])[len(a) + steps :] for a, b in zip(first, second)]
+
+
+def prefill(model, *rows, trace=None):
+    trace = diffmas.Trace(model, len(rows)) if trace is None else trace
+    ids, mask = pad(list(rows))
+    model(input_ids=ids, attention_mask=mask, past_key_values=trace)
+    return trace
+
+
+def read(model, trace, *rows):
+    """Logits of each row's new tokens on a trace, which is left as it was."""
+    ids, mask = pad(list(rows))
+    logits = model(input_ids=ids, attention_mask=mask, past_key_values=trace.fork(1)[0]).logits
+    return [x[m.bool()] for x, m in zip(logits, mask)]
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

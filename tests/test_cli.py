@@ -23,7 +23,8 @@ def project(tmp_path_factory):
         "model": "base", "output_dir": "run", "agents": AGENTS, "lora": {"r": 2, "alpha": 4},
         "data": {"train": "rows.jsonl", "validation_fraction": 0.2, "seed": 1},
         "training": {
-            "num_train_epochs": 2, "gradient_accumulation_steps": 4, "learning_rate": "1e-2", "use_cpu": True, "disable_tqdm": True,
+            "num_train_epochs": 2, "gradient_accumulation_steps": 4, "learning_rate": "1e-2", "use_cpu": True,
+            "disable_tqdm": True,
         },
         "early_stopping_patience": 2,
         "generation": {"max_new_tokens": 4, "temperature": 0.6},
@@ -102,7 +103,10 @@ def test_errors_are_one_line(project, tmp_path):
     assert "error:" in (output := call("train", tmp_path / "none.yaml", code=1).output) and "found none" in output
     (tmp_path / "bad.yaml").write_text("model: [")
     assert "bad.yaml: expected YAML" in call("train", tmp_path / "bad.yaml", code=1).output
-    assert "expected a directory with agents.json, found none" in call("generate", "--adapter", tmp_path, "--question", "a", code=1).output
+    assert (
+        "expected a directory with agents.json, found none"
+        in call("generate", "--adapter", tmp_path, "--question", "a", code=1).output
+    )
     assert "--field: expected name=text" in call("generate", "--adapter", tmp_path, "--field", "a", code=1).output
     assert "Traceback" not in output and len(output.strip().splitlines()) == 1
 
@@ -120,19 +124,28 @@ def test_an_adapter_of_another_model_is_refused(project, trained, tmp_path):
     "change, message",
     [
         ({"modle": "x"}, "modle: expected one of .*got an unknown key; did you mean 'model'?"),
-        ({"lora": {"rank": 4}}, r"lora.rank: expected one of \['alpha', 'dropout', 'r', 'target_modules'\], got an unknown key"),
+        (
+            {"lora": {"rank": 4}},
+            r"lora.rank: expected one of \['alpha', 'dropout', 'r', 'target_modules'\], got an unknown key",
+        ),
         ({"lora": {"r": "many"}}, "lora.r: expected int, got 'many'"),
         ({"lora": {"r": True}}, "lora.r: expected int, got True"),
         ({"lora": 3}, "lora: expected a mapping, got 3"),
         ({"agents": []}, "agents: expected at least one agent"),
         ({"agents": [{"name": "a"}]}, r"agents\[0\].prompt: expected a value, got none"),
-        ({"agents": [{"name": "a", "prompt": "b", "latent_steps": -1}]}, "agent 'a': latent_steps: expected an integer >= 0, got -1"),
+        (
+            {"agents": [{"name": "a", "prompt": "b", "latent_steps": -1}]},
+            "agent 'a': latent_steps: expected an integer >= 0, got -1",
+        ),
         ({"agents": [{"name": "a", "prompt": "b", "steps": 1}]}, r"agents\[0\].steps: expected one of .*unknown key"),
         ({"system": {"last_k": "two"}}, "system.last_k: expected int or null, got 'two'"),
         ({"training": {"learning_rat": 1}}, "training.learning_rat: expected one of .*did you mean 'learning_rate'"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate: expected float, got 'fast'"),
         ({"training": {"output_dir": "x"}}, "training.output_dir: expected it at the top level"),
-        ({"data": {"train": "a", "validation": "b", "validation_fraction": 0.1}}, "data.validation_fraction: expected it alone"),
+        (
+            {"data": {"train": "a", "validation": "b", "validation_fraction": 0.1}},
+            "data.validation_fraction: expected it alone",
+        ),
         ({"evaluation": {"methods": ["magic"]}}, "evaluation.methods: expected some of .*got 'magic'"),
         ({"early_stopping_patience": 2}, "early_stopping_patience: expected data.validation"),
         ({"dtype": "int8"}, "dtype: expected one of .*got 'int8'"),
@@ -147,7 +160,9 @@ def test_what_a_config_may_not_hold(tmp_path, change, message):
 
 def test_what_a_config_may_hold(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("model: m\nagents: [{name: a, prompt: '{question}'}]\ntraining: {learning_rate: 5e-5, max_steps: 3, bf16: false}\n")
+    path.write_text(
+        "model: m\nagents: [{name: a, prompt: '{question}'}]\ntraining: {learning_rate: 5e-5, max_steps: 3, bf16: false}\n"
+    )
     settings = config.load(path)
     assert settings.agents == [tiny.Agent("a", prompt="{question}")] and settings.lora.r == 8
     assert settings.output_dir == str(tmp_path / "diffmas-output")

@@ -10,7 +10,18 @@ import torch.nn.functional as F
 
 from diffmas import Agent, MultiAgentSystem
 from diffmas.evaluation import (
-    Latent, Scorer, TextAgents, evaluate, latent_mas, perplexity, plot, single_agent, table, wilson, write_answers, write_csv,
+    Latent,
+    Scorer,
+    TextAgents,
+    evaluate,
+    latent_mas,
+    perplexity,
+    plot,
+    single_agent,
+    table,
+    wilson,
+    write_answers,
+    write_csv,
 )  # fmt: skip
 from diffmas.evaluation.metrics import boxed, last_number, normalise
 
@@ -29,6 +40,7 @@ def test_final_answers():
     assert last_number("from 3 to 1,234.5.") == "1234.5" and last_number("x = -7") == "-7"
     assert Scorer().correct("Garden.", "garden") and not Scorer().correct("in the garden", "garden")
     assert Scorer("number").correct("so it is 42", "42") and not Scorer("number").correct("no idea", "42")
+    assert Scorer("boxed").correct(r"so \boxed{42}", r"\boxed{42}") and Scorer("boxed").correct(r"\boxed{42}", "42")
     by_pattern = Scorer(r"Answer: (\w+)")
     assert by_pattern.correct("Answer: attic\nAnswer: garden", "garden") and not by_pattern.correct("garden", "garden")
     assert Scorer(str.upper, lambda given, gold: given == gold).correct("a", "A")
@@ -172,7 +184,12 @@ def test_samples_of_text_agents_differ_and_repeat():
 
 def test_results_are_a_table_a_file_and_a_plot(tmp_path):
     system = tiny.system()
-    methods = {"single": single_agent(system), "text": TextAgents(system, 2), "latent_mas": latent_mas(system), "diffmas": Latent(system)}
+    methods = {
+        "single": single_agent(system),
+        "text": TextAgents(system, 2),
+        "latent_mas": latent_mas(system),
+        "diffmas": Latent(system),
+    }
     ran, rows = [], tiny.rows(4)
     results = evaluate(methods, rows, 2, batch_size=3, progress=ran.append, max_new_tokens=3, temperature=0.6, seed=0)
     assert ran == [r.method for r in results] == list(methods)
@@ -202,6 +219,9 @@ def test_an_answer_that_is_right_counts():
     (result,) = evaluate({"oracle": Oracle()}, tiny.rows(4), samples=2)
     assert result.accuracy == result.vote_accuracy == 0.75 and result.agreement == result.perplexity == 1.0
     assert (result.low, result.high) == wilson(0.75, 4)
-    for methods, rows, message in (({}, tiny.rows(1), "methods: expected"), ({"a": Oracle()}, [], "rows: expected at least one row")):
+    for methods, rows, message in (
+        ({}, tiny.rows(1), "methods: expected"),
+        ({"a": Oracle()}, [], "rows: expected at least one row"),
+    ):
         with pytest.raises(ValueError, match=message):
             evaluate(methods, rows)

@@ -85,7 +85,6 @@ def test_greedy_with_lora(family, merged):
     model = with_lora(tiny(family))
     past, new = tokens(5, 2), tokens(2, 4, seed=2)
     want = expected(model, past, new, GREEDY)
-    assert not torch.equal(want, expected(model.get_base_model().eval(), past, new, GREEDY)[:, :0])
     if merged:
         model.merge_adapter()
     assert torch.equal(generated(model, past, new, GREEDY), want)
@@ -289,9 +288,8 @@ def test_generate_without_a_trace_is_transformers_own():
     model, plain = tiny("qwen3"), tiny("qwen3", patch=False)
     ids, mask = pad(tokens(5, 2))
     for options in (GREEDY, OPTIONS["beams"]):
-        assert torch.equal(
-            model.generate(input_ids=ids, attention_mask=mask, **options), plain.generate(input_ids=ids, attention_mask=mask, **options)
-        )
+        got, want = (m.generate(input_ids=ids, attention_mask=mask, **options) for m in (model, plain))
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

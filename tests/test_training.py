@@ -1,6 +1,5 @@
 """The trainer against what it must equal: one big batch, an uninterrupted run, a single process."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from transformers import EarlyStoppingCallback, Qwen3Config, TrainerCallback
 from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from diffmas import MultiAgentSystem
-from diffmas.data import Collator, read_jsonl, split
 from diffmas.training import NonFiniteLoss, Trainer, add_lora, check_checkpoint, default_arguments, last_checkpoint
 
 QUIET = dict(report_to=[], disable_tqdm=True, use_cpu=True, save_total_limit=None)
@@ -23,6 +21,12 @@ QUIET = dict(report_to=[], disable_tqdm=True, use_cpu=True, save_total_limit=Non
 def arguments(path, **options):
     given = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, **QUIET)
     return default_arguments(path, **{**given, **options})
+
+
+@pytest.fixture(autouse=True)
+def no_leftover_precision(monkeypatch):
+    """transformers 4.x leaves bf16=True in the environment, for every later run and child process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
 class Stop(TrainerCallback):
@@ -103,7 +107,15 @@ def test_the_papers_settings_are_the_defaults(tmp_path):
     model = add_lora(model)
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha) == (8, 16)
-    assert {name.split(".")[-1] for name in config.target_modules} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".")[-1] for name in config.target_modules} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     trainable, total = model.get_nb_trainable_parameters()
     assert 0 < trainable < 0.05 * total
 
@@ -152,7 +164,9 @@ def test_bf16_trains_close_to_float32(tmp_path):
     assert 0 < error < 0.1 * step
 
 
-@pytest.mark.parametrize("options", [{}, {"adapter_scope": "per_role"}, {"realign": "learned"}], ids=["shared", "per_role", "learned"])
+@pytest.mark.parametrize(
+    "options", [{}, {"adapter_scope": "per_role"}, {"realign": "learned"}], ids=["shared", "per_role", "learned"]
+)
 def test_resume_is_bit_for_bit(tmp_path, options):
     """Stopped in the middle of the second epoch."""
     weights, histories = [], []
@@ -175,8 +189,20 @@ def test_resume_is_bit_for_bit(tmp_path, options):
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     tests = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tests / "ddp_worker.py", tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        tests / "ddp_worker.py",
+        tmp_path,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, (steps, options) in CASES.items():
@@ -205,14 +231,17 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 
 
 def test_stops_early_and_loads_the_best(tmp_path):
-    args = arguments(tmp_path, max_steps=10, learning_rate=2.0, eval_strategy="steps", eval_steps=1)
+    args = arguments(tmp_path, max_steps=10, eval_strategy="steps", eval_steps=1)
     system = tiny.system()
-    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    for p in system.parameters():
+        if p.requires_grad:
+            p.register_hook(torch.neg)  # uphill: the first evaluation is the best
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
     trainer = Trainer(system, args, train_dataset=tiny.rows(8), eval_dataset=tiny.rows(6), callbacks=[stop])
     trainer.train()
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
-    assert trainer.state.global_step < 10 and losses[-1] > min(losses)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert trainer.state.global_step == len(losses) == 3 and losses[0] == min(losses)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
 
 
 class Poison(TrainerCallback):
@@ -265,7 +294,9 @@ def copy_of(run, path, *steps):
     return path
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "agents.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "agents.json"]
+)
 def test_a_cut_checkpoint_is_named_and_skipped(run, tmp_path, name):
     copy_of(run, tmp_path, 1, 2)
     file = tmp_path / "checkpoint-2" / name
@@ -320,54 +351,3 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="expected trainable parameters"):
         Trainer(frozen, args, train_dataset=tiny.rows(2))
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def test_rows_in_all_forms_make_the_same_batch():
-    collate = Collator(tiny.tokenizer())
-    forms = [
-        {"question": "where is the key", "facts": "the key", "answer": "garden"},
-        {"question": {"question": "where is the key", "facts": "the key"}, "answer": "garden"},
-        {"question": "where is the key", "facts": "the key", "other": None, "answer": "garden"},
-    ]
-    batch = collate(forms)
-    assert batch["questions"] == [{"question": "where is the key", "facts": "the key"}] * 3
-    assert next(iter(batch)) == "labels" and batch["labels"].shape == (3, 3)
-    ragged = collate([{"question": "q", "answer": "garden"}, {"question": "q", "answer": "in the garden"}])["labels"]
-    assert (ragged[:, 1:] != -100).sum(1).tolist() == [2, 4] and (ragged[:, 0] == -100).all()
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ('{"question": "a"', r"rows.jsonl:2: expected one JSON object per line, got '{\"question\""),
-        ('["a"]', "rows.jsonl:2: expected an object with a question and an answer, got list"),
-        ('{"question": "a"}', r"rows.jsonl:2: expected a string 'answer', got only \['question'\]"),
-        ('{"question": "a", "answer": 3}', "rows.jsonl:2: expected a string 'answer', got one of type int"),
-        ('{"facts": "a", "answer": "b"}', "rows.jsonl:2: agent 'planner': its prompt needs the field {question}"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"question": "a", "answer": "b"}) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        read_jsonl(path, tiny.agents())
-
-
-def test_reading_and_splitting(tmp_path):
-    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(6))
-    path.write_text(path.read_text() + "\n\n")
-    assert read_jsonl(path, tiny.agents()) == tiny.rows(6)
-    train, held_out = split(list(range(10)), 0.2, seed=3)
-    assert sorted(train + held_out) == list(range(10)) and len(held_out) == 2
-    assert split(list(range(10)), 0.2, seed=3) == (train, held_out) != split(list(range(10)), 0.2, seed=4)
-    assert [len(x) for x in split([1, 2], 0.01)] == [1, 1]
-    with pytest.raises(ValueError, match="expected at least two rows"):
-        split([1], 0.5)
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="empty.jsonl: expected at least one row, got an empty data set"):
-        read_jsonl(tmp_path / "empty.jsonl")
-    with pytest.raises(FileNotFoundError, match="none.jsonl: expected a file of JSON lines, found none"):
-        read_jsonl(tmp_path / "none.jsonl")

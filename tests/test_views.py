@@ -4,45 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import assert_close, body, gradients, latent_steps, pad, tiny, tokens, whole
+from models import assert_close, body, gradients, latent_steps, loss_of, masked, pad, prefill, read, tiny, tokens, whole
 
 import diffmas
 from diffmas.reference import rotate, shift_tables
-
-
-def prefill(model, *rows, trace=None):
-    trace = diffmas.Trace(model, len(rows)) if trace is None else trace
-    ids, mask = pad(list(rows))
-    model(input_ids=ids, attention_mask=mask, past_key_values=trace)
-    return trace
-
-
-def read(model, trace, *rows):
-    """Logits of each row's new tokens on a trace, which is left as it was."""
-    ids, mask = pad(list(rows))
-    logits = model(input_ids=ids, attention_mask=mask, past_key_values=trace.fork(1)[0]).logits
-    return [x[m.bool()] for x, m in zip(logits, mask)]
-
-
-def attend_only(ids, positions, hidden, dtype):
-    """A 4-D mask that is causal, but for the (query, key) pairs in `hidden`: ranges of query and of key tokens."""
-    n = len(ids)
-    allowed = torch.ones(n, n, dtype=torch.bool).tril()
-    for queries, keys in hidden:
-        allowed[queries, keys] = False
-    return torch.zeros(n, n, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
-
-
-def masked(model, parts, positions, hidden, gradient=False):
-    """Logits of the context that `parts` make up, at explicit positions, some tokens not seeing some others."""
-    ids = torch.cat(parts)
-    mask = attend_only(ids, positions, hidden, model.dtype)
-    return model(ids[None], attention_mask=mask, position_ids=torch.tensor(positions)[None], use_cache=False).logits[0]
-
-
-def loss_of(logits):
-    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
-    return (logits.log_softmax(-1) * weights).sum()
 
 
 @pytest.fixture(params=["qwen3", "cohere"])
@@ -144,7 +109,7 @@ READ = {
 @pytest.mark.parametrize("positions", list(READ))
 def test_join(model, positions):
     """K and V do not change when positions move, for RoPE is relative: b and c saw a at the same distances, or not b."""
-    joined, (a, b, c, d) = join_case(model, positions)
+    joined, (*_, d) = join_case(model, positions)
     assert joined.lengths == [12] and joined.positions(0).tolist() == sum(READ[positions][:3], [])
     got = read(model, joined, d)[0]
     cache = {}
@@ -307,86 +272,7 @@ def test_keep_nothing(model):
         kept.keep(kind="thought")
 
 
-# ---- detach and repack -----------------------------------------------------------------------------------------------
-
-
-def test_detach_stops_gradients_upstream_only():
-    model = tiny("qwen3")
-    a, b, c = tokens(4, 3, 2)
-    trace = diffmas.Trace(model)
-    x = model.get_input_embeddings()(a).detach().requires_grad_()
-    y = model.get_input_embeddings()(b).detach().requires_grad_()
-    model(inputs_embeds=x[None], past_key_values=trace)
-    cut = trace.detach()
-    model(inputs_embeds=y[None], past_key_values=cut)
-    loss_of(read(model, cut, c)[0]).backward()
-    got = gradients(model)
-    assert x.grad is None
-
-    want_y = y.grad
-    y.grad = None
-    frozen = diffmas.Trace(model)
-    with torch.no_grad():
-        model(a[None], past_key_values=frozen)
-    model(inputs_embeds=y[None], past_key_values=frozen)
-    loss_of(read(model, frozen, c)[0]).backward()
-    assert_close(want_y, y.grad)
-    assert_close(got, gradients(model))
-
-
-def frozen_branch(model, ids):
-    """Gradients of the loss of `ids[-1]` over a context whose rows are constants."""
-    trace = diffmas.Trace(model)
-    with torch.no_grad():
-        model(torch.cat(ids[:-1])[None], past_key_values=trace)
-    loss_of(read(model, trace, ids[-1])[0]).backward()
-    return gradients(model)
-
-
-def test_a_detached_and_a_plain_reader_in_one_backward():
-    """What the detached reader adds to a row's gradient must not reach the row's writer by way of the other reader."""
-    model = tiny("qwen3")
-    a, b, c = tokens(4, 3, 2)
-    frozen = frozen_branch(model, [a, b])
-    trace = prefill(model, a)
-    loss_of(read(model, trace, c)[0]).backward()
-    plain = gradients(model)
-    trace = prefill(model, a)
-    (loss_of(read(model, trace.detach(), b)[0]) + loss_of(read(model, trace, c)[0])).backward()
-    assert_close(gradients(model), {n: frozen[n] + plain[n] for n in plain})
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_join_of_a_detached_and_a_learning_branch(order):
-    model = tiny("qwen3")
-    a, b, c, d = tokens(4, 3, 5, 2)
-    trace = prefill(model, a)
-    left, right = trace.fork(2)
-    prefill(model, b, trace=left)
-    prefill(model, c, trace=right)
-    joined = diffmas.Trace.join([left.detach(), right][::order], "keep")
-    # Another reader keeps the detached branch's writers in the graph.
-    (loss_of(read(model, joined, d)[0]) + loss_of(read(model, left, d)[0])).backward()
-    got = gradients(model)
-
-    trace = prefill(model, a)
-    loss_of(masked(model, (a, b, d), list(range(9)), [])[7:]).backward()
-    alone = gradients(model)
-    from transformers import DynamicCache
-
-    past = DynamicCache()
-    with torch.no_grad():
-        model(torch.cat((a, b))[None], past_key_values=past, use_cache=True)
-    rows = [(layer.keys[:, :, 4:], layer.values[:, :, 4:]) for layer in past.layers]
-    past = DynamicCache()
-    model(torch.cat((a, c))[None], past_key_values=past, use_cache=True)
-    for layer, (k, v) in zip(past.layers, rows):
-        layer.keys, layer.values = torch.cat((layer.keys, k), 2), torch.cat((layer.values, v), 2)
-    mask = torch.ones(1, 14, dtype=torch.long)
-    out = model(d[None], attention_mask=mask, position_ids=torch.tensor([[9, 10]]), past_key_values=past, use_cache=True)
-    loss_of(out.logits[0]).backward()
-    joint = gradients(model)
-    assert_close(got, {n: alone[n] + joint[n] for n in joint})
+# ---- repack -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", list(READ))

@@ -44,7 +44,9 @@ def agents(latent_steps: int = 2, middle: int | None = None):
     ]
 
 
-def system(latent_steps: int = 2, middle: int | None = None, lora: bool = True, seed: int = 0, adapter_scope="shared", **options):
+def system(
+    latent_steps: int = 2, middle: int | None = None, lora: bool = True, seed: int = 0, adapter_scope="shared", **options
+):
     """A system of three agents around the same weights every time; LoRA has a B that is not zero."""
     from diffmas.training import add_lora, lora_config
 

@@ -1,9 +1,9 @@
 """Ways to answer the same questions with the same model, behind one interface: `Method`.
 
-    Latent         a system as it is (DiffMAS when it is trained)
-    latent_mas     the same agents and latent steps without the trained adapter (LatentMAS, arXiv 2511.20639)
-    single_agent   the last agent alone
-    TextAgents     the agents write text to each other instead of K/V states
+Latent         a system as it is (DiffMAS when it is trained)
+latent_mas     the same agents and latent steps without the trained adapter (LatentMAS, arXiv 2511.20639)
+single_agent   the last agent alone
+TextAgents     the agents write text to each other instead of K/V states
 """
 
 import contextlib
@@ -129,19 +129,26 @@ class TextAgents:
     """Each agent but the last writes a message; the next ones read all messages so far.
 
     A prompt takes them as its field {messages}; one without that field has them put before it. max_message_tokens: the
-    most tokens of a message. Samples of a question are whole runs of their own, messages included.
+    most tokens of a message. message, separator: how messages are written down. last_reads_only: only the last agent
+    reads messages. Samples of a question are whole runs of their own, messages included.
     """
 
-    def __init__(self, system: MultiAgentSystem, max_message_tokens: int = 256, adapter: bool = False):
+    def __init__(
+        self, system: MultiAgentSystem, max_message_tokens: int = 256, adapter: bool = False, *,
+        message: str = "{name}: {text}", separator: str = "\n\n", last_reads_only: bool = False,
+    ):  # fmt: skip
         if max_message_tokens < 1:
             raise ValueError(f"max_message_tokens: expected at least 1, got {max_message_tokens}")
         self.max_message_tokens = max_message_tokens
+        self.message, self.separator, self.last_reads_only = message, separator, last_reads_only
         # A turn with messages before it, and one without.
         self._turns = []
         for agent in system.agents:
             takes = f"{{{MESSAGES}}}" in agent.prompt
             after = agent if takes else replace(agent, prompt=f"{{{MESSAGES}}}\n\n{agent.prompt}")
-            self._turns.append((agent.name, Latent(_with_agents(system, [agent]), adapter), Latent(_with_agents(system, [after]), adapter)))
+            self._turns.append(
+                (agent.name, Latent(_with_agents(system, [agent]), adapter), Latent(_with_agents(system, [after]), adapter))
+            )
 
     def _read(self, turn, questions: list[dict], messages: list[str]) -> tuple[Latent, list[dict]]:
         _, first, later = turn
@@ -152,12 +159,12 @@ class TextAgents:
         """What the agents before the last wrote, for each question, and the number of tokens it took."""
         messages, total = [""] * len(questions), 0
         for i, turn in enumerate(self._turns[:-1]):
-            method, read = self._read(turn, questions, messages)
+            method, read = self._read(turn, questions, [""] * len(questions) if self.last_reads_only else messages)
             options = {**generation, "max_new_tokens": self.max_message_tokens, "seed": generation["seed"] + i + 1}
             written = method.answer(read, 1, batch_size, **options)
             total += written.tokens
-            said = [f"{turn[0]}: {text[0].strip()}" for text in written.texts]
-            messages = [f"{before}\n\n{new}".strip() for before, new in zip(messages, said)]
+            said = [self.message.format(name=turn[0], text=text[0].strip()) for text in written.texts]
+            messages = [self.separator.join(filter(None, pair)) for pair in zip(messages, said)]
         return messages, total
 
     def answer(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> Answers:

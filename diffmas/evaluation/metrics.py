@@ -53,7 +53,9 @@ def _extractor(how) -> Callable[[str], str | None]:
     try:
         pattern = re.compile(how, re.DOTALL)
     except (re.error, TypeError) as error:
-        raise ValueError(f"extract: expected one of {sorted(EXTRACTORS)}, a regular expression or a function, got {how!r} ({error})") from error
+        raise ValueError(
+            f"extract: expected one of {sorted(EXTRACTORS)}, a regular expression or a function, got {how!r} ({error})"
+        ) from error
 
     def last_match(text: str) -> str | None:
         matches = list(pattern.finditer(text))
@@ -79,7 +81,8 @@ MATCHERS: dict[str, Callable[[str, str], bool]] = {"exact": _exact, "math": _mat
 class Scorer:
     """Judges answers. extract: how a text's final answer is found: all | boxed | number, a regular expression (its last
     match, its first group if it has one) or a function text -> str | None. match: exact (after `normalise`) | math
-    (with math-verify: equal as mathematics) or a function (given, gold) -> bool.
+    (with math-verify: equal as mathematics) or a function (given, gold) -> bool. A gold answer that is a text with a final
+    answer of its own is taken by that.
 
     Raises ValueError for anything else, and for "math" where math-verify is not installed.
     """
@@ -92,9 +95,12 @@ class Scorer:
             raise ValueError("match: 'math' needs the package math-verify: pip install 'math-verify[antlr4_13_2]'")
         self.match = match if callable(match) else MATCHERS[match]
 
+    def _right(self, given: str | None, gold: str) -> bool:
+        final = self.extract(gold)
+        return given is not None and bool(self.match(given, gold if final is None else final))
+
     def correct(self, text: str, gold: str) -> bool:
-        given = self.extract(text)
-        return given is not None and bool(self.match(given, gold))
+        return self._right(self.extract(text), gold)
 
     def accuracy(self, texts: list[list[str]], golds: list[str]) -> float:
         """texts[question][sample] -> the mean over questions of the share of right samples."""
@@ -116,7 +122,7 @@ class Scorer:
         """(accuracy of the majority's answer, mean share of samples that agree with it)."""
         _check(texts, golds)
         votes = [self.vote(samples) for samples in texts]
-        right = [winner is not None and bool(self.match(winner, gold)) for (winner, _), gold in zip(votes, golds)]
+        right = [self._right(winner, gold) for (winner, _), gold in zip(votes, golds)]
         return statistics.fmean(right), statistics.fmean(share for _, share in votes)
 
 

@@ -65,8 +65,16 @@ def evaluate(
         vote, agreement = scorer.self_consistency(answers.texts, golds)
         results.append(
             Result(
-                name, len(rows), samples, accuracy, *wilson(accuracy, len(rows)),
-                perplexity(*method.loss(questions, golds, batch_size)), vote, agreement, answers.seconds, answers.tokens,
+                name,
+                len(rows),
+                samples,
+                accuracy,
+                *wilson(accuracy, len(rows)),
+                perplexity(*method.loss(questions, golds, batch_size)),
+                vote,
+                agreement,
+                answers.seconds,
+                answers.tokens,
                 answers.texts,
             )  # fmt: skip
         )

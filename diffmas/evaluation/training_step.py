@@ -83,6 +83,7 @@ def peak_bytes(way: str, make, args: tuple) -> int:
         measured = receive.recv()
         process.join()
     except EOFError:
+        process.join()
         raise RuntimeError(f"the process that measured the memory of {way!r} ended with exit code {process.exitcode}") from None
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]

@@ -1,0 +1,144 @@
+"""The demo: facts are split between two readers, the solver sees the question and 2 x T latent vectors, nothing else.
+
+1. The base model must answer by recall when it has all facts in its context.
+2. A LoRA is trained through the latent vectors by `diffmas.Trainer`, from the answers' loss alone.
+3. Single agent, text agents, untrained latent agents and trained ones answer the same held-out questions.
+4. One training step is compared with the plain Hugging Face way.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from diffmas import evaluation
+from diffmas.demo import facts
+from diffmas.evaluation.training_step import compare_training_step
+from diffmas.system import Agent, MultiAgentSystem
+from diffmas.training import Trainer, add_lora
+
+__all__ = ["BASE", "agents", "run"]
+
+BASE = Path(__file__).parent / "base"
+LATENT_STEPS = 4
+TRAINING_ROWS, HELD_OUT = 16_384, 400
+SAMPLES = 3
+# The base model is ten thousand times smaller than the paper's: it takes a learning rate that much larger to move it.
+TRAINING = dict(
+    max_steps=400, per_device_train_batch_size=32, learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=20,
+    max_grad_norm=1.0, adam_beta2=0.98, logging_steps=50,
+)  # fmt: skip
+
+
+def agents(latent_steps: int = LATENT_STEPS) -> list[Agent]:
+    readers = [Agent(f"reader{i}", facts.READER_PROMPT.format(facts=f"{{facts{i}}}"), latent_steps) for i in (1, 2)]
+    return [*readers, Agent("solver", facts.SOLVER_PROMPT)]
+
+
+def load(model: str | None):
+    name = str(model or BASE)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+
+
+def make_system(model: str | None = None, latent_steps: int = LATENT_STEPS) -> MultiAgentSystem:
+    base, tokenizer = load(model)
+    return MultiAgentSystem(add_lora(base), tokenizer, agents(latent_steps), realign="ridge", trace_content="latent_only")
+
+
+def make_step(model: str | None, rows: int):
+    """What `compare_training_step` runs: a batch of the demo's own."""
+    batch = facts.make_rows(rows, seed=3)
+    return make_system(model), [{k: v for k, v in r.items() if k != "answer"} for r in batch], [r["answer"] for r in batch]
+
+
+def recall(system: MultiAgentSystem, rows: list[dict]) -> evaluation.Result:
+    """The base model alone, all facts in its context, one random question."""
+    alone = evaluation.single_agent(system, Agent("base", facts.ALL_FACTS_PROMPT))
+    return evaluation.evaluate({"base, all facts": alone}, rows, max_new_tokens=4, temperature=0.0, batch_size=200)[0]
+
+
+def train(system: MultiAgentSystem, output: Path, seed: int, **overrides) -> float:
+    """Trains the LoRA; seconds."""
+    rows = facts.make_rows(TRAINING_ROWS, seed=1)
+    arguments = TrainingArguments(
+        output_dir=str(output / "training"), report_to=[], save_strategy="no", seed=seed, **{**TRAINING, **overrides}
+    )  # fmt: skip
+    start = time.perf_counter()
+    Trainer(system, arguments, train_dataset=rows).train()
+    system.save_pretrained(output / "adapter")
+    return time.perf_counter() - start
+
+
+def text_agents(system: MultiAgentSystem) -> evaluation.TextAgents:
+    """The readers write notes, as the base model was taught to; the solver reads both."""
+    solver = Agent("solver", facts.NOTES_PROMPT.format(notes="{messages}", question="{question}"))
+    writing = MultiAgentSystem(system.model, system.tokenizer, [*system.agents[:-1], solver], realign="none")
+    return evaluation.TextAgents(writing, facts.NOTE_TOKENS, message="{text}", separator=" ", last_reads_only=True)
+
+
+def compare(system: MultiAgentSystem, rows: list[dict], console: Console) -> list[evaluation.Result]:
+    methods = {
+        "single agent": evaluation.single_agent(system),
+        "text agents": text_agents(system),
+        "LatentMAS (untrained)": evaluation.latent_mas(system),
+        "DiffMAS (trained)": evaluation.Latent(system),
+    }
+    with console.status("answering the held-out questions") as status:
+        return evaluation.evaluate(
+            methods, rows, SAMPLES, batch_size=200, progress=lambda name: status.update(f"{name} answers"),
+            max_new_tokens=4, temperature=0.6, top_p=0.95, seed=0,
+        )  # fmt: skip
+
+
+def show_samples(rows: list[dict], results: list[evaluation.Result], console: Console, count: int = 4) -> None:
+    table = Table("question", "answer", *(r.method for r in results), title="first sample of each method")
+    for i, row in enumerate(rows[:count]):
+        table.add_row(row["question"], row["answer"], *(r.texts[i][0] for r in results))
+    console.print(table)
+
+
+def show_step(model: str | None, console: Console) -> None:
+    with console.status("one training step, both ways"):
+        c = compare_training_step(make_step, (model, TRAINING["per_device_train_batch_size"]))
+    table = Table("one training step", "seconds", "peak MB", title="diffmas and plain Hugging Face on the same batch")
+    for way, name in (("diffmas", "diffmas"), ("plain", "DynamicCache + torch.cat + autograd")):
+        table.add_row(name, f"{c.seconds[way]:.3f}", f"{c.peak_bytes[way] / 1e6:.0f}")
+    table.caption = (
+        f"{c.speedup:.2f}x the speed, {c.memory_ratio:.2f}x less memory; loss differs by {c.loss_difference:.1e}, gradients "
+        f"by {c.gradient_difference:.1e} (relative). Traces are a few dozen tokens here: see benchmarks/ for long ones."
+    )
+    console.print(table)
+
+
+def run(output="runs/demo", model: str | None = None, seed: int = 0, max_steps: int | None = None, questions: int = HELD_OUT):
+    """Runs the demo; writes results.csv, results.png, answers.jsonl and the adapter to `output`; returns the results.
+
+    model: a directory or hub name of another causal LM; the one that ships with diffmas by default.
+    """
+    console, output, start = Console(), Path(output), time.perf_counter()
+    transformers_logging.set_verbosity_error()
+    torch.manual_seed(seed)
+    system = make_system(model)
+    held_out = facts.make_rows(questions, seed=2)
+    trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in system.model.parameters())
+    console.print(f"base model: {total - trainable:,} parameters; LoRA: {trainable:,}; facts: {held_out[0]['facts']!r}")
+    known = recall(system, held_out)
+    console.print(f"recall with all facts in context: {100 * known.accuracy:.1f} % [{100 * known.low:.1f}, {100 * known.high:.1f}]")
+    seconds = train(system, output, seed, **({"max_steps": max_steps} if max_steps else {}))
+    console.print(f"trained in {seconds:.0f} s; adapter and agents.json: {output / 'adapter'}")
+    results = compare(system, held_out, console)
+    console.print(evaluation.table(results, "held-out questions; facts split between two readers"))
+    show_samples(held_out, results, console)
+    show_step(model, console)
+    for path in (
+        evaluation.write_csv(results, output / "results.csv"), evaluation.plot(results, output / "results.png"),
+        evaluation.write_answers(results, held_out, output / "answers.jsonl"),
+    ):  # fmt: skip
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    console.print(f"all in {time.perf_counter() - start:.0f} s")
+    return results

@@ -1,0 +1,79 @@
+"""What is installed: the wheel and sdist hold what they should, with and without a compiler, and say what is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from diffmas import _extension
+
+ROOT = Path(__file__).parent.parent
+BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the tracked source, so that a build leaves nothing behind."""
+    target = tmp_path_factory.mktemp("source") / "diffmas"
+    ignore = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "build_info.json", "runs")
+    shutil.copytree(ROOT, target, symlinks=True, ignore=ignore)
+    return target
+
+
+def build(kind: str, source: Path, out: Path, **environment) -> Path:
+    run = subprocess.run(
+        [sys.executable, "-c", BUILD, kind, str(out)], cwd=source, capture_output=True, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    return out / run.stdout.strip().splitlines()[-1]
+
+
+def test_sdist_holds_the_sources(source, tmp_path):
+    with tarfile.open(build("sdist", source, tmp_path, CXX="/bin/false")) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    for wanted in ("setup.py", "csrc/binding.cpp", "csrc/cpu/inject.cpp", "csrc/cpu/simd.h", "kernels/README.md", "diffmas/ops.py"):
+        assert wanted in names
+
+
+def test_wheel_without_a_compiler_works_and_says_so(source, tmp_path):
+    with zipfile.ZipFile(build("wheel", source, tmp_path, CXX="/bin/false")) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    for wanted in (
+        "diffmas/reference.py", "diffmas/evaluation/run.py", "diffmas/demo/base/model.safetensors", "diffmas/kernels/README.md",
+        "diffmas/build_info.json",
+    ):  # fmt: skip
+        assert wanted in names
+    assert "diffmas/libdiffmas.so" not in names and not any(name.startswith("tests/") for name in names)
+    code = (
+        "import torch, diffmas; print(diffmas.__file__); print(diffmas.ops.available()['cpu']);"
+        "o, _ = diffmas.ops.cross_attention(torch.ones(1, 2, 8), torch.ones(4, 1, 8), torch.ones(4, 1, 8),"
+        " *(torch.tensor(x) for x in ([0, 1], [0, 1], [0], [4]))); print(float(o.sum()))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    where, reason, total = run.stdout.splitlines()
+    assert Path(where).is_relative_to(tmp_path)
+    assert "failed at install time" in reason
+    assert float(total) == 16.0
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here: the extension cannot be built")
+def test_the_extension_is_built_where_there_is_a_compiler():
+    assert _extension.loaded, _extension.error
+
+
+def test_env_command_says_what_is_missing():
+    run = subprocess.run([sys.executable, "-m", "diffmas", "env"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "160"})
+    assert run.returncode == 0, run.stderr
+    assert "backend triton" in run.stdout and "no Triton kernels" in run.stdout
+    assert "backend reference" in run.stdout and "transformers" in run.stdout

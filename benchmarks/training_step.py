@@ -62,7 +62,7 @@ def main(
             with console.status(f"N={tokens} T={T}"):
                 c = compare_training_step(make, (tokens, T), repeats)
             if c.loss_difference > 1e-4 or c.gradient_difference > 1e-3:
-                raise SystemExit(f"N={tokens} T={T}: loss or gradients differ ({c.loss_difference:.1e}, {c.gradient_difference:.1e})")
+                raise SystemExit(f"N={tokens} T={T}: loss or gradients differ: {c}")
             rows.append(
                 dict(
                     N=tokens, T=T, seconds=c.seconds["diffmas"], plain_seconds=c.seconds["plain"], speedup=c.speedup,

@@ -3,8 +3,9 @@
 from diffmas import ops
 from diffmas.attention import Unsupported
 from diffmas.patch import patch_model, unpatch_model
+from diffmas.plan import Segment
 from diffmas.system import Agent, MultiAgentSystem, SystemOutput
-from diffmas.trace import Segment, Trace
+from diffmas.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -19,4 +20,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'diffmas' has no attribute {name!r}")
 
 
-__all__ = ["Agent", "MultiAgentSystem", "Segment", "SystemOutput", "Trace", "Trainer", "Unsupported", "default_arguments", "ops", "patch_model", "unpatch_model"]
+__all__ = [
+    "Agent", "MultiAgentSystem", "Segment", "SystemOutput", "Trace", "Trainer", "Unsupported", "default_arguments", "ops",
+    "patch_model", "unpatch_model",
+]  # fmt: skip

@@ -5,7 +5,7 @@ import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ console = Console()
 errors = Console(stderr=True)
 
 ConfigFile = Annotated[Path, typer.Argument(help="config.yaml; see examples/train.yaml", show_default=False)]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one")]
 
 
 def explained(command):
@@ -108,13 +108,13 @@ def generate(
     adapter: Annotated[Path, typer.Option(help="directory that `diffmas train` wrote", show_default=False)],
     question: Annotated[str, typer.Option(help="the field {question} of the agents' prompts")] = "",
     field: Annotated[
-        Optional[list[str]], typer.Option(help="another field of the prompts, as name=text; may be repeated")
+        list[str] | None, typer.Option(help="another field of the prompts, as name=text; may be repeated")
     ] = None,
-    model: Annotated[Optional[str], typer.Option(help="base model, if it is not where it was")] = None,
+    model: Annotated[str | None, typer.Option(help="base model, if it is not where it was")] = None,
     max_new_tokens: int = 256,
     temperature: float = 0.6,
     top_p: float = 0.95,
-    seed: Optional[int] = None,
+    seed: int | None = None,
     samples: int = 1,
     device: Device = None,
 ):
@@ -140,9 +140,9 @@ def generate(
 def evaluate(
     config: ConfigFile,
     adapter: Annotated[
-        Optional[Path], typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")
+        Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")
     ] = None,
-    output: Annotated[Optional[Path], typer.Option(help="directory for results.csv, results.png and answers.jsonl")] = None,
+    output: Annotated[Path | None, typer.Option(help="directory for results.csv, results.png and answers.jsonl")] = None,
     device: Device = None,
 ):
     """Compare the trained system with its baselines on the same questions."""

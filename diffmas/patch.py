@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from diffmas import ops, probe
 from diffmas.attention import Layer, Unsupported, install, refuse, uninstall
-from diffmas.trace import Plan, Trace
+from diffmas.plan import Plan
+from diffmas.trace import Trace
 
 __all__ = ["patch_model", "patch_of", "run", "unpatch_model"]
 

@@ -1,192 +1,24 @@
 """The trace: the K/V memory that the agents of a batch of episodes share, append-only, as a transformers Cache.
 
-Storage and view are two things. A `Store` owns the rows of every layer; a `Trace` owns, per sequence, the ordered list of
-*segments* (runs of rows) that it sees. Forks, joins and `keep` make new views over the same rows and copy nothing. Rows
-are handed out in *extents* with spare room, so that latent steps and decoding extend a segment instead of adding one.
-
-One forward pass through the model is one `Plan`: where its tokens go and what they see, fixed before the first layer
-runs and committed to the trace after the last one. A recomputed forward (activation checkpointing) reads the same plan.
+Storage and view are two things. A store (`diffmas.plan`) owns the rows of every layer; a `Trace` owns, per sequence, the
+ordered list of *segments* (runs of rows) that it sees. Forks, joins and `keep` make new views over the same rows and copy
+nothing.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from diffmas.pool import Pool, attend, inherit, reposition
+from diffmas.cache import CacheFace
+from diffmas.plan import KINDS, SPARE_ROWS, Extent, Plan, Segment, Store
+from diffmas.pool import inherit, reposition
 
-__all__ = ["KINDS", "Plan", "Segment", "Trace"]
+__all__ = ["Trace"]
 
-KINDS = ("prompt", "latent", "text")
-SPARE_ROWS = 64  # room of an extent that is opened for single tokens
 JOINS = ("keep", "shift", "reindex", "same_branch")
 
 
-class Segment(NamedTuple):
-    """A run of consecutive rows written by one agent for one sequence."""
-
-    sequence: int
-    agent: str | None
-    kind: str  # prompt | latent | text
-    start: int  # first row
-    length: int  # rows
-    position: int  # the position its first token was written at
-    shift: int = 0  # it is read this many positions later
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
-
-
-class Extent:
-    """Rows [start, end) reserved for one sequence, of which [start, filled) are written."""
-
-    def __init__(self, start: int, end: int):
-        self.filled, self.end = start, end
-
-
-class Store:
-    """The rows of all layers, the position each was written at, and the next free row. Shared by forks."""
-
-    def __init__(self, layers: int, rows: int):
-        self.pools: list[Pool | None] = [None] * layers
-        self.rows = rows  # what a pool has from the start
-        self.used = 0
-        self.lineages = 1  # how many were given out; see Pool
-        self.positions = np.zeros(max(rows, 1), dtype=np.int64)
-
-    def allocate(self, rows: int) -> Extent:
-        extent = Extent(self.used, self.used + rows)
-        self.used += rows
-        if self.used > len(self.positions):
-            grown = np.zeros(max(self.used, 2 * len(self.positions)), dtype=np.int64)
-            grown[: len(self.positions)] = self.positions
-            self.positions = grown
-        return extent
-
-    def new_lineage(self) -> int:
-        self.lineages += 1
-        return self.lineages - 1
-
-    def pool(self, layer: int, k: Tensor, v: Tensor) -> Pool:
-        """The layer's pool, with room for every row handed out; made from the first K that is written."""
-        pool = self.pools[layer]
-        if pool is None:
-            if k.shape != v.shape:
-                raise ValueError(f"layer {layer}: expected K and V of one shape, got {list(k.shape)} and {list(v.shape)}")
-            pool = self.pools[layer] = Pool(max(self.rows, self.used), *k.shape[1:], k.dtype, k.device)
-        if pool.k.dtype != k.dtype or pool.k.device != k.device:
-            raise ValueError(
-                f"trace: layer {layer} holds {pool.k.dtype} on {pool.k.device}, this forward brings {k.dtype} on "
-                f"{k.device}; use a new trace after changing the model's dtype, device or autocast"
-            )
-        pool.reserve(self.used)
-        return pool
-
-
-class Plan:
-    """One forward pass over n packed new tokens: their rows and positions, and what each sequence sees.
-
-    Rides through the model's keyword arguments as one opaque object: containers and anything with `.to` get rebuilt or
-    cast on the way by accelerate, DDP and FSDP, `past_key_values` is dropped by activation checkpointing.
-    """
-
-    def __init__(self, trace, lengths, positions, rows, segments, extents):
-        self.trace, self.lengths, self.positions = trace, lengths, positions
-        self._segments, self._extents = segments, extents
-        self._lineage = trace._lineage
-        self._tokens_in, self._tokens_out = list(trace._tokens), [None] * len(trace._tokens)
-        self._recorded = [False] * len(trace._tokens)  # whether a layer ran with gradients
-        self._committed = False
-        self._index = self._pack(rows)
-        self._on_device = {}
-        self.padding = None  # set by patch.py for a padded batch: how to restore its shape
-
-    def _pack(self, rows) -> tuple[Tensor, list[int], bool]:
-        """All index tensors in one int64 tensor (one copy to a device), the sizes of its parts, and whether it shifts."""
-        starts, lens, shifts, indptr = [], [], [], [0]
-        for segments in self._segments:
-            previous_end, previous_shift = -1, 0
-            for s in segments:  # neighbours in the pool are read as one run
-                if s.start == previous_end and s.shift == previous_shift:
-                    lens[-1] += s.length
-                else:
-                    starts.append(s.start)
-                    lens.append(s.length)
-                    shifts.append(s.shift)
-                previous_end, previous_shift = s.end, s.shift
-            indptr.append(len(starts))
-        q_indptr = np.concatenate(([0], np.cumsum(self.lengths)))
-        parts = [rows, q_indptr, indptr, starts, lens, shifts]
-        packed = torch.from_numpy(np.concatenate([np.asarray(p, dtype=np.int64) for p in parts]))
-        return packed, [len(p) for p in parts], any(shifts)
-
-    def _index_on(self, device: torch.device) -> tuple[Tensor, ...]:
-        if device not in self._on_device:
-            packed, sizes, _ = self._index
-            self._on_device[device] = packed.to(device).split(sizes)
-        return self._on_device[device]
-
-    @property
-    def tokens(self) -> int:
-        return int(sum(self.lengths))
-
-    def last_rows(self) -> Tensor:
-        """Packed index of each sequence's last new token; [B] int64 on the CPU."""
-        return torch.from_numpy(np.cumsum(self.lengths) - 1)
-
-    def attend(self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float, **inject) -> Tensor:
-        """Writes this forward's K and V of one layer and attends; q [n, Hq, D], k, v [n, Hkv, D] -> o [n, Hq, D].
-
-        layer: the `patch.Layer` that says which layer it is and how it rotates. `inject`: see `pool.attend`.
-        """
-        i, trace = layer.index, self.trace
-        if self._committed:
-            self._check_recompute(i)
-        elif self._tokens_out[i] is not None:
-            raise RuntimeError(f"layer {i} attended twice in one forward pass; a trace holds one K/V row per token and layer")
-        pool = trace._store.pool(i, k, v)
-        slots, q_indptr, seg_indptr, seg_start, seg_len, seg_shift = self._index_on(k.device)
-        inv_freq = None
-        if self._index[2] and layer.rope != "none":
-            inv_freq = trace._inv_freq(layer, k.device)
-        view = (q_indptr, seg_indptr, seg_start, seg_len, seg_shift if inv_freq is not None else None, inv_freq)
-        o, token = attend(
-            pool, self._tokens_in[i], q, k, v, slots, view, scale=scale,
-            interleaved=layer.rope == "interleaved", lineage=self._lineage, backend=trace._patch.backend, **inject,
-        )  # fmt: skip
-        if not self._committed:
-            self._tokens_out[i], self._recorded[i] = token, torch.is_grad_enabled()
-        return o
-
-    def _check_recompute(self, i: int) -> None:
-        if torch._C._current_graph_task_id() == -1:
-            raise RuntimeError("this forward pass is over: its plan can be used again by activation checkpointing only")
-        if torch.is_grad_enabled() and not self._recorded[i]:
-            raise RuntimeError(
-                f"layer {i} is recomputed with gradients that its first run did not record: re-entrant activation "
-                "checkpointing gives wrong gradients with a trace; use use_reentrant=False"
-            )
-
-    def commit(self) -> None:
-        """Makes the new tokens part of the trace; raises if a layer did not write its rows."""
-        missing = [i for i, token in enumerate(self._tokens_out) if token is None]
-        if missing:
-            raise RuntimeError(
-                f"layers {missing} did not write to the trace: the keyword argument diffmas_trace did not reach them"
-            )
-        trace = self.trace
-        trace._segments, trace._extents, trace._tokens = self._segments, self._extents, self._tokens_out
-        for b, n in enumerate(self.lengths):
-            if n:
-                first = sum(self.lengths[:b])
-                trace._next[b] = max(trace._next[b], int(self.positions[first : first + n].max()) + 1)
-        self._committed = True
-
-
-class Trace(Cache):
+class Trace(CacheFace):
     """The shared K/V memory of `batch_size` episodes over all layers of a patched model.
 
     model: a model that `diffmas.patch_model` was called on. capacity: tokens per sequence to make room for at once; the
@@ -300,7 +132,7 @@ class Trace(Cache):
         if limit is not None:
             longest = max(have + new for have, new in zip(self.lengths, lengths))
             if longest > limit:
-                raise ValueError(f"trace: expected at most {limit} tokens per sequence (patch_model's max_length), got {longest}")
+                raise ValueError(f"trace: expected at most {limit} tokens a sequence (patch_model's max_length), got {longest}")
         if len(positions) and positions.min() < 0:
             raise ValueError(f"position_ids: expected positions >= 0, got {int(positions.min())}")
 
@@ -327,7 +159,7 @@ class Trace(Cache):
 
     def _view(self, segments, extents=None, next_positions=None, tokens=None) -> "Trace":
         view = object.__new__(Trace)
-        Cache.__init__(view, layers=[])
+        CacheFace.__init__(view, layers=[])
         view._patch, view._store, view.agent = self._patch, self._store, self.agent
         view._segments = [[s._replace(sequence=b) for s in row] for b, row in enumerate(segments)]
         view._extents = list(extents) if extents is not None else [None] * len(segments)
@@ -534,61 +366,6 @@ class Trace(Cache):
 
         return load(path, model)
 
-    # ---- the transformers Cache interface ----------------------------------------------------------------------------
-    # Hugging Face sees a left-padded cache of the longest sequence; the body's hook (patch.py) works on the ragged one.
-
-    is_compileable = False
-    is_croppable = True
-    max_batch_size = batch_size
-
-    @property
-    def is_initialized(self) -> bool:
-        return any(self._segments)
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self)
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        return [False] * len(self)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self.lengths)
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.get_seq_length()
-
-    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
-        new = query_length if isinstance(query_length, int) else len(query_length)  # a cache_position before 5.3
-        return self.get_seq_length() + new, 0
-
-    def get_max_length(self, layer_idx: int = 0) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def update(self, *args, **kwargs):
-        raise ValueError("this model is not patched: call diffmas.patch_model(model) before passing it a Trace")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._become(self.select(indices.tolist()))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._become(self.select([b for b in range(self.batch_size) for _ in range(repeats)]))
-
-    def crop(self, length: int) -> None:
-        """Forgets the newest tokens: -length of each sequence, or (length > 0) all beyond the longest's first `length`."""
-        length = int(length)  # assisted decoding passes a tensor
-        self.drop_newest([-length if length <= 0 else max(0, self.get_seq_length() - length)] * self.batch_size)
-
     def drop_newest(self, counts: list[int]) -> None:
         """Forgets the newest counts[b] tokens of sequence b."""
         rows, nexts = [], []
@@ -605,13 +382,6 @@ class Trace(Cache):
             rows.append(row)
             nexts.append(max(ends, default=0) if count > 0 else after)
         self._become(self._view(rows, self._extents, nexts))
-
-    def reset(self) -> None:
-        empty = [[] for _ in self._segments]
-        self._become(self._view(empty, None, [0] * self.batch_size, [torch.zeros(0) for _ in self._tokens]))
-
-    def activate_past_recording(self, *args, **kwargs) -> None:
-        """Assisted decoding asks for it before it crops; nothing to record, rows stay where they are."""
 
     def _become(self, other: "Trace") -> None:
         for name in ("_segments", "_extents", "_next", "_tokens", "_lineage", "_spare"):

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffmas.identity import adapter_fingerprint, model_fingerprint, rope_of
+from diffmas.plan import Segment
 from diffmas.pool import Pool
-from diffmas.trace import Segment, Trace
+from diffmas.trace import Trace
 
 __all__ = ["load", "save"]
 

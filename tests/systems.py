@@ -66,7 +66,8 @@ def unroll(system, question, answer: str | None = None, generated: list[int] = (
         handed = torch.ones(n, dtype=torch.bool) if system.trace_content == "all" else kind
         sees = ((owner[:, None] == owner) | handed[None]).tril()
         mask = torch.zeros(n, n, dtype=x.dtype).masked_fill(~sees, torch.finfo(x.dtype).min)
-        return module(inputs_embeds=x[None], attention_mask=mask[None, None], position_ids=torch.arange(n)[None], use_cache=False)
+        positions = torch.arange(n)[None]
+        return module(inputs_embeds=x[None], attention_mask=mask[None, None], position_ids=positions, use_cache=False)
 
     for i, agent in enumerate(system.agents):
         last = i == len(system.agents) - 1

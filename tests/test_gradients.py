@@ -3,8 +3,23 @@
 import pytest
 import torch
 from models import (
-    SOME, assert_close, body, embed, episode, error, gradients, latent_steps, loss_of, masked, monolithic, pad, prefill,
-    read, tiny, tokens, whole,
+    SOME,
+    assert_close,
+    body,
+    embed,
+    episode,
+    error,
+    gradients,
+    latent_steps,
+    loss_of,
+    masked,
+    monolithic,
+    pad,
+    prefill,
+    read,
+    tiny,
+    tokens,
+    whole,
 )  # fmt: skip
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache

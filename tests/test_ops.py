@@ -53,7 +53,10 @@ def test_attention_budget(backend, name, dtype):
             within_budget(got, like, want, 64 * (heads[0] / heads[1]) ** 0.5)
 
 
-@pytest.mark.parametrize("D, Dr, interleaved", [(32, 32, False), (80, 80, True), (96, 48, False), (128, 128, False), (256, 64, True), (40, 20, False)])
+@pytest.mark.parametrize(
+    "D, Dr, interleaved",
+    [(32, 32, False), (80, 80, True), (96, 48, False), (128, 128, False), (256, 64, True), (40, 20, False)],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_head_sizes(backend, D, Dr, interleaved):
     for name in ("shifted", "ragged"):

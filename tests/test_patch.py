@@ -8,7 +8,18 @@ import pickle
 import pytest
 import torch
 from models import (
-    FUSED, GENERIC, SOME, assert_close, body, build, error, gradients, make_config, tiny, tokens, with_lora,
+    FUSED,
+    GENERIC,
+    SOME,
+    assert_close,
+    body,
+    build,
+    error,
+    gradients,
+    make_config,
+    tiny,
+    tokens,
+    with_lora,
 )  # fmt: skip
 from torch import nn
 

@@ -284,7 +284,8 @@ def test_agents_can_see_different_fields():
     s = system(agents=agents)
     rows = [{"question": "w10", "facts": "w30 w31"}, {"question": "w11", "facts": "w32"}]
     assert s(rows, ["w20", "w21"]).trace.lengths == [3 + 1 + 4, 2 + 1 + 4]
-    with pytest.raises(ValueError, match=r"agent 'reader': its prompt needs the field \{facts\}, the question has \['question'\]"):
+    message = r"agent 'reader': its prompt needs the field \{facts\}, the question has \['question'\]"
+    with pytest.raises(ValueError, match=message):
         s(["w10"], ["w20"])
 
 

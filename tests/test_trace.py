@@ -3,8 +3,20 @@
 import pytest
 import torch
 from models import (
-    SOME, assert_close, body, embed, episode, gradients, last_hidden, latent_steps, loss_of, monolithic, pad, tiny,
-    tokens, whole,
+    SOME,
+    assert_close,
+    body,
+    embed,
+    episode,
+    gradients,
+    last_hidden,
+    latent_steps,
+    loss_of,
+    monolithic,
+    pad,
+    tiny,
+    tokens,
+    whole,
 )  # fmt: skip
 
 import diffmas

@@ -132,7 +132,7 @@ def test_a_plain_model_gets_lora(tmp_path):
 # ---- equal to something else -----------------------------------------------------------------------------------------
 
 
-def one_step(path, batch: int, accumulate: int, system_options={}, **options):
+def one_step(path, batch: int, accumulate: int, system_options=None, **options):
     """Weights after one step of plain gradient descent over the same eight rows."""
     args = arguments(
         path, max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, optim="sgd",
@@ -171,7 +171,7 @@ def test_resume_is_bit_for_bit(tmp_path, options):
     """Stopped in the middle of the second epoch."""
     weights, histories = [], []
     for name, stop in (("whole", None), ("parts", 3)):
-        args = lambda: arguments(tmp_path / name, max_steps=5, save_strategy="steps", save_steps=3)  # noqa: E731
+        args = lambda name=name: arguments(tmp_path / name, max_steps=5, save_strategy="steps", save_steps=3)  # noqa: E731
         system = tiny.system(**options)
         trainer = Trainer(system, args(), train_dataset=tiny.rows(8), callbacks=[Stop(stop)] if stop else [])
         trainer.train()

@@ -126,9 +126,11 @@ def run(output="runs/demo", model: str | None = None, seed: int = 0, max_steps: 
     held_out = facts.make_rows(questions, seed=2)
     trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
     total = sum(p.numel() for p in system.model.parameters())
-    console.print(f"base model: {total - trainable:,} parameters; LoRA: {trainable:,}; facts: {held_out[0]['facts']!r}")
+    console.print(f"base model: {total - trainable:,} parameters; LoRA: {trainable:,}")
+    console.print(f"for example: {held_out[0]['facts']} {held_out[0]['question']} {held_out[0]['answer']}")
     known = recall(system, held_out)
-    console.print(f"recall with all facts in context: {100 * known.accuracy:.1f} % [{100 * known.low:.1f}, {100 * known.high:.1f}]")
+    interval = f"[{100 * known.low:.1f}, {100 * known.high:.1f}]"
+    console.print(f"recall with all facts in context: {100 * known.accuracy:.1f} % {interval}")
     seconds = train(system, output, seed, **({"max_steps": max_steps} if max_steps else {}))
     console.print(f"trained in {seconds:.0f} s; adapter and agents.json: {output / 'adapter'}")
     results = compare(system, held_out, console)

@@ -1,0 +1,72 @@
+"""What transformers sees of a trace: a left-padded cache of its longest sequence. The body's hook works on the ragged one."""
+
+from torch import Tensor, zeros
+from transformers.cache_utils import Cache
+
+__all__ = ["CacheFace"]
+
+
+class CacheFace(Cache):
+    """The transformers Cache interface, of 4.56 to 5.x, in terms of a Trace."""
+
+    is_compileable = False
+    is_croppable = True
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.batch_size
+
+    @property
+    def is_initialized(self) -> bool:
+        return any(self._segments)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(self.lengths)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length()
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+        new = query_length if isinstance(query_length, int) else len(query_length)  # a cache_position before 5.3
+        return self.get_seq_length() + new, 0
+
+    def get_max_length(self, layer_idx: int = 0) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def update(self, *args, **kwargs):
+        raise ValueError("this model is not patched: call diffmas.patch_model(model) before passing it a Trace")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._become(self.select(indices.tolist()))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._become(self.select([b for b in range(self.batch_size) for _ in range(repeats)]))
+
+    def crop(self, length: int) -> None:
+        """Forgets the newest tokens: -length of each sequence, or (length > 0) all beyond the longest's first `length`."""
+        length = int(length)  # assisted decoding passes a tensor
+        self.drop_newest([-length if length <= 0 else max(0, self.get_seq_length() - length)] * self.batch_size)
+
+    def reset(self) -> None:
+        empty = [[] for _ in self._segments]
+        self._become(self._view(empty, None, [0] * self.batch_size, [zeros(0) for _ in self._tokens]))
+
+    def activate_past_recording(self, *args, **kwargs) -> None:
+        """Assisted decoding asks for it before it crops; nothing to record, rows stay where they are."""

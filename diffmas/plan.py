@@ -1,0 +1,182 @@
+"""Where rows live and where a forward pass writes and reads: stores, segments, extents and plans.
+
+A `Store` owns the rows of every layer. Rows are handed out in *extents* with spare room, so that latent steps and decoding
+extend a segment instead of adding one. One forward pass through the model is one `Plan`: where its tokens go and what they
+see, fixed before the first layer runs and committed to the trace after the last one. A recomputed forward (activation
+checkpointing) reads the same plan.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmas.pool import Pool, attend
+
+__all__ = ["KINDS", "SPARE_ROWS", "Extent", "Plan", "Segment", "Store"]
+
+KINDS = ("prompt", "latent", "text")
+SPARE_ROWS = 64  # room of an extent that is opened for single tokens
+
+
+class Segment(NamedTuple):
+    """A run of consecutive rows written by one agent for one sequence."""
+
+    sequence: int
+    agent: str | None
+    kind: str  # prompt | latent | text
+    start: int  # first row
+    length: int  # rows
+    position: int  # the position its first token was written at
+    shift: int = 0  # it is read this many positions later
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+class Extent:
+    """Rows [start, end) reserved for one sequence, of which [start, filled) are written."""
+
+    def __init__(self, start: int, end: int):
+        self.filled, self.end = start, end
+
+
+class Store:
+    """The rows of all layers, the position each was written at, and the next free row. Shared by forks."""
+
+    def __init__(self, layers: int, rows: int):
+        self.pools: list[Pool | None] = [None] * layers
+        self.rows = rows  # what a pool has from the start
+        self.used = 0
+        self.lineages = 1  # how many were given out; see Pool
+        self.positions = np.zeros(max(rows, 1), dtype=np.int64)
+
+    def allocate(self, rows: int) -> Extent:
+        extent = Extent(self.used, self.used + rows)
+        self.used += rows
+        if self.used > len(self.positions):
+            grown = np.zeros(max(self.used, 2 * len(self.positions)), dtype=np.int64)
+            grown[: len(self.positions)] = self.positions
+            self.positions = grown
+        return extent
+
+    def new_lineage(self) -> int:
+        self.lineages += 1
+        return self.lineages - 1
+
+    def pool(self, layer: int, k: Tensor, v: Tensor) -> Pool:
+        """The layer's pool, with room for every row handed out; made from the first K that is written."""
+        pool = self.pools[layer]
+        if pool is None:
+            if k.shape != v.shape:
+                raise ValueError(f"layer {layer}: expected K and V of one shape, got {list(k.shape)} and {list(v.shape)}")
+            pool = self.pools[layer] = Pool(max(self.rows, self.used), *k.shape[1:], k.dtype, k.device)
+        if pool.k.dtype != k.dtype or pool.k.device != k.device:
+            raise ValueError(
+                f"trace: layer {layer} holds {pool.k.dtype} on {pool.k.device}, this forward brings {k.dtype} on "
+                f"{k.device}; use a new trace after changing the model's dtype, device or autocast"
+            )
+        pool.reserve(self.used)
+        return pool
+
+
+class Plan:
+    """One forward pass over n packed new tokens: their rows and positions, and what each sequence sees.
+
+    Rides through the model's keyword arguments as one opaque object: containers and anything with `.to` get rebuilt or
+    cast on the way by accelerate, DDP and FSDP, `past_key_values` is dropped by activation checkpointing.
+    """
+
+    def __init__(self, trace, lengths, positions, rows, segments, extents):
+        self.trace, self.lengths, self.positions = trace, lengths, positions
+        self._segments, self._extents = segments, extents
+        self._lineage = trace._lineage
+        self._tokens_in, self._tokens_out = list(trace._tokens), [None] * len(trace._tokens)
+        self._recorded = [False] * len(trace._tokens)  # whether a layer ran with gradients
+        self._committed = False
+        self._index = self._pack(rows)
+        self._on_device = {}
+        self.padding = None  # set by patch.py for a padded batch: how to restore its shape
+
+    def _pack(self, rows) -> tuple[Tensor, list[int], bool]:
+        """All index tensors in one int64 tensor (one copy to a device), the sizes of its parts, and whether it shifts."""
+        starts, lens, shifts, indptr = [], [], [], [0]
+        for segments in self._segments:
+            previous_end, previous_shift = -1, 0
+            for s in segments:  # neighbours in the pool are read as one run
+                if s.start == previous_end and s.shift == previous_shift:
+                    lens[-1] += s.length
+                else:
+                    starts.append(s.start)
+                    lens.append(s.length)
+                    shifts.append(s.shift)
+                previous_end, previous_shift = s.end, s.shift
+            indptr.append(len(starts))
+        q_indptr = np.concatenate(([0], np.cumsum(self.lengths)))
+        parts = [rows, q_indptr, indptr, starts, lens, shifts]
+        packed = torch.from_numpy(np.concatenate([np.asarray(p, dtype=np.int64) for p in parts]))
+        return packed, [len(p) for p in parts], any(shifts)
+
+    def _index_on(self, device: torch.device) -> tuple[Tensor, ...]:
+        if device not in self._on_device:
+            packed, sizes, _ = self._index
+            self._on_device[device] = packed.to(device).split(sizes)
+        return self._on_device[device]
+
+    @property
+    def tokens(self) -> int:
+        return int(sum(self.lengths))
+
+    def last_rows(self) -> Tensor:
+        """Packed index of each sequence's last new token; [B] int64 on the CPU."""
+        return torch.from_numpy(np.cumsum(self.lengths) - 1)
+
+    def attend(self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float, **inject) -> Tensor:
+        """Writes this forward's K and V of one layer and attends; q [n, Hq, D], k, v [n, Hkv, D] -> o [n, Hq, D].
+
+        layer: the `patch.Layer` that says which layer it is and how it rotates. `inject`: see `pool.attend`.
+        """
+        i, trace = layer.index, self.trace
+        if self._committed:
+            self._check_recompute(i)
+        elif self._tokens_out[i] is not None:
+            raise RuntimeError(f"layer {i} attended twice in one forward pass; a trace holds one K/V row per token and layer")
+        pool = trace._store.pool(i, k, v)
+        slots, q_indptr, seg_indptr, seg_start, seg_len, seg_shift = self._index_on(k.device)
+        inv_freq = None
+        if self._index[2] and layer.rope != "none":
+            inv_freq = trace._inv_freq(layer, k.device)
+        view = (q_indptr, seg_indptr, seg_start, seg_len, seg_shift if inv_freq is not None else None, inv_freq)
+        o, token = attend(
+            pool, self._tokens_in[i], q, k, v, slots, view, scale=scale,
+            interleaved=layer.rope == "interleaved", lineage=self._lineage, backend=trace._patch.backend, **inject,
+        )  # fmt: skip
+        if not self._committed:
+            self._tokens_out[i], self._recorded[i] = token, torch.is_grad_enabled()
+        return o
+
+    def _check_recompute(self, i: int) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            raise RuntimeError("this forward pass is over: its plan can be used again by activation checkpointing only")
+        if torch.is_grad_enabled() and not self._recorded[i]:
+            raise RuntimeError(
+                f"layer {i} is recomputed with gradients that its first run did not record: re-entrant activation "
+                "checkpointing gives wrong gradients with a trace; use use_reentrant=False"
+            )
+
+    def commit(self) -> None:
+        """Makes the new tokens part of the trace; raises if a layer did not write its rows."""
+        missing = [i for i, token in enumerate(self._tokens_out) if token is None]
+        if missing:
+            raise RuntimeError(
+                f"layers {missing} did not write to the trace: the keyword argument diffmas_trace did not reach them"
+            )
+        trace = self.trace
+        trace._segments, trace._extents, trace._tokens = self._segments, self._extents, self._tokens_out
+        for b, n in enumerate(self.lengths):
+            if n:
+                first = sum(self.lengths[:b])
+                trace._next[b] = max(trace._next[b], int(self.positions[first : first + n].max()) + 1)
+        self._committed = True

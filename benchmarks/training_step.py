@@ -65,11 +65,21 @@ def main(
                 raise SystemExit(f"N={tokens} T={T}: loss or gradients differ: {c}")
             rows.append(
                 dict(
-                    N=tokens, T=T, seconds=c.seconds["diffmas"], plain_seconds=c.seconds["plain"], speedup=c.speedup,
-                    peak_mb=c.peak_bytes["diffmas"] / 1e6, plain_peak_mb=c.peak_bytes["plain"] / 1e6,
-                    memory_ratio=c.memory_ratio, loss_difference=c.loss_difference,
-                    gradient_difference=c.gradient_difference, device=platform.machine(), threads=threads,
-                    torch=torch.__version__, transformers=transformers.__version__, commit=commit(),
+                    N=tokens,
+                    T=T,
+                    seconds=c.seconds["diffmas"],
+                    plain_seconds=c.seconds["plain"],
+                    speedup=c.speedup,
+                    peak_mb=c.peak_bytes["diffmas"] / 1e6,
+                    plain_peak_mb=c.peak_bytes["plain"] / 1e6,
+                    memory_ratio=c.memory_ratio,
+                    loss_difference=c.loss_difference,
+                    gradient_difference=c.gradient_difference,
+                    device=platform.machine(),
+                    threads=threads,
+                    torch=torch.__version__,
+                    transformers=transformers.__version__,
+                    commit=commit(),
                 )  # fmt: skip
             )
     out.parent.mkdir(parents=True, exist_ok=True)

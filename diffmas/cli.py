@@ -3,6 +3,7 @@
 import functools
 import math
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -55,14 +56,25 @@ def demo(output: Annotated[Path, typer.Option(help="directory for the table and 
 def train(
     config: ConfigFile,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint in output_dir")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="start afresh and remove an earlier run's checkpoints in output_dir")
+    ] = False,
 ):
     """Train LoRA adapters as a config says; under torchrun on several GPUs."""
     from transformers import EarlyStoppingCallback
 
     from diffmas.config import build_system, load, read_data, training_arguments
-    from diffmas.training import Trainer
+    from diffmas.training import Trainer, checkpoints
 
     settings = load(config)
+    earlier = [] if resume else checkpoints(settings.output_dir)
+    if resume and overwrite:
+        raise ValueError("--overwrite: expected it without --resume, got both")
+    if earlier and not overwrite:
+        raise ValueError(
+            f"{settings.output_dir}: expected no checkpoints of an earlier run, found {earlier[-1].name}; go on from it with "
+            "--resume, remove it with --overwrite, or choose another output_dir"
+        )
     rows, held_out = read_data(settings)
     arguments = training_arguments(settings)
     system = build_system(settings)
@@ -72,6 +84,8 @@ def train(
     trainer = Trainer(system, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks)
     if trainer.is_world_process_zero():
         console.print(_summary(settings, system, arguments, rows, held_out))
+        for path in earlier:
+            shutil.rmtree(path)
     result = trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -107,9 +121,7 @@ def _summary(settings, system, arguments, rows, held_out) -> Table:
 def generate(
     adapter: Annotated[Path, typer.Option(help="directory that `diffmas train` wrote", show_default=False)],
     question: Annotated[str, typer.Option(help="the field {question} of the agents' prompts")] = "",
-    field: Annotated[
-        list[str] | None, typer.Option(help="another field of the prompts, as name=text; may be repeated")
-    ] = None,
+    field: Annotated[list[str] | None, typer.Option(help="another field of the prompts, as name=text; may be repeated")] = None,
     model: Annotated[str | None, typer.Option(help="base model, if it is not where it was")] = None,
     max_new_tokens: int = 256,
     temperature: float = 0.6,
@@ -139,9 +151,7 @@ def generate(
 @explained
 def evaluate(
     config: ConfigFile,
-    adapter: Annotated[
-        Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")
-    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
     output: Annotated[Path | None, typer.Option(help="directory for results.csv, results.png and answers.jsonl")] = None,
     device: Device = None,
 ):
@@ -170,17 +180,31 @@ def evaluate(
         "diffmas": lambda: evaluation.Latent(system),
     }
     methods = {name: makers[name]() for name in options.methods if adapter or name != "diffmas"}
-    results = evaluation.evaluate(
-        methods, rows, options.samples, scorer, options.batch_size,
-        lambda name: errors.print(f"{name} ...", highlight=False), **vars(settings.generation),
-    )  # fmt: skip
-    console.print(evaluation.table(results, str(config)))
     target = output or Path(settings.output_dir) / "evaluation"
-    for path in (
-        evaluation.write_csv(results, target / "results.csv"), evaluation.plot(results, target / "results.png"),
-        evaluation.write_answers(results, rows, target / "answers.jsonl"),
-    ):  # fmt: skip
-        console.print(str(path), highlight=False, soft_wrap=True)
+    files = [target / name for name in ("results.csv", "results.png", "answers.jsonl")]
+
+    def save(results):
+        evaluation.write_csv(results, files[0])
+        evaluation.plot(results, files[1])
+        evaluation.write_answers(results, rows, files[2])
+
+    def show(results):
+        console.print(evaluation.table(results, str(config)))
+        for file in files:
+            console.print(str(file), highlight=False, soft_wrap=True)
+
+    try:
+        results = evaluation.evaluate(
+            methods, rows, options.samples, scorer, options.batch_size,
+            lambda name: errors.print(f"{name} ...", highlight=False), save, **vars(settings.generation),
+        )  # fmt: skip
+    except evaluation.MethodsFailed as failure:
+        if failure.results:
+            show(failure.results)
+        written = f"{target} has {', '.join(r.method for r in failure.results)}" if failure.results else "nothing was written"
+        given = all(isinstance(error, (ValueError, OSError)) for error in failure.errors.values())
+        raise (ValueError if given else RuntimeError)(f"{failure} ({written})") from failure
+    show(results)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from torch.utils.data import random_split
 
 from diffmas.system import MultiAgentSystem
 
-__all__ = ["Collator", "question_and_answer", "read_jsonl", "split"]
+__all__ = ["Collator", "check_row", "question_and_answer", "read_jsonl", "split"]
 
 ANSWER = "answer"
 
@@ -35,6 +35,16 @@ def question_and_answer(row, where: str = "row") -> tuple[dict, str]:
     return fields, answer
 
 
+def check_row(row, where: str, agents=()) -> None:
+    """Raises ValueError that starts with `where` unless a row has an answer and the fields of the agents' prompts."""
+    fields, _ = question_and_answer(row, where)
+    for agent in agents:
+        try:
+            agent.render(fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
 def read_jsonl(path, agents=()) -> list[dict]:
     """The rows of a JSON-lines file; blank lines are skipped.
 
@@ -53,12 +63,7 @@ def read_jsonl(path, agents=()) -> list[dict]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: expected one JSON object per line, got {line.strip()[:60]!r} ({error})") from error
-            fields, _ = question_and_answer(row, where)
-            for agent in agents:
-                try:
-                    agent.render(fields)
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from error
+            check_row(row, where, agents)
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: expected at least one row, got an empty data set")

@@ -38,11 +38,19 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def adapter_fingerprint(model: nn.Module) -> str | None:
-    """Of the active adapter's weights; None without one (or with the adapter disabled)."""
-    base = causal_lm_of(model)
-    weights = [(name, p) for name, p in base.named_parameters() if _is_adapter(name)]
-    disabled = any(getattr(m, "disable_adapters", False) for m in base.modules() if hasattr(m, "lora_A"))
-    return _digest(weights) if weights and not disabled else None
+    """Of the active adapters' weights and scaling, whatever they are called; None without one, or with all disabled."""
+    weights = []
+    for name, module in causal_lm_of(model).named_modules():
+        if not hasattr(module, "adapter_layer_names") or module.disable_adapters:  # not a PEFT layer, or one without effect
+            continue
+        for i, adapter in enumerate(module.active_adapters):
+            scaling = getattr(module, "scaling", {}).get(adapter)
+            for key, p in module.named_parameters():
+                parts = key.split(".")
+                if _is_adapter(key) and adapter in parts:
+                    key = ".".join(str(i) if part == adapter else part for part in parts)
+                    weights.append((f"{name}.{key}*{scaling}", p))
+    return _digest(weights) if weights else None
 
 
 def rope_of(model: nn.Module) -> dict:

@@ -1,8 +1,8 @@
 """The ops of diffmas: registered torch ops (`torch.ops.diffmas.*`), their checks, and the one place that picks a backend.
 
-Raw ops mutate pools, so they carry no autograd of their own: `diffmas.pool` holds the autograd of `inject` and
-`cross_attention`. The functions of this module are the checked entry points; inside the package, plans that were built
-and checked once per forward call `torch.ops.diffmas.*` directly.
+Raw ops mutate pools, so they carry no autograd of their own and refuse to drop a gradient: `diffmas.pool` holds the
+autograd of `inject` and `cross_attention`. The functions of this module are the checked entry points; inside the package,
+plans that were built and checked once per forward call `torch.ops.diffmas.*` directly.
 
 Backends: `reference` (plain PyTorch, anywhere), `cpu` (the compiled extension). `backend="auto"` takes the
 fastest one that serves the device and dtype; the environment variable DIFFMAS_BACKEND overrides "auto".
@@ -105,6 +105,12 @@ def _register(name: str, lead: int) -> None:
     def run(*args, backend="auto"):
         if len(args) == count + 1:  # the dispatcher passes a non-default backend as the last positional argument
             args, backend = args[:-1], args[-1]
+        # Off inside autograd.Function, which is where the gradients are taken care of.
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            raise RuntimeError(
+                f"diffmas.ops.{name} works on K/V pools in place and records no gradient; call it under torch.no_grad(), "
+                "or go through diffmas.pool.attend, which is differentiable"
+            )
         x = args[lead]
         return implementation(name, x.device, x.dtype, backend)(*args)
 
@@ -137,9 +143,7 @@ def _fake_merge_backward(do, dlse, o_a, lse_a, o_b, lse_b, *_, **__):
 torch.library.register_fake("diffmas::inject", lambda q, *_, **__: q.new_empty(q.shape))
 torch.library.register_fake("diffmas::inject_backward", _fake_inject_backward)
 torch.library.register_fake("diffmas::cross_attention", _fake_states)
-torch.library.register_fake(
-    "diffmas::cross_attention_backward", lambda do, dlse, q, *_, **__: q.new_empty(q.shape)
-)
+torch.library.register_fake("diffmas::cross_attention_backward", lambda do, dlse, q, *_, **__: q.new_empty(q.shape))
 torch.library.register_fake("diffmas::merge_states", _fake_states)
 torch.library.register_fake("diffmas::merge_states_backward", _fake_merge_backward)
 torch.library.register_fake("diffmas::reposition", lambda *_, **__: None)
@@ -181,13 +185,15 @@ def _check_floats(like: Tensor, **tensors: Tensor | None) -> None:
             _expect(x.dim() == 0 or x.shape[-1] < 2 or x.stride(-1) == 1, name, "a last stride of 1", x.stride())
 
 
-def _check_index(name: str, x: Tensor, like: Tensor, low: int | None = None, high: int | None = None) -> None:
-    """Index tensors are int64 on the op's device. Values are looked at where that needs no device sync: on the CPU."""
-    _expect(x.dtype == torch.int64 and x.dim() == 1, name, "a 1-D int64 tensor", f"{x.dtype} {list(x.shape)}")
+def _index(name: str, x: Tensor, like: Tensor, low: int | None = None, high: int | None = None) -> Tensor:
+    """`x` as the kernels read it, contiguous int64. Values are looked at where that needs no device sync: on the CPU."""
+    fits = x.dtype in (torch.int64, torch.int32) and x.dim() == 1
+    _expect(fits, name, "a 1-D int64 or int32 tensor", f"{x.dtype} {list(x.shape)}")
     _expect(x.device == like.device, name, f"a tensor on {like.device}", x.device)
     if x.device.type == "cpu" and x.numel():
         _expect(low is None or int(x.min()) >= low, name, f"values >= {low}", int(x.min()))
         _expect(high is None or int(x.max()) < high, name, f"values < {high}", int(x.max()))
+    return x.long().contiguous()
 
 
 def _check_distinct(name: str, x: Tensor) -> None:
@@ -197,18 +203,26 @@ def _check_distinct(name: str, x: Tensor) -> None:
         _expect(used.unique().numel() == used.numel(), name, "distinct rows", "repeated ones")
 
 
+def _check_query(q: Tensor) -> tuple[int, int, int]:
+    _check_shape("q", q, ("n", "Hq", "D"))
+    _expect(q.shape[1] > 0 and q.shape[2] > 0, "q", "at least one head of at least one dimension", list(q.shape))
+    return tuple(q.shape)
+
+
 def _check_pools(k_pool: Tensor, v_pool: Tensor, heads: int | str, D: int) -> None:
     _check_shape("k_pool", k_pool, ("R", heads, D))
     _check_shape("v_pool", v_pool, tuple(k_pool.shape))
     _expect(k_pool.dtype == v_pool.dtype, "v_pool", f"the dtype of k_pool, {k_pool.dtype}", v_pool.dtype)
 
 
-def _check_no_grad(op: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        raise RuntimeError(
-            f"diffmas.ops.{op} writes or reads K/V pools in place and records no gradient; call it under "
-            "torch.no_grad(), or go through diffmas.pool.attend, which is differentiable"
-        )
+def _narrowed(x: Tensor | None, like: Tensor) -> Tensor | None:
+    """Rotary tables are float64 for the float64 ops only."""
+    return x.float() if x is not None and x.dtype == torch.float64 and like.dtype != torch.float64 else x
+
+
+def _frequencies(x: Tensor | None, like: Tensor) -> Tensor | None:
+    """As the kernels read them: contiguous, in the accumulation dtype."""
+    return None if x is None else x.to(reference.accumulator(like.dtype)).contiguous()
 
 
 def inject(
@@ -219,12 +233,12 @@ def inject(
     """Per-head RMSNorm, RoPE and the K/V scatter of n packed tokens, in one op.
 
     q [n, Hq, D]; k, v [n, Hkv, D]; cos, sin [n, Dr] (Dr <= D even, Hugging Face's tables) or None for no rotation;
-    slots [n] int64, the pool row of each token, -1 for a token that is not stored; k_pool, v_pool [R, Hkv, D], mutated;
-    q_weight, k_weight [D] or None for no norm. Returns the rotated q [n, Hq, D].
+    slots [n] (int64 or int32), the pool row of each token, -1 for a token that is not stored; k_pool, v_pool [R, Hkv, D],
+    mutated; q_weight, k_weight [D] or None for no norm. Returns the rotated q [n, Hq, D].
 
     Raises ValueError naming the argument for shapes, dtypes, devices and (on the CPU) rows that do not fit.
     """
-    n, Hq, D = q.shape if q.dim() == 3 else _expect(False, "q", "shape [n, Hq, D]", list(q.shape))
+    n, Hq, D = _check_query(q)
     _check_shape("k", k, (n, "Hkv", D))
     _check_shape("v", v, tuple(k.shape))
     _expect(k.shape[1] > 0 and Hq % k.shape[1] == 0, "k", f"a number of heads that divides {Hq}", k.shape[1])
@@ -237,14 +251,12 @@ def inject(
         if weight is not None:
             _check_shape(name, weight, (D,))
     _check_pools(k_pool, v_pool, k.shape[1], D)
-    _check_floats(
-        q, q=q, k=k, v=v, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, k_pool=k_pool, v_pool=v_pool
-    )
+    _check_floats(q, q=q, k=k, v=v, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, k_pool=k_pool, v_pool=v_pool)
     _expect(k.dtype == q.dtype and v.dtype == q.dtype, "k, v", f"the dtype of q, {q.dtype}", f"{k.dtype}, {v.dtype}")
     _check_shape("slots", slots, (n,))
-    _check_index("slots", slots, q, -1, k_pool.shape[0])
+    slots = _index("slots", slots, q, -1, k_pool.shape[0])
     _check_distinct("slots", slots)
-    _check_no_grad("inject", q, k, v, q_weight, k_weight)
+    cos, sin = _narrowed(cos, q), _narrowed(sin, q)
     return torch.ops.diffmas.inject(
         q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, check_backend(backend)
     )
@@ -257,42 +269,41 @@ def cross_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of n packed queries of B sequences, each over its own view of the pools, without a concatenation.
 
-    q [n, Hq, D], rotated; k_pool, v_pool [R, Hkv, D]; q_indptr, seg_indptr [B + 1], int64: where each sequence's queries
-    and segments begin; seg_start, seg_len [S]: pool rows of each segment, in the order they are read; seg_shift [S]: read
-    the segment as if its keys stood that many positions later (needs inv_freq [Dr/2]); scale defaults to D ** -0.5.
-    Causal is bottom-right aligned: the newest tokens of a view are its queries' own.
+    q [n, Hq, D], rotated; k_pool, v_pool [R, Hkv, D]; q_indptr, seg_indptr [B + 1]: where each sequence's queries and
+    segments begin; seg_start, seg_len [S]: pool rows of each segment, in the order they are read; seg_shift [S]: read the
+    segment as if its keys stood that many positions later (needs inv_freq [Dr/2]); all of these int64 or int32; scale
+    defaults to D ** -0.5. Causal is bottom-right aligned: the newest tokens of a view are its queries' own.
     Returns o [n, Hq, D] and lse [n, Hq] (natural log, float32). Nothing visible: o = 0, lse = -inf.
 
     Raises ValueError naming the argument for shapes, dtypes, devices and (on the CPU) rows that do not fit.
     """
-    n, Hq, D = q.shape if q.dim() == 3 else _expect(False, "q", "shape [n, Hq, D]", list(q.shape))
+    n, Hq, D = _check_query(q)
     _check_pools(k_pool, v_pool, "Hkv", D)
-    _expect(Hq % max(k_pool.shape[1], 1) == 0, "k_pool", f"a number of heads that divides {Hq}", k_pool.shape[1])
+    Hkv = k_pool.shape[1]
+    _expect(Hkv > 0 and Hq % Hkv == 0, "k_pool", f"a number of heads that divides {Hq}", Hkv)
     _check_floats(q, q=q, k_pool=k_pool, v_pool=v_pool, inv_freq=inv_freq)
     S = seg_start.shape[0]
     _check_shape("seg_indptr", seg_indptr, tuple(q_indptr.shape))
+    q_indptr, seg_indptr = _index("q_indptr", q_indptr, q, 0, n + 1), _index("seg_indptr", seg_indptr, q, 0, S + 1)
     for name, indptr, end in (("q_indptr", q_indptr, n), ("seg_indptr", seg_indptr, S)):
-        _check_index(name, indptr, q, 0, end + 1)
         _expect(indptr.numel() >= 1, name, "at least one entry", 0)
         if indptr.device.type == "cpu":
             rising = bool((indptr.diff() >= 0).all()) and int(indptr[0]) == 0 and int(indptr[-1]) == end
             _expect(rising, name, f"values that rise from 0 to {end}", indptr.tolist())
     _check_shape("seg_len", seg_len, (S,))
-    _check_index("seg_start", seg_start, q, 0)
-    _check_index("seg_len", seg_len, q, 0)
+    seg_start, seg_len = _index("seg_start", seg_start, q, 0), _index("seg_len", seg_len, q, 0)
     if q.device.type == "cpu" and S:
         last = int((seg_start + seg_len).max())
         _expect(last <= k_pool.shape[0], "seg_start + seg_len", f"rows up to {k_pool.shape[0]}", last)
     if seg_shift is not None:
         _check_shape("seg_shift", seg_shift, (S,))
-        _check_index("seg_shift", seg_shift, q)
+        seg_shift = _index("seg_shift", seg_shift, q)
         _expect(inv_freq is not None, "inv_freq", "the rotary frequencies that seg_shift needs", None)
     if inv_freq is not None:
         _check_shape("inv_freq", inv_freq, ("Dr/2",))
         _expect(2 * inv_freq.shape[0] <= D, "inv_freq", f"at most {D // 2} frequencies", inv_freq.shape[0])
-    _check_no_grad("cross_attention", q, k_pool, v_pool)
     return torch.ops.diffmas.cross_attention(
-        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq,
+        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, _frequencies(inv_freq, q),
         D**-0.5 if scale is None else scale, causal, interleaved, check_backend(backend),
     )  # fmt: skip
 
@@ -316,21 +327,21 @@ def reposition(
 ) -> None:  # fmt: skip
     """Copies pool rows `src` to rows `dst`, their keys rotated on by `shift` positions.
 
-    src, dst, shift [m] int64 (dst distinct, none of them also in src); inv_freq [Dr/2]: a pure rotation, without the
+    src, dst, shift [m] int64 or int32 (dst distinct, none of them also in src); inv_freq [Dr/2]: a pure rotation, without the
     attention factor that some models scale cos and sin by; k_pool, v_pool [R, Hkv, D], mutated.
     Raises ValueError naming the argument.
     """
     _check_pools(k_pool, v_pool, "Hkv", k_pool.shape[-1])
     _check_floats(k_pool, k_pool=k_pool, v_pool=v_pool, inv_freq=inv_freq)
     R = k_pool.shape[0]
-    _check_index("src", src, k_pool, 0, R)
+    src = _index("src", src, k_pool, 0, R)
     for name, x in (("dst", dst), ("shift", shift)):
         _check_shape(name, x, tuple(src.shape))
-    _check_index("dst", dst, k_pool, 0, R)
-    _check_index("shift", shift, k_pool)
+    dst, shift = _index("dst", dst, k_pool, 0, R), _index("shift", shift, k_pool)
     _check_distinct("dst", dst)
     if dst.device.type == "cpu":
         _expect(not torch.isin(dst, src).any(), "dst", "rows that are not read", "rows that are also in src")
     _check_shape("inv_freq", inv_freq, ("Dr/2",))
     _expect(2 * inv_freq.shape[0] <= k_pool.shape[2], "inv_freq", f"at most {k_pool.shape[2] // 2}", inv_freq.shape[0])
+    inv_freq = _frequencies(inv_freq, k_pool)
     torch.ops.diffmas.reposition(src, dst, shift, inv_freq, interleaved, k_pool, v_pool, check_backend(backend))

@@ -38,10 +38,18 @@ class Patch:
     layers: list[Layer]
     backend: str
     max_length: int | None
+    window: int | None  # of the layer with the shortest sliding window: a trace must not outgrow it
     hook_ids: tuple[int, int] = (0, 0)
     generating: str | None = None  # inside generate: the kind of the tokens that its next forward writes
     input_lengths: tuple[int, int] = (0, 0)  # inside generate: of the past, and of the new tokens
     _inv_freq: dict = field(default_factory=dict)
+
+    @property
+    def limit(self) -> tuple[int | None, str]:
+        """The most tokens that a trace may hold per sequence, and what sets that limit."""
+        if self.window is None or (self.max_length is not None and self.max_length <= self.window):
+            return self.max_length, "patch_model's max_length"
+        return self.window, "the model's sliding window"
 
     def attention(self, index: int) -> nn.Module:
         """The attention module of a layer."""
@@ -103,15 +111,22 @@ def patch_of(model: nn.Module) -> Patch:
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
+
+def _window(attention: nn.Module, config) -> int | None:
+    """The sliding window of a layer, in tokens; None if it sees all of them."""
+    window = getattr(attention, "sliding_window", None)
+    types_ = getattr(config, "layer_types", None)
+    slides = types_[attention.layer_idx] == "sliding_attention" if types_ else getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if window is None and slides else window
+
+
 def _unsupported(attention: nn.Module, config, max_length: int | None) -> list[str]:
     """Features of one layer that the ops do not have, as text; what no attribute reveals is left to the probe."""
     found = []
-    window = getattr(attention, "sliding_window", None)
     types_ = getattr(config, "layer_types", None)
     if types_ and types_[attention.layer_idx] not in ("full_attention", "sliding_attention"):
         found.append(f"layer type {types_[attention.layer_idx]!r} [layer_types]")
-    if window is None and getattr(config, "use_sliding_window", True) and not types_:
-        window = getattr(config, "sliding_window", None)
+    window = _window(attention, config)
     longest = max_length or getattr(config, "max_position_embeddings", None)
     if window is not None and (longest is None or window < longest):
         found.append(
@@ -352,7 +367,8 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     """Makes `model` (transformers, or PEFT around one) take a `diffmas.Trace` as past_key_values. In place; returns it.
 
     backend: "auto", or one of `diffmas.ops.BACKENDS`. max_length: the most tokens a trace of this model may hold per
-    sequence; with it, sliding windows at least that long are accepted.
+    sequence; with it, sliding windows at least that long are accepted. Without it, a window must be as long as the model's
+    context, and is what limits a trace.
 
     Raises Unsupported (a ValueError) naming layer and feature for a model that needs what diffmas does not do; the model
     is then as it was. Patching again with the same arguments does nothing.
@@ -393,7 +409,9 @@ def _examine(causal_lm: nn.Module, body: nn.Module, backend: str, max_length: in
         features = _unsupported(attention, text_config, max_length)
         if features:
             raise refuse(attention, features)
-    return Patch(body, causal_lm, probe.choose_tiers(body, attentions), backend, max_length)
+    windows = [w for a in attentions if (w := _window(a, text_config)) is not None]
+    layers = probe.choose_tiers(body, attentions)
+    return Patch(body, causal_lm, layers, backend, max_length, min(windows, default=None))
 
 
 def _install(record: Patch) -> None:

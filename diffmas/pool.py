@@ -160,9 +160,7 @@ def attend(
     in `diffmas.ops.cross_attention`; the new rows are the newest of each view; lineage: which gradient pools it uses.
     -> o [n, Hq, D], the next token.
     """
-    q_rot, after = Inject.apply(
-        q, k, v, token, q_weight, k_weight, pool, lineage, cos, sin, slots, eps, interleaved, backend
-    )
+    q_rot, after = Inject.apply(q, k, v, token, q_weight, k_weight, pool, lineage, cos, sin, slots, eps, interleaved, backend)
     if not torch.is_grad_enabled():
         after = token  # these rows are constants; readers to come still order themselves behind the earlier writers
     return Attend.apply(q_rot, after, pool, lineage, view, scale, interleaved, backend), after

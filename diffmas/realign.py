@@ -20,6 +20,7 @@ class Realign(nn.Module):
     soft_token: softmax(h E_out' / temperature) E_in, the expected token embedding. learned: a linear map that starts as
     ridge's W and is trained and saved with the adapter, rescaled alike.
 
+    The result is on the input embedding's device: the layers that gave h may be on another.
     Raises ValueError for an unknown mode, and for a model without an output embedding where one is needed.
     """
 
@@ -47,17 +48,21 @@ class Realign(nn.Module):
 
     def _solve(self) -> Tensor:
         """W [hidden, hidden], float32; solved in float64. The ridge is relative to the mean of the Gram's diagonal."""
-        e_in, e_out = (e.weight.double() for e in self._embeddings)
+        e_in = self._embeddings[0].weight.double()
+        e_out = self._embeddings[1].weight.to(e_in)
         gram = e_out.T @ e_out
         gram.diagonal().add_(self.ridge * gram.diagonal().mean())
         return torch.linalg.solve(gram, e_out.T @ e_in).float()
 
     def forward(self, h: Tensor) -> Tensor:
+        e_in, e_out = self._embeddings
+        if self.mode == "soft_token":
+            h = h.to(e_out.weight.device)
+            p = torch.softmax(h @ e_out.weight.T.to(h.dtype) / self.temperature, dim=-1)
+            return p.to(e_in.weight.device) @ e_in.weight.to(h.dtype)
+        h = h.to(e_in.weight.device)
         if self.mode == "none":
             return h
-        if self.mode == "soft_token":
-            e_in, e_out = self._embeddings
-            return torch.softmax(h @ e_out.weight.T.to(h.dtype) / self.temperature, dim=-1) @ e_in.weight.to(h.dtype)
         # In float32, autocast or not: it is one small product, and every later latent step builds on its rounding.
         with torch.autocast(h.device.type, enabled=False):
             x = h if h.dtype == torch.float64 else h.float()

@@ -75,7 +75,7 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, s
     longest_stop = max((len(s) for s in sampling.stop), default=0)
     plan = trace.plan([len(p) for p in prompts], "prompt")
     ids = torch.tensor([t for p in prompts for t in p], device=device)[None]
-    logits = run(causal_lm, plan, input_ids=ids, logits_to_keep=plan.last_rows().to(device)).logits[0]  # [B, V]
+    logits = run(causal_lm, plan, input_ids=ids, logits_to_keep=plan.last_rows().tolist()).logits[0]  # [B, V]
     owner = [b for b in range(len(prompts)) for _ in range(samples)]
     logits, trace = logits[owner], trace.select(owner)
     active = list(range(len(owner)))  # rows of `tokens` that the trace's sequences stand for

@@ -20,7 +20,7 @@ from diffmas.realign import Realign
 from diffmas.sampling import Sampling, decode
 from diffmas.trace import Trace
 
-__all__ = ["Agent", "MultiAgentSystem", "SystemOutput"]
+__all__ = ["Agent", "MultiAgentSystem", "SystemOutput", "evaluating"]
 
 GRAD_SCOPES = ("full", "detach_trace", "last_k")
 TRACE_CONTENTS = ("all", "latent_only")
@@ -68,6 +68,18 @@ class SystemOutput(ModelOutput):
     trace: Trace | None = None
 
 
+@contextlib.contextmanager
+def evaluating(module: nn.Module):
+    """`module` in eval mode; afterwards every submodule is back in its own."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
 class MultiAgentSystem(nn.Module):
     """Agents over one patched model; the last agent answers.
 
@@ -77,7 +89,7 @@ class MultiAgentSystem(nn.Module):
     trace_content: all | latent_only (an agent's prompt is dropped when it hands on).
     adapter_scope: shared | per_role (one PEFT adapter per agent, of the agent's name) | final_only (the others run the
     bare model). no_latents: what an agent with T = 0 hands on: prompt (its prompt's K/V) | skip (it does not run).
-    positions: keep | reindex, how rows kept by latent_only are numbered.
+    positions: keep | reindex, how rows kept by latent_only are numbered. A new system is in the model's mode, train or eval.
 
     Raises ValueError naming the argument for anything else, for no agents and for two agents of one name.
     """
@@ -112,7 +124,8 @@ class MultiAgentSystem(nn.Module):
         self.grad_scope, self.last_k, self.trace_content = grad_scope, last_k, trace_content
         self.adapter_scope, self.no_latents, self.positions = adapter_scope, no_latents, positions
         self.chat_template = bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
-        self.realign = Realign(model, realign, temperature=temperature)
+        self.realign = Realign(model, realign, temperature=temperature).train(model.training)
+        self.training = model.training
         if adapter_scope == "per_role":
             self._train_roles(names)
 
@@ -164,31 +177,62 @@ class MultiAgentSystem(nn.Module):
     def _pack(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor([t for row in rows for t in row], dtype=torch.long, device=self.device)[None]
 
-    def _check_fits(self, agent: Agent, trace: Trace, lengths: list[int], what: str) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        for b, (at, n) in enumerate(zip(trace.next_positions, lengths)):
-            if limit is not None and at + n > limit:
-                raise ValueError(
-                    f"questions[{b}], agent {agent.name!r}: expected {what} to fit in the context of {limit} positions, "
-                    f"got {at} before it and {n} of its own"
-                )
+    def _skips(self, agent: Agent) -> bool:
+        return agent.latent_steps == 0 and self.no_latents == "skip"
 
-    def think(self, agent: Agent, questions: list[dict], trace: Trace) -> Trace:
+    def _prompt(self, agent: Agent, b: int, fields: dict, at: int, room: int, what: str) -> list[int]:
+        """Question b's prompt ids; it and `room` tokens after it must fit in the context that is left from `at` on."""
+        try:
+            ids = self.prompt_ids(agent, fields)
+        except ValueError as error:
+            raise ValueError(f"questions[{b}], {error}") from error
+        limit, n = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), len(ids) + room
+        if limit is not None and at + n > limit:
+            raise ValueError(
+                f"questions[{b}], agent {agent.name!r}: expected {what} to fit in the context of {limit} positions, "
+                f"got {at} before it and {n} of its own"
+            )
+        return ids
+
+    def tokenize(self, questions: list[dict], room: list[int], what: str = "its prompt") -> list[list[list[int]]]:
+        """The prompt ids of all agents, [agent][question][token]; an agent that is skipped has empty ones.
+
+        room[b]: tokens that follow the last agent's prompt. Raises ValueError naming the question, before any agent runs,
+        for a field that is missing and for what will not fit in the context.
+        """
+        prompts: list[list[list[int]]] = [[] for _ in self.agents]
+        for b, fields in enumerate(questions):
+            at = latents = 0  # positions and latent steps before the next agent
+            for i, agent in enumerate(self.agents[:-1]):
+                if self._skips(agent):
+                    prompts[i].append([])
+                    continue
+                T = agent.latent_steps
+                prompts[i].append(self._prompt(agent, b, fields, at, T, f"its prompt and {T} latent steps"))
+                at, latents = at + len(prompts[i][b]) + T, latents + T
+                if self.trace_content == "latent_only" and self.positions == "reindex":
+                    at = latents
+            prompts[-1].append(self._prompt(self.agents[-1], b, fields, at, room[b], what))
+        return prompts
+
+    def think(self, agent: Agent, questions: list[dict], trace: Trace, prompts: list[list[int]] | None = None) -> Trace:
         """An agent's turn: one forward over its prompts on top of the trace, then T latent steps without logits.
 
-        Returns the trace that it hands on.
+        prompts: what `tokenize` gave for this agent. Returns the trace that it hands on.
         """
         T = agent.latent_steps
-        if T == 0 and self.no_latents == "skip":
+        if self._skips(agent):
             return trace
-        prompts = [self.prompt_ids(agent, fields) for fields in questions]
-        lengths = [len(p) for p in prompts]
-        self._check_fits(agent, trace, [n + T for n in lengths], f"its prompt and {T} latent steps")
+        if prompts is None:
+            what = f"its prompt and {T} latent steps"
+            starts = trace.next_positions
+            prompts = [self._prompt(agent, b, fields, starts[b], T, what) for b, fields in enumerate(questions)]
         body = patch_of(self.model).body
         trace.agent = agent.name
         trace.reserve(T)
-        plan = trace.plan(lengths, "prompt")
-        h = run(body, plan, input_ids=self._pack(prompts)).last_hidden_state[0, plan.last_rows().to(self.device)]
+        plan = trace.plan([len(p) for p in prompts], "prompt")
+        h = run(body, plan, input_ids=self._pack(prompts)).last_hidden_state[0]
+        h = h[plan.last_rows().to(h.device)]  # not always where the embeddings are
         for _ in range(T):  # h [B, hidden]
             plan = trace.plan([1] * len(prompts), "latent")
             h = run(body, plan, inputs_embeds=self.realign(h)[None]).last_hidden_state[0]
@@ -196,13 +240,13 @@ class MultiAgentSystem(nn.Module):
             trace = trace.keep(kind="latent", positions=self.positions)
         return trace
 
-    def communicate(self, questions: list[dict], trace: Trace | None = None) -> Trace:
-        """All agents but the last take their turns; returns the trace that the last one reads."""
+    def communicate(self, questions: list[dict], trace: Trace | None = None, prompts=None) -> Trace:
+        """All agents but the last take their turns; returns the trace that the last one reads. prompts: of `tokenize`."""
         trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
         learning = {"full": 0, "detach_trace": len(self.agents) - 1}.get(self.grad_scope, len(self.agents) - (self.last_k or 0))
         for i, agent in enumerate(self.agents[:-1]):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= learning), self._adapter(i):
-                trace = self.think(agent, questions, trace)
+                trace = self.think(agent, questions, trace, None if prompts is None else prompts[i])
         return trace
 
     # ---- the last agent ----------------------------------------------------------------------------------------------
@@ -214,36 +258,35 @@ class MultiAgentSystem(nn.Module):
         sum over this batch divided by it. Raises ValueError naming what does not fit.
         """
         questions = self.fields_of(questions)
+        if isinstance(answers, str):
+            raise ValueError("answers: expected a list, got one str")
         if answers is not None and len(answers) != len(questions):
             raise ValueError(f"answers: expected one for each of {len(questions)} questions, got {len(answers)}")
         self._check_checkpointing()
         targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
-        trace = self.communicate(questions)
-        solver = self.agents[-1]
-        prompts = [self.prompt_ids(solver, fields) for fields in questions]
+        what = "its prompt and answer" if answers is not None else "its prompt"
+        prompts = self.tokenize(questions, [len(t) for t in targets], what)
+        trace = self.communicate(questions, prompts=prompts)
+        prompts = prompts[-1]
         rows = [p + t for p, t in zip(prompts, targets)]
-        lengths = [len(r) for r in rows]
-        self._check_fits(solver, trace, lengths, "its prompt and answer" if answers is not None else "its prompt")
-        trace.agent = solver.name
-        plan = trace.plan(lengths, "prompt")
+        trace.agent = self.agents[-1].name
+        plan = trace.plan([len(r) for r in rows], "prompt")
         # The rows whose next token is an answer token: the last of the prompt and all of the answer but its end.
         first, predict = 0, []
         for p, t in zip(prompts, targets):
             predict.append(torch.arange(max(len(t), 1)) + first + len(p) - 1)
             first += len(p) + len(t)
-        keep = torch.cat(predict).to(self.device)
+        keep = torch.cat(predict).tolist()  # a list: it goes to wherever the last hidden states are
         with self._adapter(len(self.agents) - 1):
             logits = run(patch_of(self.model).causal_lm, plan, input_ids=self._pack(rows), logits_to_keep=keep).logits[0]
         if answers is None:
             return SystemOutput(logits=logits[:, None], trace=trace)
-        labels = self._pack(targets)[0]
+        labels = self._pack(targets)[0].to(logits.device)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         total = F.cross_entropy(wide, labels, reduction="sum")
         loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
         counts = [len(t) for t in targets]
-        return SystemOutput(
-            loss=loss, logits=_padded(logits, counts, 0.0), labels=_padded(labels, counts, -100), trace=trace
-        )
+        return SystemOutput(loss=loss, logits=_padded(logits, counts, 0.0), labels=_padded(labels, counts, -100), trace=trace)
 
     @torch.no_grad()
     def generate(
@@ -277,20 +320,15 @@ class MultiAgentSystem(nn.Module):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop or [])
-        solver, tokens, step = self.agents[-1], [], batch_size or len(questions)
-        was_training = self.training
-        self.eval()
-        try:
+        prompts = self.tokenize(questions, [max_new_tokens] * len(questions), "its prompt and answer")
+        tokens, step = [], batch_size or len(questions)
+        with evaluating(self):
             for first in range(0, len(questions), step):
-                batch = questions[first : first + step]
-                trace = self.communicate(batch)
-                prompts = [self.prompt_ids(solver, fields) for fields in batch]
-                self._check_fits(solver, trace, [len(p) + max_new_tokens for p in prompts], "its prompt and answer")
-                trace.agent = solver.name
+                batch = [rows[first : first + step] for rows in prompts]
+                trace = self.communicate(questions[first : first + step], prompts=batch)
+                trace.agent = self.agents[-1].name
                 with self._adapter(len(self.agents) - 1):
-                    tokens += decode(self, trace, prompts, sampling, samples, first, progress)
-        finally:
-            self.train(was_training)
+                    tokens += decode(self, trace, batch[-1], sampling, samples, first, progress)
         return tokens
 
     def _text(self, ids: list[int], stop: list[str] | None) -> str:
@@ -314,11 +352,12 @@ class MultiAgentSystem(nn.Module):
             with self.model.disable_adapter():
                 yield
         elif self.adapter_scope == "per_role":
-            trainable = [p for p in self.model.parameters() if p.requires_grad]
+            trainable, before = [p for p in self.model.parameters() if p.requires_grad], self.model.active_adapter
             try:
                 self.model.set_adapter(self.agents[i].name)
                 yield
             finally:
+                self.model.set_adapter(before)
                 for p in trainable:  # set_adapter freezes the others, whose gradients are still to come
                     p.requires_grad_(True)
         else:

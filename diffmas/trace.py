@@ -128,11 +128,11 @@ class Trace(CacheFace):
         return Plan(self, list(lengths), positions, rows, segments, extents)
 
     def _check_limits(self, lengths, positions) -> None:
-        limit = self._patch.max_length
+        limit, why = self._patch.limit
         if limit is not None:
             longest = max(have + new for have, new in zip(self.lengths, lengths))
             if longest > limit:
-                raise ValueError(f"trace: expected at most {limit} tokens a sequence (patch_model's max_length), got {longest}")
+                raise ValueError(f"trace: expected at most {limit} tokens a sequence ({why}), got {longest}")
         if len(positions) and positions.min() < 0:
             raise ValueError(f"position_ids: expected positions >= 0, got {int(positions.min())}")
 
@@ -194,11 +194,17 @@ class Trace(CacheFace):
         return view
 
     def keep(self, kind: str | None = None, agent: str | None = None, positions: str = "keep") -> "Trace":
-        """A view of the segments of one kind and/or one agent. positions: keep, or reindex (renumbered from 0)."""
+        """A view of the segments of one kind and/or one agent. positions: keep, or reindex (renumbered from 0).
+
+        Raises ValueError for an agent that wrote nothing on this trace; a kind that nobody wrote is an empty view.
+        """
         if kind is not None and kind not in KINDS:
             raise ValueError(f"kind: expected one of {KINDS} or None, got {kind!r}")
         if positions not in ("keep", "reindex"):
             raise ValueError(f"positions: expected 'keep' or 'reindex', got {positions!r}")
+        agents = {s.agent for s in self.segments if s.agent is not None}
+        if agent is not None and agent not in agents:
+            raise ValueError(f"agent: expected one of {sorted(agents)}, who wrote on this trace, or None, got {agent!r}")
         kept = [[s for s in row if kind in (None, s.kind) and agent in (None, s.agent)] for row in self._segments]
         view = self._view(kept, self._extents)
         return view._reindexed() if positions == "reindex" else view
@@ -222,8 +228,8 @@ class Trace(CacheFace):
     def join(traces: list["Trace"], positions: str = "shift") -> "Trace":
         """One trace that sees, per sequence, all that the given traces see, in their order; common segments once.
 
-        The traces must be forks of one trace (fork an empty trace for agents that write independently). `positions` of
-        what each wrote after the common part:
+        The traces must be forks of one trace. Agents that write independently take forks of an empty one:
+        `a, b = Trace(model, batch_size).fork(2)`. `positions` of what each wrote after the common part:
         keep: as written (branches overlap). shift: each branch is moved, as a block, behind the one before it.
         reindex: all tokens are renumbered 0, 1, 2, ... same_branch: all branches are moved to start where the common
         part ends. A shifted segment is served by rotating the queries that read it: no key is rewritten.
@@ -235,7 +241,10 @@ class Trace(CacheFace):
         first = traces[0]
         for t in traces[1:]:
             if t._store is not first._store:
-                raise ValueError("traces: expected forks of one trace, got traces of different origin")
+                raise ValueError(
+                    "traces: expected forks of one trace, got traces of different origin; let the agents write on forks "
+                    "of one empty trace: a, b = Trace(model, batch_size).fork(2)"
+                )
             if t.batch_size != first.batch_size:
                 raise ValueError(f"traces: expected batch size {first.batch_size} in all, got {t.batch_size}")
         rows, nexts = [], []

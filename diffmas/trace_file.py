@@ -20,8 +20,9 @@ __all__ = ["load", "save"]
 FORMAT = "diffmas-trace-1"
 
 
-def _checksum(tensors: dict) -> str:
-    digest = hashlib.sha256()
+def _checksum(header: dict, tensors: dict) -> str:
+    """Of the tensors and of all of the header but the checksum itself."""
+    digest = hashlib.sha256(json.dumps({**header, "checksum": None}, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous()
         digest.update(f"{name}{x.dtype}{tuple(x.shape)}".encode())
@@ -52,8 +53,8 @@ def save(trace: Trace, path) -> None:
         "batch_size": trace.batch_size,
         "segments": [[s.sequence, s.agent, s.kind, s.length, s.shift] for s in trace.segments],
         "next": trace.next_positions,
-        "checksum": _checksum(tensors),
     }
+    header["checksum"] = _checksum(header, tensors)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -73,10 +74,11 @@ def load(path, model) -> Trace:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path}: expected a whole trace file, got a damaged one ({error})") from error
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected a trace file of format {FORMAT}, got {header.get('format')}")
-    if header["checksum"] != _checksum(tensors):
-        raise ValueError(f"{path}: expected the checksum {header['checksum'][:12]}..., got another: the file is damaged")
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path}: expected a trace file of format {FORMAT}, got {found}")
+    if header.get("checksum") != _checksum(header, tensors):
+        raise ValueError(f"{path}: expected the checksum {header.get('checksum')}, got another: the file is damaged")
     for what, mine in _identity(trace._patch).items():
         if header[what] != mine:
             raise ValueError(f"{path}: expected a trace of this {what} ({mine}), got one of another ({header[what]})")

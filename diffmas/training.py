@@ -5,32 +5,35 @@ DistributedDataParallel right, also when ranks take different numbers of latent 
 logging, evaluation, checkpoints and early stopping be transformers' own.
 
 A checkpoint is a directory `checkpoint-N`: the PEFT adapter and agents.json as `MultiAgentSystem.save_pretrained` writes
-them, and transformers' optimizer.pt, scheduler.pt, rng_state*.pth and, last, trainer_state.json.
+them, transformers' optimizer.pt, scheduler.pt, rng_state*.pth and trainer_state.json, and last manifest.json with the
+SHA-256 of each of these files: a checkpoint without it, or with another byte anywhere, is not whole.
 """
 
 import contextlib
-import json
+import hashlib
 import logging
 import re
-import zipfile
+import shutil
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments
 
-from diffmas.data import Collator, question_and_answer
+from diffmas.data import Collator, check_row
 from diffmas.system import MultiAgentSystem
-from diffmas.system_file import load_weights, read_agents
+from diffmas.system_file import AGENTS_FILE, load_weights, read_json, write_json
 
-__all__ = ["NonFiniteLoss", "Trainer", "add_lora", "check_checkpoint", "default_arguments", "last_checkpoint", "lora_config"]
+__all__ = [
+    "NonFiniteLoss", "Trainer", "add_lora", "check_checkpoint", "checkpoints", "default_arguments", "last_checkpoint",
+    "lora_config",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"  # written last: a checkpoint without it is not whole
-RESUME_FILES = ("optimizer.pt", "scheduler.pt")
+MANIFEST = "manifest.json"  # {file: SHA-256}, written last
+RESUME_FILES = ("trainer_state.json", AGENTS_FILE, "optimizer.pt", "scheduler.pt")
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -86,50 +89,59 @@ def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def _check_file(file: Path) -> None:
-    """Raises ValueError if a file of a checkpoint is missing or cut short; reads its index only."""
-    if not file.is_file():
-        raise ValueError(f"{file}: expected this file of a checkpoint, found none")
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as weights:
-                weights.keys()
-        elif file.suffix in (".pt", ".pth"):
-            zipfile.ZipFile(file).close()
-        else:
-            json.loads(file.read_text())
-    except (SafetensorError, zipfile.BadZipFile, ValueError, OSError) as error:
-        raise ValueError(
-            f"{file}: expected a whole file, got a damaged one of {file.stat().st_size} bytes ({error})"
-        ) from error
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as data:
+        while block := data.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_manifest(path: Path) -> None:
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
+    write_json(path / MANIFEST, {file.relative_to(path).as_posix(): _sha256(file) for file in files})
+
+
+def _check_manifest(path: Path) -> dict[str, str]:
+    """The manifest of a checkpoint whose files are as they were written; raises ValueError naming one that is not."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: expected the directory of a checkpoint, found none")
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path / MANIFEST}: expected an object of file names, got {type(manifest).__name__}")
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{file}: expected this file of a checkpoint, found none")
+        if _sha256(file) != expected:
+            raise ValueError(
+                f"{file}: expected a whole file, got a damaged one of {file.stat().st_size} bytes (its SHA-256 is not that of "
+                f"{MANIFEST})"
+            )
+    return manifest
 
 
 def check_checkpoint(path) -> Path:
-    """Returns the path of a whole checkpoint; raises ValueError naming the file that is missing or damaged."""
+    """Returns the path of a whole checkpoint to resume from; raises ValueError naming the file that is missing or damaged."""
     path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path}: expected the directory of a checkpoint, found none")
-    _check_file(path / STATE_FILE)
-    read_agents(path)
-    adapters = [p.parent for p in path.glob("**/adapter_config.json")]
-    if not adapters:
-        raise ValueError(f"{path}: expected the adapter of a checkpoint (adapter_config.json), found none")
-    for file in [
-        *(a / name for a in adapters for name in ("adapter_config.json", "adapter_model.safetensors")),
-        *(path / name for name in RESUME_FILES), *path.glob("rng_state*.pth"), *path.glob("*.safetensors"),
-    ]:  # fmt: skip
-        _check_file(file)
-    if not list(path.glob("rng_state*.pth")):
-        raise ValueError(f"{path}: expected the random number state of a checkpoint (rng_state.pth), found none")
+    manifest = _check_manifest(path)
+    missing = [name for name in RESUME_FILES if name not in manifest]
+    if not any(name.startswith("rng_state") for name in manifest):
+        missing.append("rng_state.pth")
+    if missing:
+        raise ValueError(f"{path}: expected a checkpoint to resume from, {MANIFEST} has no {', '.join(missing)}")
     return path
+
+
+def checkpoints(output_dir) -> list[Path]:
+    """The checkpoints of a run, whole or not, in the order of their steps."""
+    paths = (p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
+    return sorted(paths, key=lambda p: int(p.name.split("-")[1]))
 
 
 def last_checkpoint(output_dir) -> Path | None:
     """The newest whole checkpoint of a run, None without one; damaged ones are skipped with a warning."""
-    numbered = [
-        (int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    ]
-    for _, path in sorted(numbered, reverse=True):
+    for path in reversed(checkpoints(output_dir)):
         try:
             return check_checkpoint(path)
         except ValueError as error:
@@ -159,7 +171,8 @@ class Trainer(transformers.Trainer):
     A loss or gradient that is not finite stops training with `NonFiniteLoss` before it reaches the weights.
     train(resume_from_checkpoint=True) goes on from the newest whole checkpoint, bit for bit as if it had not stopped.
 
-    Raises ValueError for an empty data set, a row that lacks a field of a prompt, and options that do not apply.
+    Raises ValueError for an empty data set, for any row that lacks the answer or a field of a prompt (a data set with a
+    length is read once), and for options that do not apply. Rows too long for the context are found when they are reached.
     """
 
     def __init__(
@@ -210,9 +223,8 @@ class Trainer(transformers.Trainer):
             return
         if not len(rows):
             raise ValueError(f"{name}: expected at least one row, got an empty data set")
-        fields, _ = question_and_answer(rows[0], f"{name}[0]")
-        for agent in system.agents:
-            agent.render(fields)
+        for i in range(len(rows)):
+            check_row(rows[i], f"{name}[{i}]", system.agents)
 
     # ---- loss --------------------------------------------------------------------------------------------------------
 
@@ -300,8 +312,25 @@ class Trainer(transformers.Trainer):
         self.model.save_pretrained(output_dir)
 
     def _save_checkpoint(self, model, trial, *args, **kwargs):
-        super()._save_checkpoint(model, trial, *args, **kwargs)
-        self._good_checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        path = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        self.accelerator.wait_for_everyone()  # each rank wrote its random state
+        if self.args.should_save:
+            _write_manifest(path)
+            self._rotate(path, limit)
+        self._good_checkpoint = path
+
+    def _rotate(self, newest: Path, limit: int | None) -> None:
+        """Removes the oldest checkpoints above the limit, as transformers does, but only once the newest is whole."""
+        kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
+        found = sorted(checkpoints(newest.parent), key=lambda p: p.stat().st_mtime)
+        surplus = len(found) - limit if limit and limit > 0 else 0
+        for path in [p for p in found if p.name not in kept][: max(surplus, 0)]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_checkpoint(resume_from_checkpoint)
@@ -309,4 +338,5 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self):
         logger.info("loading the best adapter, of %s", self.state.best_model_checkpoint)
+        _check_manifest(Path(self.state.best_model_checkpoint))
         load_weights(self.model, self.state.best_model_checkpoint)

@@ -45,7 +45,7 @@ def main(output: Path) -> None:
     for name, (steps, options) in CASES.items():
         args = default_arguments(
             output / name, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0,
-            use_cpu=True, ddp_backend="gloo", report_to=[], disable_tqdm=True, save_strategy="no",
+            use_cpu=True, ddp_backend="gloo", report_to=[], disable_tqdm=True, save_strategy="steps", save_steps=1,
         )  # fmt: skip
         assert args.world_size == 2
         trainer = Recording(

@@ -20,8 +20,15 @@ FAMILIES = {
     "ministral3": dict(
         sliding_window=None,
         rope_parameters=dict(  # short enough that the tests reach the positions where queries are scaled
-            rope_type="yarn", rope_theta=1e4, factor=64.0, original_max_position_embeddings=8, llama_4_scaling_beta=0.3,
-            beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
+            rope_type="yarn",
+            rope_theta=1e4,
+            factor=64.0,
+            original_max_position_embeddings=8,
+            llama_4_scaling_beta=0.3,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
         ),
     ),
     "phi3": {},

@@ -1,6 +1,7 @@
 """The command line on a tiny model on disk, and what a config may hold."""
 
 import json
+import shutil
 
 import pytest
 import tiny_systems as tiny
@@ -87,6 +88,36 @@ def test_evaluate_compares(project, trained):
     assert "latent_mas" in bare and len((project / "bare" / "results.csv").read_text().splitlines()) == 4
 
 
+def settings_of(project, path, **changes):
+    """The project's config with changes, in a directory of its own."""
+    settings = yaml.safe_load((project / "config.yaml").read_text())
+    settings |= {"model": str(project / "base"), "data": {**settings["data"], "train": str(project / "rows.jsonl")}, **changes}
+    (path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return path / "config.yaml"
+
+
+def test_a_method_that_fails_is_named_and_the_others_are_written(project, trained, tmp_path):
+    # Messages of 100 tokens do not fit in the model's context of 128.
+    path = settings_of(project, tmp_path, evaluation={"max_message_tokens": 100})
+    result = call("evaluate", path, "--adapter", project / "run", "--device", "cpu", code=1)
+    assert "error: text: questions[0]" in result.stderr and "has single, latent_mas, diffmas" in result.stderr.splitlines()[-1]
+    directory = tmp_path / "run" / "evaluation"
+    lines = (directory / "results.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["method", "single", "latent_mas", "diffmas"]
+    given = json.loads((directory / "answers.jsonl").read_text().splitlines()[0])["given"]
+    assert list(given) == ["single", "latent_mas", "diffmas"] and (directory / "results.png").is_file()
+
+
+def test_an_earlier_runs_checkpoints_are_not_lost(project, tmp_path):
+    path, earlier = settings_of(project, tmp_path), tmp_path / "run" / "checkpoint-7"
+    earlier.mkdir(parents=True)
+    output = call("train", path, code=1).output
+    assert "expected no checkpoints of an earlier run, found checkpoint-7" in output and earlier.is_dir()
+    assert "expected it without --resume" in call("train", path, "--resume", "--overwrite", code=1).output
+    assert "4 steps" in call("train", path, "--overwrite").output
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
 def test_env_says_what_is_there():
     from diffmas import ops
 
@@ -109,6 +140,14 @@ def test_errors_are_one_line(project, tmp_path):
     )
     assert "--field: expected name=text" in call("generate", "--adapter", tmp_path, "--field", "a", code=1).output
     assert "Traceback" not in output and len(output.strip().splitlines()) == 1
+
+
+def test_a_damaged_agents_file_is_one_line(project, trained, tmp_path):
+    shutil.copytree(project / "run", tmp_path / "run")
+    agents = tmp_path / "run" / "agents.json"
+    agents.write_text(json.dumps({**json.loads(agents.read_text()), "extra": 1}))
+    output = call("generate", "--adapter", tmp_path / "run", "--question", "a", "--device", "cpu", code=1).output
+    assert "agents.json: expected the keys" in output and "extra" in output and len(output.strip().splitlines()) == 1
 
 
 def test_an_adapter_of_another_model_is_refused(project, trained, tmp_path):
@@ -180,3 +219,5 @@ def test_the_example_is_a_config(pytestconfig):
     settings = config.load(pytestconfig.rootpath / "examples" / "train.yaml")
     train, held_out = read_data(settings)
     assert len(train) == 8 and len(held_out) == 2 and len(settings.agents) == 4
+    arguments = config.training_arguments(settings)  # also without a GPU
+    assert not arguments.bf16 and arguments.gradient_accumulation_steps == 64

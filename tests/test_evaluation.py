@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffmas import Agent, MultiAgentSystem
 from diffmas.evaluation import (
     Latent,
+    MethodsFailed,
     Scorer,
     TextAgents,
     evaluate,
@@ -204,6 +205,19 @@ def test_results_are_a_table_a_file_and_a_plot(tmp_path):
     assert plot(results, tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     lines = write_answers(results, rows, tmp_path / "answers.jsonl").read_text().splitlines()
     assert len(lines) == 4 and results[0].texts[0][0] in lines[0]
+
+
+def test_a_method_that_fails_does_not_lose_the_others():
+    class Failing:
+        def answer(self, *_, **__):
+            raise ValueError("questions[0]: too long")
+
+    system, saved = tiny.system(), []
+    methods = {"first": single_agent(system), "text": Failing(), "last": Latent(system)}
+    with pytest.raises(MethodsFailed, match=r"^text: questions\[0\]: too long$") as failure:
+        evaluate(methods, tiny.rows(2), save=lambda results: saved.append([r.method for r in results]), **GREEDY)
+    assert saved == [["first"], ["first", "last"]]
+    assert [r.method for r in failure.value.results] == ["first", "last"] and isinstance(failure.value.__cause__, ValueError)
 
 
 def test_an_answer_that_is_right_counts():

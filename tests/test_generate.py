@@ -196,9 +196,7 @@ def test_inputs_embeds(case):
     past, new = tokens(*CASES[case][0]), tokens(*CASES[case][1], seed=2)
     ids, mask = pad(new)
     trace = prefilled(model, past)
-    out = model.generate(
-        inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask, past_key_values=trace, **GREEDY
-    )
+    out = model.generate(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask, past_key_values=trace, **GREEDY)
     assert torch.equal(out, expected(model, past, new, GREEDY))
     assert {s.kind for s in trace.segments} == {"prompt", "text"}
 

@@ -225,9 +225,7 @@ def test_reentrant_checkpointing_by_hand_is_refused():
     model = tiny("qwen3").train()
     layer = body(model).layers[1]
     forward = layer.forward
-    layer.forward = lambda x, **kwargs: torch.utils.checkpoint.checkpoint(
-        lambda x: forward(x, **kwargs), x, use_reentrant=True
-    )
+    layer.forward = lambda x, **kwargs: torch.utils.checkpoint.checkpoint(lambda x: forward(x, **kwargs), x, use_reentrant=True)
     loss = loss_of(model(tokens(3)[0][None], past_key_values=diffmas.Trace(model)).logits)
     with pytest.raises(RuntimeError, match="layer 1 is recomputed.*re-entrant"):
         loss.backward()
@@ -341,8 +339,6 @@ def test_join_of_a_detached_and_a_learning_branch(order):
     loss_of(out.logits[0]).backward()
     joint = gradients(model)
     assert_close(got, {n: alone[n] + joint[n] for n in joint})
-
-
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -240,10 +240,7 @@ def test_gradcheck_reposition():
 
 
 def test_merge_states_is_attention_over_the_union():
-    whole, a, b = (
-        View([3], [segments], causal=False)
-        for segments in ([(0, 50, 0), (60, 21, 0)], [(0, 50, 0)], [(60, 21, 0)])
-    )
+    whole, a, b = (View([3], [segments], causal=False) for segments in ([(0, 50, 0), (60, 21, 0)], [(0, 50, 0)], [(60, 21, 0)]))
     inputs = attention_inputs(whole)
     want = raw.cross_attention(*inputs.args(), "reference")
     states = []
@@ -269,9 +266,7 @@ def test_opcheck(backend):
     o, lse = raw.cross_attention(*args, backend)
     torch.library.opcheck(raw.cross_attention.default, (*args, backend))
     grads = [torch.zeros(ROWS, 2, 32) for _ in range(2)]
-    torch.library.opcheck(
-        raw.cross_attention_backward.default, (o, None, args[0], o, lse, *args[1:], *grads, backend)
-    )
+    torch.library.opcheck(raw.cross_attention_backward.default, (o, None, args[0], o, lse, *args[1:], *grads, backend))
     x = inject_inputs(n=9, D=32).to(torch.float32)
     torch.library.opcheck(raw.inject.default, (x.q, x.k, x.v, *x.rope(), *grads, backend))
     torch.library.opcheck(raw.inject_backward.default, (x.q, x.q, x.k, *x.rope(), *grads, backend))
@@ -312,7 +307,8 @@ def bad_inject(**change):
         (dict(k=torch.zeros(5, 3, 64), v=torch.zeros(5, 3, 64)), "divides 4"),
         (dict(cos=None), "cos and sin together"),
         (dict(slots=torch.arange(4)), "slots: expected shape"),
-        (dict(slots=torch.arange(5).int()), "slots: expected a 1-D int64"),
+        (dict(slots=torch.arange(5).short()), "slots: expected a 1-D int64"),
+        (dict(q=torch.zeros(5, 0, 64)), "q: expected at least one head"),
         (dict(slots=torch.tensor([0, 1, 2, 3, ROWS])), f"values < {ROWS}, got {ROWS}"),
         (dict(slots=torch.tensor([0, 1, 2, 3, -2])), "values >= -1, got -2"),
         (dict(slots=torch.tensor([0, 1, 1, 3, 4])), "slots: expected distinct rows"),
@@ -333,6 +329,7 @@ def test_inject_refuses(change, word):
     [
         (dict(q=torch.zeros(3, 64)), "q: expected shape"),
         (dict(q=torch.zeros(4, 4, 64)), "q_indptr: expected values that rise from 0 to 4"),
+        (dict(k_pool=torch.zeros(ROWS, 0, 64), v_pool=torch.zeros(ROWS, 0, 64)), "k_pool: expected a number of heads"),
         (dict(q_indptr=torch.tensor([0, 2, 1, 3])), "seg_indptr: expected shape"),
         (dict(seg_len=torch.tensor([ROWS + 1])), "seg_start \\+ seg_len: expected rows up to"),
         (dict(seg_start=torch.tensor([-1])), "seg_start: expected values >= 0"),
@@ -353,6 +350,30 @@ def test_cross_attention_refuses(change, word):
 def test_ops_never_drop_a_gradient_silently():
     with pytest.raises(RuntimeError, match="records no gradient"):
         bad_inject(q=torch.zeros(5, 4, 64, requires_grad=True))
+    q, *rest = attention_inputs(VIEWS["ragged"]).args()
+    with pytest.raises(RuntimeError, match="diffmas.ops.cross_attention .* records no gradient"):
+        raw.cross_attention(q.requires_grad_(), *rest)
+    with torch.no_grad():
+        raw.cross_attention(q, *rest)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_checked_entry_points_convert_what_kernels_do_not_read(backend):
+    strided = lambda x: torch.stack((x, x), 1)[:, 0]  # noqa: E731
+    x = inject_inputs(n=5).to(torch.float32)
+    want, got = torch.zeros(2, ROWS, 2, 64), torch.zeros(2, ROWS, 2, 64)
+    args = (x.q, x.k, x.v, x.cos, x.sin, x.slots, *want)
+    wide = (x.q, x.k, x.v, x.cos.double(), x.sin.double(), strided(x.slots.int()), *got)
+    assert torch.equal(ops.inject(*wide, backend=backend), ops.inject(*args, backend=backend)) and torch.equal(got, want)
+    q, k, v, *view, freq, scale, _, _ = attention_inputs(VIEWS["shifted"]).to(torch.float32).args()
+    freq = freq.bfloat16()
+    want = ops.cross_attention(q, k, v, *view, freq.float(), backend=backend)
+    for index, other in ((strided, torch.bfloat16), (torch.Tensor.int, torch.float64)):
+        got = ops.cross_attention(q, k, v, *map(index, view), freq.to(other), backend=backend)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    for kind in (torch.float32, torch.bfloat16, torch.float64):
+        src, dst, shift = (strided(torch.arange(a, a + 3).int()) for a in (0, 10, 5))
+        ops.reposition(src, dst, shift, freq.to(kind), torch.zeros(20, 2, 64), torch.zeros(20, 2, 64), backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -375,6 +375,19 @@ def test_a_window_that_a_trace_cannot_exceed_is_accepted(family, changes):
     assert trace.lengths == [6]
 
 
+def test_a_window_as_long_as_the_context_limits_the_trace():
+    model = tiny("mistral", sliding_window=10, max_position_embeddings=10)
+    assert_close(through_trace(model), plain(model))
+    for options in ({}, dict(max_length=10), dict(max_length=9)):
+        diffmas.patch_model(model, **options)
+        limit = r"9 tokens a sequence \(patch_model" if options.get("max_length") == 9 else "10 tokens a sequence"
+        with pytest.raises(ValueError, match=limit):
+            model(input_ids=torch.cat((PROMPT, PROMPT))[None], past_key_values=diffmas.Trace(model))
+    diffmas.patch_model(model)
+    with pytest.raises(ValueError, match="sliding window"):
+        model(input_ids=torch.cat((PROMPT, PROMPT))[None], past_key_values=diffmas.Trace(model))
+
+
 def test_yarn_is_accepted():
     model = tiny("qwen3", rope_scaling=YARN)
     assert_close(through_trace(model), plain(model))

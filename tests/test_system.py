@@ -1,8 +1,12 @@
 """A system of agents against a cache-free unroll, single runs, finite differences and the unpatched model."""
 
+import contextlib
+import json
+
 import pytest
 import torch
 from models import EOS, assert_close, body, gradients, tiny, with_lora
+from safetensors import safe_open
 from systems import AGENTS, ANSWERS, QUESTIONS, system, tokenizer, unroll, unrolled_loss
 
 import diffmas
@@ -206,6 +210,16 @@ def test_realign_modes():
         diffmas.realign.Realign(model, "magic")
 
 
+@pytest.mark.parametrize("mode", REALIGN)
+def test_realign_ends_where_the_input_embedding_is(mode, monkeypatch):
+    """Other layers may be on other devices; "meta" is one that everything has."""
+    model = tiny("qwen3", patch=False)
+    realign = diffmas.realign.Realign(model, mode).to("meta")
+    model.to("meta")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no "meta"
+    assert realign(torch.randn(5, 32)).device.type == "meta"
+
+
 def test_ridge_is_the_identity_for_tied_embeddings():
     model = tiny("qwen3", patch=False, tie_word_embeddings=True)
     h = torch.randn(5, 32, dtype=torch.float64)
@@ -270,10 +284,44 @@ def test_generate_stops():
     assert cut[0] == texts[0].split(word)[0]
 
 
-def test_generate_leaves_the_mode_alone():
-    s = system().train()
+def test_modes_are_left_alone():
+    """A system takes its model's mode; generate and a method's loss give every submodule its own back."""
+    from diffmas.evaluation.baselines import Latent
+
+    s = system()
+    assert not s.training and not s.realign.training
+    s.train()
+    body(s.model).layers[1].eval()
+    modes = [m.training for m in s.modules()]
     s.generate(QUESTIONS[:1], max_new_tokens=2, seed=0)
-    assert s.training and s.model.training
+    Latent(s).loss(QUESTIONS[:1], ANSWERS[:1])
+    assert [m.training for m in s.modules()] == modes
+    assert MultiAgentSystem(s.model, s.tokenizer, AGENTS).training and [m.training for m in s.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"text": "w10"}, r"questions\[2\], agent 'planner': its prompt needs the field \{question\}"),
+        ("w10 " * 260, r"questions\[2\], agent 'critic': expected its prompt and 2 latent .* got 265 before it and 264 of"),
+        ("w10 " * 164, r"questions\[2\], agent 'solver': expected its prompt and answer .* got 337 before it and 177 of"),
+    ],
+)
+def test_all_questions_are_checked_before_any_agent_runs(bad, message, monkeypatch):
+    s = system()
+    monkeypatch.setattr(s, "think", None)
+    with pytest.raises(ValueError, match=message):
+        s.generate(["w10", "w11", bad], max_new_tokens=12, batch_size=1)
+
+
+@pytest.mark.parametrize("positions", ["keep", "reindex"])
+@pytest.mark.parametrize("trace_content", ["all", "latent_only"])
+def test_what_is_checked_is_where_agents_end_up(trace_content, positions, monkeypatch):
+    s = system(trace_content=trace_content, positions=positions)
+    starts, prompt = [], s._prompt
+    monkeypatch.setattr(s, "_prompt", lambda *args: starts.append(args[3]) or prompt(*args))
+    s.tokenize(s.fields_of(QUESTIONS), [0] * 3)
+    assert starts[2::3] == s.communicate(s.fields_of(QUESTIONS)).next_positions
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -311,6 +359,7 @@ def test_chat_template_and_system_message():
         (lambda s: s("w10"), "questions: expected a list, got one str"),
         (lambda s: s([3]), "questions: expected strings or dicts"),
         (lambda s: s(QUESTIONS, ["w1"]), "answers: expected one for each of 3 questions, got 1"),
+        (lambda s: s(["w10", "w11"], "ab"), "answers: expected a list, got one str"),
         (lambda s: s(["w10"], [None]), "answers: expected strings, got NoneType"),
         (lambda s: s(["w10"], ["w20 " * 600]), "answer to fit in the context of 512 positions"),
         (lambda s: s(["w10 " * 600]), "'planner': expected its prompt and 3 latent steps to fit"),
@@ -426,6 +475,57 @@ def test_trace_file(tmp_path):
             Trace.load(tmp_path / "none", s.model)
     with pytest.raises(ValueError, match="expected one that holds tokens"):
         Trace(s.model).save(path)
+
+
+@pytest.mark.parametrize("change", ["next", "kind", "length", "batch_size", "checksum", "list"])
+def test_a_trace_file_with_a_changed_header_is_refused(tmp_path, change):
+    from safetensors.torch import load_file, save_file
+
+    model, path = tiny("qwen3"), tmp_path / "t.safetensors"
+    trace = Trace(model, 2)
+    model(torch.ones(2, 3, dtype=torch.long), past_key_values=trace)
+    trace.save(path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["diffmas"])
+    if change in ("kind", "length"):
+        header["segments"][0][{"kind": 2, "length": 3}[change]] = {"kind": "latent", "length": 2}[change]
+    elif change == "checksum":
+        del header["checksum"]
+    else:
+        header[change] = {"next": [0, 0], "batch_size": 1, "list": 0}[change]
+    save_file(load_file(path), path, metadata={"diffmas": json.dumps([header] if change == "list" else header)})
+    with pytest.raises(ValueError, match="format" if change == "list" else "checksum"):
+        Trace.load(path, model)
+
+
+def test_a_trace_is_of_the_adapter_that_was_active(tmp_path):
+    model, path = roles_model(), tmp_path / "t.safetensors"
+    diffmas.patch_model(model)
+    own = dict(model.named_parameters())
+    name = next(n for n in own if ".planner." in n)
+    own[name].data += 1
+    model.set_adapter("planner")
+    trace = Trace(model)
+    model(torch.ones(1, 3, dtype=torch.long), past_key_values=trace)
+    trace.save(path)
+    assert Trace.load(path, model).lengths == [3]
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    layers[-1].scaling["planner"] *= 2
+    with pytest.raises(ValueError, match="expected a trace of this adapter"):
+        Trace.load(path, model)
+    layers[-1].scaling["planner"] /= 2
+    model.set_adapter("solver")
+    with pytest.raises(ValueError, match="expected a trace of this adapter"):
+        Trace.load(path, model)
+    own[name.replace("planner", "solver")].data += 1
+    assert Trace.load(path, model).lengths == [3]  # the same adapter under another name
+
+
+def test_a_system_leaves_the_active_adapter_alone():
+    s = MultiAgentSystem(roles_model(), tokenizer(), AGENTS, adapter_scope="per_role")
+    s.model.set_adapter("critic")
+    s(QUESTIONS[:1], ANSWERS[:1])
+    assert s.model.active_adapters == ["critic"] and s.model.active_adapter == "critic"
 
 
 def test_body_is_reached_through_peft():

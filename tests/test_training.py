@@ -1,6 +1,8 @@
 """The trainer against what it must equal: one big batch, an uninterrupted run, a single process."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +80,7 @@ def test_a_checkpoint_holds_no_base_weights(run):
     names = {p.name for p in path.iterdir()} - {"README.md"}
     assert names == {
         "adapter_config.json", "adapter_model.safetensors", "agents.json",
-        "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+        "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json",
     }  # fmt: skip
     assert check_checkpoint(path) == path == last_checkpoint(run.args.output_dir)
 
@@ -138,7 +140,7 @@ def one_step(path, batch: int, accumulate: int, system_options=None, **options):
         path, max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, optim="sgd",
         lr_scheduler_type="constant", save_strategy="no", learning_rate=0.1, max_grad_norm=0.0, **options,
     )  # fmt: skip
-    system = tiny.system(**system_options)
+    system = tiny.system(**(system_options or {}))
     Trainer(system, args, train_dataset=tiny.rows(8)).train()
     return tiny.trainable(system)
 
@@ -225,6 +227,8 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
             want = expected.get(n, torch.zeros_like(grad)) / counted
             assert float((grad - want).abs().max()) <= 1e-4 * max(float(want.abs().max()), 1e-2), (name, n)
         assert total > 0 and (tmp_path / name / "agents.json").is_file()
+        manifest = json.loads((check_checkpoint(tmp_path / name / "checkpoint-1") / "manifest.json").read_text())
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest.keys()
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------------
@@ -313,6 +317,114 @@ def test_a_cut_checkpoint_is_named_and_skipped(run, tmp_path, name):
     assert last_checkpoint(tmp_path).name == "checkpoint-1"
 
 
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_config.json"]
+)
+def test_an_overwritten_byte_is_found(run, tmp_path, name):
+    copy_of(run, tmp_path, 1, 2)
+    file = tmp_path / "checkpoint-2" / name
+    data = bytearray(file.read_bytes())
+    data[-len(data) // 3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"checkpoint-2/{name}: expected a whole file"):
+        check_checkpoint(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path).name == "checkpoint-1"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}"])
+def test_a_checkpoint_without_its_manifest_is_not_whole(run, tmp_path, text):
+    copy_of(run, tmp_path, 1, 2)
+    manifest = tmp_path / "checkpoint-2" / "manifest.json"
+    manifest.unlink() if text is None else manifest.write_text(text)
+    with pytest.raises(ValueError, match="checkpoint-2.*manifest.json"):
+        check_checkpoint(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path).name == "checkpoint-1"
+
+
+def test_an_older_checkpoint_goes_only_when_the_newest_is_whole(tmp_path, monkeypatch):
+    from diffmas import training
+
+    write = training._write_manifest
+
+    def killed(path):
+        if path.name == "checkpoint-3":
+            raise KeyboardInterrupt
+        write(path)
+
+    monkeypatch.setattr(training, "_write_manifest", killed)
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny.system(), args, train_dataset=tiny.rows(8)).train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert last_checkpoint(tmp_path).name == "checkpoint-2" and args.save_total_limit == 1
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    args = arguments(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_total_limit=1)
+    system = tiny.system()
+    for p in system.parameters():
+        if p.requires_grad:
+            p.register_hook(torch.neg)  # uphill: the first is the best
+    Trainer(system, args, train_dataset=tiny.rows(8), eval_dataset=tiny.rows(6)).train()
+    assert check_checkpoint(tmp_path / "checkpoint-1") and not (tmp_path / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("scope, gone", [("shared", "adapter_config.json"), ("per_role", "critic/adapter_model.safetensors")])
+def test_a_missing_adapter_is_not_the_untrained_model(tmp_path, scope, gone):
+    tiny.system(adapter_scope=scope).save_pretrained(tmp_path)
+    assert MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer()).adapter_scope == scope
+    (tmp_path / gone).unlink()
+    with pytest.raises(ValueError, match=f"{gone}: expected .*found none"):
+        MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer())
+    if scope == "per_role":
+        shutil.rmtree(tmp_path / "critic")
+        with pytest.raises(ValueError, match="critic/adapter_config.json: expected this file, found none"):
+            MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer())
+
+
+def test_an_adapter_of_another_scale_is_refused(tmp_path):
+    from diffmas.system_file import load_weights
+
+    tiny.system(alpha=4).save_pretrained(tmp_path)
+    other = tiny.system(alpha=400)
+    before = tiny.trainable(other)
+    with pytest.raises(ValueError, match="agents.json: expected adapters .*'lora_alpha': 400.*, got .*'lora_alpha': 4,"):
+        load_weights(other, tmp_path)
+    assert all(torch.equal(before[n], p) for n, p in tiny.trainable(other).items())
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 400}))
+    with pytest.raises(ValueError, match="adapter_config.json: expected the adapter of agents.json.*got .*'lora_alpha': 400"):
+        MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer())
+    with pytest.raises(ValueError, match=r"model: expected a base model without adapters, got one with \['default'\]"):
+        MultiAgentSystem.from_pretrained(tmp_path, tiny.system().model, tiny.tokenizer())
+
+
+def without(data, key):
+    return {k: v for k, v in data.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: without(d, "realign"), r"expected the keys .*got none of \['realign'\]"),
+        (lambda d: without(d, "adapters"), r"got none of \['adapters'\]"),
+        (lambda d: {**d, "colour": 1}, r"an unknown \['colour'\]"),
+        (lambda d: {**d, "last_k": "two"}, r"expected last_k of kind int \| None, got 'two'"),
+        (lambda d: {**d, "agents": ["a"]}, r"agents\[0\]: expected an object, got str"),
+        (lambda d: {**d, "agents": [without(d["agents"][0], "latent_steps")]}, r"agents\[0\]: .*none of \['latent_steps'\]"),
+        (lambda d: {**d, "realign": "magic"}, "realign: expected one of .*'magic'"),
+        (lambda d: {**d, "agents": []}, "agents: expected at least one agent"),
+        (lambda d: [d], "expected format diffmas-agents-1, got list"),
+    ],
+)
+def test_what_agents_json_may_not_hold(tmp_path, change, message):
+    tiny.system().save_pretrained(tmp_path)
+    file = tmp_path / "agents.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=f"agents.json: {message}|agents.json: .*{message}"):
+        MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer())
+
+
 def test_a_checkpoint_of_something_else_is_refused(run, tmp_path):
     copy_of(run, tmp_path, 2)
     path = str(tmp_path / "checkpoint-2")
@@ -341,8 +453,11 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         Trainer(tiny.system(), args, train_dataset=tiny.rows(2), eval_dataset=[])
     with pytest.raises(ValueError, match=r"train_dataset\[0\]: expected a string 'answer', got only \['question'\]"):
         Trainer(tiny.system(), args, train_dataset=[{"question": "x"}])
-    with pytest.raises(ValueError, match="its prompt needs the field {question}"):
-        Trainer(tiny.system(), args, train_dataset=[{"facts": "x", "answer": "y"}])
+    with pytest.raises(ValueError, match=r"train_dataset\[4\]: agent 'planner': its prompt needs the field {question}"):
+        Trainer(tiny.system(), args, train_dataset=[*tiny.rows(4), {"facts": "x", "answer": "y"}])
+    with pytest.raises(ValueError, match=r"eval_dataset\['b'\]\[2\]: expected a string 'answer'"):
+        sets = {"a": tiny.rows(2), "b": [*tiny.rows(2), {"question": "x", "answer": None}]}
+        Trainer(tiny.system(), args, train_dataset=tiny.rows(2), eval_dataset=sets)
     with pytest.raises(ValueError, match="label_smoothing_factor: expected it to be off"):
         Trainer(tiny.system(), arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=tiny.rows(2))
     with pytest.raises(ValueError, match="system: expected a MultiAgentSystem, got Qwen3ForCausalLM"):

@@ -211,7 +211,8 @@ def test_bad_joins_are_refused(model):
     (a,) = tokens(3)
     trace, other = prefill(model, a), prefill(model, a)
     for traces, positions, message in (
-        ([], "keep", "traces"), ([trace, other], "keep", "different origin"), ([trace], "nowhere", "positions"),
+        ([], "keep", "traces"), ([trace], "nowhere", "positions"),
+        ([trace, other], "keep", r"different origin.*Trace\(model, batch_size\).fork"),
         ([trace, trace.select([0, 0])], "keep", "batch size"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -270,6 +271,8 @@ def test_keep_nothing(model):
     assert_close(read(model, kept, new)[0], whole(model, new, [4, 5, 6]).logits[0])
     with pytest.raises(ValueError, match="kind"):
         kept.keep(kind="thought")
+    with pytest.raises(ValueError, match=r"expected one of \['critic', 'planner'\].*'plnner'"):
+        agents(model).keep(agent="plnner")
 
 
 # ---- repack -----------------------------------------------------------------------------------------------------------

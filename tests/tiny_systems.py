@@ -45,14 +45,15 @@ def agents(latent_steps: int = 2, middle: int | None = None):
 
 
 def system(
-    latent_steps: int = 2, middle: int | None = None, lora: bool = True, seed: int = 0, adapter_scope="shared", **options
-):
+    latent_steps: int = 2, middle: int | None = None, lora: bool = True, seed: int = 0, adapter_scope="shared",
+    alpha: int = 4, **options,
+):  # fmt: skip
     """A system of three agents around the same weights every time; LoRA has a B that is not zero."""
     from diffmas.training import add_lora, lora_config
 
     base, crew = model(seed), agents(latent_steps, middle)
     if lora:
-        base = add_lora(base, crew, adapter_scope, lora_config(r=2, alpha=4))
+        base = add_lora(base, crew, adapter_scope, lora_config(r=2, alpha=alpha))
         generator = torch.Generator().manual_seed(1)
         for name, p in base.named_parameters():
             if "lora_B" in name:

@@ -1,4 +1,4 @@
-"""The demo's task: who took which thing where, with the facts split between two readers.
+"""The demo's task: who took which thing where, with the facts split between three readers.
 
 Every fact is a triple (name, thing, place). Names differ within an example; things and places are drawn independently
 with replacement, so that no answer can be found by elimination. A question asks for the thing or the place that goes with
@@ -12,8 +12,8 @@ THINGS = "key lamp ring book coin map cup rope drum hat knife letter mirror bask
 PLACES = "kitchen cellar garden attic garage library stable bedroom hall tower bakery harbor school chapel office barn".split()
 VERBS = "took carried brought moved".split()
 
-READERS = 2  # agents that hold facts
-FACTS_PER_READER = 2
+READERS = 3  # agents that hold facts
+FACTS_PER_READER = 1
 NOTE_TOKENS = 4 * FACTS_PER_READER + 1  # a reader's notes as text
 
 READER_PROMPT = "Facts: {facts} Write notes."
@@ -47,7 +47,7 @@ def ask(rng: random.Random, fact: dict) -> tuple[str, str]:
 
 
 def make_row(rng: random.Random, facts_per_reader: int = FACTS_PER_READER) -> dict:
-    """One question whose answer one reader knows: facts1, facts2 (one text a reader), facts (all), question, answer."""
+    """One question whose answer one reader knows: facts1, facts2, ... (one text a reader), facts (all), question, answer."""
     facts = make_facts(rng, READERS * facts_per_reader)
     question, answer = ask(rng, rng.choice(facts))
     parts = [facts[i * facts_per_reader : (i + 1) * facts_per_reader] for i in range(READERS)]

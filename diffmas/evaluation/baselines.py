@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from diffmas.system import Agent, MultiAgentSystem
+from diffmas.system import Agent, MultiAgentSystem, evaluating
 
 __all__ = ["Answers", "Latent", "Method", "TextAgents", "latent_mas", "single_agent"]
 
@@ -73,13 +73,9 @@ def _generate(system, questions, **options) -> tuple[list[list[str]], int]:
 
 @torch.no_grad()
 def _loss(system, questions, answers) -> tuple[float, int]:
-    was_training = system.training
-    system.eval()
-    try:
+    with evaluating(system):
         out = system(questions, answers, num_items_in_batch=1)  # the sum
-        return float(out.loss), int((out.labels != -100).sum())
-    finally:
-        system.train(was_training)
+    return float(out.loss), int((out.labels != -100).sum())
 
 
 class Latent:

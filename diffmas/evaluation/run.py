@@ -12,7 +12,7 @@ from diffmas.data import question_and_answer
 from diffmas.evaluation.baselines import Method
 from diffmas.evaluation.metrics import Scorer, perplexity, wilson
 
-__all__ = ["Result", "evaluate", "plot", "table", "write_answers", "write_csv"]
+__all__ = ["MethodsFailed", "Result", "evaluate", "plot", "table", "write_answers", "write_csv"]
 
 
 @dataclass
@@ -41,43 +41,53 @@ class Result:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "texts"}
 
 
+class MethodsFailed(RuntimeError):
+    """Some methods raised. errors: what, by method; results: of the methods that did not."""
+
+    def __init__(self, errors: dict[str, Exception], results: list[Result]):
+        super().__init__("; ".join(f"{name}: {error}" for name, error in errors.items()))
+        self.errors, self.results = errors, results
+
+
 def evaluate(
     methods: dict[str, Method], rows: list[dict], samples: int = 1, scorer: Scorer | None = None,
-    batch_size: int | None = None, progress: Callable[[str], None] | None = None, **generation,
+    batch_size: int | None = None, progress: Callable[[str], None] | None = None,
+    save: Callable[[list[Result]], object] | None = None, **generation,
 ) -> list[Result]:  # fmt: skip
     """Answers every row with every method; results in the order of `methods`.
 
     rows: see `diffmas.data`. batch_size: questions at once (all by default). progress: called with the name of the method
-    that is about to run. generation: max_new_tokens, temperature, top_p, seed and stop, as `MultiAgentSystem.generate`
-    takes them. Raises ValueError for no method, no row, or a bad one.
+    that is about to run; save: with all results so far, after each method. generation: max_new_tokens, temperature, top_p,
+    seed and stop, as `MultiAgentSystem.generate` takes them. Raises ValueError for no method, no row, or a bad one. A
+    method that fails does not stop the others: `MethodsFailed`, with their results, is raised at the end.
     """
     if not methods:
         raise ValueError("methods: expected at least one, got none")
     if not rows:
         raise ValueError("rows: expected at least one row, got an empty data set")
     questions, golds = map(list, zip(*(question_and_answer(row, f"rows[{i}]") for i, row in enumerate(rows))))
-    scorer, results = scorer or Scorer(), []
+    scorer, results, errors = scorer or Scorer(), [], {}
     for name, method in methods.items():
         if progress:
             progress(name)
-        answers = method.answer(questions, samples, batch_size, **generation)
+        try:
+            answers = method.answer(questions, samples, batch_size, **generation)
+            nll = method.loss(questions, golds, batch_size)
+        except Exception as error:
+            errors[name] = error
+            continue
         accuracy = scorer.accuracy(answers.texts, golds)
         vote, agreement = scorer.self_consistency(answers.texts, golds)
         results.append(
             Result(
-                name,
-                len(rows),
-                samples,
-                accuracy,
-                *wilson(accuracy, len(rows)),
-                perplexity(*method.loss(questions, golds, batch_size)),
-                vote,
-                agreement,
-                answers.seconds,
-                answers.tokens,
-                answers.texts,
-            )  # fmt: skip
-        )
+                name, len(rows), samples, accuracy, *wilson(accuracy, len(rows)), perplexity(*nll), vote, agreement,
+                answers.seconds, answers.tokens, answers.texts,
+            )
+        )  # fmt: skip
+        if save:
+            save(results)
+    if errors:
+        raise MethodsFailed(errors, results) from next(iter(errors.values()))
     return results
 
 

@@ -114,7 +114,7 @@ def show_step(model: str | None, console: Console) -> None:
     for way, name in (("diffmas", "diffmas"), ("plain", "DynamicCache + torch.cat + autograd")):
         table.add_row(name, f"{c.seconds[way]:.3f}", f"{c.peak_bytes[way] / 1e6:.0f}")
     table.caption = (
-        f"{c.speedup:.2f}x the speed, {c.memory_ratio:.2f}x less memory; loss differs by {c.loss_difference:.1e}, gradients "
+        f"{c.speedup:.2f}x the speed, memory {c.memory_ratio:.2f}x smaller; loss differs by {c.loss_difference:.1e}, gradients "
         f"by {c.gradient_difference:.1e} (relative). Traces are a few dozen tokens here: see benchmarks/ for long ones."
     )
     console.print(table)

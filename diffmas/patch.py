@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from diffmas import ops, probe
 from diffmas.attention import Layer, Unsupported, install, refuse, uninstall
+from diffmas.generation import generate
 from diffmas.plan import Plan
 from diffmas.trace import Trace
 
@@ -278,86 +279,6 @@ def body_hook(body, args, kwargs, output):
         output.hidden_states = tuple(padded(h) for h in output.hidden_states)
     output.past_key_values = plan.trace
     return output
-
-
-# ---- generate --------------------------------------------------------------------------------------------------------
-
-
-def generate(self, inputs=None, *args, **kwargs):
-    """transformers' generate; with a Trace, `input_ids` are the new tokens and no mask of the past is needed.
-
-    transformers counts the past as part of the input, so the past is stood in for by tokens that no layer sees, and cut
-    off again; max_length and min_length count as if there was no past. Afterwards the trace holds the prompt and all
-    generated tokens of each sequence but its last. Beams and several samples per prompt work on forks: the trace passed
-    in then stays as it was.
-    """
-    original = type(self).generate
-    trace = kwargs.get("past_key_values")
-    if not isinstance(trace, Trace):
-        return original(self, inputs, *args, **kwargs)
-    sources = [kwargs, *(vars(c) for c in (kwargs.get("generation_config"), self.generation_config) if c is not None)]
-    option = lambda name: next((s[name] for s in sources if s.get(name) is not None), None)  # noqa: E731
-    if option("use_cache") is False:
-        raise ValueError("use_cache: expected True, a trace is the cache, got False")
-    ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-    embeds = kwargs.get("inputs_embeds")
-    new = ids if embeds is None else embeds
-    if new is None:
-        raise ValueError("input_ids: expected the new tokens, got neither input_ids nor inputs_embeds")
-    if new.shape[0] != trace.batch_size:
-        raise ValueError(f"input_ids: expected a batch of {trace.batch_size}, the trace's, got {new.shape[0]}")
-    (B, S), past = new.shape[:2], trace.get_seq_length()
-    mask = kwargs.pop("attention_mask", None)
-    mask = new.new_ones(B, S, dtype=torch.long) if mask is None else mask[:, -S:].long()
-    if not mask[:, -1].all():
-        raise ValueError("attention_mask: expected left-padded sequences of at least one token, got padding at the end")
-    lengths = [have + n for have, n in zip(trace.lengths, mask.sum(1).tolist())]
-    if past:
-        seen = torch.arange(past)[None] >= past - torch.tensor(trace.lengths)[:, None]
-        if ids is not None:
-            # A token of the prompt stands in, so that penalties on what was seen hit nothing that they would not.
-            seen_id = ids.gather(1, mask.argmax(1, keepdim=True).to(ids.device))
-            ids = torch.cat((seen_id.expand(B, past), ids), dim=1)
-        mask = torch.cat((seen.to(mask), mask), dim=1)
-        if embeds is not None:
-            kwargs["inputs_embeds"] = torch.cat((embeds.new_zeros(B, past, embeds.shape[-1]), embeds), dim=1)
-        for name in ("max", "min"):
-            # 20 was what transformers before 5 had for "not set".
-            if option(f"{name}_length") not in (None, 0, type(self.generation_config)().max_length):
-                if option(f"{name}_new_tokens") is None:
-                    kwargs[f"{name}_length"] = option(f"{name}_length") + past
-    copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
-    if copies > 1:
-        kwargs["past_key_values"] = trace.select([b for b in range(B) for _ in range(copies)])
-    if ids is not None:
-        kwargs["input_ids"] = ids
-    patch = patch_of(self)
-    patch.generating, patch.input_lengths = "prompt", (past, S)
-    try:
-        output = original(self, *args, attention_mask=mask, **kwargs)
-    finally:
-        patch.generating = None
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    if ids is not None:
-        sequences = sequences[:, past:]
-    if copies == 1:
-        text = sequences if ids is None else sequences[:, S:]
-        may_stop = option("stop_strings") or kwargs.get("stopping_criteria")
-        ends = _ends(text, option("eos_token_id"), option("pad_token_id") if may_stop else None)
-        trace.drop_newest([have - n - end + 1 for have, n, end in zip(trace.lengths, lengths, ends)])
-    if isinstance(output, Tensor):
-        return sequences
-    output.sequences = sequences
-    return output
-
-
-def _ends(text: Tensor, eos, pad) -> list[int]:
-    """How many tokens each row of generated `text` has before the filling that follows a sequence that has ended."""
-    eos = torch.as_tensor([] if eos is None else eos, device=text.device).flatten()
-    stops = torch.isin(text, eos)
-    # Rows that ended at a stop string, not at eos, are known by the filling alone.
-    filling = text.shape[1] if pad is None else (text != pad).long().cumsum(1).argmax(1) + 1
-    return torch.where(stops.any(1), stops.long().argmax(1) + 1, filling).tolist()
 
 
 # ---- the door --------------------------------------------------------------------------------------------------------

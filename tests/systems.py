@@ -47,6 +47,22 @@ def system(family="qwen3", agents=AGENTS, lora=True, dtype=torch.float64, **opti
     return made
 
 
+def roles_model(names=("planner", "critic", "solver")):
+    """One LoRA per role, all of the same weights."""
+    from peft import LoraConfig
+
+    model = with_lora(tiny("qwen3", patch=False))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    weights = {n: p.data.clone() for n, p in model.named_parameters() if "lora_" in n}
+    for name in names:
+        model.add_adapter(name, config)
+        own = dict(model.named_parameters())
+        for n, w in weights.items():
+            own[n.replace("default", name)].data.copy_(w)
+    model.delete_adapter("default")
+    return model
+
+
 def unroll(system, question, answer: str | None = None, generated: list[int] = ()):
     """Solver logits of one question, recomputing the whole prefix for every latent step; differentiable.
 

@@ -59,10 +59,17 @@ def make_step(model: str | None, rows: int):
     return make_system(model), [{k: v for k, v in r.items() if k != "answer"} for r in batch], [r["answer"] for r in batch]
 
 
+def answer_tokens(system: MultiAgentSystem, rows: list[dict]) -> int:
+    """Room for the longest answer and two tokens more."""
+    return 2 + max(len(system.answer_ids(row["answer"])) for row in rows)
+
+
 def recall(system: MultiAgentSystem, rows: list[dict]) -> evaluation.Result:
     """The base model alone, all facts in its context, one random question."""
     alone = evaluation.single_agent(system, Agent("base", facts.ALL_FACTS_PROMPT))
-    return evaluation.evaluate({"base, all facts": alone}, rows, max_new_tokens=4, temperature=0.0, batch_size=200)[0]
+    return evaluation.evaluate(
+        {"base, all facts": alone}, rows, max_new_tokens=answer_tokens(system, rows), temperature=0.0, batch_size=200
+    )[0]  # fmt: skip
 
 
 def train(system: MultiAgentSystem, output: Path, seed: int, **overrides) -> float:
@@ -79,24 +86,25 @@ def train(system: MultiAgentSystem, output: Path, seed: int, **overrides) -> flo
     return time.perf_counter() - start
 
 
-def text_agents(system: MultiAgentSystem) -> evaluation.TextAgents:
-    """The readers write notes, as the base model was taught to; the solver reads both."""
+def text_agents(system: MultiAgentSystem, rows: list[dict]) -> evaluation.TextAgents:
+    """The readers write notes, as the base model was taught to; the solver reads all of them."""
+    longest = max(len(system.tokenizer(row["facts1"])["input_ids"]) for row in rows)  # a note is shorter than its facts
     solver = Agent("solver", facts.NOTES_PROMPT.format(notes="{messages}", question="{question}"))
     writing = MultiAgentSystem(system.model, system.tokenizer, [*system.agents[:-1], solver], realign="none")
-    return evaluation.TextAgents(writing, facts.NOTE_TOKENS, message="{text}", separator=" ", last_reads_only=True)
+    return evaluation.TextAgents(writing, longest, message="{text}", separator=" ", last_reads_only=True)
 
 
 def compare(system: MultiAgentSystem, rows: list[dict], console: Console) -> list[evaluation.Result]:
     methods = {
         "single agent": evaluation.single_agent(system),
-        "text agents": text_agents(system),
+        "text agents": text_agents(system, rows),
         "LatentMAS (untrained)": evaluation.latent_mas(system),
         "DiffMAS (trained)": evaluation.Latent(system),
     }
     with console.status("answering the held-out questions") as status:
         return evaluation.evaluate(
             methods, rows, SAMPLES, batch_size=200, progress=lambda name: status.update(f"{name} answers"),
-            max_new_tokens=4, temperature=0.6, top_p=0.95, seed=0,
+            max_new_tokens=answer_tokens(system, rows), temperature=0.6, top_p=0.95, seed=0,
         )  # fmt: skip
 
 

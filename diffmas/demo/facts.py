@@ -14,7 +14,6 @@ VERBS = "took carried brought moved".split()
 
 READERS = 3  # agents that hold facts
 FACTS_PER_READER = 1
-NOTE_TOKENS = 4 * FACTS_PER_READER + 1  # a reader's notes as text
 
 READER_PROMPT = "Facts: {facts} Write notes."
 SOLVER_PROMPT = "Question: {question}"

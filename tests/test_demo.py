@@ -1,8 +1,13 @@
 """The demo's task, its base model, and a short run of the whole command."""
 
 import csv
+import json
 import random
+import shutil
 
+from typer.testing import CliRunner
+
+from diffmas.cli import app
 from diffmas.demo import experiment, facts
 from diffmas.system import MultiAgentSystem
 
@@ -43,13 +48,20 @@ def test_only_latent_vectors_reach_the_solver():
     assert not any(f[:-1] in solver for f in row["facts"].split(". "))
 
 
-def test_a_short_run_ends_with_table_plot_and_adapter(tmp_path, capsys):
-    results = experiment.run(tmp_path, max_steps=2, questions=8)
-    assert [r.method for r in results] == ["single agent", "text agents", "LatentMAS (untrained)", "DiffMAS (trained)"]
-    with open(tmp_path / "results.csv") as file:
-        assert len(list(csv.DictReader(file))) == 4
-    assert (tmp_path / "results.png").stat().st_size > 10_000
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 8
-    again = MultiAgentSystem.from_pretrained(tmp_path / "adapter")
+def test_a_short_run_ends_with_table_plot_and_adapter(tmp_path):
+    """The command, on a model directory other than the one that ships with diffmas."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(experiment.BASE, model)
+    run = CliRunner().invoke(
+        app, ["demo", "--model", str(model), "--output", str(out), "--steps", "2", "--questions", "8", "--seed", "1"]
+    )
+    assert run.exit_code == 0, run.output
+    assert "recall with all facts in context" in run.output
+    with open(out / "results.csv") as file:
+        methods = [row["method"] for row in csv.DictReader(file)]
+    assert methods == ["single agent", "text agents", "LatentMAS (untrained)", "DiffMAS (trained)"]
+    assert (out / "results.png").stat().st_size > 10_000
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 8
+    again = MultiAgentSystem.from_pretrained(out / "adapter")
     assert [a.name for a in again.agents] == [a.name for a in experiment.agents()]
-    assert "recall with all facts in context" in capsys.readouterr().out
+    assert json.loads((out / "adapter" / "agents.json").read_text())["base_model"] == str(model)

@@ -128,7 +128,9 @@ def show_step(model: str | None, console: Console) -> None:
     console.print(table)
 
 
-def run(output="runs/demo", model: str | None = None, seed: int = 0, max_steps: int | None = None, questions: int = HELD_OUT):
+def run(
+    output="runs/demo", model: str | None = None, seed: int = 0, max_steps: int | None = None, questions: int | None = None
+):
     """Runs the demo; writes results.csv, results.png, answers.jsonl and the adapter to `output`; returns the results.
 
     model: a directory or hub name of another causal LM; the one that ships with diffmas by default.
@@ -141,7 +143,7 @@ def run(output="runs/demo", model: str | None = None, seed: int = 0, max_steps: 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.manual_seed(seed)
     system = make_system(model)
-    held_out = facts.make_rows(questions, seed=2)
+    held_out = facts.make_rows(questions or HELD_OUT, seed=2)
     trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
     total = sum(p.numel() for p in system.model.parameters())
     console.print(f"base model: {total - trainable:,} parameters; LoRA: {trainable:,}")

@@ -125,10 +125,6 @@ class Plan:
             self._on_device[device] = packed.to(device).split(sizes)
         return self._on_device[device]
 
-    @property
-    def tokens(self) -> int:
-        return int(sum(self.lengths))
-
     def last_rows(self) -> Tensor:
         """Packed index of each sequence's last new token; [B] int64 on the CPU."""
         return torch.from_numpy(np.cumsum(self.lengths) - 1)

@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor> cross_attention(Tensor q, Tensor k_pool, Tensor v_poo
 
 Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor q_indptr,
                                 Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Optional seg_shift, Optional inv_freq, double scale,
-                                bool causal, bool interleaved, Tensor dk_pool, Tensor dv_pool) {
+                                bool causal, bool interleaved, Tensor dk_pool, Tensor dv_pool, Optional newest, bool want_dq) {
   AttentionCall call(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved);
   cpu::AttentionArgs& a = call.args;
   const int64_t n = q.size(0);
@@ -292,8 +292,13 @@ Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, T
   check_pool("dv_pool", dv_pool, k_pool);
   a.dk_pool = rows("dk_pool", dk_pool);
   a.dv_pool = rows("dv_pool", dv_pool);
-  Tensor dq = empty(q, {n, a.q_heads, a.head_dim}, q.scalar_type());
-  a.dq = rows("dq", dq);
+  if (newest) {
+    call.segments.newest = indices("newest", *newest, call.segments.batch);
+    for (int64_t b = 0; b < call.segments.batch; ++b)
+      STD_TORCH_CHECK(call.segments.newest[b] >= 0, "newest: expected counts >= 0, got ", call.segments.newest[b], " at ", b);
+  }
+  Tensor dq = want_dq ? empty(q, {n, a.q_heads, a.head_dim}, q.scalar_type()) : empty(q, {0}, q.scalar_type());
+  if (want_dq) a.dq = rows("dq", dq);
   cpu::attention_backward(a, call.segments, threads());
   return dq;
 }
@@ -314,7 +319,7 @@ STABLE_TORCH_LIBRARY(diffmas_cpu, m) {
   m.def(
       "cross_attention_backward(Tensor do_, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor q_indptr, "
       "Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_shift, Tensor? inv_freq, float scale, bool causal, "
-      "bool interleaved, Tensor(a!) dk_pool, Tensor(b!) dv_pool) -> Tensor dq");
+      "bool interleaved, Tensor(a!) dk_pool, Tensor(b!) dv_pool, Tensor? newest=None, bool want_dq=True) -> Tensor dq");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffmas_cpu, CPU, m) {

@@ -34,7 +34,7 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "cross_attention": f"(Tensor q, Tensor k_pool, Tensor v_pool, {VIEW}, str backend='auto') -> (Tensor, Tensor)",
     "cross_attention_backward": "(Tensor do, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, "
-    f"Tensor v_pool, {VIEW}, {GRADS}, str backend='auto') -> Tensor",
+    f"Tensor v_pool, {VIEW}, {GRADS}, Tensor? newest=None, bool want_dq=True, str backend='auto') -> Tensor",
     "merge_states": "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, str backend='auto') -> (Tensor, Tensor)",
     "merge_states_backward": "(Tensor do, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor o, "
     "Tensor lse, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor)",
@@ -130,6 +130,11 @@ def _fake_states(q, *_, **__):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=reference.accumulator(q.dtype))
 
 
+def _fake_dq(do, dlse, q, *rest, **__):
+    want_dq = rest[16] if len(rest) > 16 else True
+    return q.new_empty(q.shape if want_dq else 0)
+
+
 def _fake_inject_backward(dq_rot, q, k, cos, sin, slots, q_weight, k_weight, *_, **__):
     acc = reference.accumulator(q.dtype)
     weights = (q.new_empty(0 if w is None else w.shape[0], dtype=acc) for w in (q_weight, k_weight))
@@ -143,7 +148,7 @@ def _fake_merge_backward(do, dlse, o_a, lse_a, o_b, lse_b, *_, **__):
 torch.library.register_fake("diffmas::inject", lambda q, *_, **__: q.new_empty(q.shape))
 torch.library.register_fake("diffmas::inject_backward", _fake_inject_backward)
 torch.library.register_fake("diffmas::cross_attention", _fake_states)
-torch.library.register_fake("diffmas::cross_attention_backward", lambda do, dlse, q, *_, **__: q.new_empty(q.shape))
+torch.library.register_fake("diffmas::cross_attention_backward", _fake_dq)
 torch.library.register_fake("diffmas::merge_states", _fake_states)
 torch.library.register_fake("diffmas::merge_states_backward", _fake_merge_backward)
 torch.library.register_fake("diffmas::reposition", lambda *_, **__: None)

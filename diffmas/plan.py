@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmas.pool import Pool, attend
+from diffmas.pool import LatentRun, Pool, attend
 
-__all__ = ["KINDS", "SPARE_ROWS", "Extent", "Plan", "Segment", "Store"]
+__all__ = ["KINDS", "LONGEST_RUN", "SPARE_ROWS", "Extent", "Plan", "Segment", "Store"]
 
 KINDS = ("prompt", "latent", "text")
 SPARE_ROWS = 64  # room of an extent that is opened for single tokens
+LONGEST_RUN = 64  # latent steps whose gradients to older rows wait for each other (diffmas.pool)
 
 
 class Segment(NamedTuple):
@@ -82,6 +83,37 @@ class Store:
         return pool
 
 
+class Index:
+    """Lists of integers as one int64 tensor: one copy to a device for all of them."""
+
+    def __init__(self, *parts):
+        self._packed = torch.from_numpy(np.concatenate([np.asarray(p, dtype=np.int64) for p in parts]))
+        self._sizes = [len(p) for p in parts]
+        self._on_device = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        if device not in self._on_device:
+            self._on_device[device] = self._packed.to(device).split(self._sizes)
+        return self._on_device[device]
+
+
+def runs_of(segments: list[list[Segment]]) -> tuple[list[int], ...]:
+    """indptr, start, length, shift of the views; neighbours in the pool are read as one run."""
+    indptr, starts, lens, shifts = [0], [], [], []
+    for row in segments:
+        previous_end, previous_shift = -1, 0
+        for s in row:
+            if s.start == previous_end and s.shift == previous_shift:
+                lens[-1] += s.length
+            else:
+                starts.append(s.start)
+                lens.append(s.length)
+                shifts.append(s.shift)
+            previous_end, previous_shift = s.end, s.shift
+        indptr.append(len(starts))
+    return indptr, starts, lens, shifts
+
+
 class Plan:
     """One forward pass over n packed new tokens: their rows and positions, and what each sequence sees.
 
@@ -89,41 +121,21 @@ class Plan:
     cast on the way by accelerate, DDP and FSDP, `past_key_values` is dropped by activation checkpointing.
     """
 
-    def __init__(self, trace, lengths, positions, rows, segments, extents):
+    def __init__(self, trace, lengths, positions, rows, segments, extents, run: LatentRun | None, step: int):
+        """run, step: the latent run that this forward is a step of, counted from 1."""
         self.trace, self.lengths, self.positions = trace, lengths, positions
         self._segments, self._extents = segments, extents
         self._lineage = trace._lineage
         self._tokens_in, self._tokens_out = list(trace._tokens), [None] * len(trace._tokens)
         self._recorded = [False] * len(trace._tokens)  # whether a layer ran with gradients
         self._committed = False
-        self._index = self._pack(rows)
-        self._on_device = {}
+        self._run, self._step = run, step
+        q_indptr = np.concatenate(([0], np.cumsum(lengths)))
+        views = runs_of(segments)
+        self._shifts = any(views[-1])
+        self._index = Index(rows, q_indptr, [step] * len(lengths) if run else lengths, *views)
+        self._older = Index(*runs_of(trace._segments)) if step == 1 else None
         self.padding = None  # set by patch.py for a padded batch: how to restore its shape
-
-    def _pack(self, rows) -> tuple[Tensor, list[int], bool]:
-        """All index tensors in one int64 tensor (one copy to a device), the sizes of its parts, and whether it shifts."""
-        starts, lens, shifts, indptr = [], [], [], [0]
-        for segments in self._segments:
-            previous_end, previous_shift = -1, 0
-            for s in segments:  # neighbours in the pool are read as one run
-                if s.start == previous_end and s.shift == previous_shift:
-                    lens[-1] += s.length
-                else:
-                    starts.append(s.start)
-                    lens.append(s.length)
-                    shifts.append(s.shift)
-                previous_end, previous_shift = s.end, s.shift
-            indptr.append(len(starts))
-        q_indptr = np.concatenate(([0], np.cumsum(self.lengths)))
-        parts = [rows, q_indptr, indptr, starts, lens, shifts]
-        packed = torch.from_numpy(np.concatenate([np.asarray(p, dtype=np.int64) for p in parts]))
-        return packed, [len(p) for p in parts], any(shifts)
-
-    def _index_on(self, device: torch.device) -> tuple[Tensor, ...]:
-        if device not in self._on_device:
-            packed, sizes, _ = self._index
-            self._on_device[device] = packed.to(device).split(sizes)
-        return self._on_device[device]
 
     def last_rows(self) -> Tensor:
         """Packed index of each sequence's last new token; [B] int64 on the CPU."""
@@ -140,14 +152,18 @@ class Plan:
         elif self._tokens_out[i] is not None:
             raise RuntimeError(f"layer {i} attended twice in one forward pass; a trace holds one K/V row per token and layer")
         pool = trace._store.pool(i, k, v)
-        slots, q_indptr, seg_indptr, seg_start, seg_len, seg_shift = self._index_on(k.device)
-        inv_freq = None
-        if self._index[2] and layer.rope != "none":
-            inv_freq = trace._inv_freq(layer, k.device)
-        view = (q_indptr, seg_indptr, seg_start, seg_len, seg_shift if inv_freq is not None else None, inv_freq)
+        shifted = self._shifts and layer.rope != "none"
+        inv_freq = trace._inv_freq(layer, k.device) if shifted else None
+        view_of = lambda starts, lens, shifts: (starts, lens, shifts if shifted else None, inv_freq)  # noqa: E731
+        slots, q_indptr, newest, seg_indptr, *segments = self._index.on(k.device)
+        older = None
+        if self._older is not None:
+            older_indptr, *older_segments = self._older.on(k.device)
+            older = (older_indptr, *view_of(*older_segments))
         o, token = attend(
-            pool, self._tokens_in[i], q, k, v, slots, view, scale=scale,
-            interleaved=layer.rope == "interleaved", lineage=self._lineage, backend=trace._patch.backend, **inject,
+            pool, self._tokens_in[i], q, k, v, slots, (q_indptr, seg_indptr, *view_of(*segments)), scale=scale,
+            interleaved=layer.rope == "interleaved", lineage=self._lineage, backend=trace._patch.backend,
+            newest=newest, run=self._run, older=older, **inject,
         )  # fmt: skip
         if not self._committed:
             self._tokens_out[i], self._recorded[i] = token, torch.is_grad_enabled()
@@ -171,6 +187,7 @@ class Plan:
             )
         trace = self.trace
         trace._segments, trace._extents, trace._tokens = self._segments, self._extents, self._tokens_out
+        trace._latent = (self._run, self._step)
         for b, n in enumerate(self.lengths):
             if n:
                 first = sum(self.lengths[:b])

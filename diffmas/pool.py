@@ -7,13 +7,18 @@ The order this needs is carried by a *token*, a zero-size tensor that threads th
 
 Autograd runs the backward of an inject only after the backward of everything that used its token', that is, of all later
 readers of its rows. Each attend adds into the gradient pool, each inject takes its own rows out.
+
+A run of latent steps reads the same earlier rows T times, and nobody needs the gradient of those before the run's first step
+has been undone. So the backward of a step adds dK and dV of the run's own rows only and keeps (q, o, lse, do); a `flush` that
+stands before the run on the token adds those of the earlier rows in one matrix-shaped pass: the gradient pool is read and
+written once instead of T times.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Pool", "attend", "inherit", "reposition"]
+__all__ = ["LatentRun", "Pool", "attend", "inherit", "reposition"]
 
 
 class Pool:
@@ -29,7 +34,8 @@ class Pool:
         self._shape = (heads, head_dim)
         self._options = dict(dtype=dtype, device=device)
         self._grads: dict[int, tuple[Tensor, Tensor]] = {}
-        self._grads_of = -1  # the backward pass (autograd graph task) that the gradient pools belong to
+        self._kept: dict[tuple[int, LatentRun], list[tuple[Tensor, ...]]] = {}
+        self._grads_of = -1  # the backward pass (autograd graph task) that gradient pools and kept steps belong to
         self.reserve(rows)
 
     @property
@@ -58,18 +64,35 @@ class Pool:
 
         A pass that stops half-way (an error, or torch.autograd.grad for a few inputs) leaves nothing behind for the next.
         """
-        task = torch._C._current_graph_task_id()
-        if task == -1 or task != self._grads_of:
-            self._grads, self._grads_of = {}, task
-            if task != -1:
-                torch.autograd.Variable._execution_engine.queue_callback(self._drop_grads)
+        self._enter_pass()
         if lineage not in self._grads:
             dtype = torch.float64 if self.k.dtype == torch.float64 else torch.float32
             self._grads[lineage] = (self._zeros(self.rows, dtype), self._zeros(self.rows, dtype))
         return self._grads[lineage]
 
-    def _drop_grads(self) -> None:
-        self._grads, self._grads_of = {}, -1
+    def kept(self, lineage: int, run: "LatentRun") -> list[tuple[Tensor, ...]]:
+        """(do, q, o, lse) of the run's steps that this backward pass has been through, the last step first."""
+        self._enter_pass()
+        return self._kept.setdefault((lineage, run), [])
+
+    def _enter_pass(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task == -1 or task != self._grads_of:
+            self._leave_pass()
+            self._grads_of = task
+            if task != -1:
+                torch.autograd.Variable._execution_engine.queue_callback(self._leave_pass)
+
+    def _leave_pass(self) -> None:
+        self._grads, self._kept, self._grads_of = {}, {}, -1
+
+
+class LatentRun:
+    """Consecutive latent steps of one token per sequence. Remembers, for each layer that began the run with gradients,
+    whether a flush stands before it on the token; if not, all older rows are constants."""
+
+    def __init__(self):
+        self.flushed: dict[Pool, bool] = {}
 
 
 class Inject(torch.autograd.Function):
@@ -99,12 +122,14 @@ class Inject(torch.autograd.Function):
 
 
 class Attend(torch.autograd.Function):
+    """newest [B]: how many tokens at the end of each view learn here, None for all; run: who flushes the rest, if anybody."""
+
     @staticmethod
-    def forward(ctx, q, token, pool, lineage, view, scale, interleaved, backend):
+    def forward(ctx, q, token, pool, lineage, view, scale, interleaved, backend, newest, run):
         o, lse = torch.ops.diffmas.cross_attention(q, pool.k, pool.v, *view, scale, True, interleaved, backend)
         ctx.save_for_backward(q, o, lse)
         ctx.pool, ctx.view, ctx.rest = pool, view, (scale, True, interleaved)
-        ctx.lineage, ctx.backend = lineage, backend
+        ctx.lineage, ctx.backend, ctx.newest, ctx.run = lineage, backend, newest, run
         return o
 
     @staticmethod
@@ -113,9 +138,35 @@ class Attend(torch.autograd.Function):
         q, o, lse = ctx.saved_tensors
         pool = ctx.pool
         dq = torch.ops.diffmas.cross_attention_backward(
-            do, None, q, o, lse, pool.k, pool.v, *ctx.view, *ctx.rest, *pool.grads(ctx.lineage), ctx.backend
+            do, None, q, o, lse, pool.k, pool.v, *ctx.view, *ctx.rest, *pool.grads(ctx.lineage), ctx.newest, True, ctx.backend
         )
-        return dq, *(None,) * 7
+        if ctx.run is not None:
+            pool.kept(ctx.lineage, ctx.run).append((do, q, o, lse))
+        return dq, *(None,) * 9
+
+
+class Flush(torch.autograd.Function):
+    """Stands before a latent run: its backward adds dK and dV of the older rows for all steps of the run at once."""
+
+    @staticmethod
+    def forward(ctx, token, pool, lineage, run, older, scale, interleaved, backend):
+        ctx.pool, ctx.lineage, ctx.run, ctx.older = pool, lineage, run, older
+        ctx.rest, ctx.backend = (scale, False, interleaved), backend  # every step sees all of the older rows
+        return token.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        pool, kept = ctx.pool, ctx.pool.kept(ctx.lineage, ctx.run)
+        if kept:
+            do, q, o, lse = (torch.stack(x, 1).flatten(0, 1) for x in zip(*kept))  # [B * steps, ...], by sequence
+            q_indptr = torch.arange(0, q.shape[0] + 1, len(kept), device=q.device)
+            torch.ops.diffmas.cross_attention_backward(
+                do, None, q, o, lse, pool.k, pool.v, q_indptr, *ctx.older, *ctx.rest, *pool.grads(ctx.lineage), None, False,
+                ctx.backend,
+            )  # fmt: skip
+            kept.clear()
+        return (None,) * 8
 
 
 class Reposition(torch.autograd.Function):
@@ -153,17 +204,30 @@ def attend(
     pool: Pool, token: Tensor, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, view: tuple, *, scale: float,
     cos: Tensor | None = None, sin: Tensor | None = None, q_weight: Tensor | None = None,
     k_weight: Tensor | None = None, eps: float = 1e-6, interleaved: bool = False, lineage: int = 0, backend: str = "auto",
+    newest: Tensor | None = None, run: LatentRun | None = None, older: tuple | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes n new tokens' K/V into the pool and attends from them over their views; differentiable.
 
     q [n, Hq, D]; k, v [n, Hkv, D]; slots [n]; view: (q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq) as
     in `diffmas.ops.cross_attention`; the new rows are the newest of each view; lineage: which gradient pools it uses.
+    newest [B]: how many tokens at the end of each view were written by this call (and, in a latent run, by the run so
+    far); run, and older with its first step: the views before the run, without q_indptr.
     -> o [n, Hq, D], the next token.
     """
+    if not torch.is_grad_enabled():
+        run = None
+    elif older is not None:
+        run.flushed[pool] = token.requires_grad
+        token = Flush.apply(token, pool, lineage, run, older, scale, interleaved, backend)
+    in_run = run is not None and pool in run.flushed
+    if not in_run and token.requires_grad:
+        newest = None  # older rows learn, and at once
+    if not in_run or not run.flushed[pool]:
+        run = None
     q_rot, after = Inject.apply(q, k, v, token, q_weight, k_weight, pool, lineage, cos, sin, slots, eps, interleaved, backend)
     if not torch.is_grad_enabled():
         after = token  # these rows are constants; readers to come still order themselves behind the earlier writers
-    return Attend.apply(q_rot, after, pool, lineage, view, scale, interleaved, backend), after
+    return Attend.apply(q_rot, after, pool, lineage, view, scale, interleaved, backend, newest, run), after
 
 
 def reposition(

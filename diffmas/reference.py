@@ -138,7 +138,7 @@ def view_rows(segments, seg_start: Tensor, seg_len: Tensor, seg_shift: Tensor | 
 
 
 def sequences(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, causal, interleaved):
-    """For each sequence with queries: its query range, pool rows, K as read (shifted) and V [N, Hkv, D], mask, tables."""
+    """For each sequence with queries: number, query range, pool rows, K as read (shifted) and V [N, Hkv, D], mask, tables."""
     acc = accumulator(q.dtype)
     for b in range(q_indptr.shape[0] - 1):
         first, last = int(q_indptr[b]), int(q_indptr[b + 1])
@@ -155,7 +155,7 @@ def sequences(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_s
         visible = torch.ones(L, N, dtype=torch.bool, device=q.device)
         if causal:  # bottom-right aligned: the newest L tokens of the view are the queries' own
             visible = visible.tril(N - L)
-        yield slice(first, last), rows, keys, values, visible, tables
+        yield b, slice(first, last), rows, keys, values, visible, tables
 
 
 def cross_attention(
@@ -172,7 +172,7 @@ def cross_attention(
     o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
     G = q.shape[1] // k_pool.shape[1]
-    for span, _, keys, values, visible, _ in sequences(
+    for _, span, _, keys, values, visible, _ in sequences(
         q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, causal, interleaved
     ):
         queries = q[span].to(acc).unflatten(1, (-1, G))  # [L, Hkv, G, D]
@@ -187,19 +187,22 @@ def cross_attention(
 
 def cross_attention_backward(
     do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq,
-    scale, causal, interleaved, dk_pool, dv_pool,
+    scale, causal, interleaved, dk_pool, dv_pool, newest=None, want_dq=True,
 ) -> Tensor:  # fmt: skip
-    """Adds dK and dV of every row read into the gradient pools; -> dq [n, Hq, D].
+    """Adds dK and dV of the rows read into the gradient pools; -> dq [n, Hq, D], or [0] if it is not wanted.
+
+    newest [B]: only the last newest[b] tokens of view b get their dK and dV (the rest are constants, or wait for a later
+    call: o and lse may be those of a larger view than the one given); None: all of them.
 
     With p = exp(s - lse) and delta = rowsum(do * o) - dlse:  dV = p' do,  ds = p * (do v' - delta) * scale,  dq = ds k.
     """
     acc = accumulator(q.dtype)
-    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    dq = torch.zeros(q.shape if want_dq else 0, dtype=q.dtype, device=q.device)
     G = q.shape[1] // k_pool.shape[1]
     delta = (do.to(acc) * o.to(acc)).sum(-1)
     if dlse is not None:
         delta = delta - dlse.to(acc)
-    for span, rows, keys, values, visible, tables in sequences(
+    for b, span, rows, keys, values, visible, tables in sequences(
         q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, causal, interleaved
     ):
         queries = q[span].to(acc).unflatten(1, (-1, G))
@@ -209,12 +212,15 @@ def cross_attention_backward(
         scores = torch.einsum("lhgd,nhd->hgln", queries, keys) * scale
         p = torch.exp(scores - row_lse[..., None]).masked_fill(~visible, 0.0)
         ds = p * (torch.einsum("lhgd,nhd->hgln", grads, values) - row_delta[..., None]) * scale
-        dq[span] = torch.einsum("hgln,nhd->lhgd", ds, keys).flatten(1, 2).to(q.dtype)
+        if want_dq:
+            dq[span] = torch.einsum("hgln,nhd->lhgd", ds, keys).flatten(1, 2).to(q.dtype)
         dkeys = torch.einsum("hgln,lhgd->nhd", ds, queries)
         if tables is not None:
             dkeys = rotate_transposed(dkeys, *tables, interleaved)
-        dk_pool.index_add_(0, rows, dkeys.to(dk_pool.dtype))
-        dv_pool.index_add_(0, rows, torch.einsum("hgln,lhgd->nhd", p, grads).to(dv_pool.dtype))
+        dvalues = torch.einsum("hgln,lhgd->nhd", p, grads)
+        learn = slice(0 if newest is None else max(0, rows.shape[0] - int(newest[b])), None)
+        dk_pool.index_add_(0, rows[learn], dkeys[learn].to(dk_pool.dtype))
+        dv_pool.index_add_(0, rows[learn], dvalues[learn].to(dv_pool.dtype))
     return dq
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffmas.cache import CacheFace
-from diffmas.plan import KINDS, SPARE_ROWS, Extent, Plan, Segment, Store
-from diffmas.pool import inherit, reposition
+from diffmas.plan import KINDS, LONGEST_RUN, SPARE_ROWS, Extent, Plan, Segment, Store
+from diffmas.pool import LatentRun, inherit, reposition
 
 __all__ = ["Trace"]
 
@@ -45,6 +45,7 @@ class Trace(CacheFace):
         self._tokens = [torch.zeros(0) for _ in range(layers)]  # see diffmas.pool
         self._lineage = 0
         self._spare = [0] * batch_size
+        self._latent: tuple[LatentRun | None, int] = (None, 0)  # the run that the last forward was a step of, its steps
         self.agent: str | None = None  # who writes next: recorded with every segment
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
@@ -125,7 +126,11 @@ class Trace(CacheFace):
                 extents[b], left, done = extent, left - take, done + take
         rows = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         self._spare = [0] * self.batch_size
-        return Plan(self, list(lengths), positions, rows, segments, extents)
+        run, step = None, 0
+        if kind == "latent" and all(n == 1 for n in lengths):
+            run, step = self._latent if 0 < self._latent[1] < LONGEST_RUN else (LatentRun(), 0)
+            step += 1
+        return Plan(self, list(lengths), positions, rows, segments, extents, run, step)
 
     def _check_limits(self, lengths, positions) -> None:
         limit, why = self._patch.limit
@@ -167,6 +172,7 @@ class Trace(CacheFace):
         view._tokens = list(self._tokens if tokens is None else tokens)
         view._lineage = self._lineage
         view._spare = [0] * len(segments)
+        view._latent = (None, 0)
         return view
 
     def __deepcopy__(self, memo) -> "Trace":
@@ -393,5 +399,5 @@ class Trace(CacheFace):
         self._become(self._view(rows, self._extents, nexts))
 
     def _become(self, other: "Trace") -> None:
-        for name in ("_segments", "_extents", "_next", "_tokens", "_lineage", "_spare"):
+        for name in ("_segments", "_extents", "_next", "_tokens", "_lineage", "_spare", "_latent"):
             setattr(self, name, getattr(other, name))

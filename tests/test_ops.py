@@ -30,13 +30,13 @@ def finite(x):
     return x.masked_fill(x == -torch.inf, -1e30)
 
 
-def attention_all(inputs, backend, do, dlse=None):
+def attention_all(inputs, backend, do, dlse=None, newest=None, want_dq=True):
     """o, lse, dq and the gradient pools after one forward and backward; the pools start from a constant, to be added to."""
     args = inputs.args()
     o, lse = raw.cross_attention(*args, backend)
     wide = reference.accumulator(inputs.q.dtype)
     dk, dv = (head_major(ROWS, inputs.k_pool.shape[1], inputs.q.shape[2], wide, fill=0.5) for _ in "kv")
-    dq = raw.cross_attention_backward(do.to(o.dtype), dlse, args[0], o, lse, *args[1:], dk, dv, backend)
+    dq = raw.cross_attention_backward(do.to(o.dtype), dlse, args[0], o, lse, *args[1:], dk, dv, newest, want_dq, backend)
     return o, finite(lse), dq, dk, dv
 
 
@@ -66,6 +66,46 @@ def test_attention_head_sizes(backend, D, Dr, interleaved):
         same = attention_all(inputs.to(torch.float32), "reference", do, dlse)
         for got, like, want in zip(attention_all(inputs.to(torch.float32), backend, do, dlse), same, exact):
             within_budget(got, like, want, D * 2**0.5)
+
+
+@pytest.mark.parametrize("name", ["prefill_on_trace", "ragged", "one_row_segments", "shared_rows", "shifted", "many_queries"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_backward_of_the_newest_tokens(backend, name):
+    """`newest` limits dK and dV, not dq; without dq the pools get the same bits."""
+    inputs = attention_inputs(VIEWS[name])
+    single = inputs.to(torch.float32)
+    do = torch.randn_like(inputs.q)
+    lengths = torch.tensor([sum(s[1] for s in row) for row in inputs.view.segments])
+    for newest in (lengths // 3, lengths + 5, 0 * lengths):
+        exact = attention_all(inputs, "reference", do, newest=newest)
+        same = attention_all(single, "reference", do, newest=newest)
+        results = attention_all(single, backend, do, newest=newest)
+        for got, like, want in zip(results, same, exact):
+            within_budget(got, like, want, 64 * 2**0.5)
+        without = attention_all(single, backend, do, newest=newest, want_dq=False)
+        assert without[2].shape == (0,)
+        assert torch.equal(without[3], results[3]) and torch.equal(without[4], results[4])
+    full = attention_all(inputs, "reference", do)
+    assert torch.equal(exact[2], full[2]) and (exact[3] == 0.5).all() and (exact[4] == 0.5).all()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_attention_backward_in_two_parts(backend):
+    """dK and dV of a view's older rows, from a call that sees only them, complete those of its newest rows."""
+    view = View([1, 1], [[(0, 90, 0), (200, 7, 0)], [(0, 64, 3), (210, 7, 0)]])
+    inputs = attention_inputs(view).to(torch.float32)
+    do = torch.randn_like(inputs.q)
+    *_, dq, dk, dv = attention_all(inputs, backend, do)
+    args = inputs.args()
+    o, lse = raw.cross_attention(*args, backend)
+    got = [head_major(ROWS, 2, 64, torch.float32, fill=0.5) for _ in "kv"]
+    grads = (do, None, args[0], o, lse)
+    assert torch.equal(dq, raw.cross_attention_backward(*grads, *args[1:], *got, torch.tensor([7, 7]), True, backend))
+    older = View([1, 1], [[(0, 90, 0)], [(0, 64, 3)]], causal=False)
+    inputs.view = older
+    raw.cross_attention_backward(*grads, *inputs.args()[1:], *got, None, False, backend)
+    torch.testing.assert_close(got[0], dk, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1], dv, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -266,7 +306,9 @@ def test_opcheck(backend):
     o, lse = raw.cross_attention(*args, backend)
     torch.library.opcheck(raw.cross_attention.default, (*args, backend))
     grads = [torch.zeros(ROWS, 2, 32) for _ in range(2)]
-    torch.library.opcheck(raw.cross_attention_backward.default, (o, None, args[0], o, lse, *args[1:], *grads, backend))
+    for rest in ((None, True), (torch.ones(4, dtype=torch.int64), False)):
+        backward = (o, None, args[0], o, lse, *args[1:], *grads, *rest, backend)
+        torch.library.opcheck(raw.cross_attention_backward.default, backward)
     x = inject_inputs(n=9, D=32).to(torch.float32)
     torch.library.opcheck(raw.inject.default, (x.q, x.k, x.v, *x.rope(), *grads, backend))
     torch.library.opcheck(raw.inject_backward.default, (x.q, x.q, x.k, *x.rope(), *grads, backend))

@@ -19,6 +19,7 @@ struct Segments {
   const float* inv_freq;      // [Dr/2] or null
   int64_t half_rotary;        // Dr/2
   bool causal;
+  const int64_t* newest;  // [B] or null; backward: only the last newest[b] tokens of view b get dK and dV
 };
 
 // Up to kTileKeys consecutive tokens of one view, all read at the same shift.
@@ -29,6 +30,7 @@ struct Tile {
   int32_t segment;
   int32_t count;
   int32_t rotation;  // row of the rotation tables, -1: no shift
+  bool learns;       // backward: its rows get dK and dV
 };
 
 // Query rows [row, row + rows) of one sequence, for one kv head.
@@ -73,7 +75,7 @@ struct AttentionArgs {
   // Backward only.
   Rows d_o;
   const float* dlse;  // [n, Hq] or null
-  Rows dq;
+  Rows dq;  // no data: not wanted
   Rows dk_pool, dv_pool;  // float32
   // The plan.
   const Tile* tiles;

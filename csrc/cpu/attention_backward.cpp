@@ -95,7 +95,8 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
   Products t{take(scratch, kBlockRows * kTileKeys), take(scratch, kBlockRows * kTileKeys)};
   float* lse = take(scratch, kBlockRows);
   float* delta = take(scratch, kBlockRows);
-  float* dq = args.partials + unit.partial * args.backward_partial_size() + head * kBlockRows * args.padded_dim;
+  const bool want_dq = unit.partial >= 0;
+  float* dq = want_dq ? args.partials + unit.partial * args.backward_partial_size() + head * kBlockRows * args.padded_dim : nullptr;
 
   q.load_rows(plain, args.q);
   q.load_rows(d_o, args.d_o);
@@ -111,13 +112,13 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
     delta[r] = sum(dot) - (args.dlse ? args.dlse[at] : 0);
     if (args.lse[at] != -kInf) lse[r] = args.lse[at];
   }
-  for (int64_t i = 0; i < q.rows() * d; ++i) dq[i] = 0;
+  for (int64_t i = 0; want_dq && i < q.rows() * d; ++i) dq[i] = 0;
 
   int32_t rotation = -2;
   Queries in{plain, x_packed, d_o, d_o_packed, lse, delta};
   float* dq_now = dq;
   const auto leave_shift = [&] {
-    if (rotation < 0) return;
+    if (rotation < 0 || !want_dq) return;
     q.rotate(spare, dq_turned, rotation, true);
     for (int64_t i = 0; i < q.rows() * d; i += W) store(dq + i, load(dq + i) + load(spare + i));
   };
@@ -130,7 +131,7 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
       if (rotation >= 0) {
         q.rotate(turned, plain, rotation, false);
         in.x = turned, dq_now = dq_turned;
-        for (int64_t j = 0; j < q.rows() * d; ++j) dq_turned[j] = 0;
+        for (int64_t j = 0; want_dq && j < q.rows() * d; ++j) dq_turned[j] = 0;
       }
       if (!few) q.pack(x_packed, in.x);
     }
@@ -139,11 +140,12 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
     const FloatRows v = tile_rows(args, tile, count, args.v_pool, head, v_buffer);
     if (few) {
       few_rows(q, in, tile, k, v, count, t);
-      weighted_sum(q.rows(), count, d, k.data, k.stride, t.dp, kTileKeys, dq_now, d);
+      if (want_dq) weighted_sum(q.rows(), count, d, k.data, k.stride, t.dp, kTileKeys, dq_now, d);
     } else {
       many_rows(q, in, tile, k, v, count, t);
-      q.add_weighted(dq_now, t.dp, k.data, k.stride, count);
+      if (want_dq) q.add_weighted(dq_now, t.dp, k.data, k.stride, count);
     }
+    if (!tile.learns) continue;
     add_to_pool(q, tile, count, args.dv_pool, t.p, d_o, few, grad_buffer);
     add_to_pool(q, tile, count, args.dk_pool, t.dp, in.x, few, grad_buffer);
   }

@@ -124,7 +124,7 @@ void attention_backward(AttentionArgs args, const Segments& segments, const Thre
   args.rotation_cos = rotations.cos.data();
   args.rotation_sin = rotations.sin.data();
   args.padded_dim = padded_head_dim(args.head_dim);
-  const BackwardPlan plan(segments, rotations, args.group(), args.kv_heads, args.padded_dim);
+  const BackwardPlan plan(segments, rotations, args.group(), args.kv_heads, args.padded_dim, args.dq.data != nullptr);
   args.tiles = plan.tiles.data();
   args.blocks = plan.blocks.data();
   for (const BackwardPhase& phase : plan.phases) {

@@ -21,20 +21,32 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Piece {
   int64_t view, row, offset, length;
   int32_t segment, rotation, chunk;
+  bool learns;
+
+  bool joins(const Piece& next) const { return rotation == next.rotation && chunk == next.chunk && learns == next.learns; }
 };
+
+int64_t view_length(const Segments& s, int64_t b) {
+  int64_t total = 0;
+  for (int64_t i = s.seg_indptr[b]; i < s.seg_indptr[b + 1]; ++i) total += s.length[i];
+  return total;
+}
 
 // Pool rows of each chunk: chunk c ends where bounds[c] says (the last one is open).
 std::vector<Piece> pieces_of(const Segments& s, const Rotations& rotations, int64_t b, const std::vector<int64_t>& bounds) {
   std::vector<Piece> pieces;
   int64_t view = 0;
+  const int64_t first_learning = s.newest ? view_length(s, b) - s.newest[b] : 0;
   for (int64_t i = s.seg_indptr[b]; i < s.seg_indptr[b + 1]; ++i) {
     const int32_t rotation = s.shift && s.inv_freq ? rotations.find(s.shift[i]) : -1;
     for (int64_t offset = 0; offset < s.length[i];) {
       const int64_t row = s.start[i] + offset;
       const auto bound = std::upper_bound(bounds.begin(), bounds.end(), row);
       const int64_t rest = s.length[i] - offset;
-      const int64_t length = bound == bounds.end() ? rest : std::min(rest, *bound - row);
-      pieces.push_back({view, row, offset, length, int32_t(i), rotation, int32_t(bound - bounds.begin())});
+      int64_t length = bound == bounds.end() ? rest : std::min(rest, *bound - row);
+      const bool learns = view >= first_learning;
+      if (!learns) length = std::min(length, first_learning - view);
+      pieces.push_back({view, row, offset, length, int32_t(i), rotation, int32_t(bound - bounds.begin()), learns});
       offset += length;
       view += length;
     }
@@ -42,7 +54,7 @@ std::vector<Piece> pieces_of(const Segments& s, const Rotations& rotations, int6
   return pieces;
 }
 
-// Tiles of pieces in view order. A tile never mixes shifts or chunks. Returns each tile's chunk.
+// Tiles of pieces in view order. A tile never mixes shifts, chunks, or rows that learn with others. Returns each tile's chunk.
 std::vector<int32_t> append_tiles(const std::vector<Piece>& pieces, std::vector<Tile>& tiles) {
   std::vector<int32_t> chunks;
   for (size_t p = 0; p < pieces.size();) {
@@ -50,7 +62,7 @@ std::vector<int32_t> append_tiles(const std::vector<Piece>& pieces, std::vector<
     int64_t done = 0;  // of pieces[p]
     while (first.length - done >= kLeastRun) {
       const int64_t count = std::min(kTileKeys, first.length - done);
-      tiles.push_back({first.view + done, first.row + done, first.offset + done, first.segment, int32_t(count), first.rotation});
+      tiles.push_back({first.view + done, first.row + done, first.offset + done, first.segment, int32_t(count), first.rotation, first.learns});
       chunks.push_back(first.chunk);
       done += count;
     }
@@ -58,23 +70,18 @@ std::vector<int32_t> append_tiles(const std::vector<Piece>& pieces, std::vector<
       ++p;
       continue;
     }
-    Tile tile{first.view + done, first.row + done, first.offset + done, first.segment, int32_t(first.length - done), first.rotation};
+    Tile tile{first.view + done, first.row + done, first.offset + done, first.segment, int32_t(first.length - done), first.rotation,
+              first.learns};
     chunks.push_back(first.chunk);
     for (++p; p < pieces.size(); ++p) {
       const Piece& next = pieces[p];
-      if (next.length >= kLeastRun || tile.count + next.length > kTileKeys || next.rotation != first.rotation || next.chunk != first.chunk) break;
+      if (next.length >= kLeastRun || tile.count + next.length > kTileKeys || !first.joins(next)) break;
       if (next.row != tile.row + tile.count) tile.row = -1;
       tile.count += int32_t(next.length);
     }
     tiles.push_back(tile);
   }
   return chunks;
-}
-
-int64_t view_length(const Segments& s, int64_t b) {
-  int64_t total = 0;
-  for (int64_t i = s.seg_indptr[b]; i < s.seg_indptr[b + 1]; ++i) total += s.length[i];
-  return total;
 }
 
 // Query blocks of sequence b.
@@ -172,14 +179,14 @@ ForwardPlan::ForwardPlan(const Segments& s, const Rotations& rotations, int64_t 
   }
 }
 
-BackwardPlan::BackwardPlan(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim) {
+BackwardPlan::BackwardPlan(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim, bool want_dq) {
   const std::vector<int64_t> bounds = chunk_bounds(s, kv_heads);
   const int64_t chunks = int64_t(bounds.size()) + 1;
   const int64_t partial_budget = std::max<int64_t>(1, kPartialBudget / (kv_heads * kBlockRows * padded_dim));
   std::vector<std::vector<BackwardUnit>> by_chunk(chunks);
   BackwardPhase phase;
   const auto end_phase = [&] {
-    if (phase.reduces.empty()) return;
+    if (want_dq && phase.reduces.empty()) return;
     phase.chunk_indptr.push_back(0);
     for (auto& units : by_chunk) {
       phase.units.insert(phase.units.end(), units.begin(), units.end());
@@ -214,8 +221,9 @@ BackwardPlan::BackwardPlan(const Segments& s, const Rotations& rotations, int64_
       const int64_t first = phase.partials;
       for (const Run& run : runs) {
         const int64_t end = visible_end(blocks[block], group, tiles, run.begin, run.end);
-        if (end > run.begin) by_chunk[run.chunk].push_back({int64_t(block), run.begin, end, phase.partials++});
+        if (end > run.begin) by_chunk[run.chunk].push_back({int64_t(block), run.begin, end, want_dq ? phase.partials++ : -1});
       }
+      if (!want_dq) continue;
       for (int64_t head = 0; head < kv_heads; ++head) phase.reduces.push_back({int64_t(block), head, first, phase.partials - first});
       if (phase.partials >= partial_budget) end_phase();
     }

@@ -40,7 +40,8 @@ struct BackwardPlan {
   std::vector<Block> blocks;
   std::vector<BackwardPhase> phases;
 
-  BackwardPlan(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim);
+  BackwardPlan(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim,
+               bool want_dq);
 };
 
 }  // namespace diffmas::cpu

@@ -240,6 +240,12 @@ class MultiAgentSystem(nn.Module):
             trace = trace.keep(kind="latent", positions=self.positions)
         return trace
 
+    def _trace_for(self, prompts: list[list[list[int]]], room: list[int]) -> Trace:
+        """An empty trace with rows for all prompts and latent steps and room[b] tokens after them: it need not grow."""
+        rows = sum(room) + sum(len(p) for turn in prompts for p in turn)
+        rows += sum(agent.latent_steps for agent in self.agents[:-1]) * len(room)
+        return Trace(self.model, len(room), capacity=max(1, -(-rows // len(room))))
+
     def communicate(self, questions: list[dict], trace: Trace | None = None, prompts=None) -> Trace:
         """All agents but the last take their turns; returns the trace that the last one reads. prompts: of `tokenize`."""
         trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
@@ -266,7 +272,7 @@ class MultiAgentSystem(nn.Module):
         targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
         what = "its prompt and answer" if answers is not None else "its prompt"
         prompts = self.tokenize(questions, [len(t) for t in targets], what)
-        trace = self.communicate(questions, prompts=prompts)
+        trace = self.communicate(questions, self._trace_for(prompts, [len(t) for t in targets]), prompts)
         prompts = prompts[-1]
         rows = [p + t for p, t in zip(prompts, targets)]
         trace.agent = self.agents[-1].name
@@ -325,7 +331,8 @@ class MultiAgentSystem(nn.Module):
         with evaluating(self):
             for first in range(0, len(questions), step):
                 batch = [rows[first : first + step] for rows in prompts]
-                trace = self.communicate(questions[first : first + step], prompts=batch)
+                trace = self._trace_for(batch, [0] * len(batch[0]))
+                trace = self.communicate(questions[first : first + step], trace, batch)
                 trace.agent = self.agents[-1].name
                 with self._adapter(len(self.agents) - 1):
                     tokens += decode(self, trace, batch[-1], sampling, samples, first, progress)

@@ -107,6 +107,12 @@ def test_no_padding_is_stored():
     assert trace.lengths == [4 + 3 + 4 + 2 + 3 + 4, 6 + 3 + 6 + 2 + 5 + 2, 3 + 3 + 3 + 2 + 2 + 3]
 
 
+@pytest.mark.parametrize("options", [{}, dict(no_latents="skip", agents=[Agent("a", "w5 {question}"), *AGENTS[1:]])])
+def test_a_training_step_allocates_the_rows_that_it_writes(options):
+    store = system(**options)(QUESTIONS, ANSWERS).trace._store
+    assert {p.rows - store.used for p in store.pools} <= set(range(len(QUESTIONS)))
+
+
 def test_one_agent_without_latent_steps_is_the_model():
     s = system(agents=[Agent("solver", "w9 {question}")], lora=False)
     plain = tiny("qwen3", patch=False)

@@ -214,9 +214,12 @@ def attend(
     far); run, and older with its first step: the views before the run, without q_indptr.
     -> o [n, Hq, D], the next token.
     """
+    ops, tables, kind = torch.ops.diffmas, (cos, sin, slots), (eps, interleaved)
     if not torch.is_grad_enabled():
-        run = None
-    elif older is not None:
+        # These rows are constants; readers to come still order themselves behind the earlier writers: the same token.
+        q_rot = ops.inject(q, k, v, *tables, q_weight, k_weight, *kind, pool.k, pool.v, backend)
+        return ops.cross_attention(q_rot, pool.k, pool.v, *view, scale, True, interleaved, backend)[0], token
+    if older is not None:
         run.flushed[pool] = token.requires_grad
         token = Flush.apply(token, pool, lineage, run, older, scale, interleaved, backend)
     in_run = run is not None and pool in run.flushed
@@ -224,10 +227,8 @@ def attend(
         newest = None  # older rows learn, and at once
     if not in_run or not run.flushed[pool]:
         run = None
-    q_rot, after = Inject.apply(q, k, v, token, q_weight, k_weight, pool, lineage, cos, sin, slots, eps, interleaved, backend)
-    if not torch.is_grad_enabled():
-        after = token  # these rows are constants; readers to come still order themselves behind the earlier writers
-    return Attend.apply(q_rot, after, pool, lineage, view, scale, interleaved, backend, newest, run), after
+    q_rot, token = Inject.apply(q, k, v, token, q_weight, k_weight, pool, lineage, *tables, *kind, backend)
+    return Attend.apply(q_rot, token, pool, lineage, view, scale, interleaved, backend, newest, run), token
 
 
 def reposition(

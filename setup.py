@@ -31,7 +31,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 # Kernels are compiled once per instruction set; csrc/cpu/dispatch.cpp picks one when the library is loaded.
-KERNELS = ["inject.cpp", "attention_forward.cpp", "attention_backward.cpp"]
+KERNELS = ["inject.cpp", "states.cpp", "attention_forward.cpp", "attention_backward.cpp"]
 ISAS = {"generic": []}
 if X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -1,7 +1,6 @@
-// inject and its backward. What a token's rotation and the norm's weight do to a row is folded into two rows of coefficients,
-// which serve all heads: a head is one pass for its sums and one from source to destination.
+// inject and its backward, token by token: a head is one pass for its sums and one from source to destination.
 #include "kernels.h"
-#include "simd.h"
+#include "rotary.h"
 
 namespace diffmas::cpu::DIFFMAS_ISA {
 namespace {
@@ -9,125 +8,12 @@ namespace {
 // Heads at a time: their sums are all taken before the first is needed, and the rows are still in L1 then.
 constexpr int64_t kHeads = 8;
 
-// A row as floats: where it lies, or converted into the buffer.
-const float* row_floats(const Rows& rows, int64_t row, int64_t head, int64_t d, float* buffer) {
-  const char* p = row_of(rows, row, head);
-  if (rows.dtype == DType::f32) return reinterpret_cast<const float*>(p);
-  load_row(buffer, p, rows.dtype, d);
-  return buffer;
-}
-
-// A row to be written as floats: where it lies, or in the buffer and converted by done().
-struct RowWriter {
-  char* row;
-  float* floats;
-  DType dtype;
-
-  RowWriter(const Rows& rows, int64_t row_index, int64_t head, float* buffer)
-      : row(row_of(rows, row_index, head)), floats(rows.dtype == DType::f32 ? reinterpret_cast<float*>(row) : buffer), dtype(rows.dtype) {}
-
-  void done(int64_t d) const {
-    if (dtype != DType::f32) store_row(row, floats, dtype, d);
-  }
-};
-
 void load_table(float* dst, const Table& table, int64_t row, int64_t d) {
   load_row(dst, static_cast<const char*>(table.data) + row * table.stride * element_size(table.dtype), table.dtype, d);
 }
 
 void zero(float* x, int64_t d) {
   for (int64_t i = 0; i < d; ++i) x[i] = 0;
-}
-
-// A linear map of a row, y[i] = x[i] * near[i] + x[partner(i)] * far[i]. The partner is i +- dim/2, or i ^ 1 when interleaved;
-// elements from dim on have none. Rotation, its transpose, and both after a product with the norm's weight have this form.
-struct Turn {
-  int64_t size, dim;  // of a row, of its rotary part (0: no rotation)
-  bool interleaved;
-  alignas(64) float near[kMaxHeadDim], far[kMaxHeadDim];
-
-  explicit Turn(const InjectArgs& args) : size(args.head_dim), dim(args.cos.data ? args.rotary_dim : 0), interleaved(args.interleaved) {}
-
-  // weight, then rotation: y[i] = x[i] w[i] cos[i] -+ x[j] w[j] sin[i]
-  void set(const float* cos, const float* sin, const float* weight) {
-    const int64_t half = dim / 2;
-    if (interleaved) {
-      for (int64_t i = 0; i < dim; i += 2) {
-        far[i] = -sin[i] * weight[i + 1];
-        far[i + 1] = sin[i + 1] * weight[i];
-      }
-    } else {
-      for (int64_t i = 0; i < half; ++i) far[i] = -sin[i] * weight[i + half];
-      for (int64_t i = 0; i < half; ++i) far[i + half] = sin[i + half] * weight[i];
-    }
-    for (int64_t i = 0; i < dim; ++i) near[i] = cos[i] * weight[i];
-    for (int64_t i = dim; i < size; ++i) near[i] = weight[i];
-  }
-
-  // The rotation's transpose: y[i] = x[i] cos[i] +- x[j] sin[j]
-  void set_transposed(const float* cos, const float* sin) {
-    const int64_t half = dim / 2;
-    if (interleaved) {
-      for (int64_t i = 0; i < dim; i += 2) {
-        far[i] = sin[i + 1];
-        far[i + 1] = -sin[i];
-      }
-    } else {
-      for (int64_t i = 0; i < half; ++i) far[i] = sin[i + half];
-      for (int64_t i = 0; i < half; ++i) far[i + half] = -sin[i];
-    }
-    for (int64_t i = 0; i < dim; ++i) near[i] = cos[i];
-    for (int64_t i = dim; i < size; ++i) near[i] = 1;
-  }
-};
-
-// What is done with a row is written once, for a vector and for a single element of what is left over.
-template <class V>
-DIFFMAS_INLINE V get(const float* p) {
-  V x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-
-template <class V>
-DIFFMAS_INLINE void put(float* p, V x) {
-  __builtin_memcpy(p, &x, sizeof x);
-}
-
-typedef uint64_t vpair __attribute__((vector_size(W * 4)));
-DIFFMAS_INLINE vf swap_pairs(vf x) { return (vf)((vpair)x << 32 | (vpair)x >> 32); }
-
-// Calls visit(i, y at i), a vector or a single element at a time. y may go where x was.
-
-template <class F>
-DIFFMAS_INLINE void turned(const Turn& t, const float* x, const F& visit) {
-  int64_t i = 0;
-  if (t.interleaved) {
-    for (; i + W <= t.dim; i += W) {
-      const vf a = load(x + i);
-      visit(i, a * load(t.near + i) + swap_pairs(a) * load(t.far + i));
-    }
-    for (; i < t.dim; i += 2) {
-      const float a = x[i], b = x[i + 1];
-      visit(i, a * t.near[i] + b * t.far[i]);
-      visit(i + 1, b * t.near[i + 1] + a * t.far[i + 1]);
-    }
-  } else {
-    const int64_t half = t.dim / 2;
-    for (; i + W <= half; i += W) {
-      const vf a = load(x + i), b = load(x + i + half);
-      visit(i, a * load(t.near + i) + b * load(t.far + i));
-      visit(i + half, b * load(t.near + i + half) + a * load(t.far + i + half));
-    }
-    for (; i < half; ++i) {
-      const float a = x[i], b = x[i + half];
-      visit(i, a * t.near[i] + b * t.far[i]);
-      visit(i + half, b * t.near[i + half] + a * t.far[i + half]);
-    }
-    i = t.dim;
-  }
-  for (; i + W <= t.size; i += W) visit(i, load(x + i) * load(t.near + i));
-  for (; i < t.size; ++i) visit(i, x[i] * t.near[i]);
 }
 
 float sum_of_squares(const float* x, int64_t d) {
@@ -142,6 +28,8 @@ float sum_of_squares(const float* x, int64_t d) {
   for (; i < d; ++i) total += x[i] * x[i];
   return total;
 }
+
+Turn turn_of(const InjectArgs& args) { return {args.head_dim, args.cos.data ? args.rotary_dim : 0, args.interleaved}; }
 
 // squares -> 1 / rms, of kHeads rows
 void inverse_rms(float* r, int64_t d, float eps) {
@@ -170,15 +58,6 @@ void turn_rows(const Rows& dst, int64_t dst_row, const Rows& src, int64_t token,
   }
 }
 
-void copy_row(const Rows& dst, int64_t dst_row, const Rows& src, int64_t token, int64_t head, int64_t d) {
-  if (src.dtype == dst.dtype) {
-    __builtin_memcpy(row_of(dst, dst_row, head), row_of(src, token, head), uint64_t(d * element_size(src.dtype)));
-    return;
-  }
-  alignas(64) float x[kMaxHeadDim];
-  store_row(row_of(dst, dst_row, head), row_floats(src, token, head, d, x), dst.dtype, d);
-}
-
 // The tables of the token at hand, and the norm weights (ones without a norm).
 struct Tables {
   alignas(64) float cos[kMaxHeadDim], sin[kMaxHeadDim], q_weight[kMaxHeadDim], k_weight[kMaxHeadDim];
@@ -201,29 +80,7 @@ struct Tables {
   }
 };
 
-}  // namespace
-
-void inject_forward_range(const InjectArgs& args, int64_t token_begin, int64_t token_end) {
-  Tables tables(args);
-  Turn q_turn(args), k_turn(args);
-  const bool q_norm = args.q_weight.data, k_norm = args.k_weight.data;
-  for (int64_t t = token_begin; t < token_end; ++t) {
-    if (t == token_begin || args.cos.data) {
-      tables.load(t);
-      q_turn.set(tables.cos, tables.sin, tables.q_weight);
-      k_turn.set(tables.cos, tables.sin, tables.k_weight);
-    }
-    turn_rows(args.q_out, t, args.q, t, args.q_heads, q_turn, q_norm, args.eps);
-    const int64_t slot = args.slots[t];
-    if (slot < 0) continue;
-    turn_rows(args.k_pool, slot, args.k, t, args.kv_heads, k_turn, k_norm, args.eps);
-    for (int64_t h = 0; h < args.kv_heads; ++h) copy_row(args.v_pool, slot, args.v, t, h, args.head_dim);
-  }
-}
-
 // u: gradient of the normed row -> of x; d_weight += u * xhat. With r = 1/rms: dx = r w u - x r^3 mean(w u x).
-namespace {
-
 template <class V>
 DIFFMAS_INLINE void norm_sums(const float* u, const float* x, const float* w, V& squares, V& dot) {
   const V xi = get<V>(x);
@@ -286,10 +143,28 @@ void turn_rows_backward(const Rows& dx, int64_t token, const Rows& dy, int64_t d
 
 }  // namespace
 
+void inject_forward_range(const InjectArgs& args, int64_t token_begin, int64_t token_end) {
+  Tables tables(args);
+  Turn q_turn = turn_of(args), k_turn = turn_of(args);
+  const bool q_norm = args.q_weight.data, k_norm = args.k_weight.data;
+  for (int64_t t = token_begin; t < token_end; ++t) {
+    if (t == token_begin || args.cos.data) {
+      tables.load(t);
+      q_turn.set(tables.cos, tables.sin, tables.q_weight);
+      k_turn.set(tables.cos, tables.sin, tables.k_weight);
+    }
+    turn_rows(args.q_out, t, args.q, t, args.q_heads, q_turn, q_norm, args.eps);
+    const int64_t slot = args.slots[t];
+    if (slot < 0) continue;
+    turn_rows(args.k_pool, slot, args.k, t, args.kv_heads, k_turn, k_norm, args.eps);
+    for (int64_t h = 0; h < args.kv_heads; ++h) copy_row(args.v_pool, slot, args.v, t, h, args.head_dim);
+  }
+}
+
 void inject_backward_block(const InjectArgs& args, int64_t block) {
   const int64_t d = args.head_dim, begin = block * kInjectBlock, end = min(args.n, begin + kInjectBlock);
   Tables tables(args);
-  Turn back(args);
+  Turn back = turn_of(args);
   float* dq_weight = args.weight_partials + block * 2 * d;
   float* dk_weight = dq_weight + d;
   zero(dq_weight, 2 * d);

@@ -192,10 +192,11 @@ void check_head_dim(const char* name, int64_t head_dim) {
   STD_TORCH_CHECK(head_dim >= 1 && head_dim <= cpu::kMaxHeadDim, name, ": expected a head size from 1 to ", cpu::kMaxHeadDim, ", got ", head_dim);
 }
 
-void check_heads(const Tensor& q, int64_t kv_heads, int64_t head_dim) {
+void check_heads(const Tensor& q, const char* kv_name, int64_t kv_heads, int64_t head_dim) {
   check_head_dim("q", head_dim);
-  STD_TORCH_CHECK(kv_heads >= 1 && q.size(1) >= 1 && q.size(1) % kv_heads == 0, "q: expected a multiple of ", kv_heads,
-                  " heads (the kv heads), got ", q.size(1));
+  STD_TORCH_CHECK(q.size(1) >= 1, "q: expected at least one head, got shape ", shape_of(q));
+  STD_TORCH_CHECK(kv_heads >= 1 && q.size(1) % kv_heads == 0, kv_name, ": expected a number of heads that divides ", q.size(1), ", got ",
+                  kv_heads);
 }
 
 const int64_t* check_slots(const Tensor& slots, int64_t n, int64_t pool_rows) {
@@ -232,7 +233,7 @@ cpu::InjectArgs inject_args(const Tensor& q, const Tensor& k, const Optional& co
   a.k = rows("k", k, a.n, a.kv_heads, a.head_dim);
   check_dtype("k", k, q.scalar_type());
   STD_TORCH_CHECK(std::isfinite(eps) && eps >= 0, "eps: expected a finite number >= 0, got ", eps);
-  check_heads(q, a.kv_heads, a.head_dim);
+  check_heads(q, "k", a.kv_heads, a.head_dim);
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or neither, got one");
   if (cos) {
     STD_TORCH_CHECK(cos->dim() == 2, "cos: expected 2 dimensions [n, Dr], got shape ", shape_of(*cos));
@@ -308,7 +309,7 @@ struct AttentionCall {
     args.k_pool = rows("k_pool", k_pool, pool_rows, args.kv_heads, args.head_dim);
     args.v_pool = rows("v_pool", v_pool, pool_rows, args.kv_heads, args.head_dim);
     check_dtype("v_pool", v_pool, k_pool.scalar_type());
-    check_heads(q, args.kv_heads, args.head_dim);
+    check_heads(q, "k_pool", args.kv_heads, args.head_dim);
     STD_TORCH_CHECK(std::isfinite(scale), "scale: expected a finite number, got ", scale);
     args.scale = float(scale);
     args.interleaved = interleaved;

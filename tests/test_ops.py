@@ -119,6 +119,9 @@ INJECTS = {
     "scatter": dict(Dr=0, norm=False),
     "one_token": dict(n=1),
     "odd": dict(n=130, D=36, Dr=18, heads=(3, 1), strided=True),
+    "odd_head": dict(n=5, D=37, Dr=22, heads=(18, 9)),
+    "large": dict(n=3, D=512, Dr=256, heads=(2, 1), interleaved=True),
+    "no_tokens": dict(n=0),
 }
 
 
@@ -149,6 +152,91 @@ def test_inject_stores_rows_and_takes_gradients_out():
     assert (dk_pool[stored] == 0).all() and (dv_pool[stored] == 0).all()
     assert (dk_pool[untouched] == 1).all()
     assert (dv[inputs.slots < 0] == 0).all() and (dk[inputs.slots < 0] == 0).all()
+
+
+def exact_in_half(*shape):
+    return torch.randn(*shape).bfloat16().double()
+
+
+def merge_all(states, do, dlse, dtype, backend):
+    """o, lse and the four gradients; lse stays float32 where o is shorter."""
+    wide = reference.accumulator(dtype)
+    args = [x.to(dtype if x.dim() == 3 else wide) for x in states]
+    o, lse = raw.merge_states(*args, backend)
+    grads = raw.merge_states_backward(do.to(dtype), dlse.to(wide), *args, o, lse, backend)
+    return o, finite(lse), *grads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, H, D", [(7, 3, 64), (40, 2, 37), (1, 1, 1), (0, 2, 16), (3, 5, 512)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merge_states_budget(backend, n, H, D, dtype):
+    parts = exact_in_half(n, 2 * H, D).split(H, dim=1)  # strided
+    lses = [4 * exact_in_half(n, H) for _ in "ab"]
+    for lse, rows in zip(lses, (slice(0, None, 5), slice(0, None, 3))):  # one side empty, and both
+        lse[rows] = -torch.inf
+    states = parts[0], lses[0], parts[1], lses[1]
+    do, dlse = exact_in_half(n, H, D), exact_in_half(n, H)
+    exact = merge_all(states, do, dlse, torch.float64, "reference")
+    same = merge_all(states, do, dlse, dtype, "reference")
+    for got, like, want in zip(merge_all(states, do, dlse, dtype, backend), same, exact):
+        assert got.shape == want.shape and got.dtype == like.dtype
+        if got.numel():
+            within_budget(got, like, want, D)
+
+
+def reposition_all(move, k, v, dk, dv, dtype, backend):
+    """The pools and the gradient pools after a forward and a backward."""
+    wide = reference.accumulator(dtype)
+    pools = [head_major(ROWS, *x.shape[1:], t, 0).copy_(x) for x, t in ((k, dtype), (v, dtype), (dk, wide), (dv, wide))]
+    raw.reposition(*move, *pools[:2], backend)
+    raw.reposition_backward(*move, *pools[2:], backend)
+    return pools
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "m, H, D, Dr, interleaved",
+    [(90, 3, 64, 64, False), (33, 1, 37, 22, False), (20, 2, 80, 40, True), (5, 2, 16, 0, False), (0, 2, 16, 16, False)],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reposition_budget(backend, m, H, D, Dr, interleaved, dtype):
+    rows = torch.randperm(ROWS)
+    src = rows[torch.randint(0, 40, (m,))]  # some rows are copied more than once
+    shift = torch.randint(-100_000, 100_000, (m,)) if m % 2 else torch.tensor([3, -70_000]).repeat(m // 2)
+    move = src, rows[40 : 40 + m], shift, 1e4 ** (-torch.arange(0, Dr, 2).float() / max(Dr, 1)), interleaved
+    data = [exact_in_half(ROWS, H, D) for _ in range(4)]
+    exact = reposition_all(move, *data, torch.float64, "reference")
+    same = reposition_all(move, *data, dtype, "reference")
+    for got, like, want in zip(reposition_all(move, *data, dtype, backend), same, exact):
+        within_budget(got, like, want, 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_do_not_change_bits_of_small_ops(backend):
+    before = torch.get_num_threads()
+    n, H, D = 300, 4, 128
+    states = exact_in_half(n, H, D), exact_in_half(n, H), exact_in_half(n, H, D), exact_in_half(n, H)
+    rows = torch.randperm(ROWS)
+    move = rows[torch.randint(0, 100, (n,))], rows[100 : 100 + n], torch.arange(n), torch.rand(D // 2), False
+    data = [exact_in_half(ROWS, H, D) for _ in range(4)]
+    inputs = inject_inputs(n=n).to(torch.float32)
+    grads = torch.randn(2, ROWS, 2, 64)
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                (
+                    *merge_all(states, states[0], states[1], torch.float32, backend),
+                    *reposition_all(move, *data, torch.float32, backend),
+                    *inject_all(inputs, backend, inputs.q, *grads),
+                )
+            )
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- the reference itself, against plain PyTorch and finite differences ----------------------------------------------
@@ -291,65 +379,211 @@ def test_expanded_gradient():
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-def bad_inject(**change):
-    x = inject_inputs(n=5).to(torch.float32)
-    args = dict(q=x.q, k=x.k, v=x.v, cos=x.cos, sin=x.sin, slots=torch.arange(5))
-    args.update(k_pool=torch.zeros(ROWS, 2, 64), v_pool=torch.zeros(ROWS, 2, 64))
-    args.update(change)
-    return ops.inject(**args)
+ORDER = {
+    "inject": "q k v cos sin slots q_weight k_weight eps interleaved k_pool v_pool",
+    "inject_backward": "dq_rot q k cos sin slots q_weight k_weight eps interleaved dk_pool dv_pool",
+    "cross_attention": "q k_pool v_pool q_indptr seg_indptr seg_start seg_len seg_shift inv_freq scale causal interleaved",
+    "cross_attention_backward": "do dlse q o lse k_pool v_pool q_indptr seg_indptr seg_start seg_len seg_shift inv_freq scale "
+    "causal interleaved dk_pool dv_pool",
+    "merge_states": "o_a lse_a o_b lse_b",
+    "reposition": "src dst shift inv_freq interleaved k_pool v_pool",
+    "reposition_backward": "src dst shift inv_freq interleaved dk_pool dv_pool",
+}
+
+
+def good_arguments(op):
+    """Everything an op might take, good; a case spoils one of them."""
+    x = inject_inputs(n=5, D=64).to(torch.float32)
+    a = dict(q=x.q, k=x.k, v=x.v, cos=x.cos, sin=x.sin, q_weight=x.q_weight, k_weight=x.k_weight, eps=1e-6, interleaved=False)
+    a |= {name: torch.randn(20, 2, 64) for name in ("k_pool", "v_pool", "dk_pool", "dv_pool")}
+    a |= dict(
+        slots=torch.tensor([3, -1, 0, 4, 19]),
+        dq_rot=x.q.clone(),
+        do=x.q.clone(),
+        o=x.q.clone(),
+        lse=torch.zeros(5, 4),
+        dlse=None,
+    )
+    a |= dict(q_indptr=torch.tensor([0, 3, 5]), seg_indptr=torch.tensor([0, 2, 3]), seg_start=torch.tensor([10, 0, 3]))
+    a |= dict(seg_len=torch.tensor([5, 4, 9]), seg_shift=None, inv_freq=torch.ones(32), scale=0.1, causal=True)
+    a |= dict(o_a=x.q, o_b=x.q, lse_a=torch.zeros(5, 4), lse_b=torch.zeros(5, 4))
+    a |= dict(src=torch.tensor([0, 1, 0]), dst=torch.tensor([9, 7, 8]), shift=torch.tensor([1, 2, 3]))
+    return {name: a[name] for name in ORDER[op].split()}
+
+
+ints = torch.tensor
+both_pools = lambda shape: dict(k_pool=torch.zeros(shape), v_pool=torch.zeros(shape))  # noqa: E731
+halves = lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2]  # noqa: E731  equal values, last stride 2
+shared = torch.zeros(60, 2, 64)
+
+
+# op, the argument that the message names, what is wrong.
+BAD = [
+    ("inject", "q", lambda a: dict(q=torch.zeros(5, 4))),
+    ("inject", "q", lambda a: dict(q=torch.zeros(5, 0, 64))),
+    ("inject", "q", lambda a: {n: a[n][..., :0] for n in ("q", "k", "v", "k_pool", "v_pool")} | dict(cos=None, sin=None)),
+    ("inject", "q", lambda a: dict(q=torch.zeros(5, 4, 513), k=torch.zeros(5, 2, 513))),
+    ("inject", "q", lambda a: dict(q=halves(a["q"]))),
+    ("inject", "q", lambda a: dict(q=a["q"].int())),
+    ("inject", "k", lambda a: dict(k=torch.zeros(4, 2, 64))),
+    ("inject", "k", lambda a: dict(k=torch.zeros(5, 0, 64), v=torch.zeros(5, 0, 64), **both_pools((20, 0, 64)))),
+    ("inject", "k", lambda a: dict(k=torch.zeros(5, 3, 64), v=torch.zeros(5, 3, 64), **both_pools((20, 3, 64)))),
+    ("inject", "k", lambda a: dict(k=a["k"].half())),
+    ("inject", "v", lambda a: dict(v=torch.zeros(5, 2, 32))),
+    ("inject", "v", lambda a: dict(v=halves(a["v"]))),
+    ("inject", "v", lambda a: dict(v=a["v"].half())),
+    ("inject", "sin", lambda a: dict(cos=None)),
+    ("inject", "sin", lambda a: dict(sin=torch.zeros(5, 32))),
+    ("inject", "cos", lambda a: dict(cos=torch.zeros(4, 64), sin=torch.zeros(4, 64))),
+    ("inject", "cos", lambda a: dict(cos=torch.zeros(5, 66), sin=torch.zeros(5, 66))),
+    ("inject", "cos", lambda a: dict(cos=torch.zeros(5, 31), sin=torch.zeros(5, 31))),
+    ("inject", "q_weight", lambda a: dict(q_weight=torch.ones(32))),
+    ("inject", "k_weight", lambda a: dict(k_weight=torch.ones(1, 64))),
+    ("inject", "eps", lambda a: dict(eps=float("nan"))),
+    ("inject", "eps", lambda a: dict(eps=-1.0)),
+    ("inject", "slots", lambda a: dict(slots=torch.arange(4))),
+    ("inject", "slots", lambda a: dict(slots=torch.arange(5).short())),
+    ("inject", "slots", lambda a: dict(slots=ints([0, 1, 2, 3, 20]))),
+    ("inject", "slots", lambda a: dict(slots=ints([0, 1, 2, 3, -2]))),
+    ("inject", "slots", lambda a: dict(slots=ints([0, 5, -1, 5, 2]))),
+    ("inject", "k_pool", lambda a: dict(k_pool=torch.zeros(20, 2, 32))),
+    ("inject", "v_pool", lambda a: dict(v_pool=torch.zeros(21, 2, 64))),
+    ("inject", "v_pool", lambda a: dict(v_pool=a["v_pool"].half())),
+    ("inject", "k_pool", lambda a: dict(k_pool=halves(a["k_pool"]))),
+    ("inject", "k_pool", lambda a: dict(k_pool=torch.zeros(1, 2, 64).expand(20, 2, 64))),
+    ("inject", "v_pool", lambda a: dict(v_pool=torch.zeros(20, 1, 64).expand(20, 2, 64))),
+    ("inject", "v_pool", lambda a: dict(v_pool=torch.zeros(4000).as_strided((20, 2, 64), (100, 50, 1)))),
+    ("inject", "k_pool", lambda a: dict(v_pool=a["k_pool"])),
+    ("inject", "k_pool", lambda a: dict(k_pool=shared[:20], v_pool=shared[19:39])),
+    ("inject", "k_pool", lambda a: dict(q=shared[10:20].view(5, 4, 64), k_pool=shared[:20])),
+    ("inject", "v_pool", lambda a: dict(v=shared[3:8], v_pool=shared[:20])),
+    ("inject_backward", "dq_rot", lambda a: dict(dq_rot=torch.zeros(5, 2, 64))),
+    ("inject_backward", "dk_pool", lambda a: dict(dk_pool=a["dk_pool"].half(), dv_pool=a["dv_pool"].half())),
+    ("inject_backward", "slots", lambda a: dict(slots=ints([0, 1, 1, 2, 3]))),
+    ("inject_backward", "dk_pool", lambda a: dict(dv_pool=a["dk_pool"])),
+    ("inject_backward", "dv_pool", lambda a: dict(dv_pool=shared[:20], dq_rot=shared[5:15].view(5, 4, 64))),
+    ("cross_attention", "q", lambda a: dict(q=torch.zeros(5, 64))),
+    ("cross_attention", "q", lambda a: dict(q=halves(a["q"]))),
+    ("cross_attention", "q", lambda a: dict(q=torch.zeros(5, 4, 513), **both_pools((20, 2, 513)))),
+    ("cross_attention", "k_pool", lambda a: both_pools((20, 0, 64))),
+    ("cross_attention", "k_pool", lambda a: both_pools((20, 3, 64))),
+    ("cross_attention", "k_pool", lambda a: dict(k_pool=halves(a["k_pool"]))),
+    ("cross_attention", "v_pool", lambda a: dict(v_pool=a["v_pool"].bfloat16())),
+    ("cross_attention", "v_pool", lambda a: dict(v_pool=torch.zeros(19, 2, 64))),
+    ("cross_attention", "q_indptr", lambda a: dict(q_indptr=ints([0, 3, 4]))),
+    ("cross_attention", "q_indptr", lambda a: dict(q_indptr=ints([1, 3, 5]))),
+    ("cross_attention", "q_indptr", lambda a: dict(q_indptr=ints([0, 6, 5]))),
+    ("cross_attention", "q_indptr", lambda a: dict(q_indptr=torch.zeros(0).long(), seg_indptr=torch.zeros(0).long())),
+    ("cross_attention", "q_indptr", lambda a: dict(q_indptr=ints([0.0, 3.0, 5.0]))),
+    ("cross_attention", "seg_indptr", lambda a: dict(seg_indptr=ints([0, 3]))),
+    ("cross_attention", "seg_indptr", lambda a: dict(seg_indptr=ints([0, 4, 3]))),
+    ("cross_attention", "seg_indptr", lambda a: dict(seg_indptr=ints([0, 2, 2]))),
+    ("cross_attention", "seg_start", lambda a: dict(seg_start=ints([-1, 4, 3]))),
+    ("cross_attention", "seg_start", lambda a: dict(seg_start=ints([16, 4, 3]))),
+    ("cross_attention", "seg_start", lambda a: dict(seg_start=ints([2**62, 4, 3]), seg_len=ints([2**62, 4, 3]))),
+    ("cross_attention", "seg_start", lambda a: dict(seg_start=ints([[10, 0, 3]]))),
+    ("cross_attention", "seg_start", lambda a: dict(seg_start=ints([3, 0, 3]))),
+    ("cross_attention", "seg_start", lambda a: dict(seg_start=ints([3, 3, 3]))),
+    ("cross_attention", "seg_len", lambda a: dict(seg_len=ints([5, 0, 9]))),
+    ("cross_attention", "seg_len", lambda a: dict(seg_len=ints([5, -4, 9]))),
+    ("cross_attention", "seg_len", lambda a: dict(seg_len=ints([5, 9]))),
+    ("cross_attention", "seg_shift", lambda a: dict(seg_shift=ints([5, 9]))),
+    ("cross_attention", "inv_freq", lambda a: dict(seg_shift=ints([5, 9, 0]), inv_freq=None)),
+    ("cross_attention", "inv_freq", lambda a: dict(inv_freq=torch.ones(33))),
+    ("cross_attention", "inv_freq", lambda a: dict(inv_freq=torch.ones(4, 8))),
+    ("cross_attention", "scale", lambda a: dict(scale=float("nan"))),
+    ("cross_attention", "scale", lambda a: dict(scale=float("inf"))),
+    ("cross_attention_backward", "do", lambda a: dict(do=torch.zeros(5, 2, 64))),
+    ("cross_attention_backward", "dlse", lambda a: dict(dlse=torch.zeros(5, 2))),
+    ("cross_attention_backward", "o", lambda a: dict(o=torch.zeros(4, 4, 64))),
+    ("cross_attention_backward", "lse", lambda a: dict(lse=torch.zeros(5, 3))),
+    ("cross_attention_backward", "lse", lambda a: dict(lse=torch.zeros(5, 4).double())),
+    ("cross_attention_backward", "seg_len", lambda a: dict(seg_len=ints([5, 0, 9]))),
+    ("cross_attention_backward", "seg_start", lambda a: dict(seg_start=ints([3, 0, 3]))),
+    ("cross_attention_backward", "dk_pool", lambda a: dict(dk_pool=torch.zeros(19, 2, 64))),
+    ("cross_attention_backward", "dv_pool", lambda a: dict(dv_pool=a["dv_pool"].half())),
+    ("cross_attention_backward", "dk_pool", lambda a: dict(dk_pool=a["dv_pool"])),
+    ("cross_attention_backward", "dk_pool", lambda a: dict(dk_pool=a["k_pool"])),
+    ("cross_attention_backward", "dv_pool", lambda a: dict(dv_pool=torch.zeros(1, 2, 64).expand(20, 2, 64))),
+    ("merge_states", "o_a", lambda a: dict(o_a=torch.zeros(5, 4))),
+    ("merge_states", "o_a", lambda a: dict(o_a=torch.zeros(5, 4, 0), o_b=torch.zeros(5, 4, 0))),
+    ("merge_states", "o_a", lambda a: dict(o_a=halves(a["o_a"]))),
+    ("merge_states", "o_b", lambda a: dict(o_b=torch.zeros(4, 4, 64))),
+    ("merge_states", "o_b", lambda a: dict(o_b=torch.zeros(5, 4, 64).int())),
+    ("merge_states", "lse_a", lambda a: dict(lse_a=torch.zeros(5, 3))),
+    ("merge_states", "lse_b", lambda a: dict(lse_b=torch.zeros(5, 4).long())),
+    ("reposition", "src", lambda a: dict(src=ints([0, 1, 20]))),
+    ("reposition", "src", lambda a: dict(src=ints([0, 1, -1]))),
+    ("reposition", "src", lambda a: dict(src=ints([[0, 1, 2]]))),
+    ("reposition", "dst", lambda a: dict(dst=ints([9, 7]))),
+    ("reposition", "dst", lambda a: dict(dst=ints([9, 7, 20]))),
+    ("reposition", "dst", lambda a: dict(dst=ints([9, -7, 2]))),
+    ("reposition", "dst", lambda a: dict(dst=ints([9, 7, 9]))),
+    ("reposition", "dst", lambda a: dict(dst=ints([9, 7, 1]))),
+    ("reposition", "shift", lambda a: dict(shift=ints([1, 2]))),
+    ("reposition", "shift", lambda a: dict(shift=ints([1.0, 2.0, 3.0]))),
+    ("reposition", "inv_freq", lambda a: dict(inv_freq=torch.ones(33))),
+    ("reposition", "k_pool", lambda a: both_pools((20, 0, 64))),
+    ("reposition", "k_pool", lambda a: both_pools((20, 2, 513))),
+    ("reposition", "k_pool", lambda a: dict(k_pool=halves(a["k_pool"]))),
+    ("reposition", "v_pool", lambda a: dict(v_pool=a["v_pool"][:, :1])),
+    ("reposition", "k_pool", lambda a: dict(v_pool=a["k_pool"])),
+    ("reposition_backward", "dst", lambda a: dict(dst=ints([9, 7, 9]))),
+    ("reposition_backward", "dk_pool", lambda a: dict(dv_pool=a["dk_pool"])),
+    ("reposition_backward", "dk_pool", lambda a: dict(dk_pool=a["dk_pool"].half(), dv_pool=a["dv_pool"].half())),
+]
+
+
+def refused(call, error, op, name, spoil):
+    args = good_arguments(op)
+    args |= spoil(args)
+    before = [x.clone() if isinstance(x, torch.Tensor) else None for x in args.values()]
+    with pytest.raises(error, match=rf"(^|[ ,]){name}_?\b.*: expected"):
+        call(args)
+    for old, new in zip(before, args.values()):
+        assert old is None or (old.device.type == "meta" or torch.equal(old, new))
+
+
+@pytest.mark.parametrize("op, name, spoil", BAD, ids=[f"{i}-{op}-{name}" for i, (op, name, _) in enumerate(BAD)])
+def test_bad_input(op, name, spoil):
+    """Both the checked entry points and the kernels' own binding name the argument, and write nothing."""
+    if hasattr(ops, op):
+        refused(lambda args: getattr(ops, op)(**args), ValueError, op, name, spoil)
+    if "cpu" in BACKENDS:
+        refused(lambda args: getattr(torch.ops.diffmas_cpu, op)(*args.values()), RuntimeError, op, name, spoil)
+
+
+@pytest.mark.parametrize("op", ORDER)
+def test_good_input(op):
+    """The arguments that test_bad_input spoils; K and V interleaved in one allocation, heads or rows outermost, are legal."""
+    for backend in BACKENDS:
+        args = good_arguments(op)
+        getattr(raw, op)(*args.values(), backend)
+        for name in ("", "d"):
+            if name + "k_pool" in args:
+                for k, v in (torch.zeros(20, 2, 2, 64).unbind(1), torch.zeros(2, 20, 2, 64).transpose(0, 1).unbind(2)):
+                    args |= {name + "k_pool": k, name + "v_pool": v}
+                    getattr(raw, op)(*args.values(), backend)
+                    if hasattr(ops, op):
+                        getattr(ops, op)(**args, backend=backend)
 
 
 @pytest.mark.parametrize(
-    "change, word",
-    [
-        (dict(k=torch.zeros(4, 2, 64)), "k: expected shape"),
-        (dict(v=torch.zeros(5, 2, 32)), "v: expected shape"),
-        (dict(k=torch.zeros(5, 3, 64), v=torch.zeros(5, 3, 64)), "divides 4"),
-        (dict(cos=None), "cos and sin together"),
-        (dict(slots=torch.arange(4)), "slots: expected shape"),
-        (dict(slots=torch.arange(5).short()), "slots: expected a 1-D int64"),
-        (dict(q=torch.zeros(5, 0, 64)), "q: expected at least one head"),
-        (dict(slots=torch.tensor([0, 1, 2, 3, ROWS])), f"values < {ROWS}, got {ROWS}"),
-        (dict(slots=torch.tensor([0, 1, 2, 3, -2])), "values >= -1, got -2"),
-        (dict(slots=torch.tensor([0, 1, 1, 3, 4])), "slots: expected distinct rows"),
-        (dict(k_pool=torch.zeros(ROWS, 2, 32)), "k_pool: expected shape"),
-        (dict(v_pool=torch.zeros(ROWS, 2, 64, dtype=torch.float16)), "v_pool: expected the dtype"),
-        (dict(q_weight=torch.ones(32)), "q_weight: expected shape"),
-        (dict(backend="fast"), "backend: expected"),
-        (dict(q=torch.zeros(5, 4, 64).half()), "the dtype of q"),
-    ],
+    "op, name", [("inject", "k_pool"), ("inject", "slots"), ("cross_attention", "seg_len"), ("reposition", "dst")]
 )
-def test_inject_refuses(change, word):
-    with pytest.raises(ValueError, match=word):
-        bad_inject(**change)
+def test_refuses_another_device(op, name):
+    refused(lambda args: getattr(ops, op)(**args), ValueError, op, name, lambda a: {name: a[name].to("meta")})
 
 
-@pytest.mark.parametrize(
-    "change, word",
-    [
-        (dict(q=torch.zeros(3, 64)), "q: expected shape"),
-        (dict(q=torch.zeros(4, 4, 64)), "q_indptr: expected values that rise from 0 to 4"),
-        (dict(k_pool=torch.zeros(ROWS, 0, 64), v_pool=torch.zeros(ROWS, 0, 64)), "k_pool: expected a number of heads"),
-        (dict(q_indptr=torch.tensor([0, 2, 1, 3])), "seg_indptr: expected shape"),
-        (dict(seg_len=torch.tensor([ROWS + 1])), "seg_start \\+ seg_len: expected rows up to"),
-        (dict(seg_start=torch.tensor([-1])), "seg_start: expected values >= 0"),
-        (dict(seg_shift=torch.tensor([1])), "inv_freq: expected"),
-        (dict(seg_shift=torch.tensor([1]), inv_freq=torch.ones(40)), "inv_freq: expected at most 32"),
-    ],
-)
-def test_cross_attention_refuses(change, word):
-    args = dict(
-        q=torch.zeros(3, 4, 64), k_pool=torch.zeros(ROWS, 2, 64), v_pool=torch.zeros(ROWS, 2, 64),
-        q_indptr=torch.tensor([0, 3]), seg_indptr=torch.tensor([0, 1]), seg_start=torch.tensor([0]),
-        seg_len=torch.tensor([5]),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=word):
-        ops.cross_attention(**{**args, **change})
+def test_refuses_an_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected"):
+        ops.inject(**good_arguments("inject"), backend="fast")
 
 
 def test_ops_never_drop_a_gradient_silently():
     with pytest.raises(RuntimeError, match="records no gradient"):
-        bad_inject(q=torch.zeros(5, 4, 64, requires_grad=True))
+        args = good_arguments("inject")
+        ops.inject(**{**args, "q": args["q"].requires_grad_()})
     q, *rest = attention_inputs(VIEWS["ragged"]).args()
     with pytest.raises(RuntimeError, match="diffmas.ops.cross_attention .* records no gradient"):
         raw.cross_attention(q.requires_grad_(), *rest)
@@ -374,17 +608,6 @@ def test_checked_entry_points_convert_what_kernels_do_not_read(backend):
     for kind in (torch.float32, torch.bfloat16, torch.float64):
         src, dst, shift = (strided(torch.arange(a, a + 3).int()) for a in (0, 10, 5))
         ops.reposition(src, dst, shift, freq.to(kind), torch.zeros(20, 2, 64), torch.zeros(20, 2, 64), backend=backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backend_checks_before_it_writes(backend):
-    """The raw op, without the checks of ops.py: no row may change when an argument is bad."""
-    x = inject_inputs(n=5).to(torch.float32)
-    pools = torch.zeros(10, 2, 64), torch.zeros(10, 2, 64)
-    for slots in (torch.tensor([0, 1, 2, 3, 10]), torch.tensor([0, 1, 1, 2, 3]), torch.tensor([0, -5, 1, 2, 3])):
-        with pytest.raises(RuntimeError, match="slots"):
-            raw.inject(x.q, x.k, x.v, x.cos, x.sin, slots, None, None, 1e-6, False, *pools, backend)
-        assert not pools[0].any() and not pools[1].any()
 
 
 def test_float64_is_for_the_reference():

@@ -30,8 +30,12 @@ BUILD_INFO = "build_info.json"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
+# DIFFMAS_SANITIZE=1 checks every access; such a library needs libasan loaded first (make test-asan).
+SANITIZE = []
+if os.environ.get("DIFFMAS_SANITIZE") == "1":
+    SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # Kernels are compiled once per instruction set; csrc/cpu/dispatch.cpp picks one when the library is loaded.
-KERNELS = ["inject.cpp", "attention_forward.cpp", "attention_backward.cpp"]
+KERNELS = ["inject.cpp", "states.cpp", "attention_forward.cpp", "attention_backward.cpp"]
 ISAS = {"generic": []}
 if X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -69,7 +73,7 @@ def compile_library(target, build_dir):
         raise BuildError("no C++ compiler found at install time (looked for $CXX, g++, c++, clang++)")
     if torch is None:
         raise BuildError("torch was not installed when diffmas was built")
-    flags = [*FLAGS, f"-I{CSRC}"] + (["-DDIFFMAS_X86"] if X86 else [])
+    flags = [*FLAGS, *SANITIZE, f"-I{CSRC}"] + (["-DDIFFMAS_X86"] if X86 else [])
     binding = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch / 'include'}"]
     jobs = [(CSRC / "binding.cpp", "binding.o", binding)]
     jobs += [(CSRC / "cpu" / f"{name}.cpp", f"{name}.o", []) for name in ("plan", "dispatch")]
@@ -99,7 +103,7 @@ def compile_library(target, build_dir):
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         objects = list(pool.map(compile_one, jobs))
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([*compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)])
+    run([*compiler, *SANITIZE, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)])
 
 
 class BuildExtension(build_ext):

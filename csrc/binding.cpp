@@ -6,12 +6,15 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/attention.h"
 #include "cpu/inject.h"
+#include "cpu/states.h"
 
 namespace {
 
@@ -28,24 +31,25 @@ cpu::Threads threads() {
 
 // Checks. The message names the argument, what is expected and what was given.
 
-std::string shape_of(const Tensor& t) {
+std::string list(const int64_t* sizes, int64_t count) {
   std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  for (int64_t i = 0; i < count; ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
   return s + "]";
+}
+
+std::string shape_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return list(sizes.data(), t.dim());
 }
 
 void check_cpu(const char* name, const Tensor& t) { STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got one on another device"); }
 
 void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
-  std::string expected = "[";
   bool same = t.dim() == int64_t(shape.size());
   int64_t i = 0;
-  for (int64_t size : shape) {
-    expected += (i ? ", " : "") + std::to_string(size);
-    same = same && t.size(i) == size;
-    ++i;
-  }
-  STD_TORCH_CHECK(same, name, ": expected shape ", expected, "], got ", shape_of(t));
+  for (int64_t size : shape) same = same && t.size(i++) == size;
+  STD_TORCH_CHECK(same, name, ": expected shape ", list(shape.begin(), int64_t(shape.size())), ", got ", shape_of(t));
 }
 
 cpu::DType dtype_of(const char* name, const Tensor& t) {
@@ -77,12 +81,69 @@ cpu::Rows rows(const char* name, const Tensor& t, int64_t n, int64_t heads, int6
   return rows(name, t);
 }
 
-void check_pool(const char* name, const Tensor& pool, const Tensor& like) {
-  check_shape(name, pool, {like.size(0), like.size(1), like.size(2)});
-  // Rows of different slots must not overlap in a pool that is written.
-  STD_TORCH_CHECK(pool.size(0) <= 1 || pool.stride(0) != 0, name, ": expected rows that do not overlap, got stride 0");
-  STD_TORCH_CHECK(pool.size(1) <= 1 || pool.stride(1) != 0, name, ": expected heads that do not overlap, got stride 0");
+// Where a [rows, heads, D] tensor lies: its dimensions beside D with the wider stride first.
+struct Box {
+  const char* begin;
+  int64_t outer, outer_stride, inner, inner_stride, d, element;
+
+  Box(const Tensor& t, const cpu::Rows& r)
+      : begin(static_cast<const char*>(r.data)), outer(t.size(0)), outer_stride(r.stride_row), inner(t.size(1)), inner_stride(r.stride_head),
+        d(t.size(2)), element(r.dtype == cpu::DType::f32 ? 4 : 2) {
+    if (inner_stride > outer_stride) std::swap(outer, inner), std::swap(outer_stride, inner_stride);
+  }
+
+  bool empty() const { return outer == 0 || inner == 0 || d == 0; }
+  int64_t inner_extent() const { return (inner - 1) * inner_stride + d; }
+  const char* end() const { return begin + ((outer - 1) * outer_stride + inner_extent()) * element; }
+  bool overlaps_itself() const { return (inner > 1 && inner_stride < d) || (outer > 1 && outer_stride < inner_extent()); }
+};
+
+// Whether two boxes share an element; `a` does not overlap itself. Exact for two of one shape and layout (K and V interleaved in
+// one allocation); a box of another layout inside the other's range counts as shared.
+bool overlap(const Box& a, const Box& b) {
+  if (a.empty() || b.empty() || a.begin >= b.end() || b.begin >= a.end()) return false;
+  const int64_t bytes = b.begin - a.begin;
+  if (a.outer_stride != b.outer_stride || a.inner_stride != b.inner_stride || a.element != b.element || bytes % a.element) return true;
+  const int64_t delta = bytes / a.element;
+  const auto steps = [](int64_t distance, int64_t stride, int64_t count, const auto& visit) {
+    if (count <= 1) return visit(distance);
+    for (int64_t step = distance / stride - 1; step <= distance / stride + 1; ++step)
+      if (std::abs(step) < count && visit(distance - step * stride)) return true;
+    return false;
+  };
+  return steps(delta, a.outer_stride, std::max(a.outer, b.outer), [&](int64_t rest) {
+    return steps(rest, a.inner_stride, std::max(a.inner, b.inner), [&](int64_t x) { return std::abs(x) < std::max(a.d, b.d); });
+  });
 }
+
+// The two pools that a call writes. No element of theirs may be written twice, or be read under another name.
+struct WrittenPools {
+  const char *k_name, *v_name;
+  Box k, v;
+
+  WrittenPools(const char* k_name, const Tensor& k_pool, const cpu::Rows& k_rows, const char* v_name, const Tensor& v_pool,
+               const cpu::Rows& v_rows)
+      : k_name(k_name), v_name(v_name), k(k_pool, k_rows), v(v_pool, v_rows) {
+    check_single(k_name, k);
+    check_single(v_name, v);
+    check_apart(k_name, k, v_name, v);
+  }
+
+  void check_apart_from(const char* name, const Tensor& t, const cpu::Rows& rows) const {
+    const Box box(t, rows);
+    check_apart(k_name, k, name, box);
+    check_apart(v_name, v, name, box);
+  }
+
+ private:
+  static void check_single(const char* name, const Box& box) {
+    STD_TORCH_CHECK(!box.overlaps_itself(), name, ": expected rows and heads that do not overlap, got strides ", box.outer_stride, ", ",
+                    box.inner_stride);
+  }
+  static void check_apart(const char* name, const Box& written, const char* other_name, const Box& other) {
+    STD_TORCH_CHECK(!overlap(written, other), name, ": expected memory of its own, got a tensor that overlaps ", other_name);
+  }
+};
 
 const int64_t* indices(const char* name, const Tensor& t, int64_t size) {
   check_cpu(name, t);
@@ -122,10 +183,20 @@ cpu::Table table(const char* name, const Optional& t, std::initializer_list<int6
   return {t->data_ptr(), last ? t->stride(0) : 0, dtype};
 }
 
-void check_heads(const Tensor& q, int64_t kv_heads, int64_t head_dim) {
-  STD_TORCH_CHECK(head_dim >= 1 && head_dim <= cpu::kMaxHeadDim, "q: expected a head size from 1 to ", cpu::kMaxHeadDim, ", got ", head_dim);
-  STD_TORCH_CHECK(kv_heads >= 1 && q.size(1) >= 1 && q.size(1) % kv_heads == 0, "q: expected a multiple of ", kv_heads,
-                  " heads (the kv heads), got ", q.size(1));
+const float* frequencies(const Tensor& t, int64_t head_dim) {
+  STD_TORCH_CHECK(t.dim() == 1 && 2 * t.size(0) <= head_dim, "inv_freq: expected up to ", head_dim / 2, " frequencies, got shape ", shape_of(t));
+  return floats("inv_freq", t, {t.size(0)});
+}
+
+void check_head_dim(const char* name, int64_t head_dim) {
+  STD_TORCH_CHECK(head_dim >= 1 && head_dim <= cpu::kMaxHeadDim, name, ": expected a head size from 1 to ", cpu::kMaxHeadDim, ", got ", head_dim);
+}
+
+void check_heads(const Tensor& q, const char* kv_name, int64_t kv_heads, int64_t head_dim) {
+  check_head_dim("q", head_dim);
+  STD_TORCH_CHECK(q.size(1) >= 1, "q: expected at least one head, got shape ", shape_of(q));
+  STD_TORCH_CHECK(kv_heads >= 1 && q.size(1) % kv_heads == 0, kv_name, ": expected a number of heads that divides ", q.size(1), ", got ",
+                  kv_heads);
 }
 
 const int64_t* check_slots(const Tensor& slots, int64_t n, int64_t pool_rows) {
@@ -161,7 +232,8 @@ cpu::InjectArgs inject_args(const Tensor& q, const Tensor& k, const Optional& co
   a.kv_heads = k.size(1);
   a.k = rows("k", k, a.n, a.kv_heads, a.head_dim);
   check_dtype("k", k, q.scalar_type());
-  check_heads(q, a.kv_heads, a.head_dim);
+  STD_TORCH_CHECK(std::isfinite(eps) && eps >= 0, "eps: expected a finite number >= 0, got ", eps);
+  check_heads(q, "k", a.kv_heads, a.head_dim);
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or neither, got one");
   if (cos) {
     STD_TORCH_CHECK(cos->dim() == 2, "cos: expected 2 dimensions [n, Dr], got shape ", shape_of(*cos));
@@ -178,8 +250,7 @@ cpu::InjectArgs inject_args(const Tensor& q, const Tensor& k, const Optional& co
   STD_TORCH_CHECK(k_pool.dim() == 3, k_pool_name, ": expected 3 dimensions [R, Hkv, D], got shape ", shape_of(k_pool));
   a.k_pool = rows(k_pool_name, k_pool, k_pool.size(0), a.kv_heads, a.head_dim);
   a.v_pool = rows(v_pool_name, v_pool, k_pool.size(0), a.kv_heads, a.head_dim);
-  check_pool(k_pool_name, k_pool, k_pool);
-  check_pool(v_pool_name, v_pool, k_pool);
+  check_dtype(v_pool_name, v_pool, k_pool.scalar_type());
   a.slots = check_slots(slots, a.n, k_pool.size(0));
   return a;
 }
@@ -188,6 +259,11 @@ Tensor inject(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, Tensor s
               bool interleaved, Tensor k_pool, Tensor v_pool) {
   cpu::InjectArgs a = inject_args(q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, "k_pool", "v_pool");
   a.v = rows("v", v, a.n, a.kv_heads, a.head_dim);
+  check_dtype("v", v, q.scalar_type());
+  const WrittenPools pools("k_pool", k_pool, a.k_pool, "v_pool", v_pool, a.v_pool);
+  pools.check_apart_from("q", q, a.q);
+  pools.check_apart_from("k", k, a.k);
+  pools.check_apart_from("v", v, a.v);
   Tensor out = empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type());
   a.q_out = rows("out", out);
   cpu::inject_forward(a, threads());
@@ -203,6 +279,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_backward(Tensor dq_rot
   check_shape("dq_rot", dq_rot, {a.n, a.q_heads, a.head_dim});
   dq_rot = torch::stable::contiguous(dq_rot);  // autograd may hand over an expanded tensor
   a.dq_rot = rows("dq_rot", dq_rot);
+  const WrittenPools pools("dk_pool", dk_pool, a.k_pool, "dv_pool", dv_pool, a.v_pool);
+  pools.check_apart_from("dq_rot", dq_rot, a.dq_rot);
+  pools.check_apart_from("q", q, a.q);
+  pools.check_apart_from("k", k, a.k);
   Tensor dq = empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type());
   Tensor dk = empty(q, {a.n, a.kv_heads, a.head_dim}, q.scalar_type());
   Tensor dv = empty(q, {a.n, a.kv_heads, a.head_dim}, q.scalar_type());
@@ -228,7 +308,9 @@ struct AttentionCall {
     args.kv_heads = k_pool.size(1);
     args.k_pool = rows("k_pool", k_pool, pool_rows, args.kv_heads, args.head_dim);
     args.v_pool = rows("v_pool", v_pool, pool_rows, args.kv_heads, args.head_dim);
-    check_heads(q, args.kv_heads, args.head_dim);
+    check_dtype("v_pool", v_pool, k_pool.scalar_type());
+    check_heads(q, "k_pool", args.kv_heads, args.head_dim);
+    STD_TORCH_CHECK(std::isfinite(scale), "scale: expected a finite number, got ", scale);
     args.scale = float(scale);
     args.interleaved = interleaved;
 
@@ -243,18 +325,34 @@ struct AttentionCall {
     segments.length = args.seg_length = indices("seg_len", seg_len, count);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t start = segments.start[i], length = segments.length[i];
-      STD_TORCH_CHECK(length >= 0, "seg_len: expected lengths >= 0, got ", length, " at ", i);
+      STD_TORCH_CHECK(length >= 1, "seg_len: expected lengths >= 1, got ", length, " at ", i);
       STD_TORCH_CHECK(start >= 0 && start <= pool_rows && length <= pool_rows - start, "seg_start, seg_len: expected rows inside the pool's ",
                       pool_rows, ", got ", start, " + ", length, " at ", i);
     }
+    for (int64_t b = 0; b < batch; ++b) check_disjoint(segments.seg_indptr[b], segments.seg_indptr[b + 1]);
+    STD_TORCH_CHECK(!seg_shift || inv_freq, "inv_freq: expected the frequencies that seg_shift needs, got none");
     if (seg_shift) segments.shift = indices("seg_shift", *seg_shift, count);
     if (inv_freq) {
-      STD_TORCH_CHECK(inv_freq->dim() == 1 && 2 * inv_freq->size(0) <= args.head_dim, "inv_freq: expected up to ", args.head_dim / 2,
-                      " frequencies, got shape ", shape_of(*inv_freq));
-      segments.inv_freq = floats("inv_freq", inv_freq, {inv_freq->size(0)});
+      segments.inv_freq = frequencies(*inv_freq, args.head_dim);
       segments.half_rotary = args.half_rotary = inv_freq->size(0);
     }
     segments.causal = causal;
+  }
+
+  // A row that a sequence read twice would get its gradient from two places at once.
+  void check_disjoint(int64_t first, int64_t last) const {
+    const int64_t *start = segments.start, *length = segments.length;
+    bool rising = true;
+    for (int64_t i = first + 1; i < last; ++i) rising = rising && start[i] >= start[i - 1] + length[i - 1];
+    if (rising) return;
+    std::vector<int64_t> order;
+    for (int64_t i = first; i < last; ++i) order.push_back(i);
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return start[a] < start[b]; });
+    for (size_t i = 1; i < order.size(); ++i) {
+      const int64_t a = order[i - 1], b = order[i];
+      STD_TORCH_CHECK(start[b] >= start[a] + length[a], "seg_start: expected disjoint segments within a sequence, got rows ", start[b],
+                      " and on in segments ", a, " and ", b);
+    }
   }
 };
 
@@ -288,10 +386,14 @@ Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, T
   a.lse = const_cast<float*>(floats("lse", lse, {n, a.q_heads}));
   check_dtype("dk_pool", dk_pool, ScalarType::Float);
   check_dtype("dv_pool", dv_pool, ScalarType::Float);
-  check_pool("dk_pool", dk_pool, k_pool);
-  check_pool("dv_pool", dv_pool, k_pool);
-  a.dk_pool = rows("dk_pool", dk_pool);
-  a.dv_pool = rows("dv_pool", dv_pool);
+  a.dk_pool = rows("dk_pool", dk_pool, k_pool.size(0), a.kv_heads, a.head_dim);
+  a.dv_pool = rows("dv_pool", dv_pool, k_pool.size(0), a.kv_heads, a.head_dim);
+  const WrittenPools pools("dk_pool", dk_pool, a.dk_pool, "dv_pool", dv_pool, a.dv_pool);
+  pools.check_apart_from("k_pool", k_pool, a.k_pool);
+  pools.check_apart_from("v_pool", v_pool, a.v_pool);
+  pools.check_apart_from("q", q, a.q);
+  pools.check_apart_from("o", o, a.o);
+  pools.check_apart_from("do_", d_o, a.d_o);
   if (newest) {
     call.segments.newest = indices("newest", *newest, call.segments.batch);
     for (int64_t b = 0; b < call.segments.batch; ++b)
@@ -301,6 +403,91 @@ Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, T
   if (want_dq) a.dq = rows("dq", dq);
   cpu::attention_backward(a, call.segments, threads());
   return dq;
+}
+
+cpu::MergeArgs merge_args(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b, const Tensor& lse_b) {
+  cpu::MergeArgs a{};
+  a.o_a = rows("o_a", o_a);
+  a.n = o_a.size(0), a.heads = o_a.size(1), a.head_dim = o_a.size(2);
+  check_head_dim("o_a", a.head_dim);
+  a.o_b = rows("o_b", o_b, a.n, a.heads, a.head_dim);
+  a.lse_a = floats("lse_a", lse_a, {a.n, a.heads});
+  a.lse_b = floats("lse_b", lse_b, {a.n, a.heads});
+  return a;
+}
+
+std::tuple<Tensor, Tensor> merge_states(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) {
+  lse_a = torch::stable::contiguous(lse_a), lse_b = torch::stable::contiguous(lse_b);
+  cpu::MergeArgs a = merge_args(o_a, lse_a, o_b, lse_b);
+  Tensor o = empty(o_a, {a.n, a.heads, a.head_dim}, o_a.scalar_type());
+  Tensor lse = empty(o_a, {a.n, a.heads}, ScalarType::Float);
+  a.o = rows("o", o);
+  a.lse = static_cast<float*>(lse.data_ptr());
+  cpu::merge_states(a, threads());
+  return {o, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_states_backward(Tensor d_o, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b,
+                                                                 Tensor o, Tensor lse) {
+  lse_a = torch::stable::contiguous(lse_a), lse_b = torch::stable::contiguous(lse_b);
+  cpu::MergeArgs a = merge_args(o_a, lse_a, o_b, lse_b);
+  check_shape("do_", d_o, {a.n, a.heads, a.head_dim});
+  d_o = torch::stable::contiguous(d_o), dlse = torch::stable::contiguous(dlse);  // autograd may hand over expanded tensors
+  a.d_o = rows("do_", d_o);
+  a.dlse = floats("dlse", dlse, {a.n, a.heads});
+  a.o = rows("o", o, a.n, a.heads, a.head_dim);
+  check_shape("lse", lse, {a.n, a.heads});
+  Tensor do_a = empty(o_a, {a.n, a.heads, a.head_dim}, o_a.scalar_type()), dlse_a = empty(o_a, {a.n, a.heads}, ScalarType::Float);
+  Tensor do_b = empty(o_a, {a.n, a.heads, a.head_dim}, o_b.scalar_type()), dlse_b = empty(o_a, {a.n, a.heads}, ScalarType::Float);
+  a.do_a = rows("do_a", do_a), a.dlse_a = static_cast<float*>(dlse_a.data_ptr());
+  a.do_b = rows("do_b", do_b), a.dlse_b = static_cast<float*>(dlse_b.data_ptr());
+  cpu::merge_states_backward(a, threads());
+  return {do_a, dlse_a, do_b, dlse_b};
+}
+
+// src, dst [m]: rows of the pool; dst distinct, none of them in src.
+void check_moves(const int64_t* src, const int64_t* dst, int64_t m, int64_t pool_rows) {
+  for (int64_t i = 0; i < m; ++i) {
+    STD_TORCH_CHECK(src[i] >= 0 && src[i] < pool_rows, "src: expected values in [0, ", pool_rows, "), got ", src[i], " at ", i);
+    STD_TORCH_CHECK(dst[i] >= 0 && dst[i] < pool_rows, "dst: expected values in [0, ", pool_rows, "), got ", dst[i], " at ", i);
+  }
+  std::vector<int64_t> sorted(dst, dst + m);
+  std::sort(sorted.begin(), sorted.end());
+  for (int64_t i = 1; i < m; ++i) STD_TORCH_CHECK(sorted[i] != sorted[i - 1], "dst: expected every row once, got ", sorted[i], " twice");
+  for (int64_t i = 0; i < m; ++i)
+    STD_TORCH_CHECK(!std::binary_search(sorted.begin(), sorted.end(), src[i]), "dst: expected rows that are not read, got ", src[i],
+                    ", which is also in src");
+}
+
+cpu::RepositionArgs reposition_args(const Tensor& src, const Tensor& dst, const Tensor& shift, const Tensor& inv_freq, bool interleaved,
+                                    const char* k_name, const Tensor& k_pool, const char* v_name, const Tensor& v_pool) {
+  cpu::RepositionArgs a{};
+  a.k_pool = rows(k_name, k_pool);
+  a.kv_heads = k_pool.size(1), a.head_dim = k_pool.size(2);
+  check_head_dim(k_name, a.head_dim);
+  STD_TORCH_CHECK(a.kv_heads >= 1, k_name, ": expected at least one head, got shape ", shape_of(k_pool));
+  a.v_pool = rows(v_name, v_pool, k_pool.size(0), a.kv_heads, a.head_dim);
+  check_dtype(v_name, v_pool, k_pool.scalar_type());
+  WrittenPools(k_name, k_pool, a.k_pool, v_name, v_pool, a.v_pool);
+  STD_TORCH_CHECK(src.dim() == 1, "src: expected 1 dimension, got shape ", shape_of(src));
+  a.m = src.size(0);
+  a.src = indices("src", src, a.m);
+  a.dst = indices("dst", dst, a.m);
+  a.shift = indices("shift", shift, a.m);
+  check_moves(a.src, a.dst, a.m, k_pool.size(0));
+  a.inv_freq = frequencies(inv_freq, a.head_dim);
+  a.half_rotary = inv_freq.size(0);
+  a.interleaved = interleaved;
+  return a;
+}
+
+void reposition(Tensor src, Tensor dst, Tensor shift, Tensor inv_freq, bool interleaved, Tensor k_pool, Tensor v_pool) {
+  cpu::reposition(reposition_args(src, dst, shift, inv_freq, interleaved, "k_pool", k_pool, "v_pool", v_pool), threads());
+}
+
+void reposition_backward(Tensor src, Tensor dst, Tensor shift, Tensor inv_freq, bool interleaved, Tensor dk_pool, Tensor dv_pool) {
+  check_dtype("dk_pool", dk_pool, ScalarType::Float);
+  cpu::reposition_backward(reposition_args(src, dst, shift, inv_freq, interleaved, "dk_pool", dk_pool, "dv_pool", dv_pool), threads());
 }
 
 }  // namespace
@@ -320,6 +507,15 @@ STABLE_TORCH_LIBRARY(diffmas_cpu, m) {
       "cross_attention_backward(Tensor do_, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor q_indptr, "
       "Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_shift, Tensor? inv_freq, float scale, bool causal, "
       "bool interleaved, Tensor(a!) dk_pool, Tensor(b!) dv_pool, Tensor? newest=None, bool want_dq=True) -> Tensor dq");
+  m.def("merge_states(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor o, Tensor lse)");
+  m.def(
+      "merge_states_backward(Tensor do_, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor o, Tensor lse) -> "
+      "(Tensor do_a, Tensor dlse_a, Tensor do_b, Tensor dlse_b)");
+  m.def(
+      "reposition(Tensor src, Tensor dst, Tensor shift, Tensor inv_freq, bool interleaved, Tensor(a!) k_pool, Tensor(b!) v_pool) -> ()");
+  m.def(
+      "reposition_backward(Tensor src, Tensor dst, Tensor shift, Tensor inv_freq, bool interleaved, Tensor(a!) dk_pool, "
+      "Tensor(b!) dv_pool) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffmas_cpu, CPU, m) {
@@ -327,4 +523,8 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_cpu, CPU, m) {
   m.impl("inject_backward", TORCH_BOX(&inject_backward));
   m.impl("cross_attention", TORCH_BOX(&cross_attention));
   m.impl("cross_attention_backward", TORCH_BOX(&cross_attention_backward));
+  m.impl("merge_states", TORCH_BOX(&merge_states));
+  m.impl("merge_states_backward", TORCH_BOX(&merge_states_backward));
+  m.impl("reposition", TORCH_BOX(&reposition));
+  m.impl("reposition_backward", TORCH_BOX(&reposition_backward));
 }

@@ -1,6 +1,7 @@
 // Picks the kernels for this CPU, plans a call, hands its tasks to the threads.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -13,7 +14,8 @@ namespace {
 
 #define DIFFMAS_KERNELS(isa)                                                                                    \
   Kernels {                                                                                                     \
-    isa::inject_forward_range, isa::inject_backward_block, isa::attention_forward_task, isa::attention_merge_task, \
+    isa::inject_forward_range, isa::inject_backward_block, isa::merge_states_range, isa::merge_states_backward_range, \
+        isa::reposition_range, isa::reposition_backward_head, isa::attention_forward_task, isa::attention_merge_task, \
         isa::attention_backward_unit, isa::attention_backward_reduce_task                                       \
   }
 
@@ -54,6 +56,17 @@ void run(const Threads& threads, int64_t count, const F& task) {
       &shared);
 }
 
+// A call of less work than this (in multiply-adds) is over before a second thread has woken up.
+constexpr int64_t kSerialWork = 1 << 17;
+
+// Runs body(begin, end) over [0, count) in chunks of a fixed size; each element is `work` multiply-adds.
+template <class F>
+void run_chunks(const Threads& threads, int64_t count, int64_t work, const F& body) {
+  constexpr int64_t kChunk = 8;
+  if (count * work < kSerialWork) return body(0, count);
+  run(threads, (count + kChunk - 1) / kChunk, [&](int64_t i) { body(i * kChunk, std::min(count, (i + 1) * kChunk)); });
+}
+
 // One buffer per thread, kept: fresh pages for every call would cost more than a decode step.
 float* scratch(int64_t size) {
   struct Free {
@@ -70,17 +83,34 @@ float* scratch(int64_t size) {
   return buffer.get();
 }
 
-// A call of less work than this (in multiply-adds) is over before a second thread has woken up.
-constexpr int64_t kSerialWork = 1 << 17;
+// The rotations of a call of reposition, one per distinct shift. Angles in float64: shifts reach 1e5 and more.
+struct ShiftTables {
+  std::vector<int64_t> rotation;  // [m]
+  std::vector<float> cos, sin;    // [rotations, Dr]
+
+  explicit ShiftTables(RepositionArgs& args) : rotation(size_t(args.m)) {
+    std::vector<int64_t> shifts(args.shift, args.shift + args.m);
+    std::sort(shifts.begin(), shifts.end());
+    shifts.erase(std::unique(shifts.begin(), shifts.end()), shifts.end());
+    for (int64_t i = 0; i < args.m; ++i) rotation[i] = std::lower_bound(shifts.begin(), shifts.end(), args.shift[i]) - shifts.begin();
+    const int64_t half = args.half_rotary, step = args.interleaved ? 2 : 1, other = args.interleaved ? 1 : half;
+    cos.resize(shifts.size() * 2 * half), sin.resize(cos.size());
+    for (size_t s = 0; s < shifts.size(); ++s)
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = double(shifts[s]) * double(args.inv_freq[i]);
+        const size_t at = s * 2 * half + i * step;
+        cos[at] = cos[at + other] = float(std::cos(angle));
+        sin[at] = sin[at + other] = float(std::sin(angle));
+      }
+    args.rotation = rotation.data(), args.cos = cos.data(), args.sin = sin.data();
+  }
+};
 
 }  // namespace
 
 void inject_forward(const InjectArgs& args, const Threads& threads) {
-  constexpr int64_t kTokens = 8;
-  const int64_t work = args.n * (args.q_heads + 2 * args.kv_heads) * args.head_dim;
-  if (work < kSerialWork) return kernels().inject_forward(args, 0, args.n);
-  run(threads, (args.n + kTokens - 1) / kTokens,
-      [&](int64_t i) { kernels().inject_forward(args, i * kTokens, std::min(args.n, (i + 1) * kTokens)); });
+  const int64_t work = (args.q_heads + 2 * args.kv_heads) * args.head_dim;
+  run_chunks(threads, args.n, work, [&](int64_t begin, int64_t end) { kernels().inject_forward(args, begin, end); });
 }
 
 void inject_backward(InjectArgs args, float* dq_weight, float* dk_weight, const Threads& threads) {
@@ -97,6 +127,25 @@ void inject_backward(InjectArgs args, float* dq_weight, float* dk_weight, const 
       out[i] = float(total);
     }
   }
+}
+
+void merge_states(const MergeArgs& args, const Threads& threads) {
+  run_chunks(threads, args.n, 2 * args.heads * args.head_dim, [&](int64_t begin, int64_t end) { kernels().merge_states(args, begin, end); });
+}
+
+void merge_states_backward(const MergeArgs& args, const Threads& threads) {
+  run_chunks(threads, args.n, 4 * args.heads * args.head_dim,
+             [&](int64_t begin, int64_t end) { kernels().merge_states_backward(args, begin, end); });
+}
+
+void reposition(RepositionArgs args, const Threads& threads) {
+  const ShiftTables tables(args);
+  run_chunks(threads, args.m, 3 * args.kv_heads * args.head_dim, [&](int64_t begin, int64_t end) { kernels().reposition(args, begin, end); });
+}
+
+void reposition_backward(RepositionArgs args, const Threads& threads) {
+  const ShiftTables tables(args);
+  run(threads, args.kv_heads, [&](int64_t head) { kernels().reposition_backward(args, head); });
 }
 
 void attention_forward(AttentionArgs args, const Segments& segments, const Threads& threads) {

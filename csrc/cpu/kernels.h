@@ -1,17 +1,22 @@
-// The kernels as one instruction set provides them. inject.cpp, attention_forward.cpp and attention_backward.cpp are compiled
-// once per instruction set, each into its own namespace; dispatch.cpp picks one at load time.
+// The kernels as one instruction set provides them. inject.cpp, states.cpp, attention_forward.cpp and attention_backward.cpp are
+// compiled once per instruction set, each into its own namespace; dispatch.cpp picks one at load time.
 //
 // Those files must not use inline functions from outside that namespace (the standard library's too): the linker keeps one copy of
 // such a function, and it could be the one compiled for a CPU that this is not.
 #pragma once
 #include "attention.h"
 #include "inject.h"
+#include "states.h"
 
 namespace diffmas::cpu {
 
 struct Kernels {
   void (*inject_forward)(const InjectArgs&, int64_t token_begin, int64_t token_end);
   void (*inject_backward)(const InjectArgs&, int64_t block);
+  void (*merge_states)(const MergeArgs&, int64_t token_begin, int64_t token_end);
+  void (*merge_states_backward)(const MergeArgs&, int64_t token_begin, int64_t token_end);
+  void (*reposition)(const RepositionArgs&, int64_t begin, int64_t end);
+  void (*reposition_backward)(const RepositionArgs&, int64_t head);
   void (*attention_forward)(const AttentionArgs&, const ForwardTask&, float* scratch);
   void (*attention_merge)(const AttentionArgs&, const MergeTask&);
   void (*attention_backward)(const AttentionArgs&, const BackwardUnit&, int64_t head, float* scratch);
@@ -22,6 +27,10 @@ struct Kernels {
   namespace isa {                                                                                \
   void inject_forward_range(const InjectArgs&, int64_t token_begin, int64_t token_end);          \
   void inject_backward_block(const InjectArgs&, int64_t block);                                  \
+  void merge_states_range(const MergeArgs&, int64_t token_begin, int64_t token_end);             \
+  void merge_states_backward_range(const MergeArgs&, int64_t token_begin, int64_t token_end);    \
+  void reposition_range(const RepositionArgs&, int64_t begin, int64_t end);                      \
+  void reposition_backward_head(const RepositionArgs&, int64_t head);                            \
   void attention_forward_task(const AttentionArgs&, const ForwardTask&, float* scratch);         \
   void attention_merge_task(const AttentionArgs&, const MergeTask&);                             \
   void attention_backward_unit(const AttentionArgs&, const BackwardUnit&, int64_t head, float* scratch); \

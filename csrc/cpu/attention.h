@@ -8,6 +8,10 @@ namespace diffmas::cpu {
 // 96 is a multiple of every instruction set's panel (12, 24, 48 lanes).
 inline constexpr int64_t kBlockRows = 96;
 inline constexpr int64_t kTileKeys = 64;
+// A sequence of up to this many query rows takes the forms of few.h, which like longer tiles: every change between K and V stops
+// the stream from memory.
+inline constexpr int64_t kFewRows = 8;
+inline constexpr int64_t kFewKeys = 256;
 
 struct Segments {
   int64_t batch;
@@ -21,7 +25,7 @@ struct Segments {
   bool causal;
 };
 
-// Up to kTileKeys consecutive tokens of one view, all read at the same shift.
+// Up to kTileKeys (kFewKeys in a sequence of few query rows) consecutive tokens of one view, all read at the same shift.
 struct Tile {
   int64_t view;      // index of its first token in the view
   int64_t row;       // first pool row when the rows are consecutive, else -1: gather from (segment, offset) on
@@ -93,12 +97,13 @@ struct AttentionArgs {
 
 inline int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-// Floats of scratch a thread needs for one task.
+// Floats of scratch a thread needs for one task: the K and V buffers of many rows take no more than the one of a few.
+static_assert(2 * kTileKeys <= kFewKeys && kFewRows * kFewKeys <= kBlockRows * kTileKeys);
 inline int64_t forward_scratch_size(int64_t d) {
-  return 4 * kBlockRows * d + 2 * kTileKeys * d + kBlockRows * kTileKeys + 8 * kBlockRows;
+  return 4 * kBlockRows * d + kFewKeys * d + kBlockRows * kTileKeys + 8 * kBlockRows;
 }
 inline int64_t backward_scratch_size(int64_t d) {
-  return 7 * kBlockRows * d + 4 * kTileKeys * d + 2 * kBlockRows * kTileKeys + 8 * kBlockRows;
+  return 7 * kBlockRows * d + (kFewKeys + kTileKeys) * d + 2 * kBlockRows * kTileKeys + 8 * kBlockRows;
 }
 
 void attention_forward(AttentionArgs args, const Segments& segments, const Threads& threads);

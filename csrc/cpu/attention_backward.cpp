@@ -1,5 +1,6 @@
 // cross_attention backward: one query block against the tiles of one chunk of the pool. The caller gives each (chunk, kv head) to
 // one thread, which therefore owns these rows of dK and dV; dq is left as one partial per chunk and summed in order.
+#include "few.h"
 #include "kernels.h"
 #include "tile.h"
 
@@ -16,7 +17,7 @@ struct Queries {
 };
 
 struct Products {
-  float* p;   // probabilities, then ds in dp's place: [panels, kTileKeys, kPanel] or, for few rows, [rows, kTileKeys]
+  float* p;   // probabilities, then ds in dp's place: [panels, kTileKeys, kPanel] or, for few rows, [rows, kFewKeys]
   float* dp;
 };
 
@@ -42,12 +43,16 @@ void many_rows(const QueryBlock& q, const Queries& in, const Tile& tile, FloatRo
     }
 }
 
-void few_rows(const QueryBlock& q, const Queries& in, const Tile& tile, FloatRows k, FloatRows v, int64_t count, Products t) {
-  scores(q.rows(), count, q.d, k.data, k.stride, in.x, q.d, t.p, kTileKeys);
-  scores(q.rows(), count, q.d, v.data, v.stride, in.d_o, q.d, t.dp, kTileKeys);
+void few_rows(const QueryBlock& q, const Queries& in, const Tile& tile, int64_t count, float* dq, float* buffer, Products t) {
+  const AttentionArgs& args = q.args;
+  RowTable table;
+  find_rows(table, args, tile, count, args.v_pool, q.head, buffer);
+  scores(table, count, q.d, in.d_o, q.rows(), t.dp);
+  find_rows(table, args, tile, count, args.k_pool, q.head, buffer);
+  scores(table, count, q.d, in.x, q.rows(), t.p);
   for (int64_t r = 0; r < q.rows(); ++r) {
-    float* p = t.p + r * kTileKeys;
-    float* dp = t.dp + r * kTileKeys;
+    float* p = t.p + r * kFewKeys;
+    float* dp = t.dp + r * kFewKeys;
     for (int64_t i = 0; i < count; i += W) {
       const vf w = exp(load(p + i) * q.args.scale - in.lse[r]);
       store(p + i, w);
@@ -55,20 +60,20 @@ void few_rows(const QueryBlock& q, const Queries& in, const Tile& tile, FloatRow
     }
     for (int64_t i = max(0, min(count, q.limit(r) - tile.view + 1)); i < count; ++i) p[i] = dp[i] = 0;
   }
+  weighted_sum(table, count, q.d, t.dp, dq, q.rows());
+  outer_sum(args, tile, count, args.dv_pool, q.head, t.p, in.d_o, q.rows(), q.d);
+  outer_sum(args, tile, count, args.dk_pool, q.head, t.dp, in.x, q.rows(), q.d);
 }
 
 // pool rows of the tile += weights . x
-void add_to_pool(const QueryBlock& q, const Tile& tile, int64_t count, const Rows& pool, const float* weights, const float* x, bool few, float* buffer) {
+void add_to_pool(const QueryBlock& q, const Tile& tile, int64_t count, const Rows& pool, const float* weights, const float* x, float* buffer) {
   const AttentionArgs& args = q.args;
   const bool direct = in_place(args, tile, pool);
   float* out = direct ? reinterpret_cast<float*>(row_of(pool, tile.row, q.head)) : buffer;
   const int64_t ldo = direct ? pool.stride_row : q.d;
   if (!direct)
     for (int64_t i = 0; i < count * q.d; ++i) buffer[i] = 0;
-  if (few)
-    outer_sum(q.rows(), count, q.d, weights, kTileKeys, x, q.d, out, ldo);
-  else
-    q.add_outer(out, ldo, weights, x, count);
+  q.add_outer(out, ldo, weights, x, count);
   if (direct) return;
   for_rows(args, tile, count, [&](int64_t i, int64_t row) {
     float* dst = reinterpret_cast<float*>(row_of(pool, row, q.head));
@@ -89,8 +94,8 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
   float* d_o_packed = take(scratch, kBlockRows * d);
   float* dq_turned = take(scratch, kBlockRows * d);  // dq at the current shift
   float* spare = take(scratch, kBlockRows * d);
-  float* k_buffer = take(scratch, kTileKeys * d);
-  float* v_buffer = take(scratch, kTileKeys * d);
+  float* k_buffer = take(scratch, kFewKeys * d);  // [kFewKeys, d] for a few rows, or half of it for K and for V
+  float* v_buffer = k_buffer + kTileKeys * d;
   float* grad_buffer = take(scratch, kTileKeys * d);
   Products t{take(scratch, kBlockRows * kTileKeys), take(scratch, kBlockRows * kTileKeys)};
   float* lse = take(scratch, kBlockRows);
@@ -135,17 +140,16 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
       if (!few) q.pack(x_packed, in.x);
     }
     const int64_t count = q.visible(tile);
+    if (few) {
+      few_rows(q, in, tile, count, dq_now, k_buffer, t);
+      continue;
+    }
     const FloatRows k = tile_rows(args, tile, count, args.k_pool, head, k_buffer);
     const FloatRows v = tile_rows(args, tile, count, args.v_pool, head, v_buffer);
-    if (few) {
-      few_rows(q, in, tile, k, v, count, t);
-      weighted_sum(q.rows(), count, d, k.data, k.stride, t.dp, kTileKeys, dq_now, d);
-    } else {
-      many_rows(q, in, tile, k, v, count, t);
-      q.add_weighted(dq_now, t.dp, k.data, k.stride, count);
-    }
-    add_to_pool(q, tile, count, args.dv_pool, t.p, d_o, few, grad_buffer);
-    add_to_pool(q, tile, count, args.dk_pool, t.dp, in.x, few, grad_buffer);
+    many_rows(q, in, tile, k, v, count, t);
+    q.add_weighted(dq_now, t.dp, k.data, k.stride, count);
+    add_to_pool(q, tile, count, args.dv_pool, t.p, d_o, grad_buffer);
+    add_to_pool(q, tile, count, args.dk_pool, t.dp, in.x, grad_buffer);
   }
   leave_shift();
 }

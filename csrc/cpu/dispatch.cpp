@@ -110,9 +110,7 @@ void attention_forward(AttentionArgs args, const Segments& segments, const Threa
   const std::unique_ptr<float[]> partials(new float[size_t(plan.partials * args.forward_partial_size())]);
   args.partials = partials.get();
 
-  int64_t work = 0;
-  for (const ForwardTask& task : plan.tasks) work += (task.tile_end - task.tile_begin) * kTileKeys * plan.blocks[task.block].rows * args.head_dim;
-  const Threads used = work < kSerialWork ? Threads{1, nullptr} : threads;
+  const Threads used = plan.pairs * args.head_dim < kSerialWork ? Threads{1, nullptr} : threads;
   run(used, int64_t(plan.tasks.size()), [&](int64_t i) {
     kernels().attention_forward(args, plan.tasks[i], scratch(forward_scratch_size(args.padded_dim)));
   });

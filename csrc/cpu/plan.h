@@ -23,6 +23,7 @@ struct ForwardPlan {
   std::vector<ForwardTask> tasks;
   std::vector<MergeTask> merges;
   int64_t partials = 0;
+  int64_t pairs = 0;  // of a query row and a key, at most
 
   ForwardPlan(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads);
 };

@@ -9,9 +9,6 @@ namespace diffmas::cpu::DIFFMAS_ISA {
 // softmax runs down the keys without crossing lanes.
 constexpr int kPanel = 3 * W;
 static_assert(kBlockRows % kPanel == 0, "a block is a whole number of panels");
-// Up to this many query rows, dot products along D instead (one row would leave most lanes of a panel idle).
-constexpr int64_t kFewRows = 6;
-
 DIFFMAS_INLINE float* take(float*& scratch, int64_t size) {
   float* p = scratch;
   scratch += size;

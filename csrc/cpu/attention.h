@@ -10,7 +10,7 @@ inline constexpr int64_t kBlockRows = 96;
 inline constexpr int64_t kTileKeys = 64;
 // A sequence of up to this many query rows takes the forms of few.h, which like longer tiles: every change between K and V stops
 // the stream from memory.
-inline constexpr int64_t kFewRows = 8;
+inline constexpr int64_t kFewRows = 12;
 inline constexpr int64_t kFewKeys = 256;
 
 struct Segments {
@@ -103,7 +103,7 @@ inline int64_t forward_scratch_size(int64_t d) {
   return 4 * kBlockRows * d + kFewKeys * d + kBlockRows * kTileKeys + 8 * kBlockRows;
 }
 inline int64_t backward_scratch_size(int64_t d) {
-  return 7 * kBlockRows * d + (kFewKeys + kTileKeys) * d + 2 * kBlockRows * kTileKeys + 8 * kBlockRows;
+  return 7 * kBlockRows * d + 2 * kFewKeys * d + 2 * kBlockRows * kTileKeys + 8 * kBlockRows;
 }
 
 void attention_forward(AttentionArgs args, const Segments& segments, const Threads& threads);

@@ -43,26 +43,29 @@ void many_rows(const QueryBlock& q, const Queries& in, const Tile& tile, FloatRo
     }
 }
 
-void few_rows(const QueryBlock& q, const Queries& in, const Tile& tile, int64_t count, float* dq, float* buffer, Products t) {
+void few_rows(const QueryBlock& q, const Queries& in, const Tile& tile, int64_t count, float* dq, float* k_buffer, float* v_buffer, Products t) {
   const AttentionArgs& args = q.args;
-  RowTable table;
-  find_rows(table, args, tile, count, args.v_pool, q.head, buffer);
-  scores(table, count, q.d, in.d_o, q.rows(), t.dp);
-  find_rows(table, args, tile, count, args.k_pool, q.head, buffer);
-  scores(table, count, q.d, in.x, q.rows(), t.p);
-  for (int64_t r = 0; r < q.rows(); ++r) {
+  const int64_t rows = q.rows(), d = q.d;
+  RowTable k, v, dk, dv;
+  find_whole_rows(k, args, tile, count, args.k_pool, q.head, k_buffer);
+  find_whole_rows(v, args, tile, count, args.v_pool, q.head, v_buffer);
+  find_rows(dk, args, tile, count, args.dk_pool, q.head);
+  find_rows(dv, args, tile, count, args.dv_pool, q.head);
+  scores(v, count, d, in.d_o, rows, t.dp);
+  scores(k, count, d, in.x, rows, t.p);
+  for (int64_t r = 0; r < rows; ++r) {
     float* p = t.p + r * kFewKeys;
     float* dp = t.dp + r * kFewKeys;
     for (int64_t i = 0; i < count; i += W) {
-      const vf w = exp(load(p + i) * q.args.scale - in.lse[r]);
+      const vf w = exp(load(p + i) * args.scale - in.lse[r]);
       store(p + i, w);
-      store(dp + i, w * (load(dp + i) - in.delta[r]) * q.args.scale);
+      store(dp + i, w * (load(dp + i) - in.delta[r]) * args.scale);
     }
-    for (int64_t i = max(0, min(count, q.limit(r) - tile.view + 1)); i < count; ++i) p[i] = dp[i] = 0;
+    for (int64_t i = max(0, q.limit(r) - tile.view + 1); i < count; ++i) p[i] = dp[i] = 0;
   }
-  weighted_sum(table, count, q.d, t.dp, dq, q.rows());
-  outer_sum(args, tile, count, args.dv_pool, q.head, t.p, in.d_o, q.rows(), q.d);
-  outer_sum(args, tile, count, args.dk_pool, q.head, t.dp, in.x, q.rows(), q.d);
+  weighted_sum(k, count, d, t.dp, dq, rows);
+  outer_sum(dv, count, args.head_dim, t.p, in.d_o, rows, d);
+  outer_sum(dk, count, args.head_dim, t.dp, in.x, rows, d);
 }
 
 // pool rows of the tile += weights . x
@@ -94,9 +97,9 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
   float* d_o_packed = take(scratch, kBlockRows * d);
   float* dq_turned = take(scratch, kBlockRows * d);  // dq at the current shift
   float* spare = take(scratch, kBlockRows * d);
-  float* k_buffer = take(scratch, kFewKeys * d);  // [kFewKeys, d] for a few rows, or half of it for K and for V
+  float* k_buffer = take(scratch, 2 * kFewKeys * d);  // a few rows: K and V [kFewKeys, d] each
   float* v_buffer = k_buffer + kTileKeys * d;
-  float* grad_buffer = take(scratch, kTileKeys * d);
+  float* grad_buffer = v_buffer + kTileKeys * d;
   Products t{take(scratch, kBlockRows * kTileKeys), take(scratch, kBlockRows * kTileKeys)};
   float* lse = take(scratch, kBlockRows);
   float* delta = take(scratch, kBlockRows);
@@ -141,7 +144,7 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
     }
     const int64_t count = q.visible(tile);
     if (few) {
-      few_rows(q, in, tile, count, dq_now, k_buffer, t);
+      few_rows(q, in, tile, count, dq_now, k_buffer, k_buffer + kFewKeys * d, t);
       continue;
     }
     const FloatRows k = tile_rows(args, tile, count, args.k_pool, head, k_buffer);

@@ -70,9 +70,9 @@ void many_rows(const QueryBlock& q, const float* packed, const Tile& tile, Float
 void few_rows(const QueryBlock& q, const float* x, const Tile& tile, int64_t count, float* buffer, float* s, State state) {
   const int64_t d = q.d;
   RowTable table;
-  find_rows(table, q.args, tile, count, q.args.k_pool, q.head, buffer);
+  find_whole_rows(table, q.args, tile, count, q.args.k_pool, q.head, buffer);
   scores(table, count, d, x, q.rows(), s);
-  find_rows(table, q.args, tile, count, q.args.v_pool, q.head, buffer);
+  find_whole_rows(table, q.args, tile, count, q.args.v_pool, q.head, buffer);
   fetch_first(table, d);  // they arrive while the softmax runs
   const int64_t padded = round_up(count, W);
   for (int64_t r = 0; r < q.rows(); ++r) {

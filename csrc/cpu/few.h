@@ -9,26 +9,29 @@ namespace diffmas::cpu::DIFFMAS_ISA {
 
 // Query rows that share the registers in one pass over a row of K or V; more rows make more passes, over L1.
 constexpr int kPass = 4;
-// Rows of V fetched ahead where two are read at a time.
+// Rows fetched ahead, only where that pays: two rows of V at a time, and 2-byte rows, whose many instructions per line leave few
+// loads in flight.
 constexpr int64_t kAhead = 8;
+constexpr int64_t kPast = kAhead + 4;  // keys are taken by fours
 
 // The rows of a tile where they lie.
 struct RowTable {
-  const char* row[kFewKeys + kAhead];  // past the count the last row again
+  const char* row[kFewKeys + kPast];  // past the count the last row again
   DType dtype;
 };
 
-// A row that is no whole number of vectors goes through the buffer [kFewKeys, d], padded with zeros.
-static void find_rows(RowTable& table, const AttentionArgs& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head, float* buffer) {
-  const bool whole = args.head_dim % W == 0;
-  table.dtype = whole ? pool.dtype : DType::f32;
-  if (!whole) {
-    const FloatRows padded = tile_rows(args, tile, count, pool, head, buffer);
-    for (int64_t i = 0; i < count; ++i) table.row[i] = reinterpret_cast<const char*>(padded.data + i * padded.stride);
-  } else {
-    for_rows(args, tile, count, [&](int64_t i, int64_t row) { table.row[i] = row_of(pool, row, head); });
-  }
-  for (int64_t i = 0; i < kAhead; ++i) table.row[count + i] = table.row[count - 1];
+static void find_rows(RowTable& table, const AttentionArgs& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head) {
+  table.dtype = pool.dtype;
+  for_rows(args, tile, count, [&](int64_t i, int64_t row) { table.row[i] = row_of(pool, row, head); });
+  for (int64_t i = 0; i < kPast; ++i) table.row[count + i] = table.row[count - 1];
+}
+
+// The same for rows that are read as whole vectors: others go through the buffer [kFewKeys, d], padded with zeros.
+static void find_whole_rows(RowTable& table, const AttentionArgs& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head, float* buffer) {
+  if (args.head_dim % W == 0) return find_rows(table, args, tile, count, pool, head);
+  const FloatRows padded = tile_rows(args, tile, count, pool, head, buffer);
+  table.dtype = DType::f32;
+  for (int64_t i = 0; i < count + kPast; ++i) table.row[i] = reinterpret_cast<const char*>(padded.data + min(i, count - 1) * padded.stride);
 }
 
 // Asks for the first rows of the table.
@@ -56,6 +59,7 @@ DIFFMAS_INLINE void dots(const char* const* k, int64_t d, const float* x, float*
     vf even[R] = {}, odd[R] = {};
     int64_t c = 0;
     for (; c + 2 * W <= d; c += 2 * W) {
+      if constexpr (R == 1 && kType != DType::f32) __builtin_prefetch(k[j + kAhead] + 2 * c);
       const vf k0 = load_as<kType>(k[j], c), k1 = load_as<kType>(k[j], c + W);
       for (int r = 0; r < R; ++r) {
         even[r] += k0 * load(x + r * d + c);
@@ -110,6 +114,8 @@ static void add_one(const RowTable& v, int64_t count, int64_t d, const float* p,
   for (int64_t i = 0; i < count; ++i) {
     const char* row = v.row[i];
     const vf weight = splat(p[i]);
+    if constexpr (kType != DType::f32)
+      for (int64_t b = 0; b < 2 * d; b += 64) __builtin_prefetch(v.row[i + kAhead] + b);
     for (int j = 0; j < N; ++j) sum[j] += weight * load_as<kType>(row, j * W);
     for (int64_t c = N * W; c < d; c += W) store(y + c, load(y + c) + weight * load_as<kType>(row, c));
   }
@@ -180,9 +186,10 @@ static void weighted_sum(const RowTable& v, int64_t count, int64_t d, const floa
   }
 }
 
-// out [n] += sum_r weight[r] x[r, 0:n], x row length d.
-template <int R>
+// out [n] += sum_r weights[r * kFewKeys] x[r, 0:n], x row length d. kN is n where it is known.
+template <int R, int64_t kN = 0>
 DIFFMAS_INLINE void add_scaled(float* out, int64_t n, const float* weights, const float* x, int64_t d) {
+  if (kN) n = kN;
   vf weight[R];
   for (int r = 0; r < R; ++r) weight[r] = splat(weights[r * kFewKeys]);
   int64_t c = 0;
@@ -191,16 +198,19 @@ DIFFMAS_INLINE void add_scaled(float* out, int64_t n, const float* weights, cons
     for (int r = 0; r < R; ++r) sum += weight[r] * load(x + r * d + c);
     store(out + c, sum);
   }
-  for (; c < n; ++c)
-    for (int r = 0; r < R; ++r) out[c] += weights[r * kFewKeys] * x[r * d + c];
+  if constexpr (kN % W != 0 || kN == 0)
+    for (; c < n; ++c)
+      for (int r = 0; r < R; ++r) out[c] += weights[r * kFewKeys] * x[r * d + c];
 }
 
-// The tile's rows of a gradient pool += weights^T . x, weights [rows, kFewKeys], x [rows, d].
-static inline void outer_sum(const AttentionArgs& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head, const float* weights,
-                      const float* x, int64_t rows, int64_t d) {
-  const int64_t n = args.head_dim;
-  for_rows(args, tile, count, [&](int64_t i, int64_t row) {
-    float* out = reinterpret_cast<float*>(row_of(pool, row, head));
+// The tile's rows of a gradient pool [count, n] += weights^T . x: weights [rows, kFewKeys], x [rows, d].
+static inline void outer_sum(const RowTable& pool, int64_t count, int64_t n, const float* weights, const float* x, int64_t rows, int64_t d) {
+  for (int64_t i = 0; i < count; ++i) {
+    float* out = reinterpret_cast<float*>(const_cast<char*>(pool.row[i]));
+    if (rows == 1 && n == 128) {
+      add_scaled<1, 128>(out, n, weights + i, x, d);
+      continue;
+    }
     for_passes(rows, [&](int64_t r, int64_t size) __attribute__((always_inline)) {
       const float* w = weights + r * kFewKeys + i;
       switch (size) {
@@ -210,7 +220,7 @@ static inline void outer_sum(const AttentionArgs& args, const Tile& tile, int64_
         default: return add_scaled<4>(out, n, w, x + r * d, d);
       }
     });
-  });
+  }
 }
 
 }  // namespace diffmas::cpu::DIFFMAS_ISA

@@ -87,12 +87,13 @@ struct AttentionArgs {
   const BackwardUnit* units;
   float* partials;
   int64_t padded_dim;  // row length of partials and scratch rows, a multiple of 16
+  int64_t block_rows;  // of the largest block: room for rows in a partial
 
   // always_inline: no copy compiled for one instruction set may be shared with another (kernels.h).
   __attribute__((always_inline)) int64_t group() const { return q_heads / kv_heads; }
   // Forward: o [rows, D], maximum [rows], sum [rows]. Backward: dq [kv_heads, rows, D].
-  __attribute__((always_inline)) int64_t forward_partial_size() const { return kBlockRows * (padded_dim + 2); }
-  __attribute__((always_inline)) int64_t backward_partial_size() const { return kv_heads * kBlockRows * padded_dim; }
+  __attribute__((always_inline)) int64_t forward_partial_size() const { return block_rows * (padded_dim + 2); }
+  __attribute__((always_inline)) int64_t backward_partial_size() const { return kv_heads * block_rows * padded_dim; }
 };
 
 inline int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }

@@ -103,7 +103,7 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
   Products t{take(scratch, kBlockRows * kTileKeys), take(scratch, kBlockRows * kTileKeys)};
   float* lse = take(scratch, kBlockRows);
   float* delta = take(scratch, kBlockRows);
-  float* dq = args.partials + unit.partial * args.backward_partial_size() + head * kBlockRows * args.padded_dim;
+  float* dq = args.partials + unit.partial * args.backward_partial_size() + head * args.block_rows * args.padded_dim;
 
   q.load_rows(plain, args.q);
   q.load_rows(d_o, args.d_o);
@@ -160,7 +160,7 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
 void attention_backward_reduce_task(const AttentionArgs& args, const MergeTask& task) {
   const QueryBlock q(args, args.blocks[task.block], task.head);
   const int64_t size = args.backward_partial_size();
-  const float* first = args.partials + task.partial * size + task.head * kBlockRows * args.padded_dim;
+  const float* first = args.partials + task.partial * size + task.head * args.block_rows * args.padded_dim;
   for (int64_t r = 0; r < q.rows(); ++r) {
     alignas(64) float total[kMaxHeadDim] = {};
     for (int64_t s = 0; s < task.count; ++s)

@@ -151,8 +151,8 @@ void attention_forward_task(const AttentionArgs& args, const ForwardTask& task, 
   }
   float* partial = args.partials + task.partial * args.forward_partial_size();
   for (int64_t i = 0; i < q.rows() * d; ++i) partial[i] = state.o[i];
-  partial += kBlockRows * args.padded_dim;
-  for (int64_t r = 0; r < q.rows(); ++r) partial[r] = state.max[r], partial[kBlockRows + r] = state.sum[r];
+  partial += args.block_rows * args.padded_dim;
+  for (int64_t r = 0; r < q.rows(); ++r) partial[r] = state.max[r], partial[args.block_rows + r] = state.sum[r];
 }
 
 // Joins the states of a block's splits, in order.
@@ -160,8 +160,8 @@ void attention_merge_task(const AttentionArgs& args, const MergeTask& task) {
   const QueryBlock q(args, args.blocks[task.block], task.head);
   const int64_t d = q.d, size = args.forward_partial_size();
   const float* first = args.partials + task.partial * size;
-  const float* maxima = first + kBlockRows * args.padded_dim;
-  const float* sums = maxima + kBlockRows;
+  const float* maxima = first + args.block_rows * args.padded_dim;
+  const float* sums = maxima + args.block_rows;
   for (int64_t r = 0; r < q.rows(); ++r) {
     float m = -kInf;
     for (int64_t s = 0; s < task.count; ++s) m = maxima[s * size + r] > m ? maxima[s * size + r] : m;

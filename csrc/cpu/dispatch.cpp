@@ -105,6 +105,7 @@ void attention_forward(AttentionArgs args, const Segments& segments, const Threa
   args.rotation_cos = rotations.cos.data();
   args.rotation_sin = rotations.sin.data();
   args.padded_dim = padded_head_dim(args.head_dim);
+  args.block_rows = largest_block(segments, args.group());
   args.tiles = plan.tiles.data();
   args.blocks = plan.blocks.data();
   const std::unique_ptr<float[]> partials(new float[size_t(plan.partials * args.forward_partial_size())]);
@@ -122,6 +123,7 @@ void attention_backward(AttentionArgs args, const Segments& segments, const Thre
   args.rotation_cos = rotations.cos.data();
   args.rotation_sin = rotations.sin.data();
   args.padded_dim = padded_head_dim(args.head_dim);
+  args.block_rows = largest_block(segments, args.group());
   const BackwardPlan plan(segments, rotations, args.group(), args.kv_heads, args.padded_dim);
   args.tiles = plan.tiles.data();
   args.blocks = plan.blocks.data();

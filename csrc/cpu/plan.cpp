@@ -146,6 +146,12 @@ int32_t Rotations::find(int64_t shift) const {
   return int32_t(std::lower_bound(shifts.begin(), shifts.end(), shift) - shifts.begin());
 }
 
+int64_t largest_block(const Segments& s, int64_t group) {
+  int64_t queries = 0;
+  for (int64_t b = 0; b < s.batch; ++b) queries = std::max(queries, s.q_indptr[b + 1] - s.q_indptr[b]);
+  return std::min(kBlockRows, queries * group);
+}
+
 ForwardPlan::ForwardPlan(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads) {
   std::vector<std::pair<int64_t, int64_t>> ranges;  // of each block's tiles
   for (int64_t b = 0; b < s.batch; ++b) {
@@ -182,7 +188,7 @@ ForwardPlan::ForwardPlan(const Segments& s, const Rotations& rotations, int64_t 
 BackwardPlan::BackwardPlan(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim) {
   const std::vector<int64_t> bounds = chunk_bounds(s, kv_heads);
   const int64_t chunks = int64_t(bounds.size()) + 1;
-  const int64_t partial_budget = std::max<int64_t>(1, kPartialBudget / (kv_heads * kBlockRows * padded_dim));
+  const int64_t partial_budget = std::max<int64_t>(1, kPartialBudget / std::max<int64_t>(1, kv_heads * largest_block(s, group) * padded_dim));
   std::vector<std::vector<BackwardUnit>> by_chunk(chunks);
   BackwardPhase phase;
   const auto end_phase = [&] {

@@ -17,6 +17,9 @@ struct Rotations {
   int32_t find(int64_t shift) const;  // -1 for no shift
 };
 
+// Query rows of the largest block.
+int64_t largest_block(const Segments& segments, int64_t group);
+
 struct ForwardPlan {
   std::vector<Tile> tiles;
   std::vector<Block> blocks;

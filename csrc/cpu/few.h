@@ -9,8 +9,8 @@ namespace diffmas::cpu::DIFFMAS_ISA {
 
 // Query rows that share the registers in one pass over a row of K or V; more rows make more passes, over L1.
 constexpr int kPass = 4;
-// Rows fetched ahead, only where that pays: two rows of V at a time, and 2-byte rows, whose many instructions per line leave few
-// loads in flight.
+// Rows fetched ahead, only where that pays: two rows of V at a time, scattered rows, and 2-byte rows, whose many instructions per
+// line leave few loads in flight.
 constexpr int64_t kAhead = 8;
 constexpr int64_t kPast = kAhead + 4;  // keys are taken by fours
 
@@ -18,10 +18,12 @@ constexpr int64_t kPast = kAhead + 4;  // keys are taken by fours
 struct RowTable {
   const char* row[kFewKeys + kPast];  // past the count the last row again
   DType dtype;
+  bool fetch;  // ask for rows ahead
 };
 
 static void find_rows(RowTable& table, const AttentionArgs& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head) {
   table.dtype = pool.dtype;
+  table.fetch = tile.row < 0 || pool.dtype != DType::f32;
   for_rows(args, tile, count, [&](int64_t i, int64_t row) { table.row[i] = row_of(pool, row, head); });
   for (int64_t i = 0; i < kPast; ++i) table.row[count + i] = table.row[count - 1];
 }
@@ -31,15 +33,18 @@ static void find_whole_rows(RowTable& table, const AttentionArgs& args, const Ti
   if (args.head_dim % W == 0) return find_rows(table, args, tile, count, pool, head);
   const FloatRows padded = tile_rows(args, tile, count, pool, head, buffer);
   table.dtype = DType::f32;
+  table.fetch = false;
   for (int64_t i = 0; i < count + kPast; ++i) table.row[i] = reinterpret_cast<const char*>(padded.data + min(i, count - 1) * padded.stride);
 }
 
-// Asks for the first rows of the table.
-DIFFMAS_INLINE void fetch_first(const RowTable& table, int64_t d) {
-  const int64_t bytes = d * element_size(table.dtype);
-  for (int64_t i = 0; i < kAhead; ++i)
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(table.row[i] + b);
+template <int N>
+DIFFMAS_INLINE void fetch(const char* const* row, int64_t bytes) {
+  for (int i = 0; i < N; ++i)
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row[i] + b);
 }
+
+// Asks for the first rows of the table.
+DIFFMAS_INLINE void fetch_first(const RowTable& table, int64_t d) { fetch<kAhead>(table.row, d * element_size(table.dtype)); }
 
 // Calls pass(first row, size) for passes of up to kPass of the rows, as even as they go.
 template <class F>
@@ -59,7 +64,6 @@ DIFFMAS_INLINE void dots(const char* const* k, int64_t d, const float* x, float*
     vf even[R] = {}, odd[R] = {};
     int64_t c = 0;
     for (; c + 2 * W <= d; c += 2 * W) {
-      if constexpr (R == 1 && kType != DType::f32) __builtin_prefetch(k[j + kAhead] + 2 * c);
       const vf k0 = load_as<kType>(k[j], c), k1 = load_as<kType>(k[j], c + W);
       for (int r = 0; r < R; ++r) {
         even[r] += k0 * load(x + r * d + c);
@@ -79,13 +83,18 @@ DIFFMAS_INLINE void dots(const char* const* k, int64_t d, const float* x, float*
 // One query row. kD is the row length where it is known: fewer instructions, so more lines of K on their way from memory.
 template <DType kType, int64_t kD>
 static void score_one(const RowTable& k, int64_t count, int64_t d, const float* x, float* s) {
-  for (int64_t i = 0; i < count; i += 4) dots<kType, 1>(k.row + i, kD ? kD : d, x, s + i);
+  if (kD) d = kD;
+  for (int64_t i = 0; i < count; i += 4) {
+    if (k.fetch) fetch<4>(k.row + i + kAhead, d * element_size(kType));
+    dots<kType, 1>(k.row + i, d, x, s + i);
+  }
 }
 
 template <DType kType>
 static void scores_of(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
   if (rows == 1) return d == 128 ? score_one<kType, 128>(k, count, d, x, s) : score_one<kType, 0>(k, count, d, x, s);
-  for (int64_t i = 0; i < count; i += 4)
+  for (int64_t i = 0; i < count; i += 4) {
+    if (k.fetch) fetch<4>(k.row + i + kAhead, d * element_size(kType));
     for_passes(rows, [&](int64_t r, int64_t size) __attribute__((always_inline)) {
       switch (size) {
         case 1: return dots<kType, 1>(k.row + i, d, x + r * d, s + r * kFewKeys + i);
@@ -94,6 +103,7 @@ static void scores_of(const RowTable& k, int64_t count, int64_t d, const float* 
         default: return dots<kType, 4>(k.row + i, d, x + r * d, s + r * kFewKeys + i);
       }
     });
+  }
 }
 
 // s [rows, kFewKeys] = x [rows, d] . k [count, d]; writes s up to the next multiple of 4 keys.
@@ -114,8 +124,7 @@ static void add_one(const RowTable& v, int64_t count, int64_t d, const float* p,
   for (int64_t i = 0; i < count; ++i) {
     const char* row = v.row[i];
     const vf weight = splat(p[i]);
-    if constexpr (kType != DType::f32)
-      for (int64_t b = 0; b < 2 * d; b += 64) __builtin_prefetch(v.row[i + kAhead] + b);
+    if (v.fetch) fetch<1>(v.row + i + kAhead, d * element_size(kType));
     for (int j = 0; j < N; ++j) sum[j] += weight * load_as<kType>(row, j * W);
     for (int64_t c = N * W; c < d; c += W) store(y + c, load(y + c) + weight * load_as<kType>(row, c));
   }

@@ -80,19 +80,10 @@ DIFFMAS_INLINE void dots(const char* const* k, int64_t d, const float* x, float*
     *reinterpret_cast<f4_any*>(s + r * kFewKeys) = sums(products[r][0], products[r][1], products[r][2], products[r][3]);
 }
 
-// One query row. kD is the row length where it is known: fewer instructions, so more lines of K on their way from memory.
+// kD is the row length where it is known: fewer instructions, so more lines of K on their way from memory.
 template <DType kType, int64_t kD>
-static void score_one(const RowTable& k, int64_t count, int64_t d, const float* x, float* s) {
-  if (kD) d = kD;
-  for (int64_t i = 0; i < count; i += 4) {
-    if (k.fetch) fetch<4>(k.row + i + kAhead, d * element_size(kType));
-    dots<kType, 1>(k.row + i, d, x, s + i);
-  }
-}
-
-template <DType kType>
 static void scores_of(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
-  if (rows == 1) return d == 128 ? score_one<kType, 128>(k, count, d, x, s) : score_one<kType, 0>(k, count, d, x, s);
+  if (kD) d = kD;
   for (int64_t i = 0; i < count; i += 4) {
     if (k.fetch) fetch<4>(k.row + i + kAhead, d * element_size(kType));
     for_passes(rows, [&](int64_t r, int64_t size) __attribute__((always_inline)) {
@@ -106,12 +97,18 @@ static void scores_of(const RowTable& k, int64_t count, int64_t d, const float* 
   }
 }
 
+template <DType kType>
+static void scores_as(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
+  if (d == 128) return scores_of<kType, 128>(k, count, d, x, rows, s);
+  scores_of<kType, 0>(k, count, d, x, rows, s);
+}
+
 // s [rows, kFewKeys] = x [rows, d] . k [count, d]; writes s up to the next multiple of 4 keys.
 static void scores(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
   switch (k.dtype) {
-    case DType::f32: return scores_of<DType::f32>(k, count, d, x, rows, s);
-    case DType::bf16: return scores_of<DType::bf16>(k, count, d, x, rows, s);
-    case DType::f16: return scores_of<DType::f16>(k, count, d, x, rows, s);
+    case DType::f32: return scores_as<DType::f32>(k, count, d, x, rows, s);
+    case DType::bf16: return scores_as<DType::bf16>(k, count, d, x, rows, s);
+    case DType::f16: return scores_as<DType::f16>(k, count, d, x, rows, s);
   }
 }
 

@@ -100,6 +100,7 @@ static void scores_of(const RowTable& k, int64_t count, int64_t d, const float* 
 template <DType kType>
 static void scores_as(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
   if (d == 128) return scores_of<kType, 128>(k, count, d, x, rows, s);
+  if (d == 64) return scores_of<kType, 64>(k, count, d, x, rows, s);
   scores_of<kType, 0>(k, count, d, x, rows, s);
 }
 

@@ -8,6 +8,10 @@ namespace diffmas::cpu {
 // 96 is a multiple of every instruction set's panel (12, 24, 48 lanes).
 inline constexpr int64_t kBlockRows = 96;
 inline constexpr int64_t kTileKeys = 64;
+// A sequence of up to this many query rows takes the forms of few.h, which like longer tiles: every change between K and V stops
+// the stream from memory.
+inline constexpr int64_t kFewRows = 12;
+inline constexpr int64_t kFewKeys = 256;
 
 struct Segments {
   int64_t batch;
@@ -22,7 +26,7 @@ struct Segments {
   const int64_t* newest;  // [B] or null; backward: only the last newest[b] tokens of view b get dK and dV
 };
 
-// Up to kTileKeys consecutive tokens of one view, all read at the same shift.
+// Up to kTileKeys (kFewKeys in a sequence of few query rows) consecutive tokens of one view, all read at the same shift.
 struct Tile {
   int64_t view;      // index of its first token in the view
   int64_t row;       // first pool row when the rows are consecutive, else -1: gather from (segment, offset) on
@@ -85,22 +89,24 @@ struct AttentionArgs {
   const BackwardUnit* units;
   float* partials;
   int64_t padded_dim;  // row length of partials and scratch rows, a multiple of 16
+  int64_t block_rows;  // of the largest block: room for rows in a partial
 
   // always_inline: no copy compiled for one instruction set may be shared with another (kernels.h).
   __attribute__((always_inline)) int64_t group() const { return q_heads / kv_heads; }
   // Forward: o [rows, D], maximum [rows], sum [rows]. Backward: dq [kv_heads, rows, D].
-  __attribute__((always_inline)) int64_t forward_partial_size() const { return kBlockRows * (padded_dim + 2); }
-  __attribute__((always_inline)) int64_t backward_partial_size() const { return kv_heads * kBlockRows * padded_dim; }
+  __attribute__((always_inline)) int64_t forward_partial_size() const { return block_rows * (padded_dim + 2); }
+  __attribute__((always_inline)) int64_t backward_partial_size() const { return kv_heads * block_rows * padded_dim; }
 };
 
 inline int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-// Floats of scratch a thread needs for one task.
+// Floats of scratch a thread needs for one task: the K and V buffers of many rows take no more than the one of a few.
+static_assert(2 * kTileKeys <= kFewKeys && kFewRows * kFewKeys <= kBlockRows * kTileKeys);
 inline int64_t forward_scratch_size(int64_t d) {
-  return 4 * kBlockRows * d + 2 * kTileKeys * d + kBlockRows * kTileKeys + 8 * kBlockRows;
+  return 4 * kBlockRows * d + kFewKeys * d + kBlockRows * kTileKeys + 8 * kBlockRows;
 }
 inline int64_t backward_scratch_size(int64_t d) {
-  return 7 * kBlockRows * d + 4 * kTileKeys * d + 2 * kBlockRows * kTileKeys + 8 * kBlockRows;
+  return 7 * kBlockRows * d + 2 * kFewKeys * d + 2 * kBlockRows * kTileKeys + 8 * kBlockRows;
 }
 
 void attention_forward(AttentionArgs args, const Segments& segments, const Threads& threads);

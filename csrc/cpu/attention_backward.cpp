@@ -1,5 +1,6 @@
 // cross_attention backward: one query block against the tiles of one chunk of the pool. The caller gives each (chunk, kv head) to
 // one thread, which therefore owns these rows of dK and dV; dq is left as one partial per chunk and summed in order.
+#include "few.h"
 #include "kernels.h"
 #include "tile.h"
 
@@ -16,7 +17,7 @@ struct Queries {
 };
 
 struct Products {
-  float* p;   // probabilities, then ds in dp's place: [panels, kTileKeys, kPanel] or, for few rows, [rows, kTileKeys]
+  float* p;   // probabilities, then ds in dp's place: [panels, kTileKeys, kPanel] or, for few rows, [rows, kFewKeys]
   float* dp;
 };
 
@@ -42,33 +43,41 @@ void many_rows(const QueryBlock& q, const Queries& in, const Tile& tile, FloatRo
     }
 }
 
-void few_rows(const QueryBlock& q, const Queries& in, const Tile& tile, FloatRows k, FloatRows v, int64_t count, Products t) {
-  scores(q.rows(), count, q.d, k.data, k.stride, in.x, q.d, t.p, kTileKeys);
-  scores(q.rows(), count, q.d, v.data, v.stride, in.d_o, q.d, t.dp, kTileKeys);
-  for (int64_t r = 0; r < q.rows(); ++r) {
-    float* p = t.p + r * kTileKeys;
-    float* dp = t.dp + r * kTileKeys;
+void few_rows(const QueryBlock& q, const Queries& in, const Tile& tile, int64_t count, float* dq, float* k_buffer, float* v_buffer, Products t) {
+  const AttentionArgs& args = q.args;
+  const int64_t rows = q.rows(), d = q.d;
+  RowTable k, v, dk, dv;
+  find_whole_rows(k, args, tile, count, args.k_pool, q.head, k_buffer);
+  find_whole_rows(v, args, tile, count, args.v_pool, q.head, v_buffer);
+  scores(v, count, d, in.d_o, rows, t.dp);
+  scores(k, count, d, in.x, rows, t.p);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* p = t.p + r * kFewKeys;
+    float* dp = t.dp + r * kFewKeys;
     for (int64_t i = 0; i < count; i += W) {
-      const vf w = exp(load(p + i) * q.args.scale - in.lse[r]);
+      const vf w = exp(load(p + i) * args.scale - in.lse[r]);
       store(p + i, w);
-      store(dp + i, w * (load(dp + i) - in.delta[r]) * q.args.scale);
+      store(dp + i, w * (load(dp + i) - in.delta[r]) * args.scale);
     }
-    for (int64_t i = max(0, min(count, q.limit(r) - tile.view + 1)); i < count; ++i) p[i] = dp[i] = 0;
+    for (int64_t i = max(0, q.limit(r) - tile.view + 1); i < count; ++i) p[i] = dp[i] = 0;
   }
+  if (dq) weighted_sum(k, count, d, t.dp, dq, rows);
+  if (!tile.learns) return;
+  find_rows(dk, args, tile, count, args.dk_pool, q.head);
+  find_rows(dv, args, tile, count, args.dv_pool, q.head);
+  outer_sum(dv, count, args.head_dim, t.p, in.d_o, rows, d);
+  outer_sum(dk, count, args.head_dim, t.dp, in.x, rows, d);
 }
 
 // pool rows of the tile += weights . x
-void add_to_pool(const QueryBlock& q, const Tile& tile, int64_t count, const Rows& pool, const float* weights, const float* x, bool few, float* buffer) {
+void add_to_pool(const QueryBlock& q, const Tile& tile, int64_t count, const Rows& pool, const float* weights, const float* x, float* buffer) {
   const AttentionArgs& args = q.args;
   const bool direct = in_place(args, tile, pool);
   float* out = direct ? reinterpret_cast<float*>(row_of(pool, tile.row, q.head)) : buffer;
   const int64_t ldo = direct ? pool.stride_row : q.d;
   if (!direct)
     for (int64_t i = 0; i < count * q.d; ++i) buffer[i] = 0;
-  if (few)
-    outer_sum(q.rows(), count, q.d, weights, kTileKeys, x, q.d, out, ldo);
-  else
-    q.add_outer(out, ldo, weights, x, count);
+  q.add_outer(out, ldo, weights, x, count);
   if (direct) return;
   for_rows(args, tile, count, [&](int64_t i, int64_t row) {
     float* dst = reinterpret_cast<float*>(row_of(pool, row, q.head));
@@ -89,14 +98,14 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
   float* d_o_packed = take(scratch, kBlockRows * d);
   float* dq_turned = take(scratch, kBlockRows * d);  // dq at the current shift
   float* spare = take(scratch, kBlockRows * d);
-  float* k_buffer = take(scratch, kTileKeys * d);
-  float* v_buffer = take(scratch, kTileKeys * d);
-  float* grad_buffer = take(scratch, kTileKeys * d);
+  float* k_buffer = take(scratch, 2 * kFewKeys * d);  // a few rows: K and V [kFewKeys, d] each
+  float* v_buffer = k_buffer + kTileKeys * d;
+  float* grad_buffer = v_buffer + kTileKeys * d;
   Products t{take(scratch, kBlockRows * kTileKeys), take(scratch, kBlockRows * kTileKeys)};
   float* lse = take(scratch, kBlockRows);
   float* delta = take(scratch, kBlockRows);
   const bool want_dq = unit.partial >= 0;
-  float* dq = want_dq ? args.partials + unit.partial * args.backward_partial_size() + head * kBlockRows * args.padded_dim : nullptr;
+  float* dq = want_dq ? args.partials + unit.partial * args.backward_partial_size() + head * args.block_rows * args.padded_dim : nullptr;
 
   q.load_rows(plain, args.q);
   q.load_rows(d_o, args.d_o);
@@ -130,24 +139,23 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
       in.x = plain, dq_now = dq;
       if (rotation >= 0) {
         q.rotate(turned, plain, rotation, false);
-        in.x = turned, dq_now = dq_turned;
-        for (int64_t j = 0; want_dq && j < q.rows() * d; ++j) dq_turned[j] = 0;
+        in.x = turned, dq_now = want_dq ? dq_turned : nullptr;
+        for (int64_t j = 0; j < q.rows() * d; ++j) dq_turned[j] = 0;
       }
       if (!few) q.pack(x_packed, in.x);
     }
     const int64_t count = q.visible(tile);
+    if (few) {
+      few_rows(q, in, tile, count, dq_now, k_buffer, k_buffer + kFewKeys * d, t);
+      continue;
+    }
     const FloatRows k = tile_rows(args, tile, count, args.k_pool, head, k_buffer);
     const FloatRows v = tile_rows(args, tile, count, args.v_pool, head, v_buffer);
-    if (few) {
-      few_rows(q, in, tile, k, v, count, t);
-      if (want_dq) weighted_sum(q.rows(), count, d, k.data, k.stride, t.dp, kTileKeys, dq_now, d);
-    } else {
-      many_rows(q, in, tile, k, v, count, t);
-      if (want_dq) q.add_weighted(dq_now, t.dp, k.data, k.stride, count);
-    }
+    many_rows(q, in, tile, k, v, count, t);
+    if (want_dq) q.add_weighted(dq_now, t.dp, k.data, k.stride, count);
     if (!tile.learns) continue;
-    add_to_pool(q, tile, count, args.dv_pool, t.p, d_o, few, grad_buffer);
-    add_to_pool(q, tile, count, args.dk_pool, t.dp, in.x, few, grad_buffer);
+    add_to_pool(q, tile, count, args.dv_pool, t.p, d_o, grad_buffer);
+    add_to_pool(q, tile, count, args.dk_pool, t.dp, in.x, grad_buffer);
   }
   leave_shift();
 }
@@ -155,7 +163,7 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
 void attention_backward_reduce_task(const AttentionArgs& args, const MergeTask& task) {
   const QueryBlock q(args, args.blocks[task.block], task.head);
   const int64_t size = args.backward_partial_size();
-  const float* first = args.partials + task.partial * size + task.head * kBlockRows * args.padded_dim;
+  const float* first = args.partials + task.partial * size + task.head * args.block_rows * args.padded_dim;
   for (int64_t r = 0; r < q.rows(); ++r) {
     alignas(64) float total[kMaxHeadDim] = {};
     for (int64_t s = 0; s < task.count; ++s)

@@ -1,4 +1,5 @@
 // cross_attention forward: online softmax of one query block over its tiles (FlashAttention), segments instead of a copy.
+#include "few.h"
 #include "kernels.h"
 #include "tile.h"
 
@@ -66,12 +67,16 @@ void many_rows(const QueryBlock& q, const float* packed, const Tile& tile, Float
   q.add_weighted(state.o, s, v.data, v.stride, count);
 }
 
-void few_rows(const QueryBlock& q, const float* x, const Tile& tile, FloatRows k, FloatRows v, int64_t count, float* s, State state) {
+void few_rows(const QueryBlock& q, const float* x, const Tile& tile, int64_t count, float* buffer, float* s, State state) {
   const int64_t d = q.d;
-  scores(q.rows(), count, d, k.data, k.stride, x, d, s, kTileKeys);
+  RowTable table;
+  find_whole_rows(table, q.args, tile, count, q.args.k_pool, q.head, buffer);
+  scores(table, count, d, x, q.rows(), s);
+  find_whole_rows(table, q.args, tile, count, q.args.v_pool, q.head, buffer);
+  fetch_first(table, d);  // they arrive while the softmax runs
   const int64_t padded = round_up(count, W);
   for (int64_t r = 0; r < q.rows(); ++r) {
-    float* sr = s + r * kTileKeys;
+    float* sr = s + r * kFewKeys;
     for (int64_t i = max(0, min(count, q.limit(r) - tile.view + 1)); i < padded; ++i) sr[i] = -kInf;
     vf mv = splat(state.max[r]);
     for (int64_t i = 0; i < padded; i += W) {
@@ -91,7 +96,7 @@ void few_rows(const QueryBlock& q, const float* x, const Tile& tile, FloatRows k
     state.sum[r] = state.sum[r] * alpha + sum(total);
     rescale(state.o + r * d, alpha, d);
   }
-  weighted_sum(q.rows(), count, d, v.data, v.stride, s, kTileKeys, state.o, d);
+  weighted_sum(table, count, d, s, state.o, q.rows());
 }
 
 // o = state.o / sum, lse = max + log(sum). Nothing seen: o = 0, lse = -inf.
@@ -112,8 +117,8 @@ void attention_forward_task(const AttentionArgs& args, const ForwardTask& task, 
   float* plain = take(scratch, kBlockRows * d);    // queries as given
   float* turned = take(scratch, kBlockRows * d);   // and at the current shift
   float* packed = take(scratch, kBlockRows * d);
-  float* k_buffer = take(scratch, kTileKeys * d);
-  float* v_buffer = take(scratch, kTileKeys * d);
+  float* k_buffer = take(scratch, kFewKeys * d);  // [kFewKeys, d] for a few rows, or half of it for K and for V
+  float* v_buffer = k_buffer + kTileKeys * d;
   float* s = take(scratch, kBlockRows * kTileKeys);
   State state{take(scratch, kBlockRows * d), take(scratch, kBlockRows), take(scratch, kBlockRows)};
   for (int64_t i = 0; i < q.rows() * d; ++i) state.o[i] = 0;
@@ -131,12 +136,13 @@ void attention_forward_task(const AttentionArgs& args, const ForwardTask& task, 
       if (!few) q.pack(packed, x);
     }
     const int64_t count = q.visible(tile);
+    if (few) {
+      few_rows(q, x, tile, count, k_buffer, s, state);
+      continue;
+    }
     const FloatRows k = tile_rows(args, tile, count, args.k_pool, task.head, k_buffer);
     const FloatRows v = tile_rows(args, tile, count, args.v_pool, task.head, v_buffer);
-    if (few)
-      few_rows(q, x, tile, k, v, count, s, state);
-    else
-      many_rows(q, packed, tile, k, v, count, s, state);
+    many_rows(q, packed, tile, k, v, count, s, state);
   }
 
   if (task.partial < 0) {
@@ -145,8 +151,8 @@ void attention_forward_task(const AttentionArgs& args, const ForwardTask& task, 
   }
   float* partial = args.partials + task.partial * args.forward_partial_size();
   for (int64_t i = 0; i < q.rows() * d; ++i) partial[i] = state.o[i];
-  partial += kBlockRows * args.padded_dim;
-  for (int64_t r = 0; r < q.rows(); ++r) partial[r] = state.max[r], partial[kBlockRows + r] = state.sum[r];
+  partial += args.block_rows * args.padded_dim;
+  for (int64_t r = 0; r < q.rows(); ++r) partial[r] = state.max[r], partial[args.block_rows + r] = state.sum[r];
 }
 
 // Joins the states of a block's splits, in order.
@@ -154,8 +160,8 @@ void attention_merge_task(const AttentionArgs& args, const MergeTask& task) {
   const QueryBlock q(args, args.blocks[task.block], task.head);
   const int64_t d = q.d, size = args.forward_partial_size();
   const float* first = args.partials + task.partial * size;
-  const float* maxima = first + kBlockRows * args.padded_dim;
-  const float* sums = maxima + kBlockRows;
+  const float* maxima = first + args.block_rows * args.padded_dim;
+  const float* sums = maxima + args.block_rows;
   for (int64_t r = 0; r < q.rows(); ++r) {
     float m = -kInf;
     for (int64_t s = 0; s < task.count; ++s) m = maxima[s * size + r] > m ? maxima[s * size + r] : m;

@@ -154,14 +154,13 @@ void attention_forward(AttentionArgs args, const Segments& segments, const Threa
   args.rotation_cos = rotations.cos.data();
   args.rotation_sin = rotations.sin.data();
   args.padded_dim = padded_head_dim(args.head_dim);
+  args.block_rows = largest_block(segments, args.group());
   args.tiles = plan.tiles.data();
   args.blocks = plan.blocks.data();
   const std::unique_ptr<float[]> partials(new float[size_t(plan.partials * args.forward_partial_size())]);
   args.partials = partials.get();
 
-  int64_t work = 0;
-  for (const ForwardTask& task : plan.tasks) work += (task.tile_end - task.tile_begin) * kTileKeys * plan.blocks[task.block].rows * args.head_dim;
-  const Threads used = work < kSerialWork ? Threads{1, nullptr} : threads;
+  const Threads used = plan.pairs * args.head_dim < kSerialWork ? Threads{1, nullptr} : threads;
   run(used, int64_t(plan.tasks.size()), [&](int64_t i) {
     kernels().attention_forward(args, plan.tasks[i], scratch(forward_scratch_size(args.padded_dim)));
   });
@@ -173,6 +172,7 @@ void attention_backward(AttentionArgs args, const Segments& segments, const Thre
   args.rotation_cos = rotations.cos.data();
   args.rotation_sin = rotations.sin.data();
   args.padded_dim = padded_head_dim(args.head_dim);
+  args.block_rows = largest_block(segments, args.group());
   const BackwardPlan plan(segments, rotations, args.group(), args.kv_heads, args.padded_dim, args.dq.data != nullptr);
   args.tiles = plan.tiles.data();
   args.blocks = plan.blocks.data();

@@ -55,13 +55,13 @@ std::vector<Piece> pieces_of(const Segments& s, const Rotations& rotations, int6
 }
 
 // Tiles of pieces in view order. A tile never mixes shifts, chunks, or rows that learn with others. Returns each tile's chunk.
-std::vector<int32_t> append_tiles(const std::vector<Piece>& pieces, std::vector<Tile>& tiles) {
+std::vector<int32_t> append_tiles(const std::vector<Piece>& pieces, int64_t tile_keys, std::vector<Tile>& tiles) {
   std::vector<int32_t> chunks;
   for (size_t p = 0; p < pieces.size();) {
     const Piece& first = pieces[p];
     int64_t done = 0;  // of pieces[p]
     while (first.length - done >= kLeastRun) {
-      const int64_t count = std::min(kTileKeys, first.length - done);
+      const int64_t count = std::min(tile_keys, first.length - done);
       tiles.push_back({first.view + done, first.row + done, first.offset + done, first.segment, int32_t(count), first.rotation, first.learns});
       chunks.push_back(first.chunk);
       done += count;
@@ -75,13 +75,18 @@ std::vector<int32_t> append_tiles(const std::vector<Piece>& pieces, std::vector<
     chunks.push_back(first.chunk);
     for (++p; p < pieces.size(); ++p) {
       const Piece& next = pieces[p];
-      if (next.length >= kLeastRun || tile.count + next.length > kTileKeys || !first.joins(next)) break;
+      if (next.length >= kLeastRun || tile.count + next.length > tile_keys || !first.joins(next)) break;
       if (next.row != tile.row + tile.count) tile.row = -1;
       tile.count += int32_t(next.length);
     }
     tiles.push_back(tile);
   }
   return chunks;
+}
+
+// Keys in a tile of sequence b.
+int64_t tile_keys(const Segments& s, int64_t b, int64_t group) {
+  return (s.q_indptr[b + 1] - s.q_indptr[b]) * group <= kFewRows ? kFewKeys : kTileKeys;
 }
 
 // Query blocks of sequence b.
@@ -148,13 +153,19 @@ int32_t Rotations::find(int64_t shift) const {
   return int32_t(std::lower_bound(shifts.begin(), shifts.end(), shift) - shifts.begin());
 }
 
+int64_t largest_block(const Segments& s, int64_t group) {
+  int64_t queries = 0;
+  for (int64_t b = 0; b < s.batch; ++b) queries = std::max(queries, s.q_indptr[b + 1] - s.q_indptr[b]);
+  return std::min(kBlockRows, queries * group);
+}
+
 ForwardPlan::ForwardPlan(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads) {
   std::vector<std::pair<int64_t, int64_t>> ranges;  // of each block's tiles
   for (int64_t b = 0; b < s.batch; ++b) {
     const int64_t begin = int64_t(tiles.size()), block = int64_t(blocks.size());
     append_blocks(s, b, group, blocks);
     if (block == int64_t(blocks.size())) continue;
-    append_tiles(pieces_of(s, rotations, b, {}), tiles);
+    append_tiles(pieces_of(s, rotations, b, {}), tile_keys(s, b, group), tiles);
     for (size_t i = block; i < blocks.size(); ++i) ranges.push_back({begin, visible_end(blocks[i], group, tiles, begin, int64_t(tiles.size()))});
   }
   const int64_t whole = int64_t(blocks.size()) * kv_heads;
@@ -167,7 +178,9 @@ ForwardPlan::ForwardPlan(const Segments& s, const Rotations& rotations, int64_t 
   for (int64_t i : order) {
     const auto [begin, end] = ranges[i];
     const int64_t count = end - begin;
-    const int64_t splits = std::max<int64_t>(1, std::min(ceil_div(kWantedTasks, whole), count * kTileKeys / kLeastKeys));
+    const int64_t keys = count ? tiles[end - 1].view + tiles[end - 1].count - tiles[begin].view : 0;
+    pairs += kv_heads * blocks[i].rows * keys;
+    const int64_t splits = std::max<int64_t>(1, std::min({ceil_div(kWantedTasks, whole), keys / kLeastKeys, count}));
     for (int64_t head = 0; head < kv_heads; ++head) {
       if (splits == 1) {
         tasks.push_back({i, head, begin, end, -1});
@@ -182,7 +195,7 @@ ForwardPlan::ForwardPlan(const Segments& s, const Rotations& rotations, int64_t 
 BackwardPlan::BackwardPlan(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim, bool want_dq) {
   const std::vector<int64_t> bounds = chunk_bounds(s, kv_heads);
   const int64_t chunks = int64_t(bounds.size()) + 1;
-  const int64_t partial_budget = std::max<int64_t>(1, kPartialBudget / (kv_heads * kBlockRows * padded_dim));
+  const int64_t partial_budget = std::max<int64_t>(1, kPartialBudget / std::max<int64_t>(1, kv_heads * largest_block(s, group) * padded_dim));
   std::vector<std::vector<BackwardUnit>> by_chunk(chunks);
   BackwardPhase phase;
   const auto end_phase = [&] {
@@ -202,7 +215,7 @@ BackwardPlan::BackwardPlan(const Segments& s, const Rotations& rotations, int64_
     if (block == blocks.size()) continue;
     // Runs of tiles by chunk; a chunk's tiles stay in view order.
     std::vector<Tile> unordered;
-    const std::vector<int32_t> chunk_of = append_tiles(pieces_of(s, rotations, b, bounds), unordered);
+    const std::vector<int32_t> chunk_of = append_tiles(pieces_of(s, rotations, b, bounds), tile_keys(s, b, group), unordered);
     std::vector<int64_t> order(unordered.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = int64_t(i);
     std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return chunk_of[x] < chunk_of[y]; });

@@ -17,12 +17,16 @@ struct Rotations {
   int32_t find(int64_t shift) const;  // -1 for no shift
 };
 
+// Query rows of the largest block.
+int64_t largest_block(const Segments& segments, int64_t group);
+
 struct ForwardPlan {
   std::vector<Tile> tiles;
   std::vector<Block> blocks;
   std::vector<ForwardTask> tasks;
   std::vector<MergeTask> merges;
   int64_t partials = 0;
+  int64_t pairs = 0;  // of a query row and a key, at most
 
   ForwardPlan(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads);
 };

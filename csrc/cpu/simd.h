@@ -132,14 +132,28 @@ DIFFMAS_INLINE uint16_t float_to_bfloat(float f) {
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-DIFFMAS_INLINE void load_halves(float* dst, const uint16_t* src) {
+DIFFMAS_INLINE vf load_bfloats(const uint16_t* p) {
+  return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu) << 16);
+}
+
+DIFFMAS_INLINE vf load_halves(const uint16_t* p) {
 #if defined(__AVX512F__)
-  _mm512_storeu_ps(dst, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))));
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
-  _mm256_storeu_ps(dst, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src))));
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  for (int i = 0; i < W; ++i) dst[i] = half_to_float(src[i]);
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = half_to_float(p[i]);
+  return x;
 #endif
+}
+
+// W elements of a row stored as kType, from element c on.
+template <DType kType>
+DIFFMAS_INLINE vf load_as(const void* row, int64_t c) {
+  if constexpr (kType == DType::f32) return load(static_cast<const float*>(row) + c);
+  if constexpr (kType == DType::bf16) return load_bfloats(static_cast<const uint16_t*>(row) + c);
+  if constexpr (kType == DType::f16) return load_halves(static_cast<const uint16_t*>(row) + c);
 }
 
 DIFFMAS_INLINE void store_halves(uint16_t* dst, const float* src) {
@@ -161,12 +175,11 @@ static void load_row(float* dst, const void* src, DType dtype, int64_t d) {
     for (; i < d; ++i) dst[i] = s[i];
   } else if (dtype == DType::bf16) {
     const uint16_t* s = static_cast<const uint16_t*>(src);
-    for (; i + W <= d; i += W)
-      store(dst + i, (vf)(__builtin_convertvector(*reinterpret_cast<const vh_any*>(s + i), vu) << 16));
+    for (; i + W <= d; i += W) store(dst + i, load_bfloats(s + i));
     for (; i < d; ++i) dst[i] = bfloat_to_float(s[i]);
   } else {
     const uint16_t* s = static_cast<const uint16_t*>(src);
-    for (; i + W <= d; i += W) load_halves(dst + i, s + i);
+    for (; i + W <= d; i += W) store(dst + i, load_halves(s + i));
     for (; i < d; ++i) dst[i] = half_to_float(s[i]);
   }
 }

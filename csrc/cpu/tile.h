@@ -9,9 +9,6 @@ namespace diffmas::cpu::DIFFMAS_ISA {
 // softmax runs down the keys without crossing lanes.
 constexpr int kPanel = 3 * W;
 static_assert(kBlockRows % kPanel == 0, "a block is a whole number of panels");
-// Up to this many query rows, dot products along D instead (one row would leave most lanes of a panel idle).
-constexpr int64_t kFewRows = 6;
-
 DIFFMAS_INLINE float* take(float*& scratch, int64_t size) {
   float* p = scratch;
   scratch += size;
@@ -129,8 +126,18 @@ DIFFMAS_INLINE bool in_place(const AttentionArgs& args, const Tile& tile, const 
   return tile.row >= 0 && pool.dtype == DType::f32 && args.head_dim % W == 0;
 }
 
+// Reads one word of every line. The products then read many rows at a time, which memory serves at half the speed.
+static void read_in_order(FloatRows rows, int64_t count, int64_t d) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < d; c += 16) (void)*const_cast<const volatile float*>(rows.data + i * rows.stride + c);
+}
+
 static FloatRows tile_rows(const AttentionArgs& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head, float* buffer) {
-  if (in_place(args, tile, pool)) return {reinterpret_cast<float*>(row_of(pool, tile.row, head)), pool.stride_row};
+  if (in_place(args, tile, pool)) {
+    const FloatRows rows{reinterpret_cast<float*>(row_of(pool, tile.row, head)), pool.stride_row};
+    read_in_order(rows, count, args.head_dim);
+    return rows;
+  }
   const int64_t d = round_up(args.head_dim, W);
   for_rows(args, tile, count, [&](int64_t i, int64_t row) {
     load_row(buffer + i * d, row_of(pool, row, head), pool.dtype, args.head_dim);

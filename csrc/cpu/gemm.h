@@ -15,7 +15,7 @@ enum class Into { set, add, scaled_add };
 
 // C[MR, NV*W] = A[MR, depth] B[depth, NV*W], plus C, or plus C with its columns times alpha[NV*W]. Held in MR*NV registers.
 template <int MR, int NV, Into kInto>
-static void micro(int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha) {
+DIFFMAS_INLINE void micro(int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha) {
   vf acc[MR][NV];
   for (int j = 0; j < NV; ++j) {
     const vf factor = kInto == Into::scaled_add ? load(alpha + j * W) : vf{};
@@ -41,7 +41,7 @@ static void micro(int64_t depth, Left a, const float* b, int64_t ldb, float* c, 
 constexpr int block_rows(int nv) { return W == 16 ? (nv == 4 ? 6 : 8) : (nv == 3 ? 4 : nv == 2 ? 6 : 8); }
 
 template <int MR, int NV, Into kInto>
-static void micro_rest(int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha) {
+DIFFMAS_INLINE void micro_rest(int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha) {
   if (m == MR) return micro<MR, NV, kInto>(depth, a, b, ldb, c, ldc, alpha);
   if constexpr (MR > 1) micro_rest<MR - 1, NV, kInto>(m, depth, a, b, ldb, c, ldc, alpha);
 }

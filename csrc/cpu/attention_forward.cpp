@@ -151,11 +151,12 @@ void many_rows_task(const QueryBlock& q, const ForwardTask& task, float* scratch
     const int64_t count = q.visible(tile);
     const FloatRows k = tile_rows(args, tile, count, args.k_pool, task.head, k_buffer);
     const FloatRows v = tile_rows(args, tile, count, args.v_pool, task.head, v_buffer);
+    Ahead ahead = t + 1 < task.tile_end ? ahead_of(args, args.tiles[t + 1], task.head, q.panels()) : Ahead{};
     for (int64_t p = 0; p < q.panels(); ++p) {
       const int64_t seen = q.panel_visible(tile, p);
       if (seen == 0) continue;
       alignas(64) float alpha[kPanel];
-      q.panel_product<Into::set>(p, seen, d, {k.data, k.stride, 1}, packed + p * d * kPanel, kPanel, s, kPanel);
+      q.panel_product<Into::set>(p, seen, d, {k.data, k.stride, 1}, packed + p * d * kPanel, kPanel, s, kPanel, nullptr, &ahead);
       q.mask(tile, p, s, kPanel, seen);
       softmax(q.panel_vectors(p), s, seen, state.max + p * kPanel, state.sum + p * kPanel, alpha);
       q.panel_product<Into::scaled_add>(p, d, seen, {v.data, 1, v.stride}, s, kPanel, state.o + p * d * kPanel, kPanel, alpha);

@@ -11,6 +11,22 @@ struct Left {
   int64_t stride_i, stride_k;
 };
 
+// Rows of K and V that are needed next: asked for from memory a few at a time, so that they arrive while products run. (The
+// hardware fetches ahead within a page, and V is read by columns.)
+struct Ahead {
+  const char* k;
+  const char* v;
+  int64_t k_stride, v_stride, row_bytes;
+  int64_t rows;       // left to ask for
+  int64_t per_eight;  // rows to ask for per 8 rows of a product
+  int64_t due;
+
+  void step(int64_t product_rows) {
+    for (due += product_rows * per_eight; due >= 8 && rows > 0; due -= 8, --rows, k += k_stride, v += v_stride)
+      for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(k + i, 0, 2), __builtin_prefetch(v + i, 0, 2);
+  }
+};
+
 enum class Into { set, add, scaled_add };
 
 // C[MR, NV*W] = A[MR, depth] B[depth, NV*W], plus C, or plus C with its columns times alpha[NV*W]. Held in MR*NV registers.
@@ -48,9 +64,12 @@ DIFFMAS_INLINE void micro_rest(int64_t m, int64_t depth, Left a, const float* b,
 
 // One strip of NV vectors, m rows.
 template <int NV, Into kInto>
-static void strip(int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha = nullptr) {
+static void strip(int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha = nullptr, Ahead* ahead = nullptr) {
   constexpr int MR = block_rows(NV);
-  for (; m >= MR; m -= MR, a.data += MR * a.stride_i, c += MR * ldc) micro<MR, NV, kInto>(depth, a, b, ldb, c, ldc, alpha);
+  for (; m >= MR; m -= MR, a.data += MR * a.stride_i, c += MR * ldc) {
+    if (ahead) ahead->step(MR);
+    micro<MR, NV, kInto>(depth, a, b, ldb, c, ldc, alpha);
+  }
   if (m > 0) micro_rest<MR, NV, kInto>(m, depth, a, b, ldb, c, ldc, alpha);
 }
 

@@ -105,11 +105,11 @@ struct QueryBlock {
 
   // C [m, lanes of panel p] (Into) A [m, depth] B [depth, lanes].
   template <Into kInto>
-  void panel_product(int64_t p, int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha = nullptr) const {
+  void panel_product(int64_t p, int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha = nullptr, Ahead* ahead = nullptr) const {
     switch (panel_vectors(p)) {
-      case 1: return strip<1, kInto>(m, depth, a, b, ldb, c, ldc, alpha);
-      case 2: return strip<2, kInto>(m, depth, a, b, ldb, c, ldc, alpha);
-      default: return strip<3, kInto>(m, depth, a, b, ldb, c, ldc, alpha);
+      case 1: return strip<1, kInto>(m, depth, a, b, ldb, c, ldc, alpha, ahead);
+      case 2: return strip<2, kInto>(m, depth, a, b, ldb, c, ldc, alpha, ahead);
+      default: return strip<3, kInto>(m, depth, a, b, ldb, c, ldc, alpha, ahead);
     }
   }
 
@@ -161,6 +161,14 @@ struct FloatRows {
 // The rows of a tile where they lie, when they are float32, consecutive and need no padding.
 DIFFMAS_INLINE bool in_place(const AttentionArgs& args, const Tile& tile, const Rows& pool) {
   return tile.row >= 0 && pool.dtype == DType::f32 && args.head_dim % W == 0;
+}
+
+// To ask for the K and V rows of a tile while another is worked on by `panels` panels.
+DIFFMAS_INLINE Ahead ahead_of(const AttentionArgs& args, const Tile& tile, int64_t head, int64_t panels) {
+  const int64_t size = element_size(args.k_pool.dtype);
+  if (tile.row < 0) return {};
+  return {row_of(args.k_pool, tile.row, head), row_of(args.v_pool, tile.row, head), args.k_pool.stride_row * size,
+          args.v_pool.stride_row * size, args.head_dim * size, tile.count, (8 + panels - 1) / panels, 0};
 }
 
 static FloatRows tile_rows(const AttentionArgs& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head, float* buffer) {

@@ -31,13 +31,15 @@ void probabilities(float* p, float* dp, int64_t count, const float* lse, const f
     }
 }
 
-// P, dS and dQ of the rows of panel p against the first `seen` tokens of a tile; dq [d, kPanel] of the panel.
-void panel_gradients(const QueryBlock& q, int64_t p, const Queries& in, const Tile& tile, FloatRows k, FloatRows v, int64_t seen, Products t, float* dq) {
+// P, dS and dQ of the rows of panel p against the first `seen` tokens of a tile; dq [d, kPanel] of the panel. Meanwhile the rows of
+// the gradient pools and the next tile are asked for.
+void panel_gradients(const QueryBlock& q, int64_t p, const Queries& in, const Tile& tile, FloatRows k, FloatRows v, int64_t seen, Products t, float* dq, Ahead* grads,
+                     Ahead* next) {
   const int64_t d = q.d, r0 = p * kPanel;
   float* probability = t.p + r0;
   float* ds = t.dp + r0;
-  q.panel_product<Into::set>(p, seen, d, {k.data, k.stride, 1}, in.x_packed + r0 * d, kPanel, probability, kBlockRows);
-  q.panel_product<Into::set>(p, seen, d, {v.data, v.stride, 1}, in.d_o_packed + r0 * d, kPanel, ds, kBlockRows);
+  q.panel_product<Into::set>(p, seen, d, {k.data, k.stride, 1}, in.x_packed + r0 * d, kPanel, probability, kBlockRows, nullptr, grads);
+  q.panel_product<Into::set>(p, seen, d, {v.data, v.stride, 1}, in.d_o_packed + r0 * d, kPanel, ds, kBlockRows, nullptr, next);
   q.mask(tile, p, probability, kBlockRows, seen);
   switch (q.panel_vectors(p)) {
     case 1: probabilities<1>(probability, ds, seen, in.lse + r0, in.delta + r0); break;
@@ -187,10 +189,12 @@ void many_rows_unit(const QueryBlock& q, const BackwardUnit& unit, float* dq, fl
     const int64_t count = q.visible(tile);
     const FloatRows k = tile_rows(args, tile, count, args.k_pool, q.head, k_buffer);
     const FloatRows v = tile_rows(args, tile, count, args.v_pool, q.head, v_buffer);
+    Ahead grads = ahead_of(tile, args.dk_pool, args.dv_pool, q);
+    Ahead next = i + 1 < unit.tile_end ? ahead_of(args.tiles[i + 1], args.k_pool, args.v_pool, q) : Ahead{};
     int64_t seen[kBlockRows / kPanel];
     for (int64_t p = 0; p < q.panels(); ++p) {
       seen[p] = q.panel_visible(tile, p);
-      if (seen[p] > 0) panel_gradients(q, p, in, tile, k, v, seen[p], t, dq_lanes + p * kPanel * d);
+      if (seen[p] > 0) panel_gradients(q, p, in, tile, k, v, seen[p], t, dq_lanes + p * kPanel * d, &grads, &next);
     }
     add_to_pool(q, tile, count, args.dv_pool, grad_buffer, [&](float* out, int64_t ldo) { q.add_outer(out, ldo, t.p, d_o, seen); });
     add_to_pool(q, tile, count, args.dk_pool, grad_buffer, [&](float* out, int64_t ldo) { q.add_outer(out, ldo, t.dp, in.x, seen); });

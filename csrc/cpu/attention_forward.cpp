@@ -151,7 +151,7 @@ void many_rows_task(const QueryBlock& q, const ForwardTask& task, float* scratch
     const int64_t count = q.visible(tile);
     const FloatRows k = tile_rows(args, tile, count, args.k_pool, task.head, k_buffer);
     const FloatRows v = tile_rows(args, tile, count, args.v_pool, task.head, v_buffer);
-    Ahead ahead = t + 1 < task.tile_end ? ahead_of(args, args.tiles[t + 1], task.head, q.panels()) : Ahead{};
+    Ahead ahead = t + 1 < task.tile_end ? ahead_of(args.tiles[t + 1], args.k_pool, args.v_pool, q) : Ahead{};
     for (int64_t p = 0; p < q.panels(); ++p) {
       const int64_t seen = q.panel_visible(tile, p);
       if (seen == 0) continue;

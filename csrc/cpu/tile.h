@@ -163,12 +163,12 @@ DIFFMAS_INLINE bool in_place(const AttentionArgs& args, const Tile& tile, const 
   return tile.row >= 0 && pool.dtype == DType::f32 && args.head_dim % W == 0;
 }
 
-// To ask for the K and V rows of a tile while another is worked on by `panels` panels.
-DIFFMAS_INLINE Ahead ahead_of(const AttentionArgs& args, const Tile& tile, int64_t head, int64_t panels) {
-  const int64_t size = element_size(args.k_pool.dtype);
+// To ask for a tile's rows of two pools of one dtype while `panels` panels go through a product of kTileKeys rows.
+DIFFMAS_INLINE Ahead ahead_of(const Tile& tile, const Rows& k, const Rows& v, const QueryBlock& q) {
   if (tile.row < 0) return {};
-  return {row_of(args.k_pool, tile.row, head), row_of(args.v_pool, tile.row, head), args.k_pool.stride_row * size,
-          args.v_pool.stride_row * size, args.head_dim * size, tile.count, (8 + panels - 1) / panels, 0};
+  const int64_t size = element_size(k.dtype);
+  return {row_of(k, tile.row, q.head), row_of(v, tile.row, q.head), k.stride_row * size, v.stride_row * size,
+          q.args.head_dim * size, tile.count, (8 + q.panels() - 1) / q.panels(), 0};
 }
 
 static FloatRows tile_rows(const AttentionArgs& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head, float* buffer) {

@@ -88,11 +88,11 @@ struct QueryBlock {
   // Tokens of the tile that some row of panel p sees.
   int64_t panel_visible(const Tile& tile, int64_t p) const { return visible(tile, p * kPanel + panel_rows(p) - 1); }
 
-  // dst [panels, d, kPanel] = src [rows, d] transposed; lanes past the last row are zero.
+  // dst [panels, d, kPanel] = src [rows, d] transposed; idle lanes of the last vector are zero.
   void pack(float* dst, const float* src) const {
     for (int64_t p = 0; p < panels(); ++p, dst += d * kPanel, src += kPanel * d) {
-      if (panel_rows(p) < kPanel)
-        for (int64_t i = 0; i < d * kPanel; ++i) dst[i] = 0;
+      if (panel_rows(p) % W)
+        for (int64_t c = 0; c < d; ++c) store(dst + c * kPanel + (panel_vectors(p) - 1) * W, vf{});
       transpose(dst, kPanel, src, d, panel_rows(p), d);
     }
   }

@@ -17,30 +17,37 @@ struct Queries {
 };
 
 struct Products {
-  float* p;   // probabilities, then ds in dp's place: [panels, kTileKeys, kPanel] or, for few rows, [rows, kFewKeys]
+  float* p;   // probabilities, then ds in dp's place: [kTileKeys, kBlockRows] or, for few rows, [rows, kFewKeys]
   float* dp;
 };
 
-void many_rows(const QueryBlock& q, const Queries& in, const Tile& tile, FloatRows k, FloatRows v, int64_t count, Products t) {
-  q.panel_scores(t.p, in.x_packed, k.data, k.stride, count);
-  q.panel_scores(t.dp, in.d_o_packed, v.data, v.stride, count);
-  const bool masked = q.limit(0) < tile.view + count - 1;
-  const float scale = q.args.scale;
-  for (int64_t panel = 0; panel < q.panels(); ++panel)
-    for (int j = 0; j < panel_vectors(q.rows(), panel); ++j) {
-      const int64_t r0 = panel * kPanel + j * W;
-      const vf lse = load(in.lse + r0), delta = load(in.delta + r0);
-      vi limit = vi{} + int32_t(kTileKeys);
-      if (masked)
-        for (int64_t i = 0; i < W; ++i) limit[i] = int32_t(max(-1, min(kTileKeys, q.limit(min(r0 + i, q.rows() - 1)) - tile.view)));
-      float* p = t.p + panel * kTileKeys * kPanel + j * W;
-      float* dp = t.dp + panel * kTileKeys * kPanel + j * W;
-      for (int64_t i = 0; i < count; ++i, p += kPanel, dp += kPanel) {
-        const vf w = limit < int32_t(i) ? vf{} : exp(load(p) * scale - lse);
-        store(p, w);
-        store(dp, limit < int32_t(i) ? vf{} : w * (load(dp) - delta) * scale);
-      }
+// Scores and dp of `count` tokens of one panel into p and ds; masked scores are -inf.
+template <int NV>
+void probabilities(float* p, float* dp, int64_t count, const float* lse, const float* delta) {
+  for (int64_t i = 0; i < count; ++i, p += kBlockRows, dp += kBlockRows)
+    for (int j = 0; j < NV * W; j += W) {
+      const vf w = exp(load(p + j) - load(lse + j));
+      store(p + j, w);
+      store(dp + j, w * (load(dp + j) - load(delta + j)));
     }
+}
+
+// P, dS and dQ of the rows of panel p against the first `seen` tokens of a tile; dq [d, kPanel] of the panel. Meanwhile the rows of
+// the gradient pools and the next tile are asked for.
+void panel_gradients(const QueryBlock& q, int64_t p, const Queries& in, const Tile& tile, FloatRows k, FloatRows v, int64_t seen, Products t, float* dq, Ahead* grads,
+                     Ahead* next) {
+  const int64_t d = q.d, r0 = p * kPanel;
+  float* probability = t.p + r0;
+  float* ds = t.dp + r0;
+  q.panel_product<Into::set>(p, seen, d, {k.data, k.stride, 1}, in.x_packed + r0 * d, kPanel, probability, kBlockRows, nullptr, grads);
+  q.panel_product<Into::set>(p, seen, d, {v.data, v.stride, 1}, in.d_o_packed + r0 * d, kPanel, ds, kBlockRows, nullptr, next);
+  q.mask(tile, p, probability, kBlockRows, seen);
+  switch (q.panel_vectors(p)) {
+    case 1: probabilities<1>(probability, ds, seen, in.lse + r0, in.delta + r0); break;
+    case 2: probabilities<2>(probability, ds, seen, in.lse + r0, in.delta + r0); break;
+    default: probabilities<3>(probability, ds, seen, in.lse + r0, in.delta + r0);
+  }
+  if (dq) q.panel_product<Into::add>(p, d, seen, {k.data, 1, k.stride}, ds, kBlockRows, dq, kPanel);
 }
 
 void few_rows(const QueryBlock& q, const Queries& in, const Tile& tile, int64_t count, float* dq, float* k_buffer, float* v_buffer, Products t) {
@@ -69,65 +76,58 @@ void few_rows(const QueryBlock& q, const Queries& in, const Tile& tile, int64_t 
   outer_sum(dk, count, args.head_dim, t.dp, in.x, rows, d);
 }
 
-// pool rows of the tile += weights . x
-void add_to_pool(const QueryBlock& q, const Tile& tile, int64_t count, const Rows& pool, const float* weights, const float* x, float* buffer) {
+// pool rows of the tile += what add(out, row length) adds.
+template <class F>
+void add_to_pool(const QueryBlock& q, const Tile& tile, int64_t count, const Rows& pool, float* buffer, const F& add) {
   const AttentionArgs& args = q.args;
-  const bool direct = in_place(args, tile, pool);
-  float* out = direct ? reinterpret_cast<float*>(row_of(pool, tile.row, q.head)) : buffer;
-  const int64_t ldo = direct ? pool.stride_row : q.d;
-  if (!direct)
-    for (int64_t i = 0; i < count * q.d; ++i) buffer[i] = 0;
-  q.add_outer(out, ldo, weights, x, count);
-  if (direct) return;
+  if (in_place(args, tile, pool)) return add(reinterpret_cast<float*>(row_of(pool, tile.row, q.head)), pool.stride_row);
+  for (int64_t i = 0; i < count * q.d; ++i) buffer[i] = 0;
+  add(buffer, q.d);
   for_rows(args, tile, count, [&](int64_t i, int64_t row) {
     float* dst = reinterpret_cast<float*>(row_of(pool, row, q.head));
     for (int64_t c = 0; c < args.head_dim; ++c) dst[c] += buffer[i * q.d + c];
   });
 }
 
-}  // namespace
-
-void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit, int64_t head, float* scratch) {
-  const QueryBlock q(args, args.blocks[unit.block], head);
-  const int64_t d = q.d;
-  const bool few = q.rows() <= kFewRows;
-  float* plain = take(scratch, kBlockRows * d);
-  float* turned = take(scratch, kBlockRows * d);
-  float* x_packed = take(scratch, kBlockRows * d);
-  float* d_o = take(scratch, kBlockRows * d);
-  float* d_o_packed = take(scratch, kBlockRows * d);
-  float* dq_turned = take(scratch, kBlockRows * d);  // dq at the current shift
-  float* spare = take(scratch, kBlockRows * d);
-  float* k_buffer = take(scratch, 2 * kFewKeys * d);  // a few rows: K and V [kFewKeys, d] each
-  float* v_buffer = k_buffer + kTileKeys * d;
-  float* grad_buffer = v_buffer + kTileKeys * d;
-  Products t{take(scratch, kBlockRows * kTileKeys), take(scratch, kBlockRows * kTileKeys)};
-  float* lse = take(scratch, kBlockRows);
-  float* delta = take(scratch, kBlockRows);
-  const bool want_dq = unit.partial >= 0;
-  float* dq = want_dq ? args.partials + unit.partial * args.backward_partial_size() + head * args.block_rows * args.padded_dim : nullptr;
-
-  q.load_rows(plain, args.q);
-  q.load_rows(d_o, args.d_o);
-  q.load_rows(spare, args.o);
-  if (!few) q.pack(d_o_packed, d_o);
+// lse and delta of the rows; idle lanes get lse = +inf.
+void load_statistics(const QueryBlock& q, const float* d_o, const float* o, float* lse, float* delta) {
+  const AttentionArgs& args = q.args;
   for (int64_t r = 0; r < kBlockRows; ++r) {
     lse[r] = kInf;
     delta[r] = 0;
     if (r >= q.rows()) continue;
     const int64_t at = q.token(r) * args.q_heads + q.query_head(r);
     vf dot = {};
-    for (int64_t c = 0; c < d; c += W) dot += load(d_o + r * d + c) * load(spare + r * d + c);
+    for (int64_t c = 0; c < q.d; c += W) dot += load(d_o + r * q.d + c) * load(o + r * q.d + c);
     delta[r] = sum(dot) - (args.dlse ? args.dlse[at] : 0);
     if (args.lse[at] != -kInf) lse[r] = args.lse[at];
   }
-  for (int64_t i = 0; want_dq && i < q.rows() * d; ++i) dq[i] = 0;
+}
+
+void few_rows_unit(const QueryBlock& q, const BackwardUnit& unit, float* dq, float* scratch) {
+  const AttentionArgs& args = q.args;
+  const int64_t d = q.d;
+  float* plain = take(scratch, kFewRows * d);
+  float* turned = take(scratch, kFewRows * d);
+  float* d_o = take(scratch, kFewRows * d);
+  float* dq_turned = take(scratch, kFewRows * d);  // dq at the current shift
+  float* spare = take(scratch, kFewRows * d);
+  float* k_buffer = take(scratch, kFewKeys * d);
+  float* v_buffer = take(scratch, kFewKeys * d);
+  Products t{take(scratch, kFewRows * kFewKeys), take(scratch, kFewRows * kFewKeys)};
+  float* lse = take(scratch, kBlockRows);
+  float* delta = take(scratch, kBlockRows);
+
+  q.load_rows(plain, args.q);
+  q.load_rows(d_o, args.d_o);
+  q.load_rows(spare, args.o);
+  load_statistics(q, d_o, spare, lse, delta);
 
   int32_t rotation = -2;
-  Queries in{plain, x_packed, d_o, d_o_packed, lse, delta};
+  Queries in{plain, nullptr, d_o, nullptr, lse, delta};
   float* dq_now = dq;
   const auto leave_shift = [&] {
-    if (rotation < 0 || !want_dq) return;
+    if (rotation < 0 || !dq) return;
     q.rotate(spare, dq_turned, rotation, true);
     for (int64_t i = 0; i < q.rows() * d; i += W) store(dq + i, load(dq + i) + load(spare + i));
   };
@@ -139,25 +139,88 @@ void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit
       in.x = plain, dq_now = dq;
       if (rotation >= 0) {
         q.rotate(turned, plain, rotation, false);
-        in.x = turned, dq_now = want_dq ? dq_turned : nullptr;
+        in.x = turned, dq_now = dq ? dq_turned : nullptr;
         for (int64_t j = 0; j < q.rows() * d; ++j) dq_turned[j] = 0;
       }
-      if (!few) q.pack(x_packed, in.x);
     }
-    const int64_t count = q.visible(tile);
-    if (few) {
-      few_rows(q, in, tile, count, dq_now, k_buffer, k_buffer + kFewKeys * d, t);
-      continue;
-    }
-    const FloatRows k = tile_rows(args, tile, count, args.k_pool, head, k_buffer);
-    const FloatRows v = tile_rows(args, tile, count, args.v_pool, head, v_buffer);
-    many_rows(q, in, tile, k, v, count, t);
-    if (want_dq) q.add_weighted(dq_now, t.dp, k.data, k.stride, count);
-    if (!tile.learns) continue;
-    add_to_pool(q, tile, count, args.dv_pool, t.p, d_o, grad_buffer);
-    add_to_pool(q, tile, count, args.dk_pool, t.dp, in.x, grad_buffer);
+    few_rows(q, in, tile, q.visible(tile), dq_now, k_buffer, v_buffer, t);
   }
   leave_shift();
+}
+
+void many_rows_unit(const QueryBlock& q, const BackwardUnit& unit, float* dq, float* scratch) {
+  const AttentionArgs& args = q.args;
+  const int64_t d = q.d;
+  float* plain = take(scratch, kBlockRows * d);   // queries times the scale of the scores: ds needs no scale for dk, dq gets it at the end
+  float* turned = take(scratch, kBlockRows * d);  // and at the current shift
+  float* x_packed = take(scratch, kBlockRows * d);
+  float* d_o = take(scratch, kBlockRows * d);
+  float* d_o_packed = take(scratch, kBlockRows * d);
+  float* dq_lanes = take(scratch, kBlockRows * d);  // [panels, d, kPanel], at the current shift
+  float* spare = take(scratch, kBlockRows * d);
+  float* k_buffer = take(scratch, kTileKeys * d);
+  float* v_buffer = take(scratch, kTileKeys * d);
+  float* grad_buffer = take(scratch, kTileKeys * d);
+  Products t{take(scratch, kBlockRows * kTileKeys), take(scratch, kBlockRows * kTileKeys)};
+  float* lse = take(scratch, kBlockRows);
+  float* delta = take(scratch, kBlockRows);
+
+  q.load_rows(plain, args.q);
+  for (int64_t i = 0; i < q.rows() * d; ++i) plain[i] *= args.scale;
+  q.load_rows(d_o, args.d_o);
+  q.pack(d_o_packed, d_o);
+  q.load_rows(spare, args.o);
+  load_statistics(q, d_o, spare, lse, delta);
+
+  int32_t rotation = -2;  // of x_packed and dq_lanes
+  Queries in{plain, x_packed, d_o, d_o_packed, lse, delta};
+  const auto leave_shift = [&] {
+    if (rotation == -2 || !dq) return;
+    q.unpack(spare, dq_lanes);
+    if (rotation >= 0) q.rotate(turned, spare, rotation, true);
+    const float* from = rotation >= 0 ? turned : spare;
+    for (int64_t i = 0; i < q.rows() * d; i += W) store(dq + i, load(dq + i) + load(from + i) * args.scale);
+  };
+  for (int64_t i = unit.tile_begin; i < unit.tile_end; ++i) {
+    const Tile& tile = args.tiles[i];
+    if (tile.rotation != rotation) {
+      leave_shift();
+      rotation = tile.rotation;
+      if (rotation >= 0) q.rotate(turned, plain, rotation, false);
+      in.x = rotation >= 0 ? turned : plain;
+      q.pack(x_packed, in.x);
+      for (int64_t j = 0; j < q.panels() * kPanel * d; ++j) dq_lanes[j] = 0;
+    }
+    const int64_t count = q.visible(tile);
+    const FloatRows k = tile_rows(args, tile, count, args.k_pool, q.head, k_buffer);
+    const FloatRows v = tile_rows(args, tile, count, args.v_pool, q.head, v_buffer);
+    Ahead grads = tile.learns ? ahead_of(tile, args.dk_pool, args.dv_pool, q) : Ahead{};
+    Ahead next = i + 1 < unit.tile_end ? ahead_of(args.tiles[i + 1], args.k_pool, args.v_pool, q) : Ahead{};
+    int64_t seen[kBlockRows / kPanel];
+    for (int64_t p = 0; p < q.panels(); ++p) {
+      seen[p] = q.panel_visible(tile, p);
+      if (seen[p] > 0) panel_gradients(q, p, in, tile, k, v, seen[p], t, dq ? dq_lanes + p * kPanel * d : nullptr, &grads, &next);
+    }
+    if (!tile.learns) continue;
+    add_to_pool(q, tile, count, args.dv_pool, grad_buffer, [&](float* out, int64_t ldo) { q.add_outer(out, ldo, t.p, d_o, seen); });
+    add_to_pool(q, tile, count, args.dk_pool, grad_buffer, [&](float* out, int64_t ldo) { q.add_outer(out, ldo, t.dp, in.x, seen); });
+  }
+  leave_shift();
+}
+
+}  // namespace
+
+void attention_backward_unit(const AttentionArgs& args, const BackwardUnit& unit, int64_t head, float* scratch) {
+  const QueryBlock q(args, args.blocks[unit.block], head);
+  float* dq = nullptr;  // not wanted
+  if (unit.partial >= 0) {
+    dq = args.partials + unit.partial * args.backward_partial_size() + head * args.block_rows * args.padded_dim;
+    for (int64_t i = 0; i < q.rows() * q.d; ++i) dq[i] = 0;
+  }
+  if (q.rows() <= kFewRows)
+    few_rows_unit(q, unit, dq, scratch);
+  else
+    many_rows_unit(q, unit, dq, scratch);
 }
 
 void attention_backward_reduce_task(const AttentionArgs& args, const MergeTask& task) {

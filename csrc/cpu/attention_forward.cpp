@@ -8,63 +8,16 @@ extern "C" float logf(float);
 namespace diffmas::cpu::DIFFMAS_ISA {
 namespace {
 
+// Of a block's rows: o is not yet divided by the sum.
 struct State {
-  float* o;    // [rows, d], not yet divided by the sum
+  float* o;    // [rows, d], or [panels, d, kPanel] while many rows are under way
   float* max;  // [rows] of the scaled scores
   float* sum;  // [rows]
 };
 
-// Turns the scores of one vector of lanes into exp(score - max) and moves the running state; returns the rescale factor of o.
-// Before a lane has seen a token its max is -inf: 0 stands in, or -inf - -inf would give NaN.
-vf softmax_lanes(float* s, int64_t count, float scale, const int32_t* last, float* row_max, float* row_sum) {
-  const vf old = load(row_max);
-  vf m = old;
-  if (last) {
-    const vi limit = *reinterpret_cast<const vi_any*>(last);
-    for (int64_t i = 0; i < count; ++i) {
-      const vf x = limit < int32_t(i) ? splat(-kInf) : load(s + i * kPanel) * scale;
-      store(s + i * kPanel, x);
-      m = x > m ? x : m;
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      const vf x = load(s + i * kPanel) * scale;
-      store(s + i * kPanel, x);
-      m = x > m ? x : m;
-    }
-  }
-  const vf base = m == splat(-kInf) ? vf{} : m;
-  vf total = {};
-  for (int64_t i = 0; i < count; ++i) {
-    const vf p = exp(load(s + i * kPanel) - base);
-    store(s + i * kPanel, p);
-    total += p;
-  }
-  const vf alpha = exp(old - base);
-  store(row_max, m);
-  store(row_sum, load(row_sum) * alpha + total);
-  return alpha;
-}
-
 void rescale(float* o, float alpha, int64_t d) {
   if (alpha == 1.f) return;
   for (int64_t c = 0; c < d; c += W) store(o + c, load(o + c) * alpha);
-}
-
-void many_rows(const QueryBlock& q, const float* packed, const Tile& tile, FloatRows k, FloatRows v, int64_t count, float* s, State state) {
-  const int64_t d = q.d;
-  q.panel_scores(s, packed, k.data, k.stride, count);
-  const bool masked = q.limit(0) < tile.view + count - 1;
-  for (int64_t p = 0; p < q.panels(); ++p)
-    for (int v = 0; v < panel_vectors(q.rows(), p); ++v) {
-      const int64_t r0 = p * kPanel + v * W;
-      int32_t last[W];
-      if (masked)
-        for (int64_t i = 0; i < W; ++i) last[i] = int32_t(max(-1, min(kTileKeys, q.limit(min(r0 + i, q.rows() - 1)) - tile.view)));
-      const vf alpha = softmax_lanes(s + p * kTileKeys * kPanel + v * W, count, q.args.scale, masked ? last : nullptr, state.max + r0, state.sum + r0);
-      for (int64_t i = 0; i < W && r0 + i < q.rows(); ++i) rescale(state.o + (r0 + i) * d, alpha[i], d);
-    }
-  q.add_weighted(state.o, s, v.data, v.stride, count);
 }
 
 void few_rows(const QueryBlock& q, const float* x, const Tile& tile, int64_t count, float* buffer, float* s, State state) {
@@ -108,43 +61,10 @@ void finish_row(const QueryBlock& q, int64_t r, float* o, float max, float sum) 
   args.lse[q.token(r) * args.q_heads + q.query_head(r)] = sum == 0 ? -kInf : max + logf(sum);
 }
 
-}  // namespace
-
-void attention_forward_task(const AttentionArgs& args, const ForwardTask& task, float* scratch) {
-  const QueryBlock q(args, args.blocks[task.block], task.head);
+// The rows of a finished task go out, those of a split to its partial.
+void finish(const QueryBlock& q, const ForwardTask& task, State state) {
+  const AttentionArgs& args = q.args;
   const int64_t d = q.d;
-  const bool few = q.rows() <= kFewRows;
-  float* plain = take(scratch, kBlockRows * d);    // queries as given
-  float* turned = take(scratch, kBlockRows * d);   // and at the current shift
-  float* packed = take(scratch, kBlockRows * d);
-  float* k_buffer = take(scratch, kFewKeys * d);  // [kFewKeys, d] for a few rows, or half of it for K and for V
-  float* v_buffer = k_buffer + kTileKeys * d;
-  float* s = take(scratch, kBlockRows * kTileKeys);
-  State state{take(scratch, kBlockRows * d), take(scratch, kBlockRows), take(scratch, kBlockRows)};
-  for (int64_t i = 0; i < q.rows() * d; ++i) state.o[i] = 0;
-  for (int64_t i = 0; i < (few ? q.rows() : q.panels() * kPanel); ++i) state.max[i] = -kInf, state.sum[i] = 0;
-
-  q.load_rows(plain, args.q);
-  int32_t rotation = -2;  // of `packed`
-  const float* x = plain;
-  for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
-    const Tile& tile = args.tiles[t];
-    if (tile.rotation != rotation) {
-      rotation = tile.rotation;
-      x = plain;
-      if (rotation >= 0) q.rotate(turned, plain, rotation, false), x = turned;
-      if (!few) q.pack(packed, x);
-    }
-    const int64_t count = q.visible(tile);
-    if (few) {
-      few_rows(q, x, tile, count, k_buffer, s, state);
-      continue;
-    }
-    const FloatRows k = tile_rows(args, tile, count, args.k_pool, task.head, k_buffer);
-    const FloatRows v = tile_rows(args, tile, count, args.v_pool, task.head, v_buffer);
-    many_rows(q, packed, tile, k, v, count, s, state);
-  }
-
   if (task.partial < 0) {
     for (int64_t r = 0; r < q.rows(); ++r) finish_row(q, r, state.o + r * d, state.max[r], state.sum[r]);
     return;
@@ -153,6 +73,108 @@ void attention_forward_task(const AttentionArgs& args, const ForwardTask& task, 
   for (int64_t i = 0; i < q.rows() * d; ++i) partial[i] = state.o[i];
   partial += args.block_rows * args.padded_dim;
   for (int64_t r = 0; r < q.rows(); ++r) partial[r] = state.max[r], partial[args.block_rows + r] = state.sum[r];
+}
+
+void few_rows_task(const QueryBlock& q, const ForwardTask& task, float* scratch) {
+  const AttentionArgs& args = q.args;
+  const int64_t d = q.d;
+  float* plain = take(scratch, kFewRows * d);   // queries as given
+  float* turned = take(scratch, kFewRows * d);  // and at the current shift
+  float* buffer = take(scratch, kFewKeys * d);
+  float* s = take(scratch, kFewRows * kFewKeys);
+  State state{take(scratch, kFewRows * d), take(scratch, kBlockRows), take(scratch, kBlockRows)};
+  for (int64_t i = 0; i < q.rows() * d; ++i) state.o[i] = 0;
+  for (int64_t i = 0; i < q.rows(); ++i) state.max[i] = -kInf, state.sum[i] = 0;
+
+  q.load_rows(plain, args.q);
+  for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
+    const Tile& tile = args.tiles[t];
+    if (tile.rotation >= 0 && (t == task.tile_begin || tile.rotation != args.tiles[t - 1].rotation)) q.rotate(turned, plain, tile.rotation, false);
+    few_rows(q, tile.rotation >= 0 ? turned : plain, tile, q.visible(tile), buffer, s, state);
+  }
+  finish(q, task, state);
+}
+
+// Turns the scores [count, NV * W] (row length kPanel) of a panel into exp(score - max) and moves the running state of its lanes;
+// alpha gets the rescale factors of o. Before a lane has seen a token its max is -inf: 0 stands in, or -inf - -inf would give NaN.
+template <int NV>
+void softmax_lanes(float* s, int64_t count, float* row_max, float* row_sum, float* alpha) {
+  vf base[NV], total[NV] = {};
+  for (int j = 0; j < NV; ++j) base[j] = load(row_max + j * W);
+  for (int64_t i = 0; i < count; ++i)
+    for (int j = 0; j < NV; ++j) base[j] = max(load(s + i * kPanel + j * W), base[j]);
+  for (int j = 0; j < NV; ++j) {
+    const vf old = load(row_max + j * W);
+    store(row_max + j * W, base[j]);
+    base[j] = base[j] == splat(-kInf) ? vf{} : base[j];
+    store(alpha + j * W, exp(old - base[j]));
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int j = 0; j < NV; ++j) {
+      const vf p = exp(load(s + i * kPanel + j * W) - base[j]);
+      store(s + i * kPanel + j * W, p);
+      total[j] += p;
+    }
+  for (int j = 0; j < NV; ++j) store(row_sum + j * W, load(row_sum + j * W) * load(alpha + j * W) + total[j]);
+}
+
+void softmax(int vectors, float* s, int64_t count, float* row_max, float* row_sum, float* alpha) {
+  switch (vectors) {
+    case 1: return softmax_lanes<1>(s, count, row_max, row_sum, alpha);
+    case 2: return softmax_lanes<2>(s, count, row_max, row_sum, alpha);
+    default: return softmax_lanes<3>(s, count, row_max, row_sum, alpha);
+  }
+}
+
+void many_rows_task(const QueryBlock& q, const ForwardTask& task, float* scratch) {
+  const AttentionArgs& args = q.args;
+  const int64_t d = q.d;
+  float* plain = take(scratch, kBlockRows * d);   // queries times the scale of the scores
+  float* turned = take(scratch, kBlockRows * d);  // and at the current shift
+  float* packed = take(scratch, kBlockRows * d);
+  float* k_buffer = take(scratch, kTileKeys * d);
+  float* v_buffer = take(scratch, kTileKeys * d);
+  float* s = take(scratch, kTileKeys * kPanel);
+  State state{take(scratch, kBlockRows * d), take(scratch, kBlockRows), take(scratch, kBlockRows)};
+  for (int64_t i = 0; i < q.panels() * kPanel * d; ++i) state.o[i] = 0;
+  for (int64_t i = 0; i < q.panels() * kPanel; ++i) state.max[i] = -kInf, state.sum[i] = 0;
+
+  q.load_rows(plain, args.q);
+  for (int64_t i = 0; i < q.rows() * d; ++i) plain[i] *= args.scale;
+  int32_t rotation = -2;  // of `packed`
+  for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
+    const Tile& tile = args.tiles[t];
+    if (tile.rotation != rotation) {
+      rotation = tile.rotation;
+      if (rotation >= 0) q.rotate(turned, plain, rotation, false);
+      q.pack(packed, rotation >= 0 ? turned : plain);
+    }
+    const int64_t count = q.visible(tile);
+    const FloatRows k = tile_rows(args, tile, count, args.k_pool, task.head, k_buffer);
+    const FloatRows v = tile_rows(args, tile, count, args.v_pool, task.head, v_buffer);
+    Ahead ahead = t + 1 < task.tile_end ? ahead_of(args.tiles[t + 1], args.k_pool, args.v_pool, q) : Ahead{};
+    for (int64_t p = 0; p < q.panels(); ++p) {
+      const int64_t seen = q.panel_visible(tile, p);
+      if (seen == 0) continue;
+      alignas(64) float alpha[kPanel];
+      q.panel_product<Into::set>(p, seen, d, {k.data, k.stride, 1}, packed + p * d * kPanel, kPanel, s, kPanel, nullptr, &ahead);
+      q.mask(tile, p, s, kPanel, seen);
+      softmax(q.panel_vectors(p), s, seen, state.max + p * kPanel, state.sum + p * kPanel, alpha);
+      q.panel_product<Into::scaled_add>(p, d, seen, {v.data, 1, v.stride}, s, kPanel, state.o + p * d * kPanel, kPanel, alpha);
+    }
+  }
+  q.unpack(plain, state.o);
+  finish(q, task, {plain, state.max, state.sum});
+}
+
+}  // namespace
+
+void attention_forward_task(const AttentionArgs& args, const ForwardTask& task, float* scratch) {
+  const QueryBlock q(args, args.blocks[task.block], task.head);
+  if (q.rows() <= kFewRows)
+    few_rows_task(q, task, scratch);
+  else
+    many_rows_task(q, task, scratch);
 }
 
 // Joins the states of a block's splits, in order.

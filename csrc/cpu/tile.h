@@ -5,17 +5,37 @@
 
 namespace diffmas::cpu::DIFFMAS_ISA {
 
-// Query rows sit in the lanes of panels: scores and probabilities are [key, lane], so that K and V are read as they lie and the
-// softmax runs down the keys without crossing lanes.
+// Query rows sit in the lanes of panels: scores are [key, lane] and outputs [column, lane]. K and V are then the broadcast operand
+// of every product and are read as they lie, the softmax runs down the keys without crossing lanes, and a panel's products,
+// which share its scores, run one after the other while those are in L1.
 constexpr int kPanel = 3 * W;
 static_assert(kBlockRows % kPanel == 0, "a block is a whole number of panels");
+
 DIFFMAS_INLINE float* take(float*& scratch, int64_t size) {
   float* p = scratch;
   scratch += size;
   return p;
 }
 
-DIFFMAS_INLINE int panel_vectors(int64_t rows, int64_t panel) { return int(min(3, (rows - panel * kPanel + W - 1) / W)); }
+// dst[c, r] = src[r, c] for cols a multiple of 4.
+static void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t cols) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4, src += 4 * lds)
+    for (int64_t c = 0; c < cols; c += 4) {
+      f4 x[4], y[4];
+      for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const f4_any*>(src + i * lds + c);
+      for (int i = 0; i < 4; i += 2) {
+        y[i] = DIFFMAS_SHUFFLE4(x[i], x[i + 1], 0, 4, 1, 5);
+        y[i + 1] = DIFFMAS_SHUFFLE4(x[i], x[i + 1], 2, 6, 3, 7);
+      }
+      for (int i = 0; i < 2; ++i) {
+        *reinterpret_cast<f4_any*>(dst + (c + 2 * i) * ldd + r) = DIFFMAS_SHUFFLE4(y[i], y[i + 2], 0, 1, 4, 5);
+        *reinterpret_cast<f4_any*>(dst + (c + 2 * i + 1) * ldd + r) = DIFFMAS_SHUFFLE4(y[i], y[i + 2], 2, 3, 6, 7);
+      }
+    }
+  for (; r < rows; ++r, src += lds)
+    for (int64_t c = 0; c < cols; ++c) dst[c * ldd + r] = src[c];
+}
 
 struct QueryBlock {
   const AttentionArgs& args;
@@ -32,11 +52,10 @@ struct QueryBlock {
   int64_t query_head(int64_t r) const { return head * args.group() + (block.row + r) % args.group(); }
   // Last view token that row r sees.
   int64_t limit(int64_t r) const { return block.causal ? block.limit + (block.row + r) / args.group() : INT64_MAX / 2; }
+  // Tokens of the tile that row r sees.
+  int64_t visible(const Tile& tile, int64_t r) const { return max(0, min(tile.count, limit(r) - tile.view + 1)); }
   // Tokens of the tile that some row sees. A tile with none is in no task.
-  int64_t visible(const Tile& tile) const {
-    const int64_t last = limit(block.rows - 1);
-    return last - tile.view < tile.count ? last - tile.view + 1 : tile.count;
-  }
+  int64_t visible(const Tile& tile) const { return visible(tile, rows() - 1); }
 
   void load_rows(float* dst, const Rows& src) const {  // -> [rows, d]
     for (int64_t r = 0; r < rows(); ++r, dst += d) {
@@ -61,44 +80,60 @@ struct QueryBlock {
     }
   }
 
-  // dst [panels, d, kPanel] = src [rows, d] transposed; lanes past the last row are zero.
-  void pack(float* dst, const float* src) const {
-    for (int64_t p = 0; p < panels(); ++p, dst += d * kPanel)
-      for (int64_t lane = 0; lane < kPanel; ++lane) {
-        const int64_t r = p * kPanel + lane;
-        if (r < rows())
-          for (int64_t c = 0; c < d; ++c) dst[c * kPanel + lane] = src[r * d + c];
-        else
-          for (int64_t c = 0; c < d; ++c) dst[c * kPanel + lane] = 0;
-      }
-  }
+  // Rows of panel p.
+  int64_t panel_rows(int64_t p) const { return min(kPanel, rows() - p * kPanel); }
+  int panel_vectors(int64_t p) const { return int((panel_rows(p) + W - 1) / W); }
+  // Tokens of the tile that some row of panel p sees.
+  int64_t panel_visible(const Tile& tile, int64_t p) const { return visible(tile, p * kPanel + panel_rows(p) - 1); }
 
-  // scores [panels, kTileKeys, kPanel] = keys [count, d] . packed queries [panels, d, kPanel]
-  void panel_scores(float* scores, const float* packed, const float* keys, int64_t ldk, int64_t count) const {
-    for (int64_t p = 0; p < panels(); ++p) {
-      const float* b = packed + p * d * kPanel;
-      float* c = scores + p * kTileKeys * kPanel;
-      const Left a{keys, ldk, 1};
-      switch (panel_vectors(rows(), p)) {
-        case 1: strip<1, false>(count, d, a, b, kPanel, c, kPanel); break;
-        case 2: strip<2, false>(count, d, a, b, kPanel, c, kPanel); break;
-        default: strip<3, false>(count, d, a, b, kPanel, c, kPanel);
-      }
+  // dst [panels, d, kPanel] = src [rows, d] transposed; idle lanes of the last vector are zero.
+  void pack(float* dst, const float* src) const {
+    for (int64_t p = 0; p < panels(); ++p, dst += d * kPanel, src += kPanel * d) {
+      if (panel_rows(p) % W)
+        for (int64_t c = 0; c < d; ++c) store(dst + c * kPanel + (panel_vectors(p) - 1) * W, vf{});
+      transpose(dst, kPanel, src, d, panel_rows(p), d);
     }
   }
 
-  // out [rows, d] += weights^T . values, weights [panels, kTileKeys, kPanel], values [count, d]
-  void add_weighted(float* out, const float* weights, const float* values, int64_t ldv, int64_t count) const {
-    for (int64_t p = 0; p < panels(); ++p)
-      gemm<true>(min(kPanel, rows() - p * kPanel), d, count, {weights + p * kTileKeys * kPanel, 1, kPanel}, values, ldv,
-                 out + p * kPanel * d, d);
+  // dst [rows rounded up to 4, d] = src [panels, d, kPanel] transposed back.
+  void unpack(float* dst, const float* src) const {
+    for (int64_t p = 0; p < panels(); ++p, src += d * kPanel, dst += kPanel * d)
+      transpose(dst, d, src, kPanel, d, round_up(panel_rows(p), 4));
   }
 
-  // out [count, d] (row length ldo) += weights . x, x [rows, d]
-  void add_outer(float* out, int64_t ldo, const float* weights, const float* x, int64_t count) const {
-    for (int64_t p = 0; p < panels(); ++p)
-      gemm<true>(count, d, min(kPanel, rows() - p * kPanel), {weights + p * kTileKeys * kPanel, kPanel, 1}, x + p * kPanel * d, d,
-                 out, ldo);
+  // C [m, lanes of panel p] (Into) A [m, depth] B [depth, lanes].
+  template <Into kInto>
+  void panel_product(int64_t p, int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha = nullptr, Ahead* ahead = nullptr) const {
+    switch (panel_vectors(p)) {
+      case 1: return strip<1, kInto>(m, depth, a, b, ldb, c, ldc, alpha, ahead);
+      case 2: return strip<2, kInto>(m, depth, a, b, ldb, c, ldc, alpha, ahead);
+      default: return strip<3, kInto>(m, depth, a, b, ldb, c, ldc, alpha, ahead);
+    }
+  }
+
+  // out [tokens, d] (row length ldo) += weights x, weights [key, kBlockRows], x [rows, d]. seen[p] is what panel p
+  // sees: a token takes part with the rows from the first panel on that sees it.
+  void add_outer(float* out, int64_t ldo, const float* weights, const float* x, const int64_t* seen) const {
+    int64_t done = 0;
+    for (int64_t p = 0; p < panels(); ++p) {
+      const int64_t r = p * kPanel;
+      if (seen[p] > done)
+        add_product(seen[p] - done, d, rows() - r, {weights + done * kBlockRows + r, kBlockRows, 1}, x + r * d, d, out + done * ldo, ldo);
+      done = seen[p];
+    }
+  }
+
+  // Scores [count, lanes] (row length ld) of panel p against a tile: -inf where the row does not see the token.
+  void mask(const Tile& tile, int64_t p, float* s, int64_t ld, int64_t count) const {
+    const int64_t r0 = p * kPanel, from = visible(tile, r0);
+    if (from >= count) return;
+    alignas(64) int32_t seen[kPanel];
+    for (int64_t i = 0; i < kPanel; ++i) seen[i] = int32_t(visible(tile, min(r0 + i, rows() - 1)));
+    for (int64_t i = from; i < count; ++i)
+      for (int64_t j = 0; j < kPanel; j += W) {
+        const vi hidden = *reinterpret_cast<const vi_any*>(seen + j) <= int32_t(i);
+        store(s + i * ld + j, hidden ? splat(-kInf) : load(s + i * ld + j));
+      }
   }
 };
 
@@ -126,18 +161,16 @@ DIFFMAS_INLINE bool in_place(const AttentionArgs& args, const Tile& tile, const 
   return tile.row >= 0 && pool.dtype == DType::f32 && args.head_dim % W == 0;
 }
 
-// Reads one word of every line. The products then read many rows at a time, which memory serves at half the speed.
-static void read_in_order(FloatRows rows, int64_t count, int64_t d) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t c = 0; c < d; c += 16) (void)*const_cast<const volatile float*>(rows.data + i * rows.stride + c);
+// To ask for a tile's rows of two pools of one dtype while `panels` panels go through a product of kTileKeys rows.
+DIFFMAS_INLINE Ahead ahead_of(const Tile& tile, const Rows& k, const Rows& v, const QueryBlock& q) {
+  if (tile.row < 0) return {};
+  const int64_t size = element_size(k.dtype);
+  return {row_of(k, tile.row, q.head), row_of(v, tile.row, q.head), k.stride_row * size, v.stride_row * size,
+          q.args.head_dim * size, tile.count, (8 + q.panels() - 1) / q.panels(), 0};
 }
 
 static FloatRows tile_rows(const AttentionArgs& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head, float* buffer) {
-  if (in_place(args, tile, pool)) {
-    const FloatRows rows{reinterpret_cast<float*>(row_of(pool, tile.row, head)), pool.stride_row};
-    read_in_order(rows, count, args.head_dim);
-    return rows;
-  }
+  if (in_place(args, tile, pool)) return {reinterpret_cast<float*>(row_of(pool, tile.row, head)), pool.stride_row};
   const int64_t d = round_up(args.head_dim, W);
   for_rows(args, tile, count, [&](int64_t i, int64_t row) {
     load_row(buffer + i * d, row_of(pool, row, head), pool.dtype, args.head_dim);

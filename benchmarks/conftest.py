@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffmas.benchmarks import report, store
 from diffmas.benchmarks.machine import measure_machine
 from diffmas.benchmarks.measure import OURS, Contest
+from diffmas.benchmarks.run import selected
 
 SESSION = pytest.StashKey()
 
@@ -79,12 +80,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", cases, ids=[c.key for c in cases])
 
 
-def selected(module, quick: bool, only: str) -> list:
-    """A module's cases: those of --quick if asked for, whose module name or key contains `only`."""
-    name = module.__name__.rsplit(".", 1)[-1]
-    return [c for c in module.CASES if (c.quick or not quick) and (only in name or only in c.key)]
-
-
 @pytest.fixture
 def bench(benchmark, request):
     """bench(case, problem, providers): gate, time, weigh and store one case; fails if diffmas itself is wrong."""
@@ -114,8 +109,7 @@ def bench(benchmark, request):
             benchmark.pedantic(take, (ours,), setup=lambda: take(others), rounds=rounds)
         finally:
             gc.enable()
-        rows = contest.rows(samples, session.machine)
-        session.store.add(rows)
+        rows = session.store.add(contest.rows(samples, session.machine))
         benchmark.extra_info["rows"] = rows
         session.progress.advance(session.task)
         session.console.print(report.line(rows))

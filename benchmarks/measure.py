@@ -9,6 +9,7 @@ and the ones that are right are timed in turns (A B C A B C ...), so that a nois
 import gc
 import math
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -21,6 +22,7 @@ __all__ = ["OURS", "Cannot", "Case", "Contest", "Problem", "Provider", "Run", "S
 
 OURS = "diffmas"
 SAMPLE_SECONDS = 2e-3  # a sample lasts at least this long, so that the clock's own step does not count
+LONG = 0.5  # seconds of a call that needs no further warming up
 HOPELESS, HOPELESS_ROUNDS = 4, 2  # a provider this many times slower than the fastest takes part in this many rounds only
 
 
@@ -124,8 +126,8 @@ class Contest:
         self.errors: dict[str, float] = {}
         self.notes: dict[str, str] = {}
         self.peaks: dict[str, int] = {}
-        self._repeats: dict[str, int] = {}
-        self._once: dict[str, float] = {}
+        self._once: dict[str, float] = {}  # seconds of one call, roughly
+        self._repeats: dict[str, int] = {}  # calls that make a sample
         want = problem.reference(torch.float64)
         self.budget = problem.tolerance
         if self.budget is None:
@@ -141,7 +143,9 @@ class Contest:
             if run.reset:
                 run.reset()
             gc.collect()
+            start = time.perf_counter()
             result, peak = peak_bytes(run.call, self.device)
+            self._once[name] = time.perf_counter() - start
             got = {key: self.problem.part(key, x) for key, x in run.read(result).items()}
         except Senseless:
             return
@@ -165,8 +169,8 @@ class Contest:
     def warm_up(self) -> None:
         """Warms every provider up, decides how many calls make a sample, and forgets the parts measured so far."""
         for name, run in self.runs.items():
-            once = self._sample(name, 1)
-            self._once[name] = max(once if once > 0.2 else min(once, self._sample(name, 1)), 1e-7)
+            if self._once[name] < LONG:  # a longer one is warm from its gate
+                self._once[name] = max(min(self._sample(name, 1) for _ in range(2)), 1e-7)
             self._repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / self._once[name]))
             if run.seconds is not None:
                 run.seconds.clear()

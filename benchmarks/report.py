@@ -46,8 +46,10 @@ class Result:
     @property
     def shape(self) -> str:
         default = {"batch": 1, "dtype": "float32", "D": 128}
+        if self.first["model"]:  # has its own heads
+            default |= {"heads": self.first["heads"], "D": self.first["D"]}
         shown = [(k, self.first[k]) for k in SHAPE if self.first[k] and self.first[k] != default.get(k)]
-        return " ".join(str(v) if k in ("model", "dtype", "heads") else f"{k}={v}" for k, v in shown)
+        return " ".join(str(v) if k in ("dtype", "heads") else f"{k}={v}" for k, v in shown)
 
     @property
     def best(self) -> tuple[str, float] | None:
@@ -90,22 +92,20 @@ def results(rows: list[dict]) -> list[Result]:
     return [Result(group) for group in groups.values()]
 
 
-def _time(seconds: float | None) -> str:
-    if not seconds:
+def _scaled(value: float | None, units) -> str:
+    """In the largest unit that leaves at least 1 of it."""
+    if not value:
         return ""
-    for unit, scale in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            break
-    return f"{seconds / scale:.3g} {unit}"
+    unit, scale = next(((u, s) for u, s in units if value >= s), units[-1])
+    return f"{value / scale:.3g} {unit}"
+
+
+def _time(seconds: float | None) -> str:
+    return _scaled(seconds, (("s", 1), ("ms", 1e-3), ("µs", 1e-6)))
 
 
 def _bytes(n: float | None) -> str:
-    if n is None or n == "":
-        return ""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)):
-        if n >= scale:
-            break
-    return f"{n / scale:.3g} {unit}"
+    return _scaled(n, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)))
 
 
 def _times(ratio: float | None) -> str:
@@ -185,7 +185,7 @@ def headline(rows: list[dict]):
             name = r.op.replace("_", " ") + ("" if r.regime == r.op.replace("_", " ") else f": {r.regime}")
             groups[f"{name}, {r.phase}" if r.op not in END_TO_END else name].append(r)
     figure, axes = plt.subplots(figsize=(8, 0.8 + 0.27 * len(groups)))
-    for y, (name, group) in enumerate(groups.items()):
+    for y, group in enumerate(groups.values()):
         for attribute, colour, size in (("plain", ORANGE, 12), ("best", BLUE, 12)):
             ratios = [getattr(r, attribute)[1] for r in group if getattr(r, attribute)]
             if ratios:

@@ -8,13 +8,19 @@ from rich.console import Console
 
 from diffmas.benchmarks import report, store
 
-__all__ = ["HERE", "default_out", "modules", "run", "write_report"]
+__all__ = ["HERE", "default_out", "modules", "run", "selected", "write_report"]
 
 HERE = Path(__file__).resolve().parent  # one name for every file: diffmas/benchmarks is a symlink in a checkout
 
 
 def modules() -> list[Path]:
     return sorted(HERE.glob("bench_*.py"))
+
+
+def selected(module, quick: bool, only: str) -> list:
+    """A module's cases: those of --quick if asked for, whose module name or key contains `only`."""
+    name = module.__name__.rsplit(".", 1)[-1]
+    return [c for c in module.CASES if (c.quick or not quick) and (only in name or only in c.key)]
 
 
 def default_out(quick: bool) -> Path:

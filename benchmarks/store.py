@@ -48,16 +48,18 @@ class Store:
     def __init__(self, path: Path, constants: dict):
         self.path, self.constants, self._begun = path, constants, False
 
-    def add(self, rows: list[dict]) -> None:
+    def add(self, rows: list[dict]) -> list[dict]:
+        """-> the rows with the constants."""
+        rows = [self.constants | row for row in rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a" if self._begun else "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if not self._begun:
                 writer.writeheader()
             for row in rows:
-                row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in (self.constants | row).items()}
-                writer.writerow(row)
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         self._begun = True
+        return rows
 
 
 def read(path: Path) -> list[dict]:

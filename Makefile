@@ -1,5 +1,6 @@
 # make demo   installs into .venv and runs the main job: train and compare latent agents, in minutes on a CPU
 # make test   installs into .venv and runs the tests; what CI runs
+# make bench  installs into .venv and measures diffmas and its peers on this machine: table, plots, page (QUICK=1: three minutes)
 #
 # PYTHON=python3.12  interpreter for .venv        PY=python3  use an environment that has everything; nothing is installed
 
@@ -11,13 +12,19 @@ ifeq ($(PY),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test compat install lint clean
+.PHONY: demo test bench bench-readme compat install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
 
 test: $(INSTALLED)
 	$(PY) -m pytest -q tests
+
+bench: $(INSTALLED)
+	$(PY) -m diffmas bench $(if $(QUICK),--quick)
+
+bench-readme: $(INSTALLED)
+	$(PY) -m diffmas bench --readme
 
 # The Hugging Face side against the oldest supported transformers and one in between; .venv holds the newest.
 COMPAT ?= 4.56.2 5.17.0

@@ -7,7 +7,7 @@ the providers with "cat" in their name.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from diffmas.benchmarks.measure import OURS, Cannot, Case, Problem, Run, Sensele
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
-GATE_LIMIT = 2e9  # (query, key, head) triples x D that the float64 reference takes on; above, only the first and last K/V head
+GATE_LIMIT = 3e8, 1e6  # flops / 4 and K elements that the gate takes on; above, it looks at the first and last K/V head only
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
@@ -91,11 +91,17 @@ class Inputs:
     view: tuple
     rows: list[Tensor]
     scale: float
+    kv_heads: list[int] | None = None  # those that the gate looks at
 
-    def to(self, dtype: torch.dtype, q_heads=slice(None), kv_heads=slice(None)) -> "Inputs":
-        q, do = (x[:, q_heads].to(dtype) for x in (self.q, self.do))
-        k, v = (x[:, kv_heads].to(dtype) for x in (self.k, self.v))
-        return Inputs(q, do, k, v, self.queries, self.view, self.rows, self.scale)
+    def gated(self, name: str, x: Tensor) -> Tensor:
+        """The part of an output [., H, D] that the gate looks at."""
+        G = self.q.shape[1] // self.k.shape[1]
+        return x[:, self.kv_heads if name in ("k", "v", "dk", "dv") else [h * G + g for h in self.kv_heads for g in range(G)]]
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """That part of the inputs."""
+        part = {name: self.gated(name, getattr(self, name)).to(dtype) for name in ("q", "do", "k", "v")}
+        return replace(self, **part)
 
     def args(self) -> tuple:
         return (*self.view, None, None, self.scale, True, False)
@@ -123,12 +129,11 @@ def problem(case: Case) -> Problem:
     width, D = q.element_size(), case.D
     forward = case.phase in ("forward", "full")
     backward = case.phase in ("backward", "full")
-    G = Hq // Hkv
-    some = [0, Hkv - 1] if Hkv > 2 and pairs * Hq * D > GATE_LIMIT else list(range(Hkv))
-    q_some = [h * G + g for h in some for g in range(G)]
+    much = pairs * Hq * D > GATE_LIMIT[0] or distinct * Hkv * D > GATE_LIMIT[1]
+    x.kv_heads = [0, Hkv - 1] if Hkv > 2 and much else list(range(Hkv))
 
     def answer(dtype: torch.dtype) -> dict[str, Tensor]:
-        y = x.to(dtype, q_some, some)
+        y = x.to(dtype)
         o, lse = reference.cross_attention(y.q, y.k, y.v, *y.args())
         out = {"o": o} if forward else {}
         if backward:
@@ -144,7 +149,6 @@ def problem(case: Case) -> Problem:
         flops=(4 * forward + 10 * backward) * Hq * D * pairs,
         read=2 * Hkv * D * distinct * width * (forward + backward) + own,
         copied=16 * Hkv * D * distinct * backward,  # float32 gradient pools, K and V, read and written
-        part=lambda name, t: t[:, q_some if name in ("o", "dq") else some],
     )  # fmt: skip
 
 
@@ -169,11 +173,14 @@ def diffmas(p: Problem) -> Run:
         o, lse = raw.cross_attention(x.q, x.k, x.v, *args)
         return o, raw.cross_attention_backward(x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
 
+    def outputs(**named):
+        return {name: x.gated(name, t) for name, t in named.items()}
+
     if p.case.phase == "forward":
-        return Run(forward, lambda o: {"o": o})
+        return Run(forward, lambda o: outputs(o=o))
     if p.case.phase == "backward":
-        return Run(backward, lambda dq: {"dq": dq, "dk": dk, "dv": dv})
-    return Run(full, lambda r: {"o": r[0], "dq": r[1], "dk": dk, "dv": dv})
+        return Run(backward, lambda dq: outputs(dq=dq, dk=dk, dv=dv))
+    return Run(full, lambda r: outputs(o=r[0], dq=r[1], dk=dk, dv=dv))
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------------
@@ -192,14 +199,16 @@ class Padded:
     x: Inputs
 
     def packed(self, o: Tensor) -> Tensor:
-        """[B, Hq, L, D] -> [n, Hq, D]."""
-        return torch.cat([row[:, row.shape[1] - n :].transpose(0, 1) for row, n in zip(o, self.x.queries)])
+        """[B, Hq, L, D] -> [n, some heads, D]."""
+        packed = torch.cat([row[:, row.shape[1] - n :].transpose(0, 1) for row, n in zip(o, self.x.queries)])
+        return self.x.gated("o", packed)
 
     def pooled(self, dk: Tensor) -> Tensor:
-        """[B, Hkv, N, D] -> gradient pool [R, Hkv, D]."""
-        out = torch.zeros(self.x.k.shape, dtype=dk.dtype, device=dk.device)
+        """[B, Hkv, N, D] -> gradient pool [R, some heads, D]."""
+        heads = self.x.kv_heads
+        out = torch.zeros(len(self.x.k), len(heads), dk.shape[3], dtype=dk.dtype, device=dk.device)
         for row, rows in zip(dk, self.x.rows):
-            out.index_add_(0, rows, row[:, row.shape[1] - len(rows) :].transpose(0, 1))
+            out.index_add_(0, rows, row[heads, row.shape[1] - len(rows) :].transpose(0, 1))
         return out
 
 
@@ -322,7 +331,7 @@ def per_sequence(p: Problem) -> Run:
     def call():
         return [_sdpa(y, y.q, y.k, y.v) for y in parts]
 
-    return Run(call, lambda os: {"o": torch.cat([o[0].transpose(0, 1) for o in os])})
+    return Run(call, lambda os: {"o": x.gated("o", torch.cat([o[0].transpose(0, 1) for o in os]))})
 
 
 @functools.cache

@@ -77,6 +77,13 @@ class Worker:
         self.process.wait()
 
 
+def _round(old: Worker, new: Worker, turn: int) -> tuple[float, float]:
+    """A sample of each; who is first changes from turn to turn."""
+    order = (old, new) if turn % 2 else (new, old)
+    seconds = {worker: worker.ask(sample=True)["seconds"] for worker in order}
+    return seconds[old], seconds[new]
+
+
 def compare(rev: str, quick: bool, only: str, threads: int, max_rounds: int, console: Console) -> None:
     """Prints the table. ValueError for what the user gave."""
     cases = []
@@ -96,7 +103,7 @@ def compare(rev: str, quick: bool, only: str, threads: int, max_rounds: int, con
                     table.add_row(*head, *(answer.get("why", "") for answer in answers), "")
                     continue
                 rounds = min(max_rounds, *(answer["rounds"] for answer in answers))
-                pairs = [[w.ask(sample=True)["seconds"] for w in (old, new)] for _ in range(rounds)]
+                pairs = [_round(old, new, turn) for turn in range(rounds)]
             before, after = (statistics.median(side) for side in zip(*pairs))
             ratio = statistics.median(a / b for a, b in pairs)
             colour = "green" if ratio > 1.03 else "red" if ratio < 0.97 else "default"

@@ -22,7 +22,7 @@ __all__ = ["OURS", "Cannot", "Case", "Contest", "Problem", "Provider", "Run", "S
 
 OURS = "diffmas"
 SAMPLE_SECONDS = 2e-3  # a sample lasts at least this long, so that the clock's own step does not count
-LONG = 0.5  # seconds of a call that needs no further warming up
+LONG = 0.05  # seconds of a call that is warm after its gate
 HOPELESS, HOPELESS_ROUNDS = 4, 2  # a provider this many times slower than the fastest takes part in this many rounds only
 
 
@@ -85,7 +85,6 @@ class Problem:
     The gate's budget is 4 x the error of the same-precision reference (at least the dtype's eps): twice what our own tests
     allow, because peers round intermediate results. `tolerance` replaces it where the reference is not of the same precision.
     flops, read and copied bytes: the least an implementation can do; 0: no roofline is given.
-    part(name, tensor): the part of an output that the reference has computed.
     """
 
     case: Case
@@ -95,7 +94,6 @@ class Problem:
     read: float = 0
     copied: float = 0
     tolerance: float | None = None
-    part: Callable[[str, Tensor], Tensor] = lambda name, x: x
 
 
 Provider = Callable[[Problem], Run]
@@ -146,7 +144,7 @@ class Contest:
             start = time.perf_counter()
             result, peak = peak_bytes(run.call, self.device)
             self._once[name] = time.perf_counter() - start
-            got = {key: self.problem.part(key, x) for key, x in run.read(result).items()}
+            got = run.read(result)
         except Senseless:
             return
         except Cannot as reason:
@@ -169,7 +167,7 @@ class Contest:
     def warm_up(self) -> None:
         """Warms every provider up, decides how many calls make a sample, and forgets the parts measured so far."""
         for name, run in self.runs.items():
-            if self._once[name] < LONG:  # a longer one is warm from its gate
+            if self._once[name] < LONG:
                 self._once[name] = max(min(self._sample(name, 1) for _ in range(2)), 1e-7)
             self._repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / self._once[name]))
             if run.seconds is not None:

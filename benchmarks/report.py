@@ -25,6 +25,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 __all__ = ["Result", "fit", "line", "results", "shortfalls", "table", "write"]
 
 SHAPE = ("N", "n", "batch", "heads", "D", "T", "agents", "model", "layers", "dtype")
+ORDER = ("training_step", "attention_schedule", "generation", "latent_step", "cross_attention", "inject")  # as they are shown
 END_TO_END = ("latent_step", "training_step", "generation")
 PLAIN = ("DynamicCache", "cat + sdpa", "eager + cat")  # what most people run today
 
@@ -85,11 +86,12 @@ class Result:
 
 
 def results(rows: list[dict]) -> list[Result]:
-    """Rows grouped by case, in their order."""
+    """Rows grouped by case: whole systems first, then ops, each in the order of the rows."""
     groups = defaultdict(list)
     for row in rows:
         groups[tuple(row[k] for k in Case("", "").columns())].append(row)
-    return [Result(group) for group in groups.values()]
+    place = lambda r: ORDER.index(r.op) if r.op in ORDER else len(ORDER)
+    return sorted((Result(group) for group in groups.values()), key=place)
 
 
 def _scaled(value: float | None, units) -> str:
@@ -184,29 +186,33 @@ def headline(rows: list[dict]):
         if r.whole and r.best:
             name = r.op.replace("_", " ") + ("" if r.regime == r.op.replace("_", " ") else f": {r.regime}")
             groups[f"{name}, {r.phase}" if r.op not in END_TO_END else name].append(r)
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.27 * len(groups)))
+    figure, axes = plt.subplots(figsize=(8, 1.1 + 0.27 * len(groups)))
+    looks = (("plain", ORANGE, 1.2, "the plain Hugging Face way"), ("best", BLUE, 3.5, "the best peer"))
     for y, group in enumerate(groups.values()):
-        for attribute, colour, size in (("plain", ORANGE, 12), ("best", BLUE, 12)):
+        for attribute, colour, width, label in looks:
             ratios = [getattr(r, attribute)[1] for r in group if getattr(r, attribute)]
-            if ratios:
-                mean = float(np.exp(np.mean(np.log(ratios))))
-                axes.plot([1, mean], [y, y], color=colour, linewidth=3 if attribute == "best" else 1, alpha=0.5, zorder=1)
-                axes.scatter(ratios, [y] * len(ratios), s=size, color=colour, zorder=2, alpha=0.8, linewidths=0)
-                if attribute == "best":
-                    axes.annotate(
-                        f"{mean:.2f}x", (1, y), (-4, 0), textcoords="offset points", ha="right", va="center", fontsize=7
-                    )
+            if not ratios:
+                continue
+            mean = float(np.exp(np.mean(np.log(ratios))))
+            axes.plot([1, mean], [y, y], color=colour, linewidth=width, alpha=0.45, zorder=1, solid_capstyle="butt")
+            axes.scatter(ratios, [y] * len(ratios), s=13, color=colour, zorder=2, linewidths=0, label="" if y else label)
+            if attribute == "best":
+                side = -1 if mean >= 1 else 1  # of the line at 1, where no dots are
+                where = dict(xytext=(5 * side, 0), textcoords="offset points", va="center", ha="right" if side < 0 else "left")
+                axes.annotate(f"{mean:.2f}x", (1, y), fontsize=7, color=BLUE, **where)
     axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()
-    axes.axvline(1, color="#555555", linewidth=1)
+    axes.axvline(1, color="#555555", linewidth=1, zorder=0)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.6), high)
-    ticks = [t for t in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100) if axes.get_xlim()[0] <= t <= high]
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if axes.get_xlim()[0] <= t <= high]
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("times faster than the best peer (blue) and the plain Hugging Face way (orange); right of 1x is faster")
-    axes.grid(axis="x", color="#e5e7eb", zorder=0)
+    axes.set_xlabel("diffmas is this many times faster; a dot is a case, a line the geometric mean")
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), title="than")
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", color="#e5e7eb")
     return figure
 
 
@@ -221,7 +227,7 @@ def growth(rows: list[dict]):
                 panels.append((op, axis, series))
     if not panels:
         return None
-    figure, grid = plt.subplots(2, len(panels), figsize=(2.7 * len(panels) + 0.6, 5), squeeze=False)
+    figure, grid = plt.subplots(2, len(panels), figsize=(2.9 * len(panels), 5), squeeze=False, layout="constrained")
     for (op, axis, series), column in zip(panels, grid.T):
         for axes, field, scale, unit in zip(column, ("seconds", "peak_bytes"), (1, 1e-6), ("seconds", "peak MB")):
             for provider, colour in ((OURS, BLUE), ("DynamicCache", ORANGE)):
@@ -235,9 +241,15 @@ def growth(rows: list[dict]):
                     label = f"{provider}: N^{b:.2f}"
                 elif len(x) > 1:
                     slope = np.polyfit(x, y, 1)[0]
-                    label = f"{provider}: {slope:+.3g} {unit.split()[-1][:2].strip()} each"
+                    label = f"{provider}: {slope:+.3g} each"
                 axes.plot(x, y, "o-", color=colour, markersize=4, label=label)
-            axes.set_ylim(bottom=0)
+            if axis == "N":
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log")
+                axes.set_xticks([r.first["N"] for r in series], [f"{r.first['N']:,}" for r in series])
+                axes.minorticks_off()
+            else:
+                axes.set_ylim(bottom=0)
             axes.set_ylabel(unit)
             axes.legend(frameon=False, fontsize=7)
             axes.grid(color="#e5e7eb")
@@ -397,6 +409,8 @@ def write(out: Path, console: Console) -> Path:
     if not rows:
         raise ValueError(f"{out / store.FILE}: expected rows, found none")
     first = rows[0]
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console = Console(width=150)
     console.print(table(rows, f"{first['machine']}, {first['threads']} thread(s), commit {first['commit']}"))
     for text in shortfalls(rows):
         console.print(text, highlight=False, markup=False, soft_wrap=True)

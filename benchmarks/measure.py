@@ -140,7 +140,7 @@ class Contest:
             run = provider(self.problem)
             if run.reset:
                 run.reset()
-            gc.collect()
+            gc.disable()  # earlier garbage, freed in the middle of the call, would count as its own
             start = time.perf_counter()
             result, peak = peak_bytes(run.call, self.device)
             self._once[name] = time.perf_counter() - start
@@ -150,6 +150,8 @@ class Contest:
         except Cannot as reason:
             self.notes[name] = str(reason)
             return
+        finally:
+            gc.enable()
         self.errors[name] = error(got, want)
         if self.errors[name] <= self.budget:
             self.runs[name], self.peaks[name] = run, peak

@@ -48,9 +48,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="directory for the table, the plot and the adapter")] = Path("runs/demo"),
     model: Annotated[str | None, typer.Option(help="another causal LM, a directory or hub name")] = None,
     steps: Annotated[int | None, typer.Option(help="training steps; the demo's own number by default", min=1)] = None,
-    questions: Annotated[
-        int | None, typer.Option(help="held-out questions; the demo's own number by default", min=1)
-    ] = None,
+    questions: Annotated[int | None, typer.Option(help="held-out questions; the demo's own number by default", min=1)] = None,
     seed: Annotated[int, typer.Option(help="of the LoRA, the training questions and the order")] = 0,
 ):
     """Train and compare a small real system on this machine; ends with a table and a plot."""

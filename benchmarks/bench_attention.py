@@ -6,6 +6,7 @@ the providers with "cat" in their name.
 """
 
 import functools
+import importlib
 import math
 from dataclasses import dataclass, replace
 
@@ -376,6 +377,38 @@ def flex(p: Problem) -> Run:
     return Run(call, lambda o: {"o": y.packed(o)})
 
 
+def gpu_library(name: str, attend):
+    """A provider from attend(module, x) -> o [n, Hq, D] of an optional library; one sequence, forward. Never run: no GPU here."""
+
+    def provider(p: Problem) -> Run:
+        x: Inputs = p.inputs
+        if x.q.device.type == "cpu" or len(x.queries) > 1 or p.case.phase != "forward" or len(x.rows[0]) != len(x.k):
+            raise Senseless
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            raise Cannot(f"{name} is not installed") from None
+        return Run(torch.no_grad()(lambda: attend(module, x)), lambda o: {"o": x.gated("o", o)})
+
+    return provider
+
+
+def _flashinfer(flashinfer, x: Inputs) -> Tensor:
+    k, v = x.k.transpose(0, 1), x.v.transpose(0, 1)  # [Hkv, N, D]
+    if len(x.q) == 1:
+        return flashinfer.single_decode_with_kv_cache(x.q[0], k, v, kv_layout="HND", sm_scale=x.scale)[None]
+    return flashinfer.single_prefill_with_kv_cache(x.q, k, v, causal=True, kv_layout="HND", sm_scale=x.scale)
+
+
+def _xformers(ops, x: Inputs) -> Tensor:
+    Hkv = x.k.shape[1]
+    G = x.q.shape[1] // Hkv
+    q = x.q.unflatten(1, (Hkv, G))[None]
+    k, v = (t[None, :, :, None].expand(-1, -1, -1, G, -1) for t in (x.k, x.v))
+    mask = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask() if len(x.q) > 1 else None
+    return ops.memory_efficient_attention(q, k, v, attn_bias=mask, scale=x.scale)[0].flatten(1, 2)
+
+
 PROVIDERS = {
     OURS: diffmas,
     "sdpa": torch_peer(_sdpa),
@@ -385,6 +418,8 @@ PROVIDERS = {
     "cat + sdpa": torch_peer(_cat_sdpa, _cat_leaves, _cat_take),
     "eager": torch_peer(_eager),
     "flex": flex,
+    "flashinfer": gpu_library("flashinfer", _flashinfer),
+    "xformers": gpu_library("xformers.ops", _xformers),
 }
 SLOW = {"flex"}  # compiling takes most of a minute: not with --quick
 

@@ -378,7 +378,7 @@ def flex(p: Problem) -> Run:
 
 
 def gpu_library(name: str, attend):
-    """A provider from attend(module, x) -> o [n, Hq, D] of an optional library; one sequence, forward. Never run: no GPU here."""
+    """A provider from attend(module, x) -> o [n, Hq, D] of an optional library. Never run: there was no GPU."""
 
     def provider(p: Problem) -> Run:
         x: Inputs = p.inputs

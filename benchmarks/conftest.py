@@ -63,6 +63,7 @@ def pytest_collection_modifyitems(session, config, items):
 def pytest_sessionfinish(session):
     if SESSION in session.config.stash:
         session.config.stash[SESSION].progress.stop()
+        gc.unfreeze()  # or nanobind reports leaks at exit
 
 
 def pytest_runtest_logreport(report):

@@ -1,6 +1,7 @@
 # make demo   installs into .venv and runs the main job: train and compare latent agents, in minutes on a CPU
 # make test   installs into .venv and runs the tests; what CI runs
 # make test-asan   the tests of the ops on a library that checks every memory access (gcc's sanitizers)
+# make bench  installs into .venv and measures diffmas and its peers on this machine: table, plots, page (QUICK=1: three minutes)
 #
 # PYTHON=python3.12  interpreter for .venv        PY=python3  use an environment that has everything; nothing is installed
 
@@ -12,7 +13,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test test-asan compat install lint clean
+.PHONY: demo test test-asan bench bench-readme compat install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
@@ -21,7 +22,8 @@ test: $(INSTALLED)
 	$(PY) -m pytest -q tests
 
 # A package of its own under build/asan, so that the checked library never takes the place of the real one. libstdc++ is loaded
-# first too, or the sanitizer finds no exceptions to intercept. Python's own leaks are not looked at; pytest must not keep stderr from an aborting process.
+# first too, or the sanitizer finds no exceptions to intercept. Python's own leaks are not looked at; pytest must not keep
+# stderr from an aborting process.
 ASAN := build/asan
 ASAN_TESTS ?= tests/test_ops.py tests/test_op_inputs.py
 test-asan: $(INSTALLED)
@@ -29,6 +31,12 @@ test-asan: $(INSTALLED)
 	test -f $(ASAN)/lib/diffmas/libdiffmas.so
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(PY) -c "import sys; sys.path[0] = '$(ASAN)/lib'; import pytest; sys.exit(pytest.main('-q --capture=sys $(ASAN_TESTS)'.split()))"
+
+bench: $(INSTALLED)
+	$(PY) -m diffmas bench $(if $(QUICK),--quick)
+
+bench-readme: $(INSTALLED)
+	$(PY) -m diffmas bench --readme
 
 # The Hugging Face side against the oldest supported transformers and one in between; .venv holds the newest.
 COMPAT ?= 4.56.2 5.17.0

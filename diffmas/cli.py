@@ -1,4 +1,4 @@
-"""The command line: diffmas demo | train | generate | evaluate | env."""
+"""The command line: diffmas demo | train | generate | evaluate | bench | env."""
 
 import functools
 import math
@@ -211,6 +211,35 @@ def evaluate(
         given = all(isinstance(error, (ValueError, OSError)) for error in failure.errors.values())
         raise (ValueError if given else RuntimeError)(f"{failure} ({written})") from failure
     show(results)
+
+
+@app.command()
+@explained
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="the cases that end in under three minutes")] = False,
+    only: Annotated[str, typer.Option(help="cases whose module or key has this text, as in attention or N=8192")] = "",
+    out: Annotated[Path | None, typer.Option(help="directory for the CSV, the plots and the page", show_default=False)] = None,
+    threads: Annotated[int, typer.Option(help="threads that torch uses", min=1)] = 1,
+    max_rounds: Annotated[int, typer.Option(help="samples of each provider at most", min=1)] = 25,
+    compare: Annotated[str | None, typer.Option(metavar="REV", help="measure this commit side by side with the source")] = None,
+    report: Annotated[bool, typer.Option("--report", help="no measurement: table, plots and page from the stored CSV")] = False,
+    readme: Annotated[bool, typer.Option("--readme", help="no measurement: README.md's table from the stored CSV")] = False,
+):
+    """Measure diffmas and its peers on this machine: a table, plots and a page, from a CSV with every row."""
+    from diffmas.benchmarks import run as suite
+
+    if compare:
+        from diffmas.benchmarks.compare import compare as measure
+
+        return measure(compare, quick, only, threads, max_rounds, console)
+    target = out or suite.default_out(quick and not (report or readme))
+    if readme:
+        from diffmas.benchmarks.readme import update
+
+        return console.print("README.md: " + ("updated" if update(target, Path("README.md")) else "as it was"))
+    if report:
+        return suite.write_report(target, console)
+    raise typer.Exit(suite.run(target, quick, only, threads, max_rounds, console))
 
 
 @app.command()

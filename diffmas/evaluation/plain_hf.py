@@ -1,4 +1,4 @@
-"""The plain Hugging Face way to train latent agents: DynamicCache, torch.cat, left padding, autograd. The peer of `forward`.
+"""The plain Hugging Face way to run and train latent agents: DynamicCache, torch.cat, left padding, autograd.
 
 What a careful user writes today, with correct masks and positions (the LatentMAS reference code passes no positions and
 attends to padding). Autograd keeps every concatenated copy of the cache: memory grows with (steps x trace length).
@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from diffmas.patch import causal_lm_of
+from diffmas.sampling import end_tokens
+from diffmas.system import evaluating
 
-__all__ = ["plain_loss"]
+__all__ = ["plain_generate", "plain_loss"]
 
 
 def _left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,42 +22,76 @@ def _left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, to
     return ids, mask
 
 
+class _Plain:
+    """A batch of episodes on a DynamicCache: which cached columns each sequence sees, and its next position."""
+
+    def __init__(self, system, questions):
+        self.system, self.questions = system, system.fields_of(questions)
+        self.model = causal_lm_of(system.model)
+        self.cache = DynamicCache()
+        self.past = torch.zeros(len(self.questions), 0, dtype=torch.long, device=system.device)
+        self.at = torch.zeros(len(self.questions), 1, dtype=torch.long, device=system.device)
+
+    def forward(self, module, mask, **inputs):
+        """mask [B, n]: which of the new tokens are real."""
+        positions = (self.at + mask.cumsum(1) - 1).clamp_min(0)
+        self.past, self.at = torch.cat((self.past, mask), 1), self.at + mask.sum(1, keepdim=True)
+        options = dict(position_ids=positions, past_key_values=self.cache, use_cache=True)
+        return module(**inputs, attention_mask=self.past, **options)
+
+    def communicate(self) -> None:
+        """All agents but the last take their turns."""
+        body = self.model.base_model
+        for agent in self.system.agents[:-1]:
+            handed = self.past.shape[1]
+            ids, mask = _left_pad([self.system.prompt_ids(agent, q) for q in self.questions], 0, self.system.device)
+            h = self.forward(body, mask, input_ids=ids).last_hidden_state[:, -1:]
+            prompt_end = self.past.shape[1]
+            for _ in range(agent.latent_steps):
+                embeds = self.system.realign(h[:, 0])[:, None]
+                h = self.forward(body, torch.ones_like(self.at), inputs_embeds=embeds).last_hidden_state
+            if self.system.trace_content == "latent_only":
+                self.past = self.past.clone()
+                self.past[:, handed:prompt_end] = 0
+
+
 def plain_loss(system, questions, answers) -> torch.Tensor:
     """The loss of `MultiAgentSystem.forward` for trace_content all or latent_only, without a trace; a scalar.
 
     Positions are those of the unpadded sequences. Rows that latent_only drops stay in the cache and are masked out.
     """
-    model = causal_lm_of(system.model)
-    body, device = model.base_model, system.device
-    questions = system.fields_of(questions)
-    cache = DynamicCache()
-    past = torch.zeros(len(questions), 0, dtype=torch.long, device=device)  # which cached columns are seen
-    at = torch.zeros(len(questions), 1, dtype=torch.long, device=device)  # the next position
-
-    def forward(module, mask, **inputs):
-        nonlocal past, at
-        positions = (at + mask.cumsum(1) - 1).clamp_min(0)
-        past, at = torch.cat((past, mask), 1), at + mask.sum(1, keepdim=True)
-        return module(**inputs, attention_mask=past, position_ids=positions, past_key_values=cache, use_cache=True)
-
-    for agent in system.agents[:-1]:
-        handed = past.shape[1]
-        ids, mask = _left_pad([system.prompt_ids(agent, q) for q in questions], 0, device)
-        h = forward(body, mask, input_ids=ids).last_hidden_state[:, -1:]
-        prompt_end = past.shape[1]
-        for _ in range(agent.latent_steps):
-            ones = torch.ones_like(at)
-            h = forward(body, ones, inputs_embeds=system.realign(h[:, 0])[:, None]).last_hidden_state
-        if system.trace_content == "latent_only":
-            past = past.clone()
-            past[:, handed:prompt_end] = 0
+    plain = _Plain(system, questions)
+    plain.communicate()
     targets = [system.answer_ids(a) for a in answers]
-    rows = [system.prompt_ids(system.agents[-1], q) + t for q, t in zip(questions, targets)]
-    ids, mask = _left_pad(rows, 0, device)
+    rows = [system.prompt_ids(system.agents[-1], q) + t for q, t in zip(plain.questions, targets)]
+    ids, mask = _left_pad(rows, 0, system.device)
     longest = max(map(len, targets))
-    logits = forward(model, mask, input_ids=ids, logits_to_keep=longest + 1).logits[:, :-1]
-    labels = torch.full((len(rows), longest), -100, device=device)
+    logits = plain.forward(plain.model, mask, input_ids=ids, logits_to_keep=longest + 1).logits[:, :-1]
+    labels = torch.full((len(rows), longest), -100, device=system.device)
     for b, t in enumerate(targets):
-        labels[b, longest - len(t) :] = torch.tensor(t, device=device)
+        labels[b, longest - len(t) :] = torch.tensor(t, device=system.device)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+@torch.no_grad()
+def plain_generate(system, questions, max_new_tokens: int) -> list[list[int]]:
+    """The greedy tokens of `MultiAgentSystem.generate_tokens`, end-of-sequence token included, [question][token]."""
+    plain = _Plain(system, questions)
+    ends = end_tokens(plain.model, system.tokenizer)
+    with evaluating(system):
+        plain.communicate()
+        prompts = [system.prompt_ids(system.agents[-1], q) for q in plain.questions]
+        ids, mask = _left_pad(prompts, 0, system.device)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        going = [True] * len(tokens)
+        while True:
+            logits = plain.forward(plain.model, mask, input_ids=ids, logits_to_keep=1).logits[:, -1]
+            for b, token in enumerate(logits.argmax(-1).tolist()):
+                if going[b]:
+                    tokens[b].append(token)
+                    going[b] = token not in ends and len(tokens[b]) < max_new_tokens
+            if not any(going):
+                return tokens
+            ids = torch.tensor([[row[-1]] for row in tokens], device=system.device)
+            mask = torch.tensor([[int(g)] for g in going], device=system.device)

@@ -1,0 +1,428 @@
+"""cross_attention over a trace: a latent step, prompts, several agents, ragged batches; forward, backward, both.
+
+Peers compute the same on the layout a Hugging Face user has: K/V concatenated, [B, Hkv, N, D], left-padded if lengths differ,
+masks built beforehand and correct. What they would have to do first (concatenate, pad, build masks) is not counted, except by
+the providers with "cat" in their name.
+"""
+
+import functools
+import importlib
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffmas import ops, reference
+from diffmas.benchmarks.measure import OURS, Cannot, Case, Problem, Run, Senseless
+
+__all__ = ["CASES", "PROVIDERS", "problem"]
+
+GATE_LIMIT = 3e8, 1e6  # flops / 4 and K elements that the gate takes on; above, it looks at the first and last K/V head only
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+
+def _cases() -> list[Case]:
+    out = []
+
+    def add(regime, N, n=1, heads="16/8", phases=("forward", "backward"), quick=(), **more):
+        for phase in phases:
+            shape = dict(N=N, n=n, heads=heads, D=128) | more
+            out.append(Case("cross_attention", regime, phase, quick=phase in quick, **shape))
+
+    everything = ("forward", "backward", "full")
+    for N in (1024, 2048, 4096, 8192, 32768):
+        add("latent step", N, phases=everything, quick={2048: ("forward",), 8192: everything}.get(N, ()))
+    for heads in ("8/8", "32/8"):
+        add("latent step", 2048, heads=heads)
+        add("latent step", 8192, heads=heads, quick=("forward",))
+    for N in (2048, 8192):
+        add("latent step", N, dtype="bfloat16", phases=("forward",), quick=("forward",) if N == 2048 else ())
+    add("few queries", 8192, 16, phases=everything, quick=("forward",))
+    add("few queries", 8192, 16, heads="32/8")
+    add("prompt", 512, 512)
+    add("prompt", 1024, 1024, quick=("forward", "backward"))
+    add("prompt", 1024, 1024, heads="8/8")
+    add("prompt", 1024, 1024, heads="32/8")
+    add("prompt", 2048, 2048, phases=everything)
+    add("prompt", 4096, 4096, phases=("forward",))
+    add("prompt", 1024, 1024, dtype="bfloat16", phases=("forward",))
+    add("prompt on a trace", 2048, 256, quick=("forward",))
+    add("prompt on a trace", 4096, 512)
+    add("prompt on a trace", 8192, 1024, phases=("forward",))
+    add("agents side by side", 1024, 256, batch=4, quick=("forward",))
+    add("agents side by side", 4608, 512, batch=4, phases=("forward",))
+    add("ragged prompts", 1024, 256, batch=8, quick=("forward",))
+    add("ragged prompts", 2048, 512, batch=8, phases=("forward",))
+    add("ragged latent step", 4096, 1, batch=8, quick=("forward",))
+    add("ragged latent step", 8192, 1, batch=8, phases=("forward",))
+    return out
+
+
+CASES = _cases()
+
+
+def layout(case: Case) -> tuple[list[int], list[list[tuple[int, int]]]]:
+    """Queries of each sequence, and the (first row, rows) of each sequence's segments."""
+    N, n, B = case.N, case.n, case.batch
+    if case.regime == "prompt on a trace":  # three agents' segments, not next to each other in the pool
+        first = (N - n) // 2
+        return [n], [[(N, first), (0, N - n - first), (2 * N, n)]]
+    if case.regime == "agents side by side":  # branches that share a prefix and do not see each other
+        prefix = N - n
+        return [n] * B, [[(0, prefix), (prefix + b * n, n)] for b in range(B)]
+    if case.regime.startswith("ragged"):
+        lengths = [max(1, N * (b + 1) // B) for b in range(B)]
+        queries = [max(1, min(n * (B - b) // B, lengths[b])) for b in range(B)]
+        starts = [sum(lengths[:b]) for b in range(B)]
+        return queries, [[(s, rows)] for s, rows in zip(starts, lengths)]
+    return [n] * B, [[(0, N)]] * B
+
+
+@dataclass
+class Inputs:
+    """q, do [n, Hq, D], packed; pools [R, Hkv, D], head-major; view: index tensors of the op; rows: of each sequence's view."""
+
+    q: Tensor
+    do: Tensor
+    k: Tensor
+    v: Tensor
+    queries: list[int]
+    view: tuple
+    rows: list[Tensor]
+    scale: float
+    kv_heads: list[int] | None = None  # those that the gate looks at
+
+    @functools.cached_property
+    def padded(self) -> "Padded":
+        return padded(self)
+
+    def gated(self, name: str, x: Tensor) -> Tensor:
+        """The part of an output [., H, D] that the gate looks at."""
+        G = self.q.shape[1] // self.k.shape[1]
+        return x[:, self.kv_heads if name in ("k", "v", "dk", "dv") else [h * G + g for h in self.kv_heads for g in range(G)]]
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """That part of the inputs."""
+        part = {name: self.gated(name, getattr(self, name)).to(dtype) for name in ("q", "do", "k", "v")}
+        return replace(self, **part)
+
+    def args(self) -> tuple:
+        return (*self.view, None, None, self.scale, True, False)
+
+
+def problem(case: Case) -> Problem:
+    Hq, Hkv = map(int, case.heads.split("/"))
+    dtype, device = getattr(torch, case.dtype), "cuda" if torch.cuda.is_available() else "cpu"
+    queries, segments = layout(case)
+    size = max(start + length for row in segments for start, length in row)
+    random = lambda *shape: torch.randn(*shape, device=device).to(dtype)
+    q, do = 3 * random(sum(queries), Hq, case.D), random(sum(queries), Hq, case.D)  # 3: attention that is far from uniform
+    k, v = (random(Hkv, size, case.D).transpose(0, 1) for _ in range(2))
+    flat = [s for row in segments for s in row]
+    index = lambda xs: torch.tensor(xs, dtype=torch.int64, device=device)
+    view = (
+        index([0, *queries]).cumsum(0), index([0, *map(len, segments)]).cumsum(0),
+        index([s for s, _ in flat]), index([n for _, n in flat]),
+    )  # fmt: skip
+    rows = [torch.cat([torch.arange(s, s + n, device=device) for s, n in row]) for row in segments]
+    x = Inputs(q, do, k, v, queries, view, rows, case.D**-0.5)
+
+    pairs = sum(n * len(r) - n * (n - 1) // 2 for n, r in zip(queries, rows))  # visible (query, key) pairs
+    distinct = torch.cat(rows).unique().numel()
+    width, D = q.element_size(), case.D
+    forward = case.phase in ("forward", "full")
+    backward = case.phase in ("backward", "full")
+    much = pairs * Hq * D > GATE_LIMIT[0] or distinct * Hkv * D > GATE_LIMIT[1]
+    x.kv_heads = [0, Hkv - 1] if Hkv > 2 and much else list(range(Hkv))
+
+    def answer(dtype: torch.dtype) -> dict[str, Tensor]:
+        y = x.to(dtype)
+        o, lse = reference.cross_attention(y.q, y.k, y.v, *y.args())
+        out = {"o": o} if forward else {}
+        if backward:
+            wide = reference.accumulator(dtype)
+            dk, dv = (torch.zeros(t.shape, dtype=wide, device=device) for t in (y.k, y.v))
+            out["dq"] = reference.cross_attention_backward(y.do, None, y.q, o, lse, y.k, y.v, *y.args(), dk, dv)
+            out |= {"dk": dk, "dv": dv}
+        return out
+
+    own = 2 * q.numel() * width * (forward + 2 * backward)
+    return Problem(
+        case, x, answer,
+        flops=(4 * forward + 10 * backward) * Hq * D * pairs,
+        read=2 * Hkv * D * distinct * width * (forward + backward) + own,
+        copied=16 * Hkv * D * distinct * backward,  # float32 gradient pools, K and V, read and written
+    )  # fmt: skip
+
+
+# ---- diffmas ---------------------------------------------------------------------------------------------------------
+
+
+def diffmas(p: Problem) -> Run:
+    x: Inputs = p.inputs
+    args = x.args()
+    raw = torch.ops.diffmas
+    o, lse = ops.cross_attention(x.q, x.k, x.v, *x.view, scale=x.scale)  # the checked entry, once
+    # Pools stay from step to step in training: zero-filled once, added to by every backward.
+    dk, dv = (torch.zeros_like(t, dtype=reference.accumulator(t.dtype)) for t in (x.k, x.v))
+
+    def forward():
+        return raw.cross_attention(x.q, x.k, x.v, *args)[0]
+
+    def backward():
+        return raw.cross_attention_backward(x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
+
+    def full():
+        o, lse = raw.cross_attention(x.q, x.k, x.v, *args)
+        return o, raw.cross_attention_backward(x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
+
+    def outputs(**named):
+        return {name: x.gated(name, t) for name, t in named.items()}
+
+    if p.case.phase == "forward":
+        return Run(forward, lambda o: outputs(o=o))
+    if p.case.phase == "backward":
+        return Run(backward, lambda dq: outputs(dq=dq, dk=dk, dv=dv))
+    return Run(full, lambda r: outputs(o=r[0], dq=r[1], dk=dk, dv=dv))
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Padded:
+    """The problem as Hugging Face has it: q, do [B, Hq, L, D]; k, v [B, Hkv, N, D], left-padded; mask [B, 1, L, N] or None."""
+
+    q: Tensor
+    do: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    causal: bool
+    x: Inputs
+
+    def packed(self, o: Tensor) -> Tensor:
+        """[B, Hq, L, D] -> [n, some heads, D]."""
+        packed = torch.cat([row[:, row.shape[1] - n :].transpose(0, 1) for row, n in zip(o, self.x.queries)])
+        return self.x.gated("o", packed)
+
+    def pooled(self, dk: Tensor) -> Tensor:
+        """[B, Hkv, N, D] -> gradient pool [R, some heads, D]."""
+        heads = self.x.kv_heads
+        out = torch.zeros(len(self.x.k), len(heads), dk.shape[3], dtype=dk.dtype, device=dk.device)
+        for row, rows in zip(dk, self.x.rows):
+            out.index_add_(0, rows, row[heads, row.shape[1] - len(rows) :].transpose(0, 1))
+        return out
+
+
+def padded(x: Inputs) -> Padded:
+    """Of a single sequence without gaps, K and V are the pool's own memory: the same pages for everyone."""
+    B, L, N = len(x.queries), max(x.queries), max(map(len, x.rows))
+    q, do = (x.q.new_zeros(B, x.q.shape[1], L, x.q.shape[2]) for _ in range(2))
+    shared = B == 1 and N == len(x.k)
+    if shared:
+        k, v = (pool.transpose(0, 1)[None] for pool in (x.k, x.v))
+    else:
+        k, v = (x.k.new_zeros(B, x.k.shape[1], N, x.k.shape[2]) for _ in range(2))
+    mask = torch.full((B, 1, L, N), -torch.inf, dtype=x.q.dtype, device=x.q.device)
+    first = 0
+    for b, (n, rows) in enumerate(zip(x.queries, x.rows)):
+        for packed, wide in ((x.q, q), (x.do, do)):
+            wide[b, :, L - n :] = packed[first : first + n].transpose(0, 1)
+        for pool, wide in () if shared else ((x.k, k), (x.v, v)):
+            wide[b, :, N - len(rows) :] = pool[rows].transpose(0, 1)
+        seen = torch.ones(n, len(rows), dtype=torch.bool, device=mask.device).tril(len(rows) - n)
+        mask[b, 0, L - n :, N - len(rows) :].masked_fill_(seen, 0)
+        mask[b, 0, : L - n, -1] = 0  # rows of padding see something, or they would be NaN
+        first += n
+    even = B * L == len(x.q) and B * N == sum(map(len, x.rows))
+    square, single = even and L == N, even and L == 1
+    return Padded(q, do, k, v, None if square or single else mask, square and not single, x)
+
+
+def torch_peer(attend, leaves=lambda y: (y.q, y.k, y.v), take=lambda y, grads: grads):
+    """A provider from attend(y, *leaves) -> o [B, Hq, L, D]. Gradients of K/V are added into a buffer, as ours are.
+
+    leaves(y): what autograd differentiates by; take(y, grads) -> dq, dk, dv in the padded layout.
+    """
+
+    def provider(p: Problem) -> Run:
+        y = p.inputs.padded
+        inputs = [t.detach().requires_grad_(p.case.phase != "forward") for t in leaves(y)]
+        if p.case.phase == "forward":
+            return Run(torch.no_grad()(lambda: attend(y, *inputs)), lambda o: {"o": y.packed(o)})
+        wide = [torch.zeros_like(t, dtype=reference.accumulator(t.dtype)) for t in inputs]
+        kept = attend(y, *inputs)
+
+        def call():
+            o = attend(y, *inputs) if p.case.phase == "full" else kept
+            grads = torch.autograd.grad(o, inputs, y.do, retain_graph=p.case.phase != "full")
+            for buffer, grad in zip(wide[1:], grads[1:]):
+                buffer.add_(grad)
+            return o, grads[0]
+
+        def outputs(result):
+            o, dq = result
+            dq, dk, dv = take(y, (dq, *wide[1:]))
+            out = {"dq": y.packed(dq), "dk": y.pooled(dk), "dv": y.pooled(dv)}
+            return out | ({"o": y.packed(o.detach())} if p.case.phase == "full" else {})
+
+        return Run(call, outputs)
+
+    return provider
+
+
+def _sdpa(y: Padded, q, k, v):
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, y.mask, is_causal=y.causal, scale=y.x.scale, enable_gqa=grouped)
+
+
+def _repeat(t: Tensor, groups: int) -> Tensor:
+    return t[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) if groups > 1 else t
+
+
+def _expanded(y: Padded, q, k, v):
+    G = q.shape[1] // k.shape[1]
+    if G == 1:
+        raise Senseless("nothing to expand: as many K/V heads as query heads")
+    return F.scaled_dot_product_attention(q, _repeat(k, G), _repeat(v, G), y.mask, is_causal=y.causal, scale=y.x.scale)
+
+
+def _grouped(y: Padded, q, k, v):
+    """One token's query heads of a group as that many queries of its K/V head: no expansion and no mask."""
+    if q.shape[2] > 1 or q.shape[1] == k.shape[1]:
+        raise Senseless("for one query and fewer K/V heads than query heads")
+    rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+    return F.scaled_dot_product_attention(rows, k, v, y.mask, scale=y.x.scale).flatten(1, 2)[:, :, None]
+
+
+def _eager(y: Padded, q, k, v):
+    G = q.shape[1] // k.shape[1]
+    scores = q @ _repeat(k, G).transpose(2, 3) * y.x.scale
+    if y.causal:
+        scores = scores + torch.full(scores.shape[2:], -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    elif y.mask is not None:
+        scores = scores + y.mask
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ _repeat(v, G)
+
+
+def _cat_leaves(y: Padded):
+    L = y.q.shape[2]
+    return (y.q, *(t[:, :, part].contiguous() for t in (y.k, y.v) for part in (slice(None, -L), slice(-L, None))))
+
+
+def _cat_sdpa(y: Padded, q, k_old, k_new, v_old, v_new):
+    if k_old.shape[2] == 0:
+        raise Senseless("nothing to concatenate to: the first prompt")
+    return _sdpa(y, q, torch.cat((k_old, k_new), 2), torch.cat((v_old, v_new), 2))
+
+
+def _cat_take(y: Padded, grads):
+    dq, dk_old, dk_new, dv_old, dv_new = grads
+    return dq, torch.cat((dk_old, dk_new), 2), torch.cat((dv_old, dv_new), 2)
+
+
+def per_sequence(p: Problem) -> Run:
+    """SDPA on one sequence after the other: no padding, no mask beyond the new tokens' own."""
+    x: Inputs = p.inputs
+    if len(x.queries) == 1:
+        raise Senseless("one sequence only")
+    if p.case.phase != "forward":
+        raise Senseless("measured forward only")
+    firsts = [sum(x.queries[:b]) for b in range(len(x.queries))]
+    parts = []
+    for first, n, rows in zip(firsts, x.queries, x.rows):
+        alone = Inputs(x.q[first : first + n], x.do[first : first + n], x.k, x.v, [n], x.view, [rows], x.scale)
+        parts.append(alone.padded)
+
+    @torch.no_grad()
+    def call():
+        return [_sdpa(y, y.q, y.k, y.v) for y in parts]
+
+    return Run(call, lambda os: {"o": x.gated("o", torch.cat([o[0].transpose(0, 1) for o in os]))})
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(p: Problem) -> Run:
+    """FlexAttention, compiled, with a block mask; forward only on a CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    x: Inputs = p.inputs
+    if x.q.device.type == "cpu" and p.case.phase != "forward":
+        raise Cannot("FlexAttention has no backward on a CPU")
+    y = x.padded
+    L, N = y.q.shape[2], y.k.shape[2]
+    lengths = torch.tensor([len(r) for r in x.rows], device=y.q.device)
+
+    def visible(b, h, i, j):
+        return ((j - (N - L)) <= i) & (j >= N - lengths[b])
+
+    try:
+        mask = create_block_mask(visible, len(x.queries), None, L, N, device=str(y.q.device))
+        attend = _compiled_flex()
+        grouped = y.q.shape[1] != y.k.shape[1]
+        call = torch.no_grad()(lambda: attend(y.q, y.k, y.v, block_mask=mask, scale=x.scale, enable_gqa=grouped))
+        call()
+    except Exception as reason:  # the compiler's errors are of many kinds; any of them means: does not run here
+        raise Cannot(f"FlexAttention does not run here: {type(reason).__name__}: {str(reason).splitlines()[0][:120]}") from None
+    return Run(call, lambda o: {"o": y.packed(o)})
+
+
+def gpu_library(name: str, attend):
+    """A provider from attend(module, x) -> o [n, Hq, D] of an optional library. Never run: there was no GPU."""
+
+    def provider(p: Problem) -> Run:
+        x: Inputs = p.inputs
+        if x.q.device.type == "cpu" or len(x.queries) > 1 or p.case.phase != "forward" or len(x.rows[0]) != len(x.k):
+            raise Senseless
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            raise Cannot(f"{name} is not installed") from None
+        return Run(torch.no_grad()(lambda: attend(module, x)), lambda o: {"o": x.gated("o", o)})
+
+    return provider
+
+
+def _flashinfer(flashinfer, x: Inputs) -> Tensor:
+    k, v = x.k.transpose(0, 1), x.v.transpose(0, 1)  # [Hkv, N, D]
+    if len(x.q) == 1:
+        return flashinfer.single_decode_with_kv_cache(x.q[0], k, v, kv_layout="HND", sm_scale=x.scale)[None]
+    return flashinfer.single_prefill_with_kv_cache(x.q, k, v, causal=True, kv_layout="HND", sm_scale=x.scale)
+
+
+def _xformers(ops, x: Inputs) -> Tensor:
+    Hkv = x.k.shape[1]
+    G = x.q.shape[1] // Hkv
+    q = x.q.unflatten(1, (Hkv, G))[None]
+    k, v = (t[None, :, :, None].expand(-1, -1, -1, G, -1) for t in (x.k, x.v))
+    mask = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask() if len(x.q) > 1 else None
+    return ops.memory_efficient_attention(q, k, v, attn_bias=mask, scale=x.scale)[0].flatten(1, 2)
+
+
+PROVIDERS = {
+    OURS: diffmas,
+    "sdpa": torch_peer(_sdpa),
+    "sdpa, grouped": torch_peer(_grouped),
+    "sdpa, expanded": torch_peer(_expanded),
+    "sdpa, one by one": per_sequence,
+    "cat + sdpa": torch_peer(_cat_sdpa, _cat_leaves, _cat_take),
+    "eager": torch_peer(_eager),
+    "flex": flex,
+    "flashinfer": gpu_library("flashinfer", _flashinfer),
+    "xformers": gpu_library("xformers.ops", _xformers),
+}
+SLOW = {"flex"}  # compiling takes most of a minute: not with --quick
+
+
+def test_attention(bench, case):
+    bench(case, problem, PROVIDERS)

@@ -1,0 +1,108 @@
+"""One latent step of a whole model's body over a long trace: diffmas, DynamicCache, StaticCache.
+
+The caches hold the same random rows, so that a long trace needs no long prefill.
+"""
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+from diffmas import Trace, patch_model
+from diffmas.benchmarks.measure import OURS, Case, Problem, Run
+from diffmas.benchmarks.systems import DEVICE, end_to_end, make_model
+from diffmas.patch import patch_of, run
+
+__all__ = ["CASES", "PROVIDERS", "problem"]
+
+ROOM = 512  # latent steps that fit a sample
+
+CASES = [
+    *(end_to_end("latent_step", "latent step", "forward", N=N, quick=N in (1024, 8192)) for N in (1024, 4096, 8192, 32768)),
+    *(end_to_end("latent_step", "latent step", "forward", "0.6B", 2, N=N, quick=N == 8192) for N in (1024, 8192, 32768)),
+    end_to_end("latent_step", "latent step", "forward", "8B", 1, N=8192),
+]
+
+
+def problem(case: Case) -> Problem:
+    model = patch_model(make_model(case))
+    heads = int(case.heads.split("/")[1])
+    rows = [[torch.randn(case.N, heads, case.D, device=DEVICE) for _ in range(2)] for _ in range(case.layers)]
+    x = torch.randn(1, model.config.hidden_size, device=DEVICE)
+
+    def answer(dtype: torch.dtype) -> dict:
+        body, cache = make_model(case, dtype).base_model, dynamic(rows, dtype)
+        with torch.no_grad():
+            return {"hidden": body(inputs_embeds=x[None].to(dtype), past_key_values=cache).last_hidden_state[0]}
+
+    # transformers takes norms and rotary tables in float32 in float64 models too.
+    return Problem(case, (model, rows, x), answer, tolerance=1e-4)
+
+
+def dynamic(rows, dtype=torch.float32) -> DynamicCache:
+    cache = DynamicCache()
+    for layer, kv in enumerate(rows):
+        cache.update(*(t.transpose(0, 1)[None].to(dtype) for t in kv), layer)
+    return cache
+
+
+def diffmas(p: Problem) -> Run:
+    model, rows, x = p.inputs
+    base = Trace(model, capacity=p.case.N + 32 * ROOM)
+    plan = base.plan([p.case.N], "prompt")
+    for i, (k, v) in enumerate(rows):  # what a forward pass would leave
+        pool = base._store.pool(i, k, v)
+        pool.k[: p.case.N], pool.v[: p.case.N] = k, v
+        plan._tokens_out[i] = base._tokens[i]
+    plan.commit()
+    body, traces = patch_of(model).body, []
+
+    def reset():
+        traces[:] = base.fork(1)
+        traces[0].reserve(ROOM)
+
+    @torch.no_grad()
+    def call():
+        return run(body, traces[0].plan([1], "latent"), inputs_embeds=x[None]).last_hidden_state
+
+    return Run(call, lambda h: {"hidden": h[0]}, reset)
+
+
+def _peer(cache, rewind):
+    def provider(p: Problem) -> Run:
+        model, rows, x = p.inputs
+        past = cache(model, rows, p.case.N)
+
+        @torch.no_grad()
+        def call():
+            return model.base_model(inputs_embeds=x[None], past_key_values=past).last_hidden_state
+
+        return Run(call, lambda h: {"hidden": h[0]}, lambda: rewind(past, p.case.N))
+
+    return provider
+
+
+def static(model, rows, N) -> StaticCache:
+    cache = StaticCache(model.config, max_cache_len=N + ROOM)
+    for layer, kv in enumerate(rows):
+        cache.update(*(t.transpose(0, 1)[None] for t in kv), layer)
+    return cache
+
+
+def _rewind_dynamic(cache, N) -> None:
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :N].contiguous(), layer.values[:, :, :N].contiguous()
+
+
+def _rewind_static(cache, N) -> None:
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(N)
+
+
+PROVIDERS = {
+    OURS: diffmas,
+    "DynamicCache": _peer(lambda model, rows, N: dynamic(rows), _rewind_dynamic),
+    "StaticCache": _peer(static, _rewind_static),
+}
+
+
+def test_latent_step(bench, case):
+    bench(case, problem, PROVIDERS)

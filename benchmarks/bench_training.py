@@ -1,0 +1,108 @@
+"""A training step of latent agents: forward through all of them, backward, optimizer; against the plain Hugging Face way.
+
+The peer is `diffmas.evaluation.plain_hf`: DynamicCache, torch.cat, autograd, correct masks. LoRA r = 8 on all linear layers.
+The learning rate is 0, so that every step does the same work on the same weights. Loss and gradients are compared with the
+plain way's.
+"""
+
+from functools import cache
+
+import torch
+
+from diffmas.benchmarks.measure import OURS, Case, Problem, Run, Senseless
+from diffmas.benchmarks.systems import Stopwatch, end_to_end, make_system
+
+__all__ = ["CASES", "PROVIDERS", "problem"]
+
+
+def _case(N, T, agents=3, batch=1, **more) -> Case:
+    return end_to_end("training_step", "ragged agents" if batch > 1 else "agents", "step", N=N, T=T, agents=agents,
+                      batch=batch, **more)  # fmt: skip
+
+
+CASES = [
+    *(_case(N, 16, quick=N <= 1024) for N in (512, 1024, 2048, 4096, 8192)),
+    *(_case(4096, T) for T in (0, 10, 40)),
+    *(_case(1024, T) for T in (0, 40)),
+    *(_case(2048, 16, agents=agents) for agents in (2, 4)),
+    _case(512, 10, batch=8),
+    _case(2048, 10, model="0.6B", layers=2),
+    _case(512, 4, model="8B", layers=1),
+]
+
+
+def problem(case: Case) -> Problem:
+    from diffmas.evaluation.plain_hf import plain_loss
+
+    system, questions, answers = make_system(case, lora=True)
+    system.train()
+
+    @cache
+    def answer(dtype: torch.dtype) -> dict:  # in the model's own precision, whatever is asked for
+        loss = plain_loss(system, questions, answers)
+        loss.backward()
+        return _outputs(system, loss.detach())
+
+    return Problem(case, (system, questions, answers), answer, tolerance=1e-4)
+
+
+def _outputs(system, loss) -> dict:
+    grads = torch.cat([p.grad.flatten() for p in system.parameters() if p.grad is not None])
+    system.zero_grad(set_to_none=True)
+    return {"loss": loss[None], "gradients": grads}
+
+
+def _way(loss_of):
+    def provider(p: Problem) -> Run:
+        system, questions, answers = p.inputs
+        optimizer = torch.optim.AdamW([w for w in system.parameters() if w.requires_grad], lr=0.0)
+        watch = Stopwatch(system, p.case.batch)
+
+        def backward(loss):
+            loss.backward()
+            return loss.detach()
+
+        def step(loss):
+            optimizer.step()
+            return loss
+
+        def call():
+            system.zero_grad(set_to_none=True)
+            return watch.measure(handoff=lambda _: loss_of(system, questions, answers), backward=backward, optimizer=step)
+
+        return Run(call, lambda loss: _outputs(system, loss), seconds=watch.seconds)
+
+    return provider
+
+
+def _plain(system, questions, answers):
+    from diffmas.evaluation.plain_hf import plain_loss
+
+    return plain_loss(system, questions, answers)
+
+
+def plain_eager(p: Problem) -> Run:
+    if p.case.N > 1024 or p.case.model != "small":
+        raise Senseless
+    config = p.inputs[0].model.config
+
+    def loss(*args):
+        before, config._attn_implementation = config._attn_implementation, "eager"
+        try:
+            return _plain(*args)
+        finally:
+            config._attn_implementation = before
+
+    return _way(loss)(p)
+
+
+PROVIDERS = {
+    OURS: _way(lambda system, questions, answers: system(questions, answers).loss),
+    "DynamicCache": _way(_plain),
+    "DynamicCache, eager": plain_eager,
+}
+SLOW = {"DynamicCache, eager"}
+
+
+def test_training(bench, case):
+    bench(case, problem, PROVIDERS)

@@ -1,0 +1,168 @@
+"""The machine under test: its own measured read, copy and matmul rates, and how time and memory are taken on it.
+
+Nothing here is taken from a data sheet. Rates are measured at the start of every run, with the threads of that run, for a
+working set that fits the last-level cache and for one that does not, so that a percentage of the roofline means the same
+on a laptop, a shared virtual machine and a GPU. The GPU branches were written without a GPU at hand and never run.
+"""
+
+import contextlib
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+__all__ = ["Machine", "clock", "measure_machine", "peak_bytes", "sample"]
+
+SMALL, LARGE = 8 << 20, 256 << 20  # bytes of the two working sets; the caller's own when it knows the cache better
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates in bytes/s and flop/s; cache_bytes: the last-level cache."""
+
+    device: str
+    name: str
+    threads: int
+    cache_bytes: int
+    read: float
+    read_cached: float
+    copy: float  # bytes read plus bytes written
+    copy_cached: float
+    matmul: float  # float32
+    matmul_16bit: float  # bfloat16
+
+    def seconds(self, flops: float, read: float, copied: float, dtype: str = "float32") -> float:
+        """The roofline: no implementation of `flops`, `read` bytes read once and `copied` bytes moved is faster.
+
+        bfloat16 arithmetic counts at the faster of the two matmul rates: a CPU without bfloat16 units computes in float32.
+        """
+        cached = read + copied <= self.cache_bytes / 2
+        reads = read / (self.read_cached if cached else self.read)
+        copies = copied / (self.copy_cached if cached else self.copy)
+        rate = self.matmul if dtype == "float32" else max(self.matmul, self.matmul_16bit)
+        return max(flops / rate, reads + copies)
+
+    def describe(self) -> dict:
+        return asdict(self)
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def clock(device: str) -> Callable[[], float]:
+    """Seconds. On one CPU thread the process's own time: what other processes do is not ours."""
+    if device == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time
+    return time.perf_counter
+
+
+def sample(call: Callable, repeats: int, device: str) -> float:
+    """Seconds of one call, mean over `repeats` of them in a row; on a GPU by events, each call with a cold L2 cache."""
+    if device == "cpu":
+        now = clock(device)
+        start = now()
+        for _ in range(repeats):
+            call()
+        return (now() - start) / repeats
+    flush = torch.empty(LARGE, dtype=torch.int8, device=device)
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in pairs:
+        flush.zero_()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(begin.elapsed_time(end) for begin, end in pairs) / repeats / 1e3
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without what the profiler's C++ side writes to stderr."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def peak_bytes(call: Callable, device: str) -> tuple[object, int]:
+    """One call's result, and the most bytes that torch's allocator held at once during it, beyond what it held before.
+
+    Exact on the CPU too: the profiler reports every allocation and release. Not seen: what a C++ kernel takes from malloc
+    itself (scratch of a few rows here). Pages never touched count, unlike in a resident set.
+    """
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return result, peak
+
+
+# ---- rates -----------------------------------------------------------------------------------------------------------
+
+
+def _best(call: Callable, device: str, seconds: float = 0.1) -> float:
+    """The fastest of several samples: a rate is what the machine can do, not what it did while disturbed."""
+    call()
+    once = max(sample(call, 1, device), 1e-6)
+    repeats = max(1, math.ceil(2e-3 / once))
+    return min(sample(call, repeats, device) for _ in range(max(5, int(seconds / (repeats * once)))))
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = {k.strip(): v.strip() for k, v in fields.items()}
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    simd = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), "no SIMD")
+    return f"{fields.get('model name', platform.machine())}, {os.cpu_count()} cores, {simd}"
+
+
+def _cache_bytes(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=2 * SMALL)
+
+
+def measure_machine(device: str = "cpu") -> Machine:
+    """Takes about two seconds."""
+    rates = {}
+    for suffix, size in (("_cached", SMALL), ("", LARGE)):
+        x, y = (torch.ones(size // 4 // (1 + i), device=device) for i in range(2))
+        half = x[: y.numel()]
+        # Neither sum nor dot is written to be a bandwidth test; the faster one is nearer to what memory gives.
+        rates["read" + suffix] = size / min(_best(x.sum, device), _best(lambda x=x: torch.dot(x, x), device))
+        rates["copy" + suffix] = size / _best(lambda y=y, half=half: y.copy_(half), device)
+    for name, dtype in (("matmul", torch.float32), ("matmul_16bit", torch.bfloat16)):
+        size = (768 if dtype == torch.float32 else 256) if device == "cpu" else 8192
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        rates[name] = 2 * size**3 / _best(lambda a=a: a @ a, device)
+    name = _cpu_name() if device == "cpu" else torch.cuda.get_device_name(0)
+    return Machine(device, name, torch.get_num_threads(), _cache_bytes(device), **rates)

@@ -1,0 +1,222 @@
+"""The core of the suite: cases, providers, the correctness gate, interleaved timing. It knows no op and no pytest.
+
+A *case* says what is measured (op, phase, regime, shape). A *problem* is a case with its inputs, its float64 answer, and its
+least possible work. A *provider* is one way to do that work: a function from a problem to a `Run`, which raises `Cannot` with
+the reason where it does not apply. A *contest* holds all runs of one problem: each is checked against the float64 answer,
+and the ones that are right are timed in turns (A B C A B C ...), so that a noisy machine disturbs all of them alike.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffmas.benchmarks.machine import Machine, peak_bytes, sample
+
+__all__ = ["OURS", "Cannot", "Case", "Contest", "Problem", "Provider", "Run", "Senseless", "error"]
+
+OURS = "diffmas"
+SAMPLE_SECONDS = 2e-3  # a sample lasts at least this long, so that the clock's own step does not count
+LONG = 0.05  # seconds of a call that is warm after its gate
+HOPELESS, HOPELESS_ROUNDS = 4, 2  # a provider this many times slower than the fastest takes part in this many rounds only
+
+
+class Cannot(Exception):
+    """This provider does not run this case: a row with the reason instead of a number."""
+
+
+class Senseless(Cannot):
+    """This case means nothing for this provider: no row."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured. Fields that mean nothing for an op stay 0 or "".
+
+    N: rows of the trace that each sequence sees in the end (the longest, if they differ); n: new tokens per sequence; T: latent
+    steps of each agent but the last. heads: "query/key-value". model, layers: of end-to-end cases; note: what else to know.
+    """
+
+    op: str
+    regime: str
+    phase: str = "forward"
+    N: int = 0
+    n: int = 0
+    batch: int = 1
+    heads: str = ""
+    D: int = 0
+    dtype: str = "float32"
+    T: int = 0
+    agents: int = 0
+    model: str = ""
+    layers: int = 0
+    note: str = ""
+    quick: bool = field(default=False, compare=False)  # part of `--quick`
+
+    @property
+    def key(self) -> str:
+        shape = [f"{k}={v}" for k, v in self.columns().items() if v and k not in ("op", "phase", "regime", "note")]
+        return " ".join([self.op, self.regime, self.phase, *shape])
+
+    def columns(self) -> dict:
+        return {k: v for k, v in asdict(self).items() if k != "quick"}
+
+
+@dataclass
+class Run:
+    """One provider's work on one problem. call: what is timed. read: its result -> the outputs that the gate compares, in the
+    problem's layout. reset: run before each sample, untimed. seconds: filled by the call itself with the time of its parts."""
+
+    call: Callable
+    read: Callable[[object], dict[str, Tensor]]
+    reset: Callable[[], None] | None = None
+    seconds: dict[str, list[float]] | None = None
+
+
+@dataclass
+class Problem:
+    """inputs: whatever the module's providers take. reference(dtype) -> outputs by name, in that precision.
+
+    The gate's budget is 4 x the error of the same-precision reference (at least the dtype's eps): twice what our own tests
+    allow, because peers round intermediate results. `tolerance` replaces it where the reference is not of the same precision.
+    flops, read and copied bytes: the least an implementation can do; 0: no roofline is given.
+    """
+
+    case: Case
+    inputs: object
+    reference: Callable[[torch.dtype], dict[str, Tensor]]
+    flops: float = 0
+    read: float = 0
+    copied: float = 0
+    tolerance: float | None = None
+
+
+Provider = Callable[[Problem], Run]
+
+
+def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """The largest difference in any output, relative to that output's largest value; infinite for what does not fit."""
+    worst = 0.0
+    for name, right in want.items():
+        given = got.get(name)
+        if given is None or given.shape != right.shape:
+            return math.inf
+        right = right.double()
+        gap = (given.double() - right).abs().max() / right.abs().max().clamp_min(1e-30)
+        worst = max(worst, float(gap) if torch.isfinite(gap) else math.inf)
+    return worst
+
+
+class Contest:
+    """All providers of one problem, gated.
+
+    runs: the right ones by name. errors: of everything that ran. notes: why a provider has no number.
+    """
+
+    def __init__(self, problem: Problem, providers: dict[str, Provider], device: str = "cpu"):
+        self.problem, self.device = problem, device
+        self.runs: dict[str, Run] = {}
+        self.errors: dict[str, float] = {}
+        self.notes: dict[str, str] = {}
+        self.peaks: dict[str, int] = {}
+        self._once: dict[str, float] = {}  # seconds of one call, roughly
+        self._repeats: dict[str, int] = {}  # calls that make a sample
+        want = problem.reference(torch.float64)
+        self.budget = problem.tolerance
+        if self.budget is None:
+            dtype = getattr(torch, problem.case.dtype)
+            self.budget = 4 * max(error(problem.reference(dtype), want), torch.finfo(dtype).eps)
+        for name, provider in providers.items():
+            self._enter(name, provider, want)
+
+    def _enter(self, name: str, provider: Provider, want: dict[str, Tensor]) -> None:
+        """One call: its peak memory is measured, its result is compared."""
+        try:
+            run = provider(self.problem)
+            if run.reset:
+                run.reset()
+            gc.disable()  # earlier garbage, freed in the middle of the call, would count as its own
+            start = time.perf_counter()
+            result, peak = peak_bytes(run.call, self.device)
+            self._once[name] = time.perf_counter() - start
+            got = run.read(result)
+        except Senseless:
+            return
+        except Cannot as reason:
+            self.notes[name] = str(reason)
+            return
+        finally:
+            gc.enable()
+        self.errors[name] = error(got, want)
+        if self.errors[name] <= self.budget:
+            self.runs[name], self.peaks[name] = run, peak
+        else:
+            self.notes[name] = f"wrong result: error {self.errors[name]:.1e}, budget {self.budget:.1e}"
+
+    # ---- time --------------------------------------------------------------------------------------------------------
+
+    def _sample(self, name: str, repeats: int) -> float:
+        run = self.runs[name]
+        if run.reset:
+            run.reset()
+        return sample(run.call, repeats, self.device)
+
+    def warm_up(self) -> None:
+        """Warms every provider up, decides how many calls make a sample, and forgets the parts measured so far."""
+        for name, run in self.runs.items():
+            if self._once[name] < LONG:
+                self._once[name] = max(min(self._sample(name, 1) for _ in range(2)), 1e-7)
+            self._repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / self._once[name]))
+            if run.seconds is not None:
+                run.seconds.clear()
+
+    def rounds(self, seconds: float, least: int, most: int) -> int:
+        """How many rounds fit `seconds`, within [least, most]."""
+        one = sum(self._once[name] * self._repeats[name] for name in self.runs if not self._hopeless(name))
+        return min(most, max(least, int(seconds / one)))
+
+    def _hopeless(self, name: str) -> bool:
+        return self._once[name] > HOPELESS * min(self._once.values())
+
+    def sample(self, name: str, turn: int) -> float | None:
+        """Seconds per call of one sample in round `turn`; None where a provider far behind sits out."""
+        if turn >= HOPELESS_ROUNDS and self._hopeless(name):
+            return None
+        return self._sample(name, self._repeats[name])
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+
+    def rows(self, samples: dict[str, list[float]], machine: Machine) -> list[dict]:
+        """Long form: one row per provider, and one per part of an end-to-end call.
+
+        ratio: median over rounds of this provider's time / ours in the same round (above 1: diffmas is faster).
+        spread: median absolute deviation / median.
+        """
+        problem, out = self.problem, []
+        roof = machine.seconds(problem.flops, problem.read, problem.copied, problem.case.dtype)
+        for name in (*self.runs, *self.notes):
+            row = problem.case.columns() | {"provider": name, "error": self.errors.get(name), "budget": self.budget}
+            if name in self.notes:
+                out.append(row | {"why": self.notes[name]})
+                continue
+            times = samples[name]
+            row |= _summary(times, samples.get(OURS)) | {"peak_bytes": self.peaks[name]}
+            if roof:
+                row["roofline_percent"] = 100 * roof / row["seconds"]
+            out.append(row)
+            ours = self.runs[OURS].seconds if OURS in self.runs else None
+            for phase, parts in (self.runs[name].seconds or {}).items():
+                out.append(row | {"phase": phase, "peak_bytes": None} | _summary(parts, (ours or {}).get(phase)))
+        return out
+
+
+def _summary(times: list[float], ours: list[float] | None) -> dict:
+    middle = statistics.median(times)
+    spread = statistics.median(abs(t - middle) for t in times) / middle if middle else 0.0
+    ratio = statistics.median(t / o for t, o in zip(times, ours)) if ours and min(ours) > 0 else None
+    return {"seconds": middle, "spread": spread, "rounds": len(times), "ratio": ratio}

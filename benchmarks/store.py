@@ -1,0 +1,80 @@
+"""The CSV of results, in long form: one row per case, phase and provider. Rows are written as they come."""
+
+import csv
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from diffmas.benchmarks.machine import Machine
+from diffmas.benchmarks.measure import Case
+
+__all__ = ["COLUMNS", "Store", "commit", "read", "stamp"]
+
+FILE = "results.csv"
+TEXT = {"op", "regime", "phase", "heads", "dtype", "model", "note", "provider", "why", "device", "machine"}
+TEXT |= {"torch", "transformers", "diffmas", "commit", "date"}
+MEASURED = ("seconds", "ratio", "spread", "rounds", "peak_bytes", "roofline_percent", "error", "budget", "why")
+MACHINE = ("read", "read_cached", "copy", "copy_cached", "matmul", "matmul_16bit")
+STAMP = ("device", "machine", "threads", *MACHINE, "cache_bytes", "torch", "transformers", "diffmas", "commit", "date")
+COLUMNS = (*Case("", "").columns(), "provider", *MEASURED, *STAMP)
+
+
+def commit(root: Path | None = None) -> str:
+    """The commit that the package's source stands at, with -dirty if it was changed; "unknown" outside of a checkout."""
+    root = root or Path(__file__).resolve().parent.parent
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
+def stamp(machine: Machine) -> dict:
+    """What every row says about where it was measured."""
+    facts = machine.describe()
+    out = {"device": facts["device"], "machine": facts["name"]}
+    out |= {name: facts[name] for name in ("threads", "cache_bytes", *MACHINE)}
+    out |= {"torch": torch.__version__, "transformers": version("transformers"), "diffmas": version("diffmas")}
+    return out | {"commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+class Store:
+    """Appends rows to a CSV of its own. An earlier file is replaced only once there is a first row."""
+
+    def __init__(self, path: Path, constants: dict):
+        self.path, self.constants, self._begun = path, constants, False
+
+    def add(self, rows: list[dict]) -> list[dict]:
+        """-> the rows with the constants."""
+        rows = [self.constants | row for row in rows]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a" if self._begun else "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if not self._begun:
+                writer.writeheader()
+            for row in rows:
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        self._begun = True
+        return rows
+
+
+def read(path: Path) -> list[dict]:
+    """Rows with numbers as numbers and empty cells as None (0 for a shape, "" for a text). ValueError for another file."""
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        missing = set(COLUMNS) - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path}: expected the columns of `diffmas bench`, {sorted(missing)} are missing")
+        return [{k: _value(k, v) for k, v in row.items()} for row in reader]
+
+
+def _value(name: str, text: str):
+    if name in TEXT:
+        return text
+    if not text:
+        return 0 if name in Case.__dataclass_fields__ else None
+    return int(text) if text.lstrip("-").isdigit() else float(text)

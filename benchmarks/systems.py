@@ -1,0 +1,113 @@
+"""Models and agents of the end-to-end modules: random weights in the shapes of real models, and the time of their parts."""
+
+from collections import defaultdict
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from diffmas import Agent, MultiAgentSystem
+from diffmas.benchmarks.machine import clock
+from diffmas.benchmarks.measure import Case
+from diffmas.patch import body_of, causal_lm_of
+
+__all__ = ["DEVICE", "NOTE", "Stopwatch", "end_to_end", "make_model", "make_system"]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCABULARY = 4096
+NOTE = f"random weights, vocabulary {VOCABULARY}"
+SHAPES = {
+    "small": dict(hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, head_dim=64),
+    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, head_dim=128),
+    "8B": dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8, head_dim=128),
+}
+
+
+def end_to_end(op: str, regime: str, phase: str, model="small", layers=4, quick=False, **shape) -> Case:
+    """A case with the heads of its model."""
+    s = SHAPES[model]
+    heads = f"{s['num_attention_heads']}/{s['num_key_value_heads']}"
+    return Case(op, regime, phase, heads=heads, D=s["head_dim"], model=model, layers=layers, note=NOTE, quick=quick, **shape)
+
+
+def make_model(case: Case, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
+    """Qwen3 of the case's shape and number of layers, the same weights for every dtype."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, num_hidden_layers=case.layers, max_position_embeddings=40_960, tie_word_embeddings=True,
+        **SHAPES[case.model],
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).to(DEVICE, dtype).eval()
+
+
+def make_system(case: Case, lora: bool) -> tuple[MultiAgentSystem, list[str], list[str]]:
+    """Agents whose prompts make a trace of about N rows with T latent steps each; ragged batches have questions of different
+    lengths, the longest of which makes N rows. -> system, questions, answers."""
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", pad_token="w0", eos_token="w1")
+    model = make_model(case)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.02)
+    writers = case.agents - 1
+    agents = [Agent(f"agent{i}", f"w{2 + i} " + "{question}", case.T if i < writers else 0) for i in range(case.agents)]
+    prompt = (case.N - writers * case.T) // case.agents - 1
+    lengths = [max(1, prompt * (b + 1) // case.batch) for b in range(case.batch)]
+    questions = [" ".join(f"w{2 + (b + i) % 4000}" for i in range(n)) for b, n in enumerate(lengths)]
+    return MultiAgentSystem(model, tokenizer, agents), questions, ["w5 " * 15] * case.batch
+
+
+class Stopwatch:
+    """The time of a system's parts, whichever way it runs: by hooks on the model's body, which all ways call.
+
+    prefill: several tokens a sequence; latent steps: embeddings; decode: one token a sequence; handoff: everything around.
+    """
+
+    def __init__(self, system: MultiAgentSystem, batch: int):
+        self.system, self.batch = system, batch
+        self.seconds: dict[str, list[float]] = defaultdict(list)  # part -> one entry per call
+        self._now = clock(DEVICE)
+        self._parts: dict[str, float] = defaultdict(float)
+        self._kind, self._start = "", 0.0
+
+    def now(self) -> float:
+        if DEVICE != "cpu":
+            torch.cuda.synchronize()
+        return self._now()
+
+    def _enter(self, module, args, kwargs):
+        if kwargs.get("inputs_embeds") is not None:
+            self._kind = "latent steps"
+        else:
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            self._kind = "decode" if ids.numel() == self.batch else "prefill"
+        self._start = self.now()
+
+    def _leave(self, module, args, output):
+        self._parts[self._kind] += self.now() - self._start
+
+    def measure(self, **steps):
+        """Runs steps in order, timing each; what the body does in one of them is a part of its own. -> the last result."""
+        self._parts.clear()
+        body = body_of(causal_lm_of(self.system.model))
+        handles = [
+            body.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True), body.register_forward_hook(self._leave)
+        ]  # fmt: skip
+        result = None
+        try:
+            for name, step in steps.items():
+                before, start = sum(self._parts.values()), self.now()
+                result = step(result)
+                spent = self.now() - start
+                self._parts[name] += spent - (sum(self._parts.values()) - before)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, seconds in self._parts.items():
+            self.seconds[name].append(seconds)
+        return result

@@ -1,0 +1,283 @@
+"""The benchmark suite itself, never its speed: the gate, the measures, the rows, the page, the command."""
+
+import csv
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from diffmas.benchmarks import bench_attention, measure, report, run, store
+from diffmas.benchmarks.goals import Goal
+from diffmas.benchmarks.machine import Machine, peak_bytes
+from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Run, Senseless
+from diffmas.cli import app
+
+MACHINE = Machine(
+    "cpu", "a machine", 1, 32 << 20, read=10e9, read_cached=40e9, copy=8e9, copy_cached=32e9, matmul=50e9, matmul_16bit=1e9
+)
+
+
+def doubling() -> Problem:
+    x = torch.linspace(-1, 1, 100)
+    return Problem(Case("double", "any", n=100), x, lambda dtype: {"y": 2 * x.to(dtype)}, copied=800.0)
+
+
+def way(function):
+    return lambda p: Run(lambda: function(p.inputs), lambda y: {"y": y})
+
+
+# ---- the gate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda x: 2.0001 * x, lambda x: 2 * x.flip(0), lambda x: 2 * x[:-1], lambda x: torch.where(x > 0.9, torch.nan, 2 * x)],
+    ids=["inexact", "permuted", "short", "nan"],
+)
+def test_a_wrong_provider_gets_no_number(wrong):
+    contest = Contest(doubling(), {OURS: way(lambda x: x + x), "wrong": way(wrong)})
+    contest.warm_up()
+    rows = {r["provider"]: r for r in contest.rows({OURS: [contest.sample(OURS, 0)]}, MACHINE)}
+    assert rows[OURS]["seconds"] > 0 and rows[OURS]["error"] == 0
+    assert "wrong result" in rows["wrong"]["why"] and "seconds" not in rows["wrong"]
+
+
+def test_a_provider_that_cannot_says_why_and_a_senseless_one_is_left_out():
+    def cannot(p):
+        raise Cannot("needs a GPU")
+
+    def senseless(p):
+        raise Senseless
+
+    contest = Contest(doubling(), {OURS: way(lambda x: 2 * x), "gpu": cannot, "other": senseless})
+    assert contest.notes == {"gpu": "needs a GPU"} and set(contest.runs) == {OURS}
+
+
+@pytest.mark.parametrize("case", [c for c in bench_attention.CASES if c.N == 1024 and c.batch == 4], ids=lambda c: c.phase)
+def test_the_gate_of_attention_sees_one_wrong_row(case):
+    def spoiled(p):
+        right = bench_attention.diffmas(p)
+
+        def read(result):
+            out = {name: x.clone() for name, x in right.read(result).items()}
+            next(iter(out.values()))[17] *= 1.01
+            return out
+
+        return Run(right.call, read)
+
+    small = dataclasses.replace(case, N=96, n=32, heads="4/2", D=64)
+    contest = Contest(bench_attention.problem(small), {OURS: bench_attention.diffmas, "spoiled": spoiled})
+    assert set(contest.runs) == {OURS} and "wrong result" in contest.notes["spoiled"]
+
+
+def test_peers_of_attention_agree_on_every_regime():
+    seen = set()
+    for case in bench_attention.CASES:
+        shape = dataclasses.replace(case, N=min(case.N, 64), n=1 if case.n == 1 else 16 if case.n < case.N else 64, D=32)
+        if (case.regime, case.phase, case.dtype) in seen or case.heads != "16/8":
+            continue
+        seen.add((case.regime, case.phase, case.dtype))
+        providers = {k: v for k, v in bench_attention.PROVIDERS.items() if k not in bench_attention.SLOW}
+        contest = Contest(bench_attention.problem(shape), providers)
+        assert not contest.notes and "sdpa" in contest.runs and "eager" in contest.runs, (case.key, contest.notes)
+
+
+# ---- measures --------------------------------------------------------------------------------------------------------
+
+
+def test_peak_memory_is_what_was_held_at_once():
+    def call():
+        a = torch.empty(1000, 1000)  # 4 MB
+        b = torch.empty(500, 1000)  # with it 6 MB
+        del a
+        return b, torch.empty(250, 1000)
+
+    result, peak = peak_bytes(call, "cpu")
+    assert peak == 6_000_000 and result[0].shape == (500, 1000)
+    assert peak_bytes(lambda: None, "cpu") == (None, 0)
+
+
+def test_roofline_of_a_case_computed_by_hand():
+    case = Case("cross_attention", "latent step", "backward", N=256, n=1, heads="4/2", D=64)
+    p = bench_attention.problem(case)
+    assert p.flops == 10 * 4 * 64 * 256
+    assert p.read == 2 * 2 * 64 * 256 * 4 + 4 * 4 * 64 * 4  # K and V; q, o, do, dq
+    assert p.copied == 16 * 2 * 64 * 256  # float32 gradients of K and V, read and written
+    cached = p.read / 40e9 + p.copied / 32e9
+    assert MACHINE.seconds(p.flops, p.read, p.copied) == pytest.approx(max(cached, p.flops / 50e9))
+    assert MACHINE.seconds(0, 1e9, 1e9) == pytest.approx(1 / 10 + 1 / 8)  # beyond the cache
+    assert MACHINE.seconds(1e9, 0, 0, "bfloat16") == pytest.approx(1 / 50)
+
+
+def test_a_ratio_pairs_samples_of_one_round():
+    contest = Contest(doubling(), {OURS: way(lambda x: 2 * x), "peer": way(lambda x: x + x)})
+    rows = contest.rows({OURS: [1.0, 10.0, 2.0], "peer": [2.0, 20.0, 4.0]}, MACHINE)
+    peer = rows[1]
+    assert (peer["seconds"], peer["ratio"], peer["rounds"]) == (4.0, 2.0, 3)
+    assert peer["spread"] == pytest.approx(0.5)
+    assert rows[0]["roofline_percent"] == pytest.approx(100 * 800 / 32e9 / 2.0)
+
+
+def test_fit_finds_the_power():
+    assert report.fit([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx((3, 2))
+
+
+# ---- rows, report, README --------------------------------------------------------------------------------------------
+
+
+def row(provider, seconds, **more) -> dict:
+    filled = Case("cross_attention", "latent step", N=2048, n=1, heads="16/8", D=128).columns() | {"provider": provider}
+    if seconds:
+        filled |= dict(seconds=seconds, ratio=seconds / 0.001, spread=0.01, rounds=5, peak_bytes=1000, error=1e-7, budget=1e-6)
+    return filled | more
+
+
+def stored(path, rows):
+    file = store.Store(path / store.FILE, store.stamp(MACHINE))
+    for r in rows:
+        file.add([r])
+    return path
+
+
+def training(N, scale):
+    step = dict(op="training_step", regime="agents", phase="step", N=N, T=16, agents=3, model="small", layers=4)
+    parts = [row(who, s, **(step | {"phase": "backward"})) for who, s in ((OURS, 0.001), ("DynamicCache", 0.002 * scale))]
+    return [row(OURS, 0.001 * scale, **step), row("DynamicCache", 0.003 * scale, **step), *parts]
+
+
+ROWS = [
+    row(OURS, 0.001), row("sdpa", 0.004), row("cat + sdpa", 0.008, peak_bytes=9000),
+    row("flex", None, why="no <compiler> here"), *training(1024, 1), *training(4096, 4),
+]  # fmt: skip
+
+
+def test_rows_survive_the_csv_and_are_written_as_they_come(tmp_path):
+    file = store.Store(tmp_path / "deep" / store.FILE, store.stamp(MACHINE))
+    assert not (tmp_path / "deep").exists()  # earlier results are not lost before there is a new one
+    for n, r in enumerate(ROWS, start=1):
+        file.add([r])
+        assert len(store.read(file.path)) == n
+    for got, want in zip(store.read(file.path), ROWS):
+        for name, value in want.items():
+            assert got[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
+        assert got["machine"] == "a machine" and got["read"] == 10e9 and got["torch"] == torch.__version__
+    assert store.read(file.path)[3]["seconds"] is None
+
+
+def test_another_csv_is_refused(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="columns of `diffmas bench`"):
+        store.read(tmp_path / "other.csv")
+
+
+def test_results_name_the_best_peer_and_the_plain_way():
+    first = report.results([r | {"device": "cpu"} for r in ROWS])[-1]  # whole systems come first
+    assert first.best == ("sdpa", pytest.approx(4)) and first.plain == ("cat + sdpa", pytest.approx(8))
+    assert first.memory == 9 and first.judgement[0] is True
+    slow = report.results([row(OURS, 0.001, device="cpu"), row("sdpa", 0.0009, device="cpu")])[0]
+    assert slow.judgement == (False, "below 0.95x of sdpa")
+    assert report.shortfalls([row(OURS, 0.001, device="cpu"), row("sdpa", 0.0015, device="cpu")])[0].startswith("·")
+
+
+def test_a_goal_asks_for_time_and_memory():
+    goal = Goal("cross_attention", "latent step", "forward", "cat + sdpa", times=3, memory=10)
+    result = report.results([r | {"device": "cpu"} for r in ROWS])[-1]
+    assert goal.fits(result) and not goal.met(result)
+    assert dataclasses.replace(goal, memory=9).met(result) and not dataclasses.replace(goal, memory=9, times=9).met(result)
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    from rich.console import Console
+
+    target = report.write(stored(tmp_path, ROWS), Console(quiet=True))
+    page = target.read_text()
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)|url\(|@import|<link|https?://""", page)
+    assert "{{" not in page and "no &lt;compiler&gt; here" in page and "DynamicCache" in page
+    assert page.count("data:image/svg+xml;base64,") == 2  # headline, and growth with two lengths
+    assert all(
+        (tmp_path / f"{name}.{kind}").stat().st_size > 1000 for name in ("headline", "growth") for kind in ("png", "svg")
+    )
+
+
+def test_the_readme_block_is_rewritten_and_stays_as_it_is(tmp_path):
+    from diffmas.benchmarks.readme import BEGIN, END, update
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert update(stored(tmp_path, ROWS), readme) is True
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| training step of 3 agents, small model, N = 4096, T = 16 |" in text and "3.00x" in text
+    assert update(tmp_path, readme) is False and readme.read_text() == text
+    readme.write_text("no comments")
+    with pytest.raises(ValueError, match="once each"):
+        update(tmp_path, readme)
+
+
+def test_the_projects_readme_has_its_place_for_results():
+    from diffmas.benchmarks.readme import BEGIN, END
+
+    text = (run.HERE.parent / "README.md").read_text()
+    assert text.count(BEGIN) == 1 and text.count(END) == 1
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_cases_with_keys_of_their_own():
+    import importlib
+
+    keys, quick = [], set()
+    for path in run.modules():
+        module = importlib.import_module(f"diffmas.benchmarks.{path.stem}")
+        assert OURS in module.PROVIDERS and callable(module.problem)
+        keys += [c.key for c in module.CASES]
+        quick |= {path.stem for c in run.selected(module, quick=True, only="")}
+    assert len(keys) == len(set(keys))
+    assert quick == {path.stem for path in run.modules()}
+
+
+def test_bench_measures_one_case_and_reports(tmp_path):
+    key = next(c for c in bench_attention.CASES if c.N == 2048 and c.quick).key
+    command = [sys.executable, "-m", "diffmas", "bench", "--quick", "--only", key, "--out", str(tmp_path), "--max-rounds", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / store.FILE) as file:
+        rows = list(csv.DictReader(file))
+    assert {"diffmas", "sdpa", "cat + sdpa", "eager"} <= {r["provider"] for r in rows}
+    assert all(float(r["seconds"]) > 0 and float(r["error"]) <= float(r["budget"]) for r in rows)
+    assert "cross_attention" in done.stdout and (tmp_path / "index.html").exists()
+
+
+def test_errors_of_the_command(tmp_path, monkeypatch):
+    def fails(*arguments):
+        result = CliRunner().invoke(app, ["bench", *arguments])
+        assert result.exit_code == 1
+        return " ".join(result.output.split())
+
+    assert "got 'nothing like it'" in fails("--only", "nothing like it", "--compare", "HEAD")
+    assert "no file" in fails("--readme", "--out", str(tmp_path))
+    if shutil.which("git") and (run.HERE.parent / ".git").exists():
+        assert "expected a commit, branch or tag" in fails("--only", "merge", "--compare", "no-such-commit")
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    assert 'pip install "diffmas[test]"' in fails("--quick")
+
+
+def test_a_case_that_nothing_matches_is_an_error_that_names_the_modules(tmp_path):
+    command = [sys.executable, "-m", "diffmas", "bench", "--only", "nothing like it", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "attention" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_hopeless_providers_sit_out():
+    contest = Contest(doubling(), {OURS: way(lambda x: 2 * x), "slow": way(lambda x: 2 * x)})
+    contest.warm_up()
+    contest._once = {OURS: 1e-3, "slow": 1e-3 * (measure.HOPELESS + 1)}
+    assert contest.sample("slow", measure.HOPELESS_ROUNDS - 1) is not None
+    assert contest.sample("slow", measure.HOPELESS_ROUNDS) is None and contest.sample(OURS, 9) is not None

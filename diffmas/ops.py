@@ -9,6 +9,7 @@ fastest one that serves the device and dtype; the environment variable DIFFMAS_B
 """
 
 import math
+import functools
 import os
 
 import numpy as np
@@ -55,10 +56,10 @@ class Backend:
         self.name, self.ops, self.devices, self.dtypes = name, ops, devices, dtypes
         self.why_missing = why_missing  # None when it is usable
 
-    def serves(self, op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    def serves(self, op: str, device: str, dtype: torch.dtype) -> bool:
         if self.why_missing is not None or not hasattr(self.ops, op):
             return False
-        return (self.devices is None or device.type in self.devices) and (self.dtypes is None or dtype in self.dtypes)
+        return (self.devices is None or device in self.devices) and (self.dtypes is None or dtype in self.dtypes)
 
 
 # In order of preference.
@@ -87,14 +88,19 @@ def check_backend(name: str) -> str:
 def implementation(op: str, device: torch.device, dtype: torch.dtype, backend: str):
     """The function that runs `op`. An op that a named backend does not have (the small ones) runs on the reference."""
     name = backend if backend != "auto" else os.environ.get("DIFFMAS_BACKEND") or "auto"
+    return getattr(_choose(op, device.type, dtype, name).ops, op)
+
+
+@functools.cache  # on every call of every op: looked up, not searched
+def _choose(op: str, device: str, dtype: torch.dtype, name: str) -> Backend:
     if name == "auto":
-        return next(getattr(b.ops, op) for b in BACKENDS.values() if b.serves(op, device, dtype))
+        return next(b for b in BACKENDS.values() if b.serves(op, device, dtype))
     chosen = BACKENDS[check_backend(name)]
     if not hasattr(chosen.ops, op):
-        return getattr(reference, op)
+        return BACKENDS["reference"]
     if not chosen.serves(op, device, dtype):
-        raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device.type} in {dtype}")
-    return getattr(chosen.ops, op)
+        raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device} in {dtype}")
+    return chosen
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
 from diffmas.benchmarks.systems import DEVICE, SHAPES
-from diffmas.pool import Pool, attend
+from diffmas.pool import LatentRun, Pool, attend
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -76,20 +76,29 @@ def _clear(leaves) -> None:
 
 
 def diffmas(p: Problem) -> Run:
+    """As a trace in a system does it: rows for all passes from the start, latent steps in runs."""
     leaves, grads, cos, sin = _fresh(p.inputs, torch.float32)
-    T, scale = p.case.T, p.case.D**-0.5
+    total, scale = sum(len(q) for q, _, _ in leaves), p.case.D**-0.5
+    index = lambda *xs: torch.tensor(xs, device=DEVICE)
 
     def call():
         _clear(leaves)
-        q, k, _ = leaves[0]
-        pool, token, first, outs = Pool(len(q) + T, k.shape[1], k.shape[2], k.dtype, k.device), torch.zeros(0), 0, []
+        _, k, _ = leaves[0]
+        pool, token, first, step, outs = Pool(total, *k.shape[1:], k.dtype, k.device), torch.zeros(0), 0, 0, []
+        run = None
         for q, k, v in leaves:
-            slots = torch.arange(first, first + len(q), device=q.device)
-            first += len(q)
-            pool.reserve(first + T if len(q) > 1 else first)  # as a trace does: a prompt and the steps to follow
-            index = lambda *xs: torch.tensor(xs, device=DEVICE)
-            view = (index(0, len(q)), index(0, 1), index(0), index(first), None, None)
-            o, token = attend(pool, token, q, k, v, slots, view, scale=scale, cos=cos[slots], sin=sin[slots])
+            n = len(q)
+            step = step + 1 if n == 1 else 0
+            if step < 2:
+                run = LatentRun() if step else None
+            older = (index(0, 1), index(0), index(first), None, None) if step == 1 else None
+            slots = torch.arange(first, first + n, device=q.device)
+            first += n
+            view = (index(0, n), index(0, 1), index(0), index(first), None, None)
+            o, token = attend(
+                pool, token, q, k, v, slots, view, scale=scale, cos=cos[slots], sin=sin[slots],
+                newest=index(step or n), run=run, older=older,
+            )  # fmt: skip
             outs.append(o)
         torch.autograd.backward(outs, grads)
         return outs

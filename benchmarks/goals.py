@@ -35,6 +35,12 @@ class Goal:
         small = not self.memory or row["peak_bytes"] >= self.memory * result.ours["peak_bytes"]
         return row["ratio"] >= self.times and small
 
+    def measured(self, result) -> str:
+        row = result.peers[self.peer]
+        found = [f"{row['ratio']:.2f}x as fast"] * bool(self.times)
+        found += [f"{row['peak_bytes'] / result.ours['peak_bytes']:.2f}x smaller"] * bool(self.memory)
+        return " and ".join(found)
+
     def __str__(self) -> str:
         wants = [f"{self.times:g}x as fast as"] * bool(self.times) + [f"{self.memory:g}x smaller than"] * bool(self.memory)
         return f"{' and '.join(wants)} {self.peer}"

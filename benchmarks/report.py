@@ -79,9 +79,9 @@ class Result:
             return None, "no peer"
         goal = goal_of(self)
         if self.best[1] < BAR:
-            return False, f"below {BAR}x of {self.best[0]}"
+            return False, f"below {BAR}x of {self.best[0]}: {_times(self.best[1])}"
         if goal and not goal.met(self):
-            return None, f"goal missed: {goal}"
+            return None, f"goal missed: {goal} ({goal.measured(self)})"
         return True, f"goal met: {goal}" if goal else "ok"
 
 
@@ -158,7 +158,6 @@ def shortfalls(rows: list[dict]) -> list[str]:
     """What is below the bar, wrong, or short of its goal, one line each."""
     return [
         f"{MARK[r.judgement[0]]} {r.op} {r.regime}, {r.phase}, {r.shape}: {r.judgement[1]}"
-        + (f" (measured {_times(r.best[1])} of {r.best[0]})" if r.best else "")
         for r in results(rows)
         if r.whole and r.judgement[0] is not True
     ]

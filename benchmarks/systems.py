@@ -44,10 +44,10 @@ def make_model(case: Case, dtype: torch.dtype = torch.float32) -> Qwen3ForCausal
 def make_system(case: Case, lora: bool) -> tuple[MultiAgentSystem, list[str], list[str]]:
     """Agents whose prompts make a trace of about N rows with T latent steps each; ragged batches have questions of different
     lengths, the longest of which makes N rows. -> system, questions, answers."""
-    words = {f"w{i}": i for i in range(VOCABULARY)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}  # one token a word
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", pad_token="w0", eos_token="w1")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", eos_token="<eos>")
     model = make_model(case)
     if lora:
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))

@@ -180,7 +180,7 @@ def test_results_name_the_best_peer_and_the_plain_way():
     assert first.best == ("sdpa", pytest.approx(4)) and first.plain == ("cat + sdpa", pytest.approx(8))
     assert first.memory == 9 and first.judgement[0] is True
     slow = report.results([row(OURS, 0.001, device="cpu"), row("sdpa", 0.0009, device="cpu")])[0]
-    assert slow.judgement == (False, "below 0.95x of sdpa")
+    assert slow.judgement == (False, "below 0.95x of sdpa: 0.90x")
     assert report.shortfalls([row(OURS, 0.001, device="cpu"), row("sdpa", 0.0015, device="cpu")])[0].startswith("·")
 
 
@@ -188,6 +188,7 @@ def test_a_goal_asks_for_time_and_memory():
     goal = Goal("cross_attention", "latent step", "forward", "cat + sdpa", times=3, memory=10)
     result = report.results([r | {"device": "cpu"} for r in ROWS])[-1]
     assert goal.fits(result) and not goal.met(result)
+    assert goal.measured(result) == "8.00x as fast and 9.00x smaller"
     assert dataclasses.replace(goal, memory=9).met(result) and not dataclasses.replace(goal, memory=9, times=9).met(result)
 
 

@@ -47,7 +47,7 @@ class Session:
 
     def rounds(self, contest: Contest) -> int:
         quick, most = self.config.getoption("quick"), self.config.getoption("max_rounds")
-        seconds, least = (0.4, 3) if quick else (2.0, 5)
+        seconds, least = (0.4, 3) if quick else (1.0, 5)
         if contest.problem.case.model:
             least = 2 if quick else 3
         return contest.rounds(seconds, min(least, most), most)

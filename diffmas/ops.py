@@ -8,8 +8,8 @@ Backends: `reference` (plain PyTorch, anywhere), `cpu` (the compiled extension).
 fastest one that serves the device and dtype; the environment variable DIFFMAS_BACKEND overrides "auto".
 """
 
-import math
 import functools
+import math
 import os
 
 import numpy as np

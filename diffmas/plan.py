@@ -45,27 +45,27 @@ class Extent:
 
 
 class Store:
-    """The rows of all layers, the position each was written at, and the next free row. Shared by forks."""
+    """The rows of all layers, the position and the lineage each was written at, and the next free row. Shared by forks."""
 
     def __init__(self, layers: int, rows: int):
         self.pools: list[Pool | None] = [None] * layers
         self.rows = rows  # what a pool has from the start
         self.used = 0
-        self.lineages = 1  # how many were given out; see Pool
+        self.learns = [frozenset([0])]  # per lineage (see Pool), whose rows its readers leave gradients for
         self.positions = np.zeros(max(rows, 1), dtype=np.int64)
+        self.writers = np.zeros(max(rows, 1), dtype=np.int64)  # the lineage that each row was written in
 
     def allocate(self, rows: int) -> Extent:
         extent = Extent(self.used, self.used + rows)
         self.used += rows
         if self.used > len(self.positions):
-            grown = np.zeros(max(self.used, 2 * len(self.positions)), dtype=np.int64)
-            grown[: len(self.positions)] = self.positions
-            self.positions = grown
+            room = np.zeros(max(self.used, 2 * len(self.positions)) - len(self.positions), dtype=np.int64)
+            self.positions, self.writers = np.concatenate((self.positions, room)), np.concatenate((self.writers, room))
         return extent
 
-    def new_lineage(self) -> int:
-        self.lineages += 1
-        return self.lineages - 1
+    def new_lineage(self, learns=()) -> int:
+        self.learns.append(frozenset([*learns, len(self.learns)]))
+        return len(self.learns) - 1
 
     def pool(self, layer: int, k: Tensor, v: Tensor) -> Pool:
         """The layer's pool, with room for every row handed out; made from the first K that is written."""

@@ -57,6 +57,11 @@ class Sampling:
         return picked.clamp_max(logits.shape[-1] - 1).tolist()
 
 
+def rows_ahead(sampling: Sampling, samples: int) -> int:
+    """Rows that `decode` reserves for one question with its first token."""
+    return samples * (1 + min(RESERVE, sampling.max_new_tokens))
+
+
 def end_tokens(model, tokenizer) -> set[int]:
     """End-of-sequence ids of the generation config and of the tokenizer."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from diffmas.patch import patch_model, patch_of, run
 from diffmas.realign import Realign
-from diffmas.sampling import Sampling, decode
+from diffmas.sampling import Sampling, decode, rows_ahead
 from diffmas.trace import Trace
 
 __all__ = ["Agent", "MultiAgentSystem", "SystemOutput", "evaluating"]
@@ -331,7 +331,7 @@ class MultiAgentSystem(nn.Module):
         with evaluating(self):
             for first in range(0, len(questions), step):
                 batch = [rows[first : first + step] for rows in prompts]
-                trace = self._trace_for(batch, [0] * len(batch[0]))
+                trace = self._trace_for(batch, [rows_ahead(sampling, samples)] * len(batch[0]))
                 trace = self.communicate(questions[first : first + step], trace, batch)
                 trace.agent = self.agents[-1].name
                 with self._adapter(len(self.agents) - 1):

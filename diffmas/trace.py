@@ -121,6 +121,7 @@ class Trace(CacheFace):
                 start, where = extent.filled, positions[done : done + take]
                 extent.filled += take  # claimed: nobody else writes here, even if this forward fails
                 self._store.positions[start : start + take] = where
+                self._store.writers[start : start + take] = self._lineage
                 rows.append(np.arange(start, start + take))
                 self._append(segments[b], Segment(b, self.agent, kind, start, take, int(where[0])))
                 extents[b], left, done = extent, left - take, done + take
@@ -265,21 +266,24 @@ class Trace(CacheFace):
     @torch.enable_grad()  # a view, like fork and keep: that it was made under no_grad detaches nothing
     def _order_after(self, traces: list["Trace"]) -> None:
         """The next reader of the joined rows waits for the writers of every branch."""
-        lineages = sorted({t._lineage for t in traces})
+        store, lineages = self._store, {t._lineage for t in traces}
         if len(lineages) == 1:
             self._tokens = [torch.cat(column) for column in zip(*(t._tokens for t in traces))]
             return
-        # Some branch is detached from rows that another learns: each gets the gradients of the rows that it sees.
-        self._lineage = self._store.new_lineage()
+        # Some branch is detached from rows that another learns: the gradient of each row goes to the lineage that wrote it,
+        # if a branch that sees the row learns it.
+        writers = sorted(frozenset.union(*(store.learns[x] for x in lineages)))
+        self._lineage = store.new_lineage(writers)
         columns = [[] for _ in self._tokens]
-        for lineage in lineages:
-            own = [t for t in traces if t._lineage == lineage]
-            runs = [np.arange(s.start, s.end) for t in own for s in t.segments]
-            rows = torch.from_numpy(np.unique(np.concatenate(runs or [[]])))
-            for i, pool in enumerate(self._store.pools):
-                token = torch.cat([t._tokens[i] for t in own])
+        for writer in writers:
+            learners = [t for t in traces if writer in store.learns[t._lineage]]
+            runs = [np.arange(s.start, s.end) for t in learners for s in t.segments]
+            rows = np.unique(np.concatenate(runs or [[]])).astype(np.int64)
+            rows = torch.from_numpy(rows[store.writers[rows] == writer])
+            for i, pool in enumerate(store.pools):
+                token = torch.cat([t._tokens[i] for t in learners])
                 if pool is not None and len(rows):
-                    token = inherit(pool, token, rows.long().to(pool.k.device), self._lineage, lineage)
+                    token = inherit(pool, token, rows.to(pool.k.device), self._lineage, writer)
                 columns[i].append(token)
         self._tokens = [torch.cat(column) for column in columns]
 
@@ -340,6 +344,7 @@ class Trace(CacheFace):
                 src.append(np.arange(s.start, s.end))
                 shift.append(np.full(s.length, s.shift))
                 self._store.positions[done : done + s.length] = self._store.positions[s.start : s.end] + s.shift
+                self._store.writers[done : done + s.length] = self._lineage
                 row.append(s._replace(start=done, position=s.position + s.shift, shift=0))
                 done += s.length
             rows.append(row)

@@ -341,6 +341,21 @@ def test_join_of_a_detached_and_a_learning_branch(order):
     assert_close(got, {n: alone[n] + joint[n] for n in joint})
 
 
+def test_joins_of_joins_count_a_gradient_once():
+    """A view that sees what the plain trace sees, however it was put together, gives the plain trace's gradient."""
+    model = tiny("qwen3")
+    a, b = tokens(4, 2)
+    join = lambda *traces: diffmas.Trace.join(list(traces), "keep")  # noqa: E731
+    half = lambda t: join(t.detach(), t)  # noqa: E731
+    got = []
+    for view in (
+        lambda t: t, half, lambda t: join(t.detach(), half(t)), lambda t: join(half(t), t), lambda t: join(half(t), half(t))
+    ):  # fmt: skip
+        loss_of(read(model, view(prefill(model, a)), b)[0]).backward()
+        got.append(gradients(model))
+        assert_close(got[-1], got[0])
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer, 
 
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace
+from diffmas.patch import patch_of
+from diffmas.pool import Pool
 from diffmas.realign import REALIGN
 
 TIGHT = 1e-9  # everything is float64
@@ -111,6 +113,14 @@ def test_no_padding_is_stored():
 def test_a_training_step_allocates_the_rows_that_it_writes(options):
     store = system(**options)(QUESTIONS, ANSWERS).trace._store
     assert {p.rows - store.used for p in store.pools} <= set(range(len(QUESTIONS)))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_generation_allocates_once(samples, monkeypatch):
+    s, sizes = system(), []
+    monkeypatch.setattr(Pool, "_zeros", lambda self, rows, *a, run=Pool._zeros: sizes.append(rows) or run(self, rows, *a))
+    s.generate(QUESTIONS, max_new_tokens=4, samples=samples, seed=0)
+    assert len(sizes) == 2 * len(patch_of(s.model).layers)  # K and V of each layer
 
 
 def test_one_agent_without_latent_steps_is_the_model():

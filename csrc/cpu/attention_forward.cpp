@@ -32,11 +32,7 @@ void few_rows(const QueryBlock& q, const float* x, const Tile& tile, int64_t cou
     float* sr = s + r * kFewKeys;
     for (int64_t i = max(0, min(count, q.limit(r) - tile.view + 1)); i < padded; ++i) sr[i] = -kInf;
     vf mv = splat(state.max[r]);
-    for (int64_t i = 0; i < padded; i += W) {
-      const vf y = load(sr + i) * q.args.scale;
-      store(sr + i, y);
-      mv = y > mv ? y : mv;
-    }
+    for (int64_t i = 0; i < padded; i += W) mv = max(load(sr + i), mv);
     const float m = maximum(mv), base = m == -kInf ? 0 : m;
     vf total = {};
     for (int64_t i = 0; i < padded; i += W) {
@@ -78,7 +74,7 @@ void finish(const QueryBlock& q, const ForwardTask& task, State state) {
 void few_rows_task(const QueryBlock& q, const ForwardTask& task, float* scratch) {
   const AttentionArgs& args = q.args;
   const int64_t d = q.d;
-  float* plain = take(scratch, kFewRows * d);   // queries as given
+  float* plain = take(scratch, kFewRows * d);   // queries times the scale of the scores
   float* turned = take(scratch, kFewRows * d);  // and at the current shift
   float* buffer = take(scratch, kFewKeys * d);
   float* s = take(scratch, kFewRows * kFewKeys);
@@ -87,6 +83,7 @@ void few_rows_task(const QueryBlock& q, const ForwardTask& task, float* scratch)
   for (int64_t i = 0; i < q.rows(); ++i) state.max[i] = -kInf, state.sum[i] = 0;
 
   q.load_rows(plain, args.q);
+  for (int64_t i = 0; i < q.rows() * d; ++i) plain[i] *= args.scale;
   for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
     const Tile& tile = args.tiles[t];
     if (tile.rotation >= 0 && (t == task.tile_begin || tile.rotation != args.tiles[t - 1].rotation)) q.rotate(turned, plain, tile.rotation, false);

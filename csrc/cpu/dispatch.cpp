@@ -3,7 +3,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -19,13 +22,25 @@ namespace {
         isa::attention_backward_unit, isa::attention_backward_reduce_task                                       \
   }
 
-Kernels pick() {
+bool has(const char* isa) {
 #ifdef DIFFMAS_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return DIFFMAS_KERNELS(avx512);
+  if (!std::strcmp(isa, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
   // Every CPU with AVX2 and FMA converts halves too (F16C).
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return DIFFMAS_KERNELS(avx2);
+  if (!std::strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return !std::strcmp(isa, "generic");
+}
+
+// The widest form that this CPU has, or the one that DIFFMAS_CPU_ISA names (for tests; refused where the CPU does not have it).
+Kernels pick() {
+  const char* wanted = std::getenv("DIFFMAS_CPU_ISA");
+  if (wanted && !has(wanted)) throw std::runtime_error(std::string("DIFFMAS_CPU_ISA: expected generic, avx2 or avx512, and a CPU that has it, got ") + wanted);
+  const auto use = [&](const char* isa) { return wanted ? !std::strcmp(isa, wanted) : has(isa); };
+#ifdef DIFFMAS_X86
+  if (use("avx512")) return DIFFMAS_KERNELS(avx512);
+  if (use("avx2")) return DIFFMAS_KERNELS(avx2);
 #endif
   return DIFFMAS_KERNELS(generic);
 }

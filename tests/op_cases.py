@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-ROWS = 700
+ROWS = 4096
 
 
 @dataclass
@@ -41,6 +41,9 @@ VIEWS = {
         [1, 4, 2], [[(0, 90, 0), (200, 1, 0)], [(0, 90, 0), (210, 4, 0)], [(30, 60, 0), (0, 20, 0), (20, 10, 0)]]
     ),
     "shifted": View([7, 1], [[(0, 40, 13), (100, 30, -5), (300, 7, 0)], [(0, 40, -100), (400, 1, 0)]]),
+    # Long enough that the CPU kernels split a forward's keys and cut a backward's rows into chunks.
+    "split": View([1, 2], [[(2000, 900, 0), (100, 700, 9), (3200, 40, 0), (850, 1100, 0)], [(2000, 900, 0), (3000, 150, 0)]]),
+    "chunks": View([100], [[(1500, 1300, 0), (0, 1100, 0), (3900, 100, 0)]]),
     "many_queries": View([150, 90], [[(0, 100, 0), (100, 150, 0)], [(300, 90, 0)]]),
 }
 

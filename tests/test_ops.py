@@ -3,6 +3,10 @@
 Budget (DESIGN section 8): a backend's error is at most twice that of the plain-PyTorch reference in the same precision.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
@@ -68,7 +72,9 @@ def test_attention_head_sizes(backend, D, Dr, interleaved):
             within_budget(got, like, want, D * 2**0.5)
 
 
-@pytest.mark.parametrize("name", ["prefill_on_trace", "ragged", "one_row_segments", "shared_rows", "shifted", "many_queries"])
+@pytest.mark.parametrize(
+    "name", ["prefill_on_trace", "ragged", "one_row_segments", "split", "chunks", "shifted", "many_queries"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_backward_of_the_newest_tokens(backend, name):
     """`newest` limits dK and dV, not dq; without dq the pools get the same bits."""
@@ -109,6 +115,52 @@ def test_attention_backward_in_two_parts(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_backward_of_many_blocks(backend):
+    """So many blocks and chunks that the CPU kernels go through them in phases: the same as two calls of half the queries."""
+    n, H, N, D = 1200, 8, 2048, 512
+    q, do = torch.randn(n, H, D), torch.randn(n, H, D)
+    k, v = (torch.randn(H, N, D).transpose(0, 1) for _ in "kv")
+
+    def backward(q, do, dk, dv):
+        view = (torch.tensor([0, len(q)]), torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([N]), None, None)
+        args = (q, k, v, *view, D**-0.5, False, False)
+        o, lse = raw.cross_attention(*args, backend)
+        return raw.cross_attention_backward(do, None, q, o, lse, *args[1:], dk, dv, None, True, backend)
+
+    whole, parts = ([head_major(N, H, D, torch.float32, fill=0.0) for _ in "kv"] for _ in range(2))
+    dq = backward(q, do, *whole)
+    half = n // 2  # not a multiple of a block of rows
+    assert torch.equal(dq[half + 72 :], backward(q[half:], do[half:], *parts)[72:])
+    torch.testing.assert_close(dq[:half], backward(q[:half], do[:half], *parts))
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_takes_any_scale(backend, scale):
+    for name in ("one_query_long_view", "ragged", "many_queries"):
+        inputs = attention_inputs(VIEWS[name])
+        inputs.scale = scale
+        exact = attention_all(inputs, "reference", inputs.q)
+        same = attention_all(inputs.to(torch.float32), "reference", inputs.q)
+        for got, like, want in zip(attention_all(inputs.to(torch.float32), backend, inputs.q), same, exact):
+            within_budget(got, like, want, 64 * 2**0.5)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The op tests once more with the CPU kernels' other forms, in a process of its own: the form is picked at load time."""
+    if "cpu" not in BACKENDS:
+        pytest.skip("the C++ extension is not built")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "budget and float32"]
+    done = subprocess.run(command, env={**os.environ, "DIFFMAS_CPU_ISA": isa}, capture_output=True, text=True)
+    if "DIFFMAS_CPU_ISA: expected" in done.stdout:
+        pytest.skip(f"this CPU has no {isa}")
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_mixed_storage(backend):
     """bfloat16 pools under float32 queries: the pool's values are exact, the math is float32."""
     inputs = attention_inputs(VIEWS["prefill_on_trace"])
@@ -124,7 +176,7 @@ def test_attention_mixed_storage(backend):
 def test_threads_do_not_change_bits(backend):
     before = torch.get_num_threads()
     try:
-        for name in ("prefill_on_trace", "one_query_long_view", "shared_rows", "many_queries"):
+        for name in ("prefill_on_trace", "split", "chunks", "shared_rows", "many_queries"):
             inputs = attention_inputs(VIEWS[name]).to(torch.float32)
             do = torch.randn_like(inputs.q)
             results = []

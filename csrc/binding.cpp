@@ -232,7 +232,7 @@ cpu::InjectArgs inject_args(const Tensor& q, const Tensor& k, const Optional& co
   a.kv_heads = k.size(1);
   a.k = rows("k", k, a.n, a.kv_heads, a.head_dim);
   check_dtype("k", k, q.scalar_type());
-  STD_TORCH_CHECK(std::isfinite(eps) && eps >= 0, "eps: expected a finite number >= 0, got ", eps);
+  STD_TORCH_CHECK(std::isfinite(float(eps)) && eps >= 0, "eps: expected a finite float32 >= 0, got ", eps);
   check_heads(q, "k", a.kv_heads, a.head_dim);
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or neither, got one");
   if (cos) {
@@ -310,7 +310,7 @@ struct AttentionCall {
     args.v_pool = rows("v_pool", v_pool, pool_rows, args.kv_heads, args.head_dim);
     check_dtype("v_pool", v_pool, k_pool.scalar_type());
     check_heads(q, "k_pool", args.kv_heads, args.head_dim);
-    STD_TORCH_CHECK(std::isfinite(scale), "scale: expected a finite number, got ", scale);
+    STD_TORCH_CHECK(std::isfinite(float(scale)), "scale: expected a finite float32, got ", scale);
     args.scale = float(scale);
     args.interleaved = interleaved;
 

@@ -9,7 +9,6 @@ fastest one that serves the device and dtype; the environment variable DIFFMAS_B
 """
 
 import functools
-import math
 import os
 
 import numpy as np
@@ -21,6 +20,7 @@ from diffmas import _extension, reference
 __all__ = ["BACKENDS", "available", "inject", "cross_attention", "merge_states", "reposition"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_MAX = torch.finfo(torch.float32).max
 MAX_HEAD_DIM = 512
 
 # ---- schemas ---------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def _check_floats(like: Tensor, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None:
             continue
-        _expect(x.is_floating_point(), name, "a floating-point tensor", x.dtype)
+        _expect(x.dtype in (*FLOATS, torch.float64), name, "a floating-point tensor of 16, 32 or 64 bits", x.dtype)
         if x.device != device:
             _refuse(name, f"a tensor on {device}", x.device)
         if (x.dtype == torch.float64) != (dtype == torch.float64) and name not in ("inv_freq", "cos", "sin"):
@@ -368,7 +368,7 @@ def inject(
     _check_shape("slots", slots, (n,))
     slots = _index("slots", slots, q, -1, k_pool.shape[0])
     _check_distinct("slots", slots)
-    _expect(math.isfinite(eps) and eps >= 0, "eps", "a finite number >= 0", eps)
+    _expect(0 <= eps <= FLOAT_MAX, "eps", "a finite float32 >= 0", eps)
     _check_written(k_pool, v_pool, q=q, k=k, v=v)
     cos, sin = _narrowed(cos, q), _narrowed(sin, q)
     return torch.ops.diffmas.inject(
@@ -405,7 +405,7 @@ def cross_attention(
     seg_start, seg_len = _index("seg_start", seg_start, q, 0), _index("seg_len", seg_len, q)
     _check_segments(seg_indptr, seg_start, seg_len, k_pool.shape[0])
     scale = D**-0.5 if scale is None else scale
-    _expect(math.isfinite(scale), "scale", "a finite number", scale)
+    _expect(abs(scale) <= FLOAT_MAX, "scale", "a finite float32", scale)
     if seg_shift is not None:
         _check_shape("seg_shift", seg_shift, (S,))
         seg_shift = _index("seg_shift", seg_shift, q)

@@ -60,7 +60,7 @@ class Pool:
         return 0 if self.k is None else self.k.shape[0]
 
     def _zeros(self, rows: int, dtype: torch.dtype) -> Tensor:
-        # Zero-filled: a kernel that reads whole tiles may touch rows past a segment's end, and 0 * NaN is NaN.
+        # Zero-filled: a kernel that copies whole tiles (a GPU's bulk copies) reads past a segment's end, and 0 * NaN is NaN.
         heads, head_dim = self._shape
         rows_of_heads = torch.empty(heads, rows, head_dim, dtype=dtype, device=self._options["device"])
         _ask_for_huge_pages(rows_of_heads)

@@ -33,6 +33,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 # ---- building blocks -------------------------------------------------------------------------------------------------
 
 
+def base_of(lse: Tensor) -> Tensor:
+    """What scores are taken relative to: lse, or 0 where nothing was seen."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
 def rotate_half(x: Tensor, interleaved: bool) -> Tensor:
     """The quarter turn of RoPE. Pairs are (i, i + Dr/2), or (2i, 2i + 1) when interleaved. x [..., Dr]."""
     if interleaved:
@@ -179,7 +184,7 @@ def cross_attention(
         scores = torch.einsum("lhgd,nhd->hgln", queries, keys) * scale
         scores = scores.masked_fill(~visible, -torch.inf)
         row_lse = torch.logsumexp(scores, dim=-1)  # [Hkv, G, L]
-        p = torch.exp(scores - row_lse.nan_to_num(neginf=0.0)[..., None])
+        p = torch.exp(scores - base_of(row_lse)[..., None])
         o[span] = torch.einsum("hgln,nhd->lhgd", p, values).flatten(1, 2).to(q.dtype)
         lse[span] = row_lse.flatten(0, 1).T
     return o, lse
@@ -207,7 +212,7 @@ def cross_attention_backward(
     ):
         queries = q[span].to(acc).unflatten(1, (-1, G))
         grads = do[span].to(acc).unflatten(1, (-1, G))
-        row_lse = lse[span].to(acc).T.unflatten(0, (-1, G)).nan_to_num(neginf=0.0)  # [Hkv, G, L]
+        row_lse = base_of(lse[span].to(acc).T.unflatten(0, (-1, G)))  # [Hkv, G, L]
         row_delta = delta[span].T.unflatten(0, (-1, G))
         scores = torch.einsum("lhgd,nhd->hgln", queries, keys) * scale
         p = torch.exp(scores - row_lse[..., None]).masked_fill(~visible, 0.0)
@@ -234,7 +239,7 @@ def merge_states(o_a, lse_a, o_b, lse_b) -> tuple[Tensor, Tensor]:
     """
     acc = accumulator(o_a.dtype)
     lse = torch.logaddexp(lse_a.to(acc), lse_b.to(acc))
-    finite = lse.nan_to_num(neginf=0.0)
+    finite = base_of(lse)
     w_a, w_b = torch.exp(lse_a.to(acc) - finite), torch.exp(lse_b.to(acc) - finite)
     o = w_a[..., None] * o_a.to(acc) + w_b[..., None] * o_b.to(acc)
     return o.to(o_a.dtype), lse
@@ -243,7 +248,7 @@ def merge_states(o_a, lse_a, o_b, lse_b) -> tuple[Tensor, Tensor]:
 def merge_states_backward(do, dlse, o_a, lse_a, o_b, lse_b, o, lse):
     """-> do_a, dlse_a, do_b, dlse_b. With w = exp(lse_x - lse): dlse_x = w * (do . (o_x - o) + dlse)."""
     acc = accumulator(o_a.dtype)
-    do, dlse, finite = do.to(acc), dlse.to(acc), lse.to(acc).nan_to_num(neginf=0.0)
+    do, dlse, finite = do.to(acc), dlse.to(acc), base_of(lse.to(acc))
     grads = []
     for o_x, lse_x in ((o_a, lse_a), (o_b, lse_b)):
         w = torch.exp(lse_x.to(acc) - finite)

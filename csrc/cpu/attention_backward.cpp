@@ -61,7 +61,7 @@ void few_rows(const QueryBlock& q, const Queries& in, const Tile& tile, int64_t 
   for (int64_t r = 0; r < rows; ++r) {
     float* p = t.p + r * kFewKeys;
     float* dp = t.dp + r * kFewKeys;
-    for (int64_t i = 0; i < count; i += W) {
+    for (int64_t i = 0; i < count; i += W) {  // the last vector's lanes past the scores are nobody's
       const vf w = exp(load(p + i) * args.scale - in.lse[r]);
       store(p + i, w);
       store(dp + i, w * (load(dp + i) - in.delta[r]) * args.scale);

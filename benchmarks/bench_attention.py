@@ -42,7 +42,8 @@ def _cases() -> list[Case]:
         add("latent step", N, dtype="bfloat16", phases=("forward",), quick=("forward",) if N == 2048 else ())
     add("few queries", 8192, 16, phases=everything, quick=("forward",))
     add("few queries", 8192, 16, heads="32/8")
-    add("prompt", 512, 512)
+    for n in (64, 128, 512):
+        add("prompt", n, n)
     add("prompt", 1024, 1024, quick=("forward", "backward"))
     add("prompt", 1024, 1024, heads="8/8")
     add("prompt", 1024, 1024, heads="32/8")
@@ -164,20 +165,20 @@ def problem(case: Case) -> Problem:
 def diffmas(p: Problem) -> Run:
     x: Inputs = p.inputs
     args = x.args()
-    raw = torch.ops.diffmas
+    run = lambda op, *rest: ops.call(op, x.q, *rest)  # as the package calls it, layer by layer
     o, lse = ops.cross_attention(x.q, x.k, x.v, *x.view, scale=x.scale)  # the checked entry, once
     # Pools stay from step to step in training: zero-filled once, added to by every backward.
     dk, dv = (torch.zeros_like(t, dtype=reference.accumulator(t.dtype)) for t in (x.k, x.v))
 
     def forward():
-        return raw.cross_attention(x.q, x.k, x.v, *args)[0]
+        return run("cross_attention", x.q, x.k, x.v, *args)[0]
 
     def backward():
-        return raw.cross_attention_backward(x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
+        return run("cross_attention_backward", x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
 
     def full():
-        o, lse = raw.cross_attention(x.q, x.k, x.v, *args)
-        return o, raw.cross_attention_backward(x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
+        o, lse = run("cross_attention", x.q, x.k, x.v, *args)
+        return o, run("cross_attention_backward", x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
 
     def outputs(**named):
         return {name: x.gated(name, t) for name, t in named.items()}
@@ -345,16 +346,9 @@ def per_sequence(p: Problem) -> Run:
     return Run(call, lambda os: {"o": x.gated("o", torch.cat([o[0].transpose(0, 1) for o in os]))})
 
 
-@functools.cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def flex(p: Problem) -> Run:
     """FlexAttention, compiled, with a block mask; forward only on a CPU."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     x: Inputs = p.inputs
     if x.q.device.type == "cpu" and p.case.phase != "forward":
@@ -368,7 +362,9 @@ def flex(p: Problem) -> Run:
 
     try:
         mask = create_block_mask(visible, len(x.queries), None, L, N, device=str(y.q.device))
-        attend = _compiled_flex()
+        torch._dynamo.reset()  # or the limit of recompilations is reached, and the fallback runs in silence
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        attend = torch.compile(flex_attention, dynamic=False)
         grouped = y.q.shape[1] != y.k.shape[1]
         call = torch.no_grad()(lambda: attend(y.q, y.k, y.v, block_mask=mask, scale=x.scale, enable_gqa=grouped))
         call()

@@ -13,7 +13,7 @@ from diffmas.patch import patch_of, run
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
-ROOM = 512  # latent steps that fit a sample
+ROOM = 16  # latent steps that fit a sample
 
 CASES = [
     *(end_to_end("latent_step", "latent step", "forward", N=N, quick=N in (1024, 8192)) for N in (1024, 4096, 8192, 32768)),

@@ -39,7 +39,8 @@ class Session:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.machine = measure_machine(self.device)
         gc.freeze()  # what the imports made lives on; collecting it again before every case takes long
-        self.store = store.Store(config.getoption("out") / store.FILE, store.stamp(self.machine))
+        target = config.getoption("out") / store.FILE
+        self.store = store.Store(target, store.stamp(self.machine), keep=bool(config.getoption("only")))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=self.console, transient=True)
         self.progress.start()
@@ -60,8 +61,10 @@ def pytest_collection_modifyitems(session, config, items):
         config.stash[SESSION].progress.update(config.stash[SESSION].task, total=len(items))
 
 
-def pytest_sessionfinish(session):
+def pytest_sessionfinish(session, exitstatus):
     if SESSION in session.config.stash:
+        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            session.config.stash[SESSION].store.finish()
         session.config.stash[SESSION].progress.stop()
         gc.unfreeze()  # or nanobind reports leaks at exit
 

@@ -49,6 +49,7 @@ class Goal:
 ATTENTION, STEP = "cross_attention", "latent step"
 GOALS = [
     *(Goal(ATTENTION, STEP, "forward", "sdpa", times, N=N) for N, times in ((2048, 2), (8192, 3), (32768, 3.5))),
+    *(Goal(ATTENTION, STEP, "forward", "cat + sdpa", times, N=N) for N, times in ((2048, 3), (8192, 10), (32768, 12))),
     *(Goal(ATTENTION, STEP, "backward", "sdpa", times, N=N) for N, times in ((2048, 4), (8192, 8))),
     Goal(ATTENTION, STEP, "forward", "sdpa", 8, dtype="bfloat16"),
     Goal(ATTENTION, "prompt", "forward", "sdpa", 1.0),

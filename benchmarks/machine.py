@@ -99,8 +99,8 @@ def _quiet():
 def peak_bytes(call: Callable, device: str) -> tuple[object, int]:
     """One call's result, and the most bytes that torch's allocator held at once during it, beyond what it held before.
 
-    Exact on the CPU too: the profiler reports every allocation and release. Not seen: what a C++ kernel takes from malloc
-    itself (scratch of a few rows here). Pages never touched count, unlike in a resident set.
+    Exact on the CPU too: the profiler reports every allocation and release. Not seen: what a kernel takes from malloc itself
+    (here a thread's scratch, under 2 MB; partial results are torch's). Pages never touched count, unlike in a resident set.
     """
     if device != "cpu":
         torch.cuda.synchronize()

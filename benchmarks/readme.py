@@ -12,10 +12,10 @@ __all__ = ["BEGIN", "END", "block", "update"]
 
 BEGIN, END = "<!-- bench: begin, written by `make bench-readme` -->", "<!-- bench: end -->"
 WORDS = {
-    "training_step": "training step of {agents} agents, {model} model, N = {N}, T = {T}",
+    "training_step": "training step of {agents} agents, {layers} layers of {model} shape, N = {N}, T = {T}",
     "attention_schedule": "its attention part alone, N = {N}, T = {T}",
-    "generation": "generation by {agents} agents, {model} model, N = {N}, T = {T}",
-    "latent_step": "latent step of a {model} model over {N} rows",
+    "generation": "generation by {agents} agents, {layers} layers of {model} shape, N = {N}, T = {T}",
+    "latent_step": "latent step, {layers} layers of {model} shape, over {N} rows",
 }
 
 
@@ -30,14 +30,15 @@ def block(rows: list[dict], results_dir: str) -> str:
         "",
         f"![times faster than the best peer and the plain way]({results_dir}/headline.png)",
         "",
-        "| | diffmas | faster | smaller |",
-        "|---|---|---|---|",
+        "| random weights, vocabulary of 4096 | diffmas | faster | smaller | against the best peer |",
+        "|---|---|---|---|---|",
     ]
     for op, words in WORDS.items():
         for r in done:
             if r.op == op and r.plain:
-                lines.append(f"| {words.format(**r.first)}{_batch(r)} | {report._time(r.ours['seconds'])} | "
-                             f"{report._times(r.plain[1])} | {report._times(r.memory)} |")  # fmt: skip
+                best = f"{report._times(r.best[1])} {r.best[0]}"
+                cells = (words.format(**r.first) + _batch(r), report._time(r.ours["seconds"]), report._times(r.plain[1]))
+                lines.append(f"| {' | '.join((*cells, report._times(r.memory), best))} |")
     lines += ["", "Single ops against the best of all peers, lowest to highest over the shapes:", ""]
     lines += ["| op | regime | shapes | against the best peer |", "|---|---|---|---|"]
     groups = defaultdict(list)

@@ -80,6 +80,9 @@ class Result:
         goal = goal_of(self)
         if self.best[1] < BAR:
             return False, f"below {BAR}x of {self.best[0]}: {_times(self.best[1])}"
+        wrong = [name for name, row in self.rows.items() if (row.get("why") or "").startswith(("wrong", "failed"))]
+        if wrong:
+            return None, f"no number for {', '.join(wrong)}: {self.rows[wrong[0]]['why']}"
         if goal and not goal.met(self):
             return None, f"goal missed: {goal} ({goal.measured(self)})"
         return True, f"goal met: {goal}" if goal else "ok"

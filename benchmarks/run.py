@@ -43,7 +43,9 @@ def run(out: Path, quick: bool, only: str, threads: int, max_rounds: int, consol
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         names = ", ".join(path.stem.removeprefix("bench_") for path in modules())
         raise ValueError(f"--only: expected a text that is in a module's name ({names}) or a case's, got {only!r}")
-    if (out / store.FILE).exists():
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        console.print(f"not finished: earlier results stay; the rows of this run are in {out / store.FILE}.part")
+    elif (out / store.FILE).exists():
         write_report(out, console)
     return int(status)
 

@@ -25,6 +25,8 @@ COLUMNS = (*Case("", "").columns(), "provider", *MEASURED, *STAMP)
 def commit(root: Path | None = None) -> str:
     """The commit that the package's source stands at, with -dirty if it was changed; "unknown" outside of a checkout."""
     root = root or Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # an installed package may lie inside somebody else's repository
+        return "unknown"
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         run = subprocess.run(command, cwd=root, capture_output=True, text=True)
@@ -43,23 +45,43 @@ def stamp(machine: Machine) -> dict:
 
 
 class Store:
-    """Appends rows to a CSV of its own. An earlier file is replaced only once there is a first row."""
+    """Rows as they come, in FILE.part, which takes FILE's place when the run is over: an interrupted one costs neither the
+    earlier rows nor its own. keep: earlier rows stay, but those of the cases that are measured again."""
 
-    def __init__(self, path: Path, constants: dict):
-        self.path, self.constants, self._begun = path, constants, False
+    def __init__(self, path: Path, constants: dict, keep: bool = False):
+        self.path, self.part, self.constants = path, path.with_suffix(".csv.part"), constants
+        self._rows: list[dict] = _raw(path) if keep and path.exists() else []
+        self._measured: set[tuple] = set()
 
     def add(self, rows: list[dict]) -> list[dict]:
         """-> the rows with the constants."""
         rows = [self.constants | row for row in rows]
+        written = [{k: f"{v:.6g}" if isinstance(v, float) else "" if v is None else str(v) for k, v in r.items()} for r in rows]
+        again = {_case(row) for row in written} - self._measured
+        self._measured |= again
+        self._rows = [row for row in self._rows if _case(row) not in again] + written
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a" if self._begun else "w", newline="") as file:
+        with open(self.part, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
-            if not self._begun:
-                writer.writeheader()
-            for row in rows:
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self._begun = True
+            writer.writeheader()
+            writer.writerows(self._rows)
         return rows
+
+    def finish(self) -> None:
+        if self.part.exists() and self._measured:
+            self.part.replace(self.path)
+
+
+def _case(row: dict) -> tuple:
+    """Of a row as text. A part of an end-to-end case has a phase of its own, but belongs to it."""
+    names = [name for name in Case("", "").columns() if name != "phase" or not row["model"]]
+    return tuple(row.get(name) or "0" for name in names)
+
+
+def _raw(path: Path) -> list[dict]:
+    read(path)  # refuses what is not ours
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def read(path: Path) -> list[dict]:

@@ -222,6 +222,20 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarTyp
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
 }
 
+// Partial results of the attention kernels, in a tensor.
+struct Partials {
+  const Tensor& like;
+  std::optional<Tensor> held;
+
+  cpu::Workspace workspace() {
+    return {this, [](void* context, int64_t floats) {
+              Partials& self = *static_cast<Partials*>(context);
+              self.held = empty(self.like, {floats}, ScalarType::Float);
+              return static_cast<float*>(self.held->data_ptr());
+            }};
+  }
+};
+
 cpu::InjectArgs inject_args(const Tensor& q, const Tensor& k, const Optional& cos, const Optional& sin, const Tensor& slots,
                             const Optional& q_weight, const Optional& k_weight, double eps, bool interleaved, const Tensor& k_pool,
                             const Tensor& v_pool, const char* k_pool_name, const char* v_pool_name) {
@@ -364,7 +378,8 @@ std::tuple<Tensor, Tensor> cross_attention(Tensor q, Tensor k_pool, Tensor v_poo
   Tensor lse = empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
   call.args.o = rows("o", o);
   call.args.lse = static_cast<float*>(lse.data_ptr());
-  cpu::attention_forward(call.args, call.segments, threads());
+  Partials partials{q, {}};
+  cpu::attention_forward(call.args, call.segments, threads(), partials.workspace());
   return {o, lse};
 }
 
@@ -401,7 +416,8 @@ Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, T
   }
   Tensor dq = want_dq ? empty(q, {n, a.q_heads, a.head_dim}, q.scalar_type()) : empty(q, {0}, q.scalar_type());
   if (want_dq) a.dq = rows("dq", dq);
-  cpu::attention_backward(a, call.segments, threads());
+  Partials partials{q, {}};
+  cpu::attention_backward(a, call.segments, threads(), partials.workspace());
   return dq;
 }
 

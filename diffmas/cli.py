@@ -217,7 +217,7 @@ def evaluate(
 @explained
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="the cases that end in under three minutes")] = False,
-    only: Annotated[str, typer.Option(help="cases whose module or key has this text, as in attention or N=8192")] = "",
+    only: Annotated[str, typer.Option(help="cases whose module or key has this text; other stored rows stay")] = "",
     out: Annotated[Path | None, typer.Option(help="directory for the CSV, the plots and the page", show_default=False)] = None,
     threads: Annotated[int, typer.Option(help="threads that torch uses", min=1)] = 1,
     max_rounds: Annotated[int, typer.Option(help="samples of each provider at most", min=1)] = 25,

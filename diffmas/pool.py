@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from diffmas.ops import call
+
 __all__ = ["LatentRun", "Pool", "attend", "inherit", "reposition"]
 
 
@@ -117,8 +119,8 @@ class LatentRun:
 class Inject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, token, q_weight, k_weight, pool, lineage, cos, sin, slots, eps, interleaved, backend):
-        q_rot = torch.ops.diffmas.inject(
-            q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, pool.k, pool.v, backend
+        q_rot = call(
+            "inject", q, q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, pool.k, pool.v, backend=backend
         )
         normed = q_weight is not None or k_weight is not None
         ctx.save_for_backward(q_weight, k_weight, *((q, k) if normed else ()))
@@ -133,9 +135,10 @@ class Inject(torch.autograd.Function):
         # Without a norm the backward is linear: q and k only tell shape and dtype.
         q, k = normed or (dq_rot, dq_rot.new_empty(ctx.k_shape))
         eps, interleaved, backend = ctx.rest
-        dq, dk, dv, dq_weight, dk_weight = torch.ops.diffmas.inject_backward(
-            dq_rot, q, k, *ctx.tables, q_weight, k_weight, eps, interleaved, *ctx.pool.grads(ctx.lineage), backend
-        )
+        dq, dk, dv, dq_weight, dk_weight = call(
+            "inject_backward", q, dq_rot, q, k, *ctx.tables, q_weight, k_weight, eps, interleaved,
+            *ctx.pool.grads(ctx.lineage), backend=backend,
+        )  # fmt: skip
         weights = (None if w is None else dw.to(w.dtype) for w, dw in ((q_weight, dq_weight), (k_weight, dk_weight)))
         return dq, dk, dv, None, *weights, *(None,) * 8
 
@@ -145,7 +148,7 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, token, pool, lineage, view, scale, interleaved, backend, newest, run):
-        o, lse = torch.ops.diffmas.cross_attention(q, pool.k, pool.v, *view, scale, True, interleaved, backend)
+        o, lse = call("cross_attention", q, q, pool.k, pool.v, *view, scale, True, interleaved, backend=backend)
         ctx.save_for_backward(q, o, lse)
         ctx.pool, ctx.view, ctx.rest = pool, view, (scale, True, interleaved)
         ctx.lineage, ctx.backend, ctx.newest, ctx.run = lineage, backend, newest, run
@@ -156,9 +159,10 @@ class Attend(torch.autograd.Function):
     def backward(ctx, do):
         q, o, lse = ctx.saved_tensors
         pool = ctx.pool
-        dq = torch.ops.diffmas.cross_attention_backward(
-            do, None, q, o, lse, pool.k, pool.v, *ctx.view, *ctx.rest, *pool.grads(ctx.lineage), ctx.newest, True, ctx.backend
-        )
+        dq = call(
+            "cross_attention_backward", q, do, None, q, o, lse, pool.k, pool.v, *ctx.view, *ctx.rest,
+            *pool.grads(ctx.lineage), ctx.newest, True, backend=ctx.backend,
+        )  # fmt: skip
         if ctx.run is not None:
             pool.kept(ctx.lineage, ctx.run).append((do, q, o, lse))
         return dq, *(None,) * 9
@@ -180,9 +184,9 @@ class Flush(torch.autograd.Function):
         if kept:
             do, q, o, lse = (torch.stack(x, 1).flatten(0, 1) for x in zip(*kept))  # [B * steps, ...], by sequence
             q_indptr = torch.arange(0, q.shape[0] + 1, len(kept), device=q.device)
-            torch.ops.diffmas.cross_attention_backward(
-                do, None, q, o, lse, pool.k, pool.v, q_indptr, *ctx.older, *ctx.rest, *pool.grads(ctx.lineage), None, False,
-                ctx.backend,
+            call(
+                "cross_attention_backward", q, do, None, q, o, lse, pool.k, pool.v, q_indptr, *ctx.older, *ctx.rest,
+                *pool.grads(ctx.lineage), None, False, backend=ctx.backend,
             )  # fmt: skip
             kept.clear()
         return (None,) * 8
@@ -191,14 +195,15 @@ class Flush(torch.autograd.Function):
 class Reposition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, token, pool, lineage, src, dst, shift, inv_freq, interleaved, backend):
-        torch.ops.diffmas.reposition(src, dst, shift, inv_freq, interleaved, pool.k, pool.v, backend)
+        call("reposition", pool.k, src, dst, shift, inv_freq, interleaved, pool.k, pool.v, backend=backend)
         ctx.pool, ctx.lineage, ctx.rest, ctx.backend = pool, lineage, (src, dst, shift, inv_freq, interleaved), backend
         return token.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        torch.ops.diffmas.reposition_backward(*ctx.rest, *ctx.pool.grads(ctx.lineage), ctx.backend)
+        grads = ctx.pool.grads(ctx.lineage)
+        call("reposition_backward", grads[0], *ctx.rest, *grads, backend=ctx.backend)
         return (None,) * 9
 
 
@@ -233,11 +238,11 @@ def attend(
     far); run, and older with its first step: the views before the run, without q_indptr.
     -> o [n, Hq, D], the next token.
     """
-    ops, tables, kind = torch.ops.diffmas, (cos, sin, slots), (eps, interleaved)
+    tables, kind = (cos, sin, slots), (eps, interleaved)
     if not torch.is_grad_enabled():
         # These rows are constants; readers to come still order themselves behind the earlier writers: the same token.
-        q_rot = ops.inject(q, k, v, *tables, q_weight, k_weight, *kind, pool.k, pool.v, backend)
-        return ops.cross_attention(q_rot, pool.k, pool.v, *view, scale, True, interleaved, backend)[0], token
+        q_rot = call("inject", q, q, k, v, *tables, q_weight, k_weight, *kind, pool.k, pool.v, backend=backend)
+        return call("cross_attention", q_rot, q_rot, pool.k, pool.v, *view, scale, True, interleaved, backend=backend)[0], token
     if older is not None:
         run.flushed[pool] = token.requires_grad
         token = Flush.apply(token, pool, lineage, run, older, scale, interleaved, backend)

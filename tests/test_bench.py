@@ -141,6 +141,7 @@ def stored(path, rows):
     file = store.Store(path / store.FILE, store.stamp(MACHINE))
     for r in rows:
         file.add([r])
+    file.finish()
     return path
 
 
@@ -158,15 +159,37 @@ ROWS = [
 
 def test_rows_survive_the_csv_and_are_written_as_they_come(tmp_path):
     file = store.Store(tmp_path / "deep" / store.FILE, store.stamp(MACHINE))
-    assert not (tmp_path / "deep").exists()  # earlier results are not lost before there is a new one
     for n, r in enumerate(ROWS, start=1):
         file.add([r])
-        assert len(store.read(file.path)) == n
+        assert len(store.read(file.part)) == n and not file.path.exists()  # earlier results stay until the run is over
+    file.finish()
+    assert not file.part.exists()
     for got, want in zip(store.read(file.path), ROWS):
         for name, value in want.items():
             assert got[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
         assert got["machine"] == "a machine" and got["read"] == 10e9 and got["torch"] == torch.__version__
     assert store.read(file.path)[3]["seconds"] is None
+
+
+def test_a_part_of_the_suite_replaces_its_own_rows(tmp_path):
+    stored(tmp_path, ROWS)
+    file = store.Store(tmp_path / store.FILE, store.stamp(MACHINE), keep=True)
+    again = [row(OURS, 0.0005), row("sdpa", 0.005)]
+    file.add(again)
+    file.finish()
+    rows = store.read(tmp_path / store.FILE)
+    assert [r["seconds"] for r in rows] == [r["seconds"] for r in (*ROWS[4:], *again)]
+    store.Store(tmp_path / store.FILE, store.stamp(MACHINE), keep=True).finish()  # a run without a row changes nothing
+    assert store.read(tmp_path / store.FILE) == rows
+
+
+def test_a_peer_that_fails_costs_no_other_row():
+    def broken(problem):
+        raise RuntimeError("out of luck")
+
+    case = next(c for c in bench_attention.CASES if c.regime == "prompt" and c.n == 64 and c.phase == "forward")
+    contest = Contest(bench_attention.problem(case), {OURS: bench_attention.PROVIDERS[OURS], "broken": broken})
+    assert list(contest.runs) == [OURS] and contest.notes == {"broken": "failed: RuntimeError: out of luck"}
 
 
 def test_another_csv_is_refused(tmp_path):
@@ -213,7 +236,7 @@ def test_the_readme_block_is_rewritten_and_stays_as_it_is(tmp_path):
     assert update(stored(tmp_path, ROWS), readme) is True
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| training step of 3 agents, small model, N = 4096, T = 16 |" in text and "3.00x" in text
+    assert "| training step of 3 agents, 4 layers of small shape, N = 4096, T = 16 |" in text and "3.00x" in text
     assert update(tmp_path, readme) is False and readme.read_text() == text
     readme.write_text("no comments")
     with pytest.raises(ValueError, match="once each"):

@@ -109,7 +109,7 @@ inline int64_t backward_scratch_size(int64_t d) {
   return 7 * kBlockRows * d + 2 * kFewKeys * d + 2 * kBlockRows * kTileKeys + 8 * kBlockRows;
 }
 
-void attention_forward(AttentionArgs args, const Segments& segments, const Threads& threads);
-void attention_backward(AttentionArgs args, const Segments& segments, const Threads& threads);
+void attention_forward(AttentionArgs args, const Segments& segments, const Threads& threads, const Workspace& workspace);
+void attention_backward(AttentionArgs args, const Segments& segments, const Threads& threads, const Workspace& workspace);
 
 }  // namespace diffmas::cpu

@@ -163,7 +163,7 @@ void reposition_backward(RepositionArgs args, const Threads& threads) {
   run(threads, args.kv_heads, [&](int64_t head) { kernels().reposition_backward(args, head); });
 }
 
-void attention_forward(AttentionArgs args, const Segments& segments, const Threads& threads) {
+void attention_forward(AttentionArgs args, const Segments& segments, const Threads& threads, const Workspace& workspace) {
   const Rotations rotations(segments);
   const ForwardPlan plan(segments, rotations, args.group(), args.kv_heads);
   args.rotation_cos = rotations.cos.data();
@@ -172,8 +172,7 @@ void attention_forward(AttentionArgs args, const Segments& segments, const Threa
   args.block_rows = largest_block(segments, args.group());
   args.tiles = plan.tiles.data();
   args.blocks = plan.blocks.data();
-  const std::unique_ptr<float[]> partials(new float[size_t(plan.partials * args.forward_partial_size())]);
-  args.partials = partials.get();
+  if (plan.partials) args.partials = workspace.take(workspace.context, plan.partials * args.forward_partial_size());
 
   const Threads used = plan.pairs * args.head_dim < kSerialWork ? Threads{1, nullptr} : threads;
   run(used, int64_t(plan.tasks.size()), [&](int64_t i) {
@@ -182,7 +181,7 @@ void attention_forward(AttentionArgs args, const Segments& segments, const Threa
   run(used, int64_t(plan.merges.size()), [&](int64_t i) { kernels().attention_merge(args, plan.merges[i]); });
 }
 
-void attention_backward(AttentionArgs args, const Segments& segments, const Threads& threads) {
+void attention_backward(AttentionArgs args, const Segments& segments, const Threads& threads, const Workspace& workspace) {
   const Rotations rotations(segments);
   args.rotation_cos = rotations.cos.data();
   args.rotation_sin = rotations.sin.data();
@@ -191,9 +190,10 @@ void attention_backward(AttentionArgs args, const Segments& segments, const Thre
   const BackwardPlan plan(segments, rotations, args.group(), args.kv_heads, args.padded_dim, args.dq.data != nullptr);
   args.tiles = plan.tiles.data();
   args.blocks = plan.blocks.data();
+  int64_t partials = 0;
+  for (const BackwardPhase& phase : plan.phases) partials = std::max(partials, phase.partials);
+  if (partials) args.partials = workspace.take(workspace.context, partials * args.backward_partial_size());
   for (const BackwardPhase& phase : plan.phases) {
-    const std::unique_ptr<float[]> partials(new float[size_t(phase.partials * args.backward_partial_size())]);
-    args.partials = partials.get();
     const int64_t chunks = int64_t(phase.chunk_indptr.size()) - 1;
     // A thread owns the rows of one (chunk, kv head) of the gradient pools.
     run(threads, chunks * args.kv_heads, [&](int64_t i) {

@@ -30,4 +30,10 @@ struct Threads {
   ParallelFor parallel_for;
 };
 
+// Memory for partial results from the caller's allocator, valid until the call is over; taken once.
+struct Workspace {
+  void* context;
+  float* (*take)(void* context, int64_t floats);
+};
+
 }  // namespace diffmas::cpu

@@ -82,9 +82,9 @@ class Run:
 class Problem:
     """inputs: whatever the module's providers take. reference(dtype) -> outputs by name, in that precision.
 
-    The gate's budget is 4 x the error of the same-precision reference, at least 256 float32 eps or 2.5 of a shorter dtype's: more
-    than our own tests allow, because peers round intermediate results. `tolerance` replaces it where the reference is not of
-    the same precision.
+    The gate's budget is 4 x the error of the same-precision reference, at least 256 float32 eps or 2.5 of a shorter dtype's:
+    more than our own tests allow, because peers round intermediate results. `tolerance` replaces it where the reference is not
+    of the same precision.
     flops, read and copied bytes: the least an implementation can do; 0: no roofline is given.
     """
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffmas import ops, reference
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Problem, Run, Senseless
+from diffmas.benchmarks.ours import run_op
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -165,7 +166,7 @@ def problem(case: Case) -> Problem:
 def diffmas(p: Problem) -> Run:
     x: Inputs = p.inputs
     args = x.args()
-    run = lambda op, *rest: ops.call(op, x.q, *rest)  # as the package calls it, layer by layer
+    run = lambda op, *rest: run_op(op, x.q, *rest)  # as the package calls it, layer by layer
     o, lse = ops.cross_attention(x.q, x.k, x.v, *x.view, scale=x.scale)  # the checked entry, once
     # Pools stay from step to step in training: zero-filled once, added to by every backward.
     dk, dv = (torch.zeros_like(t, dtype=reference.accumulator(t.dtype)) for t in (x.k, x.v))

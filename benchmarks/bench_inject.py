@@ -7,8 +7,9 @@ DynamicCache by torch.cat, "eager + static" copies them into a StaticCache.
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
-from diffmas import ops, reference
+from diffmas import reference
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run, Senseless
+from diffmas.benchmarks.ours import run_op
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -66,7 +67,7 @@ def diffmas(p: Problem) -> Run:
     pool = lambda dtype: torch.zeros(heads, rows, case.D, dtype=dtype, device=x["q"].device).transpose(0, 1)
     if case.phase == "forward":
         k, v = pool(x["k"].dtype), pool(x["k"].dtype)
-        call = lambda: ops.call("inject", x["q"], x["q"], x["k"], x["v"], *rest, k, v)
+        call = lambda: run_op("inject", x["q"], x["q"], x["k"], x["v"], *rest, k, v)
         return Run(call, lambda q: {"q": q, "k": k[case.N :], "v": v[case.N :]})
     dk, dv = (pool(reference.accumulator(x["k"].dtype)) for _ in range(2))
 
@@ -74,7 +75,7 @@ def diffmas(p: Problem) -> Run:
         dk[case.N :], dv[case.N :] = x["dk"], x["dv"]
 
     names = ("dq", "dk", "dv", "dq_weight", "dk_weight")
-    call = lambda: ops.call("inject_backward", x["q"], x["dq"], x["q"], x["k"], *rest, dk, dv)
+    call = lambda: run_op("inject_backward", x["q"], x["dq"], x["q"], x["k"], *rest, dk, dv)
     return Run(call, lambda grads: dict(zip(names, grads)), refill)
 
 

@@ -4,7 +4,7 @@ import torch
 
 from diffmas import reference
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
-from diffmas.ops import call
+from diffmas.benchmarks.ours import run_op
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -38,11 +38,11 @@ def problem(case: Case) -> Problem:
 def diffmas(p: Problem) -> Run:
     states, grads = p.inputs
     with torch.no_grad():
-        o, lse = call("merge_states", states[0], *states)
+        o, lse = run_op("merge_states", states[0], *states)
     if p.case.phase == "forward":
-        return Run(torch.no_grad()(lambda: call("merge_states", states[0], *states)), lambda r: {"o": r[0], "lse": r[1]})
+        return Run(torch.no_grad()(lambda: run_op("merge_states", states[0], *states)), lambda r: {"o": r[0], "lse": r[1]})
     names = ("do_a", "dlse_a", "do_b", "dlse_b")
-    return Run(lambda: call("merge_states_backward", o, *grads, *states, o, lse), lambda r: dict(zip(names, r)))
+    return Run(lambda: run_op("merge_states_backward", o, *grads, *states, o, lse), lambda r: dict(zip(names, r)))
 
 
 def eager(p: Problem) -> Run:

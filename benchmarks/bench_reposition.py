@@ -5,6 +5,7 @@ from torch import Tensor
 
 from diffmas import reference
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
+from diffmas.benchmarks.ours import run_op
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -46,9 +47,9 @@ def diffmas(p: Problem) -> Run:
     k, v, move = p.inputs
     mine, n = [x.transpose(0, 1).clone().transpose(0, 1) for x in (k, v)], p.case.n
     if p.case.phase == "forward":
-        call = lambda: call("reposition", mine[0], *move, False, *mine)
+        call = lambda: run_op("reposition", mine[0], *move, False, *mine)
         return Run(call, lambda _: {"k": mine[0][n:], "v": mine[1][n:]})
-    call = lambda: call("reposition_backward", mine[0], *move, False, *mine)
+    call = lambda: run_op("reposition_backward", mine[0], *move, False, *mine)
     return Run(call, lambda _: {"k": mine[0][:n], "v": mine[1][:n]})
 
 

@@ -30,6 +30,8 @@ def _git(*arguments: str) -> subprocess.CompletedProcess:
 @contextlib.contextmanager
 def worktree(rev: str, console: Console) -> Iterator[Path]:
     """A built checkout of `rev` whose suite is this one. ValueError for no such commit and for one that does not build."""
+    if not (HERE.parent / ".git").exists():  # an installed package may lie inside somebody else's repository
+        raise ValueError(f"--compare: expected a checkout of diffmas, found none at {HERE.parent}")
     found = _git("rev-parse", "--verify", "--quiet", rev + "^{commit}")
     if found.returncode:
         raise ValueError(f"--compare: expected a commit, branch or tag of the checkout at {HERE.parent}, got {rev!r}")
@@ -38,7 +40,7 @@ def worktree(rev: str, console: Console) -> Iterator[Path]:
         added = _git("worktree", "add", "--detach", str(root), found.stdout.strip())
         try:
             if added.returncode:
-                raise ValueError(f"--compare: git worktree: {added.stderr.strip().splitlines()[-1]}")
+                raise ValueError(f"--compare: git worktree: {added.stderr.strip()[-300:]}")
             with console.status(f"building {rev}"):
                 command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
                 built = subprocess.run(command, cwd=root, capture_output=True, text=True)

@@ -87,6 +87,16 @@ def test_peers_of_attention_agree_on_every_regime():
         assert not contest.notes and "sdpa" in contest.runs and "eager" in contest.runs, (case.key, contest.notes)
 
 
+@pytest.mark.parametrize("name", ["inject", "merge", "reposition"])
+def test_the_smallest_case_of_every_phase_runs_right(name):
+    module = importlib.import_module(f"diffmas.benchmarks.bench_{name}")
+    for phase in {case.phase for case in module.CASES}:
+        case = min((c for c in module.CASES if c.phase == phase), key=lambda c: c.n)
+        contest = Contest(module.problem(case), module.PROVIDERS)
+        assert OURS in contest.runs and len(contest.runs) > 1, contest.notes
+        contest.warm_up()
+
+
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 

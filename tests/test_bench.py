@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib
 import re
 import shutil
 import subprocess

@@ -13,7 +13,7 @@ __all__ = ["BEGIN", "END", "block", "update"]
 BEGIN, END = "<!-- bench: begin, written by `make bench-readme` -->", "<!-- bench: end -->"
 WORDS = {
     "training_step": "training step of {agents} agents, {layers} layers of {model} shape, N = {N}, T = {T}",
-    "attention_schedule": "its attention part alone, N = {N}, T = {T}",
+    "attention_schedule": "its attention part alone, {agents} agents, {heads} heads, N = {N}, T = {T}",
     "generation": "generation by {agents} agents, {layers} layers of {model} shape, N = {N}, T = {T}",
     "latent_step": "latent step, {layers} layers of {model} shape, over {N} rows",
 }
@@ -23,7 +23,7 @@ def block(rows: list[dict], results_dir: str) -> str:
     """What stands between the comments."""
     first, done = rows[0], [r for r in report.results(rows) if r.whole and r.best]
     lines = [
-        f"Measured by `make bench` on {first['machine']}, {first['threads']} thread, torch {first['torch']}, transformers "
+        f"Measured by `diffmas bench` on {first['machine']}, {first['threads']} thread, torch {first['torch']}, transformers "
         f"{first['transformers']}, commit {first['commit']}. Ratios are medians of interleaved runs against the plain Hugging "
         "Face way (DynamicCache, torch.cat, autograd); no row without an equal result. All rows, peers and shapes: "
         f"`{results_dir}/index.html`.",

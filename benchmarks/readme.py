@@ -22,9 +22,10 @@ WORDS = {
 def block(rows: list[dict], results_dir: str) -> str:
     """What stands between the comments."""
     first, done = rows[0], [r for r in report.results(rows) if r.whole and r.best]
+    commits = " and ".join(dict.fromkeys(r["commit"] for r in rows))  # parts of the suite may have been measured again
     lines = [
         f"Measured by `diffmas bench` on {first['machine']}, {first['threads']} thread, torch {first['torch']}, transformers "
-        f"{first['transformers']}, commit {first['commit']}. Ratios are medians of interleaved runs against the plain Hugging "
+        f"{first['transformers']}, commit {commits}. Ratios are medians of interleaved runs against the plain Hugging "
         "Face way (DynamicCache, torch.cat, autograd); no row without an equal result. All rows, peers and shapes: "
         f"`{results_dir}/index.html`.",
         "",

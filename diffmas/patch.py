@@ -172,15 +172,16 @@ def skip_mask(like: Tensor) -> Tensor:
     return like.new_empty((1, 1, 1, 1), dtype=torch.float32)
 
 
-def run(module: nn.Module, plan: Plan, **inputs):
+def run(module: nn.Module, plan: Plan, *, commit: bool = True, **inputs):
     """One forward of a patched body or causal LM over packed tokens (input_ids [1, n] or inputs_embeds [1, n, hidden])."""
     x = next(iter(inputs.values()))
     _check_forward(plan.trace._patch.body)
     output = module(
-        **inputs, attention_mask=skip_mask(x), position_ids=torch.from_numpy(plan.positions)[None].to(x.device),
-        use_cache=False, return_dict=True, diffmas_trace=plan,
+        **inputs, attention_mask=skip_mask(x), position_ids=plan.position_ids(x.device), use_cache=False, return_dict=True,
+        diffmas_trace=plan,
     )  # fmt: skip
-    plan.commit()
+    if commit:
+        plan.commit()
     return output
 
 
@@ -253,7 +254,7 @@ def body_pre_hook(body, args, kwargs):
     kwargs[name] = (x.flatten(0, 1) if valid is None else x[valid.to(x.device)])[None]
     kwargs.pop("cache_position", None)
     kwargs.update(
-        attention_mask=skip_mask(x), position_ids=torch.from_numpy(plan.positions)[None].to(x.device),
+        attention_mask=skip_mask(x), position_ids=plan.position_ids(x.device),
         past_key_values=None, use_cache=False, diffmas_trace=plan,
     )  # fmt: skip
     return (), kwargs

@@ -18,6 +18,8 @@ __all__ = ["KINDS", "LONGEST_RUN", "SPARE_ROWS", "Extent", "Plan", "Segment", "S
 
 KINDS = ("prompt", "latent", "text")
 SPARE_ROWS = 64  # room of an extent that is opened for single tokens
+FEW_TOKENS = 8  # per sequence: reading K and V costs more than the products
+SAVED_ROWS = 2048  # what a pass over shared rows must save reading, or its two more calls cost more
 LONGEST_RUN = 64  # latent steps whose gradients to older rows wait for each other (diffmas.pool)
 
 
@@ -83,35 +85,95 @@ class Store:
         return pool
 
 
+def upload(x: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of x on a device that the host does not wait for."""
+    x = torch.from_numpy(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device, copy=True)
+
+
 class Index:
     """Lists of integers as one int64 tensor: one copy to a device for all of them."""
 
     def __init__(self, *parts):
-        self._packed = torch.from_numpy(np.concatenate([np.asarray(p, dtype=np.int64) for p in parts]))
+        self._packed = np.concatenate([np.asarray(p, dtype=np.int64) for p in parts])
         self._sizes = [len(p) for p in parts]
         self._on_device = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
         if device not in self._on_device:
-            self._on_device[device] = self._packed.to(device).split(self._sizes)
+            self._on_device[device] = upload(self._packed, device).split(self._sizes)
         return self._on_device[device]
 
 
-def runs_of(segments: list[list[Segment]]) -> tuple[list[int], ...]:
-    """indptr, start, length, shift of the views; neighbours in the pool are read as one run."""
-    indptr, starts, lens, shifts = [0], [], [], []
-    for row in segments:
-        previous_end, previous_shift = -1, 0
-        for s in row:
-            if s.start == previous_end and s.shift == previous_shift:
-                lens[-1] += s.length
-            else:
-                starts.append(s.start)
-                lens.append(s.length)
-                shifts.append(s.shift)
-            previous_end, previous_shift = s.end, s.shift
-        indptr.append(len(starts))
-    return indptr, starts, lens, shifts
+class Run(NamedTuple):
+    """Rows [start, start + length) of a pool, read `shift` positions later than they were written."""
+
+    start: int
+    length: int
+    shift: int
+
+
+def runs_of(segments: list[Segment]) -> list[Run]:
+    """The runs of one sequence's view; neighbours in the pool are read as one."""
+    runs: list[Run] = []
+    for s in segments:
+        if runs and (s.start, s.shift) == (runs[-1].start + runs[-1].length, runs[-1].shift):
+            runs[-1] = runs[-1]._replace(length=runs[-1].length + s.length)
+        else:
+            runs.append(Run(s.start, s.length, s.shift))
+    return runs
+
+
+def table_of(views: list[list[Run]]) -> tuple[list[int], ...]:
+    """indptr, start, length, shift of the views, as the ops take them."""
+    indptr = np.cumsum([0, *map(len, views)]).tolist()
+    return indptr, *([run[i] for view in views for run in view] for i in range(3))
+
+
+def common_runs(a: list[Run], b: list[Run]) -> list[Run]:
+    """The rows that two views both begin with."""
+    common = []
+    for x, y in zip(a, b):
+        n = min(x.length, y.length)
+        if x._replace(length=n) != y._replace(length=n):
+            break
+        common.append(x._replace(length=n))
+        if x.length != y.length:
+            break
+    return common
+
+
+def rows_in(view: list[Run]) -> int:
+    return sum(run.length for run in view)
+
+
+def without_first(view: list[Run], rows: int) -> list[Run]:
+    """A view without its first rows."""
+    rest = []
+    for run in view:
+        skip = min(rows, run.length)
+        rows -= skip
+        if skip < run.length:
+            rest.append(Run(run.start + skip, run.length - skip, run.shift))
+    return rest
+
+
+def share(views: list[list[Run]]) -> tuple[list[int], list[list[Run]], list[list[Run]]] | None:
+    """Neighbouring sequences whose views begin with the same rows: how many sequences are in each group, what the sequences
+    of each group share, what is left of each sequence's view. None if that would not save reading SAVED_ROWS rows."""
+    sizes, shared = [], []
+    for view in views:
+        common = common_runs(shared[-1], view) if shared else []
+        if common and sizes[-1] * rows_in(common) >= (sizes[-1] - 1) * rows_in(shared[-1]):
+            sizes[-1], shared[-1] = sizes[-1] + 1, common
+        else:
+            sizes.append(1)
+            shared.append(view)
+    if sum((size - 1) * rows_in(runs) for size, runs in zip(sizes, shared)) < SAVED_ROWS:
+        return None
+    shared = [runs if size > 1 else [] for size, runs in zip(sizes, shared)]
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return sizes, shared, [without_first(view, rows_in(shared[g])) for view, g in zip(views, group)]
 
 
 class Plan:
@@ -122,7 +184,7 @@ class Plan:
     """
 
     def __init__(self, trace, lengths, positions, rows, segments, extents, run: LatentRun | None, step: int):
-        """run, step: the latent run that this forward is a step of, counted from 1."""
+        """rows: where the tokens go; run, step: the latent run that this forward is a step of, counted from 1."""
         self.trace, self.lengths, self.positions = trace, lengths, positions
         self._segments, self._extents = segments, extents
         self._lineage = trace._lineage
@@ -130,12 +192,52 @@ class Plan:
         self._recorded = [False] * len(trace._tokens)  # whether a layer ran with gradients
         self._committed = False
         self._run, self._step = run, step
-        q_indptr = np.concatenate(([0], np.cumsum(lengths)))
-        views = runs_of(segments)
-        self._shifts = any(views[-1])
-        self._index = Index(rows, q_indptr, [step] * len(lengths) if run else lengths, *views)
-        self._older = Index(*runs_of(trace._segments)) if step == 1 else None
+        self._positions_on: dict[torch.device, Tensor] = {}
+        views = [runs_of(row) for row in segments]
+        self._shifts = any(run.shift for view in views for run in view)
+        self._index = Index(rows, np.cumsum([0, *lengths]), [step] * len(lengths) if run else lengths, *table_of(views))
+        self._older = Index(*table_of([runs_of(row) for row in trace._segments])) if step == 1 else None
+        # Few queries of several sequences are served faster by one pass over the rows that all of them read.
+        groups = share(views) if 1 < len(lengths) and max(lengths) <= FEW_TOKENS else None
+        self._shared = None
+        if groups is not None:
+            sizes, shared, rest = groups
+            tokens = np.add.reduceat(lengths, np.cumsum([0, *sizes[:-1]]))
+            self._shared = Index(np.cumsum([0, *tokens]), *table_of(shared), *table_of(rest))
         self.padding = None  # set by patch.py for a padded batch: how to restore its shape
+
+    def step_on(self, device: torch.device) -> None:
+        """Becomes the plan of the next latent step, on the device alone: one row and one position on, the newest run of each
+        view a row longer. For a plan that repeats without the host (diffmas.latent)."""
+        slots, _, _, *views = self._index.on(device)
+        slots += 1
+        tables = [views] if self._shared is None else [views, self._shared.on(device)[5:]]
+        for indptr, _, lens, _ in tables:
+            lens[indptr[1:] - 1] += 1
+        self.position_ids(device).add_(1)
+        self.forget()
+
+    def forget(self) -> None:
+        """As if no layer had attended yet."""
+        self._tokens_out = [None] * len(self._tokens_in)
+
+    def skip(self) -> None:
+        """Commits a plan whose rows were written under no_grad by another plan's steps."""
+        self._tokens_out = list(self._tokens_in)
+        self.commit()
+
+    def position_ids(self, device: torch.device) -> Tensor:
+        """The positions of the new tokens as models take them, [1, n]."""
+        if device not in self._positions_on:
+            self._positions_on[device] = upload(self.positions, device)[None]
+        return self._positions_on[device]
+
+    def upload(self, device: torch.device) -> None:
+        """Brings everything that layers read to a device."""
+        self.position_ids(device)
+        for index in (self._index, self._shared):
+            if index is not None:
+                index.on(device)
 
     def last_rows(self) -> Tensor:
         """Packed index of each sequence's last new token; [B] int64 on the CPU."""
@@ -160,10 +262,14 @@ class Plan:
         if self._older is not None:
             older_indptr, *older_segments = self._older.on(k.device)
             older = (older_indptr, *view_of(*older_segments))
+        shared = None
+        if self._shared is not None and not torch.is_grad_enabled():
+            group_indptr, prefix_indptr, *prefix, rest_indptr, a, b, c = self._shared.on(k.device)
+            shared = (group_indptr, prefix_indptr, *view_of(*prefix)), (q_indptr, rest_indptr, *view_of(a, b, c))
         o, token = attend(
             pool, self._tokens_in[i], q, k, v, slots, (q_indptr, seg_indptr, *view_of(*segments)), scale=scale,
             interleaved=layer.rope == "interleaved", lineage=self._lineage, backend=trace._patch.backend,
-            newest=newest, run=self._run, older=older, **inject,
+            newest=newest, run=self._run, older=older, shared=shared, **inject,
         )  # fmt: skip
         if not self._committed:
             self._tokens_out[i], self._recorded[i] = token, torch.is_grad_enabled()

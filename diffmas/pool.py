@@ -229,20 +229,28 @@ def attend(
     cos: Tensor | None = None, sin: Tensor | None = None, q_weight: Tensor | None = None,
     k_weight: Tensor | None = None, eps: float = 1e-6, interleaved: bool = False, lineage: int = 0, backend: str = "auto",
     newest: Tensor | None = None, run: LatentRun | None = None, older: tuple | None = None,
+    shared: tuple[tuple, tuple] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes n new tokens' K/V into the pool and attends from them over their views; differentiable.
 
     q [n, Hq, D]; k, v [n, Hkv, D]; slots [n]; view: (q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq) as
     in `diffmas.ops.cross_attention`; the new rows are the newest of each view; lineage: which gradient pools it uses.
     newest [B]: how many tokens at the end of each view were written by this call (and, in a latent run, by the run so
-    far); run, and older with its first step: the views before the run, without q_indptr.
+    far); run, and older with its first step: the views before the run, without q_indptr. shared: the same views as two, the
+    rows that neighbouring sequences share, in one pass for all of them, and each sequence's rest; where no gradient is wanted.
     -> o [n, Hq, D], the next token.
     """
     tables, kind = (cos, sin, slots), (eps, interleaved)
     if not torch.is_grad_enabled():
         # These rows are constants; readers to come still order themselves behind the earlier writers: the same token.
         q_rot = call("inject", q, q, k, v, *tables, q_weight, k_weight, *kind, pool.k, pool.v, backend=backend)
-        return call("cross_attention", q_rot, q_rot, pool.k, pool.v, *view, scale, True, interleaved, backend=backend)[0], token
+        read = lambda view, causal: call(
+            "cross_attention", q_rot, q_rot, pool.k, pool.v, *view, scale, causal, interleaved, backend=backend
+        )
+        if shared is None:
+            return read(view, True)[0], token
+        prefix, rest = shared
+        return call("merge_states", q_rot, *read(prefix, False), *read(rest, True), backend=backend)[0], token
     if older is not None:
         run.flushed[pool] = token.requires_grad
         token = Flush.apply(token, pool, lineage, run, older, scale, interleaved, backend)

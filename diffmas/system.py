@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from diffmas.latent import latent_steps
 from diffmas.patch import patch_model, patch_of, run
 from diffmas.realign import Realign
 from diffmas.sampling import Sampling, decode, rows_ahead
@@ -233,9 +234,7 @@ class MultiAgentSystem(nn.Module):
         plan = trace.plan([len(p) for p in prompts], "prompt")
         h = run(body, plan, input_ids=self._pack(prompts)).last_hidden_state[0]
         h = h[plan.last_rows().to(h.device)]  # not always where the embeddings are
-        for _ in range(T):  # h [B, hidden]
-            plan = trace.plan([1] * len(prompts), "latent")
-            h = run(body, plan, inputs_embeds=self.realign(h)[None]).last_hidden_state[0]
+        latent_steps(body, self.realign, trace, h, T)
         if self.trace_content == "latent_only":
             trace = trace.keep(kind="latent", positions=self.positions)
         return trace

@@ -1,0 +1,522 @@
+"""Cross-agent attention over the segments of a trace, forward and backward, in Triton.
+
+A tile is BLOCK_M query rows, (token, head of the GQA group) pairs of one sequence and one K/V head, so that a group reads
+each K/V row once. It walks the segments of its sequence's view where they lie: tiles that it cannot see cost nothing, those
+that all of its rows see need no mask. Short queries over a long view are split over the view's keys; the parts are merged
+by a second kernel. dK and dV belong to the program that owns a tile of pool rows and loops over the tile's readers: no
+atomics, the same bits on every run. A segment that is read at a shifted position rotates q, never the keys.
+
+Nothing is read back from the device: tiles, splits and grids follow from shapes, programs find their sequence themselves.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from diffmas import reference
+from diffmas.kernels.blocks import blocks
+from diffmas.kernels.launch import accumulator, dot_dtype, on_device, processors
+
+LOG2E = tl.constexpr(1.4426950408889634)
+MAX_SPLITS = 64
+SCAN = tl.constexpr(128)  # entries of an index that are looked at at once
+
+# ---- where a program works -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rank(x, S, value):
+    """How many of the rising x[0:S] are <= value."""
+    rank = 0
+    for i in range(0, S, SCAN):
+        o_x = i + tl.arange(0, SCAN)
+        rank += tl.sum(((tl.load(x + o_x, mask=o_x < S, other=0) <= value) & (o_x < S)).to(tl.int32))
+    return rank
+
+
+@triton.jit
+def _total(x, first, last):
+    """The sum of x[first:last]."""
+    total = 0
+    for i in range(first, last, SCAN):
+        o_x = i + tl.arange(0, SCAN)
+        total += tl.sum(tl.load(x + o_x, mask=o_x < last, other=0).to(tl.int32))
+    return total
+
+
+@triton.jit
+def _sequence_of_tile(i_tile, q_indptr, B, TOKENS: tl.constexpr):
+    """Sequence b has the tiles from q_indptr[b] // TOKENS + b on: room for ceil(length / TOKENS), known without looking at
+    the other sequences. -> b, its first query and number of queries, first token of the tile."""
+    i_b = -1
+    for i in range(0, B, SCAN):
+        o_b = i + tl.arange(0, SCAN)
+        first = tl.load(q_indptr + o_b, mask=o_b < B, other=0).to(tl.int32) // TOKENS + o_b
+        i_b += tl.sum(((first <= i_tile) & (o_b < B)).to(tl.int32))
+    q_first = tl.load(q_indptr + i_b).to(tl.int32)
+    return i_b, q_first, tl.load(q_indptr + i_b + 1).to(tl.int32) - q_first, (i_tile - q_first // TOKENS - i_b) * TOKENS
+
+
+@triton.jit
+def _skip_segments(seg_len, s_first, s_last, n_first):
+    """The first segment of [s_first, s_last) that reaches beyond view position n_first, and the position it starts at."""
+    skipped, start, end = 0, 0, 0
+    for i in range(s_first, s_last, SCAN):
+        o_s = i + tl.arange(0, SCAN)
+        b_len = tl.load(seg_len + o_s, mask=o_s < s_last, other=0).to(tl.int32)
+        whole = (end + tl.cumsum(b_len, 0) <= n_first) & (o_s < s_last)
+        skipped += tl.sum(whole.to(tl.int32))
+        start += tl.sum(tl.where(whole, b_len, 0))
+        end += tl.sum(b_len)
+    return s_first + skipped, start
+
+
+@triton.jit
+def _rows_of_tile(i_h, q_first, L, t_first, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of a tile's rows: packed query, query head, token of the sequence, and whether there is such a row; all [BLOCK_M]."""
+    o_m = tl.arange(0, BLOCK_M)
+    b_token = t_first + o_m // G
+    return (q_first + b_token).to(tl.int64), i_h * G + o_m % G, b_token, (o_m < BLOCK_M // G * G) & (b_token < L)
+
+
+@triton.jit
+def _keys_of_tile(
+    i_b, seg_indptr, seg_len, L, t_first, b_token, i_split,
+    TOKENS: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What a tile reads of its view. -> its segments [s_first, s_last), the view position n_seg where the first one starts,
+    its positions [n_first, n_end), the end n_all of those that every row sees, the last one b_last [BLOCK_M] of each row."""
+    s_first, s_last = tl.load(seg_indptr + i_b).to(tl.int32), tl.load(seg_indptr + i_b + 1).to(tl.int32)
+    N = _total(seg_len, s_first, s_last)
+    b_last, n_all, n_end = N - 1 + 0 * b_token, N, N
+    if CAUSAL:
+        b_last = N - L + b_token
+        n_all, n_end = tl.maximum(N - L + t_first + 1, 0), tl.maximum(N - L + tl.minimum(t_first + TOKENS, L), 0)
+    n_first, n_seg = 0, 0
+    if SPLIT:
+        part = tl.cdiv(tl.cdiv(n_end, tl.num_programs(2)), BLOCK_N) * BLOCK_N
+        n_first = i_split * part
+        n_end = tl.minimum(n_first + part, n_end)
+        s_first, n_seg = _skip_segments(seg_len, s_first, s_last, n_first)
+    return s_first, s_last, n_seg, n_first, n_end, n_all, b_last
+
+
+# ---- rotation --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _turn(x, cos, sin, shift, s, SIGN: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ACC: tl.constexpr):
+    """x [M, D], as stored, to what segment s reads (SIGN -1) or back (SIGN 1): turned by SIGN * shift positions in its first
+    2 * HALF dimensions. cos, sin [S, 2 * HALF] of the shifts. A tensor in ACC, or x itself."""
+    narrow, x = x, x.to(ACC)
+    if shift != 0:
+        M: tl.constexpr = x.shape[0]
+        D: tl.constexpr = x.shape[1]
+        o_d = tl.arange(0, D)
+        turned = o_d < 2 * HALF
+        if INTERLEAVED:
+            first, step = o_d % 2 == 0, 1
+        else:
+            first, step = o_d < HALF, HALF
+        partner = tl.where(turned, tl.where(first, o_d + step, o_d - step), o_d)
+        o_s = s.to(tl.int64) * (2 * HALF)
+        b_cos = tl.load(cos + o_s + o_d, mask=turned, other=1.0)
+        b_sin = tl.load(sin + o_s + o_d, mask=turned, other=0.0) * tl.where(first, -SIGN, SIGN)
+        other = tl.gather(narrow, tl.broadcast_to(partner[None, :], (M, D)), 1)  # half the registers of a wide one
+        x = x * b_cos[None, :] + other.to(ACC) * b_sin[None, :]
+    return x
+
+
+# ---- one tile of scores ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_rows(p_rows, stride_row, b_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, mask, MASKED: tl.constexpr):
+    """Pool rows [BLOCK_N, BLOCK_D]; rows outside the mask are 0, whatever lies there."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_x = p_rows + b_rows.to(tl.int64)[:, None] * stride_row + o_d[None, :]
+    if MASKED or D != BLOCK_D:
+        return tl.load(p_x, mask=mask[:, None] & (o_d < D)[None, :], other=0)
+    else:
+        return tl.load(p_x)
+
+
+@triton.jit
+def _forward_tile(
+    acc, m, l, q, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over BLOCK_N keys from pool row `row`, at view position n_tile; n_end ends the segment's part."""
+    o_n = tl.arange(0, BLOCK_N)
+    inside = n_tile + o_n < n_end
+    k = _load_rows(p_k, stride_kr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * scale_log2
+    if MASKED:
+        s = tl.where(inside[None, :] & (n_tile + o_n[None, :] <= b_last[:, None]), s, -float("inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    base = m_new
+    if MASKED:
+        base = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing yet
+    p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(m - base)
+    v = _load_rows(p_v, stride_vr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
+    acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
+    return acc, m_new, l * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def _dq_tile(
+    acc, q, do, lse_log2, delta, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.arange(0, BLOCK_N)
+    inside = n_tile + o_n < n_end
+    k = _load_rows(p_k, stride_kr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * scale_log2
+    p = tl.exp2(s - lse_log2[:, None])
+    v = _load_rows(p_v, stride_vr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee", out_dtype=ACC) - delta[:, None])
+    if MASKED:
+        ds = tl.where(inside[None, :] & (n_tile + o_n[None, :] <= b_last[:, None]), ds, 0.0)
+    return tl.dot(ds.to(DOT), k, acc, input_precision="ieee", out_dtype=ACC)
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["B", "n"])
+def cross_attention_fwd_kernel(
+    q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, cos, sin, o, lse,
+    n, B, stride_qn, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
+    Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SHIFTED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; of every split if SPLIT, one behind the other."""
+    # The last tiles of a causal sequence see most: they start first.
+    i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, q_first, L, t_first = _sequence_of_tile(i_tile, q_indptr, B, BLOCK_M // G)
+    if t_first >= L:
+        return
+    b_n, b_head, b_token, m_row = _rows_of_tile(i_h, q_first, L, t_first, G, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_q = m_row[:, None] & (o_d < D)[None, :]
+    b_q = tl.load(q + b_n[:, None] * stride_qn + b_head[:, None] * stride_qh + o_d[None, :], mask=m_q, other=0).to(DOT)
+    s_first, s_last, n_seg, n_first, n_end, n_all, b_last = _keys_of_tile(
+        i_b, seg_indptr, seg_len, L, t_first, b_token, i_split, BLOCK_M // G, CAUSAL, SPLIT, BLOCK_N
+    )
+
+    p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
+    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    m, l = tl.full((BLOCK_M,), -float("inf"), ACC), tl.zeros((BLOCK_M,), ACC)
+    scale_log2: tl.constexpr = scale * LOG2E
+    for s in range(s_first, s_last):
+        start, length = tl.load(seg_start + s).to(tl.int32), tl.load(seg_len + s).to(tl.int32)
+        n_from, n_to = tl.maximum(n_seg, n_first), tl.minimum(n_seg + length, n_end)
+        n_full = n_from + tl.maximum(tl.minimum(n_to, n_all) - n_from, 0) // BLOCK_N * BLOCK_N
+        b_qs = b_q
+        if SHIFTED:
+            if n_from < n_to:
+                b_qs = _turn(b_q, cos, sin, tl.load(seg_shift + s), s, -1, HALF, INTERLEAVED, ACC).to(DOT)
+        to_row = start - n_seg
+        for i in range(n_from, n_full, BLOCK_N):
+            acc, m, l = _forward_tile(
+                acc, m, l, b_qs, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2, D, BLOCK_D, BLOCK_N,
+                False, DOT, ACC,
+            )  # fmt: skip
+        for i in range(n_full, n_to, BLOCK_N):
+            acc, m, l = _forward_tile(
+                acc, m, l, b_qs, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2, D, BLOCK_D, BLOCK_N,
+                True, DOT, ACC,
+            )  # fmt: skip
+        n_seg += length
+
+    empty = l == 0
+    b_o = acc / tl.where(empty, 1.0, l)[:, None]
+    b_lse = tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, l))) / LOG2E)
+    b_n += i_split.to(tl.int64) * n
+    tl.store(o + (b_n * Hq + b_head)[:, None] * D + o_d[None, :], b_o, mask=m_q)
+    tl.store(lse + b_n * Hq + b_head, b_lse, mask=m_row)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def cross_attention_fwd_kernel_merge(
+    o_parts, lse_parts, o, lse, rows, splits,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The splits' states become one; rows are (token, query head) pairs."""
+    o_r, o_d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    m_r = o_r < rows
+    m_o = m_r[:, None] & (o_d < D)[None, :]
+    o_r = o_r.to(tl.int64)
+    acc, l, m = tl.zeros((BLOCK_R, BLOCK_D), ACC), tl.zeros((BLOCK_R,), ACC), tl.full((BLOCK_R,), -float("inf"), ACC)
+    for i in range(splits):
+        o_part = i * rows.to(tl.int64) + o_r
+        b_lse = tl.load(lse_parts + o_part, mask=m_r, other=-float("inf"))
+        m_new = tl.maximum(m, b_lse)
+        base = tl.where(m_new == -float("inf"), 0.0, m_new)
+        shrink, weight = tl.exp2((m - base) * LOG2E), tl.exp2((b_lse - base) * LOG2E)
+        b_o = tl.load(o_parts + o_part[:, None] * D + o_d[None, :], mask=m_o, other=0)
+        acc, l, m = acc * shrink[:, None] + weight[:, None] * b_o, l * shrink + weight, m_new
+    l = tl.where(l == 0, 1.0, l)
+    tl.store(o + o_r[:, None] * D + o_d[None, :], acc / l[:, None], mask=m_o)
+    tl.store(lse + o_r, m + tl.log2(l) / LOG2E, mask=m_r)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows"])
+def cross_attention_bwd_kernel_delta(
+    do, o, dlse, delta, rows, stride_don, stride_doh, Hq: tl.constexpr, D: tl.constexpr, DLSE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(do * o) - dlse, per (token, query head)."""
+    o_r, o_d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    m_r = o_r < rows
+    m_o = m_r[:, None] & (o_d < D)[None, :]
+    o_r = o_r.to(tl.int64)
+    b_do = tl.load(do + (o_r // Hq * stride_don + o_r % Hq * stride_doh)[:, None] + o_d[None, :], mask=m_o, other=0).to(ACC)
+    b_o = tl.load(o + o_r[:, None] * D + o_d[None, :], mask=m_o, other=0).to(ACC)
+    b_delta = tl.sum(b_do * b_o, 1)
+    if DLSE:
+        b_delta -= tl.load(dlse + o_r, mask=m_r, other=0).to(ACC)
+    tl.store(delta + o_r, b_delta, mask=m_r)
+
+
+@triton.jit(do_not_specialize=["B", "n"])
+def cross_attention_bwd_kernel_dq(
+    q, do, lse, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, cos, sin, dq,
+    n, B, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
+    Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SHIFTED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Grid as in the forward. dq [n, Hq, D]; of every split if SPLIT."""
+    i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, q_first, L, t_first = _sequence_of_tile(i_tile, q_indptr, B, BLOCK_M // G)
+    if t_first >= L:
+        return
+    b_n, b_head, b_token, m_row = _rows_of_tile(i_h, q_first, L, t_first, G, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_q = m_row[:, None] & (o_d < D)[None, :]
+    b_q = tl.load(q + b_n[:, None] * stride_qn + b_head[:, None] * stride_qh + o_d[None, :], mask=m_q, other=0).to(DOT)
+    b_do = tl.load(do + b_n[:, None] * stride_don + b_head[:, None] * stride_doh + o_d[None, :], mask=m_q, other=0).to(DOT)
+    b_lse = tl.load(lse + b_n * Hq + b_head, mask=m_row, other=0).to(ACC)
+    b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse) * LOG2E
+    b_delta = tl.load(delta + b_n * Hq + b_head, mask=m_row, other=0)
+    s_first, s_last, n_seg, n_first, n_end, n_all, b_last = _keys_of_tile(
+        i_b, seg_indptr, seg_len, L, t_first, b_token, i_split, BLOCK_M // G, CAUSAL, SPLIT, BLOCK_N
+    )
+
+    p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
+    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)  # dq / scale, turned like the q of the segment at hand
+    turned, s_turned = tl.full((), 0, tl.int64), s_first
+    scale_log2: tl.constexpr = scale * LOG2E
+    for s in range(s_first, s_last):
+        start, length = tl.load(seg_start + s).to(tl.int32), tl.load(seg_len + s).to(tl.int32)
+        n_from, n_to = tl.maximum(n_seg, n_first), tl.minimum(n_seg + length, n_end)
+        n_full = n_from + tl.maximum(tl.minimum(n_to, n_all) - n_from, 0) // BLOCK_N * BLOCK_N
+        b_qs = b_q
+        if SHIFTED:
+            shift = tl.load(seg_shift + s)
+            if n_from < n_to:
+                if shift != turned:
+                    acc = _turn(acc, cos, sin, turned, s_turned, 1, HALF, INTERLEAVED, ACC)
+                    acc = _turn(acc, cos, sin, shift, s, -1, HALF, INTERLEAVED, ACC)
+                    turned, s_turned = shift, s
+                b_qs = _turn(b_q, cos, sin, shift, s, -1, HALF, INTERLEAVED, ACC).to(DOT)
+        to_row = start - n_seg
+        for i in range(n_from, n_full, BLOCK_N):
+            acc = _dq_tile(
+                acc, b_qs, b_do, b_lse, b_delta, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2,
+                D, BLOCK_D, BLOCK_N, False, DOT, ACC,
+            )  # fmt: skip
+        for i in range(n_full, n_to, BLOCK_N):
+            acc = _dq_tile(
+                acc, b_qs, b_do, b_lse, b_delta, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2,
+                D, BLOCK_D, BLOCK_N, True, DOT, ACC,
+            )  # fmt: skip
+        n_seg += length
+    if SHIFTED:
+        acc = _turn(acc, cos, sin, turned, s_turned, 1, HALF, INTERLEAVED, ACC)
+    b_n += i_split.to(tl.int64) * n
+    tl.store(dq + (b_n * Hq + b_head)[:, None] * D + o_d[None, :], acc * scale, mask=m_q)
+
+
+@triton.jit(do_not_specialize=["B", "S"])
+def cross_attention_bwd_kernel_dkv(
+    q, do, lse, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, cos, sin, newest, dk_pool, dv_pool,
+    B, S, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh,
+    stride_dkr, stride_dkh, stride_dvr, stride_dvh, scale: tl.constexpr,
+    Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SHIFTED: tl.constexpr, NEWEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of pool rows, K/V heads). Scores are held transposed, [BLOCK_N keys, BLOCK_M query rows]."""
+    r_first, i_h = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    o_n, o_m, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    b_rows = r_first + o_n
+    p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
+    acc_k, acc_v = tl.zeros((BLOCK_N, BLOCK_D), ACC), tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    learns = tl.zeros((BLOCK_N,), tl.int32)
+    scale_log2: tl.constexpr = scale * LOG2E
+    for i_scan in range(0, S, SCAN):
+        o_s = i_scan + tl.arange(0, SCAN)
+        b_start = tl.load(seg_start + o_s, mask=o_s < S, other=0)
+        b_end = b_start + tl.load(seg_len + o_s, mask=o_s < S, other=0)
+        hit = ((b_start < r_first + BLOCK_N) & (b_end > r_first) & (o_s < S)).to(tl.int32)
+        nth = tl.cumsum(hit, 0) * hit
+        for i_hit in range(1, tl.sum(hit) + 1):
+            s = tl.sum(tl.where(nth == i_hit, o_s, 0))
+            i_b = _rank(seg_indptr + 1, B, s)
+            start, length = tl.load(seg_start + s).to(tl.int32), tl.load(seg_len + s).to(tl.int32)
+            s_first, s_last = tl.load(seg_indptr + i_b).to(tl.int32), tl.load(seg_indptr + i_b + 1).to(tl.int32)
+            q_first = tl.load(q_indptr + i_b).to(tl.int32)
+            L = tl.load(q_indptr + i_b + 1).to(tl.int32) - q_first
+            n_seg = _total(seg_len, s_first, s)
+            N = n_seg + _total(seg_len, s, s_last)
+            b_pos = n_seg + b_rows - start  # view position of the tile's rows
+            learn = (b_rows >= start) & (b_rows < start + length)
+            n_low = n_seg + tl.maximum(r_first - start, 0)
+            if NEWEST:
+                n_old = N - tl.load(newest + i_b).to(tl.int32)
+                learn = learn & (b_pos >= n_old)
+                n_low = tl.maximum(n_low, n_old)
+            t_first = 0
+            if CAUSAL:
+                t_first = tl.maximum(n_low - (N - L), 0)
+            if NEWEST:
+                t_first = tl.where(tl.sum(learn.to(tl.int32)) > 0, t_first, L)
+            learns = learns | learn.to(tl.int32)
+            k = _load_rows(p_k, stride_kr, b_rows, D, BLOCK_D, learn, True).to(DOT)
+            v = _load_rows(p_v, stride_vr, b_rows, D, BLOCK_D, learn, True).to(DOT)
+            if SHIFTED:
+                shift = tl.load(seg_shift + s)
+            for i_m in range(t_first * G, L * G, BLOCK_M):
+                b_token, b_head = (i_m + o_m) // G, i_h * G + (i_m + o_m) % G
+                m_row = b_token < L
+                m_q = m_row[:, None] & (o_d < D)[None, :]
+                b_n = (q_first + b_token).to(tl.int64)
+                b_q = tl.load(q + b_n[:, None] * stride_qn + b_head[:, None] * stride_qh + o_d[None, :], mask=m_q, other=0)
+                if SHIFTED:
+                    b_q = _turn(b_q, cos, sin, shift, s, -1, HALF, INTERLEAVED, ACC)
+                b_q = b_q.to(DOT)
+                b_lse = tl.load(lse + b_n * Hq + b_head, mask=m_row, other=0).to(ACC)
+                b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse) * LOG2E
+                s_t = tl.dot(k, tl.trans(b_q), input_precision="ieee", out_dtype=ACC) * scale_log2
+                seen = learn[:, None] & m_row[None, :]
+                if CAUSAL:
+                    seen = seen & (b_pos[:, None] <= (N - L + b_token)[None, :])
+                p_t = tl.where(seen, tl.exp2(s_t - b_lse[None, :]), 0.0)
+                p_do = do + b_n[:, None] * stride_don + b_head[:, None] * stride_doh + o_d[None, :]
+                b_do = tl.load(p_do, mask=m_q, other=0).to(DOT)
+                acc_v = tl.dot(p_t.to(DOT), b_do, acc_v, input_precision="ieee", out_dtype=ACC)
+                b_delta = tl.load(delta + b_n * Hq + b_head, mask=m_row, other=0)
+                ds_t = p_t * (tl.dot(v, tl.trans(b_do), input_precision="ieee", out_dtype=ACC) - b_delta[None, :])
+                acc_k = tl.dot(ds_t.to(DOT), b_q, acc_k, input_precision="ieee", out_dtype=ACC)
+    m_d = (learns > 0)[:, None] & (o_d < D)[None, :]
+    b_rows = b_rows.to(tl.int64)
+    p_dk = dk_pool + i_h.to(tl.int64) * stride_dkh + b_rows[:, None] * stride_dkr + o_d[None, :]
+    p_dv = dv_pool + i_h.to(tl.int64) * stride_dvh + b_rows[:, None] * stride_dvr + o_d[None, :]
+    tl.store(p_dk, tl.load(p_dk, mask=m_d, other=0) + acc_k * scale, mask=m_d)
+    tl.store(p_dv, tl.load(p_dv, mask=m_d, other=0) + acc_v, mask=m_d)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+
+
+def _tables(q, seg_shift, inv_freq, interleaved) -> tuple:
+    """seg_shift with cos and sin [S, Dr] of each segment's rotation; nothing where no segment is shifted."""
+    if seg_shift is None:
+        return None, None, None
+    return seg_shift, *reference.shift_tables(seg_shift, inv_freq, interleaved, reference.accumulator(q.dtype))
+
+
+def _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved) -> dict:
+    """What all attention kernels are compiled for."""
+    _, Hq, D = q.shape
+    shifted = seg_shift is not None
+    return dict(
+        scale=float(scale), Hq=Hq, G=Hq // k_pool.shape[1], D=D, HALF=inv_freq.shape[0] if shifted else 0, CAUSAL=causal,
+        INTERLEAVED=interleaved, SHIFTED=shifted, BLOCK_D=max(16, triton.next_power_of_2(D)), DOT=dot_dtype(q, k_pool),
+        ACC=accumulator(q),
+    )  # fmt: skip
+
+
+def _grid(q, k_pool, q_indptr, op: str) -> tuple[tuple[int, int, int], dict]:
+    """Tiles, K/V heads, splits; and the blocks. From shapes alone: a split's share of the view is found on the device."""
+    n, Hq, D = q.shape
+    R, Hkv = k_pool.shape[:2]
+    B, G = q_indptr.shape[0] - 1, Hq // Hkv
+    block = blocks(op, D, q, rows=-(-n // B) * G)
+    block["BLOCK_M"] = max(block["BLOCK_M"], triton.next_power_of_2(G))
+    tiles = n // (block["BLOCK_M"] // G) + B
+    wanted = -(-2 * processors(q.device) // (tiles * Hkv))
+    return (tiles, Hkv, max(1, min(wanted, MAX_SPLITS, -(-R // (4 * block["BLOCK_N"]))))), block
+
+
+def cross_attention(
+    q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved
+):
+    n, Hq, D = q.shape
+    acc = reference.accumulator(q.dtype)
+    o, lse = q.new_empty(q.shape), q.new_empty((n, Hq), dtype=acc)
+    if not n:
+        return o, lse
+    constants = _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved)
+    grid, block = _grid(q, k_pool, q_indptr, "cross_attention_fwd")
+    splits = grid[2]
+    parts = (o, lse)
+    if splits > 1:
+        parts = q.new_empty((splits, n, Hq, D), dtype=acc), q.new_empty((splits, n, Hq), dtype=acc)
+    with on_device(q):
+        cross_attention_fwd_kernel[grid](
+            q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, *_tables(q, seg_shift, inv_freq, interleaved), *parts, n, q_indptr.shape[0] - 1,
+            *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2], **constants, SPLIT=splits > 1, **block,
+        )  # fmt: skip
+        if splits > 1:
+            block = blocks("cross_attention_merge", D, q)
+            cross_attention_fwd_kernel_merge[(triton.cdiv(n * Hq, block["BLOCK_R"]),)](
+                *parts, o, lse, n * Hq, splits, D=D, BLOCK_D=constants["BLOCK_D"], ACC=constants["ACC"], **block
+            )
+    return o, lse
+
+
+def cross_attention_backward(
+    do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq,
+    scale, causal, interleaved, dk_pool, dv_pool, newest=None, want_dq=True,
+):  # fmt: skip
+    n, Hq, D = q.shape
+    acc = reference.accumulator(q.dtype)
+    dq = q.new_empty(q.shape if want_dq else 0)
+    if not n:
+        return dq
+    B, S = q_indptr.shape[0] - 1, seg_start.shape[0]
+    constants = _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved)
+    delta = torch.empty_like(lse)
+    view = (q_indptr, seg_indptr, seg_start, seg_len, *_tables(q, seg_shift, inv_freq, interleaved))
+    if do.stride(-1) != 1:
+        do = do.contiguous()
+    strides = (*q.stride()[:2], *do.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2])
+    with on_device(q):
+        block = blocks("cross_attention_delta", D, q)
+        cross_attention_bwd_kernel_delta[(triton.cdiv(n * Hq, block["BLOCK_R"]),)](
+            do, o, dlse, delta, n * Hq, *do.stride()[:2], Hq=Hq, D=D, DLSE=dlse is not None, BLOCK_D=constants["BLOCK_D"],
+            ACC=constants["ACC"], **block,
+        )  # fmt: skip
+        if want_dq:
+            grid, block = _grid(q, k_pool, q_indptr, "cross_attention_dq")
+            splits = grid[2]
+            part = dq if splits == 1 else q.new_empty((splits, n, Hq, D), dtype=acc)
+            cross_attention_bwd_kernel_dq[grid](
+                q, do, lse, delta, k_pool, v_pool, *view, part, n, B, *strides, **constants, SPLIT=splits > 1, **block
+            )
+            if splits > 1:
+                dq = part.sum(0).to(q.dtype)
+        block = blocks("cross_attention_dkv", D, q)
+        cross_attention_bwd_kernel_dkv[(triton.cdiv(k_pool.shape[0], block["BLOCK_N"]), k_pool.shape[1])](
+            q, do, lse, delta, k_pool, v_pool, *view, newest, dk_pool, dv_pool, B, S, *strides, *dk_pool.stride()[:2],
+            *dv_pool.stride()[:2], **constants, NEWEST=newest is not None, **block,
+        )  # fmt: skip
+    return dq

@@ -1,0 +1,110 @@
+"""Latent steps that repeat on the device, and views that several sequences share: the same results as the plain way."""
+
+import pytest
+import torch
+from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
+from systems import QUESTIONS, system
+
+from diffmas import Agent, Trace, latent, ops, plan
+from diffmas.plan import Run, share
+
+# ---- steps without the host ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repeating(monkeypatch):
+    """Without a GPU the same steps run, one by one, where a GPU replays its graph."""
+    runs = []
+    monkeypatch.setattr(latent, "_graphs", lambda *_: not torch.is_grad_enabled())
+    monkeypatch.setattr(latent.Repeat, "capture", lambda self: runs.append(self) or True)
+    return runs
+
+
+@pytest.mark.parametrize("T", [4, 5, 12])
+@pytest.mark.parametrize("options", [{}, dict(trace_content="latent_only"), dict(realign="soft_token")], ids=str)
+def test_steps_that_repeat(options, T, repeating, monkeypatch):
+    agents = [Agent("a", "w5 {question}", T), Agent("b", "w7 w8 {question}", T), Agent("c", "w9 {question}")]
+    s = system(agents=agents, **options)
+    with torch.no_grad():
+        got = s(QUESTIONS)
+        assert len(repeating) == (2 if T > 4 else 0)
+        monkeypatch.undo()
+        want = s(QUESTIONS)
+    assert_close(got.logits, want.logits, 1e-12)
+    assert got.trace.segments == want.trace.segments and got.trace.next_positions == want.trace.next_positions
+
+
+def test_steps_that_repeat_beyond_the_room_of_a_segment(repeating):
+    """Without room for all of them in one run of rows, steps go one by one."""
+    s = system()
+    trace = prefill(s.model, *tokens(3, 2))
+    with torch.no_grad():
+        h = torch.randn(2, s.model.config.hidden_size, dtype=torch.float64)
+        latent.latent_steps(body(s.model), s.realign, trace, h, plan.SPARE_ROWS + 2)
+    assert not repeating and trace.lengths == [3 + plan.SPARE_ROWS + 2, 2 + plan.SPARE_ROWS + 2]
+
+
+def test_a_model_that_cannot_be_captured(repeating, monkeypatch):
+    s = system(agents=[Agent("a", "w5 {question}", 6), Agent("b", "w9 {question}")])
+    monkeypatch.setattr(latent.Repeat, "capture", lambda self: False)
+    with torch.no_grad():
+        got = s(QUESTIONS)
+        monkeypatch.undo()
+        want = s(QUESTIONS)
+    assert_close(got.logits, want.logits, 1e-12)
+    assert got.trace.segments == want.trace.segments
+
+
+# ---- shared rows -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_shared(monkeypatch):
+    monkeypatch.setattr(plan, "SAVED_ROWS", 8)
+    a, b, moved = Run(0, 10, 0), Run(20, 5, 0), Run(20, 5, 3)
+    assert share([[a, b, Run(40, 1, 0)], [a, b, Run(41, 1, 0)]]) == ([2], [[a, b]], [[Run(40, 1, 0)], [Run(41, 1, 0)]])
+    # Another shift is another key; a run may be shared in part; a sequence may share nothing.
+    assert share([[b, Run(40, 1, 0)], [a, b], [Run(0, 12, 0)], [a, moved]]) == (
+        [1, 3], [[], [a]], [[b, Run(40, 1, 0)], [b], [Run(10, 2, 0)], [moved]],
+    )  # fmt: skip
+    # A short common beginning does not break up a group that saves more.
+    assert share([[a, b], [a, b, b], [Run(0, 2, 0)]])[0] == [2, 1]
+    assert share([[a], [b], [a]]) is None
+    monkeypatch.setattr(plan, "SAVED_ROWS", 16)
+    assert share([[a, b], [a, b]]) is None
+
+
+@pytest.mark.parametrize("positions", ["shift", "keep"])
+def test_shared_rows_are_read_once(positions, monkeypatch):
+    model = tiny("qwen3")
+    trace = prefill(model, *tokens(9, 14, 3))
+    left, right = trace.fork(2)
+    prefill(model, *tokens(4, 4, 4, seed=1), trace=left)
+    prefill(model, *tokens(2, 6, 3, seed=2), trace=right)
+    joined = Trace.join([left, right], positions=positions)
+    owners = [0, 0, 0, 2, 1, 1]
+    want = read(model, joined.select(owners), *tokens(1, 2, 1, 1, 3, 1, seed=3))
+    monkeypatch.setattr(plan, "SAVED_ROWS", 8)
+    called = []
+    call = ops.call
+    monkeypatch.setattr("diffmas.pool.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw))
+    with torch.no_grad():
+        got = read(model, joined.select(owners), *tokens(1, 2, 1, 1, 3, 1, seed=3))
+    assert "merge_states" in called
+    for x, y in zip(got, want):
+        assert_close(x, y, 1e-10)
+
+
+def test_samples_share_their_prompt(monkeypatch):
+    """Greedy samples of one question are that question's answer, latent steps on shared rows included."""
+    s = system()
+    want = s.generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0)
+    monkeypatch.setattr(plan, "SAVED_ROWS", 1)
+    got = s.generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0, samples=3)
+    assert got == [[row[0]] * 3 for row in want]
+    model = tiny("qwen3")
+    with torch.no_grad():
+        trace = prefill(model, *tokens(7, 5)).select([0, 0, 1])
+        h = torch.randn(3, 1, model.config.hidden_size, dtype=torch.float64)
+        shared = latent_steps(model, trace.fork(1)[0], h, 3)
+        monkeypatch.undo()
+        assert_close(shared, latent_steps(model, trace, h, 3), 1e-10)

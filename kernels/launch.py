@@ -1,0 +1,35 @@
+"""What the launchers share."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["accumulator", "interpreting", "on", "power_of_two", "rows_of"]
+
+
+def on(x: Tensor):
+    """Launch on the GPU of `x`, whichever is current; nothing to do for the interpreter on a CPU."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def interpreting() -> bool:
+    """Triton's interpreter runs the kernels: TRITON_INTERPRET was set when they were imported."""
+    return triton.knobs.runtime.interpret
+
+
+def accumulator(dtype: torch.dtype):
+    """As `reference.accumulator`, in Triton's terms; float64 is for the interpreter's gradient checks."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that holds n, at least 1: sizes of tiles."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` with the last stride that the kernels take for granted; a gradient that autograd expanded has none."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

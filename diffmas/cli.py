@@ -254,7 +254,8 @@ def env():
     out.add_column(no_wrap=True)
     out.add_column(overflow="fold")
     for name, missing in ops.available().items():
-        out.add_row(f"backend {name}", "[green]usable[/]" if missing is None else f"[yellow]missing[/]: {missing}")
+        how = " by name, in Triton's interpreter" if ops.BACKENDS[name].interpreted else ""
+        out.add_row(f"backend {name}", f"[green]usable[/]{how}" if missing is None else f"[yellow]missing[/]: {missing}")
     out.add_row(
         "C++ extension",
         "[green]loaded[/]" if _extension.loaded else f"[yellow]not loaded[/]: {_extension.error}",

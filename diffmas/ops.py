@@ -4,11 +4,14 @@ Raw ops mutate pools, so they carry no autograd of their own and refuse to drop 
 autograd of `inject` and `cross_attention`. The functions of this module are the checked entry points; inside the package,
 plans that were built and checked once per forward call `torch.ops.diffmas.*` directly.
 
-Backends: `reference` (plain PyTorch, anywhere), `cpu` (the compiled extension). `backend="auto"` takes the
-fastest one that serves the device and dtype; the environment variable DIFFMAS_BACKEND overrides "auto".
+Backends: `reference` (plain PyTorch, anywhere), `cpu` (the compiled extension), `triton` (GPUs). `backend="auto"` takes the
+fastest one that serves the device, dtype and head size; the environment variable DIFFMAS_BACKEND overrides "auto".
 """
 
 import functools
+import importlib
+import importlib.util
+import math
 import os
 
 import numpy as np
@@ -50,22 +53,49 @@ SCHEMAS = {
 
 
 class Backend:
-    """A set of op implementations, and the devices and dtypes that it serves."""
+    """A set of op implementations, and the devices, dtypes and head sizes that it serves."""
+
+    interpreted = False  # too slow for "auto"
 
     def __init__(self, name, ops, devices, dtypes, why_missing):
-        self.name, self.ops, self.devices, self.dtypes = name, ops, devices, dtypes
+        self.name, self.ops, self.devices, self.dtypes, self.max_head_dim = name, ops, devices, dtypes, math.inf
         self.why_missing = why_missing  # None when it is usable
 
-    def serves(self, op: str, device: str, dtype: torch.dtype) -> bool:
-        if self.why_missing is not None or not hasattr(self.ops, op):
+    def has(self, op: str, head_dim: int) -> bool:
+        return head_dim <= self.max_head_dim and hasattr(self.ops, op)
+
+    def serves(self, op: str, device: str, dtype: torch.dtype, head_dim: int) -> bool:
+        if (self.devices is not None and device not in self.devices) or (self.dtypes is not None and dtype not in self.dtypes):
             return False
-        return (self.devices is None or device in self.devices) and (self.dtypes is None or dtype in self.dtypes)
+        return self.why_missing is None and self.has(op, head_dim)
+
+
+class TritonBackend(Backend):
+    """Triton and its kernels are imported when first needed. With TRITON_INTERPRET=1 its interpreter runs them, on CPU tensors
+    and in float64 too."""
+
+    def __init__(self):
+        self.name, self.max_head_dim = "triton", 256
+        self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        self.devices, self.dtypes = (None, None) if self.interpreted else (("cuda",), FLOATS)
+
+    @functools.cached_property
+    def why_missing(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if not self.interpreted and not torch.cuda.is_available():
+            return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+        return None
+
+    @functools.cached_property
+    def ops(self):
+        return importlib.import_module("diffmas.kernels.backend")
 
 
 # In order of preference.
 BACKENDS = {
     "cuda": Backend("cuda", None, ("cuda",), FLOATS, "this version has no CUDA kernels"),
-    "triton": Backend("triton", None, ("cuda",), FLOATS, "this version has no Triton kernels"),
+    "triton": TritonBackend(),
     "cpu": Backend("cpu", torch.ops.diffmas_cpu, ("cpu",), FLOATS, _extension.error),
     "reference": Backend("reference", reference, None, None, None),
 }
@@ -85,20 +115,21 @@ def check_backend(name: str) -> str:
     return name
 
 
-def implementation(op: str, device: torch.device, dtype: torch.dtype, backend: str):
-    """The function that runs `op`. An op that a named backend does not have (the small ones) runs on the reference."""
+def implementation(op: str, lead: Tensor, backend: str):
+    """The function that runs `op` on `lead` [.., D], which decides device, dtype and head size. What a named backend does not
+    have, an op or a head size, runs on the reference."""
     name = backend if backend != "auto" else os.environ.get("DIFFMAS_BACKEND") or "auto"
-    return getattr(_choose(op, device.type, dtype, name).ops, op)
+    return getattr(_choose(op, lead.device.type, lead.dtype, lead.shape[-1], name).ops, op)
 
 
 @functools.cache  # on every call of every op: looked up, not searched
-def _choose(op: str, device: str, dtype: torch.dtype, name: str) -> Backend:
+def _choose(op: str, device: str, dtype: torch.dtype, head_dim: int, name: str) -> Backend:
     if name == "auto":
-        return next(b for b in BACKENDS.values() if b.serves(op, device, dtype))
+        return next(b for b in BACKENDS.values() if not b.interpreted and b.serves(op, device, dtype, head_dim))
     chosen = BACKENDS[check_backend(name)]
-    if not hasattr(chosen.ops, op):
+    if not chosen.has(op, head_dim):
         return BACKENDS["reference"]
-    if not chosen.serves(op, device, dtype):
+    if not chosen.serves(op, device, dtype, head_dim):
         raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device} in {dtype}")
     return chosen
 
@@ -109,7 +140,7 @@ _library = torch.library.Library("diffmas", "DEF")
 
 
 def _register(name: str, lead: int) -> None:
-    """Defines op `name`; its argument number `lead` decides device and dtype."""
+    """Defines op `name`; its argument number `lead` decides device, dtype and head size."""
 
     def run(*args, backend="auto"):
         if len(args) == count + 1:  # the dispatcher passes a non-default backend as the last positional argument
@@ -120,8 +151,7 @@ def _register(name: str, lead: int) -> None:
                 f"diffmas.ops.{name} works on K/V pools in place and records no gradient; call it under torch.no_grad(), "
                 "or go through diffmas.pool.attend, which is differentiable"
             )
-        x = args[lead]
-        return implementation(name, x.device, x.dtype, backend)(*args)
+        return implementation(name, args[lead], backend)(*args)
 
     _library.define(name + SCHEMAS[name])
     count = len(getattr(torch.ops.diffmas, name).default._schema.arguments) - 1
@@ -143,7 +173,7 @@ def call(name: str, lead: Tensor, *args, backend: str = "auto"):
     """
     if type(lead) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return getattr(torch.ops.diffmas, name)(*args, backend=backend)
-    return implementation(name, lead.device, lead.dtype, backend)(*args)
+    return implementation(name, lead, backend)(*args)
 
 
 def _fake_states(q, *_, **__):

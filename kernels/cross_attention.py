@@ -19,6 +19,7 @@ from diffmas.kernels.launch import accumulator, dot_dtype, on_device, processors
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 64
+INDEX = ("q_indptr", "seg_indptr", "seg_start", "seg_len", "seg_shift")  # parts of one tensor: their alignment means nothing
 SCAN = tl.constexpr(128)  # entries of an index that are looked at at once
 
 # ---- where a program works -------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def _dq_tile(
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["B", "n"])
+@triton.jit(do_not_specialize=[*INDEX, "B", "n"])
 def cross_attention_fwd_kernel(
     q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, cos, sin, o, lse,
     n, B, stride_qn, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
@@ -284,7 +285,7 @@ def cross_attention_bwd_kernel_delta(
     tl.store(delta + o_r, b_delta, mask=m_r)
 
 
-@triton.jit(do_not_specialize=["B", "n"])
+@triton.jit(do_not_specialize=[*INDEX, "B", "n"])
 def cross_attention_bwd_kernel_dq(
     q, do, lse, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, cos, sin, dq,
     n, B, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
@@ -344,7 +345,7 @@ def cross_attention_bwd_kernel_dq(
     tl.store(dq + (b_n * Hq + b_head)[:, None] * D + o_d[None, :], acc * scale, mask=m_q)
 
 
-@triton.jit(do_not_specialize=["B", "S"])
+@triton.jit(do_not_specialize=[*INDEX, "newest", "B", "S"])
 def cross_attention_bwd_kernel_dkv(
     q, do, lse, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, cos, sin, newest, dk_pool, dv_pool,
     B, S, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh,
@@ -439,21 +440,26 @@ def _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved) -> di
     shifted = seg_shift is not None
     return dict(
         scale=float(scale), Hq=Hq, G=Hq // k_pool.shape[1], D=D, HALF=inv_freq.shape[0] if shifted else 0, CAUSAL=causal,
-        INTERLEAVED=interleaved, SHIFTED=shifted, BLOCK_D=max(16, triton.next_power_of_2(D)), DOT=dot_dtype(q, k_pool),
-        ACC=accumulator(q),
+        INTERLEAVED=interleaved, SHIFTED=shifted, BLOCK_D=max(16, power_of_two(D)), DOT=dot_dtype(q, k_pool),
+        ACC=accumulator(q.dtype),
     )  # fmt: skip
 
 
-def _grid(q, k_pool, q_indptr, op: str) -> tuple[tuple[int, int, int], dict]:
-    """Tiles, K/V heads, splits; and the blocks. From shapes alone: a split's share of the view is found on the device."""
-    n, Hq, D = q.shape
+def _blocks(kernel: str, q, q_indptr, constants: dict) -> dict:
+    rows = triton.cdiv(q.shape[0], q_indptr.shape[0] - 1) * constants["G"]
+    wide = constants["DOT"].primitive_bitwidth > 16
+    block = attention_blocks(kernel, rows, constants["BLOCK_D"], wide, constants["SHIFTED"], q.device)
+    return block | {"BLOCK_M": max(block["BLOCK_M"], power_of_two(constants["G"]))}  # a tile holds a group
+
+
+def _grid(q, k_pool, q_indptr, block: dict) -> tuple[int, int, int]:
+    """Tiles, K/V heads, splits; from shapes alone: a split's share of the view is found on the device."""
+    n, Hq, _ = q.shape
     R, Hkv = k_pool.shape[:2]
     B, G = q_indptr.shape[0] - 1, Hq // Hkv
-    block = blocks(op, D, q, rows=-(-n // B) * G)
-    block["BLOCK_M"] = max(block["BLOCK_M"], triton.next_power_of_2(G))
     tiles = n // (block["BLOCK_M"] // G) + B
-    wanted = -(-2 * processors(q.device) // (tiles * Hkv))
-    return (tiles, Hkv, max(1, min(wanted, MAX_SPLITS, -(-R // (4 * block["BLOCK_N"]))))), block
+    wanted = triton.cdiv(2 * processors(q.device), tiles * Hkv)
+    return tiles, Hkv, max(1, min(wanted, MAX_SPLITS, triton.cdiv(R, 4 * block["BLOCK_N"])))
 
 
 def cross_attention(
@@ -465,18 +471,19 @@ def cross_attention(
     if not n:
         return o, lse
     constants = _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved)
-    grid, block = _grid(q, k_pool, q_indptr, "cross_attention_fwd")
+    block = _blocks("fwd", q, q_indptr, constants)
+    grid = _grid(q, k_pool, q_indptr, block)
     splits = grid[2]
     parts = (o, lse)
     if splits > 1:
         parts = q.new_empty((splits, n, Hq, D), dtype=acc), q.new_empty((splits, n, Hq), dtype=acc)
-    with on_device(q):
+    with on(q):
         cross_attention_fwd_kernel[grid](
             q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, *_tables(q, seg_shift, inv_freq, interleaved), *parts, n, q_indptr.shape[0] - 1,
             *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2], **constants, SPLIT=splits > 1, **block,
         )  # fmt: skip
         if splits > 1:
-            block = blocks("cross_attention_merge", D, q)
+            block = blocks("cross_attention_merge", D, q.device)
             cross_attention_fwd_kernel_merge[(triton.cdiv(n * Hq, block["BLOCK_R"]),)](
                 *parts, o, lse, n * Hq, splits, D=D, BLOCK_D=constants["BLOCK_D"], ACC=constants["ACC"], **block
             )
@@ -496,17 +503,17 @@ def cross_attention_backward(
     constants = _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved)
     delta = torch.empty_like(lse)
     view = (q_indptr, seg_indptr, seg_start, seg_len, *_tables(q, seg_shift, inv_freq, interleaved))
-    if do.stride(-1) != 1:
-        do = do.contiguous()
+    do = rows_of(do)
     strides = (*q.stride()[:2], *do.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2])
-    with on_device(q):
-        block = blocks("cross_attention_delta", D, q)
+    with on(q):
+        block = blocks("cross_attention_delta", D, q.device)
         cross_attention_bwd_kernel_delta[(triton.cdiv(n * Hq, block["BLOCK_R"]),)](
             do, o, dlse, delta, n * Hq, *do.stride()[:2], Hq=Hq, D=D, DLSE=dlse is not None, BLOCK_D=constants["BLOCK_D"],
             ACC=constants["ACC"], **block,
         )  # fmt: skip
         if want_dq:
-            grid, block = _grid(q, k_pool, q_indptr, "cross_attention_dq")
+            block = _blocks("dq", q, q_indptr, constants)
+            grid = _grid(q, k_pool, q_indptr, block)
             splits = grid[2]
             part = dq if splits == 1 else q.new_empty((splits, n, Hq, D), dtype=acc)
             cross_attention_bwd_kernel_dq[grid](
@@ -514,7 +521,7 @@ def cross_attention_backward(
             )
             if splits > 1:
                 dq = part.sum(0).to(q.dtype)
-        block = blocks("cross_attention_dkv", D, q)
+        block = _blocks("dkv", q, q_indptr, constants)
         cross_attention_bwd_kernel_dkv[(triton.cdiv(k_pool.shape[0], block["BLOCK_N"]), k_pool.shape[1])](
             q, do, lse, delta, k_pool, v_pool, *view, newest, dk_pool, dv_pool, B, S, *strides, *dk_pool.stride()[:2],
             *dv_pool.stride()[:2], **constants, NEWEST=newest is not None, **block,

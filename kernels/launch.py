@@ -1,38 +1,50 @@
-"""What every launcher needs: dtypes as Triton names them, the device to launch on."""
+"""What the launchers share."""
 
 import contextlib
 import functools
-import os
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["accumulator", "dot_dtype", "interpreting", "on_device", "processors"]
+__all__ = ["accumulator", "dot_dtype", "interpreting", "on", "power_of_two", "processors", "rows_of"]
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
+def on(x: Tensor):
+    """Launch on the GPU of `x`, whichever is current; nothing to do for the interpreter on a CPU."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Triton's interpreter runs the kernels: TRITON_INTERPRET was set when they were imported."""
+    return triton.knobs.runtime.interpret
 
 
-def accumulator(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+def accumulator(dtype: torch.dtype):
+    """As `reference.accumulator`, in Triton's terms; float64 is for the interpreter's gradient checks."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def dot_dtype(*operands: Tensor) -> tl.dtype:
-    """The dtype that products of these are taken in: the widest; float32 where bfloat16 is storage only."""
+def dot_dtype(*operands: Tensor):
+    """What products of these are taken in: the widest dtype. The interpreter has bfloat16 as storage only."""
     widest = functools.reduce(torch.promote_types, (x.dtype for x in operands))
     return tl.float32 if widest == torch.bfloat16 and interpreting() else TYPES[widest]
 
 
-def on_device(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; in the interpreter a few, so that splits are taken."""
+    """Streaming multiprocessors; without a GPU a few, so that the interpreter takes splits."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that holds n, at least 1: sizes of tiles."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` with the last stride that the kernels take for granted; a gradient that autograd expanded has none."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -61,15 +61,16 @@ class Inputs:
     scale: float
     extra: dict = field(default_factory=dict)
 
-    def to(self, dtype):
-        cast = lambda x: x.to(dtype)  # noqa: E731
+    def to(self, dtype, device="cpu"):
+        cast = lambda x: x.to(device, dtype)  # noqa: E731
         return Inputs(
-            cast(self.q), cast(self.k_pool), cast(self.v_pool), self.view, self.interleaved, self.inv_freq, self.scale
-        )
+            cast(self.q), cast(self.k_pool), cast(self.v_pool), self.view, self.interleaved, self.inv_freq.to(device),
+            self.scale,
+        )  # fmt: skip
 
     def args(self):
         """The arguments of the raw forward op."""
-        q_indptr, seg_indptr, start, length, shift = self.view.tensors()
+        q_indptr, seg_indptr, start, length, shift = (x.to(self.q.device) for x in self.view.tensors())
         moved = self.view.shifted
         return (
             self.q, self.k_pool, self.v_pool, q_indptr, seg_indptr, start, length, shift if moved else None,
@@ -77,9 +78,14 @@ class Inputs:
         )  # fmt: skip
 
 
-def head_major(rows: int, heads: int, head_dim: int, dtype, fill=float("nan")) -> torch.Tensor:
+def head_major(rows: int, heads: int, head_dim: int, dtype, fill=float("nan"), device="cpu") -> torch.Tensor:
     """A pool as the trace stores it, unwritten rows poisoned."""
-    return torch.full((heads, rows, head_dim), fill, dtype=dtype).transpose(0, 1)
+    return torch.full((heads, rows, head_dim), fill, dtype=dtype, device=device).transpose(0, 1)
+
+
+def as_it_lies(x: torch.Tensor, dtype, device="cpu") -> torch.Tensor:
+    """`x` in another dtype with its strides; `to` would pack a slice of a fused projection."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
 
 
 def attention_inputs(view: View, heads=(4, 2), D=64, Dr=None, interleaved=False, seed=0) -> Inputs:
@@ -107,10 +113,10 @@ class InjectInputs:
     k_weight: torch.Tensor | None
     interleaved: bool
 
-    def to(self, dtype):
-        cast = lambda x: None if x is None else x.to(dtype)  # noqa: E731
+    def to(self, dtype, device="cpu"):
+        cast = lambda x: None if x is None else as_it_lies(x, dtype, device)  # noqa: E731
         return InjectInputs(
-            *(cast(getattr(self, n)) for n in ("q", "k", "v", "cos", "sin")), self.slots, cast(self.q_weight),
+            *(cast(getattr(self, n)) for n in ("q", "k", "v", "cos", "sin")), self.slots.to(device), cast(self.q_weight),
             cast(self.k_weight), self.interleaved,
         )  # fmt: skip
 

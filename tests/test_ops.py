@@ -10,38 +10,13 @@ import sys
 import pytest
 import torch
 from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
+from op_runs import attention_all, exact_in_half, inject_all, merge_all, reposition_all, within_budget
 
-from diffmas import ops, pool, reference
+from diffmas import ops, pool
 
-BACKENDS = [name for name, missing in ops.available().items() if missing is None and name != "reference"]
+BACKENDS = [name for name in ("cpu",) if ops.available()[name] is None]  # test_triton.py has the kernels for GPUs
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 raw = torch.ops.diffmas
-
-
-def within_budget(got, same_precision, exact, terms: float):
-    """Twice the error of the same-precision reference, and what rounding costs where that one is exact by luck.
-
-    Inputs are unit normal, sums are kept in float32: a sum over `terms` of them may round by terms * eps. (A single
-    visible row is such a case: do.v - do.o is zero, the reference takes both in the same order, a kernel need not.)
-    """
-    floor = torch.finfo(torch.float32).eps * terms + torch.finfo(got.dtype).eps * exact.abs().max()
-    error, budget = (got.double() - exact).abs(), (same_precision.double() - exact).abs()
-    assert not got.isnan().any()
-    assert error.max() <= 2 * budget.max() + floor, f"error {error.max():.3e}, reference's {budget.max():.3e}"
-
-
-def finite(x):
-    return x.masked_fill(x == -torch.inf, -1e30)
-
-
-def attention_all(inputs, backend, do, dlse=None, newest=None, want_dq=True):
-    """o, lse, dq and the gradient pools after one forward and backward; the pools start from a constant, to be added to."""
-    args = inputs.args()
-    o, lse = raw.cross_attention(*args, backend)
-    wide = reference.accumulator(inputs.q.dtype)
-    dk, dv = (head_major(ROWS, inputs.k_pool.shape[1], inputs.q.shape[2], wide, fill=0.5) for _ in "kv")
-    dq = raw.cross_attention_backward(do.to(o.dtype), dlse, args[0], o, lse, *args[1:], dk, dv, newest, want_dq, backend)
-    return o, finite(lse), dq, dk, dv
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -190,18 +165,6 @@ def test_threads_do_not_change_bits(backend):
         torch.set_num_threads(before)
 
 
-def inject_all(inputs, backend, dq_rot, dk, dv):
-    n, Hkv, D = inputs.k.shape
-    wide = reference.accumulator(inputs.q.dtype)
-    k_pool, v_pool = (head_major(ROWS, Hkv, D, inputs.q.dtype, fill=7.0) for _ in "kv")
-    q_rot = raw.inject(inputs.q, inputs.k, inputs.v, *inputs.rope(), k_pool, v_pool, backend)
-    dk_pool, dv_pool = (head_major(ROWS, Hkv, D, wide, fill=0.0) for _ in "kv")
-    dk_pool += dk.to(wide)
-    dv_pool += dv.to(wide)
-    grads = raw.inject_backward(dq_rot.to(q_rot.dtype), inputs.q, inputs.k, *inputs.rope(), dk_pool, dv_pool, backend)
-    return q_rot, k_pool, v_pool, *grads, dk_pool, dv_pool
-
-
 INJECTS = {
     "llama": dict(norm=False),
     "qwen3": dict(D=128, heads=(8, 2)),
@@ -246,19 +209,6 @@ def test_inject_stores_rows_and_takes_gradients_out():
     assert (dv[inputs.slots < 0] == 0).all() and (dk[inputs.slots < 0] == 0).all()
 
 
-def exact_in_half(*shape):
-    return torch.randn(*shape).bfloat16().double()
-
-
-def merge_all(states, do, dlse, dtype, backend):
-    """o, lse and the four gradients; lse stays float32 where o is shorter."""
-    wide = reference.accumulator(dtype)
-    args = [x.to(dtype if x.dim() == 3 else wide) for x in states]
-    o, lse = raw.merge_states(*args, backend)
-    grads = raw.merge_states_backward(do.to(dtype), dlse.to(wide), *args, o, lse, backend)
-    return o, finite(lse), *grads
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, H, D", [(7, 3, 64), (40, 2, 37), (1, 1, 1), (0, 2, 16), (3, 5, 512)])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -275,15 +225,6 @@ def test_merge_states_budget(backend, n, H, D, dtype):
         assert got.shape == want.shape and got.dtype == like.dtype
         if got.numel():
             within_budget(got, like, want, D)
-
-
-def reposition_all(move, k, v, dk, dv, dtype, backend):
-    """The pools and the gradient pools after a forward and a backward."""
-    wide = reference.accumulator(dtype)
-    pools = [head_major(ROWS, *x.shape[1:], t, 0).copy_(x) for x, t in ((k, dtype), (v, dtype), (dk, wide), (dv, wide))]
-    raw.reposition(*move, *pools[:2], backend)
-    raw.reposition_backward(*move, *pools[2:], backend)
-    return pools
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

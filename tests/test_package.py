@@ -54,7 +54,7 @@ def test_what_is_imported_is_declared():
 def test_sdist_holds_the_sources(source, tmp_path):
     with tarfile.open(build("sdist", source, tmp_path, CXX="/bin/false")) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    for wanted in ("setup.py", "csrc/binding.cpp", "csrc/cpu/inject.cpp", "csrc/cpu/simd.h", "kernels/README.md"):
+    for wanted in ("setup.py", "csrc/binding.cpp", "csrc/cpu/inject.cpp", "csrc/cpu/simd.h", "kernels/inject.py"):
         assert wanted in names
 
 
@@ -63,7 +63,7 @@ def test_wheel_without_a_compiler_works_and_says_so(source, tmp_path):
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     for wanted in (
-        "diffmas/reference.py", "diffmas/evaluation/run.py", "diffmas/demo/base/model.safetensors", "diffmas/kernels/README.md",
+        "diffmas/reference.py", "diffmas/evaluation/run.py", "diffmas/demo/base/model.safetensors", "diffmas/kernels/inject.py",
         "diffmas/build_info.json", "diffmas/benchmarks/bench_attention.py", "diffmas/benchmarks/page.html",
     ):  # fmt: skip
         assert wanted in names
@@ -91,8 +91,8 @@ def test_the_extension_is_built_where_there_is_a_compiler():
 
 
 def test_env_command_says_what_is_missing():
-    wide = {**os.environ, "COLUMNS": "160"}
+    wide = {**os.environ, "COLUMNS": "160", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-m", "diffmas", "env"], capture_output=True, text=True, env=wide)
     assert run.returncode == 0, run.stderr
-    assert "backend triton" in run.stdout and "no Triton kernels" in run.stdout
+    assert "backend triton" in run.stdout and "there is no CUDA device" in run.stdout
     assert "backend reference" in run.stdout and "transformers" in run.stdout

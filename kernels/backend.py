@@ -1,0 +1,17 @@
+"""The op functions of the Triton backend, by the names of their twins in `diffmas.reference`."""
+
+from diffmas.kernels.cross_attention import cross_attention, cross_attention_backward
+from diffmas.kernels.inject import inject, inject_backward
+from diffmas.kernels.merge_states import merge_states, merge_states_backward
+from diffmas.kernels.reposition import reposition, reposition_backward
+
+__all__ = [
+    "cross_attention",
+    "cross_attention_backward",
+    "inject",
+    "inject_backward",
+    "merge_states",
+    "merge_states_backward",
+    "reposition",
+    "reposition_backward",
+]

@@ -1,0 +1,71 @@
+"""One forward and backward of every op on a backend and device, and the error budget that the results are held to."""
+
+import torch
+from op_cases import ROWS, as_it_lies, head_major
+
+from diffmas import reference
+
+raw = torch.ops.diffmas
+
+
+def within_budget(got, same_precision, exact, terms: float):
+    """Twice the error of the same-precision reference, and what rounding costs where that one is exact by luck.
+
+    Inputs are unit normal, sums are kept in float32: a sum over `terms` of them may round by terms * eps. (A single
+    visible row is such a case: do.v - do.o is zero, the reference takes both in the same order, a kernel need not.)
+    """
+    floor = torch.finfo(torch.float32).eps * terms + torch.finfo(got.dtype).eps * exact.abs().max()
+    got = got.double().cpu()
+    error, budget = (got - exact).abs(), (same_precision.double() - exact).abs()
+    assert not got.isnan().any()
+    assert error.max() <= 2 * budget.max() + floor, f"error {error.max():.3e}, reference's {budget.max():.3e}"
+
+
+def finite(x):
+    return x.masked_fill(x == -torch.inf, -1e30)
+
+
+def exact_in_half(*shape):
+    return torch.randn(*shape).bfloat16().double()
+
+
+def attention_all(inputs, backend, do, dlse=None, newest=None, want_dq=True):
+    """o, lse, dq and the gradient pools after one forward and backward; the pools start from a constant, to be added to."""
+    args = inputs.args()
+    o, lse = raw.cross_attention(*args, backend)
+    wide = reference.accumulator(inputs.q.dtype)
+    dk, dv = (head_major(ROWS, inputs.k_pool.shape[1], inputs.q.shape[2], wide, 0.5, o.device) for _ in "kv")
+    dlse, newest = (None if x is None else x.to(o.device) for x in (dlse, newest))
+    dq = raw.cross_attention_backward(do.to(o), dlse, args[0], o, lse, *args[1:], dk, dv, newest, want_dq, backend)
+    return o, finite(lse), dq, dk, dv
+
+
+def inject_all(inputs, backend, dq_rot, dk, dv):
+    n, Hkv, D = inputs.k.shape
+    wide = reference.accumulator(inputs.q.dtype)
+    device = inputs.q.device
+    k_pool, v_pool = (head_major(ROWS, Hkv, D, inputs.q.dtype, 7.0, device) for _ in "kv")
+    q_rot = raw.inject(inputs.q, inputs.k, inputs.v, *inputs.rope(), k_pool, v_pool, backend)
+    dk_pool, dv_pool = (head_major(ROWS, Hkv, D, wide, 0.0, device).copy_(x) for x in (dk, dv))
+    grads = raw.inject_backward(dq_rot.to(q_rot), inputs.q, inputs.k, *inputs.rope(), dk_pool, dv_pool, backend)
+    return q_rot, k_pool, v_pool, *grads, dk_pool, dv_pool
+
+
+def merge_all(states, do, dlse, dtype, backend, device="cpu"):
+    """o, lse and the four gradients; lse stays float32 where o is shorter."""
+    wide = reference.accumulator(dtype)
+    args = [as_it_lies(x, dtype if x.dim() == 3 else wide, device) for x in states]
+    o, lse = raw.merge_states(*args, backend)
+    grads = raw.merge_states_backward(do.to(o), dlse.to(lse), *args, o, lse, backend)
+    return o, finite(lse), *grads
+
+
+def reposition_all(move, k, v, dk, dv, dtype, backend, device="cpu"):
+    """The pools and the gradient pools after a forward and a backward."""
+    wide = reference.accumulator(dtype)
+    move = [x.to(device) if isinstance(x, torch.Tensor) else x for x in move]
+    data = (k, dtype), (v, dtype), (dk, wide), (dv, wide)
+    pools = [head_major(ROWS, *x.shape[1:], t, 0, device).copy_(x) for x, t in data]
+    raw.reposition(*move, *pools[:2], backend)
+    raw.reposition_backward(*move, *pools[2:], backend)
+    return pools

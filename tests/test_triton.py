@@ -1,0 +1,204 @@
+"""The Triton kernels against the float64 reference, within the budget of test_ops.py: on the GPU where there is one, in all
+dtypes; else in Triton's interpreter, which cannot do bfloat16."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from op_cases import ROWS, head_major, inject_inputs
+from op_runs import exact_in_half, inject_all, merge_all, raw, reposition_all, within_budget
+
+from diffmas import ops, reference
+
+pytestmark = pytest.mark.skipif(ops.available()["triton"] is not None, reason=str(ops.available()["triton"]))
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def agree(run, dtype, terms):
+    """`run(dtype, backend, device)` on the kernels, against the reference in that precision and in float64; -> the results."""
+    exact, same = run(torch.float64, "reference", "cpu"), run(dtype, "reference", "cpu")
+    results = run(dtype, "triton", DEVICE)
+    for got, like, want in zip(results, same, exact):
+        assert got.shape == want.shape and got.dtype == like.dtype
+        if got.numel():
+            within_budget(got, like, want, terms)
+    return results
+
+
+def injecting(inputs):
+    dq_rot = exact_in_half(*inputs.q.shape)
+    dk, dv = exact_in_half(2, ROWS, *inputs.k.shape[1:])
+    return lambda dtype, backend, device: inject_all(inputs.to(dtype, device), backend, dq_rot, dk, dv)
+
+
+INJECTS = {
+    "one_token": dict(n=1, heads=(16, 8), D=128),
+    "gqa2": dict(norm=False, strided=True),
+    "gqa8": dict(n=19, heads=(8, 1), D=128, strided=True),
+    "mha": dict(n=19, heads=(2, 2), D=80),
+    "partial": dict(n=9, D=80, Dr=24, strided=True),
+    "partial_without_norm": dict(n=5, D=80, Dr=48, norm=False),
+    "interleaved": dict(n=9, heads=(8, 1), D=64, interleaved=True, strided=True),
+    "partial_interleaved": dict(n=9, heads=(2, 2), D=80, Dr=40, interleaved=True),
+    "no_rope": dict(n=9, Dr=0),
+    "scatter": dict(n=9, Dr=0, norm=False),
+    "odd": dict(n=5, heads=(18, 9), D=37, Dr=22, strided=True),
+    "reference_s": dict(n=2, heads=(2, 1), D=512),
+    "no_tokens": dict(n=0),
+}
+
+
+@pytest.mark.parametrize("name", INJECTS)
+def test_inject(name, dtype):
+    inputs = inject_inputs(**INJECTS[name])
+    agree(injecting(inputs), dtype, inputs.q.shape[2])
+
+
+@pytest.mark.parametrize("missing", ["q_weight", "k_weight"])
+def test_inject_with_one_norm(missing):
+    inputs = replace(inject_inputs(n=3), **{missing: None})
+    agree(injecting(inputs), torch.float32, 64)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_inject_with_any_tables(interleaved):
+    """Each dimension has a cosine and a sine of its own; nothing assumes that a pair shares them."""
+    tables = dict(cos=exact_in_half(5, 48), sin=exact_in_half(5, 48))
+    agree(injecting(replace(inject_inputs(n=5, interleaved=interleaved), **tables)), torch.float32, 64)
+
+
+def test_inject_into_shorter_pools():
+    """float16 pools under float32 queries; no row but the given ones is read or written."""
+    x = inject_inputs(n=9).to(torch.float32, DEVICE)
+    pools = [head_major(ROWS, 2, 64, torch.float16, device=DEVICE) for _ in "kv"]
+    want = [p.clone() for p in pools]
+    q_rot = raw.inject(x.q, x.k, x.v, *x.rope(), *pools, "triton")
+    torch.testing.assert_close(q_rot, raw.inject(x.q, x.k, x.v, *x.rope(), *want, "reference"))
+    for a, b in zip(pools, want):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+    stored = x.slots[x.slots >= 0]
+    grads = [head_major(ROWS, 2, 64, torch.float32, device=DEVICE) for _ in "kv"]
+    for g in grads:
+        g[stored] = 1.0
+    assert all(out.isfinite().all() for out in raw.inject_backward(x.q, x.q, x.k, *x.rope(), *grads, "triton"))
+    for g in grads:
+        assert (g[stored] == 0).all() and g.isnan().sum() == (ROWS - len(stored)) * 2 * 64
+
+
+@pytest.mark.parametrize("n, H, D", [(37, 2, 80), (7, 8, 128), (5, 3, 37), (1, 1, 1), (0, 2, 64)])
+def test_merge_states(n, H, D, dtype):
+    parts = exact_in_half(n, 2 * H, D).split(H, dim=1)  # strided
+    lses = [4 * exact_in_half(n, H) for _ in "ab"]
+    for lse, rows in zip(lses, (slice(0, None, 5), slice(0, None, 3))):  # one side empty, and both
+        lse[rows] = -torch.inf
+    states = parts[0], lses[0], parts[1], lses[1]
+    do, dlse = exact_in_half(n, H, D), exact_in_half(n, H)
+    agree(lambda *where: merge_all(states, do, dlse, *where), dtype, D)
+
+
+def test_merge_states_differentiates():
+    """Also with the gradient of a sum, whose strides are zero."""
+    args = [torch.randn(*shape, device=DEVICE).requires_grad_() for shape in 2 * ((3, 2, 16), (3, 2))]
+    for total in (lambda o, lse: o.sum(), lambda o, lse: (o * o).sum() + lse.sum()):
+        got, want = (
+            torch.autograd.grad(total(*ops.merge_states(*args, backend=name)), args) for name in ("triton", "reference")
+        )
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
+def test_merge_states_gradcheck():
+    args = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in 2 * ((1, 2, 4), (1, 2))]
+    assert torch.autograd.gradcheck(lambda *x: ops.merge_states(*x, backend="triton"), args)
+
+
+def moves(m, Dr, interleaved=False):
+    """Rows, some of them copied more than once, and far shifts."""
+    rows = torch.randperm(ROWS)
+    inv_freq = 1e4 ** (-torch.arange(0, Dr, 2).float() / max(Dr, 1))
+    return (
+        rows[torch.randint(0, 1 + m // 2, (m,))],
+        rows[m : 2 * m],
+        torch.randint(-100_000, 100_000, (m,)),
+        inv_freq,
+        interleaved,
+    )
+
+
+@pytest.mark.parametrize(
+    "m, H, D, Dr, interleaved",
+    [(37, 2, 64, 64, False), (20, 1, 80, 40, True), (5, 8, 128, 128, False), (9, 2, 37, 22, False), (5, 2, 64, 0, False)]
+    + [(1, 1, 64, 64, True), (0, 2, 64, 64, False)],
+)
+def test_reposition(m, H, D, Dr, interleaved, dtype):
+    move = moves(m, Dr, interleaved)
+    data = [exact_in_half(ROWS, H, D) for _ in range(4)]
+    agree(lambda *where: reposition_all(move, *data, *where), dtype, 8)
+
+
+def test_reposition_leaves_other_rows_alone():
+    """Rows-major pools, and NaN in all rows that are not named."""
+    src, dst, *rest = moves(9, 64)
+    for op, twin in ((raw.reposition, reference.reposition), (raw.reposition_backward, reference.reposition_backward)):
+        pools = torch.full((2, ROWS, 2, 64), torch.nan)
+        pools[:, src], pools[:, dst] = torch.randn(2, 2, 9, 2, 64)
+        want = pools.clone()
+        twin(src, dst, *rest, *want)
+        got = pools.to(DEVICE)
+        op(*(x.to(DEVICE) for x in (src, dst, *rest[:2])), rest[2], *got, "triton")
+        torch.testing.assert_close(got.cpu(), want, equal_nan=True)
+
+
+def test_the_same_bits_every_time():
+    inputs = inject_inputs(heads=(8, 2))
+    states = [exact_in_half(*shape) for shape in 2 * ((20, 2, 64), (20, 2))]
+    move, data = moves(20, 64), [exact_in_half(ROWS, 2, 64) for _ in range(4)]
+    for run in (
+        injecting(inputs),
+        lambda *where: merge_all(states, states[0], states[1], *where),
+        lambda *where: reposition_all(move, *data, *where),
+    ):
+        first, second = (run(torch.float32, "triton", DEVICE) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_opcheck():
+    grads = [torch.zeros(20, 2, 16, device=DEVICE) for _ in range(2)]
+    x = inject_inputs(n=3, D=16).to(torch.float32, DEVICE)
+    x.slots = torch.tensor([3, -1, 7], device=DEVICE)
+    torch.library.opcheck(raw.inject.default, (x.q, x.k, x.v, *x.rope(), *grads, "triton"))
+    torch.library.opcheck(raw.inject_backward.default, (x.q, x.q, x.k, *x.rope(), *grads, "triton"))
+    state = (torch.randn(3, 2, 8, device=DEVICE), torch.randn(3, 2, device=DEVICE))
+    torch.library.opcheck(raw.merge_states.default, (*state, *state, "triton"))
+    torch.library.opcheck(raw.merge_states_backward.default, (*state, *state, *state, *state, "triton"))
+    rows = torch.arange(4, device=DEVICE)
+    move = (rows, rows + 10, rows, torch.ones(8, device=DEVICE), False)
+    torch.library.opcheck(raw.reposition.default, (*move, *grads, "triton"))
+    torch.library.opcheck(raw.reposition_backward.default, (*move, *grads, "triton"))
+
+
+# ---- who runs what ---------------------------------------------------------------------------------------------------
+
+
+def test_what_the_backend_takes():
+    def chosen(head_dim, backend, dtype=torch.float32):
+        return ops.implementation("inject", torch.empty(1, 1, head_dim, dtype=dtype, device=DEVICE), backend)
+
+    kernel = ops.BACKENDS["triton"].ops.inject
+    assert chosen(64, "triton") is kernel and chosen(256, "triton") is kernel
+    assert chosen(257, "triton") is reference.inject
+    if DEVICE == "cuda":
+        assert chosen(64, "auto") is kernel and chosen(257, "auto") is reference.inject
+        with pytest.raises(ValueError, match="backend: 'triton' serves"):
+            chosen(64, "triton", torch.float64)
+    else:
+        assert chosen(64, "auto") is ops.BACKENDS["cpu" if ops.available()["cpu"] is None else "reference"].ops.inject
+        assert chosen(64, "auto", torch.float64) is reference.inject

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 
 from diffmas import reference
-from diffmas.kernels.blocks import blocks
-from diffmas.kernels.launch import accumulator, dot_dtype, on_device, processors
+from diffmas.kernels.blocks import attention_blocks, blocks
+from diffmas.kernels.launch import accumulator, dot_dtype, on, power_of_two, processors, rows_of
+
+__all__ = ["cross_attention", "cross_attention_backward"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 64
@@ -120,9 +122,8 @@ def _turn(x, cos, sin, shift, s, SIGN: tl.constexpr, HALF: tl.constexpr, INTERLE
         else:
             first, step = o_d < HALF, HALF
         partner = tl.where(turned, tl.where(first, o_d + step, o_d - step), o_d)
-        o_s = s.to(tl.int64) * (2 * HALF)
-        b_cos = tl.load(cos + o_s + o_d, mask=turned, other=1.0)
-        b_sin = tl.load(sin + o_s + o_d, mask=turned, other=0.0) * tl.where(first, -SIGN, SIGN)
+        b_cos = tl.load(cos + s * (2 * HALF) + o_d, mask=turned, other=1.0)
+        b_sin = tl.load(sin + s * (2 * HALF) + o_d, mask=turned, other=0.0) * tl.where(first, -SIGN, SIGN)
         other = tl.gather(narrow, tl.broadcast_to(partner[None, :], (M, D)), 1)  # half the registers of a wide one
         x = x * b_cos[None, :] + other.to(ACC) * b_sin[None, :]
     return x
@@ -466,7 +467,7 @@ def cross_attention(
     q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved
 ):
     n, Hq, D = q.shape
-    acc = reference.accumulator(q.dtype)
+    q, acc = rows_of(q), reference.accumulator(q.dtype)
     o, lse = q.new_empty(q.shape), q.new_empty((n, Hq), dtype=acc)
     if not n:
         return o, lse
@@ -474,13 +475,14 @@ def cross_attention(
     block = _blocks("fwd", q, q_indptr, constants)
     grid = _grid(q, k_pool, q_indptr, block)
     splits = grid[2]
+    view = (q_indptr, seg_indptr, seg_start, seg_len, *_tables(q, seg_shift, inv_freq, interleaved))
     parts = (o, lse)
     if splits > 1:
         parts = q.new_empty((splits, n, Hq, D), dtype=acc), q.new_empty((splits, n, Hq), dtype=acc)
     with on(q):
         cross_attention_fwd_kernel[grid](
-            q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, *_tables(q, seg_shift, inv_freq, interleaved), *parts, n, q_indptr.shape[0] - 1,
-            *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2], **constants, SPLIT=splits > 1, **block,
+            q, k_pool, v_pool, *view, *parts, n, q_indptr.shape[0] - 1, *q.stride()[:2], *k_pool.stride()[:2],
+            *v_pool.stride()[:2], **constants, SPLIT=splits > 1, **block,
         )  # fmt: skip
         if splits > 1:
             block = blocks("cross_attention_merge", D, q.device)
@@ -495,7 +497,7 @@ def cross_attention_backward(
     scale, causal, interleaved, dk_pool, dv_pool, newest=None, want_dq=True,
 ):  # fmt: skip
     n, Hq, D = q.shape
-    acc = reference.accumulator(q.dtype)
+    q, do, o, lse, acc = rows_of(q), rows_of(do), o.contiguous(), lse.contiguous(), reference.accumulator(q.dtype)
     dq = q.new_empty(q.shape if want_dq else 0)
     if not n:
         return dq
@@ -503,12 +505,11 @@ def cross_attention_backward(
     constants = _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved)
     delta = torch.empty_like(lse)
     view = (q_indptr, seg_indptr, seg_start, seg_len, *_tables(q, seg_shift, inv_freq, interleaved))
-    do = rows_of(do)
     strides = (*q.stride()[:2], *do.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2])
     with on(q):
         block = blocks("cross_attention_delta", D, q.device)
         cross_attention_bwd_kernel_delta[(triton.cdiv(n * Hq, block["BLOCK_R"]),)](
-            do, o, dlse, delta, n * Hq, *do.stride()[:2], Hq=Hq, D=D, DLSE=dlse is not None, BLOCK_D=constants["BLOCK_D"],
+            do, o, None if dlse is None else dlse.contiguous(), delta, n * Hq, *do.stride()[:2], Hq=Hq, D=D, DLSE=dlse is not None, BLOCK_D=constants["BLOCK_D"],
             ACC=constants["ACC"], **block,
         )  # fmt: skip
         if want_dq:

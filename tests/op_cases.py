@@ -88,11 +88,11 @@ def as_it_lies(x: torch.Tensor, dtype, device="cpu") -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
 
 
-def attention_inputs(view: View, heads=(4, 2), D=64, Dr=None, interleaved=False, seed=0) -> Inputs:
+def attention_inputs(view: View, heads=(4, 2), D=64, Dr=None, interleaved=False, seed=0, rows=ROWS) -> Inputs:
     """float64 inputs whose values are exact in bfloat16, so that every dtype computes the same function."""
     g = torch.Generator().manual_seed(seed)
     exact = lambda *shape: torch.randn(*shape, generator=g).bfloat16().double()  # noqa: E731
-    k_pool, v_pool = head_major(ROWS, heads[1], D, torch.float64), head_major(ROWS, heads[1], D, torch.float64)
+    k_pool, v_pool = (head_major(rows, heads[1], D, torch.float64) for _ in "kv")
     for row in view.segments:
         for start, length, _ in row:
             k_pool[start : start + length] = exact(length, heads[1], D)

@@ -8,13 +8,15 @@ from diffmas import reference
 raw = torch.ops.diffmas
 
 
-def within_budget(got, same_precision, exact, terms: float):
+def within_budget(got, same_precision, exact, terms: float, products: torch.dtype = torch.float32):
     """Twice the error of the same-precision reference, and what rounding costs where that one is exact by luck.
 
     Inputs are unit normal, sums are kept in float32: a sum over `terms` of them may round by terms * eps. (A single
     visible row is such a case: do.v - do.o is zero, the reference takes both in the same order, a kernel need not.)
+    products: the dtype that a kernel rounds p and ds to, as tensor cores want them.
     """
-    floor = torch.finfo(torch.float32).eps * terms + torch.finfo(got.dtype).eps * exact.abs().max()
+    eps = max(torch.finfo(got.dtype).eps, torch.finfo(products).eps)
+    floor = torch.finfo(torch.float32).eps * terms + eps * exact.abs().max()
     got = got.double().cpu()
     error, budget = (got - exact).abs(), (same_precision.double() - exact).abs()
     assert not got.isnan().any()
@@ -34,7 +36,7 @@ def attention_all(inputs, backend, do, dlse=None, newest=None, want_dq=True):
     args = inputs.args()
     o, lse = raw.cross_attention(*args, backend)
     wide = reference.accumulator(inputs.q.dtype)
-    dk, dv = (head_major(ROWS, inputs.k_pool.shape[1], inputs.q.shape[2], wide, 0.5, o.device) for _ in "kv")
+    dk, dv = (head_major(*inputs.k_pool.shape, wide, 0.5, o.device) for _ in "kv")
     dlse, newest = (None if x is None else x.to(o.device) for x in (dlse, newest))
     dq = raw.cross_attention_backward(do.to(o), dlse, args[0], o, lse, *args[1:], dk, dv, newest, want_dq, backend)
     return o, finite(lse), dq, dk, dv

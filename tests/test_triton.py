@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_cases import ROWS, head_major, inject_inputs
-from op_runs import exact_in_half, inject_all, merge_all, raw, reposition_all, within_budget
+from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
+from op_runs import attention_all, exact_in_half, inject_all, merge_all, raw, reposition_all, within_budget
 
-from diffmas import ops, reference
+from diffmas import ops, pool, reference
 
 pytestmark = pytest.mark.skipif(ops.available()["triton"] is not None, reason=str(ops.available()["triton"]))
 
@@ -21,14 +21,14 @@ def dtype(request):
     return request.param
 
 
-def agree(run, dtype, terms):
+def agree(run, dtype, terms, products=torch.float32):
     """`run(dtype, backend, device)` on the kernels, against the reference in that precision and in float64; -> the results."""
     exact, same = run(torch.float64, "reference", "cpu"), run(dtype, "reference", "cpu")
     results = run(dtype, "triton", DEVICE)
     for got, like, want in zip(results, same, exact):
         assert got.shape == want.shape and got.dtype == like.dtype
         if got.numel():
-            within_budget(got, like, want, terms)
+            within_budget(got, like, want, terms, products)
     return results
 
 
@@ -202,3 +202,74 @@ def test_what_the_backend_takes():
     else:
         assert chosen(64, "auto") is ops.BACKENDS["cpu" if ops.available()["cpu"] is None else "reference"].ops.inject
         assert chosen(64, "auto", torch.float64) is reference.inject
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+POOL = 704  # rows: the program of a tile that nobody reads costs time in the interpreter
+SMALL = [name for name, v in VIEWS.items() if sum(v.queries) < 100 and all(s[0] + s[1] <= POOL for r in v.segments for s in r)]
+
+
+def attending(inputs, newest=None, want_dq=True):
+    do, dlse = exact_in_half(*inputs.q.shape), exact_in_half(*inputs.q.shape[:2])
+    wide = lambda dtype: torch.float64 if dtype == torch.float64 else torch.float32
+    return lambda dtype, backend, device: attention_all(
+        inputs.to(dtype, device), backend, do, dlse.to(wide(dtype)), newest, want_dq
+    )
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_attention(name, dtype):
+    heads = (2, 2) if dtype == torch.float16 else (4, 2)
+    agree(attending(attention_inputs(VIEWS[name], heads, rows=POOL)), dtype, 64 * 2**0.5, products=dtype)
+
+
+@pytest.mark.parametrize("heads, D, Dr, interleaved", [
+    ((8, 1), 64, 64, False), ((6, 2), 80, 80, True), ((2, 1), 96, 48, False), ((4, 2), 128, 128, False),
+    ((2, 1), 256, 64, True), ((3, 1), 40, 20, False),
+])  # fmt: skip
+def test_attention_heads(heads, D, Dr, interleaved):
+    for name in ("shifted", "ragged"):
+        inputs = attention_inputs(VIEWS[name], heads, D, Dr, interleaved, rows=POOL)
+        agree(attending(inputs), torch.float32, D * (heads[0] / heads[1]) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["prefill_on_trace", "ragged", "one_row_segments", "shifted", "not_causal"])
+def test_attention_backward_of_the_newest_tokens(name):
+    view = VIEWS[name]
+    newest = torch.arange(1, len(view.queries) + 1)
+    agree(attending(attention_inputs(view, rows=POOL), newest), torch.float32, 64 * 2**0.5)
+    agree(attending(attention_inputs(view, rows=POOL), newest, want_dq=False), torch.float32, 64 * 2**0.5)
+
+
+def test_attention_of_many_sequences_and_segments():
+    """More than one scan over the index: 131 sequences, some without queries, and a view of 140 segments."""
+    lengths = [1 + (b % 3 > 0) for b in range(131)]
+    lengths[5] = 0
+    segments = [[(3 * b, 3, 0), (400 + b, 1, 0)] for b in range(131)]
+    segments[7] = [(2 * i, 1, i % 3) for i in range(140)]
+    inputs = attention_inputs(View(lengths, segments), (1, 1), 16, rows=POOL)
+    agree(attending(inputs), torch.float32, 64)
+
+
+def test_attention_is_deterministic():
+    run = attending(attention_inputs(VIEWS["shared_rows"], rows=POOL))
+    first, second = (run(torch.float32, "triton", DEVICE) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
+def test_attention_gradcheck():
+    """The registered ops through autograd: rows written and read by pool.attend."""
+    slots, one = torch.tensor([2, 0, 5]), lambda *x: torch.tensor(x)
+    view = (one(0, 3), one(0, 3), one(0, 2, 5), one(1, 1, 1), one(0, 2, 0), torch.tensor([1.0, 0.1], dtype=torch.float64))
+
+    def attend(q, k, v, q_weight, k_weight):
+        memory = pool.Pool(8, 1, 4, torch.float64, q.device)
+        token = torch.zeros(0, dtype=torch.float64, requires_grad=True)
+        norms = dict(q_weight=q_weight, k_weight=k_weight)
+        return pool.attend(memory, token, q, k, v, slots, view, scale=0.7, backend="triton", **norms)[0]
+
+    shapes = (3, 2, 4), (3, 1, 4), (3, 1, 4), (4,), (4,)
+    args = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    assert torch.autograd.gradcheck(attend, args)

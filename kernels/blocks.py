@@ -1,11 +1,21 @@
-"""Tile sizes and warps of every kernel: tuned offline, never in a user's first call.
+"""Tile sizes and warps of every kernel: found offline (tune.py), never in a user's first call.
 
 inject, merge_states and reposition move bytes and compute next to nothing: what binds is memory, or the launch when there is
 one token. A tile is BLOCK_R rows of one (token, head) each. 16 rows of 128 16-bit numbers over 4 warps are two 16-byte accesses
 a thread and tensor, registers for five or more programs on a multiprocessor, and all 16 heads of a single token in one program.
+
+The attention kernels are bound by registers: the table in blocks.csv has, by head size, dtype and architecture, the first
+candidate of tune.py that holds its tiles without a spill.
 """
 
+import contextlib
+import csv
+import functools
+from pathlib import Path
+
 import torch
+
+__all__ = ["ARCHITECTURES", "HEAD_DIMS", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks", "compiling_for", "table"]
 
 BLOCKS = {
     "inject": dict(BLOCK_R=16, num_warps=4),
@@ -17,8 +27,13 @@ BLOCKS = {
     "cross_attention_merge": dict(BLOCK_R=16, num_warps=4),
     "cross_attention_delta": dict(BLOCK_R=16, num_warps=4),
 }
-
 FUSION = dict(enable_fp_fusion=True)  # said aloud: Triton's default is about to change
+
+TABLE = Path(__file__).with_name("blocks.csv")
+ARCHITECTURES = (80, 90, 100, 120)
+TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+HEAD_DIMS = (64, 128, 256)
+ROWS = {"fwd": (16, 64, 128), "dq": (16, 64), "dkv": (64,)}  # query rows of a sequence: up to this many, or more than the last
 
 
 def blocks(op: str, head_dim: int, device: torch.device) -> dict:
@@ -27,8 +42,45 @@ def blocks(op: str, head_dim: int, device: torch.device) -> dict:
 
 
 def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, device: torch.device) -> dict:
-    """As `blocks`, for the kernels fwd, dq and dkv. rows: query rows of a sequence, on average; wide: float32 products;
-    shifted: some segment is read at a shifted position."""
-    if kernel == "dkv":
-        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2) | FUSION
-    return dict(BLOCK_M=16 if rows <= 16 else 32 if rows <= 32 else 64, BLOCK_N=32, num_warps=4, num_stages=2) | FUSION
+    """As `blocks`, for the kernels fwd, dq and dkv of cross_attention. rows: query rows of a sequence, on average; wide:
+    products in float32; shifted: a segment may be read at a shifted position."""
+    at_most = lambda sizes, x: next((size for size in sizes if x <= size), sizes[-1])
+    arch, forced = _compiling_for or (architecture(device), None)
+    if forced is not None and kernel in forced:
+        return forced[kernel] | FUSION
+    if arch is None:  # the interpreter: several tiles of small inputs
+        return dict(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32)
+    line = table()[kernel, at_most(ROWS[kernel], rows), at_most(HEAD_DIMS, head_dim), wide, shifted, arch]
+    return {name: line[name] for name in TILE} | FUSION
+
+
+@functools.cache
+def table() -> dict[tuple, dict]:
+    """The lines of blocks.csv by (kernel, rows, head_dim, wide, shifted, arch)."""
+    with TABLE.open(newline="") as file:
+        lines = [{name: int(x) if x.isdecimal() else x for name, x in line.items()} for line in csv.DictReader(file)]
+    key = lambda line: (*(line[c] for c in ("kernel", "rows", "head_dim")), bool(line["wide"]), bool(line["shifted"]), line["arch"])
+    return {key(line): line for line in lines}
+
+
+@functools.cache
+def architecture(device: torch.device) -> int | None:
+    """The newest of ARCHITECTURES that the GPU is not older than; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
+
+
+_compiling_for: tuple[int, dict | None] | None = None
+
+
+@contextlib.contextmanager
+def compiling_for(arch: int, forced: dict[str, dict] | None = None):
+    """Tiles of an architecture, whatever device there is; forced: those of some kernels, in the place of the table's."""
+    global _compiling_for
+    before, _compiling_for = _compiling_for, (arch, forced)
+    try:
+        yield
+    finally:
+        _compiling_for = before

@@ -1,27 +1,36 @@
 """Compiles the kernels for a GPU that need not be there, and says what they cost: registers, shared memory, stack, spills.
 
-    python -m diffmas.kernels.report [--arch 80 90 100 120] [--dtype bfloat16] [--head-dim 128] [op ...]
+    python -m diffmas.kernels.report                      # all of them, into report.csv beside this file (make kernel-report)
+    python -m diffmas.kernels.report "attention" --arch 80 90 100 120 --dtype float32 --head-dim 64        # printed
 
 What is compiled is what the launchers ask for: they run on small CPU tensors with the kernels replaced by recorders. Not under
 TRITON_INTERPRET=1, where kernels cannot be compiled.
 """
 
 import argparse
+import csv
+import multiprocessing
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffmas.kernels import inject, merge_states, reposition
+from diffmas.kernels import cross_attention, inject, merge_states, reposition
+from diffmas.kernels.blocks import ARCHITECTURES, compiling_for
 from diffmas.kernels.launch import interpreting
 
-__all__ = ["OPS", "Launch", "launches", "compiled"]
+__all__ = ["OPS", "Launch", "compiled", "fits", "launches"]
+
+TABLE = Path(__file__).with_name("report.csv")
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -55,6 +64,19 @@ def reposition_call(n, D, dtype, backward=False, interleaved=False):
     return op(src, src + n, src, torch.zeros(D // 2), interleaved, *pools)
 
 
+def attention_call(n, D, dtype, tokens=2, groups=4, backward=False, shifted=False, causal=True, newest=False):
+    """`tokens` new tokens of one sequence over a view of n + 4096 rows; groups: query heads of a K/V head."""
+    rows = n + 4096
+    q, lse = torch.zeros(tokens, 2 * groups, D, dtype=dtype), torch.zeros(tokens, 2 * groups)
+    pools, grads = (torch.zeros(2, 2, rows, D, dtype=t).transpose(1, 2).unbind() for t in (dtype, torch.float32))
+    one = lambda *x: torch.tensor(x)
+    shift = (one(5, 0), torch.zeros(D // 2)) if shifted else (None, None)
+    view = one(0, tokens), one(0, 2), one(0, 1000), one(1000, rows - 1000), *shift, 0.1, causal, False
+    if not backward:
+        return cross_attention.cross_attention(q, *pools, *view)
+    return cross_attention.cross_attention_backward(q, lse, q, q, lse, *pools, *view, *grads, one(1) if newest else None)
+
+
 # call(n, D, dtype, **flags) of n tokens or rows
 OPS = {
     "inject": (inject, inject_call, {}),
@@ -66,6 +88,19 @@ OPS = {
     "reposition": (reposition, reposition_call, {}),
     "reposition, interleaved": (reposition, reposition_call, dict(interleaved=True)),
     "reposition_backward": (reposition, reposition_call, dict(backward=True)),
+    "attention": (cross_attention, attention_call, dict(tokens=128)),
+    "attention, no group": (cross_attention, attention_call, dict(tokens=128, groups=1)),
+    "attention, shifted": (cross_attention, attention_call, dict(tokens=128, shifted=True)),
+    "attention, not causal": (cross_attention, attention_call, dict(tokens=128, causal=False)),
+    "attention, few queries": (cross_attention, attention_call, dict(tokens=12)),
+    "attention, few queries, shifted": (cross_attention, attention_call, dict(tokens=12, shifted=True)),
+    "attention, latent step": (cross_attention, attention_call, {}),
+    "attention, latent step, shifted": (cross_attention, attention_call, dict(shifted=True)),
+    "attention_backward": (cross_attention, attention_call, dict(tokens=128, backward=True)),
+    "attention_backward, no group": (cross_attention, attention_call, dict(tokens=128, groups=1, backward=True)),
+    "attention_backward, shifted": (cross_attention, attention_call, dict(tokens=128, backward=True, shifted=True)),
+    "attention_backward, latent step": (cross_attention, attention_call, dict(backward=True, newest=True)),
+    "attention_backward, flush": (cross_attention, attention_call, dict(tokens=16, backward=True, causal=False)),
 }
 
 # ---- recording and compiling -----------------------------------------------------------------------------------------
@@ -117,14 +152,17 @@ class Recorder:
             launch.attributes[at] = [["tt.divisibility", 16]]
 
 
-def launches(op: str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, n: int = 48) -> list[Launch]:
-    """Every kernel launch of one call of `op`, an entry of OPS, on n tokens."""
+def launches(
+    op: str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, n: int = 48, arch: int = 90, forced: dict | None = None
+) -> list[Launch]:
+    """Every kernel launch of one call of `op`, an entry of OPS, on n tokens, with the tiles of an architecture."""
     module, call, flags = OPS[op]
-    kernels = {name: x for name, x in vars(module).items() if isinstance(x, triton.JITFunction) and name.endswith("_kernel")}
+    kernels = {name: x for name, x in vars(module).items() if isinstance(x, triton.JITFunction) and "_kernel" in name}
     seen = []
     try:
         vars(module).update({name: Recorder(kernel, seen) for name, kernel in kernels.items()})
-        call(n, head_dim, dtype, **flags)
+        with compiling_for(arch, forced):
+            call(n, head_dim, dtype, **flags)
     finally:
         vars(module).update(kernels)
     return seen
@@ -144,25 +182,74 @@ def compiled(launch: Launch, arch: int = 90) -> dict[str, int]:
     count = lambda *heads: sum(code.split(".")[0] in heads for code in opcodes)
     return dict(
         registers=number("REG"), shared=kernel.metadata.shared, stack=number("STACK"), spills=count("LDL", "STL"),
-        mma=count("HMMA", "HGMMA", "UTCHMMA"),
+        mma=count("HMMA", "HGMMA", "UTCHMMA"), instructions=len(opcodes),
     )  # fmt: skip
+
+
+def fits(cost: dict[str, int], arch: int) -> bool:
+    """Nothing spilled, and the shared memory is there; Triton compiles all the same where it is not."""
+    return not cost["stack"] and not cost["spills"] and cost["shared"] <= SHARED[arch]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def cases():
+    """(op, dtype, head_dim, arch) of the table: every architecture for the usual head sizes, sm_90 for those in between."""
+    for op in OPS:
+        for arch in ARCHITECTURES:
+            yield from ((op, "bfloat16", D, arch) for D in (64, 128, 256))
+            yield op, "float32", 128, arch
+        yield from ((op, "bfloat16", D, 90) for D in (80, 96))
+        yield op, "float16", 128, 90
+
+
+def row(case) -> list[dict]:
+    op, dtype, D, arch = case
+    what = dict(triton=triton.__version__, dtype=dtype, head_dim=D, arch=arch)
+    return [
+        {"op": op, "kernel": one.kernel.__name__, **what, "tile": _tile(one), **compiled(one, arch)}
+        for one in launches(op, D, getattr(torch, dtype), arch=arch)
+    ]
+
+
+def _tile(launch: Launch) -> str:
+    sizes = [str(launch.constants[name]) for name in ("BLOCK_R", "BLOCK_M", "BLOCK_N") if name in launch.constants]
+    return " x ".join(sizes) + f", {launch.options['num_warps']} warps, {launch.options.get('num_stages', 3)} stages"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", nargs="*", help="entries of OPS; all of them by default")
+    parser.add_argument("op", nargs="*", help="entries of OPS, to be printed; the whole table is written by default")
     parser.add_argument("--arch", nargs="+", type=int, default=[90])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--head-dim", type=int, default=128)
     args = parser.parse_args()
     if interpreting():
         parser.error("kernels cannot be compiled under TRITON_INTERPRET=1")
-    print(f"Triton {triton.__version__}, {args.dtype}, D = {args.head_dim}")
-    for op in args.op or OPS:
-        for one in launches(op, args.head_dim, getattr(torch, args.dtype)):
-            for arch in args.arch:
-                cost = "  ".join(f"{name} {value}" for name, value in compiled(one, arch).items())
-                print(f"{op:30} {one.kernel.__name__:28} sm_{arch:<4} {cost}", flush=True)
+    if args.op:
+        for arch in args.arch:
+            for op in args.op:
+                for one in row((op, args.dtype, args.head_dim, arch)):
+                    print("  ".join(f"{name} {value}" for name, value in one.items()), flush=True)
+        return
+    rows, seen = [], set()
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as workers:
+        for case in tqdm(workers.map(row, cases()), total=len(list(cases())), desc="compile"):
+            for one in case:
+                key = tuple(value for name, value in one.items() if name != "op")
+                if key not in seen:  # several ops share small kernels
+                    seen.add(key)
+                    rows.append(one)
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    bad = [one for one in rows if not fits(one, one["arch"])]
+    print(f"{TABLE}: {len(rows)} kernels, {len(bad)} that spill or do not fit in shared memory")
+    for one in bad:
+        print("  ".join(f"{name} {value}" for name, value in one.items()))
+    raise SystemExit(bool(bad))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,143 @@
+"""Writes blocks.csv, the tiles of the attention kernels: make tune.
+
+    python -m diffmas.kernels.tune [--arch 80 90 100 120] [--kernel fwd dq dkv]
+
+For each kernel, number of query rows, head size, dtype and architecture: the candidates in order of preference, compiled with
+the installed Triton, those that spill or do not fit in shared memory left out. Without a GPU the first one that is left is
+taken. On a GPU the first few that are left are timed on its own architecture and the fastest is taken; what was measured is
+printed, and written beside the tile. A line that is already there and still fits keeps its place in front of the candidates,
+so that a second run with another version of Triton changes only what that version cannot hold.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+import triton
+from tqdm import tqdm
+
+from diffmas.kernels import blocks, cross_attention
+from diffmas.kernels.blocks import ARCHITECTURES, HEAD_DIMS, ROWS, TABLE, TILE
+from diffmas.kernels.launch import interpreting
+from diffmas.kernels.report import OPS, compiled, fits, launches
+
+TIMED = 6  # candidates
+COLUMNS = ("kernel", "rows", "head_dim", "wide", "shifted", "arch", *TILE, "microseconds")
+# The kernel of each name, and the report's ops that show it at its worst, by the most query rows it is for.
+KERNELS = {"fwd": "cross_attention_fwd_kernel", "dq": "cross_attention_bwd_kernel_dq", "dkv": "cross_attention_bwd_kernel_dkv"}
+SHOWN = {
+    ("fwd", 16): ["attention, latent step"],
+    ("fwd", 64): ["attention, few queries"],
+    ("fwd", 128): ["attention", "attention, no group"],
+    ("dq", 16): ["attention_backward, latent step"],
+    ("dq", 64): ["attention_backward", "attention_backward, no group"],
+    ("dkv", 64): ["attention_backward", "attention_backward, no group", "attention_backward, latent step"],
+}
+# (BLOCK_M, BLOCK_N, warps, stages)
+LONG = {
+    ("fwd", 64): [(128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 4, 3), (64, 64, 4, 3)],
+    ("fwd", 128): [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 8, 2)],
+    ("fwd", 256): [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)],
+    ("dq", 64): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)],
+    ("dq", 128): [(128, 64, 8, 2), (64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2)],
+    ("dq", 256): [(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)],
+    ("dkv", 64): [(64, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2)],
+    ("dkv", 128): [(64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)],
+    ("dkv", 256): [(64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)],
+}
+LAST = [(32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 1), (16, 32, 4, 2), (16, 32, 8, 1), (16, 16, 4, 1)]
+WIDE = [(64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)]
+
+
+def candidates(kernel: str, rows: int, head_dim: int, wide: bool) -> list[tuple[int, int, int, int]]:
+    if kernel != "dkv" and rows == 16:  # bound by memory: many bytes in flight
+        return [(16, *rest) for rest in ((128, 4, 3), (64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2), (16, 4, 1))]
+    if kernel == "fwd" and rows == 64:
+        return [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), *LAST]
+    return [*(WIDE if wide else LONG[kernel, head_dim]), *LAST]
+
+
+def shown(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, arch: int, block: dict) -> bool:
+    """Whether the kernel fits with these tiles wherever they are used."""
+    dtype = torch.float32 if wide else torch.bfloat16
+    for op in SHOWN[kernel, rows]:
+        module, call, flags = OPS[op]
+        OPS["tune"] = (module, call, flags | dict(shifted=shifted))
+        for one in launches("tune", head_dim, dtype, arch=arch, forced={name: block for name in KERNELS}):
+            if one.kernel.__name__ == KERNELS[kernel] and not fits(compiled(one, arch), arch):
+                return False
+    return True
+
+
+def seconds(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, arch: int, block: dict) -> float:
+    """The time of the op on this GPU, in the shape that the tile is for: a latent step over 32k rows, or 4k queries."""
+    dtype, tokens, G = torch.float32 if wide else torch.bfloat16, {16: 2, 64: 12 if kernel == "fwd" else 4096, 128: 4096}[rows], 4
+    N = 32768 if tokens < 16 else tokens
+    q, do = torch.randn(2, tokens, 8 * G, head_dim, device="cuda", dtype=dtype).unbind()
+    pools = torch.randn(2, 8, N, head_dim, device="cuda", dtype=dtype).transpose(1, 2).unbind()
+    grads = torch.zeros(2, 8, N, head_dim, device="cuda").transpose(1, 2).unbind()
+    index = lambda *x: torch.tensor(x, device="cuda")
+    shift = (index(7), torch.rand(head_dim // 2, device="cuda")) if shifted else (None, None)
+    view = index(0, tokens), index(0, 1), index(0), index(N), *shift, head_dim**-0.5, True, False
+    with blocks.compiling_for(arch, {kernel: block}):
+        o, lse = cross_attention.cross_attention(q, *pools, *view)
+        if kernel == "fwd":
+            run = lambda: cross_attention.cross_attention(q, *pools, *view)
+        else:
+            run = lambda: cross_attention.cross_attention_backward(do, None, q, o, lse, *pools, *view, *grads)
+        return triton.testing.do_bench(run, return_mode="median") / 1e3
+
+
+def choose(key: tuple, before: dict | None, here: int | None = None) -> dict:
+    """The line of the table for a key; before: the line it had; here: the architecture of this machine's GPU."""
+    kernel, rows, head_dim, wide, _, arch = key
+    names = [tuple(before[name] for name in TILE)] if before else []
+    order = [*names, *(c for c in candidates(kernel, rows, head_dim, wide) if c not in names)]
+    good = (c for c in order if shown(*key, dict(zip(TILE, c))))
+    if arch != here:
+        best, took = next(good, None), before["microseconds"] if before and before["microseconds"] else ""
+    else:
+        times = {c: seconds(*key, dict(zip(TILE, c))) for c, _ in zip(good, range(TIMED))}
+        best = min(times, key=times.get)
+        took = round(times[best] * 1e6, 1)
+        print(*key, {c: f"{t * 1e6:.1f} us" for c, t in times.items()}, flush=True)
+    if best is None:
+        raise SystemExit(f"{key}: no candidate fits; give tune.py a smaller one")
+    return dict(zip(COLUMNS, (*key[:3], int(key[3]), int(key[4]), arch, *best, took)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES)
+    parser.add_argument("--kernel", nargs="+", default=list(ROWS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile, where nothing is timed")
+    args = parser.parse_args()
+    if interpreting():
+        parser.error("kernels cannot be compiled under TRITON_INTERPRET=1")
+    before = blocks.table() if TABLE.exists() else {}
+    here = blocks.architecture(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    keys = [
+        (kernel, rows, head_dim, wide, shifted, arch)
+        for kernel in args.kernel for rows in ROWS[kernel] for wide in (False, True) for head_dim in HEAD_DIMS
+        for shifted in (False, True) for arch in args.arch
+    ]  # fmt: skip
+    table, old = dict(before), [before.get(key) for key in keys]
+    if here in args.arch:
+        lines = (choose(*one, here) for one in zip(keys, old))  # alone on the machine
+    else:
+        workers = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
+        lines = workers.map(choose, keys, old)
+    for key, line in tqdm(zip(keys, lines), total=len(keys), desc="tiles"):
+        table[key] = line
+        with TABLE.open("w", newline="") as file:  # after each: what was found is not lost
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(table[key] for key in sorted(table))
+    print(f"{TABLE}: {len(table)} lines, Triton {triton.__version__}")
+
+
+if __name__ == "__main__":
+    main()

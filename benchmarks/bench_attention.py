@@ -8,6 +8,7 @@ the providers with "cat" in their name.
 import functools
 import importlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,21 +96,16 @@ class Inputs:
     view: tuple
     rows: list[Tensor]
     scale: float
-    kv_heads: list[int] | None = None  # those that the gate looks at
 
     @functools.cached_property
     def padded(self) -> "Padded":
         return padded(self)
 
-    def gated(self, name: str, x: Tensor) -> Tensor:
-        """The part of an output [., H, D] that the gate looks at."""
-        G = self.q.shape[1] // self.k.shape[1]
-        return x[:, self.kv_heads if name in ("k", "v", "dk", "dv") else [h * G + g for h in self.kv_heads for g in range(G)]]
-
-    def to(self, dtype: torch.dtype) -> "Inputs":
-        """That part of the inputs."""
-        part = {name: self.gated(name, getattr(self, name)).to(dtype) for name in ("q", "do", "k", "v")}
-        return replace(self, **part)
+    def by_head(self, dtype: torch.dtype) -> Iterator["Inputs"]:
+        """One K/V head and its query heads at a time."""
+        heads = self.k.shape[1]
+        for parts in zip(*(t.chunk(heads, 1) for t in (self.q, self.do, self.k, self.v))):
+            yield replace(self, **dict(zip(("q", "do", "k", "v"), (t.to(dtype) for t in parts))))
 
     def args(self) -> tuple:
         return (*self.view, None, None, self.scale, True, False)
@@ -137,19 +133,20 @@ def problem(case: Case) -> Problem:
     width, D = q.element_size(), case.D
     forward = case.phase in ("forward", "full")
     backward = case.phase in ("backward", "full")
-    much = pairs * Hq * D > GATE_LIMIT[0] or distinct * Hkv * D > GATE_LIMIT[1]
-    x.kv_heads = [0, Hkv - 1] if Hkv > 2 and much else list(range(Hkv))
 
-    def answer(dtype: torch.dtype) -> dict[str, Tensor]:
-        y = x.to(dtype)
+    def answer_of_head(y: Inputs) -> dict[str, Tensor]:
         o, lse = reference.cross_attention(y.q, y.k, y.v, *y.args())
-        out = {"o": o} if forward else {}
+        out = {"o": o, "lse": lse} if forward else {}
         if backward:
-            wide = reference.accumulator(dtype)
+            wide = reference.accumulator(y.q.dtype)
             dk, dv = (torch.zeros(t.shape, dtype=wide, device=device) for t in (y.k, y.v))
             out["dq"] = reference.cross_attention_backward(y.do, None, y.q, o, lse, y.k, y.v, *y.args(), dk, dv)
             out |= {"dk": dk, "dv": dv}
         return out
+
+    def answer(dtype: torch.dtype) -> dict[str, Tensor]:
+        heads = [answer_of_head(y) for y in x.by_head(dtype)]  # not at once: all scores in float64 would take gigabytes
+        return {name: torch.cat([head[name] for head in heads], 1) for name in heads[0]}
 
     own = 2 * q.numel() * width * (forward + 2 * backward)
     return Problem(
@@ -157,6 +154,7 @@ def problem(case: Case) -> Problem:
         flops=(4 * forward + 10 * backward) * Hq * D * pairs,
         read=2 * Hkv * D * distinct * width * (forward + backward) + own,
         copied=16 * Hkv * D * distinct * backward,  # float32 gradient pools, K and V, read and written
+        peers_lack=("lse",),
     )  # fmt: skip
 
 
@@ -172,23 +170,20 @@ def diffmas(p: Problem) -> Run:
     dk, dv = (torch.zeros_like(t, dtype=reference.accumulator(t.dtype)) for t in (x.k, x.v))
 
     def forward():
-        return run("cross_attention", x.q, x.k, x.v, *args)[0]
+        return run("cross_attention", x.q, x.k, x.v, *args)
 
     def backward():
         return run("cross_attention_backward", x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
 
     def full():
-        o, lse = run("cross_attention", x.q, x.k, x.v, *args)
-        return o, run("cross_attention_backward", x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
-
-    def outputs(**named):
-        return {name: x.gated(name, t) for name, t in named.items()}
+        o, lse = forward()
+        return o, lse, run("cross_attention_backward", x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
 
     if p.case.phase == "forward":
-        return Run(forward, lambda o: outputs(o=o))
+        return Run(forward, lambda r: {"o": r[0], "lse": r[1]})
     if p.case.phase == "backward":
-        return Run(backward, lambda dq: outputs(dq=dq, dk=dk, dv=dv))
-    return Run(full, lambda r: outputs(o=r[0], dq=r[1], dk=dk, dv=dv))
+        return Run(backward, lambda dq: {"dq": dq, "dk": dk, "dv": dv})
+    return Run(full, lambda r: {"o": r[0], "lse": r[1], "dq": r[2], "dk": dk, "dv": dv})
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------------
@@ -207,16 +202,14 @@ class Padded:
     x: Inputs
 
     def packed(self, o: Tensor) -> Tensor:
-        """[B, Hq, L, D] -> [n, some heads, D]."""
-        packed = torch.cat([row[:, row.shape[1] - n :].transpose(0, 1) for row, n in zip(o, self.x.queries)])
-        return self.x.gated("o", packed)
+        """[B, Hq, L, D] -> [n, Hq, D]."""
+        return torch.cat([row[:, row.shape[1] - n :].transpose(0, 1) for row, n in zip(o, self.x.queries)])
 
     def pooled(self, dk: Tensor) -> Tensor:
-        """[B, Hkv, N, D] -> gradient pool [R, some heads, D]."""
-        heads = self.x.kv_heads
-        out = torch.zeros(len(self.x.k), len(heads), dk.shape[3], dtype=dk.dtype, device=dk.device)
+        """[B, Hkv, N, D] -> gradient pool [R, Hkv, D]."""
+        out = torch.zeros(self.x.k.shape, dtype=dk.dtype, device=dk.device)
         for row, rows in zip(dk, self.x.rows):
-            out.index_add_(0, rows, row[heads, row.shape[1] - len(rows) :].transpose(0, 1))
+            out.index_add_(0, rows, row[:, row.shape[1] - len(rows) :].transpose(0, 1))
         return out
 
 
@@ -344,7 +337,7 @@ def per_sequence(p: Problem) -> Run:
     def call():
         return [_sdpa(y, y.q, y.k, y.v) for y in parts]
 
-    return Run(call, lambda os: {"o": x.gated("o", torch.cat([o[0].transpose(0, 1) for o in os]))})
+    return Run(call, lambda os: {"o": torch.cat([o[0].transpose(0, 1) for o in os])})
 
 
 def flex(p: Problem) -> Run:
@@ -385,7 +378,7 @@ def gpu_library(name: str, attend):
             module = importlib.import_module(name)
         except ImportError:
             raise Cannot(f"{name} is not installed") from None
-        return Run(torch.no_grad()(lambda: attend(module, x)), lambda o: {"o": x.gated("o", o)})
+        return Run(torch.no_grad()(lambda: attend(module, x)), lambda o: {"o": o})
 
     return provider
 

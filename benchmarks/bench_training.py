@@ -43,13 +43,14 @@ def problem(case: Case) -> Problem:
         loss.backward()
         return _outputs(system, loss.detach())
 
-    return Problem(case, (system, questions, answers), answer, tolerance=1e-4)
+    # Latent feedback amplifies rounding: two float32 ways of attention differ by up to 5e-5 in a parameter.
+    return Problem(case, (system, questions, answers), answer, tolerance=3e-4)
 
 
 def _outputs(system, loss) -> dict:
-    grads = torch.cat([p.grad.flatten() for p in system.parameters() if p.grad is not None])
+    grads = {name: p.grad for name, p in system.named_parameters() if p.grad is not None}
     system.zero_grad(set_to_none=True)
-    return {"loss": loss[None], "gradients": grads}
+    return {"loss": loss[None]} | grads
 
 
 def _way(loss_of):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from diffmas.benchmarks import bench_attention, measure, report, run, store
-from diffmas.benchmarks.goals import Goal
+from diffmas.benchmarks import bench_attention, bench_generation, bench_training, compare, measure, report, run, store
+from diffmas.benchmarks.goals import GOALS, Goal
 from diffmas.benchmarks.machine import Machine, peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Run, Senseless
 from diffmas.cli import app
@@ -59,21 +59,56 @@ def test_a_provider_that_cannot_says_why_and_a_senseless_one_is_left_out():
     assert contest.notes == {"gpu": "needs a GPU"} and set(contest.runs) == {OURS}
 
 
-@pytest.mark.parametrize("case", [c for c in bench_attention.CASES if c.N == 1024 and c.batch == 4], ids=lambda c: c.phase)
-def test_the_gate_of_attention_sees_one_wrong_row(case):
-    def spoiled(p):
-        right = bench_attention.diffmas(p)
+def test_only_a_peer_may_leave_an_output_out_and_only_one_that_the_problem_names():
+    twice = lambda dtype: {"y": 2 * x.to(dtype), "sum": x.to(dtype).sum(0, keepdim=True)}
+    x = torch.linspace(1, 2, 100)
+    p = Problem(Case("double", "any", n=100), x, twice, peers_lack=("sum",))
+    some = lambda *names: lambda p: Run(lambda: twice(torch.float32), lambda out: {name: out[name] for name in names})
+    contest = Contest(p, {OURS: some("y"), "y": some("y"), "sum": some("sum"), "both": some("y", "sum")})
+    assert set(contest.runs) == {"y", "both"} and all("wrong result" in contest.notes[name] for name in (OURS, "sum"))
+
+
+def spoiled(provider, name: str, at, by: float = 1.01):
+    def wrong(p):
+        right = provider(p)
 
         def read(result):
             out = {name: x.clone() for name, x in right.read(result).items()}
-            next(iter(out.values()))[17] *= 1.01
+            out[name][at] *= by
             return out
 
         return Run(right.call, read)
 
-    small = dataclasses.replace(case, N=96, n=32, heads="4/2", D=64)
-    contest = Contest(bench_attention.problem(small), {OURS: bench_attention.diffmas, "spoiled": spoiled})
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "phase, name, at",
+    [("forward", "o", 17), ("forward", "lse", (17, 2)), ("full", "dk", (slice(None), 1)), ("backward", "dq", (0, 4))],
+)
+def test_the_gate_of_attention_sees_one_wrong_row_or_head(phase, name, at):
+    case = next(c for c in bench_attention.CASES if c.N == 1024 and c.batch == 4)
+    small = dataclasses.replace(case, N=96, n=32, heads="6/3", D=64, phase=phase)
+    providers = {OURS: bench_attention.diffmas, "spoiled": spoiled(bench_attention.diffmas, name, at)}
+    contest = Contest(bench_attention.problem(small), providers)
     assert set(contest.runs) == {OURS} and "wrong result" in contest.notes["spoiled"]
+
+
+def test_the_gate_of_training_sees_one_small_wrong_gradient():
+    case = dataclasses.replace(bench_training.CASES[0], N=40, T=2, layers=1)
+    p = bench_training.problem(case)
+    grads = {name: x.abs().max() for name, x in p.reference(torch.float64).items() if name != "loss"}
+    smallest = min(grads, key=grads.get)
+    assert grads[smallest] < max(grads.values()) / 5  # in a single vector of all of them nobody would see it
+    ways = bench_training.PROVIDERS
+    contest = Contest(p, ways | {"spoiled": spoiled(ways[OURS], smallest, ..., by=1.0005)})
+    assert set(contest.runs) == set(ways) and "wrong result" in contest.notes["spoiled"]
+
+
+def test_all_ways_of_a_generation_give_the_same_tokens():
+    case = dataclasses.replace(bench_generation.CASES[0], N=60, T=2, layers=1, batch=3)
+    contest = Contest(bench_generation.problem(case), bench_generation.PROVIDERS)
+    assert set(contest.runs) == set(bench_generation.PROVIDERS), contest.notes
 
 
 def test_peers_of_attention_agree_on_every_regime():

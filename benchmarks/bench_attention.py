@@ -320,6 +320,21 @@ def _cat_take(y: Padded, grads):
     return dq, torch.cat((dk_old, dk_new), 2), torch.cat((dv_old, dv_new), 2)
 
 
+def cat_into_buffer_sdpa(p: Problem) -> Run:
+    """Into memory that is kept: a large result of torch.cat is fresh pages at every call, and each of them a fault."""
+    if p.case.phase != "forward":
+        raise Senseless("torch.cat(out=...) has no gradient")
+    buffers = [torch.empty_like(t) for t in (p.inputs.padded.k, p.inputs.padded.v)]
+
+    def attend(y: Padded, q, k_old, k_new, v_old, v_new):
+        if k_old.shape[2] == 0:
+            raise Senseless("nothing to concatenate to: the first prompt")
+        k, v = (torch.cat(parts, 2, out=buffer) for parts, buffer in zip(((k_old, k_new), (v_old, v_new)), buffers))
+        return _sdpa(y, q, k, v)
+
+    return torch_peer(attend, _cat_leaves)(p)
+
+
 def per_sequence(p: Problem) -> Run:
     """SDPA on one sequence after the other: no padding, no mask beyond the new tokens' own."""
     x: Inputs = p.inputs
@@ -406,6 +421,7 @@ PROVIDERS = {
     "sdpa, expanded": torch_peer(_expanded),
     "sdpa, one by one": per_sequence,
     "cat + sdpa": torch_peer(_cat_sdpa, _cat_leaves, _cat_take),
+    "cat into a buffer + sdpa": cat_into_buffer_sdpa,
     "eager": torch_peer(_eager),
     "flex": flex,
     "flashinfer": gpu_library("flashinfer", _flashinfer),

@@ -41,7 +41,7 @@ class Session:
         gc.freeze()  # what the imports made lives on; collecting it again before every case takes long
         target = config.getoption("out") / store.FILE
         self.store = store.Store(target, store.stamp(self.machine), keep=bool(config.getoption("only")))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=self.console, transient=True)
         self.progress.start()
         self.task = self.progress.add_task("machine")

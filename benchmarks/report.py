@@ -133,8 +133,11 @@ def line(rows: list[dict]) -> Text:
 
 def table(rows: list[dict], title: str) -> Table:
     """The terminal's table: one line per case, a section per op."""
-    out = Table(title=title, caption="best, plain: time of the best peer and of the plain Hugging Face way / ours, medians of "
-                "interleaved rounds; memory: the plain way's peak / ours. Above 1, diffmas is ahead.")  # fmt: skip
+    caption = (
+        "best, plain: time of the best peer and of the plain Hugging Face way / ours, medians of interleaved rounds; "
+        "memory: the plain way's peak / ours. Above 1, diffmas is ahead."
+    )
+    out = Table(title=Text(title), caption=caption)
     for name in ("case", "shape", "time", "roofline", "best", "plain", "memory"):
         out.add_column(name, justify="left" if name in ("case", "shape") else "right", overflow="fold")
     out.add_column("best peer", overflow="fold")
@@ -151,8 +154,8 @@ def table(rows: list[dict], title: str) -> Table:
         case = Text.assemble((MARK[good] + " ", COLOUR[good]), f"{r.regime}, {r.phase}")
         best = Text(_times(r.best[1]), COLOUR[good]) if r.best else ""
         out.add_row(
-            case, r.shape, _time(r.ours.get("seconds")), f"{percent:.0f} %" if percent else "", best,
-            _times(r.plain and r.plain[1]), _times(r.memory), (r.best[0] if r.best else words),
+            case, Text(r.shape), _time(r.ours.get("seconds")), f"{percent:.0f} %" if percent else "", best,
+            _times(r.plain and r.plain[1]), _times(r.memory), Text(r.best[0] if r.best else words),
         )  # fmt: skip
     return out
 

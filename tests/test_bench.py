@@ -1,14 +1,17 @@
 """The benchmark suite itself, never its speed: the gate, the measures, the rows, the page, the command."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib
+import io
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import rich.console
 import torch
 from typer.testing import CliRunner
 
@@ -284,6 +287,8 @@ def test_the_readme_block_is_rewritten_and_stays_as_it_is(tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| training step of 3 agents, 4 layers of small shape, N = 4096, T = 16 |" in text and "3.00x" in text
     assert update(tmp_path, readme) is False and readme.read_text() == text
+    (tmp_path / "growth.png").touch()  # beside the README, wherever the command runs
+    assert update(tmp_path, readme) is True and "(./growth.png)" in readme.read_text()
     readme.write_text("no comments")
     with pytest.raises(ValueError, match="once each"):
         update(tmp_path, readme)
@@ -336,6 +341,28 @@ def test_errors_of_the_command(tmp_path, monkeypatch):
         assert "expected a commit, branch or tag" in fails("--only", "merge", "--compare", "no-such-commit")
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     assert 'pip install "diffmas[test]"' in fails("--quick")
+
+
+@pytest.mark.parametrize("why, status", [(("", ""), 0), (("too old [/x]", ""), 1), (("", "broken [/y]"), 1)])
+def test_a_comparison_fails_if_this_tree_does_or_nothing_is_compared(why, status, tmp_path, monkeypatch):
+    class Worker:
+        def __init__(self, root, threads):
+            self.why = why[root == run.HERE.parent]
+
+        def ask(self, prepare=None, **_):
+            return {"why": self.why} if prepare and self.why else {"rounds": 2} if prepare else {"seconds": 0.5}
+
+        __enter__ = lambda self: self
+        __exit__ = lambda *_: None
+
+    monkeypatch.setattr(compare, "worktree", lambda rev, console: contextlib.nullcontext(tmp_path))
+    monkeypatch.setattr(compare, "Worker", Worker)
+    key = next(c for c in bench_attention.CASES if c.quick).key
+    result = CliRunner().invoke(app, ["bench", "--only", key, "--compare", "rev[/z]", "--out", str(tmp_path)])
+    assert result.exit_code == status, result.output
+    with open(tmp_path / "compare.csv") as file:
+        (written,) = csv.DictReader(file)
+    assert (written["rev_why"], written["why"]) == why and written["times_faster"] == ("" if status else "1.0")
 
 
 def test_a_case_that_nothing_matches_is_an_error_that_names_the_modules(tmp_path):

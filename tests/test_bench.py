@@ -126,7 +126,7 @@ def test_peers_of_attention_agree_on_every_regime():
         assert not contest.notes and "sdpa" in contest.runs and "eager" in contest.runs, (case.key, contest.notes)
 
 
-@pytest.mark.parametrize("name", ["inject", "merge", "reposition"])
+@pytest.mark.parametrize("name", ["inject", "merge", "reposition", "latent_run", "latent_step"])
 def test_the_smallest_case_of_every_phase_runs_right(name):
     module = importlib.import_module(f"diffmas.benchmarks.bench_{name}")
     for phase in {case.phase for case in module.CASES}:
@@ -262,6 +262,34 @@ def test_a_goal_asks_for_time_and_memory():
     assert goal.fits(result) and not goal.met(result)
     assert goal.measured(result) == "8.00x as fast and 9.00x smaller"
     assert dataclasses.replace(goal, memory=9).met(result) and not dataclasses.replace(goal, memory=9, times=9).met(result)
+
+
+def test_a_goal_asks_for_a_part_of_the_roofline():
+    goal = Goal("cross_attention", "latent step", "forward", roofline=85)
+    result = lambda percent: report.results([row(OURS, 0.001, device="cpu", roofline_percent=percent)])[0]
+    assert goal.met(result(85)) and not goal.met(result(84)) and goal.measured(result(84)) == "84 %"
+    assert goal.fits(result(84)) and not goal.fits(result(None))
+
+
+def test_every_goal_has_its_case():
+    cases = []
+    for path in run.modules():
+        cases += importlib.import_module(f"diffmas.benchmarks.{path.stem}").CASES
+    for goal in GOALS:
+        rows = [[row(who, 0.001, device="cpu", roofline_percent=90, **c.columns()) for who in (OURS, goal.peer)] for c in cases]
+        assert any(goal.fits(result) for group in rows for result in report.results(group)), goal
+
+
+def test_another_way_of_ours_is_no_peer():
+    result = report.results([row(OURS, 0.001), row(f"{OURS}, pushing", 0.0005), row("sdpa", 0.002)])[0]
+    assert result.best == ("sdpa", pytest.approx(2)) and f"{OURS}, pushing" in result.peers
+
+
+def test_brackets_are_text_and_no_markup():
+    out = io.StringIO()
+    rows = [row(OURS, None, device="cpu", why="no [/such] thing"), row("sdpa[/x]", 0.002, device="cpu", N=7)]
+    rich.console.Console(file=out, width=200).print(report.table([*rows, row(OURS, 0.001, device="cpu", N=7)], "a [/machine]"))
+    assert all(text in out.getvalue() for text in ("no [/such] thing", "sdpa[/x]", "a [/machine]"))
 
 
 def test_the_page_needs_nothing_else(tmp_path):

@@ -26,7 +26,7 @@ CASES = [
     *(_case(4096, T) for T in (0, 10, 40)),
     *(_case(1024, T) for T in (0, 40)),
     *(_case(2048, 16, agents=agents) for agents in (2, 4)),
-    *(_case(N, 16, batch=8) for N in (512, 2048)),
+    *(_case(N, 16, batch=8) for N in (512, 2048, 4096)),
     _case(2048, 10, model="0.6B", layers=2),
     _case(512, 4, model="8B", layers=1),
 ]

@@ -185,10 +185,12 @@ class Contest:
             if run.seconds is not None:
                 run.seconds.clear()
 
+    def round_seconds(self) -> float:
+        return sum(self._once[name] * self._repeats[name] for name in self.runs if not self._hopeless(name))
+
     def rounds(self, seconds: float, least: int, most: int) -> int:
         """How many rounds fit `seconds`, within [least, most]."""
-        one = sum(self._once[name] * self._repeats[name] for name in self.runs if not self._hopeless(name))
-        return min(most, max(least, int(seconds / one)))
+        return min(most, max(least, int(seconds / self.round_seconds())))
 
     def _hopeless(self, name: str) -> bool:
         return self._once[name] > HOPELESS * min(self._once[right] for right in self.runs)

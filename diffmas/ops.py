@@ -301,12 +301,12 @@ class _Box:
             return True
         rests = [delta]
         for stride, a, b in zip(self.strides, self.sizes, other.sizes):
-            if max(a, b) > 1:  # up to two steps of this stride come near
+            if stride and max(a, b) > 1:  # up to two steps of this stride come near
                 rests = [r - step * stride for r in rests for step in (r // stride, r // stride + 1) if abs(step) < max(a, b)]
         return any(abs(r) < max(self.d, other.d) for r in rests)
 
 
-def _check_written(k_pool: Tensor, v_pool: Tensor, **read: Tensor) -> None:
+def _check_written(k_pool: Tensor, v_pool: Tensor, **read: Tensor | None) -> None:
     """No element of the pools may be written twice, or be read under another name."""
     if k_pool.device.type == "meta":
         return
@@ -317,7 +317,9 @@ def _check_written(k_pool: Tensor, v_pool: Tensor, **read: Tensor) -> None:
         )
     _expect(not boxes["k_pool"].overlaps(boxes["v_pool"]), "k_pool", "memory of its own", "a tensor that overlaps v_pool")
     for other, x in read.items():
-        there = _Box(x)
+        if x is None:
+            continue
+        there = _Box(x if x.dim() == 3 else x.unsqueeze(1) if x.dim() == 2 else x[None, None])
         for name, box in boxes.items():
             if box.overlaps(there):
                 _refuse(name, "memory of its own", f"a tensor that overlaps {other}")
@@ -380,8 +382,8 @@ def inject(
     slots = _index("slots", slots, q, -1, k_pool.shape[0])
     _check_distinct("slots", slots)
     _expect(0 <= eps <= FLOAT_MAX, "eps", "a finite float32 >= 0", eps)
-    _check_written(k_pool, v_pool, q=q, k=k, v=v)
     cos, sin = _narrowed(cos, q), _narrowed(sin, q)
+    _check_written(k_pool, v_pool, q=q, k=k, v=v, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
     return torch.ops.diffmas.inject(
         q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, check_backend(backend)
     )

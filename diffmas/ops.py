@@ -5,7 +5,7 @@ autograd of `inject` and `cross_attention`. The functions of this module are the
 plans that were built and checked once per forward call `torch.ops.diffmas.*` directly.
 
 Backends: `reference` (plain PyTorch, anywhere), `cpu` (the compiled extension). `backend="auto"` takes the
-fastest one that serves the device and dtype; the environment variable DIFFMAS_BACKEND overrides "auto".
+fastest one that serves the device and dtype; the environment variable DIFFMAS_BACKEND, read on import, overrides "auto".
 """
 
 import functools
@@ -85,22 +85,26 @@ def check_backend(name: str) -> str:
     return name
 
 
+# Read once: on every call, looking it up took a tenth of the time of attention of 17 x 17 tokens.
+AUTO = os.environ.get("DIFFMAS_BACKEND") or "auto"
+
+
 def implementation(op: str, device: torch.device, dtype: torch.dtype, backend: str):
     """The function that runs `op`. An op that a named backend does not have (the small ones) runs on the reference."""
-    name = backend if backend != "auto" else os.environ.get("DIFFMAS_BACKEND") or "auto"
-    return getattr(_choose(op, device.type, dtype, name).ops, op)
+    return getattr(_choose(op, device, dtype, backend), op)
 
 
 @functools.cache  # on every call of every op: looked up, not searched
-def _choose(op: str, device: str, dtype: torch.dtype, name: str) -> Backend:
+def _choose(op: str, device: torch.device, dtype: torch.dtype, backend: str):
+    name = AUTO if backend == "auto" else backend
     if name == "auto":
-        return next(b for b in BACKENDS.values() if b.serves(op, device, dtype))
+        return next(b for b in BACKENDS.values() if b.serves(op, device.type, dtype)).ops
     chosen = BACKENDS[check_backend(name)]
     if not hasattr(chosen.ops, op):
-        return BACKENDS["reference"]
-    if not chosen.serves(op, device, dtype):
-        raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device} in {dtype}")
-    return chosen
+        return reference
+    if not chosen.serves(op, device.type, dtype):
+        raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device.type} in {dtype}")
+    return chosen.ops
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,9 @@
 """What the ops refuse: bad input raises before any memory is touched, and the message names the argument."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from op_cases import ROWS, VIEWS, attention_inputs, inject_inputs
@@ -287,7 +291,16 @@ def test_float64_is_for_the_reference():
             raw.cross_attention(*inputs.args(), backend)
 
 
-def test_environment_variable_picks_the_backend(monkeypatch):
-    monkeypatch.setenv("DIFFMAS_BACKEND", "none-such")
-    with pytest.raises(ValueError, match="expected 'auto' or one of"):
-        raw.cross_attention(*attention_inputs(VIEWS["ragged"]).args())
+@pytest.mark.parametrize("name", ["reference", "none-such"])
+def test_environment_variable_picks_the_backend(name):
+    """Read when diffmas is imported; a wrong one is refused by the first op that needs it."""
+    code = (
+        "import torch; from diffmas import ops, reference; device = torch.device('cpu')\n"
+        "found = ops.implementation('merge_states', device, torch.float32, 'auto')\n"
+        "assert found is reference.merge_states"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"DIFFMAS_BACKEND": name}, capture_output=True, text=True
+    )
+    assert run.returncode == (name == "none-such"), run.stderr
+    assert name == "reference" or "ValueError: backend: expected 'auto' or one of" in run.stderr

@@ -5,7 +5,7 @@ autograd of `inject` and `cross_attention`. The functions of this module are the
 plans that were built and checked once per forward call `torch.ops.diffmas.*` directly.
 
 Backends: `reference` (plain PyTorch, anywhere), `cpu` (the compiled extension). `backend="auto"` takes the
-fastest one that serves the device and dtype; the environment variable DIFFMAS_BACKEND overrides "auto".
+fastest one that serves the device and dtype; the environment variable DIFFMAS_BACKEND, read on import, overrides "auto".
 """
 
 import functools
@@ -85,22 +85,26 @@ def check_backend(name: str) -> str:
     return name
 
 
+# Read once: on every call, looking it up took a tenth of the time of attention of 17 x 17 tokens.
+AUTO = os.environ.get("DIFFMAS_BACKEND") or "auto"
+
+
 def implementation(op: str, device: torch.device, dtype: torch.dtype, backend: str):
     """The function that runs `op`. An op that a named backend does not have (the small ones) runs on the reference."""
-    name = backend if backend != "auto" else os.environ.get("DIFFMAS_BACKEND") or "auto"
-    return getattr(_choose(op, device.type, dtype, name).ops, op)
+    return getattr(_choose(op, device, dtype, backend), op)
 
 
 @functools.cache  # on every call of every op: looked up, not searched
-def _choose(op: str, device: str, dtype: torch.dtype, name: str) -> Backend:
+def _choose(op: str, device: torch.device, dtype: torch.dtype, backend: str):
+    name = AUTO if backend == "auto" else backend
     if name == "auto":
-        return next(b for b in BACKENDS.values() if b.serves(op, device, dtype))
+        return next(b for b in BACKENDS.values() if b.serves(op, device.type, dtype)).ops
     chosen = BACKENDS[check_backend(name)]
     if not hasattr(chosen.ops, op):
-        return BACKENDS["reference"]
-    if not chosen.serves(op, device, dtype):
-        raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device} in {dtype}")
-    return chosen
+        return reference
+    if not chosen.serves(op, device.type, dtype):
+        raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device.type} in {dtype}")
+    return chosen.ops
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
@@ -301,12 +305,12 @@ class _Box:
             return True
         rests = [delta]
         for stride, a, b in zip(self.strides, self.sizes, other.sizes):
-            if max(a, b) > 1:  # up to two steps of this stride come near
+            if stride and max(a, b) > 1:  # up to two steps of this stride come near
                 rests = [r - step * stride for r in rests for step in (r // stride, r // stride + 1) if abs(step) < max(a, b)]
         return any(abs(r) < max(self.d, other.d) for r in rests)
 
 
-def _check_written(k_pool: Tensor, v_pool: Tensor, **read: Tensor) -> None:
+def _check_written(k_pool: Tensor, v_pool: Tensor, **read: Tensor | None) -> None:
     """No element of the pools may be written twice, or be read under another name."""
     if k_pool.device.type == "meta":
         return
@@ -317,7 +321,9 @@ def _check_written(k_pool: Tensor, v_pool: Tensor, **read: Tensor) -> None:
         )
     _expect(not boxes["k_pool"].overlaps(boxes["v_pool"]), "k_pool", "memory of its own", "a tensor that overlaps v_pool")
     for other, x in read.items():
-        there = _Box(x)
+        if x is None:
+            continue
+        there = _Box(x if x.dim() == 3 else x.unsqueeze(1) if x.dim() == 2 else x[None, None])
         for name, box in boxes.items():
             if box.overlaps(there):
                 _refuse(name, "memory of its own", f"a tensor that overlaps {other}")
@@ -380,8 +386,8 @@ def inject(
     slots = _index("slots", slots, q, -1, k_pool.shape[0])
     _check_distinct("slots", slots)
     _expect(0 <= eps <= FLOAT_MAX, "eps", "a finite float32 >= 0", eps)
-    _check_written(k_pool, v_pool, q=q, k=k, v=v)
     cos, sin = _narrowed(cos, q), _narrowed(sin, q)
+    _check_written(k_pool, v_pool, q=q, k=k, v=v, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
     return torch.ops.diffmas.inject(
         q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, check_backend(backend)
     )

@@ -8,6 +8,7 @@ the providers with "cat" in their name.
 import functools
 import importlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,9 @@ from diffmas.benchmarks.ours import run_op
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
-GATE_LIMIT = 3e8, 1e6  # flops / 4 and K elements that the gate takes on; above, it looks at the first and last K/V head only
+# Where peers that were far behind at smaller shapes are left out: they take minutes and teach nothing more.
+EAGER_SCORES = 1 << 24  # attention scores that eager PyTorch would store
+EXPANDED = 1 << 26  # elements of K repeated for each query head
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
@@ -35,20 +38,21 @@ def _cases() -> list[Case]:
 
     everything = ("forward", "backward", "full")
     for N in (1024, 2048, 4096, 8192, 32768):
-        add("latent step", N, phases=everything, quick={2048: ("forward",), 8192: everything}.get(N, ()))
+        quick = {2048: ("forward",), 8192: everything}.get(N, ())
+        add("latent step", N, phases=everything if N <= 8192 else ("forward", "backward"), quick=quick)
     for heads in ("8/8", "32/8"):
         add("latent step", 2048, heads=heads)
         add("latent step", 8192, heads=heads, quick=("forward",))
     for N in (2048, 8192):
         add("latent step", N, dtype="bfloat16", phases=("forward",), quick=("forward",) if N == 2048 else ())
-    add("few queries", 8192, 16, phases=everything, quick=("forward",))
-    add("few queries", 8192, 16, heads="32/8")
+    add("few queries", 8192, 16, quick=("forward",))
+    add("few queries", 8192, 16, heads="32/8", phases=("forward",))
     for n in (64, 128, 512):
         add("prompt", n, n)
     add("prompt", 1024, 1024, quick=("forward", "backward"))
     add("prompt", 1024, 1024, heads="8/8")
     add("prompt", 1024, 1024, heads="32/8")
-    add("prompt", 2048, 2048, phases=everything)
+    add("prompt", 2048, 2048)
     add("prompt", 4096, 4096, phases=("forward",))
     add("prompt", 1024, 1024, dtype="bfloat16", phases=("forward",))
     add("prompt on a trace", 2048, 256, quick=("forward",))
@@ -95,21 +99,16 @@ class Inputs:
     view: tuple
     rows: list[Tensor]
     scale: float
-    kv_heads: list[int] | None = None  # those that the gate looks at
 
     @functools.cached_property
     def padded(self) -> "Padded":
         return padded(self)
 
-    def gated(self, name: str, x: Tensor) -> Tensor:
-        """The part of an output [., H, D] that the gate looks at."""
-        G = self.q.shape[1] // self.k.shape[1]
-        return x[:, self.kv_heads if name in ("k", "v", "dk", "dv") else [h * G + g for h in self.kv_heads for g in range(G)]]
-
-    def to(self, dtype: torch.dtype) -> "Inputs":
-        """That part of the inputs."""
-        part = {name: self.gated(name, getattr(self, name)).to(dtype) for name in ("q", "do", "k", "v")}
-        return replace(self, **part)
+    def by_head(self, dtype: torch.dtype) -> Iterator["Inputs"]:
+        """One K/V head and its query heads at a time."""
+        heads = self.k.shape[1]
+        for parts in zip(*(t.chunk(heads, 1) for t in (self.q, self.do, self.k, self.v))):
+            yield replace(self, **dict(zip(("q", "do", "k", "v"), (t.to(dtype) for t in parts))))
 
     def args(self) -> tuple:
         return (*self.view, None, None, self.scale, True, False)
@@ -137,19 +136,20 @@ def problem(case: Case) -> Problem:
     width, D = q.element_size(), case.D
     forward = case.phase in ("forward", "full")
     backward = case.phase in ("backward", "full")
-    much = pairs * Hq * D > GATE_LIMIT[0] or distinct * Hkv * D > GATE_LIMIT[1]
-    x.kv_heads = [0, Hkv - 1] if Hkv > 2 and much else list(range(Hkv))
 
-    def answer(dtype: torch.dtype) -> dict[str, Tensor]:
-        y = x.to(dtype)
+    def answer_of_head(y: Inputs) -> dict[str, Tensor]:
         o, lse = reference.cross_attention(y.q, y.k, y.v, *y.args())
-        out = {"o": o} if forward else {}
+        out = {"o": o, "lse": lse} if forward else {}
         if backward:
-            wide = reference.accumulator(dtype)
+            wide = reference.accumulator(y.q.dtype)
             dk, dv = (torch.zeros(t.shape, dtype=wide, device=device) for t in (y.k, y.v))
             out["dq"] = reference.cross_attention_backward(y.do, None, y.q, o, lse, y.k, y.v, *y.args(), dk, dv)
             out |= {"dk": dk, "dv": dv}
         return out
+
+    def answer(dtype: torch.dtype) -> dict[str, Tensor]:
+        heads = [answer_of_head(y) for y in x.by_head(dtype)]  # not at once: all scores in float64 would take gigabytes
+        return {name: torch.cat([head[name] for head in heads], 1) for name in heads[0]}
 
     own = 2 * q.numel() * width * (forward + 2 * backward)
     return Problem(
@@ -157,6 +157,7 @@ def problem(case: Case) -> Problem:
         flops=(4 * forward + 10 * backward) * Hq * D * pairs,
         read=2 * Hkv * D * distinct * width * (forward + backward) + own,
         copied=16 * Hkv * D * distinct * backward,  # float32 gradient pools, K and V, read and written
+        peers_lack=("lse",),
     )  # fmt: skip
 
 
@@ -172,23 +173,20 @@ def diffmas(p: Problem) -> Run:
     dk, dv = (torch.zeros_like(t, dtype=reference.accumulator(t.dtype)) for t in (x.k, x.v))
 
     def forward():
-        return run("cross_attention", x.q, x.k, x.v, *args)[0]
+        return run("cross_attention", x.q, x.k, x.v, *args)
 
     def backward():
         return run("cross_attention_backward", x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
 
     def full():
-        o, lse = run("cross_attention", x.q, x.k, x.v, *args)
-        return o, run("cross_attention_backward", x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
-
-    def outputs(**named):
-        return {name: x.gated(name, t) for name, t in named.items()}
+        o, lse = forward()
+        return o, lse, run("cross_attention_backward", x.do, None, x.q, o, lse, x.k, x.v, *args, dk, dv)
 
     if p.case.phase == "forward":
-        return Run(forward, lambda o: outputs(o=o))
+        return Run(forward, lambda r: {"o": r[0], "lse": r[1]})
     if p.case.phase == "backward":
-        return Run(backward, lambda dq: outputs(dq=dq, dk=dk, dv=dv))
-    return Run(full, lambda r: outputs(o=r[0], dq=r[1], dk=dk, dv=dv))
+        return Run(backward, lambda dq: {"dq": dq, "dk": dk, "dv": dv})
+    return Run(full, lambda r: {"o": r[0], "lse": r[1], "dq": r[2], "dk": dk, "dv": dv})
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------------
@@ -207,16 +205,14 @@ class Padded:
     x: Inputs
 
     def packed(self, o: Tensor) -> Tensor:
-        """[B, Hq, L, D] -> [n, some heads, D]."""
-        packed = torch.cat([row[:, row.shape[1] - n :].transpose(0, 1) for row, n in zip(o, self.x.queries)])
-        return self.x.gated("o", packed)
+        """[B, Hq, L, D] -> [n, Hq, D]."""
+        return torch.cat([row[:, row.shape[1] - n :].transpose(0, 1) for row, n in zip(o, self.x.queries)])
 
     def pooled(self, dk: Tensor) -> Tensor:
-        """[B, Hkv, N, D] -> gradient pool [R, some heads, D]."""
-        heads = self.x.kv_heads
-        out = torch.zeros(len(self.x.k), len(heads), dk.shape[3], dtype=dk.dtype, device=dk.device)
+        """[B, Hkv, N, D] -> gradient pool [R, Hkv, D]."""
+        out = torch.zeros(self.x.k.shape, dtype=dk.dtype, device=dk.device)
         for row, rows in zip(dk, self.x.rows):
-            out.index_add_(0, rows, row[heads, row.shape[1] - len(rows) :].transpose(0, 1))
+            out.index_add_(0, rows, row[:, row.shape[1] - len(rows) :].transpose(0, 1))
         return out
 
 
@@ -283,7 +279,11 @@ def _sdpa(y: Padded, q, k, v):
 
 
 def _repeat(t: Tensor, groups: int) -> Tensor:
-    return t[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) if groups > 1 else t
+    if groups == 1:
+        return t
+    if t.numel() * groups >= EXPANDED:
+        raise Senseless("too much to expand")
+    return t[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
 
 def _expanded(y: Padded, q, k, v):
@@ -303,6 +303,8 @@ def _grouped(y: Padded, q, k, v):
 
 def _eager(y: Padded, q, k, v):
     G = q.shape[1] // k.shape[1]
+    if q.shape[:3].numel() * k.shape[2] > EAGER_SCORES:
+        raise Senseless("too many scores to store")
     scores = q @ _repeat(k, G).transpose(2, 3) * y.x.scale
     if y.causal:
         scores = scores + torch.full(scores.shape[2:], -math.inf, dtype=q.dtype, device=q.device).triu(1)
@@ -327,6 +329,21 @@ def _cat_take(y: Padded, grads):
     return dq, torch.cat((dk_old, dk_new), 2), torch.cat((dv_old, dv_new), 2)
 
 
+def cat_into_buffer_sdpa(p: Problem) -> Run:
+    """Into memory that is kept: a large result of torch.cat is fresh pages at every call, and each of them a fault."""
+    if p.case.phase != "forward":
+        raise Senseless("torch.cat(out=...) has no gradient")
+    buffers = [torch.empty_like(t) for t in (p.inputs.padded.k, p.inputs.padded.v)]
+
+    def attend(y: Padded, q, k_old, k_new, v_old, v_new):
+        if k_old.shape[2] == 0:
+            raise Senseless("nothing to concatenate to: the first prompt")
+        k, v = (torch.cat(parts, 2, out=buffer) for parts, buffer in zip(((k_old, k_new), (v_old, v_new)), buffers))
+        return _sdpa(y, q, k, v)
+
+    return torch_peer(attend, _cat_leaves)(p)
+
+
 def per_sequence(p: Problem) -> Run:
     """SDPA on one sequence after the other: no padding, no mask beyond the new tokens' own."""
     x: Inputs = p.inputs
@@ -344,7 +361,7 @@ def per_sequence(p: Problem) -> Run:
     def call():
         return [_sdpa(y, y.q, y.k, y.v) for y in parts]
 
-    return Run(call, lambda os: {"o": x.gated("o", torch.cat([o[0].transpose(0, 1) for o in os]))})
+    return Run(call, lambda os: {"o": torch.cat([o[0].transpose(0, 1) for o in os])})
 
 
 def flex(p: Problem) -> Run:
@@ -354,6 +371,8 @@ def flex(p: Problem) -> Run:
     x: Inputs = p.inputs
     if x.q.device.type == "cpu" and p.case.phase != "forward":
         raise Cannot("FlexAttention has no backward on a CPU")
+    if x.q.device.type == "cpu" and not (p.case.quick and p.case.heads == "16/8" and p.case.dtype == "float32"):
+        raise Senseless("compiled for one or two shapes of each regime")
     y = x.padded
     L, N = y.q.shape[2], y.k.shape[2]
     lengths = torch.tensor([len(r) for r in x.rows], device=y.q.device)
@@ -385,7 +404,7 @@ def gpu_library(name: str, attend):
             module = importlib.import_module(name)
         except ImportError:
             raise Cannot(f"{name} is not installed") from None
-        return Run(torch.no_grad()(lambda: attend(module, x)), lambda o: {"o": x.gated("o", o)})
+        return Run(torch.no_grad()(lambda: attend(module, x)), lambda o: {"o": o})
 
     return provider
 
@@ -413,6 +432,7 @@ PROVIDERS = {
     "sdpa, expanded": torch_peer(_expanded),
     "sdpa, one by one": per_sequence,
     "cat + sdpa": torch_peer(_cat_sdpa, _cat_leaves, _cat_take),
+    "cat into a buffer + sdpa": cat_into_buffer_sdpa,
     "eager": torch_peer(_eager),
     "flex": flex,
     "flashinfer": gpu_library("flashinfer", _flashinfer),

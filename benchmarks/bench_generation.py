@@ -1,12 +1,17 @@
-"""A generation by latent agents, greedy: prompts, latent steps, decoding; against the plain Hugging Face way.
+"""A generation by latent agents, greedy: prompts, latent steps, decoding; against the plain Hugging Face way on each cache.
+
+The "LatentMAS way" is the plain way with the whole model called for every token: all logits, hidden states of all layers.
 
 Its row counts only if both give the same tokens.
 """
 
+from functools import partial
+
 import torch
+from transformers import StaticCache
 
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
-from diffmas.benchmarks.systems import Stopwatch, end_to_end, make_system
+from diffmas.benchmarks.systems import Stopwatch, eager_attention, end_to_end, make_system
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -49,17 +54,29 @@ def _way(generate):
     return provider
 
 
-def _plain(system, questions):
+def _plain(system, questions, **options):
     from diffmas.evaluation.plain_hf import plain_generate
 
-    return plain_generate(system, questions, NEW_TOKENS)
+    return plain_generate(system, questions, NEW_TOKENS, **options)
+
+
+def _eager(system, questions):
+    with eager_attention(system):
+        return _plain(system, questions)
 
 
 def _ours(system, questions):
     return [samples[0] for samples in system.generate_tokens(questions, NEW_TOKENS, temperature=0)]
 
 
-PROVIDERS = {OURS: _way(_ours), "DynamicCache": _way(_plain)}
+PROVIDERS = {
+    OURS: _way(_ours),
+    "DynamicCache": _way(_plain),
+    "DynamicCache, eager": _way(_eager),
+    "StaticCache": _way(partial(_plain, cache=StaticCache)),
+    "LatentMAS way": _way(partial(_plain, every_logit=True)),
+}
+SLOW = {"DynamicCache, eager", "LatentMAS way"}
 
 
 def test_generation(bench, case):

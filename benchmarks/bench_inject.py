@@ -1,7 +1,8 @@
 """inject: norm, RoPE and the K/V write of new tokens in one op, against the same in Hugging Face's modules.
 
 Peers by what becomes of K and V: "eager" leaves them where they are (nothing is stored), "eager + cat" appends them to a
-DynamicCache by torch.cat, "eager + static" copies them into a StaticCache.
+DynamicCache by torch.cat, "eager + cat into a buffer" does so into memory that is kept, "eager + static" copies them into a
+StaticCache.
 """
 
 import torch
@@ -80,12 +81,12 @@ def diffmas(p: Problem) -> Run:
 
 
 def eager(store: str):
-    """store: none | cat | static."""
+    """store: none | cat | cat into a buffer | static."""
 
     def provider(p: Problem) -> Run:
         x, case = p.inputs, p.case
         train = case.phase == "backward"
-        if store != "none" and (not case.N or (train and store == "static")):
+        if store != "none" and (not case.N or (train and store != "cat")):
             raise Senseless
         norms = []
         for name in ("q_weight", "k_weight"):
@@ -95,15 +96,17 @@ def eager(store: str):
         q, k, v = (x[name][None].clone().requires_grad_(train) for name in ("q", "k", "v"))
         cos, sin = x["cos"][None], x["sin"][None]
         before = [torch.zeros(1, k.shape[2], case.N, case.D, dtype=k.dtype, device=k.device) for _ in range(2)]
-        static = [torch.zeros(1, k.shape[2], case.N + case.n, case.D, dtype=k.dtype, device=k.device) for _ in range(2)]
+        buffers = [torch.zeros(1, k.shape[2], case.N + case.n, case.D, dtype=k.dtype, device=k.device) for _ in range(2)]
 
         def forward():
             rotated = apply_rotary_pos_emb(norms[0](q).transpose(1, 2), norms[1](k).transpose(1, 2), cos, sin)
             new = (rotated[1], v.transpose(1, 2))
             if store == "cat":
                 new = [torch.cat((old, row), 2) for old, row in zip(before, new)]
+            elif store == "cat into a buffer":
+                new = [torch.cat((old, row), 2, out=buffer) for old, row, buffer in zip(before, new, buffers)]
             elif store == "static":
-                new = [buffer.index_copy_(2, x["slots"], row) for buffer, row in zip(static, new)]
+                new = [buffer.index_copy_(2, x["slots"], row) for buffer, row in zip(buffers, new)]
             return rotated[0], *new
 
         def outputs(result):
@@ -125,7 +128,8 @@ def eager(store: str):
     return provider
 
 
-PROVIDERS = {OURS: diffmas, "eager": eager("none"), "eager + cat": eager("cat"), "eager + static": eager("static")}
+STORES = ("cat", "cat into a buffer", "static")
+PROVIDERS = {OURS: diffmas, "eager": eager("none")} | {f"eager + {store}": eager(store) for store in STORES}
 
 
 def test_inject(bench, case):

@@ -1,5 +1,6 @@
-"""One latent step of a whole model's body over a long trace: diffmas, DynamicCache, StaticCache.
+"""One latent step of a whole model's body over a long trace: diffmas, DynamicCache, StaticCache, the LatentMAS way.
 
+The last is a DynamicCache and the whole model: its logits, hidden states of all layers, an attention mask of ones.
 The caches hold the same random rows, so that a long trace needs no long prefill.
 """
 
@@ -66,14 +67,24 @@ def diffmas(p: Problem) -> Run:
     return Run(call, lambda h: {"hidden": h[0]}, reset)
 
 
-def _peer(cache, rewind):
+def _body_alone(model, past, embeds):
+    return model.base_model(inputs_embeds=embeds, past_key_values=past).last_hidden_state
+
+
+def _whole_model(model, past, embeds):
+    mask = torch.ones(1, past.get_seq_length() + 1, dtype=torch.long, device=DEVICE)
+    options = dict(attention_mask=mask, past_key_values=past, use_cache=True, output_hidden_states=True)
+    return model(inputs_embeds=embeds, **options).hidden_states[-1][:, -1:]
+
+
+def _peer(cache, rewind, step=_body_alone):
     def provider(p: Problem) -> Run:
         model, rows, x = p.inputs
         past = cache(model, rows, p.case.N)
 
         @torch.no_grad()
         def call():
-            return model.base_model(inputs_embeds=x[None], past_key_values=past).last_hidden_state
+            return step(model, past, x[None])
 
         return Run(call, lambda h: {"hidden": h[0]}, lambda: rewind(past, p.case.N))
 
@@ -101,6 +112,7 @@ PROVIDERS = {
     OURS: diffmas,
     "DynamicCache": _peer(lambda model, rows, N: dynamic(rows), _rewind_dynamic),
     "StaticCache": _peer(static, _rewind_static),
+    "LatentMAS way": _peer(lambda model, rows, N: dynamic(rows), _rewind_dynamic, _whole_model),
 }
 
 

@@ -1,16 +1,17 @@
 """A training step of latent agents: forward through all of them, backward, optimizer; against the plain Hugging Face way.
 
-The peer is `diffmas.evaluation.plain_hf`: DynamicCache, torch.cat, autograd, correct masks. LoRA r = 8 on all linear layers.
-The learning rate is 0, so that every step does the same work on the same weights. Loss and gradients are compared with the
-plain way's.
+The peer is `diffmas.evaluation.plain_hf`: DynamicCache, torch.cat, autograd, correct masks. The "LatentMAS way" is the same
+with the whole model called for every agent: logits of all tokens, hidden states of all layers. LoRA r = 8 on all linear layers.
+The learning rate is 0, so that every step does the same work on the same weights. Loss and each parameter's gradient are
+compared with the plain way's.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run, Senseless
-from diffmas.benchmarks.systems import Stopwatch, end_to_end, make_system
+from diffmas.benchmarks.systems import Stopwatch, eager_attention, end_to_end, make_system
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -25,7 +26,7 @@ CASES = [
     *(_case(4096, T) for T in (0, 10, 40)),
     *(_case(1024, T) for T in (0, 40)),
     *(_case(2048, 16, agents=agents) for agents in (2, 4)),
-    *(_case(N, 16, batch=8) for N in (512, 2048)),
+    *(_case(N, 16, batch=8) for N in (512, 2048, 4096)),
     _case(2048, 10, model="0.6B", layers=2),
     _case(512, 4, model="8B", layers=1),
 ]
@@ -43,13 +44,14 @@ def problem(case: Case) -> Problem:
         loss.backward()
         return _outputs(system, loss.detach())
 
-    return Problem(case, (system, questions, answers), answer, tolerance=1e-4)
+    # Latent feedback amplifies rounding: two float32 ways of attention differ by up to 5e-5 in a parameter.
+    return Problem(case, (system, questions, answers), answer, tolerance=3e-4)
 
 
 def _outputs(system, loss) -> dict:
-    grads = torch.cat([p.grad.flatten() for p in system.parameters() if p.grad is not None])
+    grads = {name: p.grad for name, p in system.named_parameters() if p.grad is not None}
     system.zero_grad(set_to_none=True)
-    return {"loss": loss[None], "gradients": grads}
+    return {"loss": loss[None]} | grads
 
 
 def _way(loss_of):
@@ -75,33 +77,35 @@ def _way(loss_of):
     return provider
 
 
-def _plain(system, questions, answers):
+def _plain(*args, **options):
     from diffmas.evaluation.plain_hf import plain_loss
 
-    return plain_loss(system, questions, answers)
+    return plain_loss(*args, **options)
 
 
-def plain_eager(p: Problem) -> Run:
-    if p.case.N > 1024 or p.case.model != "small":
-        raise Senseless
-    config = p.inputs[0].model.config
+def _eager(system, *args):
+    with eager_attention(system):
+        return _plain(system, *args)
 
-    def loss(*args):
-        before, config._attn_implementation = config._attn_implementation, "eager"
-        try:
-            return _plain(*args)
-        finally:
-            config._attn_implementation = before
 
-    return _way(loss)(p)
+def where(fits, provider):
+    """For the cases that fit: elsewhere it takes minutes and teaches nothing more."""
+
+    def limited(p: Problem) -> Run:
+        if not fits(p.case):
+            raise Senseless
+        return provider(p)
+
+    return limited
 
 
 PROVIDERS = {
     OURS: _way(lambda system, questions, answers: system(questions, answers).loss),
     "DynamicCache": _way(_plain),
-    "DynamicCache, eager": plain_eager,
+    "DynamicCache, eager": where(lambda c: c.model == "small" and c.N * c.batch <= 1024, _way(_eager)),
+    "LatentMAS way": where(lambda c: c.N * c.batch <= 4096 and c.T not in (0, 40), _way(partial(_plain, every_logit=True))),
 }
-SLOW = {"DynamicCache, eager"}
+SLOW = {"DynamicCache, eager", "LatentMAS way"}
 
 
 def test_training(bench, case):

@@ -5,6 +5,7 @@ turns, so that a noisy machine disturbs both alike.
 """
 
 import contextlib
+import csv
 import importlib
 import json
 import statistics
@@ -15,7 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from diffmas.benchmarks.report import results
 from diffmas.benchmarks.run import HERE, modules, selected
@@ -41,7 +44,7 @@ def worktree(rev: str, console: Console) -> Iterator[Path]:
         try:
             if added.returncode:
                 raise ValueError(f"--compare: git worktree: {added.stderr.strip()[-300:]}")
-            with console.status(f"building {rev}"):
+            with console.status(Text(f"building {rev}")):
                 command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
                 built = subprocess.run(command, cwd=root, capture_output=True, text=True)
             info = root / "diffmas" / "build_info.json"
@@ -86,23 +89,36 @@ def _round(old: Worker, new: Worker, turn: int) -> tuple[float, float]:
     return seconds[old], seconds[new]
 
 
-def compare(rev: str, quick: bool, only: str, threads: int, max_rounds: int, console: Console) -> None:
-    """Prints the table. ValueError for what the user gave."""
+def _write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ("case", "rev", "rev_seconds", "seconds", "times_faster", "rev_why", "why"))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def compare(rev: str, quick: bool, only: str, threads: int, max_rounds: int, console: Console, out: Path | None = None) -> int:
+    """Prints the table, and writes it to out/compare.csv if asked for. -> 0, or 1 if a case failed in this tree or none was
+    compared. ValueError for what the user gave."""
     cases = []
     for path in modules():
         module = importlib.import_module(f"diffmas.benchmarks.{path.stem}")
         cases += [(path.stem, case) for case in selected(module, quick, only)]
     if not cases:
         raise ValueError(f"--only: expected a text that is in a module's name or a case's, got {only!r}")
-    table = Table("case", "shape", "phase", rev, "this tree", "times faster", title=f"diffmas: this tree against {rev}")
+    title = Text(f"diffmas: this tree against {rev}")
+    table = Table("case", "shape", "phase", escape(rev), "this tree", "times faster", title=title)
+    rows = []
     with worktree(rev, console) as root, Worker(root, threads) as old, Worker(HERE.parent, threads) as new:
         for name, case in cases:
-            with console.status(case.key):
+            with console.status(Text(case.key)):
                 answers = [w.ask(prepare=[name, case.key], seconds=0.4 if quick else 1.5) for w in (old, new)]
                 shown = results([case.columns() | {"provider": ""}])[0].shape
                 head = f"{case.op} {case.regime}", shown, case.phase
-                if any("why" in answer for answer in answers):
-                    table.add_row(*head, *(answer.get("why", "") for answer in answers), "")
+                whys = [answer.get("why", "") for answer in answers]
+                rows.append({"case": case.key, "rev": rev, "rev_why": whys[0], "why": whys[1]})
+                if any(whys):
+                    table.add_row(*head, *map(Text, whys), "")
                     continue
                 rounds = min(max_rounds, *(answer["rounds"] for answer in answers))
                 pairs = [_round(old, new, turn) for turn in range(rounds)]
@@ -110,5 +126,9 @@ def compare(rev: str, quick: bool, only: str, threads: int, max_rounds: int, con
             ratio = statistics.median(a / b for a, b in pairs)
             colour = "green" if ratio > 1.03 else "red" if ratio < 0.97 else "default"
             table.add_row(*head, f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", f"[{colour}]{ratio:.2f}x[/]")
-            console.print(f"{case.key}  {ratio:.2f}x", highlight=False)
+            rows[-1] |= {"rev_seconds": before, "seconds": after, "times_faster": ratio}
+            console.print(f"{case.key}  {ratio:.2f}x", markup=False, highlight=False)
     console.print(table)
+    if out:
+        _write(out / "compare.csv", rows)
+    return int(any(row["why"] for row in rows) or not any("seconds" in row for row in rows))

@@ -41,7 +41,7 @@ class Session:
         gc.freeze()  # what the imports made lives on; collecting it again before every case takes long
         target = config.getoption("out") / store.FILE
         self.store = store.Store(target, store.stamp(self.machine), keep=bool(config.getoption("only")))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=self.console, transient=True)
         self.progress.start()
         self.task = self.progress.add_task("machine")
@@ -49,8 +49,9 @@ class Session:
     def rounds(self, contest: Contest) -> int:
         quick, most = self.config.getoption("quick"), self.config.getoption("max_rounds")
         seconds, least = (0.4, 3) if quick else (1.0, 5)
-        if contest.problem.case.model:
-            least = 2 if quick else 3
+        one = contest.round_seconds()
+        if contest.problem.case.model or one > 2:
+            least = 2 if quick or one > 25 else 3
         return contest.rounds(seconds, min(least, most), most)
 
 

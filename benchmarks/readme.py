@@ -19,8 +19,8 @@ WORDS = {
 }
 
 
-def block(rows: list[dict], results_dir: str) -> str:
-    """What stands between the comments."""
+def block(rows: list[dict], results_dir: str, growth: bool) -> str:
+    """What stands between the comments. results_dir: as the README reaches it; growth: whether its growth.png is there."""
     first, done = rows[0], [r for r in report.results(rows) if r.whole and r.best]
     commits = " and ".join(dict.fromkeys(r["commit"] for r in rows))  # parts of the suite may have been measured again
     lines = [
@@ -50,7 +50,7 @@ def block(rows: list[dict], results_dir: str) -> str:
         mean = float(np.exp(np.mean(np.log(ratios))))
         span = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
         lines.append(f"| {op} | {regime} | {len(ratios)} | {mean:.2f}x{span} |")
-    if (Path(results_dir) / "growth.png").exists():
+    if growth:
         lines += ["", f"![growth of time and memory with N, T and the number of agents]({results_dir}/growth.png)"]
     return "\n".join(lines)
 
@@ -72,7 +72,7 @@ def update(results: Path, readme: Path) -> bool:
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
     place = Path(os.path.relpath(results.resolve(), readme.resolve().parent)).as_posix()
-    new = f"{head}{BEGIN}\n{block(rows, place)}\n{END}{tail}"
+    new = f"{head}{BEGIN}\n{block(rows, place, (results / 'growth.png').exists())}\n{END}{tail}"
     if new != text:
         readme.write_text(new, encoding="utf-8")
     return new != text

@@ -44,7 +44,7 @@ def run(out: Path, quick: bool, only: str, threads: int, max_rounds: int, consol
         names = ", ".join(path.stem.removeprefix("bench_") for path in modules())
         raise ValueError(f"--only: expected a text that is in a module's name ({names}) or a case's, got {only!r}")
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        console.print(f"not finished: earlier results stay; the rows of this run are in {out / store.FILE}.part")
+        console.print(f"not finished: earlier results stay; the rows of this run are in {out / store.FILE}.part", markup=False)
     elif (out / store.FILE).exists():
         write_report(out, console)
     return int(status)
@@ -53,4 +53,4 @@ def run(out: Path, quick: bool, only: str, threads: int, max_rounds: int, consol
 def write_report(out: Path, console: Console) -> None:
     target = report.write(out, console)
     for path in (out / store.FILE, target):
-        console.print(str(path), highlight=False, soft_wrap=True)
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)

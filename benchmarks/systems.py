@@ -1,6 +1,8 @@
 """Models and agents of the end-to-end modules: random weights in the shapes of real models, and the time of their parts."""
 
+import contextlib
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,7 +14,7 @@ from diffmas.benchmarks.machine import clock
 from diffmas.benchmarks.measure import Case
 from diffmas.patch import body_of, causal_lm_of
 
-__all__ = ["DEVICE", "NOTE", "Stopwatch", "end_to_end", "make_model", "make_system"]
+__all__ = ["DEVICE", "NOTE", "Stopwatch", "eager_attention", "end_to_end", "make_model", "make_system"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 4096
@@ -60,6 +62,16 @@ def make_system(case: Case, lora: bool) -> tuple[MultiAgentSystem, list[str], li
     lengths = [max(1, prompt * (b + 1) // case.batch) for b in range(case.batch)]
     questions = [" ".join(f"w{2 + (b + i) % 4000}" for i in range(n)) for b, n in enumerate(lengths)]
     return MultiAgentSystem(model, tokenizer, agents), questions, ["w5 " * 15] * case.batch
+
+
+@contextlib.contextmanager
+def eager_attention(system: MultiAgentSystem) -> Iterator[None]:
+    config = system.model.config
+    before, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 class Stopwatch:

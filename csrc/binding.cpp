@@ -91,6 +91,10 @@ struct Box {
         d(t.size(2)), element(r.dtype == cpu::DType::f32 ? 4 : 2) {
     if (inner_stride > outer_stride) std::swap(outer, inner), std::swap(outer_stride, inner_stride);
   }
+  // Of [rows, D] or [D].
+  Box(const Tensor& t, const cpu::Table& table)
+      : begin(static_cast<const char*>(table.data)), outer(t.dim() > 1 ? t.size(0) : 1), outer_stride(table.stride), inner(1),
+        inner_stride(0), d(t.size(t.dim() - 1)), element(table.dtype == cpu::DType::f32 ? 4 : 2) {}
 
   bool empty() const { return outer == 0 || inner == 0 || d == 0; }
   int64_t inner_extent() const { return (inner - 1) * inner_stride + d; }
@@ -106,7 +110,7 @@ bool overlap(const Box& a, const Box& b) {
   if (a.outer_stride != b.outer_stride || a.inner_stride != b.inner_stride || a.element != b.element || bytes % a.element) return true;
   const int64_t delta = bytes / a.element;
   const auto steps = [](int64_t distance, int64_t stride, int64_t count, const auto& visit) {
-    if (count <= 1) return visit(distance);
+    if (count <= 1 || stride == 0) return visit(distance);
     for (int64_t step = distance / stride - 1; step <= distance / stride + 1; ++step)
       if (std::abs(step) < count && visit(distance - step * stride)) return true;
     return false;
@@ -129,13 +133,16 @@ struct WrittenPools {
     check_apart(k_name, k, v_name, v);
   }
 
-  void check_apart_from(const char* name, const Tensor& t, const cpu::Rows& rows) const {
-    const Box box(t, rows);
-    check_apart(k_name, k, name, box);
-    check_apart(v_name, v, name, box);
+  void check_apart_from(const char* name, const Tensor& t, const cpu::Rows& rows) const { check_apart_from(name, Box(t, rows)); }
+  void check_apart_from(const char* name, const Optional& t, const cpu::Table& table) const {
+    if (t) check_apart_from(name, Box(*t, table));
   }
 
  private:
+  void check_apart_from(const char* name, const Box& box) const {
+    check_apart(k_name, k, name, box);
+    check_apart(v_name, v, name, box);
+  }
   static void check_single(const char* name, const Box& box) {
     STD_TORCH_CHECK(!box.overlaps_itself(), name, ": expected rows and heads that do not overlap, got strides ", box.outer_stride, ", ",
                     box.inner_stride);
@@ -269,15 +276,25 @@ cpu::InjectArgs inject_args(const Tensor& q, const Tensor& k, const Optional& co
   return a;
 }
 
+WrittenPools inject_pools(const cpu::InjectArgs& a, const Tensor& q, const Tensor& k, const Optional& cos, const Optional& sin,
+                          const Optional& q_weight, const Optional& k_weight, const Tensor& k_pool, const Tensor& v_pool,
+                          const char* k_pool_name, const char* v_pool_name) {
+  const WrittenPools pools(k_pool_name, k_pool, a.k_pool, v_pool_name, v_pool, a.v_pool);
+  pools.check_apart_from("q", q, a.q);
+  pools.check_apart_from("k", k, a.k);
+  pools.check_apart_from("cos", cos, a.cos);
+  pools.check_apart_from("sin", sin, a.sin);
+  pools.check_apart_from("q_weight", q_weight, a.q_weight);
+  pools.check_apart_from("k_weight", k_weight, a.k_weight);
+  return pools;
+}
+
 Tensor inject(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, Tensor slots, Optional q_weight, Optional k_weight, double eps,
               bool interleaved, Tensor k_pool, Tensor v_pool) {
   cpu::InjectArgs a = inject_args(q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, "k_pool", "v_pool");
   a.v = rows("v", v, a.n, a.kv_heads, a.head_dim);
   check_dtype("v", v, q.scalar_type());
-  const WrittenPools pools("k_pool", k_pool, a.k_pool, "v_pool", v_pool, a.v_pool);
-  pools.check_apart_from("q", q, a.q);
-  pools.check_apart_from("k", k, a.k);
-  pools.check_apart_from("v", v, a.v);
+  inject_pools(a, q, k, cos, sin, q_weight, k_weight, k_pool, v_pool, "k_pool", "v_pool").check_apart_from("v", v, a.v);
   Tensor out = empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type());
   a.q_out = rows("out", out);
   cpu::inject_forward(a, threads());
@@ -293,10 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_backward(Tensor dq_rot
   check_shape("dq_rot", dq_rot, {a.n, a.q_heads, a.head_dim});
   dq_rot = torch::stable::contiguous(dq_rot);  // autograd may hand over an expanded tensor
   a.dq_rot = rows("dq_rot", dq_rot);
-  const WrittenPools pools("dk_pool", dk_pool, a.k_pool, "dv_pool", dv_pool, a.v_pool);
-  pools.check_apart_from("dq_rot", dq_rot, a.dq_rot);
-  pools.check_apart_from("q", q, a.q);
-  pools.check_apart_from("k", k, a.k);
+  inject_pools(a, q, k, cos, sin, q_weight, k_weight, dk_pool, dv_pool, "dk_pool", "dv_pool").check_apart_from("dq_rot", dq_rot, a.dq_rot);
   Tensor dq = empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type());
   Tensor dk = empty(q, {a.n, a.kv_heads, a.head_dim}, q.scalar_type());
   Tensor dv = empty(q, {a.n, a.kv_heads, a.head_dim}, q.scalar_type());

@@ -231,7 +231,7 @@ def bench(
     if compare:
         from diffmas.benchmarks.compare import compare as measure
 
-        return measure(compare, quick, only, threads, max_rounds, console)
+        raise typer.Exit(measure(compare, quick, only, threads, max_rounds, console, out))
     target = out or suite.default_out(quick and not (report or readme))
     if readme:
         from diffmas.benchmarks.readme import update

@@ -1,19 +1,22 @@
 """The benchmark suite itself, never its speed: the gate, the measures, the rows, the page, the command."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib
+import io
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import rich.console
 import torch
 from typer.testing import CliRunner
 
-from diffmas.benchmarks import bench_attention, measure, report, run, store
-from diffmas.benchmarks.goals import Goal
+from diffmas.benchmarks import bench_attention, bench_generation, bench_training, compare, measure, report, run, store
+from diffmas.benchmarks.goals import GOALS, Goal
 from diffmas.benchmarks.machine import Machine, peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Run, Senseless
 from diffmas.cli import app
@@ -59,21 +62,56 @@ def test_a_provider_that_cannot_says_why_and_a_senseless_one_is_left_out():
     assert contest.notes == {"gpu": "needs a GPU"} and set(contest.runs) == {OURS}
 
 
-@pytest.mark.parametrize("case", [c for c in bench_attention.CASES if c.N == 1024 and c.batch == 4], ids=lambda c: c.phase)
-def test_the_gate_of_attention_sees_one_wrong_row(case):
-    def spoiled(p):
-        right = bench_attention.diffmas(p)
+def test_only_a_peer_may_leave_an_output_out_and_only_one_that_the_problem_names():
+    twice = lambda dtype: {"y": 2 * x.to(dtype), "sum": x.to(dtype).sum(0, keepdim=True)}
+    x = torch.linspace(1, 2, 100)
+    p = Problem(Case("double", "any", n=100), x, twice, peers_lack=("sum",))
+    some = lambda *names: lambda p: Run(lambda: twice(torch.float32), lambda out: {name: out[name] for name in names})
+    contest = Contest(p, {OURS: some("y"), "y": some("y"), "sum": some("sum"), "both": some("y", "sum")})
+    assert set(contest.runs) == {"y", "both"} and all("wrong result" in contest.notes[name] for name in (OURS, "sum"))
+
+
+def spoiled(provider, name: str, at, by: float = 1.01):
+    def wrong(p):
+        right = provider(p)
 
         def read(result):
             out = {name: x.clone() for name, x in right.read(result).items()}
-            next(iter(out.values()))[17] *= 1.01
+            out[name][at] *= by
             return out
 
         return Run(right.call, read)
 
-    small = dataclasses.replace(case, N=96, n=32, heads="4/2", D=64)
-    contest = Contest(bench_attention.problem(small), {OURS: bench_attention.diffmas, "spoiled": spoiled})
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "phase, name, at",
+    [("forward", "o", 17), ("forward", "lse", (17, 2)), ("full", "dk", (slice(None), 1)), ("backward", "dq", (0, 4))],
+)
+def test_the_gate_of_attention_sees_one_wrong_row_or_head(phase, name, at):
+    case = next(c for c in bench_attention.CASES if c.N == 1024 and c.batch == 4)
+    small = dataclasses.replace(case, N=96, n=32, heads="6/3", D=64, phase=phase)
+    providers = {OURS: bench_attention.diffmas, "spoiled": spoiled(bench_attention.diffmas, name, at)}
+    contest = Contest(bench_attention.problem(small), providers)
     assert set(contest.runs) == {OURS} and "wrong result" in contest.notes["spoiled"]
+
+
+def test_the_gate_of_training_sees_one_small_wrong_gradient():
+    case = dataclasses.replace(bench_training.CASES[0], N=40, T=2, layers=1)
+    p = bench_training.problem(case)
+    grads = {name: x.abs().max() for name, x in p.reference(torch.float64).items() if name != "loss"}
+    smallest = min(grads, key=grads.get)
+    assert grads[smallest] < max(grads.values()) / 5  # in a single vector of all of them nobody would see it
+    ways = bench_training.PROVIDERS
+    contest = Contest(p, ways | {"spoiled": spoiled(ways[OURS], smallest, ..., by=1.0005)})
+    assert set(contest.runs) == set(ways) and "wrong result" in contest.notes["spoiled"]
+
+
+def test_all_ways_of_a_generation_give_the_same_tokens():
+    case = dataclasses.replace(bench_generation.CASES[0], N=60, T=2, layers=1, batch=3)
+    contest = Contest(bench_generation.problem(case), bench_generation.PROVIDERS)
+    assert set(contest.runs) == set(bench_generation.PROVIDERS), contest.notes
 
 
 def test_peers_of_attention_agree_on_every_regime():
@@ -88,7 +126,7 @@ def test_peers_of_attention_agree_on_every_regime():
         assert not contest.notes and "sdpa" in contest.runs and "eager" in contest.runs, (case.key, contest.notes)
 
 
-@pytest.mark.parametrize("name", ["inject", "merge", "reposition"])
+@pytest.mark.parametrize("name", ["inject", "merge", "reposition", "latent_run", "latent_step"])
 def test_the_smallest_case_of_every_phase_runs_right(name):
     module = importlib.import_module(f"diffmas.benchmarks.bench_{name}")
     for phase in {case.phase for case in module.CASES}:
@@ -226,6 +264,34 @@ def test_a_goal_asks_for_time_and_memory():
     assert dataclasses.replace(goal, memory=9).met(result) and not dataclasses.replace(goal, memory=9, times=9).met(result)
 
 
+def test_a_goal_asks_for_a_part_of_the_roofline():
+    goal = Goal("cross_attention", "latent step", "forward", roofline=85)
+    result = lambda percent: report.results([row(OURS, 0.001, device="cpu", roofline_percent=percent)])[0]
+    assert goal.met(result(85)) and not goal.met(result(84)) and goal.measured(result(84)) == "84 %"
+    assert goal.fits(result(84)) and not goal.fits(result(None))
+
+
+def test_every_goal_has_its_case():
+    cases = []
+    for path in run.modules():
+        cases += importlib.import_module(f"diffmas.benchmarks.{path.stem}").CASES
+    for goal in GOALS:
+        rows = [[row(who, 0.001, device="cpu", roofline_percent=90, **c.columns()) for who in (OURS, goal.peer)] for c in cases]
+        assert any(goal.fits(result) for group in rows for result in report.results(group)), goal
+
+
+def test_another_way_of_ours_is_no_peer():
+    result = report.results([row(OURS, 0.001), row(f"{OURS}, pushing", 0.0005), row("sdpa", 0.002)])[0]
+    assert result.best == ("sdpa", pytest.approx(2)) and f"{OURS}, pushing" in result.peers
+
+
+def test_brackets_are_text_and_no_markup():
+    out = io.StringIO()
+    rows = [row(OURS, None, device="cpu", why="no [/such] thing"), row("sdpa[/x]", 0.002, device="cpu", N=7)]
+    rich.console.Console(file=out, width=200).print(report.table([*rows, row(OURS, 0.001, device="cpu", N=7)], "a [/machine]"))
+    assert all(text in out.getvalue() for text in ("no [/such] thing", "sdpa[/x]", "a [/machine]"))
+
+
 def test_the_page_needs_nothing_else(tmp_path):
     from rich.console import Console
 
@@ -249,6 +315,8 @@ def test_the_readme_block_is_rewritten_and_stays_as_it_is(tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| training step of 3 agents, 4 layers of small shape, N = 4096, T = 16 |" in text and "3.00x" in text
     assert update(tmp_path, readme) is False and readme.read_text() == text
+    (tmp_path / "growth.png").touch()  # beside the README, wherever the command runs
+    assert update(tmp_path, readme) is True and "(./growth.png)" in readme.read_text()
     readme.write_text("no comments")
     with pytest.raises(ValueError, match="once each"):
         update(tmp_path, readme)
@@ -301,6 +369,28 @@ def test_errors_of_the_command(tmp_path, monkeypatch):
         assert "expected a commit, branch or tag" in fails("--only", "merge", "--compare", "no-such-commit")
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     assert 'pip install "diffmas[test]"' in fails("--quick")
+
+
+@pytest.mark.parametrize("why, status", [(("", ""), 0), (("too old [/x]", ""), 1), (("", "broken [/y]"), 1)])
+def test_a_comparison_fails_if_this_tree_does_or_nothing_is_compared(why, status, tmp_path, monkeypatch):
+    class Worker:
+        def __init__(self, root, threads):
+            self.why = why[root == run.HERE.parent]
+
+        def ask(self, prepare=None, **_):
+            return {"why": self.why} if prepare and self.why else {"rounds": 2} if prepare else {"seconds": 0.5}
+
+        __enter__ = lambda self: self
+        __exit__ = lambda *_: None
+
+    monkeypatch.setattr(compare, "worktree", lambda rev, console: contextlib.nullcontext(tmp_path))
+    monkeypatch.setattr(compare, "Worker", Worker)
+    key = next(c for c in bench_attention.CASES if c.quick).key
+    result = CliRunner().invoke(app, ["bench", "--only", key, "--compare", "rev[/z]", "--out", str(tmp_path)])
+    assert result.exit_code == status, result.output
+    with open(tmp_path / "compare.csv") as file:
+        (written,) = csv.DictReader(file)
+    assert (written["rev_why"], written["why"]) == why and written["times_faster"] == ("" if status else "1.0")
 
 
 def test_a_case_that_nothing_matches_is_an_error_that_names_the_modules(tmp_path):

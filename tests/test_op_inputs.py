@@ -1,5 +1,9 @@
 """What the ops refuse: bad input raises before any memory is touched, and the message names the argument."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from op_cases import ROWS, VIEWS, attention_inputs, inject_inputs
@@ -180,13 +184,46 @@ def refused(call, error, op, name, spoil):
         assert old is None or (old.device.type == "meta" or torch.equal(old, new))
 
 
+def _entries(op):
+    """What runs an op on its arguments and the error that it refuses bad ones with: the checked entry point, the binding."""
+    if hasattr(ops, op):
+        yield lambda args: getattr(ops, op)(**args), ValueError
+    if "cpu" in BACKENDS:
+        yield lambda args: getattr(torch.ops.diffmas_cpu, op)(*args.values()), RuntimeError
+
+
 @pytest.mark.parametrize("op, name, spoil", BAD, ids=[f"{i}-{op}-{name}" for i, (op, name, _) in enumerate(BAD)])
 def test_bad_input(op, name, spoil):
     """Both the checked entry points and the kernels' own binding name the argument, and write nothing."""
-    if hasattr(ops, op):
-        refused(lambda args: getattr(ops, op)(**args), ValueError, op, name, spoil)
-    if "cpu" in BACKENDS:
-        refused(lambda args: getattr(torch.ops.diffmas_cpu, op)(*args.values()), RuntimeError, op, name, spoil)
+    for call, error in _entries(op):
+        refused(call, error, op, name, spoil)
+
+
+@pytest.mark.parametrize("name", ["cos", "sin", "q_weight", "k_weight"])
+@pytest.mark.parametrize(
+    "op, pool", [(op, d + pool) for op, d in (("inject", ""), ("inject_backward", "d")) for pool in ("k_pool", "v_pool")]
+)
+def test_refuses_tables_and_weights_inside_the_written_pools(op, pool, name):
+    inside, beside = (slice(4, 9), slice(20, 25)) if name in ("cos", "sin") else (7, 20)
+    for call, error in _entries(op):
+        memory = torch.randn(25, 2, 64)
+        args = good_arguments(op) | {pool: memory[:20]}
+        with pytest.raises(error, match=rf"{pool}: expected memory of its own, got a tensor that overlaps {name}\b"):
+            call(args | {name: memory[inside, 1]})
+        call(args | {name: memory[beside, 1]})
+
+
+@pytest.mark.parametrize("name", ["q", "cos"])
+def test_refuses_one_expanded_row_as_pool_and_input(name):
+    for call, error in _entries("inject"):
+        row = torch.ones(64)
+        one = {n: row.clone().expand(5, 1, 64) for n in ("q", "k", "v")} | {
+            n: row.clone().expand(5, 1, 64)[:1] for n in ("k_pool", "v_pool")
+        }
+        args = good_arguments("inject") | one | dict(slots=ints([0, -1, -1, -1, -1]), cos=row.clone().expand(5, 64))
+        call(args)
+        with pytest.raises(error, match=rf"k_pool: expected memory of its own, got a tensor that overlaps {name}\b"):
+            call(args | {name: one["k_pool"][0].expand(5, *args[name].shape[1:])})
 
 
 @pytest.mark.parametrize("op", ORDER)
@@ -254,7 +291,16 @@ def test_float64_is_for_the_reference():
             raw.cross_attention(*inputs.args(), backend)
 
 
-def test_environment_variable_picks_the_backend(monkeypatch):
-    monkeypatch.setenv("DIFFMAS_BACKEND", "none-such")
-    with pytest.raises(ValueError, match="expected 'auto' or one of"):
-        raw.cross_attention(*attention_inputs(VIEWS["ragged"]).args())
+@pytest.mark.parametrize("name", ["reference", "none-such"])
+def test_environment_variable_picks_the_backend(name):
+    """Read when diffmas is imported; a wrong one is refused by the first op that needs it."""
+    code = (
+        "import torch; from diffmas import ops, reference; device = torch.device('cpu')\n"
+        "found = ops.implementation('merge_states', device, torch.float32, 'auto')\n"
+        "assert found is reference.merge_states"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"DIFFMAS_BACKEND": name}, capture_output=True, text=True
+    )
+    assert run.returncode == (name == "none-such"), run.stderr
+    assert name == "reference" or "ValueError: backend: expected 'auto' or one of" in run.stderr

@@ -165,8 +165,7 @@ void many_rows_unit(const QueryBlock& q, const BackwardUnit& unit, float* dq, fl
   float* lse = take(scratch, kBlockRows);
   float* delta = take(scratch, kBlockRows);
 
-  q.load_rows(plain, args.q);
-  for (int64_t i = 0; i < q.rows() * d; ++i) plain[i] *= args.scale;
+  q.load_rows(plain, args.q, args.scale);
   q.load_rows(d_o, args.d_o);
   q.pack(d_o_packed, d_o);
   q.load_rows(spare, args.o);

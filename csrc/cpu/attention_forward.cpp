@@ -82,8 +82,7 @@ void few_rows_task(const QueryBlock& q, const ForwardTask& task, float* scratch)
   for (int64_t i = 0; i < q.rows() * d; ++i) state.o[i] = 0;
   for (int64_t i = 0; i < q.rows(); ++i) state.max[i] = -kInf, state.sum[i] = 0;
 
-  q.load_rows(plain, args.q);
-  for (int64_t i = 0; i < q.rows() * d; ++i) plain[i] *= args.scale;
+  q.load_rows(plain, args.q, args.scale);
   for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
     const Tile& tile = args.tiles[t];
     if (tile.rotation >= 0 && (t == task.tile_begin || tile.rotation != args.tiles[t - 1].rotation)) q.rotate(turned, plain, tile.rotation, false);
@@ -136,8 +135,7 @@ void many_rows_task(const QueryBlock& q, const ForwardTask& task, float* scratch
   for (int64_t i = 0; i < q.panels() * kPanel * d; ++i) state.o[i] = 0;
   for (int64_t i = 0; i < q.panels() * kPanel; ++i) state.max[i] = -kInf, state.sum[i] = 0;
 
-  q.load_rows(plain, args.q);
-  for (int64_t i = 0; i < q.rows() * d; ++i) plain[i] *= args.scale;
+  q.load_rows(plain, args.q, args.scale);
   int32_t rotation = -2;  // of `packed`
   for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
     const Tile& tile = args.tiles[t];

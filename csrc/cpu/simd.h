@@ -166,21 +166,21 @@ DIFFMAS_INLINE void store_halves(uint16_t* dst, const float* src) {
 #endif
 }
 
-// dst[0:d] = float(src[0:d])
-static void load_row(float* dst, const void* src, DType dtype, int64_t d) {
+// dst[0:d] = factor * float(src[0:d])
+static void load_row(float* dst, const void* src, DType dtype, int64_t d, float factor = 1) {
   int64_t i = 0;
   if (dtype == DType::f32) {
     const float* s = static_cast<const float*>(src);
-    for (; i + W <= d; i += W) store(dst + i, load(s + i));
-    for (; i < d; ++i) dst[i] = s[i];
+    for (; i + W <= d; i += W) store(dst + i, load(s + i) * factor);
+    for (; i < d; ++i) dst[i] = s[i] * factor;
   } else if (dtype == DType::bf16) {
     const uint16_t* s = static_cast<const uint16_t*>(src);
-    for (; i + W <= d; i += W) store(dst + i, load_bfloats(s + i));
-    for (; i < d; ++i) dst[i] = bfloat_to_float(s[i]);
+    for (; i + W <= d; i += W) store(dst + i, load_bfloats(s + i) * factor);
+    for (; i < d; ++i) dst[i] = bfloat_to_float(s[i]) * factor;
   } else {
     const uint16_t* s = static_cast<const uint16_t*>(src);
-    for (; i + W <= d; i += W) store(dst + i, load_halves(s + i));
-    for (; i < d; ++i) dst[i] = half_to_float(s[i]);
+    for (; i + W <= d; i += W) store(dst + i, load_halves(s + i) * factor);
+    for (; i < d; ++i) dst[i] = half_to_float(s[i]) * factor;
   }
 }
 

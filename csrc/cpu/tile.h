@@ -17,24 +17,27 @@ DIFFMAS_INLINE float* take(float*& scratch, int64_t size) {
   return p;
 }
 
-// dst[c, r] = src[r, c] for cols a multiple of 4.
-static void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t cols) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4, src += 4 * lds)
-    for (int64_t c = 0; c < cols; c += 4) {
-      f4 x[4], y[4];
-      for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const f4_any*>(src + i * lds + c);
-      for (int i = 0; i < 4; i += 2) {
-        y[i] = DIFFMAS_SHUFFLE4(x[i], x[i + 1], 0, 4, 1, 5);
-        y[i + 1] = DIFFMAS_SHUFFLE4(x[i], x[i + 1], 2, 6, 3, 7);
-      }
-      for (int i = 0; i < 2; ++i) {
-        *reinterpret_cast<f4_any*>(dst + (c + 2 * i) * ldd + r) = DIFFMAS_SHUFFLE4(y[i], y[i + 2], 0, 1, 4, 5);
-        *reinterpret_cast<f4_any*>(dst + (c + 2 * i + 1) * ldd + r) = DIFFMAS_SHUFFLE4(y[i], y[i + 2], 2, 3, 6, 7);
-      }
+// dst[c, r] = src[r, c] for up to 4 rows, zeros in place of missing ones; cols a multiple of 4.
+DIFFMAS_INLINE void transpose_four(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t cols) {
+  for (int64_t c = 0; c < cols; c += 4) {
+    f4 x[4], y[4];
+    for (int i = 0; i < 4; ++i) x[i] = i < rows ? *reinterpret_cast<const f4_any*>(src + i * lds + c) : f4{};
+    for (int i = 0; i < 4; i += 2) {
+      y[i] = DIFFMAS_SHUFFLE4(x[i], x[i + 1], 0, 4, 1, 5);
+      y[i + 1] = DIFFMAS_SHUFFLE4(x[i], x[i + 1], 2, 6, 3, 7);
     }
-  for (; r < rows; ++r, src += lds)
-    for (int64_t c = 0; c < cols; ++c) dst[c * ldd + r] = src[c];
+    for (int i = 0; i < 2; ++i) {
+      *reinterpret_cast<f4_any*>(dst + (c + 2 * i) * ldd) = DIFFMAS_SHUFFLE4(y[i], y[i + 2], 0, 1, 4, 5);
+      *reinterpret_cast<f4_any*>(dst + (c + 2 * i + 1) * ldd) = DIFFMAS_SHUFFLE4(y[i], y[i + 2], 2, 3, 6, 7);
+    }
+  }
+}
+
+// dst[c, r] = src[r, c], rows rounded up to W with zeros; cols a multiple of 4.
+static void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t cols) {
+  const int64_t whole = rows / 4 * 4;
+  for (int64_t r = 0; r < whole; r += 4) transpose_four(dst + r, ldd, src + r * lds, lds, 4, cols);
+  for (int64_t r = whole; r < round_up(rows, W); r += 4) transpose_four(dst + r, ldd, src + r * lds, lds, rows - r, cols);
 }
 
 struct QueryBlock {
@@ -57,9 +60,9 @@ struct QueryBlock {
   // Tokens of the tile that some row sees. A tile with none is in no task.
   int64_t visible(const Tile& tile) const { return visible(tile, rows() - 1); }
 
-  void load_rows(float* dst, const Rows& src) const {  // -> [rows, d]
+  void load_rows(float* dst, const Rows& src, float factor = 1) const {  // -> [rows, d]
     for (int64_t r = 0; r < rows(); ++r, dst += d) {
-      load_row(dst, row_of(src, token(r), query_head(r)), src.dtype, args.head_dim);
+      load_row(dst, row_of(src, token(r), query_head(r)), src.dtype, args.head_dim, factor);
       for (int64_t c = args.head_dim; c < d; ++c) dst[c] = 0;
     }
   }
@@ -88,11 +91,7 @@ struct QueryBlock {
 
   // dst [panels, d, kPanel] = src [rows, d] transposed; idle lanes of the last vector are zero.
   void pack(float* dst, const float* src) const {
-    for (int64_t p = 0; p < panels(); ++p, dst += d * kPanel, src += kPanel * d) {
-      if (panel_rows(p) % W)
-        for (int64_t c = 0; c < d; ++c) store(dst + c * kPanel + (panel_vectors(p) - 1) * W, vf{});
-      transpose(dst, kPanel, src, d, panel_rows(p), d);
-    }
+    for (int64_t p = 0; p < panels(); ++p, dst += d * kPanel, src += kPanel * d) transpose(dst, kPanel, src, d, panel_rows(p), d);
   }
 
   // dst [rows rounded up to 4, d] = src [panels, d, kPanel] transposed back.

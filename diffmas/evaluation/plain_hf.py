@@ -23,12 +23,19 @@ def _left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, to
 
 
 class _Plain:
-    """A batch of episodes on a DynamicCache: which cached columns each sequence sees, and its next position."""
+    """A batch of episodes on one cache: which cached columns each sequence sees, and its next position.
 
-    def __init__(self, system, questions):
+    cache: (config, columns it must hold) -> an empty one; None: a DynamicCache. every_logit: as LatentMAS calls the model,
+    with the logits of all tokens and the hidden states of all layers; else the body alone, and the logits that are used.
+    """
+
+    def __init__(self, system, questions, new_tokens: int = 0, cache=None, every_logit: bool = False):
         self.system, self.questions = system, system.fields_of(questions)
+        self.prompts = [[system.prompt_ids(agent, q) for q in self.questions] for agent in system.agents]
         self.model = causal_lm_of(system.model)
-        self.cache = DynamicCache()
+        columns = sum(max(map(len, turn)) for turn in self.prompts) + sum(a.latent_steps for a in system.agents[:-1])
+        self.cache = cache(self.model.config, columns + new_tokens) if cache else DynamicCache()
+        self.every_logit = every_logit
         self.past = torch.zeros(len(self.questions), 0, dtype=torch.long, device=system.device)
         self.at = torch.zeros(len(self.questions), 1, dtype=torch.long, device=system.device)
 
@@ -39,34 +46,43 @@ class _Plain:
         options = dict(position_ids=positions, past_key_values=self.cache, use_cache=True)
         return module(**inputs, attention_mask=self.past, **options)
 
+    def hidden(self, mask, **inputs):
+        """The last hidden state of the newest token, [B, 1, d]."""
+        if self.every_logit:
+            return self.forward(self.model, mask, output_hidden_states=True, **inputs).hidden_states[-1][:, -1:]
+        return self.forward(self.model.base_model, mask, **inputs).last_hidden_state[:, -1:]
+
+    def logits(self, mask, ids, newest: int):
+        keep = {} if self.every_logit else {"logits_to_keep": newest}
+        return self.forward(self.model, mask, input_ids=ids, **keep).logits[:, -newest:]
+
     def communicate(self) -> None:
         """All agents but the last take their turns."""
-        body = self.model.base_model
-        for agent in self.system.agents[:-1]:
+        for agent, prompts in zip(self.system.agents[:-1], self.prompts):
             handed = self.past.shape[1]
-            ids, mask = _left_pad([self.system.prompt_ids(agent, q) for q in self.questions], 0, self.system.device)
-            h = self.forward(body, mask, input_ids=ids).last_hidden_state[:, -1:]
+            ids, mask = _left_pad(prompts, 0, self.system.device)
+            h = self.hidden(mask, input_ids=ids)
             prompt_end = self.past.shape[1]
             for _ in range(agent.latent_steps):
                 embeds = self.system.realign(h[:, 0])[:, None]
-                h = self.forward(body, torch.ones_like(self.at), inputs_embeds=embeds).last_hidden_state
+                h = self.hidden(torch.ones_like(self.at), inputs_embeds=embeds)
             if self.system.trace_content == "latent_only":
                 self.past = self.past.clone()
                 self.past[:, handed:prompt_end] = 0
 
 
-def plain_loss(system, questions, answers) -> torch.Tensor:
+def plain_loss(system, questions, answers, every_logit: bool = False) -> torch.Tensor:
     """The loss of `MultiAgentSystem.forward` for trace_content all or latent_only, without a trace; a scalar.
 
     Positions are those of the unpadded sequences. Rows that latent_only drops stay in the cache and are masked out.
     """
-    plain = _Plain(system, questions)
+    plain = _Plain(system, questions, every_logit=every_logit)
     plain.communicate()
     targets = [system.answer_ids(a) for a in answers]
-    rows = [system.prompt_ids(system.agents[-1], q) + t for q, t in zip(plain.questions, targets)]
+    rows = [prompt + t for prompt, t in zip(plain.prompts[-1], targets)]
     ids, mask = _left_pad(rows, 0, system.device)
     longest = max(map(len, targets))
-    logits = plain.forward(plain.model, mask, input_ids=ids, logits_to_keep=longest + 1).logits[:, :-1]
+    logits = plain.logits(mask, ids, longest + 1)[:, :-1]
     labels = torch.full((len(rows), longest), -100, device=system.device)
     for b, t in enumerate(targets):
         labels[b, longest - len(t) :] = torch.tensor(t, device=system.device)
@@ -75,18 +91,17 @@ def plain_loss(system, questions, answers) -> torch.Tensor:
 
 
 @torch.no_grad()
-def plain_generate(system, questions, max_new_tokens: int) -> list[list[int]]:
+def plain_generate(system, questions, max_new_tokens: int, cache=None, every_logit: bool = False) -> list[list[int]]:
     """The greedy tokens of `MultiAgentSystem.generate_tokens`, end-of-sequence token included, [question][token]."""
-    plain = _Plain(system, questions)
+    plain = _Plain(system, questions, max_new_tokens, cache, every_logit)
     ends = end_tokens(plain.model, system.tokenizer)
     with evaluating(system):
         plain.communicate()
-        prompts = [system.prompt_ids(system.agents[-1], q) for q in plain.questions]
-        ids, mask = _left_pad(prompts, 0, system.device)
-        tokens: list[list[int]] = [[] for _ in prompts]
+        ids, mask = _left_pad(plain.prompts[-1], 0, system.device)
+        tokens: list[list[int]] = [[] for _ in plain.prompts[-1]]
         going = [True] * len(tokens)
         while True:
-            logits = plain.forward(plain.model, mask, input_ids=ids, logits_to_keep=1).logits[:, -1]
+            logits = plain.logits(mask, ids, 1)[:, -1]
             for b, token in enumerate(logits.argmax(-1).tolist()):
                 if going[b]:
                     tokens[b].append(token)

@@ -1,0 +1,88 @@
+"""The backward of a run of latent steps in one layer: dK and dV of the older rows by one flush, or pushed by every step.
+
+The steps are undone one after the other, the last first: a step's dO is known only when all later ones have been undone.
+N counts the rows of the steps themselves.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from diffmas import ops
+from diffmas.benchmarks import bench_attention
+from diffmas.benchmarks.bench_attention import Inputs
+from diffmas.benchmarks.measure import OURS, Case, Problem, Run
+from diffmas.benchmarks.ours import run_op
+
+__all__ = ["CASES", "PROVIDERS", "problem"]
+
+CASES = [
+    Case("latent_run", "latent run", "backward", N=N, n=T, T=T, heads="16/8", D=128, quick=(N, T) == (2048, 16))
+    for N, T in ((2048, 16), (8192, 16), (8192, 40))
+]
+
+
+def problem(case: Case) -> Problem:
+    """The same gradients as those of T queries at once."""
+    return replace(bench_attention.problem(replace(case, op="cross_attention")), case=case)
+
+
+def diffmas(deferred: bool):
+    def provider(p: Problem) -> Run:
+        x: Inputs = p.inputs
+        T, older = len(x.q), len(x.k) - len(x.q)
+        index = lambda *xs: torch.tensor(xs, device=x.q.device)
+        o, lse = ops.cross_attention(x.q, x.k, x.v, *x.view, scale=x.scale)
+        dk, dv = (torch.zeros_like(t) for t in (x.k, x.v))
+        # (index, view, tokens that learn at once) of each step
+        steps = [
+            (slice(t, t + 1), (index(0, 1), index(0, 1), index(0), index(older + t + 1)), index(t + 1) if deferred else None)
+            for t in reversed(range(T))
+        ]
+        before = index(0, T), index(0, 1), index(0), index(older)
+
+        def backward(at, view, causal, *rest):
+            given = x.do[at], None, x.q[at], o[at], lse[at], x.k, x.v
+            return run_op("cross_attention_backward", x.q, *given, *view, None, None, x.scale, causal, False, dk, dv, *rest)
+
+        def call():
+            dq = [backward(at, view, True, newest) for at, view, newest in steps]
+            if deferred:
+                backward(slice(None), before, False, None, False)
+            return dq
+
+        return Run(call, lambda dq: {"dq": torch.cat(dq[::-1]), "dk": dk, "dv": dv})
+
+    return provider
+
+
+def sdpa(p: Problem) -> Run:
+    """Under autograd, K and V as long as they were at each step."""
+    x: Inputs = p.inputs
+    older, grouped = len(x.k) - len(x.q), x.q.shape[1] != x.k.shape[1]
+    dk, dv = (torch.zeros_like(t) for t in (x.k, x.v))
+    leaves, outs = [], []
+    for t in range(len(x.q)):
+        seen = slice(0, older + t + 1)
+        leaves.append([part.transpose(0, 1)[None].detach().requires_grad_() for part in (x.q[t : t + 1], x.k[seen], x.v[seen])])
+        outs.append(F.scaled_dot_product_attention(*leaves[-1], scale=x.scale, enable_gqa=grouped))
+
+    def call():
+        dqs = []
+        for t in reversed(range(len(outs))):
+            do = x.do[t : t + 1].transpose(0, 1)[None]
+            dq, *grads = torch.autograd.grad(outs[t], leaves[t], do, retain_graph=True)
+            for total, grad in zip((dk, dv), grads):
+                total[: older + t + 1].add_(grad[0].transpose(0, 1))
+            dqs.append(dq[0].transpose(0, 1))
+        return dqs
+
+    return Run(call, lambda dq: {"dq": torch.cat(dq[::-1]), "dk": dk, "dv": dv})
+
+
+PROVIDERS = {OURS: diffmas(deferred=True), f"{OURS}, pushing": diffmas(deferred=False), "sdpa": sdpa}
+
+
+def test_latent_run(bench, case):
+    bench(case, problem, PROVIDERS)

@@ -54,7 +54,7 @@ WIDE = [(64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)]
 
 def candidates(kernel: str, rows: int, head_dim: int, wide: bool) -> list[tuple[int, int, int, int]]:
     if kernel != "dkv" and rows == 16:  # bound by memory: many bytes in flight
-        return [(16, *rest) for rest in ((128, 4, 3), (64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2), (16, 4, 1))]
+        return [(16, *rest) for rest in ((128, 4, 3), (64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 8, 2), (16, 8, 1))]
     if kernel == "fwd" and rows == 64:
         return [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), *LAST]
     return [*(WIDE if wide else LONG[kernel, head_dim]), *LAST]
@@ -121,8 +121,8 @@ def main() -> None:
     here = blocks.architecture(torch.device("cuda", 0)) if torch.cuda.is_available() else None
     keys = [
         (kernel, rows, head_dim, wide, shifted, arch)
-        for kernel in args.kernel for rows in ROWS[kernel] for wide in (False, True) for head_dim in HEAD_DIMS
-        for shifted in (False, True) for arch in args.arch
+        for wide in (False, True) for shifted in (False, True) for kernel in args.kernel for rows in ROWS[kernel]
+        for head_dim in HEAD_DIMS for arch in args.arch
     ]  # fmt: skip
     table, old = dict(before), [before.get(key) for key in keys]
     if here in args.arch:

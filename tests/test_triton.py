@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import assert_close, gradients
 from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
 from op_runs import attention_all, exact_in_half, inject_all, merge_all, raw, reposition_all, within_budget
+from systems import ANSWERS, QUESTIONS, system
 
-from diffmas import ops, pool, reference
+from diffmas import Agent, ops, plan, pool, reference
+from diffmas.patch import patch_of
 
 pytestmark = pytest.mark.skipif(ops.available()["triton"] is not None, reason=str(ops.available()["triton"]))
 
@@ -273,3 +276,27 @@ def test_attention_gradcheck():
     shapes = (3, 2, 4), (3, 1, 4), (3, 1, 4), (4,), (4,)
     args = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
     assert torch.autograd.gradcheck(attend, args)
+
+
+# ---- a whole system --------------------------------------------------------------------------------------------------
+
+
+def test_a_training_step_and_a_generation(monkeypatch):
+    """Through every kernel: prompts, latent steps and their deferred gradient, decoding of several samples on shared rows."""
+    dtype = torch.float64 if DEVICE == "cpu" else torch.float32
+    agents = [Agent("a", "w5 {question}", 2), Agent("b", "w7 {question}", 1), Agent("c", "w9 {question}")]
+    s = system(agents=agents, dtype=dtype, realign="none").to(DEVICE)
+    monkeypatch.setattr(plan, "SAVED_ROWS", 1)
+    results = []
+    for backend in ("reference", "triton"):
+        patch_of(s.model).backend = backend
+        s.zero_grad()
+        loss = s(QUESTIONS[:2], ANSWERS[:2]).loss
+        loss.backward()
+        tokens = s.generate_tokens(QUESTIONS[:2], max_new_tokens=2, temperature=0, samples=2)
+        results.append((loss.detach(), gradients(s), tokens))
+    (want_loss, want, want_tokens), (loss, got, tokens) = results
+    tolerance = 1e-9 if DEVICE == "cpu" else 1e-3
+    assert_close(loss, want_loss, tolerance)
+    assert_close(got, want, tolerance)
+    assert tokens == want_tokens

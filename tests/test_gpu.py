@@ -1,0 +1,94 @@
+"""What only a GPU can show: no waiting for the device, no compilation for new lengths, CUDA graphs. Needs one."""
+
+import pytest
+import torch
+from models import assert_close, tiny, tokens
+from systems import QUESTIONS, system
+
+import diffmas
+from diffmas import Agent, latent, ops
+from diffmas.patch import body_of, patch_of, run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+def compiled() -> int:
+    """Binaries that Triton has made of the kernels so far."""
+    from diffmas.kernels import cross_attention, inject, merge_states, reposition
+
+    modules = (cross_attention, inject, merge_states, reposition)
+    kernels = [x for m in modules for name, x in vars(m).items() if "_kernel" in name]
+    return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+
+def gpu_model(dtype=torch.float32):
+    return tiny("qwen3", dtype).cuda()
+
+
+def test_auto_takes_triton():
+    q = torch.zeros(1, 2, 64, device="cuda")
+    assert ops.implementation("cross_attention", q, "auto").__module__.startswith("diffmas.kernels")
+
+
+def test_steps_do_not_wait_for_the_device():
+    """A latent step, a decoded token and a step with gradients; everything is on the device or goes there unasked."""
+    model = gpu_model()
+    body = body_of(patch_of(model).causal_lm)
+    trace = diffmas.Trace(model, batch_size=2, capacity=256)
+    ids = [x.cuda() for x in tokens(5, 3)]
+    run(body, trace.plan([5, 3], "prompt"), input_ids=torch.cat(ids)[None])
+    h = torch.randn(1, 2, model.config.hidden_size, device="cuda")
+    one = torch.full((1, 2), 7, device="cuda")
+
+    def steps():
+        with torch.no_grad():
+            run(body, trace.plan([1, 1], "latent"), inputs_embeds=h)
+            run(patch_of(model).causal_lm, trace.plan([1, 1], "text"), input_ids=one)
+        run(body, trace.plan([1, 1], "latent"), inputs_embeds=h)
+
+    steps()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_new_lengths_compile_nothing():
+    s = system(dtype=torch.float32).cuda()
+    s(QUESTIONS[:2], ["w20 w21", "w22"]).loss.backward()
+    s.generate_tokens(QUESTIONS[:2], max_new_tokens=3, temperature=0)
+    before = compiled()
+    for n in (1, 2, 5, 9):
+        questions = [" ".join(["w10"] * n), " ".join(["w11"] * (n + 3))]
+        s(questions, ["w20", "w21 w22 w23"]).loss.backward()
+        s.generate_tokens(questions, max_new_tokens=n, temperature=0)
+    assert compiled() == before
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_latent_steps_as_a_graph(batch, monkeypatch):
+    s = system(agents=[Agent("a", "w5 {question}", 12), Agent("b", "w9 {question}")], dtype=torch.float32).cuda()
+    captured = []
+    capture = latent.Repeat.capture
+    monkeypatch.setattr(latent.Repeat, "capture", lambda self: captured.append(capture(self)) or captured[-1])
+    with torch.no_grad():
+        got = s(QUESTIONS[:batch])
+        assert captured == [True]
+        monkeypatch.setattr(latent, "_graphs", lambda *_: False)
+        want = s(QUESTIONS[:batch])
+    assert_close(got.logits, want.logits, 1e-5)
+    assert got.trace.segments == want.trace.segments
+
+
+def test_a_second_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    model = gpu_model().to("cuda:1")
+    trace = diffmas.Trace(model)
+    ids = tokens(5)[0][None].to("cuda:1")
+    with torch.no_grad():
+        got = run(patch_of(model).causal_lm, trace.plan([5], "prompt"), input_ids=ids).logits
+        want = tiny("qwen3", torch.float32, patch=False).to("cuda:1")(ids).logits
+    assert_close(got, want, 1e-4)

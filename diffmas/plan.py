@@ -235,7 +235,7 @@ class Plan:
     def upload(self, device: torch.device) -> None:
         """Brings everything that layers read to a device."""
         self.position_ids(device)
-        for index in (self._index, self._shared):
+        for index in (self._index, self._shared, self._older):
             if index is not None:
                 index.on(device)
 

@@ -96,6 +96,9 @@ inline __half __float2half_rn(float x) {
   const uint32_t units = uint32_t(std::nearbyint(std::ldexp(a, 10 - exponent)));  // a carry into the exponent is as it should be
   return {uint16_t(sign | (uint32_t(exponent + 14) * 1024 + units))};
 }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
+inline unsigned short __half_as_ushort(__half x) { return x.bits; }
+inline __half __ushort_as_half(unsigned short x) { return {x}; }
 
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
@@ -115,6 +118,7 @@ namespace diffmas::host {
 struct Options {
   uint64_t seed = 0;
   size_t max_shared = 232448;  // bytes of a block on sm_90
+  int processors = 1;          // what processors() says; few, so that blocks that loop do
 };
 inline Options options;
 

@@ -30,7 +30,7 @@ __global__ void turn_kernel(const Args args) {
   if (args.mistake == 5 && i == 40) y += __shfl_sync(1u << 8, y, 9);  // of a lane that is not in the mask
   if (args.mistake == 6 && i == 63) args.y[from + 64 + args.n] = 0;   // out of bounds
   if (args.mistake == 7) y += tile[i + (i == 63)];                    // out of bounds in shared memory
-  if (args.mistake == 8) tile[i] = load<4>(args.y + i % 2).x[0];      // off its alignment
+  if (args.mistake == 8) tile[i] = load<4>(args.y + i % 2)[0];      // off its alignment
   __syncthreads();
   args.y[from + (i ^ 32)] = y;
 }

@@ -95,7 +95,7 @@ class Tensors {
   void finish() {
     for (const Tensor& t : tensors) {
       unguard(t);
-      if (t.access == "in" && std::memcmp(t.data, t.before.data(), size_t(t.bytes))) fail("%s was written, which is an input", t.name.c_str());
+      if (t.access == "in" && !std::equal(t.before.begin(), t.before.end(), t.data)) fail("%s was written, which is an input", t.name.c_str());
       if (t.access == "out") std::cout.write(t.data, t.bytes);
       std::free(t.block);
     }

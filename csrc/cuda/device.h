@@ -90,6 +90,12 @@ __device__ __forceinline__ uint32_t two_from_floats(float low, float high) {
     return __half_as_ushort(from_float<f16>(low)) | uint32_t(__half_as_ushort(from_float<f16>(high))) << 16;
 }
 
+// x, of which the compiler knows nothing: what follows from it stays in the branch where it is needed, instead of in registers.
+__device__ __forceinline__ int hidden(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- global memory --------------------------------------------------------------------------------------------------------------
 
 // N elements as they lie in memory, in whole words: 16-bit elements are not taken apart before they are used, which would double
@@ -181,6 +187,54 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
 #else
   host::copy_async_wait(kGroupsLeft);
+#endif
+}
+
+// ---- tensor cores: products of 16-bit elements, summed up in float32 ---------------------------------------------------------------
+
+// Four 8 x 8 tiles from shared memory. Lane l names row l % 8 (16 bytes) of tile l / 8, and gets of tile t in words[t] the elements
+// [l / 4][2 (l % 4) and the next] of it, or of it transposed.
+template <bool kTransposed>
+__device__ __forceinline__ void load_tiles(uint32_t (&words)[4], const void* row) {
+#ifdef __CUDACC__
+  const unsigned from = unsigned(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(from) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(from) : "memory");
+#else
+  const uint4 mine = *static_cast<const uint4*>(row);
+  const auto low = host::meet_warp(~0u, mine.x | uint64_t(mine.y) << 32, {__FILE__, __LINE__});
+  const auto high = host::meet_warp(~0u, mine.z | uint64_t(mine.w) << 32, {__FILE__, __LINE__});
+  const auto element = [&](int tile, int r, int c) { return uint32_t((c < 4 ? low : high)->value[8 * tile + r] >> 16 * (c % 4)) & 0xFFFF; };
+  const int r = host::self->lane / 4, c = host::self->lane % 4 * 2;
+  for (int t = 0; t < 4; ++t)
+    words[t] = kTransposed ? element(t, c, r) | element(t, c + 1, r) << 16 : element(t, r, c) | element(t, r, c + 1) << 16;
+#endif
+}
+
+// sum [16 x 8] += a [16 x 16] b [16 x 8]. With r = lane / 4, c = 2 (lane % 4), a lane holds of a the pairs that begin at [r][c],
+// [r + 8][c], [r][c + 8], [r + 8][c + 8], of b those down from [c][r] and [c + 8][r], of the sum those at [r][c] and [r + 8][c].
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, bf16>)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  const auto low = host::meet_warp(~0u, a[0] | uint64_t(a[1]) << 32, {__FILE__, __LINE__});
+  const auto high = host::meet_warp(~0u, a[2] | uint64_t(a[3]) << 32, {__FILE__, __LINE__});
+  const auto right = host::meet_warp(~0u, b0 | uint64_t(b1) << 32, {__FILE__, __LINE__});
+  const auto half = [](uint64_t words, int i) { return to_float(T{uint16_t(words >> 16 * i)}); };
+  const int r = host::self->lane / 4, c = host::self->lane % 4 * 2;
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k)
+      sum[i] += half((k < 8 ? low : high)->value[4 * r + k % 8 / 2], i / 2 * 2 + k % 2) * half(right->value[4 * (c + i % 2) + k % 8 / 2], k / 8 * 2 + k % 2);
 #endif
 }
 

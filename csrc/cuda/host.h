@@ -101,6 +101,7 @@ inline unsigned short __half_as_ushort(__half x) { return x.bits; }
 inline __half __ushort_as_half(unsigned short x) { return {x}; }
 
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline void sincospif(float x, float* sine, float* cosine) { *sine = float(std::sin(M_PI * x)), *cosine = float(std::cos(M_PI * x)); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }

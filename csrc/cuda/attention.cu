@@ -1,0 +1,100 @@
+// Launches of cross_attention: which form, how many parts a view is cut into.
+#include "attention.h"
+
+#include "attention.cuh"
+
+namespace diffmas::cuda {
+namespace {
+
+constexpr int kMaxParts = 64;
+
+bool aligned(const Rows& rows) {
+  const int64_t elements = rows.dtype == DType::f32 ? 4 : 8;
+  return !rows.data || (reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_row % elements == 0 && rows.stride_head % elements == 0);
+}
+
+AttentionLaunch launch_of(const AttentionArgs& a) {
+  AttentionLaunch l{};
+  l.a = a;
+  l.group = int(a.q_heads / a.kv_heads);
+  if (!a.view.shift) l.a.view.half_rotary = 0;
+  l.slots = {int(a.head_dim), a.interleaved ? 0 : int(l.a.view.half_rotary)};
+  return l;
+}
+
+// Whether rows can be read and written 16 bytes at a time.
+bool in_vectors(const AttentionLaunch& l) {
+  const AttentionArgs& a = l.a;
+  bool fits = a.head_dim % 8 == 0 && l.slots.half % 8 == 0;
+  for (const Rows* rows : {&a.q, &a.k_pool, &a.v_pool, &a.o, &a.d_o, &a.dq, &a.dk_pool, &a.dv_pool}) fits = fits && aligned(*rows);
+  return fits;
+}
+
+// visit(T, D, kVectors): type, slots and way of reading of the form that serves the arguments.
+template <int D, bool kVectors, class T, class Visit>
+int with(const Visit& visit) {
+  return visit(T{}, std::integral_constant<int, D>{}, std::bool_constant<kVectors>{});
+}
+template <class T, class Visit>
+int pick_size(const AttentionLaunch& l, const Visit& visit) {
+  if (!in_vectors(l)) return with<256, false, T>(visit);
+  if (l.slots.count() <= 64) return with<64, true, T>(visit);
+  return l.slots.count() <= 128 ? with<128, true, T>(visit) : with<256, true, T>(visit);
+}
+template <class Visit>
+int pick_form(const AttentionLaunch& l, const Visit& visit) {
+  const AttentionArgs& a = l.a;
+  if (l.slots.count() > 256 || a.k_pool.dtype != a.q.dtype || a.v_pool.dtype != a.q.dtype) return 1;  // cudaErrorInvalidValue
+  switch (a.q.dtype) {
+    case DType::f32: return pick_size<float>(l, visit);
+    case DType::bf16: return pick_size<bf16>(l, visit);
+    default: return pick_size<f16>(l, visit);
+  }
+}
+
+// Tiles, K/V heads, parts; from shapes alone: nothing is read from the device. Parts are as few as fill whole waves of blocks, two a
+// multiprocessor, and not shorter than a tile of each warp if the view were all of the pool.
+template <class T, int D>
+dim3 grid_of(const AttentionLaunch& l, int device) {
+  const int64_t tiles = l.a.n * l.group / kTileRows + l.a.view.batch, work = tiles * l.a.kv_heads, places = 2 * processors(device);
+  const int64_t keys = Form<T, D>::kWarps * kTileKeys, most = max(int64_t(1), min(int64_t(kMaxParts), l.a.pool_rows / keys));
+  int64_t parts = 1;
+  const auto fill = [&](int64_t p) { return double(work * p) / double((work * p + places - 1) / places * places); };
+  for (int64_t p = 2; p <= most && fill(parts) < 0.95; ++p)
+    if (fill(p) > fill(parts)) parts = p;
+  return dim3(unsigned(tiles), unsigned(l.a.kv_heads), unsigned(parts));
+}
+
+// Of merge_all.
+template <int D>
+AttentionMemory memory_of(dim3 grid) {
+  const int64_t tiles = int64_t(grid.x) * grid.y;
+  return {grid.z == 1 ? 0 : tiles * grid.z * kTileRows * (D + 2), grid.z == 1 ? 0 : tiles};
+}
+
+}  // namespace
+}  // namespace diffmas::cuda
+
+using namespace diffmas::cuda;
+
+AttentionMemory diffmas_cuda_attention_memory(const AttentionArgs* args, bool backward, int device) {
+  const AttentionLaunch l = launch_of(*args);
+  AttentionMemory memory{};
+  pick_form(l, [&](auto t, auto d, auto) {
+    memory = memory_of<d.value>(grid_of<decltype(t), d.value>(l, device));
+    return 0;
+  });
+  return memory;
+}
+
+int diffmas_cuda_attention_forward(const AttentionArgs* args, int device, void* stream) {
+  if (!args->n) return 0;
+  if (const int error = set_device(device)) return error;
+  AttentionLaunch l = launch_of(*args);
+  l.parts = args->workspace;
+  return pick_form(l, [&](auto t, auto d, auto v) {
+    using F = Form<decltype(t), d.value>;
+    const dim3 grid = grid_of<decltype(t), d.value>(l, device);
+    return launch(attention_fwd_kernel<decltype(t), d.value, v.value>, grid, dim3(32 * F::kWarps), F::kForwardBytes, stream, l);
+  });
+}

@@ -1,0 +1,126 @@
+"""csrc/cuda/attention.cu on the CPU, under the sanitizers, against the float64 reference."""
+
+from dataclasses import replace
+
+import on_host
+import pytest
+import torch
+from op_cases import VIEWS, View, as_it_lies, attention_inputs
+from op_runs import finite, raw, within_budget
+
+from diffmas import ops
+
+pytestmark = pytest.mark.skipif(not on_host.COMPILER, reason="no g++ here")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MAX_SHARED = 101376  # bytes of a block on sm_120, the least of our targets
+INPUTS = "q k_pool v_pool q_indptr seg_indptr seg_start seg_len seg_shift inv_freq".split()
+NUMBERS = "scale causal interleaved".split()
+
+
+class Kernels:
+    """What diffmas.ops sees in the place of torch.ops.diffmas_cuda. processors: decides how many parts a view is cut into."""
+
+    def __init__(self):
+        self.seed, self.processors, self.vectors = 0, 1, True
+
+    def cross_attention(self, *args):
+        q = args[0]
+        outputs = dict(o=torch.full_like(q, torch.nan), lse=torch.full(q.shape[:2], torch.nan))
+        self.run(False, args, {}, outputs)
+        return outputs["o"], outputs["lse"]
+
+    def run(self, backward, args, more, outputs):
+        inputs, numbers = dict(zip(INPUTS, args)), dict(zip(NUMBERS, args[len(INPUTS) :]))
+        numbers |= dict(backward=backward, processors=self.processors, vectors=self.vectors, max_shared=MAX_SHARED)
+        if inputs["q"].shape[0]:
+            on_host.run("attention", numbers, inputs | more, outputs, self.seed)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Backend "cuda" runs on the host."""
+    kernels = Kernels()
+    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend("cuda", kernels, ("cpu",), ops.FLOATS, None))
+    ops._choose.cache_clear()
+    yield kernels
+    ops._choose.cache_clear()
+
+
+def agree(inputs, dtype):
+    """The forward against the reference in that precision and in float64."""
+
+    def run(dtype, backend):
+        o, lse = raw.cross_attention(*inputs.to(dtype).args(), backend)
+        return o, finite(lse)
+
+    results = run(dtype, "cuda")
+    for got, like, want in zip(results, run(dtype, "reference"), run(torch.float64, "reference")):
+        assert got.shape == want.shape and got.dtype == like.dtype
+        within_budget(got, like, want, inputs.q.shape[2], dtype)
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", VIEWS)
+def test_views(name, dtype, kernels):
+    agree(attention_inputs(VIEWS[name]), dtype)
+
+
+SHIFTED = View(
+    [3, 1],
+    [[(0, 20, 13), (100, 19, -70000), (119, 1, 5), (300, 9, 0), (40, 30, 13)], [(0, 40, 100_000), (400, 1, 0)]],
+)
+SHAPES = {
+    "mha": dict(heads=(2, 2)),
+    "gqa3": dict(heads=(6, 2)),
+    "gqa8": dict(heads=(8, 1)),
+    "gqa20": dict(heads=(20, 1)),
+    "d16": dict(D=16),
+    "d80": dict(D=80),
+    "d80_partial": dict(D=80, Dr=48),
+    "d80_partial_interleaved": dict(D=80, Dr=24, interleaved=True),
+    "d128": dict(D=128, heads=(4, 1)),
+    "d128_interleaved": dict(D=128, interleaved=True),
+    "d256": dict(D=256, heads=(2, 1)),
+    "d192_partial": dict(D=192, Dr=64, heads=(2, 1)),
+}
+# Element by element: sizes that 16 bytes do not divide.
+ODD = {
+    "d80_partial_24": dict(D=80, Dr=24),
+    "odd": dict(D=37, Dr=22),
+    "odd_interleaved": dict(D=37, Dr=22, interleaved=True),
+    "two_dimensions": dict(D=2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*SHAPES, *ODD])
+def test_shapes(name, dtype, kernels):
+    """Views that are cut into parts, segments that are read elsewhere."""
+    kernels.processors, kernels.vectors = 8, name in SHAPES
+    agree(attention_inputs(SHIFTED, **(SHAPES | ODD)[name], rows=500), dtype)
+
+
+def test_where_the_address_is_odd(kernels):
+    """Rows that begin two bytes after a multiple of 16."""
+    kernels.vectors = False
+    x = attention_inputs(VIEWS["ragged"])
+    shifted = torch.zeros(*x.q.shape[:2], 65, dtype=torch.float64)[..., 1:].copy_(x.q)
+    x = replace(x, q=shifted)
+    x.to = lambda dtype: replace(attention_inputs(VIEWS["ragged"]).to(dtype), q=as_it_lies(shifted, dtype))
+    agree(x, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", [dict(D=128), dict(D=37, Dr=22, heads=(2, 1))])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_same_bits_in_every_order(dtype, case, kernels):
+    """Of blocks and threads; five parts and more are merged by whichever block comes last."""
+    kernels.processors, kernels.vectors = 12, "Dr" not in case
+    view = View([1, 2], [[(10, 400, 0), (500, 250, 9)], [(10, 400, -3)]])
+    inputs = attention_inputs(view, **case, rows=800)
+    results = []
+    for kernels.seed in range(3):
+        torch.manual_seed(0)
+        results.append(agree(inputs, dtype))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))

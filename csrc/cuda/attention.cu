@@ -52,11 +52,11 @@ int pick_form(const AttentionLaunch& l, const Visit& visit) {
   }
 }
 
-// Tiles, K/V heads, parts; from shapes alone: nothing is read from the device. Parts are as few as fill whole waves of blocks, two a
-// multiprocessor, and not shorter than a tile of each warp if the view were all of the pool.
+// Tiles, K/V heads, parts; from shapes alone: nothing is read from the device. Parts are as few as fill whole waves of blocks, and
+// not shorter than a tile of each warp if the view were all of the pool.
 template <class T, int D>
 dim3 grid_of(const AttentionLaunch& l, int device) {
-  const int64_t tiles = l.a.n * l.group / kTileRows + l.a.view.batch, work = tiles * l.a.kv_heads, places = 2 * processors(device);
+  const int64_t tiles = l.a.n * l.group / kTileRows + l.a.view.batch, work = tiles * l.a.kv_heads, places = Form<T, D>::kBlocks * processors(device);
   const int64_t keys = Form<T, D>::kWarps * kTileKeys, most = max(int64_t(1), min(int64_t(kMaxParts), l.a.pool_rows / keys));
   int64_t parts = 1;
   const auto fill = [&](int64_t p) { return double(work * p) / double((work * p + places - 1) / places * places); };
@@ -96,5 +96,17 @@ int diffmas_cuda_attention_forward(const AttentionArgs* args, int device, void* 
     using F = Form<decltype(t), d.value>;
     const dim3 grid = grid_of<decltype(t), d.value>(l, device);
     return launch(attention_fwd_kernel<decltype(t), d.value, v.value>, grid, dim3(32 * F::kWarps), F::kForwardBytes, stream, l);
+  });
+}
+
+int diffmas_cuda_attention_backward(const AttentionArgs* args, int device, void* stream) {
+  if (!args->n) return 0;
+  if (const int error = set_device(device)) return error;
+  AttentionLaunch l = launch_of(*args);
+  l.parts = args->workspace;
+  return pick_form(l, [&](auto t, auto d, auto v) {
+    using F = Form<decltype(t), d.value>;
+    const dim3 grid = grid_of<decltype(t), d.value>(l, device);
+    return launch(attention_bwd_kernel_dq<decltype(t), d.value, v.value>, grid, dim3(32 * F::kWarps), F::kBackwardBytes, stream, l);
   });
 }

@@ -194,9 +194,9 @@ __device__ __forceinline__ void rotate_pair(float& x, float& y, float2 turn) {
 }
 
 // Unit u of a row as a lane holds it: x[c][e] is slot 16 u + 8 c + 2 (lane % 4) + e.
-__device__ __forceinline__ void rotate_unit(float& x00, float& x01, float& x10, float& x11, int unit, const AttentionLaunch& launch,
-                                            const float2* table) {
-  const int half = int(launch.a.view.half_rotary), t = lane_id() % 4;
+__device__ __forceinline__ void rotate_unit(float& x00, float& x01, float& x10, float& x11, int unit, int lane,
+                                            const AttentionLaunch& launch, const float2* table) {
+  const int half = int(launch.a.view.half_rotary), t = lane % 4;
   if (launch.a.interleaved) {
     if (8 * unit + t < half) rotate_pair(x00, x01, table[8 * unit + t]);
     if (8 * unit + t + 4 < half) rotate_pair(x10, x11, table[8 * unit + t + 4]);
@@ -287,7 +287,7 @@ __device__ __forceinline__ void put_rows(To& to, const AttentionLaunch& launch, 
     const QueryRow row = work.row(launch, there ? lane / 4 + 8 * h : 0);
     float x[2][2];
     read_unit<kVectors>(x, row_of<T>(rows, row.token, row.head), there, 16 * unit + lane % 4 * 2, launch.slots);
-    if (table) rotate_unit(x[0][0], x[0][1], x[1][0], x[1][1], unit, launch, table);
+    if (table) rotate_unit(x[0][0], x[0][1], x[1][0], x[1][1], unit, lane, launch, table);
     to.put(unit, h, 0, x[0]), to.put(unit, h, 1, x[1]);
   };
   if constexpr (std::is_same_v<To, Tile<T, D>>) {
@@ -344,12 +344,20 @@ struct Cursor {
   }
 };
 
-// How the forward and dq use a multiprocessor: K and V tiles of 8 KB a warp, or 96 KB a block where they are larger; query rows are
-// in registers where those suffice.
+// What the backward knows of a query row: the base of its scores in log2 (0 where nothing was seen), do . o - dlse, the last token of
+// the view that it sees.
+struct alignas(16) RowNumbers {
+  float base, delta;
+  int last;
+};
+
+// How the forward and dq use a multiprocessor: up to four warps with a ring of their own, 100 KB a block. Query rows are in registers
+// where those suffice.
 template <class T, int D>
 struct Form {
   using Keys = Tile<T, D>;
-  static constexpr int kWarps = D * sizeof(T) <= 128 ? 8 : 1024 / (D * int(sizeof(T)));
+  static constexpr int kRowBytes = D * int(sizeof(T)), kWarps = kRowBytes <= 256 ? 4 : 1024 / kRowBytes;
+  static constexpr int kBlocks = kRowBytes <= 128 ? 3 : 2;  // of a multiprocessor
   static constexpr bool kInRegisters = sizeof(T) == 2 && D <= 128;
   static constexpr int kStages = kInRegisters ? 3 : 2;
   using Queries = std::conditional_t<kInRegisters, RegisterTile<T, D>, Keys>;
@@ -358,6 +366,8 @@ struct Form {
   static constexpr int kRing = kWarps * kStages * 2 * Keys::kBytes, kTable = D / 2 * int(sizeof(float2));
   static constexpr int kTables = kRing, kQueries = kTables + kWarps * kTable;
   static constexpr int kForwardBytes = kQueries + (kInRegisters ? 0 : kWarps * Keys::kBytes);
+  static constexpr int kNumbers = kForwardBytes + (kInRegisters ? 0 : Keys::kBytes);  // backward: behind a tile of do
+  static constexpr int kBackwardBytes = kNumbers + kTileRows * int(sizeof(RowNumbers));
   static_assert(kWarps * kTileRows * (D + 2) * int(sizeof(float)) <= kRing);  // for the warps' states in the end
 
   __device__ __forceinline__ static float2* table(char* shared) { return reinterpret_cast<float2*>(shared + kTables + warp_id() * kTable); }
@@ -523,7 +533,7 @@ __device__ __forceinline__ unsigned take_shift(int shifts, unsigned& left, int& 
 // ---- forward ----------------------------------------------------------------------------------------------------------------------
 
 template <class T, int D, bool kVectors>
-__global__ void __launch_bounds__(32 * Form<T, D>::kWarps, 2) attention_fwd_kernel(const __grid_constant__ AttentionLaunch launch) {
+__global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) attention_fwd_kernel(const __grid_constant__ AttentionLaunch launch) {
   using F = Form<T, D>;
   DIFFMAS_DYNAMIC_SHARED(shared);
   const Work work = find_work(launch, F::kWarps * kTileKeys);
@@ -588,6 +598,96 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, 2) attention_fwd_kern
     for (int e = 0; e < 4; ++e) x[e] *= share;
     store_slots<kVectors>(row_of<T>(launch.a.o, row.token, row.head), slot, x, launch);
     if (slot == 0) launch.a.lse[row.token * launch.a.q_heads + row.head] = sum > 0 ? (top + log2f(sum)) * kLn2 : -INFINITY;
+  });
+}
+
+// ---- dq ---------------------------------------------------------------------------------------------------------------------------
+
+// do . o - dlse of a query row, in all lanes of a warp.
+template <class T>
+__device__ __forceinline__ float delta_of(const AttentionLaunch& launch, int64_t token, int head) {
+  const T *d_o = row_of<T>(launch.a.d_o, token, head), *o = row_of<T>(launch.a.o, token, head);
+  float sum = 0;
+  for (int d = lane_id(); d < launch.slots.head_dim; d += 32) sum += to_float(d_o[d]) * to_float(o[d]);
+  return group_sum(sum) - (launch.a.dlse ? launch.a.dlse[token * launch.a.q_heads + head] : 0);
+}
+
+template <class T>
+__device__ __forceinline__ RowNumbers numbers_of(const AttentionLaunch& launch, int64_t token, int head, int last) {
+  const float lse = launch.a.lse[token * launch.a.q_heads + head], delta = delta_of<T>(launch, token, head);
+  return {lse == -INFINITY ? 0 : lse * kLog2e, delta, last};
+}
+
+// The forward's way through the keys. dq is gathered in the frame of the segment at hand, and turned when that changes.
+template <class T, int D, bool kVectors>
+__global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) attention_bwd_kernel_dq(const __grid_constant__ AttentionLaunch launch) {
+  using F = Form<T, D>;
+  DIFFMAS_DYNAMIC_SHARED(shared);
+  const Work work = find_work(launch, F::kWarps * kTileKeys);
+  if (work.rows <= 0) return;
+  const int lane = lane_id();
+  float2* const table = F::table(shared);
+  KeyStream<T, D, kVectors> stream(launch, work, shared);
+  auto q = F::queries(shared, warp_id()), d_o = F::queries(shared, F::kWarps);
+  put_rows<T, D, kVectors>(q, launch, work, launch.a.q, nullptr);
+  if (F::kInRegisters) put_rows<T, D, kVectors>(d_o, launch, work, launch.a.d_o, nullptr);
+  else put_rows<T, D, kVectors>(d_o, launch, work, launch.a.d_o, nullptr, warp_id(), F::kWarps);
+  RowNumbers* const numbers = reinterpret_cast<RowNumbers*>(shared + F::kNumbers);
+  for (int i = warp_id(); i < kTileRows; i += F::kWarps) {
+    const QueryRow row = work.row(launch, min(i, work.rows - 1));
+    const RowNumbers mine = numbers_of<T>(launch, row.token, row.head, i < work.rows ? work.last(launch, i) : -1);
+    if (lane == 0) numbers[i] = mine;
+  }
+  __syncthreads();
+  const float scale = launch.a.scale * kLog2e;
+
+  float dq[D / 8][4] = {};
+  int turned = 0;  // q and dq, by so many positions back
+  const auto turn = [&](int positions) {
+    make_table(table, launch.a.view, positions);
+    const int lane = hidden(lane_id());
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+      float *x = &dq[i / 2 * 2][i % 2 * 2], *y = &dq[i / 2 * 2 + 1][i % 2 * 2];
+      rotate_unit(x[0], x[1], y[0], y[1], i / 2, lane, launch, table);
+    }
+  };
+  stream.for_each([&](const Tile<T, D>& k, const Tile<T, D>& v, int position, int keys, int shifts) {
+    for (unsigned left = (1u << keys) - 1; left;) {
+      int shift;
+      const unsigned same = take_shift(shifts, left, shift);
+      if (shift != turned) {
+        turn(turned - shift);
+        make_table(table, launch.a.view, -shift);
+        put_rows<T, D, kVectors>(q, launch, work, launch.a.q, table);
+        turned = shift;
+        __syncwarp();
+      }
+      float s[2][4] = {}, dp[2][4] = {};
+      add_scores<T, D>(s, q, k);
+      add_scores<T, D>(dp, d_o, v);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const RowNumbers row = numbers[lane / 4 + 8 * h];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = i / 2 * 8 + lane % 4 * 2 + i % 2;
+          float& x = s[i / 2][2 * h + i % 2];
+          const float p = same >> key & 1 && position + key <= row.last ? exp2f(x * scale - row.base) : 0;
+          x = p * (dp[i / 2][2 * h + i % 2] - row.delta);
+        }
+      }
+      add_product<T, D>(dq, s, k);
+    }
+  });
+  if (turned) turn(turned);
+
+  const float none[2] = {};
+  merge_all<T, D, false>(launch, work, shared, dq, none, none, [&](int i, int slot, float (&x)[4], float, float) {
+    const QueryRow row = work.row(launch, i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] *= launch.a.scale;
+    store_slots<kVectors>(row_of<T>(launch.a.dq, row.token, row.head), slot, x, launch);
   });
 }
 

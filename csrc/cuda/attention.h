@@ -34,4 +34,5 @@ extern "C" {
 
 diffmas::cuda::AttentionMemory diffmas_cuda_attention_memory(const diffmas::cuda::AttentionArgs* args, bool backward, int device);
 int diffmas_cuda_attention_forward(const diffmas::cuda::AttentionArgs* args, int device, void* stream);
+int diffmas_cuda_attention_backward(const diffmas::cuda::AttentionArgs* args, int device, void* stream);
 }

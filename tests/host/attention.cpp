@@ -38,7 +38,7 @@ int main() {
   std::vector<float> floats(size_t(memory.floats), NAN);
   std::vector<unsigned> counters(size_t(memory.counters));
   a.workspace = floats.data(), a.counters = counters.data();
-  const int error = diffmas_cuda_attention_forward(&a, 0, nullptr);
+  const int error = backward ? diffmas_cuda_attention_backward(&a, 0, nullptr) : diffmas_cuda_attention_forward(&a, 0, nullptr);
   if (error) diffmas::host::fail("error %d", error);
   for (unsigned counter : counters)
     if (counter) diffmas::host::fail("a counter is left at %u", counter);

@@ -29,6 +29,11 @@ CASES = [
     _case("one token", 1, 2048, phase="backward"),
     *(_case("tokens", n, phase="backward", quick=n == 512) for n in (64, 512, 2048)),
 ]  # fmt: skip
+if torch.cuda.is_available():
+    CASES = [
+        _case("one token" if n == 1 else "tokens", n, 2048 if n == 1 else 0, heads, phase, "bfloat16", quick=n in (1, 8192))
+        for heads in ("16/8", "32/8") for phase in ("forward", "backward") for n in (1, 64, 8192, 65536)
+    ]  # fmt: skip
 
 
 def problem(case: Case) -> Problem:

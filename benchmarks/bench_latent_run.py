@@ -21,6 +21,8 @@ CASES = [
     Case("latent_run", "latent run", "backward", N=N, n=T, T=T, heads="16/8", D=128, quick=(N, T) == (2048, 16))
     for N, T in ((2048, 16), (8192, 16), (8192, 40))
 ]
+if torch.cuda.is_available():
+    CASES = [replace(case, N=N, n=32, T=32, dtype="bfloat16", quick=True) for case in CASES[:1] for N in (16384, 65536)]
 
 
 def problem(case: Case) -> Problem:

@@ -40,7 +40,13 @@ def _gpu_cases() -> list[Case]:
     add = functools.partial(_case, out, dtype="bfloat16")
     for heads in ("16/8", "32/8"):
         for N in (1024, 4096, 16384, 65536):
-            add("latent step", N, heads=heads, phases=("forward", "backward") if N == 16384 else ("forward",), quick=("forward",))
+            add(
+                "latent step",
+                N,
+                heads=heads,
+                phases=("forward", "backward") if N == 16384 else ("forward",),
+                quick=("forward",),
+            )
         add("few queries", 16384, 16, heads=heads)
         for n in (1024, 4096, 16384):
             add("prompt", n, n, heads=heads, quick=("forward", "backward") if n == 4096 else ())

@@ -44,9 +44,7 @@ def diffmas(p: Problem) -> Run:
     shared = index(0, R), index(0, 1), index(0), index(prefix)
     own = each, each, prefix + each[:-1], torch.ones_like(each[:-1])
     read = lambda view, causal: run_op("cross_attention", x.q, x.q, x.k, x.v, *view, None, None, x.scale, causal, False)
-    return Run(
-        lambda: run_op("merge_states", x.q, *read(shared, False), *read(own, True)), lambda r: {"o": r[0], "lse": r[1]}
-    )
+    return Run(lambda: run_op("merge_states", x.q, *read(shared, False), *read(own, True)), lambda r: {"o": r[0], "lse": r[1]})
 
 
 PROVIDERS = {

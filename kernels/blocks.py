@@ -50,16 +50,23 @@ def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, shifted:
         return forced[kernel] | FUSION
     if arch is None:  # the interpreter: several tiles of small inputs
         return dict(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32)
-    line = table()[kernel, at_most(ROWS[kernel], rows), at_most(HEAD_DIMS, head_dim), wide, shifted, arch]
+    # Float32 products and shifted views are the exception: one tile for all architectures, the first also for shifted views.
+    which = (wide, shifted and not wide, 0 if wide or shifted else arch)
+    line = table()[(kernel, at_most(ROWS[kernel], rows), at_most(HEAD_DIMS, head_dim), *which)]
     return {name: line[name] for name in TILE} | FUSION
 
 
 @functools.cache
 def table() -> dict[tuple, dict]:
-    """The lines of blocks.csv by (kernel, rows, head_dim, wide, shifted, arch)."""
+    """The lines of blocks.csv by (kernel, rows, head_dim, wide, shifted, arch); arch 0 is every one."""
     with TABLE.open(newline="") as file:
         lines = [{name: int(x) if x.isdecimal() else x for name, x in line.items()} for line in csv.DictReader(file)]
-    key = lambda line: (*(line[c] for c in ("kernel", "rows", "head_dim")), bool(line["wide"]), bool(line["shifted"]), line["arch"])
+    key = lambda line: (
+        *(line[c] for c in ("kernel", "rows", "head_dim")),
+        bool(line["wide"]),
+        bool(line["shifted"]),
+        line["arch"],
+    )
     return {key(line): line for line in lines}
 
 

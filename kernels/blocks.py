@@ -30,7 +30,7 @@ BLOCKS = {
 FUSION = dict(enable_fp_fusion=True)  # said aloud: Triton's default is about to change
 
 TABLE = Path(__file__).with_name("blocks.csv")
-ARCHITECTURES = (80, 90, 100, 120)
+ARCHITECTURES = (80, 86, 90, 100, 120)  # 86: also 8.7 and 8.9, which have no more shared memory
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 HEAD_DIMS = (64, 128, 256)
 ROWS = {"fwd": (16, 64, 128), "dq": (16, 64), "dkv": (64,)}  # query rows of a sequence: up to this many, or more than the last

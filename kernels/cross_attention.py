@@ -432,7 +432,13 @@ def _tables(q, seg_shift, inv_freq, interleaved) -> tuple:
     """seg_shift with cos and sin [S, Dr] of each segment's rotation; nothing where no segment is shifted."""
     if seg_shift is None:
         return None, None, None
-    return seg_shift, *reference.shift_tables(seg_shift, inv_freq, interleaved, reference.accumulator(q.dtype))
+    # The layers of a model share their index: made by the first of them, and kept with it.
+    key = (seg_shift._version, inv_freq.data_ptr(), interleaved, q.dtype == torch.float64)
+    kept = getattr(seg_shift, "_diffmas_tables", None)
+    if kept is None or kept[0] != key:
+        tables = reference.shift_tables(seg_shift, inv_freq, interleaved, reference.accumulator(q.dtype))
+        kept = seg_shift._diffmas_tables = (key, inv_freq, tables)
+    return seg_shift, *kept[2]
 
 
 def _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved) -> dict:
@@ -450,6 +456,8 @@ def _blocks(kernel: str, q, q_indptr, constants: dict) -> dict:
     rows = triton.cdiv(q.shape[0], q_indptr.shape[0] - 1) * constants["G"]
     wide = constants["DOT"].primitive_bitwidth > 16
     block = attention_blocks(kernel, rows, constants["BLOCK_D"], wide, constants["SHIFTED"], q.device)
+    if kernel == "dkv":
+        return block
     return block | {"BLOCK_M": max(block["BLOCK_M"], power_of_two(constants["G"]))}  # a tile holds a group
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from diffmas.kernels import blocks, cross_attention
 from diffmas.kernels.blocks import ARCHITECTURES, HEAD_DIMS, ROWS, TABLE, TILE
 from diffmas.kernels.launch import interpreting
-from diffmas.kernels.report import OPS, compiled, fits, launches
+from diffmas.kernels.report import compiled, fits, launches
 
 TIMED = 6  # candidates
 COLUMNS = ("kernel", "rows", "head_dim", "wide", "shifted", "arch", *TILE, "microseconds")
@@ -66,10 +66,9 @@ def shown(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, arch
     """Whether the kernel fits with these tiles wherever they are used."""
     dtype = torch.float32 if wide else torch.bfloat16
     for op in SHOWN[kernel, rows]:
-        module, call, flags = OPS[op]
-        OPS["tune"] = (module, call, flags | dict(shifted=wide or shifted))
         for target in [arch] if arch else ARCHITECTURES:
-            for one in launches("tune", head_dim, dtype, arch=target, forced={name: block for name in KERNELS}):
+            forced = {name: block for name in KERNELS}
+            for one in launches(op, head_dim, dtype, arch=target, forced=forced, shifted=wide or shifted):
                 if one.kernel.__name__ == KERNELS[kernel] and not fits(compiled(one, target), target):
                     return False
     return True
@@ -86,7 +85,8 @@ def seconds(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, he
     index = lambda *x: torch.tensor(x, device="cuda")
     shift = (index(7), torch.rand(head_dim // 2, device="cuda")) if shifted else (None, None)
     view = index(0, tokens), index(0, 1), index(0), index(N), *shift, head_dim**-0.5, True, False
-    with blocks.compiling_for(here, {kernel: block}):
+    others = {name: dict(zip(TILE, LAST[-1])) for name in KERNELS}
+    with blocks.compiling_for(here, others | {kernel: block}):
         o, lse = cross_attention.cross_attention(q, *pools, *view)
         if kernel == "fwd":
             run = lambda: cross_attention.cross_attention(q, *pools, *view)

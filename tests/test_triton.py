@@ -255,8 +255,24 @@ def test_attention_of_many_sequences_and_segments():
     agree(attending(inputs), torch.float32, 64)
 
 
+def test_attention_of_a_split_over_many_segments():
+    """Splits that begin in the second and third scan over the index; a group of seven; rows one by one, in any order."""
+    segments = [(2 * (i * 127 % 300), 1 + i % 2, 0) for i in range(300)]
+    agree(attending(attention_inputs(View([1], [segments]), (7, 1), 24, rows=POOL)), torch.float32, 64)
+
+
+def test_attention_gradient_whose_strides_are_zero():
+    inputs = attention_inputs(VIEWS["ragged"], rows=POOL)
+    run = lambda dtype, backend, device: attention_all(
+        inputs.to(dtype, device), backend, torch.ones((), dtype=torch.float64).expand(inputs.q.shape)
+    )
+    agree(run, torch.float32, 64 * 2**0.5)
+
+
 def test_attention_is_deterministic():
-    run = attending(attention_inputs(VIEWS["shared_rows"], rows=POOL))
+    """The results of splits and of many readers of a row are added in one order."""
+    readers = View([1] * 9, [[(0, 300, 0), (400 + b, 1, 0)] for b in range(9)])
+    run = attending(attention_inputs(readers, rows=POOL))
     first, second = (run(torch.float32, "triton", DEVICE) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 

@@ -50,8 +50,7 @@ def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, shifted:
         return forced[kernel] | FUSION
     if arch is None:  # the interpreter: several tiles of small inputs
         return dict(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32)
-    # Float32 products and shifted views are the exception: one tile for all architectures, the first also for shifted views.
-    which = (wide, shifted and not wide, 0 if wide or shifted else arch)
+    which = (wide, shifted, 0 if wide or shifted else arch)  # the exception: one tile for all architectures
     line = table()[(kernel, at_most(ROWS[kernel], rows), at_most(HEAD_DIMS, head_dim), *which)]
     return {name: line[name] for name in TILE} | FUSION
 

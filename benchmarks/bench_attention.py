@@ -94,7 +94,8 @@ def _cpu_cases() -> list[Case]:
     return out
 
 
-CASES = _gpu_cases() if torch.cuda.is_available() else _cpu_cases()
+CPU_CASES, GPU_CASES = _cpu_cases(), _gpu_cases()
+CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
 
 
 def layout(case: Case) -> tuple[list[int], list[list[tuple[int, int]]]]:

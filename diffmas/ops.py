@@ -4,9 +4,9 @@ Raw ops mutate pools, so they carry no autograd of their own and refuse to drop 
 autograd of `inject` and `cross_attention`. The functions of this module are the checked entry points; inside the package,
 plans that were built and checked once per forward call `torch.ops.diffmas.*` directly.
 
-Backends: `reference` (plain PyTorch, anywhere), `cpu` (the compiled extension), `triton` (GPUs). `backend="auto"` takes the
-fastest one that serves the device, dtype and head size; the environment variable DIFFMAS_BACKEND, read on import, overrides
-"auto".
+Backends: `reference` (plain PyTorch, anywhere), `cpu` (the compiled extension), `triton` and `cuda` (GPUs).
+`backend="auto"` takes the fastest one that serves the device, dtype and head size; the environment variable DIFFMAS_BACKEND,
+read on import, overrides "auto".
 """
 
 import functools
@@ -108,10 +108,30 @@ class TritonBackend(Backend):
         return importlib.import_module("diffmas.kernels.backend")
 
 
-# In order of preference.
+class CudaBackend(Backend):
+    """The CUDA kernels of the extension. Devices are looked for when it is first needed."""
+
+    def __init__(self):
+        self.name, self.ops, self.devices, self.dtypes = "cuda", torch.ops.diffmas_cuda, ("cuda",), FLOATS
+        self.max_head_dim = MAX_HEAD_DIM
+
+    @functools.cached_property
+    def why_missing(self) -> str | None:
+        if _extension.cuda_error:
+            return _extension.cuda_error
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        # A target's code runs on its generation's later members too, unless it ends with "a".
+        for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())):
+            if not any(t == f"{major}{minor}a" or (t.isdecimal() and t[:-1] == str(major)) for t in _extension.cuda_targets):
+                return f"it has no code for compute capability {major}.{minor}"
+        return None
+
+
+# In order of preference. cuda has not been measured against triton on a GPU yet: it serves what triton does not, or by name.
 BACKENDS = {
-    "cuda": Backend("cuda", None, ("cuda",), FLOATS, "this version has no CUDA kernels"),
     "triton": TritonBackend(),
+    "cuda": CudaBackend(),
     "cpu": Backend("cpu", torch.ops.diffmas_cpu, ("cpu",), FLOATS, _extension.error),
     "reference": Backend("reference", reference, None, None, None),
 }

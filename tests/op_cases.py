@@ -125,7 +125,9 @@ class InjectInputs:
         return self.cos, self.sin, self.slots, self.q_weight, self.k_weight, 1e-6, self.interleaved
 
 
-def inject_inputs(n=37, heads=(4, 2), D=64, Dr=None, norm=True, interleaved=False, strided=False, seed=0) -> InjectInputs:
+def inject_inputs(
+    n=37, heads=(4, 2), D=64, Dr=None, norm=True, interleaved=False, strided=False, seed=0, rows=ROWS
+) -> InjectInputs:
     """float64, exact in bfloat16. Dr=0: no rotation. strided: q, k, v are parts of one fused projection."""
     g = torch.Generator().manual_seed(seed)
     exact = lambda *shape: torch.randn(*shape, generator=g).bfloat16().double()  # noqa: E731
@@ -139,7 +141,7 @@ def inject_inputs(n=37, heads=(4, 2), D=64, Dr=None, norm=True, interleaved=Fals
         angle = torch.arange(n)[:, None] * 1e4 ** (-torch.arange(0, Dr, 2).double() / Dr)
         angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat((angle, angle), -1)
         cos, sin = (1.1 * angle.cos()).bfloat16().double(), (1.1 * angle.sin()).bfloat16().double()
-    slots = torch.randperm(ROWS, generator=g)[:n]
+    slots = torch.randperm(rows, generator=g)[:n]
     slots[n // 3 :: 5] = -1
     weights = (exact(D), exact(D)) if norm else (None, None)
     return InjectInputs(q, k, v, cos, sin, slots, *weights, interleaved)

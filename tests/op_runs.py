@@ -42,13 +42,13 @@ def attention_all(inputs, backend, do, dlse=None, newest=None, want_dq=True):
     return o, finite(lse), dq, dk, dv
 
 
-def inject_all(inputs, backend, dq_rot, dk, dv):
+def inject_all(inputs, backend, dq_rot, dk, dv, rows=ROWS):
     n, Hkv, D = inputs.k.shape
     wide = reference.accumulator(inputs.q.dtype)
     device = inputs.q.device
-    k_pool, v_pool = (head_major(ROWS, Hkv, D, inputs.q.dtype, 7.0, device) for _ in "kv")
+    k_pool, v_pool = (head_major(rows, Hkv, D, inputs.q.dtype, 7.0, device) for _ in "kv")
     q_rot = raw.inject(inputs.q, inputs.k, inputs.v, *inputs.rope(), k_pool, v_pool, backend)
-    dk_pool, dv_pool = (head_major(ROWS, Hkv, D, wide, 0.0, device).copy_(x) for x in (dk, dv))
+    dk_pool, dv_pool = (head_major(rows, Hkv, D, wide, 0.0, device).copy_(x) for x in (dk, dv))
     grads = raw.inject_backward(dq_rot.to(q_rot), inputs.q, inputs.k, *inputs.rope(), dk_pool, dv_pool, backend)
     return q_rot, k_pool, v_pool, *grads, dk_pool, dv_pool
 

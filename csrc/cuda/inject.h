@@ -1,0 +1,16 @@
+// The CUDA kernels of inject for whoever is not compiled by nvcc. Torch-free. Functions return a cudaError_t; stream: a cudaStream_t
+// of the device that is current.
+#pragma once
+#include "../cpu/inject.h"
+
+extern "C" {
+
+// What a cudaError_t means.
+const char* diffmas_cuda_error(int error);
+
+int diffmas_cuda_inject_forward(const diffmas::cpu::InjectArgs* args, int device, void* stream);
+
+// args.weight_partials: as many floats as this, or null when there are none. dq_weight, dk_weight: [D], null without a norm.
+int64_t diffmas_cuda_inject_partials(const diffmas::cpu::InjectArgs* args, int device);
+int diffmas_cuda_inject_backward(const diffmas::cpu::InjectArgs* args, float* dq_weight, float* dk_weight, int device, void* stream);
+}

@@ -1,0 +1,76 @@
+"""Runs CUDA kernels on the CPU (csrc/cuda/host.h): compiles tests/host/<program>.cpp with the sanitizers and drives it.
+
+y = torch.full((64,), torch.nan)
+run("program", dict(n=64), dict(x=x), dict(y=y), seed=1)      # y is written in place; x must not be
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "host"
+FLAGS = [
+    "-std=c++17", "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+]  # fmt: skip
+COMPILER = shutil.which("g++")
+
+
+class Failed(Exception):
+    """The kernel did what it must not, or a sanitizer found it: what the program said."""
+
+
+@functools.cache
+def compiled(program: str) -> Path:
+    """The executable of tests/host/<program>.cpp, compiled anew when a source has changed."""
+    sources = [ROOT / "tests" / "host" / f"{program}.cpp", ROOT / "tests" / "host" / "tensors.h", Path(__file__)]
+    sources += (ROOT / "csrc").rglob("*.*")
+    target = BUILD / program
+    if not target.exists() or target.stat().st_mtime < max(s.stat().st_mtime for s in sources):
+        BUILD.mkdir(parents=True, exist_ok=True)
+        run = subprocess.run([COMPILER, *FLAGS, str(sources[0]), "-o", str(target)], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-4000:]
+    return target
+
+
+def memory(x: Tensor) -> bytes:
+    """The bytes from the first element to the last."""
+    return b"" if not x.numel() else bytes(_span(x).view(torch.uint8).numpy())
+
+
+def _span(x: Tensor) -> Tensor:
+    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.as_strided((length,), (1,))
+
+
+def run(program: str, numbers: dict, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor], seed: int = 0) -> None:
+    """Outputs go in as they are and come back written. A tensor that is None is left out. Raises Failed."""
+    parts = [f"number {name} {float(x)!r}\n".encode() for name, x in {**numbers, "seed": seed}.items()]
+    for access, tensors in (("in", inputs), ("out", outputs)):
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            assert all(stride >= 0 for stride in x.stride())
+            data = memory(x)
+            dtype = str(x.dtype).removeprefix("torch.")
+            words = (name, dtype, access, len(data), x.data_ptr() % 64, x.element_size(), x.dim(), *x.shape, *x.stride())
+            parts.append(f"tensor {' '.join(map(str, words))}\n".encode() + data)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = subprocess.run([compiled(program)], input=b"".join([*parts, b"end\n"]), capture_output=True, env=environment)
+    if done.returncode:
+        raise Failed(done.stderr.decode(errors="replace"))
+    result = bytearray(done.stdout)
+    for x in outputs.values():
+        if x is None or not x.numel():
+            continue
+        span = _span(x)
+        count = span.numel() * x.element_size()
+        written, result = torch.frombuffer(result[:count], dtype=x.dtype), result[count:]
+        x.copy_(written.as_strided(x.shape, x.stride()))
+    assert not result

@@ -4,6 +4,7 @@
 # make bench  installs into .venv and measures diffmas and its peers on this machine: table, plots, page (QUICK=1: three minutes)
 #
 # make kernel-report   compiles every Triton kernel for four GPU generations, without a GPU: registers, shared memory, spills
+# make cuda-report     the same for the CUDA kernels, with nvcc
 # make tune        tiles of the attention kernels: those that fit; on a GPU the fastest of them
 # make test-gpu, make bench-gpu   on a machine with a GPU: the tests of the kernels in all dtypes, and the suite
 #
@@ -17,7 +18,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test test-asan test-gpu bench bench-gpu bench-readme kernel-report tune compat install lint clean
+.PHONY: demo test test-asan test-gpu bench bench-gpu bench-readme kernel-report cuda-report tune compat install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
@@ -37,12 +38,13 @@ test-asan: $(INSTALLED)
 	  $(PY) -c "import sys; sys.path[0] = '$(ASAN)/lib'; import pytest; sys.exit(pytest.main('-q --capture=sys $(ASAN_TESTS)'.split()))"
 
 # Where compute-sanitizer is installed, the smaller cases run under it too: it is a hundred times slower.
-GPU_TESTS := tests/test_triton.py tests/test_gpu.py tests/test_latent.py tests/test_ops.py
+GPU_TESTS := tests/test_triton.py tests/test_cuda.py tests/test_gpu.py tests/test_latent.py tests/test_ops.py
 test-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a GPU that torch sees'"
 	$(PY) -m pytest -q $(GPU_TESTS)
 	! command -v compute-sanitizer || compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest -q -x tests/test_triton.py -k "ragged or shifted or one_row or scatter or merge"
 	! command -v compute-sanitizer || compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m pytest -q -x tests/test_triton.py -k "ragged or one_token"
+	! command -v compute-sanitizer || compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest -q -x tests/test_cuda.py -k "test_inject"
 
 bench-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make bench-gpu needs a GPU that torch sees'"
@@ -50,6 +52,9 @@ bench-gpu: $(INSTALLED)
 
 kernel-report: $(INSTALLED)
 	TRITON_INTERPRET=0 $(PY) -m diffmas.kernels.report
+
+cuda-report:
+	$(firstword $(wildcard $(PY)) $(PYTHON)) csrc/cuda/report.py
 
 tune: $(INSTALLED)
 	TRITON_INTERPRET=0 $(PY) -m diffmas.kernels.tune
@@ -70,7 +75,7 @@ compat: $(INSTALLED)
 
 install: $(INSTALLED)
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel ninja
 	$(VENV)/bin/python -m pip install -q $(TORCH)

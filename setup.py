@@ -1,17 +1,19 @@
-"""Builds diffmas/libdiffmas.so with a plain C++ compiler; every other packaging fact is in pyproject.toml.
+"""Builds diffmas/libdiffmas.so with a plain C++ compiler, and nvcc where there is one; other packaging facts: pyproject.toml.
 
 The extension needs torch's headers (the LibTorch stable ABI) and nothing of torch at build time beyond them: one binary runs on
 torch 2.10 and newer. Headers are taken from the torch that pip installs into, also in an isolated build, where that torch is on
 disk but cannot be imported; only when there is none does the build ask for torch itself.
 
 No compiler, no headers or a failed compilation: the package installs all the same, runs on the reference backend, and
-diffmas/build_info.json says why.
+diffmas/build_info.json says why. The same for the CUDA kernels, on their own: nvcc is $NVCC (empty: none), $CUDA_HOME/bin/nvcc,
+on the path or in /usr/local/cuda; neither a GPU nor a CUDA build of torch is needed, and the library loads without them.
 """
 
 import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,6 +45,9 @@ if X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     ISAS |= {"avx2": avx2, "avx512": avx2 + avx512}
+# Binaries for these only: an older or newer GPU has none, and diffmas.ops says so.
+CUDA_TARGETS = ["80", "90a", "100a", "120a"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 class BuildError(Exception):
@@ -57,6 +62,12 @@ def find_compiler():
     return [found] if found else None
 
 
+def find_nvcc():
+    given = os.environ.get("NVCC")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(given) if given is not None else shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+
+
 def find_torch():
     """The torch package directory: importable here, or in the environment an isolated build was started from."""
     spec = importlib.util.find_spec("torch")
@@ -69,43 +80,76 @@ def find_torch():
     return None
 
 
+def run(command, tool):
+    print(shlex.join(command), flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        lines = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
+        raise BuildError(f"`{tool}` failed at install time: {next((x for x in lines if 'error' in x), lines[-1])}")
+
+
+def compile_all(jobs, build_dir):
+    """jobs: (source, object, command without them); -> the objects, compiled anew where a source is newer."""
+    headers = max(p.stat().st_mtime for p in [Path(__file__), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
+    build_dir.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(job):
+        source, name, command = job
+        output = build_dir / name
+        if not output.exists() or output.stat().st_mtime < max(headers, source.stat().st_mtime):
+            run([*command, "-c", str(source), "-o", str(output)], command[0])
+        return str(output)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        return list(pool.map(compile_one, jobs))
+
+
+def compile_cuda(build_dir):
+    """-> objects and what to link with them."""
+    nvcc = find_nvcc()
+    if SANITIZE:
+        raise BuildError("a library for the sanitizers has no CUDA kernels")
+    if nvcc is None:
+        raise BuildError("no nvcc found at install time (looked for $NVCC, the path, $CUDA_HOME and /usr/local/cuda)")
+    dry = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True).stderr  # says where its libraries are
+    runtimes = [Path(place, "libcudart_static.a") for place in re.findall(r'"-L([^"]+)"', dry)]
+    runtime = next((x for x in runtimes if x.exists()), None)
+    if runtime is None:
+        raise BuildError(f"{nvcc} has no libcudart_static.a")
+    command = [nvcc, *CUDA_FLAGS, f"-I{CSRC}", *(f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS)]
+    objects = compile_all([(s, f"{s.stem}.cuda.o", command) for s in sorted(CSRC.glob("cuda/*.cu"))], build_dir)
+    # The runtime is ours alone: torch may bring another one into the process.
+    return objects, [str(runtime), "-Wl,--exclude-libs,libcudart_static.a", "-lpthread", "-ldl", "-lrt"]
+
+
 def compile_library(target, build_dir):
+    """-> why there are no CUDA kernels in it, or None."""
     compiler, torch = find_compiler(), find_torch()
     if compiler is None:
         raise BuildError("no C++ compiler found at install time (looked for $CXX, g++, c++, clang++)")
     if torch is None:
         raise BuildError("torch was not installed when diffmas was built")
-    flags = [*FLAGS, *SANITIZE, f"-I{CSRC}"] + (["-DDIFFMAS_X86"] if X86 else [])
-    binding = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch / 'include'}"]
-    jobs = [(CSRC / "binding.cpp", "binding.o", binding)]
-    jobs += [(CSRC / "cpu" / f"{name}.cpp", f"{name}.o", []) for name in ("plan", "dispatch")]
+    command = [*compiler, *FLAGS, *SANITIZE, f"-I{CSRC}"] + (["-DDIFFMAS_X86"] if X86 else [])
+    jobs = [(CSRC / "cpu" / f"{name}.cpp", f"{name}.o", command) for name in ("plan", "dispatch")]
     jobs += [
-        (CSRC / "cpu" / name, f"{Path(name).stem}.{isa}.o", [f"-DDIFFMAS_ISA={isa}", *KERNEL_FLAGS, *more])
+        (CSRC / "cpu" / name, f"{Path(name).stem}.{isa}.o", [*command, f"-DDIFFMAS_ISA={isa}", *KERNEL_FLAGS, *more])
         for name in KERNELS
         for isa, more in ISAS.items()
     ]
-    headers = max(p.stat().st_mtime for p in [Path(__file__), *CSRC.rglob("*.h")])
-    build_dir.mkdir(parents=True, exist_ok=True)
-
-    def run(command):
-        print(shlex.join(command), flush=True)
-        done = subprocess.run(command, capture_output=True, text=True)
-        sys.stderr.write(done.stderr)
-        if done.returncode:
-            last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-            raise BuildError(f"`{' '.join(compiler)}` failed at install time: {last}")
-
-    def compile_one(job):
-        source, name, more = job
-        output = build_dir / name
-        if not output.exists() or output.stat().st_mtime < max(headers, source.stat().st_mtime):
-            run([*compiler, *flags, *more, "-c", str(source), "-o", str(output)])
-        return str(output)
-
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(compile_one, jobs))
+    objects = compile_all(jobs, build_dir)
+    why_no_cuda, links, cuda = None, [], []
+    try:
+        more, links = compile_cuda(build_dir)
+        objects, cuda = [*objects, *more], ["-DDIFFMAS_CUDA"]
+    except (BuildError, OSError) as error:
+        why_no_cuda = str(error)
+    binding = [*command, *cuda, "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch / 'include'}"]
+    objects += compile_all([(CSRC / "binding.cpp", f"binding{'.with_cuda' if cuda else ''}.o", binding)], build_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([*compiler, *SANITIZE, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)])
+    link = [*compiler, *SANITIZE, "-shared", *objects, *links, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)]
+    run(link, compiler[0])
+    return why_no_cuda
 
 
 class BuildExtension(build_ext):
@@ -116,12 +160,13 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
-        info = {"library": LIBRARY, "error": None}
+        info = {"library": LIBRARY, "error": None, "cuda_targets": [], "cuda_error": None}
         try:
-            compile_library(target, Path(self.build_temp))
+            info["cuda_error"] = compile_library(target, Path(self.build_temp))
+            info["cuda_targets"] = [] if info["cuda_error"] else CUDA_TARGETS
         except (BuildError, OSError) as error:
             target.unlink(missing_ok=True)
-            info = {"library": None, "error": str(error)}
+            info |= {"library": None, "error": str(error), "cuda_error": str(error)}
             print(f"\nWARNING: diffmas is built without its C++ kernels: {error}\n", file=sys.stderr, flush=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (target.parent / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n")

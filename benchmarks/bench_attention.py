@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffmas import ops, reference
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Problem, Run, Senseless
@@ -28,14 +29,40 @@ EXPANDED = 1 << 26  # elements of K repeated for each query head
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
-def _cases() -> list[Case]:
+def _case(out: list[Case], regime, N, n=1, heads="16/8", phases=("forward", "backward"), quick=(), **more) -> None:
+    for phase in phases:
+        shape = dict(N=N, n=n, heads=heads, D=128) | more
+        out.append(Case("cross_attention", regime, phase, quick=phase in quick, **shape))
+
+
+def _gpu_cases() -> list[Case]:
     out = []
+    add = functools.partial(_case, out, dtype="bfloat16")
+    for heads in ("16/8", "32/8"):
+        for N in (1024, 4096, 16384, 65536):
+            add(
+                "latent step",
+                N,
+                heads=heads,
+                phases=("forward", "backward") if N == 16384 else ("forward",),
+                quick=("forward",),
+            )
+        add("few queries", 16384, 16, heads=heads)
+        for n in (1024, 4096, 16384):
+            add("prompt", n, n, heads=heads, quick=("forward", "backward") if n == 4096 else ())
+        add("prompt on a trace", 16384, 4096, heads=heads, quick=("forward",))
+        add("prompt on 63 segments", 16384, 4096, heads=heads)
+        add("ragged prompts", 1024, 1024, batch=16, heads=heads, quick=("forward",))
+        add("ragged latent step", 16384, batch=8, heads=heads, phases=("forward",))
+    add("agents side by side", 4608, 512, batch=4)
+    add("prompt", 4096, 4096, dtype="float16")
+    add("prompt", 2048, 2048, dtype="float32")
+    return out
 
-    def add(regime, N, n=1, heads="16/8", phases=("forward", "backward"), quick=(), **more):
-        for phase in phases:
-            shape = dict(N=N, n=n, heads=heads, D=128) | more
-            out.append(Case("cross_attention", regime, phase, quick=phase in quick, **shape))
 
+def _cpu_cases() -> list[Case]:
+    out = []
+    add = functools.partial(_case, out)
     everything = ("forward", "backward", "full")
     for N in (1024, 2048, 4096, 8192, 32768):
         quick = {2048: ("forward",), 8192: everything}.get(N, ())
@@ -67,7 +94,8 @@ def _cases() -> list[Case]:
     return out
 
 
-CASES = _cases()
+CPU_CASES, GPU_CASES = _cpu_cases(), _gpu_cases()
+CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
 
 
 def layout(case: Case) -> tuple[list[int], list[list[tuple[int, int]]]]:
@@ -76,6 +104,10 @@ def layout(case: Case) -> tuple[list[int], list[list[tuple[int, int]]]]:
     if case.regime == "prompt on a trace":  # three agents' segments, not next to each other in the pool
         first = (N - n) // 2
         return [n], [[(N, first), (0, N - n - first), (2 * N, n)]]
+    if case.regime == "prompt on 63 segments":  # in another order than they lie in the pool, with a row between them
+        rows = [(N - n) // 63 + (i < (N - n) % 63) for i in range(63)]
+        start = [sum(rows[:i]) + i for i in range(63)]
+        return [n], [[(start[i * 37 % 63], rows[i * 37 % 63]) for i in range(63)] + [(sum(rows) + 63, n)]]
     if case.regime == "agents side by side":  # branches that share a prefix and do not see each other
         prefix = N - n
         return [n] * B, [[(0, prefix), (prefix + b * n, n)] for b in range(B)]
@@ -278,6 +310,18 @@ def _sdpa(y: Padded, q, k, v):
     return F.scaled_dot_product_attention(q, k, v, y.mask, is_causal=y.causal, scale=y.x.scale, enable_gqa=grouped)
 
 
+def _backend(name: str):
+    """SDPA on one backend of torch's for GPUs; by itself it does not always take the fastest."""
+
+    def attend(y: Padded, q, k, v):
+        if q.device.type == "cpu":
+            raise Senseless
+        with sdpa_kernel([getattr(SDPBackend, name)]):
+            return _sdpa(y, q, k, v)
+
+    return attend
+
+
 def _repeat(t: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return t
@@ -431,6 +475,9 @@ PROVIDERS = {
     "sdpa, grouped": torch_peer(_grouped),
     "sdpa, expanded": torch_peer(_expanded),
     "sdpa, one by one": per_sequence,
+    "sdpa, flash": torch_peer(_backend("FLASH_ATTENTION")),
+    "sdpa, cudnn": torch_peer(_backend("CUDNN_ATTENTION")),
+    "sdpa, efficient": torch_peer(_backend("EFFICIENT_ATTENTION")),
     "cat + sdpa": torch_peer(_cat_sdpa, _cat_leaves, _cat_take),
     "cat into a buffer + sdpa": cat_into_buffer_sdpa,
     "eager": torch_peer(_eager),

@@ -21,7 +21,7 @@ def _case(regime, n, N=0, heads="16/8", phase="forward", dtype="float32", quick=
     return Case("inject", regime, phase, N=N, n=n, heads=heads, D=128, dtype=dtype, quick=quick)
 
 
-CASES = [
+CPU_CASES = [
     *(_case("one token", 1, N, quick=N == 2048) for N in (2048, 8192)),
     *(_case("tokens", n, heads=heads, quick=(n, heads) == (512, "16/8"))
       for n in (64, 512, 2048) for heads in ("8/8", "16/8", "32/8")),
@@ -29,6 +29,11 @@ CASES = [
     _case("one token", 1, 2048, phase="backward"),
     *(_case("tokens", n, phase="backward", quick=n == 512) for n in (64, 512, 2048)),
 ]  # fmt: skip
+GPU_CASES = [
+    _case("one token" if n == 1 else "tokens", n, 2048 if n == 1 else 0, heads, phase, "bfloat16", quick=n in (1, 8192))
+    for heads in ("16/8", "32/8") for phase in ("forward", "backward") for n in (1, 64, 8192, 65536)
+]  # fmt: skip
+CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
 
 
 def problem(case: Case) -> Problem:

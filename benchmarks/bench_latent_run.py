@@ -17,10 +17,12 @@ from diffmas.benchmarks.ours import run_op
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
-CASES = [
+CPU_CASES = [
     Case("latent_run", "latent run", "backward", N=N, n=T, T=T, heads="16/8", D=128, quick=(N, T) == (2048, 16))
     for N, T in ((2048, 16), (8192, 16), (8192, 40))
 ]
+GPU_CASES = [replace(CPU_CASES[0], N=N, n=32, T=32, dtype="bfloat16", quick=True) for N in (16384, 65536)]
+CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
 
 
 def problem(case: Case) -> Problem:

@@ -89,6 +89,30 @@ GOALS = [
     Goal("training_step", "agents", "step", "DynamicCache", 2, N=4096, T=16),
     Goal("attention_schedule", "agents", "step", "DynamicCache", 0, memory=5, N=4096, T=16),
     Goal("latent_run", "latent run", "backward", f"{OURS}, pushing", 1.3),
+    # Hopper: percent of the device's own matrix product, read and copy rates.
+    *(
+        Goal(*case, dtype="bfloat16", device="cuda")
+        for case in (
+            (ATTENTION, "prompt", "forward", "flex", 1.15),
+            (ATTENTION, "prompt on 63 segments", "forward", "flex", 1.15),
+            (ATTENTION, "ragged prompts", "forward", "flex", 3),
+            (ATTENTION, "ragged prompts", "forward", "sdpa", 8),
+            (ATTENTION, STEP, "forward", "flashinfer", 1.1),
+            ("inject", "tokens", "forward", "eager + cat", 8),
+            ("inject", "tokens", "backward", "eager", 4),
+        )
+    ),
+    *(
+        Goal(*case, roofline=percent, dtype="bfloat16", device="cuda", **shape)
+        for *case, percent, shape in (
+            (ATTENTION, "prompt", "forward", 54, {}),
+            (ATTENTION, "prompt", "backward", 66, {}),
+            (ATTENTION, STEP, "forward", 90, dict(N=65536)),
+            (ATTENTION, "readers of a prefix", "forward", 85, dict(N=32768)),
+            ("inject", "tokens", "forward", 88, dict(n=65536)),
+            ("inject", "tokens", "backward", 80, dict(n=65536)),
+        )
+    ),
 ]
 
 

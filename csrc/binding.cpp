@@ -1,5 +1,6 @@
 // Every schema of the extension, its checks, and the way from tensors to raw pointers. LibTorch stable ABI: one binary for
 // torch 2.10 and newer. Fake and autograd are registered in Python (diffmas/ops.py).
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,6 +16,11 @@
 #include "cpu/attention.h"
 #include "cpu/inject.h"
 #include "cpu/states.h"
+#ifdef DIFFMAS_CUDA
+#include <dlfcn.h>
+
+#include "cuda/inject.h"
+#endif
 
 namespace {
 
@@ -43,7 +49,23 @@ std::string shape_of(const Tensor& t) {
   return list(sizes.data(), t.dim());
 }
 
-void check_cpu(const char* name, const Tensor& t) { STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got one on another device"); }
+// Where all tensors of a call are.
+struct Where {
+  bool cuda;
+  int32_t index;
+};
+constexpr Where kCpu{false, 0};
+
+Where where_of(const Tensor& t) { return {t.is_cuda(), t.is_cuda() ? int32_t(t.get_device_index()) : 0}; }
+
+void check_device(const char* name, const Tensor& t, Where where) {
+  if (where.cuda) {
+    STD_TORCH_CHECK(t.is_cuda() && int32_t(t.get_device_index()) == where.index, name, ": expected a tensor on CUDA device ", where.index,
+                    ", got one on another device");
+  } else {
+    STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got one on another device");
+  }
+}
 
 void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
   bool same = t.dim() == int64_t(shape.size());
@@ -68,17 +90,17 @@ void check_dtype(const char* name, const Tensor& t, ScalarType expected) {
 }
 
 // [rows, heads, D] with last stride 1.
-cpu::Rows rows(const char* name, const Tensor& t) {
-  check_cpu(name, t);
+cpu::Rows rows(const char* name, const Tensor& t, Where where = kCpu) {
+  check_device(name, t, where);
   STD_TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions [rows, heads, D], got shape ", shape_of(t));
   const cpu::DType dtype = dtype_of(name, t);
   STD_TORCH_CHECK(t.stride(2) == 1 || t.size(2) <= 1 || t.numel() == 0, name, ": expected last stride 1, got ", t.stride(2));
   return {t.data_ptr(), t.stride(0), t.stride(1), dtype};
 }
 
-cpu::Rows rows(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_t d) {
+cpu::Rows rows(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_t d, Where where = kCpu) {
   check_shape(name, t, {n, heads, d});
-  return rows(name, t);
+  return rows(name, t, where);
 }
 
 // Where a [rows, heads, D] tensor lies: its dimensions beside D with the wider stride first.
@@ -152,8 +174,8 @@ struct WrittenPools {
   }
 };
 
-const int64_t* indices(const char* name, const Tensor& t, int64_t size) {
-  check_cpu(name, t);
+const int64_t* indices(const char* name, const Tensor& t, int64_t size, Where where = kCpu) {
+  check_device(name, t, where);
   check_dtype(name, t, ScalarType::Long);
   check_shape(name, t, {size});
   STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor, got stride ", t.stride(0));
@@ -172,7 +194,7 @@ const int64_t* indptr(const char* name, const Tensor& t, int64_t size, int64_t e
 
 const float* floats(const char* name, const Optional& t, std::initializer_list<int64_t> shape) {
   if (!t) return nullptr;
-  check_cpu(name, *t);
+  check_device(name, *t, kCpu);
   check_dtype(name, *t, ScalarType::Float);
   check_shape(name, *t, shape);
   STD_TORCH_CHECK(t->is_contiguous(), name, ": expected a contiguous tensor");
@@ -180,9 +202,9 @@ const float* floats(const char* name, const Optional& t, std::initializer_list<i
 }
 
 // cos, sin [n, Dr] or a norm weight [D].
-cpu::Table table(const char* name, const Optional& t, std::initializer_list<int64_t> shape) {
+cpu::Table table(const char* name, const Optional& t, std::initializer_list<int64_t> shape, Where where) {
   if (!t) return {nullptr, 0, cpu::DType::f32};
-  check_cpu(name, *t);
+  check_device(name, *t, where);
   check_shape(name, *t, shape);
   const cpu::DType dtype = dtype_of(name, *t);
   const int64_t last = t->dim() - 1;
@@ -243,36 +265,63 @@ struct Partials {
   }
 };
 
+#ifdef DIFFMAS_CUDA
+void check_cuda(int error) { STD_TORCH_CHECK(error == 0, "CUDA: ", diffmas_cuda_error(error)); }
+
+// torch's own; the function lives in libtorch_cuda, which a CPU build of torch does not have.
+void* current_stream(Where where) {
+  using Get = int32_t (*)(int32_t device, void** stream);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get && get(where.index, &stream) == 0, "CUDA: torch has no current stream for device ", where.index);
+  return stream;
+}
+#endif
+
+// Allocations, copies and launches go to the tensor's GPU, whichever is current.
+struct OnDevice {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  explicit OnDevice(const Tensor& t) {
+    if (t.is_cuda()) guard.emplace(int32_t(t.get_device_index()));
+  }
+};
+
 cpu::InjectArgs inject_args(const Tensor& q, const Tensor& k, const Optional& cos, const Optional& sin, const Tensor& slots,
                             const Optional& q_weight, const Optional& k_weight, double eps, bool interleaved, const Tensor& k_pool,
                             const Tensor& v_pool, const char* k_pool_name, const char* v_pool_name) {
+  const Where where = where_of(q);
   cpu::InjectArgs a{};
-  a.q = rows("q", q);
+  a.q = rows("q", q, where);
   a.n = q.size(0), a.q_heads = q.size(1), a.head_dim = q.size(2);
   STD_TORCH_CHECK(k.dim() == 3, "k: expected 3 dimensions [n, Hkv, D], got shape ", shape_of(k));
   a.kv_heads = k.size(1);
-  a.k = rows("k", k, a.n, a.kv_heads, a.head_dim);
+  a.k = rows("k", k, a.n, a.kv_heads, a.head_dim, where);
   check_dtype("k", k, q.scalar_type());
   STD_TORCH_CHECK(std::isfinite(float(eps)) && eps >= 0, "eps: expected a finite float32 >= 0, got ", eps);
   check_heads(q, "k", a.kv_heads, a.head_dim);
+  STD_TORCH_CHECK(!where.cuda || a.n * a.q_heads < INT32_MAX, "q: expected fewer than 2^31 rows of heads, got shape ", shape_of(q));
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or neither, got one");
   if (cos) {
     STD_TORCH_CHECK(cos->dim() == 2, "cos: expected 2 dimensions [n, Dr], got shape ", shape_of(*cos));
     a.rotary_dim = cos->size(1);
     STD_TORCH_CHECK(a.rotary_dim % 2 == 0 && a.rotary_dim <= a.head_dim, "cos: expected an even rotary size up to ", a.head_dim, ", got ",
                     a.rotary_dim);
-    a.cos = table("cos", cos, {a.n, a.rotary_dim});
-    a.sin = table("sin", sin, {a.n, a.rotary_dim});
+    a.cos = table("cos", cos, {a.n, a.rotary_dim}, where);
+    a.sin = table("sin", sin, {a.n, a.rotary_dim}, where);
   }
-  a.q_weight = table("q_weight", q_weight, {a.head_dim});
-  a.k_weight = table("k_weight", k_weight, {a.head_dim});
+  a.q_weight = table("q_weight", q_weight, {a.head_dim}, where);
+  a.k_weight = table("k_weight", k_weight, {a.head_dim}, where);
   a.eps = float(eps);
   a.interleaved = interleaved;
   STD_TORCH_CHECK(k_pool.dim() == 3, k_pool_name, ": expected 3 dimensions [R, Hkv, D], got shape ", shape_of(k_pool));
-  a.k_pool = rows(k_pool_name, k_pool, k_pool.size(0), a.kv_heads, a.head_dim);
-  a.v_pool = rows(v_pool_name, v_pool, k_pool.size(0), a.kv_heads, a.head_dim);
+  a.k_pool = rows(k_pool_name, k_pool, k_pool.size(0), a.kv_heads, a.head_dim, where);
+  a.v_pool = rows(v_pool_name, v_pool, k_pool.size(0), a.kv_heads, a.head_dim, where);
   check_dtype(v_pool_name, v_pool, k_pool.scalar_type());
-  a.slots = check_slots(slots, a.n, k_pool.size(0));
+  // Looking at slots on a GPU would wait for it.
+  a.slots = where.cuda ? indices("slots", slots, a.n, where) : check_slots(slots, a.n, k_pool.size(0));
   return a;
 }
 
@@ -291,12 +340,19 @@ WrittenPools inject_pools(const cpu::InjectArgs& a, const Tensor& q, const Tenso
 
 Tensor inject(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, Tensor slots, Optional q_weight, Optional k_weight, double eps,
               bool interleaved, Tensor k_pool, Tensor v_pool) {
+  const OnDevice on(q);
   cpu::InjectArgs a = inject_args(q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, "k_pool", "v_pool");
-  a.v = rows("v", v, a.n, a.kv_heads, a.head_dim);
+  a.v = rows("v", v, a.n, a.kv_heads, a.head_dim, where_of(q));
   check_dtype("v", v, q.scalar_type());
   inject_pools(a, q, k, cos, sin, q_weight, k_weight, k_pool, v_pool, "k_pool", "v_pool").check_apart_from("v", v, a.v);
   Tensor out = empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type());
-  a.q_out = rows("out", out);
+  a.q_out = rows("out", out, where_of(q));
+#ifdef DIFFMAS_CUDA
+  if (const Where where = where_of(q); where.cuda) {
+    check_cuda(diffmas_cuda_inject_forward(&a, where.index, current_stream(where)));
+    return out;
+  }
+#endif
   cpu::inject_forward(a, threads());
   return out;
 }
@@ -304,21 +360,32 @@ Tensor inject(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, Tensor s
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_backward(Tensor dq_rot, Tensor q, Tensor k, Optional cos, Optional sin,
                                                                    Tensor slots, Optional q_weight, Optional k_weight, double eps,
                                                                    bool interleaved, Tensor dk_pool, Tensor dv_pool) {
+  const OnDevice on(q);
   cpu::InjectArgs a = inject_args(q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, dk_pool, dv_pool, "dk_pool", "dv_pool");
   check_dtype("dk_pool", dk_pool, ScalarType::Float);
   check_dtype("dv_pool", dv_pool, ScalarType::Float);
   check_shape("dq_rot", dq_rot, {a.n, a.q_heads, a.head_dim});
   dq_rot = torch::stable::contiguous(dq_rot);  // autograd may hand over an expanded tensor
-  a.dq_rot = rows("dq_rot", dq_rot);
+  a.dq_rot = rows("dq_rot", dq_rot, where_of(q));
   inject_pools(a, q, k, cos, sin, q_weight, k_weight, dk_pool, dv_pool, "dk_pool", "dv_pool").check_apart_from("dq_rot", dq_rot, a.dq_rot);
   Tensor dq = empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type());
   Tensor dk = empty(q, {a.n, a.kv_heads, a.head_dim}, q.scalar_type());
   Tensor dv = empty(q, {a.n, a.kv_heads, a.head_dim}, q.scalar_type());
   Tensor dq_weight = empty(q, {q_weight ? a.head_dim : 0}, ScalarType::Float);
   Tensor dk_weight = empty(q, {k_weight ? a.head_dim : 0}, ScalarType::Float);
-  a.q_out = rows("dq", dq), a.dk = rows("dk", dk), a.dv = rows("dv", dv);
-  cpu::inject_backward(a, q_weight ? static_cast<float*>(dq_weight.data_ptr()) : nullptr,
-                       k_weight ? static_cast<float*>(dk_weight.data_ptr()) : nullptr, threads());
+  const Where where = where_of(q);
+  a.q_out = rows("dq", dq, where), a.dk = rows("dk", dk, where), a.dv = rows("dv", dv, where);
+  float* const dqw = q_weight ? static_cast<float*>(dq_weight.data_ptr()) : nullptr;
+  float* const dkw = k_weight ? static_cast<float*>(dk_weight.data_ptr()) : nullptr;
+#ifdef DIFFMAS_CUDA
+  if (where.cuda) {
+    Tensor partials = empty(q, {diffmas_cuda_inject_partials(&a, where.index)}, ScalarType::Float);
+    a.weight_partials = static_cast<float*>(partials.data_ptr());
+    check_cuda(diffmas_cuda_inject_backward(&a, dqw, dkw, where.index, current_stream(where)));
+    return {dq, dk, dv, dq_weight, dk_weight};
+  }
+#endif
+  cpu::inject_backward(a, dqw, dkw, threads());
   return {dq, dk, dv, dq_weight, dk_weight};
 }
 
@@ -522,14 +589,18 @@ void reposition_backward(Tensor src, Tensor dst, Tensor shift, Tensor inv_freq, 
 
 }  // namespace
 
+// The same schemas for every backend.
+#define DIFFMAS_INJECT                                                                                                                \
+  "inject(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, "      \
+  "bool interleaved, Tensor(a!) k_pool, Tensor(b!) v_pool) -> Tensor"
+#define DIFFMAS_INJECT_BACKWARD                                                                                                       \
+  "inject_backward(Tensor dq_rot, Tensor q, Tensor k, Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, "   \
+  "float eps, bool interleaved, Tensor(a!) dk_pool, Tensor(b!) dv_pool) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_weight, "      \
+  "Tensor dk_weight)"
+
 STABLE_TORCH_LIBRARY(diffmas_cpu, m) {
-  m.def(
-      "inject(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, "
-      "bool interleaved, Tensor(a!) k_pool, Tensor(b!) v_pool) -> Tensor");
-  m.def(
-      "inject_backward(Tensor dq_rot, Tensor q, Tensor k, Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, "
-      "float eps, bool interleaved, Tensor(a!) dk_pool, Tensor(b!) dv_pool) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_weight, "
-      "Tensor dk_weight)");
+  m.def(DIFFMAS_INJECT);
+  m.def(DIFFMAS_INJECT_BACKWARD);
   m.def(
       "cross_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, "
       "Tensor? seg_shift, Tensor? inv_freq, float scale, bool causal, bool interleaved) -> (Tensor o, Tensor lse)");
@@ -558,3 +629,15 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_cpu, CPU, m) {
   m.impl("reposition", TORCH_BOX(&reposition));
   m.impl("reposition_backward", TORCH_BOX(&reposition_backward));
 }
+
+#ifdef DIFFMAS_CUDA
+STABLE_TORCH_LIBRARY(diffmas_cuda, m) {
+  m.def(DIFFMAS_INJECT);
+  m.def(DIFFMAS_INJECT_BACKWARD);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(diffmas_cuda, CUDA, m) {
+  m.impl("inject", TORCH_BOX(&inject));
+  m.impl("inject_backward", TORCH_BOX(&inject_backward));
+}
+#endif

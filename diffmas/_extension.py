@@ -1,7 +1,10 @@
-"""Loads the compiled kernels (torch.ops.diffmas_cpu). Never raises: without them diffmas runs on its other backends.
+"""Loads the compiled kernels (torch.ops.diffmas_cpu, torch.ops.diffmas_cuda). Never raises: without them diffmas runs on its
+other backends.
 
-loaded  whether the library is in this process
-error   why not, as one line for a person; None when loaded
+loaded        whether the library is in this process
+error         why not, as one line for a person; None when loaded
+cuda_targets  what it has CUDA binaries for: "80", "90a", ...
+cuda_error    why it has none
 """
 
 from __future__ import annotations
@@ -32,5 +35,13 @@ def _load() -> str | None:
     return None
 
 
+def _cuda_error() -> str | None:
+    if error or cuda_targets:
+        return error
+    return _build_info().get("cuda_error") or "the extension was built by an older version: install diffmas again"
+
+
 error: str | None = _load()
 loaded: bool = error is None
+cuda_targets: list[str] = _build_info().get("cuda_targets", []) if loaded else []
+cuda_error: str | None = _cuda_error()

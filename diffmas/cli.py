@@ -256,9 +256,10 @@ def env():
     for name, missing in ops.available().items():
         how = " by name, in Triton's interpreter" if ops.BACKENDS[name].interpreted else ""
         out.add_row(f"backend {name}", f"[green]usable[/]{how}" if missing is None else f"[yellow]missing[/]: {missing}")
+    kernels = f", CUDA kernels for {', '.join('sm_' + t for t in _extension.cuda_targets)}" if _extension.cuda_targets else ""
     out.add_row(
         "C++ extension",
-        "[green]loaded[/]" if _extension.loaded else f"[yellow]not loaded[/]: {_extension.error}",
+        f"[green]loaded[/]{kernels}" if _extension.loaded else f"[yellow]not loaded[/]: {_extension.error}",
         end_section=True,
     )
     out.add_row("python", f"{platform.python_version()} on {platform.platform()}")

@@ -20,33 +20,63 @@ LEAST_REPLAYS = 3  # a capture costs about as much as a step
 
 def latent_steps(body: nn.Module, realign: nn.Module, trace: Trace, h: Tensor, T: int) -> Tensor:
     """Appends T latent tokens to each sequence. h [B, hidden], the last hidden states -> those after the steps."""
-    left = T
-    if left > LEAST_REPLAYS + 1 and _graphs(body, h):
-        h = _step(body, realign, _plan(trace), h)  # compiles and caches what a capture must not
-        plan = _plan(trace)
-        if all(e.end - e.filled >= left - 2 for e in plan._extents):
+    graphs = _graphs(body, realign, h)
+    for done in range(T):
+        plan = trace.plan([1] * trace.batch_size, "latent")
+        if graphs and done and T - done > LEAST_REPLAYS and _repeatable(plan, T - done):
             repeat = Repeat(body, realign, plan, h)
             if repeat.capture():
-                return repeat.run(left - 1)
-        h, left = _step(body, realign, plan, h), left - 2
-    for _ in range(left):
-        h = _step(body, realign, _plan(trace), h)
+                return repeat.run(T - done)
+            graphs = False
+        if graphs and not done:  # warm: what is compiled, cached or allocated once is not part of a capture
+            h, graphs = _watched_step(body, realign, plan, h)
+        else:
+            h = _step(body, realign, plan, h)
     return h
-
-
-def _plan(trace: Trace) -> Plan:
-    return trace.plan([1] * trace.batch_size, "latent")
 
 
 def _step(body, realign, plan: Plan, h: Tensor, **options) -> Tensor:
     return run(body, plan, inputs_embeds=realign(h)[None], **options).last_hidden_state[0]
 
 
-def _graphs(body: nn.Module, h: Tensor) -> bool:
-    """Whether a step may be captured: on one GPU, without gradients, and not where it failed before."""
+def _graphs(body: nn.Module, realign: nn.Module, h: Tensor) -> bool:
+    """Whether steps may be captured: on one GPU, without gradients, outside of a capture, not where the model forbids it."""
     if torch.is_grad_enabled() or not h.is_cuda or getattr(body, "_diffmas_uncapturable", False):
         return False
-    return all(p.device == h.device for p in body.parameters())
+    weights = [*body.parameters(), *realign.parameters(), *realign.buffers()]
+    return all(w.device == h.device for w in weights) and not torch.cuda.is_current_stream_capturing()
+
+
+def _repeatable(plan: Plan, steps: int) -> bool:
+    """Whether `steps` steps stay in the extents and in the pools that there are: a capture must not move the storage."""
+    store = plan.trace._store
+    return all(e.end - e.filled >= steps - 1 for e in plan._extents) and all(p.rows >= store.used for p in store.pools)
+
+
+def _watched_step(body, realign, plan: Plan, h: Tensor) -> tuple[Tensor, bool]:
+    """A step, and whether it can be captured: a model that waits for the device (routing of experts) cannot, and a capture
+    that fails half-way leaves torch's allocator and generators in its state."""
+    if getattr(body, "_diffmas_watched", False):
+        return _step(body, realign, plan, h), True
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        h_next = _step(body, realign, plan, h, commit=False)
+    except RuntimeError as error:
+        torch.cuda.set_sync_debug_mode(mode)
+        _forbid(body, error)
+        plan.forget()
+        return _step(body, realign, plan, h), False
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    plan.commit()
+    body._diffmas_watched = True
+    return h_next, True
+
+
+def _forbid(body: nn.Module, error: Exception) -> None:
+    body._diffmas_uncapturable = True
+    warnings.warn(f"latent steps run without a CUDA graph, which this model does not allow: {error}", stacklevel=2)
 
 
 class Repeat:
@@ -55,7 +85,7 @@ class Repeat:
     def __init__(self, body, realign, plan: Plan, h: Tensor):
         """plan: of the first step; the extents it goes to have room for all the steps."""
         self.body, self.realign, self.plan, self.h = body, realign, plan, h.clone()
-        self.replay = self.step
+        self.graph: torch.cuda.CUDAGraph | None = None  # without one, steps run as they are
 
     def step(self) -> None:
         self.h.copy_(_step(self.body, self.realign, self.plan, self.h, commit=False))
@@ -66,21 +96,24 @@ class Repeat:
         self.plan.upload(self.h.device)  # not part of what is repeated
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # The outer stream is where torch's own context ends when a capture fails; other threads may allocate meanwhile.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.step()
-        except RuntimeError as error:
-            self.body._diffmas_uncapturable = True
+        except torch.OutOfMemoryError:
             self.plan.forget()
-            warnings.warn(f"latent steps run without a CUDA graph, which this model does not allow: {error}", stacklevel=2)
             return False
-        self.replay = graph.replay
+        except RuntimeError as error:
+            _forbid(self.body, error)
+            self.plan.forget()
+            return False
+        self.graph = graph
         return True
 
     def run(self, steps: int) -> Tensor:
         """Runs the steps, and tells the trace."""
         for _ in range(steps):
-            self.replay()
+            self.graph.replay() if self.graph else self.step()
         self.plan.skip()
         for _ in range(steps - 1):
-            _plan(self.plan.trace).skip()
+            self.plan.trace.plan([1] * self.plan.trace.batch_size, "latent").skip()
         return self.h

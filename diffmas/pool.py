@@ -73,6 +73,8 @@ class Pool:
         if rows <= self.rows:
             return
         rows = max(rows, 2 * self.rows)
+        if self._shape[1] % 16:
+            rows += -rows % 16  # a head's stride stays a multiple of 16: GPU kernels are compiled for that, or not
         with torch.inference_mode(False), torch.no_grad():  # the pool outlives an inference-mode caller
             for name in ("k", "v"):
                 old, new = getattr(self, name), self._zeros(rows, self._options["dtype"])

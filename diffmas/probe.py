@@ -36,7 +36,7 @@ class ProbePlan:
         rows = pool.Pool(self.n, *k.shape[1:], k.dtype, k.device)
         slots = torch.arange(self.n, device=q.device)
         o, _ = pool.attend(rows, torch.zeros(0), q, k, v, slots, view, scale=scale, backend="reference", **inject)
-        self.keys = rows.k
+        self.keys = rows.k[: self.n]  # a pool may hold more rows than were asked for
         return o
 
 

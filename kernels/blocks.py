@@ -30,7 +30,7 @@ BLOCKS = {
 FUSION = dict(enable_fp_fusion=True)  # said aloud: Triton's default is about to change
 
 TABLE = Path(__file__).with_name("blocks.csv")
-ARCHITECTURES = (80, 90, 100, 120)
+ARCHITECTURES = (80, 86, 90, 100, 120)  # 86: also 8.7 and 8.9, which have no more shared memory
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 HEAD_DIMS = (64, 128, 256)
 ROWS = {"fwd": (16, 64, 128), "dq": (16, 64), "dkv": (64,)}  # query rows of a sequence: up to this many, or more than the last
@@ -50,16 +50,22 @@ def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, shifted:
         return forced[kernel] | FUSION
     if arch is None:  # the interpreter: several tiles of small inputs
         return dict(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32)
-    line = table()[kernel, at_most(ROWS[kernel], rows), at_most(HEAD_DIMS, head_dim), wide, shifted, arch]
+    which = (wide, shifted, 0 if wide or shifted else arch)  # the exception: one tile for all architectures
+    line = table()[(kernel, at_most(ROWS[kernel], rows), at_most(HEAD_DIMS, head_dim), *which)]
     return {name: line[name] for name in TILE} | FUSION
 
 
 @functools.cache
 def table() -> dict[tuple, dict]:
-    """The lines of blocks.csv by (kernel, rows, head_dim, wide, shifted, arch)."""
+    """The lines of blocks.csv by (kernel, rows, head_dim, wide, shifted, arch); arch 0 is every one."""
     with TABLE.open(newline="") as file:
         lines = [{name: int(x) if x.isdecimal() else x for name, x in line.items()} for line in csv.DictReader(file)]
-    key = lambda line: (*(line[c] for c in ("kernel", "rows", "head_dim")), bool(line["wide"]), bool(line["shifted"]), line["arch"])
+    key = lambda line: (
+        *(line[c] for c in ("kernel", "rows", "head_dim")),
+        bool(line["wide"]),
+        bool(line["shifted"]),
+        line["arch"],
+    )
     return {key(line): line for line in lines}
 
 

@@ -145,7 +145,7 @@ def _load_rows(p_rows, stride_row, b_rows, D: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 def _forward_tile(
-    acc, m, l, q, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
+    acc, m, total, q, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over BLOCK_N keys from pool row `row`, at view position n_tile; n_end ends the segment's part."""
@@ -163,7 +163,7 @@ def _forward_tile(
     shrink = tl.exp2(m - base)
     v = _load_rows(p_v, stride_vr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
     acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
-    return acc, m_new, l * shrink + tl.sum(p, 1)
+    return acc, m_new, total * shrink + tl.sum(p, 1)
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def cross_attention_fwd_kernel(
 
     p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    m, l = tl.full((BLOCK_M,), -float("inf"), ACC), tl.zeros((BLOCK_M,), ACC)
+    m, total = tl.full((BLOCK_M,), -float("inf"), ACC), tl.zeros((BLOCK_M,), ACC)
     scale_log2: tl.constexpr = scale * LOG2E
     for s in range(s_first, s_last):
         start, length = tl.load(seg_start + s).to(tl.int32), tl.load(seg_len + s).to(tl.int32)
@@ -222,20 +222,20 @@ def cross_attention_fwd_kernel(
                 b_qs = _turn(b_q, cos, sin, tl.load(seg_shift + s), s, -1, HALF, INTERLEAVED, ACC).to(DOT)
         to_row = start - n_seg
         for i in range(n_from, n_full, BLOCK_N):
-            acc, m, l = _forward_tile(
-                acc, m, l, b_qs, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2, D, BLOCK_D, BLOCK_N,
-                False, DOT, ACC,
+            acc, m, total = _forward_tile(
+                acc, m, total, b_qs, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2, D, BLOCK_D,
+                BLOCK_N, False, DOT, ACC,
             )  # fmt: skip
         for i in range(n_full, n_to, BLOCK_N):
-            acc, m, l = _forward_tile(
-                acc, m, l, b_qs, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2, D, BLOCK_D, BLOCK_N,
-                True, DOT, ACC,
+            acc, m, total = _forward_tile(
+                acc, m, total, b_qs, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2, D, BLOCK_D,
+                BLOCK_N, True, DOT, ACC,
             )  # fmt: skip
         n_seg += length
 
-    empty = l == 0
-    b_o = acc / tl.where(empty, 1.0, l)[:, None]
-    b_lse = tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, l))) / LOG2E)
+    empty = total == 0
+    b_o = acc / tl.where(empty, 1.0, total)[:, None]
+    b_lse = tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) / LOG2E)
     b_n += i_split.to(tl.int64) * n
     tl.store(o + (b_n * Hq + b_head)[:, None] * D + o_d[None, :], b_o, mask=m_q)
     tl.store(lse + b_n * Hq + b_head, b_lse, mask=m_row)
@@ -251,7 +251,7 @@ def cross_attention_fwd_kernel_merge(
     m_r = o_r < rows
     m_o = m_r[:, None] & (o_d < D)[None, :]
     o_r = o_r.to(tl.int64)
-    acc, l, m = tl.zeros((BLOCK_R, BLOCK_D), ACC), tl.zeros((BLOCK_R,), ACC), tl.full((BLOCK_R,), -float("inf"), ACC)
+    acc, total, m = tl.zeros((BLOCK_R, BLOCK_D), ACC), tl.zeros((BLOCK_R,), ACC), tl.full((BLOCK_R,), -float("inf"), ACC)
     for i in range(splits):
         o_part = i * rows.to(tl.int64) + o_r
         b_lse = tl.load(lse_parts + o_part, mask=m_r, other=-float("inf"))
@@ -259,10 +259,10 @@ def cross_attention_fwd_kernel_merge(
         base = tl.where(m_new == -float("inf"), 0.0, m_new)
         shrink, weight = tl.exp2((m - base) * LOG2E), tl.exp2((b_lse - base) * LOG2E)
         b_o = tl.load(o_parts + o_part[:, None] * D + o_d[None, :], mask=m_o, other=0)
-        acc, l, m = acc * shrink[:, None] + weight[:, None] * b_o, l * shrink + weight, m_new
-    l = tl.where(l == 0, 1.0, l)
-    tl.store(o + o_r[:, None] * D + o_d[None, :], acc / l[:, None], mask=m_o)
-    tl.store(lse + o_r, m + tl.log2(l) / LOG2E, mask=m_r)
+        acc, total, m = acc * shrink[:, None] + weight[:, None] * b_o, total * shrink + weight, m_new
+    total = tl.where(total == 0, 1.0, total)
+    tl.store(o + o_r[:, None] * D + o_d[None, :], acc / total[:, None], mask=m_o)
+    tl.store(lse + o_r, m + tl.log2(total) / LOG2E, mask=m_r)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -432,7 +432,13 @@ def _tables(q, seg_shift, inv_freq, interleaved) -> tuple:
     """seg_shift with cos and sin [S, Dr] of each segment's rotation; nothing where no segment is shifted."""
     if seg_shift is None:
         return None, None, None
-    return seg_shift, *reference.shift_tables(seg_shift, inv_freq, interleaved, reference.accumulator(q.dtype))
+    # The layers of a model share their index: made by the first of them, and kept with it.
+    key = (seg_shift._version, inv_freq.data_ptr(), interleaved, q.dtype == torch.float64)
+    kept = getattr(seg_shift, "_diffmas_tables", None)
+    if kept is None or kept[0] != key:
+        tables = reference.shift_tables(seg_shift, inv_freq, interleaved, reference.accumulator(q.dtype))
+        kept = seg_shift._diffmas_tables = (key, inv_freq, tables)
+    return seg_shift, *kept[2]
 
 
 def _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved) -> dict:
@@ -450,6 +456,8 @@ def _blocks(kernel: str, q, q_indptr, constants: dict) -> dict:
     rows = triton.cdiv(q.shape[0], q_indptr.shape[0] - 1) * constants["G"]
     wide = constants["DOT"].primitive_bitwidth > 16
     block = attention_blocks(kernel, rows, constants["BLOCK_D"], wide, constants["SHIFTED"], q.device)
+    if kernel == "dkv":
+        return block
     return block | {"BLOCK_M": max(block["BLOCK_M"], power_of_two(constants["G"]))}  # a tile holds a group
 
 
@@ -509,8 +517,8 @@ def cross_attention_backward(
     with on(q):
         block = blocks("cross_attention_delta", D, q.device)
         cross_attention_bwd_kernel_delta[(triton.cdiv(n * Hq, block["BLOCK_R"]),)](
-            do, o, None if dlse is None else dlse.contiguous(), delta, n * Hq, *do.stride()[:2], Hq=Hq, D=D, DLSE=dlse is not None, BLOCK_D=constants["BLOCK_D"],
-            ACC=constants["ACC"], **block,
+            do, o, None if dlse is None else dlse.contiguous(), delta, n * Hq, *do.stride()[:2], Hq=Hq, D=D,
+            DLSE=dlse is not None, BLOCK_D=constants["BLOCK_D"], ACC=constants["ACC"], **block,
         )  # fmt: skip
         if want_dq:
             block = _blocks("dq", q, q_indptr, constants)

@@ -30,7 +30,7 @@ from diffmas.kernels.launch import interpreting
 __all__ = ["OPS", "Launch", "compiled", "fits", "launches"]
 
 TABLE = Path(__file__).with_name("report.csv")
-SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have
+SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -143,7 +143,7 @@ class Recorder:
             return
         if isinstance(value, torch.Tensor):
             launch.signature[name] = "*" + TYPES[value.dtype]
-            aligned = True  # as torch allocates; also what a slice of a fused projection keeps
+            aligned = not free  # as torch allocates; also what a slice of a fused projection keeps
         elif isinstance(value, float):
             launch.signature[name], aligned = "fp32", False
         else:
@@ -153,16 +153,18 @@ class Recorder:
 
 
 def launches(
-    op: str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, n: int = 48, arch: int = 90, forced: dict | None = None
-) -> list[Launch]:
-    """Every kernel launch of one call of `op`, an entry of OPS, on n tokens, with the tiles of an architecture."""
+    op: str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, n: int = 48, arch: int = 90, forced: dict | None = None,
+    **more,
+) -> list[Launch]:  # fmt: skip
+    """Every kernel launch of one call of `op`, an entry of OPS, on n tokens, with the tiles of an architecture. more: flags of
+    the call in the place of the entry's."""
     module, call, flags = OPS[op]
     kernels = {name: x for name, x in vars(module).items() if isinstance(x, triton.JITFunction) and "_kernel" in name}
     seen = []
     try:
         vars(module).update({name: Recorder(kernel, seen) for name, kernel in kernels.items()})
         with compiling_for(arch, forced):
-            call(n, head_dim, dtype, **flags)
+            call(n, head_dim, dtype, **flags | more)
     finally:
         vars(module).update(kernels)
     return seen

@@ -1,6 +1,6 @@
 """Writes blocks.csv, the tiles of the attention kernels: make tune.
 
-    python -m diffmas.kernels.tune [--arch 80 90 100 120] [--kernel fwd dq dkv]
+    python -m diffmas.kernels.tune [--arch 80 90 100 120] [--kernel fwd dq dkv] [--missing]
 
 For each kernel, number of query rows, head size, dtype and architecture: the candidates in order of preference, compiled with
 the installed Triton, those that spill or do not fit in shared memory left out. Without a GPU the first one that is left is
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from diffmas.kernels import blocks, cross_attention
 from diffmas.kernels.blocks import ARCHITECTURES, HEAD_DIMS, ROWS, TABLE, TILE
 from diffmas.kernels.launch import interpreting
-from diffmas.kernels.report import OPS, compiled, fits, launches
+from diffmas.kernels.report import compiled, fits, launches
 
 TIMED = 6  # candidates
 COLUMNS = ("kernel", "rows", "head_dim", "wide", "shifted", "arch", *TILE, "microseconds")
@@ -49,32 +49,37 @@ LONG = {
     ("dkv", 256): [(64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)],
 }
 LAST = [(32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 1), (16, 32, 4, 2), (16, 32, 8, 1), (16, 16, 4, 1)]
-WIDE = [(64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)]
 
 
-def candidates(kernel: str, rows: int, head_dim: int, wide: bool) -> list[tuple[int, int, int, int]]:
-    if kernel != "dkv" and rows == 16:  # bound by memory: many bytes in flight
+def candidates(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool) -> list[tuple[int, int, int, int]]:
+    few = kernel != "dkv" and rows == 16
+    if wide and shifted:  # turning a tile of float32 takes most of the registers
+        return [(16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1)]
+    if wide or shifted:
+        return [(16, 32, 8, 2), (16, 32, 4, 2), (16, 16, 8, 1), (16, 16, 4, 1)] if few else [(64, 32, 8, 2), *LAST]
+    if few:  # bound by memory: many bytes in flight
         return [(16, *rest) for rest in ((128, 4, 3), (64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 8, 2), (16, 8, 1))]
     if kernel == "fwd" and rows == 64:
         return [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), *LAST]
-    return [*(WIDE if wide else LONG[kernel, head_dim]), *LAST]
+    return [*LONG[kernel, head_dim], *LAST]
 
 
 def shown(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, arch: int, block: dict) -> bool:
     """Whether the kernel fits with these tiles wherever they are used."""
     dtype = torch.float32 if wide else torch.bfloat16
     for op in SHOWN[kernel, rows]:
-        module, call, flags = OPS[op]
-        OPS["tune"] = (module, call, flags | dict(shifted=shifted))
-        for one in launches("tune", head_dim, dtype, arch=arch, forced={name: block for name in KERNELS}):
-            if one.kernel.__name__ == KERNELS[kernel] and not fits(compiled(one, arch), arch):
-                return False
+        for target in [arch] if arch else ARCHITECTURES[1:]:  # what fits 8.6 fits 8.0
+            forced = {name: block for name in KERNELS}
+            for one in launches(op, head_dim, dtype, arch=target, forced=forced, shifted=shifted):
+                if one.kernel.__name__ == KERNELS[kernel] and not fits(compiled(one, target), target):
+                    return False
     return True
 
 
-def seconds(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, arch: int, block: dict) -> float:
+def seconds(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, here: int, block: dict) -> float:
     """The time of the op on this GPU, in the shape that the tile is for: a latent step over 32k rows, or 4k queries."""
-    dtype, tokens, G = torch.float32 if wide else torch.bfloat16, {16: 2, 64: 12 if kernel == "fwd" else 4096, 128: 4096}[rows], 4
+    dtype, G = torch.float32 if wide else torch.bfloat16, 4
+    tokens = {16: 2, 64: 12 if kernel == "fwd" else 4096, 128: 4096}[rows]
     N = 32768 if tokens < 16 else tokens
     q, do = torch.randn(2, tokens, 8 * G, head_dim, device="cuda", dtype=dtype).unbind()
     pools = torch.randn(2, 8, N, head_dim, device="cuda", dtype=dtype).transpose(1, 2).unbind()
@@ -82,7 +87,8 @@ def seconds(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, ar
     index = lambda *x: torch.tensor(x, device="cuda")
     shift = (index(7), torch.rand(head_dim // 2, device="cuda")) if shifted else (None, None)
     view = index(0, tokens), index(0, 1), index(0), index(N), *shift, head_dim**-0.5, True, False
-    with blocks.compiling_for(arch, {kernel: block}):
+    others = {name: dict(zip(TILE, LAST[-1])) for name in KERNELS}
+    with blocks.compiling_for(here, others | {kernel: block}):
         o, lse = cross_attention.cross_attention(q, *pools, *view)
         if kernel == "fwd":
             run = lambda: cross_attention.cross_attention(q, *pools, *view)
@@ -93,14 +99,14 @@ def seconds(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, ar
 
 def choose(key: tuple, before: dict | None, here: int | None = None) -> dict:
     """The line of the table for a key; before: the line it had; here: the architecture of this machine's GPU."""
-    kernel, rows, head_dim, wide, _, arch = key
+    arch = key[-1]
     names = [tuple(before[name] for name in TILE)] if before else []
-    order = [*names, *(c for c in candidates(kernel, rows, head_dim, wide) if c not in names)]
+    order = [*names, *(c for c in candidates(*key[:5]) if c not in names)]
     good = (c for c in order if shown(*key, dict(zip(TILE, c))))
-    if arch != here:
+    if here is None or arch not in (0, here):
         best, took = next(good, None), before["microseconds"] if before and before["microseconds"] else ""
     else:
-        times = {c: seconds(*key, dict(zip(TILE, c))) for c, _ in zip(good, range(TIMED))}
+        times = {c: seconds(*key[:5], here, dict(zip(TILE, c))) for c, _ in zip(good, range(TIMED))}
         best = min(times, key=times.get)
         took = round(times[best] * 1e6, 1)
         print(*key, {c: f"{t * 1e6:.1f} us" for c, t in times.items()}, flush=True)
@@ -114,16 +120,18 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES)
     parser.add_argument("--kernel", nargs="+", default=list(ROWS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile, where nothing is timed")
+    parser.add_argument("--missing", action="store_true", help="only what has no line yet")
     args = parser.parse_args()
     if interpreting():
         parser.error("kernels cannot be compiled under TRITON_INTERPRET=1")
     before = blocks.table() if TABLE.exists() else {}
     here = blocks.architecture(torch.device("cuda", 0)) if torch.cuda.is_available() else None
     keys = [
-        (kernel, rows, head_dim, wide, shifted, arch)
-        for wide in (False, True) for shifted in (False, True) for kernel in args.kernel for rows in ROWS[kernel]
-        for head_dim in HEAD_DIMS for arch in args.arch
+        (kernel, rows, head_dim, *which)
+        for which in (*((False, False, arch) for arch in args.arch), (False, True, 0), (True, False, 0), (True, True, 0))
+        for kernel in args.kernel for rows in ROWS[kernel] for head_dim in HEAD_DIMS
     ]  # fmt: skip
+    keys = [key for key in keys if not (args.missing and key in before)]
     table, old = dict(before), [before.get(key) for key in keys]
     if here in args.arch:
         lines = (choose(*one, here) for one in zip(keys, old))  # alone on the machine

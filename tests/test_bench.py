@@ -272,11 +272,13 @@ def test_a_goal_asks_for_a_part_of_the_roofline():
 
 
 def test_every_goal_has_its_case():
-    cases = []
-    for path in run.modules():
-        cases += importlib.import_module(f"diffmas.benchmarks.{path.stem}").CASES
+    modules = [importlib.import_module(f"diffmas.benchmarks.{path.stem}") for path in run.modules()]
     for goal in GOALS:
-        rows = [[row(who, 0.001, device="cpu", roofline_percent=90, **c.columns()) for who in (OURS, goal.peer)] for c in cases]
+        cases = [c for m in modules for c in getattr(m, f"{'CPU' if goal.device == 'cpu' else 'GPU'}_CASES", m.CASES)]
+        rows = [
+            [row(who, 0.001, device=goal.device, roofline_percent=90, **c.columns()) for who in (OURS, goal.peer)]
+            for c in cases
+        ]
         assert any(goal.fits(result) for group in rows for result in report.results(group)), goal
 
 

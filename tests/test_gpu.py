@@ -56,14 +56,19 @@ def test_steps_do_not_wait_for_the_device():
 
 
 def test_new_lengths_compile_nothing():
+    """A fixed set of binaries: by tile (16 rows, more), split or not. Short and long prompts and views see all of them."""
     s = system(dtype=torch.float32).cuda()
-    s(QUESTIONS[:2], ["w20 w21", "w22"]).loss.backward()
-    s.generate_tokens(QUESTIONS[:2], max_new_tokens=3, temperature=0)
-    before = compiled()
-    for n in (1, 2, 5, 9):
+
+    def use(n):
         questions = [" ".join(["w10"] * n), " ".join(["w11"] * (n + 3))]
         s(questions, ["w20", "w21 w22 w23"]).loss.backward()
-        s.generate_tokens(questions, max_new_tokens=n, temperature=0)
+        s.generate_tokens(questions, max_new_tokens=3, temperature=0)
+
+    for n in (1, 40, 400):
+        use(n)
+    before = compiled()
+    for n in (2, 5, 9, 43, 77, 301, 415):
+        use(n)
     assert compiled() == before
 
 
@@ -80,6 +85,19 @@ def test_latent_steps_as_a_graph(batch, monkeypatch):
         want = s(QUESTIONS[:batch])
     assert_close(got.logits, want.logits, 1e-5)
     assert got.trace.segments == want.trace.segments
+
+
+def test_a_model_that_waits_for_the_device_is_not_captured():
+    """Experts that are chosen on the host: the steps run one by one, and the device is as it was."""
+    model = tiny("qwen3_moe", torch.float32, experts_implementation="eager").cuda()
+    body, stream = body_of(patch_of(model).causal_lm), torch.cuda.current_stream()
+    trace = diffmas.Trace(model, batch_size=1, capacity=64)
+    with torch.no_grad():
+        run(body, trace.plan([5], "prompt"), input_ids=tokens(5)[0][None].cuda())
+        latent.latent_steps(body, torch.nn.Identity(), trace, torch.randn(1, model.config.hidden_size, device="cuda"), 8)
+    assert trace.lengths == [13] and torch.cuda.current_stream() == stream
+    torch.rand(3, device="cuda")
+    torch.cuda.synchronize()
 
 
 def test_a_second_gpu():

@@ -16,6 +16,7 @@ def repeating(monkeypatch):
     """Without a GPU the same steps run, one by one, where a GPU replays its graph."""
     runs = []
     monkeypatch.setattr(latent, "_graphs", lambda *_: not torch.is_grad_enabled())
+    monkeypatch.setattr(latent, "_watched_step", lambda *step: (latent._step(*step), True))
     monkeypatch.setattr(latent.Repeat, "capture", lambda self: runs.append(self) or True)
     return runs
 
@@ -35,13 +36,35 @@ def test_steps_that_repeat(options, T, repeating, monkeypatch):
 
 
 def test_steps_that_repeat_beyond_the_room_of_a_segment(repeating):
-    """Without room for all of them in one run of rows, steps go one by one."""
+    """Without room for all of them in one run of rows, steps go one by one, until the rest has room; storage that must grow
+    does so in a step of its own."""
     s = system()
-    trace = prefill(s.model, *tokens(3, 2))
-    with torch.no_grad():
-        h = torch.randn(2, s.model.config.hidden_size, dtype=torch.float64)
-        latent.latent_steps(body(s.model), s.realign, trace, h, plan.SPARE_ROWS + 2)
-    assert not repeating and trace.lengths == [3 + plan.SPARE_ROWS + 2, 2 + plan.SPARE_ROWS + 2]
+    for reserved, T in ((0, plan.SPARE_ROWS + 40), (1, 12), (12, 12), (0, 5)):
+        results = []
+        for plain in (False, True):
+            trace = Trace(s.model, batch_size=2)
+            trace.reserve(reserved)
+            prefill(s.model, *tokens(3, 2), trace=trace)
+            repeating.clear()
+            with torch.no_grad():
+                h = torch.linspace(-1, 1, 2 * s.model.config.hidden_size, dtype=torch.float64).view(2, -1)
+                step = _one_by_one if plain else latent.latent_steps
+                results.append((step(body(s.model), s.realign, trace, h, T), trace))
+            assert len(repeating) == (0 if plain else 1)
+        assert trace.lengths == [3 + T, 2 + T]
+        (got, trace), (want, plain_trace) = results
+        assert_close(got, want, 1e-12)
+        assert trace.segments == plain_trace.segments
+        for layer in range(len(trace)):
+            for sequence in range(2):
+                for x, y in zip(trace.keys_values(layer, sequence), plain_trace.keys_values(layer, sequence)):
+                    assert_close(x, y, 1e-12)
+
+
+def _one_by_one(body, realign, trace, h, T):
+    for _ in range(T):
+        h = latent._step(body, realign, trace.plan([1] * trace.batch_size, "latent"), h)
+    return h
 
 
 def test_a_model_that_cannot_be_captured(repeating, monkeypatch):

@@ -54,7 +54,14 @@ def test_what_is_imported_is_declared():
 def test_sdist_holds_the_sources(source, tmp_path):
     with tarfile.open(build("sdist", source, tmp_path, CXX="/bin/false")) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    for wanted in ("setup.py", "csrc/binding.cpp", "csrc/cpu/inject.cpp", "csrc/cpu/simd.h", "kernels/inject.py"):
+    for wanted in (
+        "setup.py",
+        "csrc/binding.cpp",
+        "csrc/cpu/inject.cpp",
+        "csrc/cpu/simd.h",
+        "csrc/cuda/inject.cuh",
+        "kernels/inject.py",
+    ):
         assert wanted in names
 
 

@@ -1,0 +1,91 @@
+"""The CUDA kernels on a GPU, in all dtypes: the cases of test_cuda_host.py, streams, graphs, devices. Needs one."""
+
+import pytest
+import torch
+from op_cases import inject_inputs
+from op_runs import exact_in_half, inject_all, raw, within_budget
+from test_cuda_host import INJECTS, ODD, POOL
+
+from diffmas import ops
+
+pytestmark = pytest.mark.skipif(ops.available()["cuda"] is not None, reason=str(ops.available()["cuda"]))
+
+
+def run(inputs, dtype, backend, device, wide_tables=False):
+    torch.manual_seed(0)
+    dq_rot, (dk, dv) = exact_in_half(*inputs.q.shape), exact_in_half(2, POOL, *inputs.k.shape[1:])
+    x = inputs.to(dtype, device)
+    if wide_tables and dtype != torch.float64 and x.cos is not None:
+        x.cos, x.sin = inputs.cos.float().to(device), inputs.sin.float().to(device)
+    return inject_all(x, backend, dq_rot, dk, dv, POOL)
+
+
+@pytest.mark.parametrize("wide_tables", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*INJECTS, *ODD])
+def test_inject(name, dtype, wide_tables):
+    inputs = inject_inputs(**(INJECTS | ODD)[name], rows=POOL)
+    got, again = (run(inputs, dtype, "cuda", "cuda", wide_tables) for _ in range(2))
+    same, exact = (run(inputs, t, "reference", "cpu", wide_tables) for t in (dtype, torch.float64))
+    for x, twice, like, want in zip(got, again, same, exact):
+        assert x.shape == want.shape and x.dtype == like.dtype and torch.equal(x, twice)
+        if x.numel():
+            within_budget(x, like, want, inputs.q.shape[2])
+
+
+@pytest.mark.parametrize("n", [1, 64, 5000, 65536])
+def test_as_triton_in_all_lengths(n):
+    """Grids of one block and of many; sums of the weights' gradients over every block."""
+    g = torch.Generator("cuda").manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=g, device="cuda")
+    q, k, v = random(n, 8, 128).bfloat16().split((4, 2, 2), 1)
+    tables, weights = random(2, n, 128).bfloat16().unbind(), random(2, 128).bfloat16().unbind()
+    slots = torch.randperm(n, generator=g, device="cuda")
+    rest = *tables, slots, *weights, 1e-6, False
+    grads, results = random(2, 2, n, 128), []
+    for backend in ("cuda", "triton"):
+        pools, wide = torch.zeros(2, 2, n, 128, device="cuda").bfloat16(), grads.clone()
+        out = raw.inject(q, k, v, *rest, *pools.transpose(1, 2), backend)
+        back = raw.inject_backward(q, q, k, *rest, *wide.transpose(1, 2), backend)
+        results.append((out, pools, *back, wide))
+    for got, want in zip(*results):
+        torch.testing.assert_close(
+            got.float(), want.float(), rtol=2e-2, atol=2e-2 * max(1.0, want.float().abs().max().item()) / 4
+        )
+
+
+def test_on_a_stream_and_in_a_graph():
+    x = inject_inputs(n=5, rows=POOL).to(torch.float32, "cuda")
+    pools = torch.zeros(2, POOL, 2, 64, device="cuda")
+    want = raw.inject(x.q, x.k, x.v, *x.rope(), *pools, "cuda")
+    backward = lambda: raw.inject_backward(x.q, x.q, x.k, *x.rope(), *pools, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        busy = torch.randn(2000, 2000, device="cuda")
+        for _ in range(20):
+            busy = busy @ busy * 1e-3
+        x.q.copy_(2 * x.q)  # after the products, so a launch on another stream would see the old q
+        got = raw.inject(x.q, x.k, x.v, None, None, x.slots, None, None, 1e-6, False, *pools, "cuda")
+    stream.synchronize()
+    assert torch.equal(got, x.q)
+    x.q.mul_(0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, grads = raw.inject(x.q, x.k, x.v, *x.rope(), *pools, "cuda"), backward()
+    pools.fill_(1)
+    graph.replay()
+    torch.testing.assert_close(captured, want, rtol=0, atol=0)
+    assert all(g.isfinite().all() for g in grads) and not pools[:, x.slots[x.slots >= 0]].any()
+
+
+def test_a_second_gpu_and_mixed_devices():
+    x = inject_inputs(n=5, rows=POOL).to(torch.float32, "cuda")
+    pools = torch.zeros(2, POOL, 2, 64)
+    with pytest.raises(RuntimeError, match="k_pool: expected a tensor on CUDA device 0"):
+        raw.inject(x.q, x.k, x.v, *x.rope(), *pools, "cuda")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    got = run(inject_inputs(n=5, rows=POOL), torch.float32, "cuda", "cuda:1")
+    want = run(inject_inputs(n=5, rows=POOL), torch.float32, "cuda", "cuda:0")
+    assert torch.cuda.current_device() == 0 and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want))

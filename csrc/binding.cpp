@@ -19,6 +19,7 @@
 #ifdef DIFFMAS_CUDA
 #include <dlfcn.h>
 
+#include "cuda/attention.h"
 #include "cuda/inject.h"
 #endif
 
@@ -182,9 +183,13 @@ const int64_t* indices(const char* name, const Tensor& t, int64_t size, Where wh
   return static_cast<const int64_t*>(t.data_ptr());
 }
 
-const int64_t* indptr(const char* name, const Tensor& t, int64_t size, int64_t end) {
+const int64_t* indptr(const char* name, const Tensor& t, int64_t size, int64_t end, Where where) {
   STD_TORCH_CHECK(size >= 1, name, ": expected at least one element, got shape ", shape_of(t));
-  const int64_t* p = indices(name, t, size);
+  const int64_t* p = indices(name, t, size, where);
+  if (where.cuda) {  // looking at its values would wait for the device
+    STD_TORCH_CHECK(size > 1 || end == 0, name, ": expected 0 and ", end, ", got one element");
+    return p;
+  }
   STD_TORCH_CHECK(p[0] == 0, name, ": expected 0 at the start, got ", p[0]);
   for (int64_t i = 1; i < size; ++i)
     STD_TORCH_CHECK(p[i] >= p[i - 1], name, ": expected non-decreasing values, got ", p[i - 1], " then ", p[i], " at ", i);
@@ -192,9 +197,9 @@ const int64_t* indptr(const char* name, const Tensor& t, int64_t size, int64_t e
   return p;
 }
 
-const float* floats(const char* name, const Optional& t, std::initializer_list<int64_t> shape) {
+const float* floats(const char* name, const Optional& t, std::initializer_list<int64_t> shape, Where where = kCpu) {
   if (!t) return nullptr;
-  check_device(name, *t, kCpu);
+  check_device(name, *t, where);
   check_dtype(name, *t, ScalarType::Float);
   check_shape(name, *t, shape);
   STD_TORCH_CHECK(t->is_contiguous(), name, ": expected a contiguous tensor");
@@ -212,9 +217,9 @@ cpu::Table table(const char* name, const Optional& t, std::initializer_list<int6
   return {t->data_ptr(), last ? t->stride(0) : 0, dtype};
 }
 
-const float* frequencies(const Tensor& t, int64_t head_dim) {
+const float* frequencies(const Tensor& t, int64_t head_dim, Where where = kCpu) {
   STD_TORCH_CHECK(t.dim() == 1 && 2 * t.size(0) <= head_dim, "inv_freq: expected up to ", head_dim / 2, " frequencies, got shape ", shape_of(t));
-  return floats("inv_freq", t, {t.size(0)});
+  return floats("inv_freq", t, {t.size(0)}, where);
 }
 
 void check_head_dim(const char* name, int64_t head_dim) {
@@ -396,13 +401,14 @@ struct AttentionCall {
   AttentionCall(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr,
                 const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_shift, const Optional& inv_freq, double scale,
                 bool causal, bool interleaved) {
-    args.q = rows("q", q);
+    const Where where = where_of(q);
+    args.q = rows("q", q, where);
     args.q_heads = q.size(1), args.head_dim = q.size(2);
     STD_TORCH_CHECK(k_pool.dim() == 3, "k_pool: expected 3 dimensions [R, Hkv, D], got shape ", shape_of(k_pool));
     const int64_t pool_rows = k_pool.size(0);
     args.kv_heads = k_pool.size(1);
-    args.k_pool = rows("k_pool", k_pool, pool_rows, args.kv_heads, args.head_dim);
-    args.v_pool = rows("v_pool", v_pool, pool_rows, args.kv_heads, args.head_dim);
+    args.k_pool = rows("k_pool", k_pool, pool_rows, args.kv_heads, args.head_dim, where);
+    args.v_pool = rows("v_pool", v_pool, pool_rows, args.kv_heads, args.head_dim, where);
     check_dtype("v_pool", v_pool, k_pool.scalar_type());
     check_heads(q, "k_pool", args.kv_heads, args.head_dim);
     STD_TORCH_CHECK(std::isfinite(float(scale)), "scale: expected a finite float32, got ", scale);
@@ -414,24 +420,28 @@ struct AttentionCall {
     STD_TORCH_CHECK(seg_start.dim() == 1, "seg_start: expected 1 dimension, got shape ", shape_of(seg_start));
     const int64_t batch = q_indptr.size(0) - 1, count = seg_start.size(0);
     segments.batch = batch;
-    segments.q_indptr = indptr("q_indptr", q_indptr, batch + 1, q.size(0));
-    segments.seg_indptr = indptr("seg_indptr", seg_indptr, batch + 1, count);
-    segments.start = args.seg_start = indices("seg_start", seg_start, count);
-    segments.length = args.seg_length = indices("seg_len", seg_len, count);
-    for (int64_t i = 0; i < count; ++i) {
+    segments.q_indptr = indptr("q_indptr", q_indptr, batch + 1, q.size(0), where);
+    segments.seg_indptr = indptr("seg_indptr", seg_indptr, batch + 1, count, where);
+    segments.start = args.seg_start = indices("seg_start", seg_start, count, where);
+    segments.length = args.seg_length = indices("seg_len", seg_len, count, where);
+    if (!where.cuda) check_segments(pool_rows);
+    STD_TORCH_CHECK(!seg_shift || inv_freq, "inv_freq: expected the frequencies that seg_shift needs, got none");
+    if (seg_shift) segments.shift = indices("seg_shift", *seg_shift, count, where);
+    if (inv_freq) {
+      segments.inv_freq = frequencies(*inv_freq, args.head_dim, where);
+      segments.half_rotary = args.half_rotary = inv_freq->size(0);
+    }
+    segments.causal = causal;
+  }
+
+  void check_segments(int64_t pool_rows) const {
+    for (int64_t i = 0; i < segments.seg_indptr[segments.batch]; ++i) {
       const int64_t start = segments.start[i], length = segments.length[i];
       STD_TORCH_CHECK(length >= 1, "seg_len: expected lengths >= 1, got ", length, " at ", i);
       STD_TORCH_CHECK(start >= 0 && start <= pool_rows && length <= pool_rows - start, "seg_start, seg_len: expected rows inside the pool's ",
                       pool_rows, ", got ", start, " + ", length, " at ", i);
     }
-    for (int64_t b = 0; b < batch; ++b) check_disjoint(segments.seg_indptr[b], segments.seg_indptr[b + 1]);
-    STD_TORCH_CHECK(!seg_shift || inv_freq, "inv_freq: expected the frequencies that seg_shift needs, got none");
-    if (seg_shift) segments.shift = indices("seg_shift", *seg_shift, count);
-    if (inv_freq) {
-      segments.inv_freq = frequencies(*inv_freq, args.head_dim);
-      segments.half_rotary = args.half_rotary = inv_freq->size(0);
-    }
-    segments.causal = causal;
+    for (int64_t b = 0; b < segments.batch; ++b) check_disjoint(segments.seg_indptr[b], segments.seg_indptr[b + 1]);
   }
 
   // A row that a sequence read twice would get its gradient from two places at once.
@@ -451,14 +461,42 @@ struct AttentionCall {
   }
 };
 
+#ifdef DIFFMAS_CUDA
+void attention_on_cuda(const AttentionCall& call, const Tensor& q, const Tensor& k_pool, const Tensor& seg_start, bool backward) {
+  const cpu::AttentionArgs& c = call.args;
+  check_dtype("k_pool", k_pool, q.scalar_type());
+  STD_TORCH_CHECK(c.head_dim <= diffmas::cuda::kMaxAttentionDim, "q: expected a head size up to ", diffmas::cuda::kMaxAttentionDim, ", got ",
+                  c.head_dim);
+  STD_TORCH_CHECK(q.size(0) * c.q_heads < INT32_MAX, "q: expected fewer than 2^31 rows of heads, got shape ", shape_of(q));
+  STD_TORCH_CHECK(k_pool.size(0) < INT32_MAX, "k_pool: expected fewer than 2^31 rows, got shape ", shape_of(k_pool));
+  diffmas::cuda::AttentionArgs a{q.size(0), c.q_heads, c.kv_heads, c.head_dim, k_pool.size(0), seg_start.size(0), call.segments};
+  a.q = c.q, a.k_pool = c.k_pool, a.v_pool = c.v_pool, a.o = c.o, a.lse = c.lse, a.scale = c.scale, a.interleaved = c.interleaved;
+  a.d_o = c.d_o, a.dlse = c.dlse, a.dq = c.dq, a.dk_pool = c.dk_pool, a.dv_pool = c.dv_pool;
+  const Where where = where_of(q);
+  const diffmas::cuda::AttentionMemory memory = diffmas_cuda_attention_memory(&a, backward, where.index);
+  Tensor workspace = empty(q, {memory.floats}, ScalarType::Float), counters = empty(q, {memory.counters}, ScalarType::Int);
+  if (memory.counters) torch::stable::zero_(counters);
+  a.workspace = static_cast<float*>(workspace.data_ptr()), a.counters = static_cast<unsigned*>(counters.data_ptr());
+  const auto run = backward ? diffmas_cuda_attention_backward : diffmas_cuda_attention_forward;
+  check_cuda(run(&a, where.index, current_stream(where)));
+}
+#endif
+
 std::tuple<Tensor, Tensor> cross_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor q_indptr, Tensor seg_indptr, Tensor seg_start,
                                            Tensor seg_len, Optional seg_shift, Optional inv_freq, double scale, bool causal,
                                            bool interleaved) {
+  const OnDevice on(q);
   AttentionCall call(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved);
   Tensor o = empty(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   Tensor lse = empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
-  call.args.o = rows("o", o);
+  call.args.o = rows("o", o, where_of(q));
   call.args.lse = static_cast<float*>(lse.data_ptr());
+#ifdef DIFFMAS_CUDA
+  if (q.is_cuda()) {
+    attention_on_cuda(call, q, k_pool, seg_start, false);
+    return {o, lse};
+  }
+#endif
   Partials partials{q, {}};
   cpu::attention_forward(call.args, call.segments, threads(), partials.workspace());
   return {o, lse};
@@ -467,6 +505,8 @@ std::tuple<Tensor, Tensor> cross_attention(Tensor q, Tensor k_pool, Tensor v_poo
 Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor q_indptr,
                                 Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Optional seg_shift, Optional inv_freq, double scale,
                                 bool causal, bool interleaved, Tensor dk_pool, Tensor dv_pool, Optional newest, bool want_dq) {
+  const OnDevice on(q);
+  const Where where = where_of(q);
   AttentionCall call(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved);
   cpu::AttentionArgs& a = call.args;
   const int64_t n = q.size(0);
@@ -476,14 +516,14 @@ Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, T
     check_shape("dlse", *dlse, {n, a.q_heads});
     dlse = torch::stable::contiguous(*dlse);
   }
-  a.d_o = rows("do_", d_o);
-  a.dlse = floats("dlse", dlse, {n, a.q_heads});
-  a.o = rows("o", o, n, a.q_heads, a.head_dim);
-  a.lse = const_cast<float*>(floats("lse", lse, {n, a.q_heads}));
+  a.d_o = rows("do_", d_o, where);
+  a.dlse = floats("dlse", dlse, {n, a.q_heads}, where);
+  a.o = rows("o", o, n, a.q_heads, a.head_dim, where);
+  a.lse = const_cast<float*>(floats("lse", lse, {n, a.q_heads}, where));
   check_dtype("dk_pool", dk_pool, ScalarType::Float);
   check_dtype("dv_pool", dv_pool, ScalarType::Float);
-  a.dk_pool = rows("dk_pool", dk_pool, k_pool.size(0), a.kv_heads, a.head_dim);
-  a.dv_pool = rows("dv_pool", dv_pool, k_pool.size(0), a.kv_heads, a.head_dim);
+  a.dk_pool = rows("dk_pool", dk_pool, k_pool.size(0), a.kv_heads, a.head_dim, where);
+  a.dv_pool = rows("dv_pool", dv_pool, k_pool.size(0), a.kv_heads, a.head_dim, where);
   const WrittenPools pools("dk_pool", dk_pool, a.dk_pool, "dv_pool", dv_pool, a.dv_pool);
   pools.check_apart_from("k_pool", k_pool, a.k_pool);
   pools.check_apart_from("v_pool", v_pool, a.v_pool);
@@ -491,12 +531,18 @@ Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, T
   pools.check_apart_from("o", o, a.o);
   pools.check_apart_from("do_", d_o, a.d_o);
   if (newest) {
-    call.segments.newest = indices("newest", *newest, call.segments.batch);
-    for (int64_t b = 0; b < call.segments.batch; ++b)
+    call.segments.newest = indices("newest", *newest, call.segments.batch, where);
+    for (int64_t b = 0; !where.cuda && b < call.segments.batch; ++b)
       STD_TORCH_CHECK(call.segments.newest[b] >= 0, "newest: expected counts >= 0, got ", call.segments.newest[b], " at ", b);
   }
   Tensor dq = want_dq ? empty(q, {n, a.q_heads, a.head_dim}, q.scalar_type()) : empty(q, {0}, q.scalar_type());
-  if (want_dq) a.dq = rows("dq", dq);
+  if (want_dq) a.dq = rows("dq", dq, where);
+#ifdef DIFFMAS_CUDA
+  if (where.cuda) {
+    attention_on_cuda(call, q, k_pool, seg_start, true);
+    return dq;
+  }
+#endif
   Partials partials{q, {}};
   cpu::attention_backward(a, call.segments, threads(), partials.workspace());
   return dq;
@@ -598,16 +644,19 @@ void reposition_backward(Tensor src, Tensor dst, Tensor shift, Tensor inv_freq, 
   "float eps, bool interleaved, Tensor(a!) dk_pool, Tensor(b!) dv_pool) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_weight, "      \
   "Tensor dk_weight)"
 
+#define DIFFMAS_ATTENTION                                                                                                             \
+  "cross_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, "    \
+  "Tensor? seg_shift, Tensor? inv_freq, float scale, bool causal, bool interleaved) -> (Tensor o, Tensor lse)"
+#define DIFFMAS_ATTENTION_BACKWARD                                                                                                    \
+  "cross_attention_backward(Tensor do_, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor q_indptr, " \
+  "Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_shift, Tensor? inv_freq, float scale, bool causal, "              \
+  "bool interleaved, Tensor(a!) dk_pool, Tensor(b!) dv_pool, Tensor? newest=None, bool want_dq=True) -> Tensor dq"
+
 STABLE_TORCH_LIBRARY(diffmas_cpu, m) {
   m.def(DIFFMAS_INJECT);
   m.def(DIFFMAS_INJECT_BACKWARD);
-  m.def(
-      "cross_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, "
-      "Tensor? seg_shift, Tensor? inv_freq, float scale, bool causal, bool interleaved) -> (Tensor o, Tensor lse)");
-  m.def(
-      "cross_attention_backward(Tensor do_, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor q_indptr, "
-      "Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_shift, Tensor? inv_freq, float scale, bool causal, "
-      "bool interleaved, Tensor(a!) dk_pool, Tensor(b!) dv_pool, Tensor? newest=None, bool want_dq=True) -> Tensor dq");
+  m.def(DIFFMAS_ATTENTION);
+  m.def(DIFFMAS_ATTENTION_BACKWARD);
   m.def("merge_states(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor o, Tensor lse)");
   m.def(
       "merge_states_backward(Tensor do_, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor o, Tensor lse) -> "
@@ -634,10 +683,14 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_cpu, CPU, m) {
 STABLE_TORCH_LIBRARY(diffmas_cuda, m) {
   m.def(DIFFMAS_INJECT);
   m.def(DIFFMAS_INJECT_BACKWARD);
+  m.def(DIFFMAS_ATTENTION);
+  m.def(DIFFMAS_ATTENTION_BACKWARD);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffmas_cuda, CUDA, m) {
   m.impl("inject", TORCH_BOX(&inject));
   m.impl("inject_backward", TORCH_BOX(&inject_backward));
+  m.impl("cross_attention", TORCH_BOX(&cross_attention));
+  m.impl("cross_attention_backward", TORCH_BOX(&cross_attention_backward));
 }
 #endif

@@ -108,12 +108,38 @@ class TritonBackend(Backend):
         return importlib.import_module("diffmas.kernels.backend")
 
 
+class CudaOps:
+    """torch.ops.diffmas_cuda. Its attention is made for few queries a sequence, as it reads a view for every 16 of their rows:
+    more of them, and pools of another dtype than q, are Triton's, or the reference's where there is no Triton."""
+
+    FEW_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
+
+    def __getattr__(self, op):
+        return getattr(torch.ops.diffmas_cuda, op)
+
+    def _attention(self, q, k_pool, q_indptr):
+        rows = q.shape[0] * q.shape[1] // k_pool.shape[1]
+        if rows <= self.FEW_ROWS * (q_indptr.shape[0] - 1) and k_pool.dtype == q.dtype:
+            return torch.ops.diffmas_cuda
+        return reference if BACKENDS["triton"].why_missing else BACKENDS["triton"].ops
+
+    def cross_attention(self, q, k_pool, v_pool, q_indptr, *rest):
+        return self._attention(q, k_pool, q_indptr).cross_attention(q, k_pool, v_pool, q_indptr, *rest)
+
+    def cross_attention_backward(self, do, dlse, q, o, lse, k_pool, v_pool, q_indptr, *rest):
+        run = self._attention(q, k_pool, q_indptr).cross_attention_backward
+        return run(do, dlse, q, o, lse, k_pool, v_pool, q_indptr, *rest)
+
+
 class CudaBackend(Backend):
     """The CUDA kernels of the extension. Devices are looked for when it is first needed."""
 
     def __init__(self):
-        self.name, self.ops, self.devices, self.dtypes = "cuda", torch.ops.diffmas_cuda, ("cuda",), FLOATS
-        self.max_head_dim = MAX_HEAD_DIM
+        self.name, self.ops, self.devices, self.dtypes = "cuda", CudaOps(), ("cuda",), FLOATS
+
+    def has(self, op: str, head_dim: int) -> bool:
+        most = 256 if op.startswith("cross_attention") else MAX_HEAD_DIM
+        return head_dim <= most and hasattr(torch.ops.diffmas_cuda, op)
 
     @functools.cached_property
     def why_missing(self) -> str | None:

@@ -32,9 +32,9 @@ class Kernels:
 
     def cross_attention_backward(self, do, dlse, q, o, lse, *args):
         args, (dk_pool, dv_pool, newest, want_dq) = (q, *args[:-4]), args[-4:]
-        outputs = dict(dq=torch.full_like(q, torch.nan))
+        outputs = dict(dk_pool=dk_pool, dv_pool=dv_pool) | (dict(dq=torch.full_like(q, torch.nan)) if want_dq else {})
         self.run(True, args, {"do": do.contiguous(), "dlse": dlse, "o": o, "lse": lse, "newest": newest}, outputs)
-        return outputs["dq"]
+        return outputs["dq"] if want_dq else q.new_empty(0)
 
     def run(self, backward, args, more, outputs):
         inputs, numbers = dict(zip(INPUTS, args)), dict(zip(NUMBERS, args[len(INPUTS) :]))
@@ -60,7 +60,7 @@ def agree(inputs, dtype, dlse=True, **call):
         inputs.to(dtype), backend, do, None if dlse is None else dlse.to(reference.accumulator(dtype)), **call
     )
     results = run(dtype, "cuda")
-    for got, like, want in list(zip(results, run(dtype, "reference"), run(torch.float64, "reference")))[:3]:
+    for got, like, want in zip(results, run(dtype, "reference"), run(torch.float64, "reference")):
         assert got.shape == want.shape and got.dtype == like.dtype
         if got.numel():
             within_budget(got, like, want, inputs.q.shape[2], dtype)

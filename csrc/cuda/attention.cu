@@ -44,7 +44,7 @@ int pick_size(const AttentionLaunch& l, const Visit& visit) {
 template <class Visit>
 int pick_form(const AttentionLaunch& l, const Visit& visit) {
   const AttentionArgs& a = l.a;
-  if (l.slots.count() > 256 || a.k_pool.dtype != a.q.dtype || a.v_pool.dtype != a.q.dtype) return 1;  // cudaErrorInvalidValue
+  if (l.slots.count() > kMaxAttentionDim || a.k_pool.dtype != a.q.dtype || a.v_pool.dtype != a.q.dtype) return 1;  // cudaErrorInvalidValue
   switch (a.q.dtype) {
     case DType::f32: return pick_size<float>(l, visit);
     case DType::bf16: return pick_size<bf16>(l, visit);
@@ -65,11 +65,10 @@ dim3 grid_of(const AttentionLaunch& l, int device) {
   return dim3(unsigned(tiles), unsigned(l.a.kv_heads), unsigned(parts));
 }
 
-// Of merge_all.
-template <int D>
-AttentionMemory memory_of(dim3 grid) {
+// Of merge_all. Parts are stored 16 bytes at a time, so they lie first in the workspace.
+AttentionMemory memory_of(dim3 grid, int slots) {
   const int64_t tiles = int64_t(grid.x) * grid.y;
-  return {grid.z == 1 ? 0 : tiles * grid.z * kTileRows * (D + 2), grid.z == 1 ? 0 : tiles};
+  return {grid.z == 1 ? 0 : tiles * grid.z * kTileRows * (slots + 2), grid.z == 1 ? 0 : tiles};
 }
 
 }  // namespace
@@ -81,9 +80,10 @@ AttentionMemory diffmas_cuda_attention_memory(const AttentionArgs* args, bool ba
   const AttentionLaunch l = launch_of(*args);
   AttentionMemory memory{};
   pick_form(l, [&](auto t, auto d, auto) {
-    memory = memory_of<d.value>(grid_of<decltype(t), d.value>(l, device));
+    memory = memory_of(grid_of<decltype(t), d.value>(l, device), d.value);
     return 0;
   });
+  if (backward) memory.floats += 2 * args->n * args->q_heads + int64_t(sizeof(Run) / sizeof(float)) * args->segments;
   return memory;
 }
 
@@ -105,8 +105,21 @@ int diffmas_cuda_attention_backward(const AttentionArgs* args, int device, void*
   AttentionLaunch l = launch_of(*args);
   l.parts = args->workspace;
   return pick_form(l, [&](auto t, auto d, auto v) {
-    using F = Form<decltype(t), d.value>;
-    const dim3 grid = grid_of<decltype(t), d.value>(l, device);
-    return launch(attention_bwd_kernel_dq<decltype(t), d.value, v.value>, grid, dim3(32 * F::kWarps), F::kBackwardBytes, stream, l);
+    using T = decltype(t);
+    const dim3 parts = grid_of<T, d.value>(l, device);
+    l.bases = reinterpret_cast<float2*>(l.parts + memory_of(parts, d.value).floats);
+    l.runs = reinterpret_cast<Run*>(l.bases + args->n * args->q_heads);
+    if (args->dq.data) {
+      using F = Form<T, d.value>;
+      const dim3 threads(32 * F::kWarps);
+      if (const int error = launch(attention_bwd_kernel_dq<T, d.value, v.value>, parts, threads, F::kBackwardBytes, stream, l)) return error;
+    }
+    const int64_t rows = args->n * args->q_heads + args->view.batch;
+    const dim3 rows_grid(unsigned((rows + kRunsWarps - 1) / kRunsWarps));
+    if (const int error = launch(attention_bwd_kernel_runs<T>, rows_grid, dim3(32 * kRunsWarps), 0, stream, l)) return error;
+    using F = PoolForm<T, d.value>;
+    const int64_t tiles = (args->pool_rows + F::kRows - 1) / F::kRows, blocks = F::kBlocks * processors(device);
+    const dim3 grid(unsigned(min(tiles, (blocks + args->kv_heads - 1) / args->kv_heads)), unsigned(args->kv_heads));
+    return launch(attention_bwd_kernel_dkv<T, d.value, v.value>, grid, dim3(32 * F::kWarps), F::kBytes, stream, l);
   });
 }

@@ -46,12 +46,20 @@ struct Slots {
   }
 };
 
+// Pool rows [row, end), a part of one segment, whose keys and values learn; view position = row + to_view.
+struct alignas(8) Run {
+  int row, end, to_view;
+  int sequence, length;  // of the view
+};
+
 struct AttentionLaunch {
   AttentionArgs a;
   Slots slots;
   int group;     // G
   float* parts;  // of every (tile, K/V head): [parts, 16, D], and behind all of them softmax states [parts, 16, 2]
-  float* delta;  // backward: [n, Hq]
+  // For dK and dV, from attention_bwd_kernel_runs.
+  Run* runs;      // [S]
+  float2* bases;  // [n, Hq]: base and delta of RowNumbers
 };
 
 template <class T>
@@ -689,6 +697,174 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) 
     for (int e = 0; e < 4; ++e) x[e] *= launch.a.scale;
     store_slots<kVectors>(row_of<T>(launch.a.dq, row.token, row.head), slot, x, launch);
   });
+}
+
+// ---- dK, dV -----------------------------------------------------------------------------------------------------------------------
+
+constexpr int kRunsWarps = 4;
+
+// What the blocks of dK and dV need to know of queries and segments; a warp for every (token, head) and then every sequence.
+template <class T>
+__global__ void __launch_bounds__(32 * kRunsWarps) attention_bwd_kernel_runs(const __grid_constant__ AttentionLaunch launch) {
+  const Segments& view = launch.a.view;
+  const int64_t rows = launch.a.n * launch.a.q_heads, i = int64_t(blockIdx.x) * kRunsWarps + warp_id();
+  if (i < rows) {
+    const RowNumbers row = numbers_of<T>(launch, i / launch.a.q_heads, int(i % launch.a.q_heads), 0);
+    if (lane_id() == 0) launch.bases[i] = make_float2(row.base, row.delta);
+  } else if (i - rows < view.batch) {
+    const int b = int(i - rows), s_first = int(view.seg_indptr[b]), s_last = int(view.seg_indptr[b + 1]);
+    const int length = view_length(view, s_first, s_last);
+    int learns = 0;  // from this position on
+    if (view.newest) learns = length - int(min(view.newest[b], int64_t(length)));
+    if (view.q_indptr[b] == view.q_indptr[b + 1]) learns = length;
+    for (int first = s_first, before = 0; first < s_last; first += 32) {
+      const int s = first + lane_id(), size = s < s_last ? int(view.length[s]) : 0, end = before + warp_scan(size), begin = end - size;
+      if (s < s_last) {
+        const int start = int(view.start[s]);
+        launch.runs[s] = {start + min(max(learns - begin, 0), size), start + size, begin - start, b, length};
+      }
+      before = __shfl_sync(~0u, end, 31);
+    }
+  }
+}
+
+// A warp owns 16 pool rows, or shares them with another that has the other half of the dimensions: sums of dK and dV are in registers.
+template <class T, int D>
+struct PoolForm {
+  using Keys = Tile<T, D>;
+  static constexpr int kWarps = 4, kHalves = D > 128 ? 2 : 1, kSlots = D / kHalves, kGroups = kWarps / kHalves, kRows = 16 * kGroups;
+  static constexpr int kBlocks = 2;  // of a multiprocessor
+
+  // Shared memory: tiles of K, of V, of q and do, a rotation table, numbers of the query rows, votes of two kinds.
+  static constexpr int kQueries = 2 * kGroups * Keys::kBytes, kTable = kQueries + 2 * Keys::kBytes;
+  static constexpr int kNumbers = kTable + D / 2 * int(sizeof(float2)), kVotes = kNumbers + kTileRows * int(sizeof(RowNumbers));
+  static constexpr int kBytes = kVotes + 2 * kWarps * int(sizeof(unsigned));
+};
+
+// visit(i) for the threads i that say yes, one after the other. No thread says so of the same votes before all are back.
+template <class Visit>
+__device__ __forceinline__ void for_each_vote(bool yes, unsigned* votes, Visit visit) {
+  const unsigned mine = __ballot_sync(~0u, yes);
+  if (lane_id() == 0) votes[warp_id()] = mine;
+  __syncthreads();
+  for (int warp = 0; warp < int(blockDim.x) / 32; ++warp)
+    for (unsigned left = votes[warp]; left; left &= left - 1) visit(warp * 32 + __ffs(int(left)) - 1);
+  __syncthreads();
+}
+
+// Blocks own tiles of pool rows of a K/V head, every gridDim.x-th, and look which of them learn from anybody: 128 at a time. In a
+// latent step it is one or two in the whole pool. Products are transposed here: keys are the rows.
+template <class T, int D, bool kVectors>
+__global__ void __launch_bounds__(32 * PoolForm<T, D>::kWarps, PoolForm<T, D>::kBlocks)
+attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
+  using F = PoolForm<T, D>;
+  using Keys = typename F::Keys;
+  DIFFMAS_DYNAMIC_SHARED(shared);
+  const AttentionArgs& a = launch.a;
+  const int lane = lane_id(), thread = int(threadIdx.x), threads = int(blockDim.x), head = int(blockIdx.y);
+  const int group = warp_id() / F::kHalves, first_slot = warp_id() % F::kHalves * F::kSlots;
+  const Keys k{shared + group * Keys::kBytes}, v{shared + (F::kGroups + group) * Keys::kBytes};
+  Keys q{shared + F::kQueries}, d_o{shared + F::kQueries + Keys::kBytes};
+  float2* const table = reinterpret_cast<float2*>(shared + F::kTable);
+  RowNumbers* const numbers = reinterpret_cast<RowNumbers*>(shared + F::kNumbers);
+  unsigned* const votes = reinterpret_cast<unsigned*>(shared + F::kVotes);
+  const float scale = a.scale * kLog2e;
+  const auto meets = [&](const Run& run, int tile) { return run.row < (tile + 1) * F::kRows && run.end > max(run.row, tile * F::kRows); };
+
+  const auto learn = [&](int tile) {
+    for (int i = thread; i < F::kRows * Keys::kChunks; i += threads) {
+      const int key = i / Keys::kChunks, chunk = i % Keys::kChunks, row = tile * F::kRows + key;
+      const bool there = row < a.pool_rows;  // what nobody has written stays in its own row
+      const Keys k{shared + key / 16 * Keys::kBytes}, v{shared + (F::kGroups + key / 16) * Keys::kBytes};
+      copy_chunk<T, kVectors>(k.at(key % 16, chunk), row_of<T>(a.k_pool, there ? row : 0, head), there, chunk * Keys::kElements, launch);
+      copy_chunk<T, kVectors>(v.at(key % 16, chunk), row_of<T>(a.v_pool, there ? row : 0, head), there, chunk * Keys::kElements, launch);
+    }
+    copy_async_commit();
+
+    float dk[F::kSlots / 8][4] = {}, dv[F::kSlots / 8][4] = {};
+    bool learnt[2] = {};
+    const int my_row = tile * F::kRows + 16 * group + lane / 4;  // and the one eight further
+    for (int s0 = 0; s0 < a.segments; s0 += threads) {
+      const int mine = s0 + thread;
+      for_each_vote(mine < a.segments && meets(launch.runs[mine], tile), votes + F::kWarps, [&](int i) {
+        const Run& run = launch.runs[s0 + i];  // read again where it is needed: registers are short
+        const int shift = a.view.shift ? int(a.view.shift[s0 + i]) : 0;
+        if (shift && warp_id() == 0) make_table(table, a.view, -shift);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) learnt[h] |= my_row + 8 * h >= run.row && my_row + 8 * h < run.end;
+        Work work;
+        work.q_first = int(a.view.q_indptr[run.sequence]), work.queries = int(a.view.q_indptr[run.sequence + 1]) - work.q_first;
+        work.length = run.length;
+        int first = 0;  // the first query that sees any of the rows
+        if (a.view.causal) first = max(max(run.row, tile * F::kRows) + run.to_view - (run.length - work.queries), 0);
+        for (int row = first * launch.group; row < work.queries * launch.group; row += kTileRows) {
+          work.row_first = row, work.rows = min(kTileRows, work.queries * launch.group - row);
+          copy_async_wait<0>();
+          __syncthreads();  // K, V and the table are here, and all have done with the rows before
+          put_rows<T, D, kVectors>(q, launch, work, a.q, shift ? table : nullptr, warp_id(), F::kWarps);
+          put_rows<T, D, kVectors>(d_o, launch, work, a.d_o, nullptr, warp_id(), F::kWarps);
+          if (thread < kTileRows) {
+            const QueryRow query = work.row(launch, min(thread, work.rows - 1));
+            const float2 base = launch.bases[query.token * a.q_heads + query.head];
+            numbers[thread] = {base.x, base.y, thread < work.rows ? work.last(launch, thread) : -1};
+          }
+          __syncthreads();
+
+          float p[2][4] = {}, ds[2][4] = {};
+          add_scores<T, D>(p, k, q);
+          add_scores<T, D>(ds, v, d_o);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const RowNumbers query = numbers[i / 2 * 8 + lane % 4 * 2 + i % 2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const int key = my_row + 8 * h;
+              const bool seen = key >= run.row && key < run.end && key + run.to_view <= query.last;
+              float &x = p[i / 2][2 * h + i % 2], &y = ds[i / 2][2 * h + i % 2];
+              x = seen ? exp2f(x * scale - query.base) : 0;
+              y = seen ? x * (y - query.delta) : 0;
+            }
+          }
+          add_product<T, D>(dv, p, d_o, first_slot);
+          add_product<T, D>(dk, ds, q, first_slot);
+        }
+      });
+    }
+    copy_async_wait<0>();
+
+    const int to_slot = first_slot + hidden(lane % 4 * 2);
+    const auto add = [&](const Rows& rows, const float(&x)[F::kSlots / 8][4], float factor) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (!learnt[h]) continue;
+        float* const to = row_of<float>(rows, my_row + 8 * h, head);
+#pragma unroll
+        for (int j = 0; j < F::kSlots / 8; ++j) {
+          const int slot = to_slot + 8 * j, d = launch.slots.dim(slot);
+          if constexpr (kVectors) {
+            if (d < 0) continue;
+            const Pack<float, 2> old = load<2>(to + d);
+            store<2>(to + d, pack<float>({old[0] + factor * x[j][2 * h], old[1] + factor * x[j][2 * h + 1]}));
+          } else {
+            const int next = launch.slots.dim(slot + 1);
+            if (d >= 0) to[d] += factor * x[j][2 * h];
+            if (next >= 0) to[next] += factor * x[j][2 * h + 1];
+          }
+        }
+      }
+    };
+    add(a.dk_pool, dk, a.scale);
+    add(a.dv_pool, dv, 1);
+  };
+
+  const int64_t tiles = (a.pool_rows + F::kRows - 1) / F::kRows;
+  for (int64_t first = blockIdx.x; first < tiles; first += int64_t(threads) * gridDim.x) {
+    const int64_t mine = first + int64_t(thread) * gridDim.x;
+    bool learns = false;
+    if (mine < tiles)
+      for (int s = 0; s < a.segments; ++s) learns |= meets(launch.runs[s], int(mine));
+    for_each_vote(learns, votes, [&](int i) { learn(int(first) + i * int(gridDim.x)); });
+  }
 }
 
 }  // namespace diffmas::cuda

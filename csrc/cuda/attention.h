@@ -5,6 +5,8 @@
 
 namespace diffmas::cuda {
 
+constexpr int64_t kMaxAttentionDim = 256;
+
 struct AttentionArgs {
   int64_t n, q_heads, kv_heads, head_dim;
   int64_t pool_rows, segments;  // R, S

@@ -37,14 +37,14 @@ int with(const Visit& visit) {
 }
 template <class T, class Visit>
 int pick_size(const AttentionLaunch& l, const Visit& visit) {
-  if (!in_vectors(l)) return with<256, false, T>(visit);
   if (l.slots.count() <= 64) return with<64, true, T>(visit);
-  return l.slots.count() <= 128 ? with<128, true, T>(visit) : with<256, true, T>(visit);
+  return l.slots.count() <= 128 ? with<128, true, T>(visit) : with<kMaxAttentionDim, true, T>(visit);
 }
 template <class Visit>
 int pick_form(const AttentionLaunch& l, const Visit& visit) {
   const AttentionArgs& a = l.a;
   if (l.slots.count() > kMaxAttentionDim || a.k_pool.dtype != a.q.dtype || a.v_pool.dtype != a.q.dtype) return 1;  // cudaErrorInvalidValue
+  if (!in_vectors(l)) return with<kMaxAttentionDim, false, float>(visit);
   switch (a.q.dtype) {
     case DType::f32: return pick_size<float>(l, visit);
     case DType::bf16: return pick_size<bf16>(l, visit);
@@ -116,7 +116,7 @@ int diffmas_cuda_attention_backward(const AttentionArgs* args, int device, void*
     }
     const int64_t rows = args->n * args->q_heads + args->view.batch;
     const dim3 rows_grid(unsigned((rows + kRunsWarps - 1) / kRunsWarps));
-    if (const int error = launch(attention_bwd_kernel_runs<T>, rows_grid, dim3(32 * kRunsWarps), 0, stream, l)) return error;
+    if (const int error = launch(attention_bwd_kernel_runs<T, v.value>, rows_grid, dim3(32 * kRunsWarps), 0, stream, l)) return error;
     using F = PoolForm<T, d.value>;
     const int64_t tiles = (args->pool_rows + F::kRows - 1) / F::kRows, blocks = F::kBlocks * processors(device);
     const dim3 grid(unsigned(min(tiles, (blocks + args->kv_heads - 1) / args->kv_heads)), unsigned(args->kv_heads));

@@ -14,7 +14,7 @@
 //   copies    a warp has kStages - 1 tiles under way: 128 KB a multiprocessor. One microsecond of latency needs 33 KB.
 //
 // Heads of up to 64, 128 and 256 dimensions are padded with zeros in shared memory. kVectors: rows lie on 16 bytes, and so do the slots
-// within them; otherwise they are read element by element.
+// within them. Otherwise they are read element by element, of any dtype, and T, in which they are then computed with, is float.
 // float32 is done by FMA in the same places of the same tiles, at 16 rows 64 MAC a key element of 4 bytes: 74 of 128 a cycle.
 #pragma once
 #include "attention.h"
@@ -62,9 +62,33 @@ struct AttentionLaunch {
   float2* bases;  // [n, Hq]: base and delta of RowNumbers
 };
 
+// A row of elements whose dtype is not known when compiling.
+struct AnyRow {
+  char* data;
+  DType dtype;
+
+  __device__ __forceinline__ AnyRow operator+(int64_t elements) const { return {data + elements * (dtype == DType::f32 ? 4 : 2), dtype}; }
+};
+__device__ __forceinline__ float element(AnyRow row, int d) {
+  if (row.dtype == DType::f32) return reinterpret_cast<const float*>(row.data)[d];
+  return row.dtype == DType::bf16 ? to_float(reinterpret_cast<const bf16*>(row.data)[d]) : to_float(reinterpret_cast<const f16*>(row.data)[d]);
+}
+__device__ __forceinline__ void set_element(AnyRow row, int d, float x) {
+  if (row.dtype == DType::f32) reinterpret_cast<float*>(row.data)[d] = x;
+  else if (row.dtype == DType::bf16) reinterpret_cast<bf16*>(row.data)[d] = from_float<bf16>(x);
+  else reinterpret_cast<f16*>(row.data)[d] = from_float<f16>(x);
+}
 template <class T>
-__device__ __forceinline__ T* row_of(const Rows& rows, int64_t row, int64_t head) {
-  return static_cast<T*>(rows.data) + row * rows.stride_row + head * rows.stride_head;
+__device__ __forceinline__ float element(const T* row, int d) {
+  return to_float(row[d]);
+}
+
+// A T*, or an AnyRow.
+template <class T, bool kVectors = true>
+__device__ __forceinline__ auto row_of(const Rows& rows, int64_t row, int64_t head) {
+  const int64_t from = row * rows.stride_row + head * rows.stride_head;
+  if constexpr (kVectors) return static_cast<T*>(rows.data) + from;
+  else return AnyRow{static_cast<char*>(rows.data), rows.dtype} + from;
 }
 
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x) % 32; }
@@ -266,19 +290,19 @@ __device__ __forceinline__ Work find_work(const AttentionLaunch& launch, int key
 
 // A unit of a query row (16 slots), as a lane has it in a product: x[c][e] is slot 16 unit + 8 c + 2 (lane % 4) + e. Loads without a
 // branch, so that they do not wait for each other.
-template <bool kVectors, class T>
-__device__ __forceinline__ void read_unit(float (&x)[2][2], const T* row, bool there, int slot, const Slots& slots) {
+template <class T, bool kVectors, class Row>
+__device__ __forceinline__ void read_unit(float (&x)[2][2], Row row, bool there, int slot, const Slots& slots) {
 #pragma unroll
   for (int c = 0; c < 2; ++c, slot += 8) {
     if constexpr (kVectors) {
       const int d = slots.dim(slot);
-      const Pack<T, 2> two = load<2>(row + max(d, 0));
+      const Pack<T, 2> two = load<2, T>(row + max(d, 0));
       x[c][0] = there && d >= 0 ? two[0] : 0, x[c][1] = there && d >= 0 ? two[1] : 0;
     } else {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int d = slots.dim(slot + e);
-        const float one = to_float(row[max(d, 0)]);
+        const float one = element(row, max(d, 0));
         x[c][e] = there && d >= 0 ? one : 0;
       }
     }
@@ -294,7 +318,7 @@ __device__ __forceinline__ void put_rows(To& to, const AttentionLaunch& launch, 
     const bool there = lane / 4 + 8 * h < work.rows;
     const QueryRow row = work.row(launch, there ? lane / 4 + 8 * h : 0);
     float x[2][2];
-    read_unit<kVectors>(x, row_of<T>(rows, row.token, row.head), there, 16 * unit + lane % 4 * 2, launch.slots);
+    read_unit<T, kVectors>(x, row_of<T, kVectors>(rows, row.token, row.head), there, 16 * unit + lane % 4 * 2, launch.slots);
     if (table) rotate_unit(x[0][0], x[0][1], x[1][0], x[1][1], unit, lane, launch, table);
     to.put(unit, h, 0, x[0]), to.put(unit, h, 1, x[1]);
   };
@@ -310,8 +334,8 @@ __device__ __forceinline__ void put_rows(To& to, const AttentionLaunch& launch, 
 // ---- keys and values --------------------------------------------------------------------------------------------------------------
 
 // A chunk of a pool row, or zeros: rows that nobody has written may hold NaN.
-template <class T, bool kVectors>
-__device__ __forceinline__ void copy_chunk(char* to, const T* row, bool valid, int slot, const AttentionLaunch& launch) {
+template <class T, bool kVectors, class Row>
+__device__ __forceinline__ void copy_chunk(char* to, Row row, bool valid, int slot, const AttentionLaunch& launch) {
   if constexpr (kVectors) {
     const int d = launch.slots.dim(slot);
     copy_async_16(to, row + max(d, 0), valid && d >= 0);
@@ -319,7 +343,7 @@ __device__ __forceinline__ void copy_chunk(char* to, const T* row, bool valid, i
 #pragma unroll 1
     for (int e = 0; e < 16 / int(sizeof(T)); ++e) {
       const int d = launch.slots.dim(slot + e);
-      reinterpret_cast<T*>(to)[e] = valid && d >= 0 ? row[d] : from_float<T>(0);
+      reinterpret_cast<T*>(to)[e] = valid && d >= 0 ? element(row, d) : 0;
     }
   }
 }
@@ -396,14 +420,14 @@ struct KeyStream {
   const AttentionLaunch& launch;
   const int end, first, count;
   char* const ring;
-  const T *const k_rows, *const v_rows;
+  const decltype(row_of<T, kVectors>(Rows{}, 0, 0)) k_rows, v_rows;
   Cursor cursor;
   int shifts[F::kStages];  // of key lane % 16 of the tiles under way
 
   __device__ __forceinline__ KeyStream(const AttentionLaunch& launch, const Work& work, char* shared)
       : launch(launch), end(work.n_end), first(work.n_first + warp_id() * kTileKeys), count(max(end - first + kStep - 1, 0) / kStep),
-        ring(shared + warp_id() * F::kStages * 2 * Keys::kBytes), k_rows(row_of<T>(launch.a.k_pool, 0, blockIdx.y)),
-        v_rows(row_of<T>(launch.a.v_pool, 0, blockIdx.y)), cursor(launch.a.view, work) {
+        ring(shared + warp_id() * F::kStages * 2 * Keys::kBytes), k_rows(row_of<T, kVectors>(launch.a.k_pool, 0, blockIdx.y)),
+        v_rows(row_of<T, kVectors>(launch.a.v_pool, 0, blockIdx.y)), cursor(launch.a.view, work) {
 #pragma unroll
     for (int i = 0; i < F::kStages - 1; ++i) shifts[i] = copy(i);
   }
@@ -516,8 +540,8 @@ __device__ __forceinline__ void merge_all(const AttentionLaunch& launch, const W
 }
 
 // Four slots of a query's row.
-template <bool kVectors, class T>
-__device__ __forceinline__ void store_slots(T* row, int slot, const float (&x)[4], const AttentionLaunch& launch) {
+template <class T, bool kVectors, class Row>
+__device__ __forceinline__ void store_slots(Row row, int slot, const float (&x)[4], const AttentionLaunch& launch) {
   if constexpr (kVectors) {
     const int d = launch.slots.dim(slot);
     if (d >= 0) store<4>(row + d, pack<T>(x));
@@ -525,7 +549,7 @@ __device__ __forceinline__ void store_slots(T* row, int slot, const float (&x)[4
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int d = launch.slots.dim(slot + e);
-      if (d >= 0) row[d] = from_float<T>(x[e]);
+      if (d >= 0) set_element(row, d, x[e]);
     }
   }
 }
@@ -604,7 +628,7 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) 
     const float share = sum > 0 ? 1 / sum : 0;
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] *= share;
-    store_slots<kVectors>(row_of<T>(launch.a.o, row.token, row.head), slot, x, launch);
+    store_slots<T, kVectors>(row_of<T, kVectors>(launch.a.o, row.token, row.head), slot, x, launch);
     if (slot == 0) launch.a.lse[row.token * launch.a.q_heads + row.head] = sum > 0 ? (top + log2f(sum)) * kLn2 : -INFINITY;
   });
 }
@@ -612,17 +636,17 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) 
 // ---- dq ---------------------------------------------------------------------------------------------------------------------------
 
 // do . o - dlse of a query row, in all lanes of a warp.
-template <class T>
+template <class T, bool kVectors>
 __device__ __forceinline__ float delta_of(const AttentionLaunch& launch, int64_t token, int head) {
-  const T *d_o = row_of<T>(launch.a.d_o, token, head), *o = row_of<T>(launch.a.o, token, head);
+  const auto d_o = row_of<T, kVectors>(launch.a.d_o, token, head), o = row_of<T, kVectors>(launch.a.o, token, head);
   float sum = 0;
-  for (int d = lane_id(); d < launch.slots.head_dim; d += 32) sum += to_float(d_o[d]) * to_float(o[d]);
+  for (int d = lane_id(); d < launch.slots.head_dim; d += 32) sum += element(d_o, d) * element(o, d);
   return group_sum(sum) - (launch.a.dlse ? launch.a.dlse[token * launch.a.q_heads + head] : 0);
 }
 
-template <class T>
+template <class T, bool kVectors>
 __device__ __forceinline__ RowNumbers numbers_of(const AttentionLaunch& launch, int64_t token, int head, int last) {
-  const float lse = launch.a.lse[token * launch.a.q_heads + head], delta = delta_of<T>(launch, token, head);
+  const float lse = launch.a.lse[token * launch.a.q_heads + head], delta = delta_of<T, kVectors>(launch, token, head);
   return {lse == -INFINITY ? 0 : lse * kLog2e, delta, last};
 }
 
@@ -643,7 +667,7 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) 
   RowNumbers* const numbers = reinterpret_cast<RowNumbers*>(shared + F::kNumbers);
   for (int i = warp_id(); i < kTileRows; i += F::kWarps) {
     const QueryRow row = work.row(launch, min(i, work.rows - 1));
-    const RowNumbers mine = numbers_of<T>(launch, row.token, row.head, i < work.rows ? work.last(launch, i) : -1);
+    const RowNumbers mine = numbers_of<T, kVectors>(launch, row.token, row.head, i < work.rows ? work.last(launch, i) : -1);
     if (lane == 0) numbers[i] = mine;
   }
   __syncthreads();
@@ -695,7 +719,7 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) 
     const QueryRow row = work.row(launch, i);
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] *= launch.a.scale;
-    store_slots<kVectors>(row_of<T>(launch.a.dq, row.token, row.head), slot, x, launch);
+    store_slots<T, kVectors>(row_of<T, kVectors>(launch.a.dq, row.token, row.head), slot, x, launch);
   });
 }
 
@@ -704,12 +728,12 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) 
 constexpr int kRunsWarps = 4;
 
 // What the blocks of dK and dV need to know of queries and segments; a warp for every (token, head) and then every sequence.
-template <class T>
+template <class T, bool kVectors>
 __global__ void __launch_bounds__(32 * kRunsWarps) attention_bwd_kernel_runs(const __grid_constant__ AttentionLaunch launch) {
   const Segments& view = launch.a.view;
   const int64_t rows = launch.a.n * launch.a.q_heads, i = int64_t(blockIdx.x) * kRunsWarps + warp_id();
   if (i < rows) {
-    const RowNumbers row = numbers_of<T>(launch, i / launch.a.q_heads, int(i % launch.a.q_heads), 0);
+    const RowNumbers row = numbers_of<T, kVectors>(launch, i / launch.a.q_heads, int(i % launch.a.q_heads), 0);
     if (lane_id() == 0) launch.bases[i] = make_float2(row.base, row.delta);
   } else if (i - rows < view.batch) {
     const int b = int(i - rows), s_first = int(view.seg_indptr[b]), s_last = int(view.seg_indptr[b + 1]);
@@ -776,8 +800,8 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
       const int key = i / Keys::kChunks, chunk = i % Keys::kChunks, row = tile * F::kRows + key;
       const bool there = row < a.pool_rows;  // what nobody has written stays in its own row
       const Keys k{shared + key / 16 * Keys::kBytes}, v{shared + (F::kGroups + key / 16) * Keys::kBytes};
-      copy_chunk<T, kVectors>(k.at(key % 16, chunk), row_of<T>(a.k_pool, there ? row : 0, head), there, chunk * Keys::kElements, launch);
-      copy_chunk<T, kVectors>(v.at(key % 16, chunk), row_of<T>(a.v_pool, there ? row : 0, head), there, chunk * Keys::kElements, launch);
+      copy_chunk<T, kVectors>(k.at(key % 16, chunk), row_of<T, kVectors>(a.k_pool, there ? row : 0, head), there, chunk * Keys::kElements, launch);
+      copy_chunk<T, kVectors>(v.at(key % 16, chunk), row_of<T, kVectors>(a.v_pool, there ? row : 0, head), there, chunk * Keys::kElements, launch);
     }
     copy_async_commit();
 

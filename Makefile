@@ -23,8 +23,10 @@ endif
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
 
+# Files of tests side by side, on all cores.
+PYTEST := -m pytest -q -n auto --dist loadfile
 test: $(INSTALLED)
-	$(PY) -m pytest -q tests
+	$(PY) $(PYTEST) tests
 
 # A package of its own under build/asan, so that the checked library never takes the place of the real one. libstdc++ is loaded
 # first too, or the sanitizer finds no exceptions to intercept. Python's own leaks are not looked at; pytest must not keep
@@ -67,10 +69,11 @@ bench-readme: $(INSTALLED)
 
 # The Hugging Face side against the oldest supported transformers and one in between; .venv holds the newest.
 COMPAT ?= 4.56.2 5.17.0
+COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace deferred generate gradients latent system training evaluation files))
 compat: $(INSTALLED)
 	for v in $(COMPAT); do \
 	  test -d .compat/$$v || $(PY) -m pip install -q --target .compat/$$v "transformers==$$v" || exit 1; \
-	  PYTHONPATH=.compat/$$v $(PY) -m pytest -q tests --ignore tests/test_ops.py --ignore tests/test_op_inputs.py --ignore tests/test_package.py --ignore tests/test_demo.py || exit 1; \
+	  PYTHONPATH=.compat/$$v $(PY) $(PYTEST) $(COMPAT_TESTS) || exit 1; \
 	done
 
 install: $(INSTALLED)

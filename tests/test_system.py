@@ -112,7 +112,8 @@ def test_no_padding_is_stored():
 @pytest.mark.parametrize("options", [{}, dict(no_latents="skip", agents=[Agent("a", "w5 {question}"), *AGENTS[1:]])])
 def test_a_training_step_allocates_the_rows_that_it_writes(options):
     store = system(**options)(QUESTIONS, ANSWERS).trace._store
-    assert {p.rows - store.used for p in store.pools} <= set(range(len(QUESTIONS)))
+    rounded = 15  # of this head size, to a multiple of 16
+    assert all(0 <= p.rows - store.used < len(QUESTIONS) + rounded for p in store.pools)
 
 
 @pytest.mark.parametrize("samples", [1, 3])

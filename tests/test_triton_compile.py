@@ -17,8 +17,8 @@ from diffmas.kernels.report import OPS, compiled, launches
 for op in OPS:
     if op.startswith("attention") and op not in ATTENTION:
         continue  # make kernel-report has them all
-    for launch in launches(op):
-        same = [other == launch for n in (1, 17) for other in launches(op, n=n)]
+    for i, launch in enumerate(launches(op)):
+        same = [launches(op, n=n)[i] == launch for n in (1, 17)]
         print(json.dumps([op, launch.kernel.__name__, same, compiled(launch, 90) if "interleaved" not in op else {}]))
 """
 SHARED = 232448  # bytes a program can have on sm_90; compiling does not check it

@@ -109,8 +109,8 @@ class TritonBackend(Backend):
 
 
 class CudaOps:
-    """torch.ops.diffmas_cuda. Its attention is made for few queries a sequence, as it reads a view for every 16 of their rows:
-    more of them, and pools of another dtype than q, are Triton's, or the reference's where there is no Triton."""
+    """torch.ops.diffmas_cuda. Its attention is made for few queries a sequence, as it reads a view again for every 16 of their
+    rows: more of them, and pools of another dtype than q, are Triton's, or the reference's where there is no Triton."""
 
     FEW_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
 

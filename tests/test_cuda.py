@@ -1,9 +1,12 @@
-"""The CUDA kernels on a GPU, in all dtypes: the cases of test_cuda_host.py, streams, graphs, devices. Needs one."""
+"""The CUDA kernels on a GPU, in all dtypes: the cases of test_cuda_host.py and test_cuda_attention.py, streams, graphs,
+devices. Needs one."""
 
 import pytest
 import torch
-from op_cases import inject_inputs
-from op_runs import exact_in_half, inject_all, raw, within_budget
+from op_cases import VIEWS, View, attention_inputs, inject_inputs
+from op_runs import attention_all, exact_in_half, inject_all, raw, within_budget
+from test_cuda_attention import ODD as ODD_HEADS
+from test_cuda_attention import SHAPES, SHIFTED
 from test_cuda_host import INJECTS, ODD, POOL
 
 from diffmas import ops
@@ -89,3 +92,96 @@ def test_a_second_gpu_and_mixed_devices():
     got = run(inject_inputs(n=5, rows=POOL), torch.float32, "cuda", "cuda:1")
     want = run(inject_inputs(n=5, rows=POOL), torch.float32, "cuda", "cuda:0")
     assert torch.cuda.current_device() == 0 and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want))
+
+
+# ---- cross_attention -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Many queries too."""
+    monkeypatch.setattr(ops.CudaOps, "FEW_ROWS", 10**9)
+
+
+def attend(inputs, dtype, backend, device, **call):
+    torch.manual_seed(0)
+    do, dlse = exact_in_half(*inputs.q.shape), exact_in_half(*inputs.q.shape[:2])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return attention_all(inputs.to(dtype, device), backend, do, dlse.to(wide), **call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*VIEWS, *SHAPES, *ODD_HEADS])
+def test_attention(name, dtype, always):
+    x = attention_inputs(VIEWS[name]) if name in VIEWS else attention_inputs(SHIFTED, **(SHAPES | ODD_HEADS)[name], rows=500)
+    newest = torch.arange(1, len(x.view.queries) + 1)
+    for call in ({}, dict(newest=newest), dict(newest=newest, want_dq=False)):
+        got, again = (attend(x, dtype, "cuda", "cuda", **call) for _ in range(2))
+        same, exact = (attend(x, t, "reference", "cpu", **call) for t in (dtype, torch.float64))
+        for a, twice, like, want in zip(got, again, same, exact):
+            assert a.shape == want.shape and a.dtype == like.dtype and torch.equal(a, twice)
+            if a.numel():
+                within_budget(a, like, want, x.q.shape[2], dtype)
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("B, N, n", [(1, 40_000, 1), (4, 9_000, 3), (64, 500, 1)])
+def test_attention_as_triton_over_long_views(B, N, n, D, always):
+    """All multiprocessors, so as many parts as there may be."""
+    views = [[(b * (N + 7), N - n, b % 2 * 3), (B * (N + 7) + b * n, n, 0)] for b in range(B)]
+    x = attention_inputs(View([n] * B, views), (8, 2), D, rows=B * (N + 7 + n))
+    for dtype in (torch.float32, torch.bfloat16):
+        for got, want in zip(*(attend(x, dtype, backend, "cuda") for backend in ("cuda", "triton"))):
+            torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2 * want.float().abs().max().item())
+
+
+def test_attention_on_a_stream_and_in_a_graph():
+    """Three parts and more, whose counters must be zero again when the graph runs the next time."""
+    x = attention_inputs(View([1, 2], [[(0, 3000, 0)], [(0, 900, 5)]])).to(torch.bfloat16, "cuda")
+    args, do = x.args(), torch.randn_like(x.q)
+    pools = torch.zeros(2, *x.k_pool.shape, device="cuda")
+
+    def step():
+        o, lse = raw.cross_attention(*args, "cuda")
+        return o, lse, raw.cross_attention_backward(do, None, args[0], o, lse, *args[1:], *pools, None, True, "cuda")
+
+    want, grads = [t.clone() for t in step()], pools.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        pools.zero_()
+        got = step()
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip((*got, pools), (*want, grads)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        pools.zero_()
+        for t in captured:
+            t.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip((*captured, pools), (*want, grads)))
+
+
+@pytest.mark.parametrize("name, spoil", [
+    ("k_pool", lambda q, k, v, *_: {1: k.half(), 2: v.half()}), ("k_pool", lambda q, k, *_: {1: k.repeat(1, 1, 2)[..., ::2]}),
+    ("v_pool", lambda q, k, v, *_: {2: v.cpu()}), ("v_pool", lambda q, k, v, *_: {2: v.bfloat16()}),
+    ("q_indptr", lambda q, k, v, i, *_: {3: i.int()}), ("seg_start", lambda q, k, v, i, j, s, *_: {5: s.cpu()}),
+    ("seg_len", lambda q, k, v, i, j, s, n, *_: {6: n[:1]}),
+])  # fmt: skip
+def test_what_attention_refuses(name, spoil):
+    """Before it touches memory."""
+    args = attention_inputs(VIEWS["ragged"]).to(torch.float32, "cuda").args()
+    wrong = spoil(*args)
+    with pytest.raises(RuntimeError, match=f"{name}: expected"):
+        torch.ops.diffmas_cuda.cross_attention(*(wrong.get(i, x) for i, x in enumerate(args)))
+
+
+def test_attention_of_nothing():
+    x = attention_inputs(View([], []), rows=9).to(torch.float32, "cuda")
+    o, lse = torch.ops.diffmas_cuda.cross_attention(*x.args())
+    assert o.shape == (0, 4, 64) and lse.shape == (0, 4)
+    x = attention_inputs(View([2], [[]]), rows=9).to(torch.float32, "cuda")
+    o, lse, dq, dk, dv = attend(x, torch.float32, "cuda", "cuda")
+    assert not o.any() and not dq.any() and (lse == -1e30).all() and (dk == 0.5).all() and (dv == 0.5).all()

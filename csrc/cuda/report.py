@@ -5,8 +5,8 @@
 
 registers, spills (bytes stored and loaded), stack, static shared memory: what ptxas says. load_128, store_128: accesses of
 global memory of 16 bytes in the machine code, asynchronous copies into shared memory too; load_less, store_less: shorter ones.
-mma: products on tensor cores. Kernels of elements `Any`, of attention those that end with `false`, serve odd sizes one element at
-a time. Exit status 1 when something spills, and where a form has no 16-byte access or no product that should have them.
+mma: products on tensor cores. Kernels of elements `Any`, of attention those that end with `false`, serve odd sizes one element
+at a time. Exit status 1 when something spills, and where a form has no 16-byte access or no product that should have them.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def faults(row: dict) -> list[str]:
     """What is wrong with a row; nothing is when it is as it should be."""
     wrong = ["spills"] if row["spills"] or row["stack"] else []
     kernel, attention = row["kernel"], row["kernel"].startswith("attention")
-    # A template with elements that are known is a vector form. Attention has few results, and stores them as its lanes hold them.
+    # A template with elements that are known is a vector form. Attention has few results, stored as its lanes hold them.
     if "<" in kernel and not any(x in kernel for x in ("Any", "false", "runs")) and "load_128" in row:
         wanted = ["load_128", "store_128"] if not attention else ["load_128"] if "float," in kernel else ["load_128", "mma"]
         wrong += [name for name in wanted if not row[name]]

@@ -71,7 +71,8 @@ struct AnyRow {
 };
 __device__ __forceinline__ float element(AnyRow row, int d) {
   if (row.dtype == DType::f32) return reinterpret_cast<const float*>(row.data)[d];
-  return row.dtype == DType::bf16 ? to_float(reinterpret_cast<const bf16*>(row.data)[d]) : to_float(reinterpret_cast<const f16*>(row.data)[d]);
+  if (row.dtype == DType::bf16) return to_float(reinterpret_cast<const bf16*>(row.data)[d]);
+  return to_float(reinterpret_cast<const f16*>(row.data)[d]);
 }
 __device__ __forceinline__ void set_element(AnyRow row, int d, float x) {
   if (row.dtype == DType::f32) reinterpret_cast<float*>(row.data)[d] = x;
@@ -800,8 +801,9 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
       const int key = i / Keys::kChunks, chunk = i % Keys::kChunks, row = tile * F::kRows + key;
       const bool there = row < a.pool_rows;  // what nobody has written stays in its own row
       const Keys k{shared + key / 16 * Keys::kBytes}, v{shared + (F::kGroups + key / 16) * Keys::kBytes};
-      copy_chunk<T, kVectors>(k.at(key % 16, chunk), row_of<T, kVectors>(a.k_pool, there ? row : 0, head), there, chunk * Keys::kElements, launch);
-      copy_chunk<T, kVectors>(v.at(key % 16, chunk), row_of<T, kVectors>(a.v_pool, there ? row : 0, head), there, chunk * Keys::kElements, launch);
+      const auto k_row = row_of<T, kVectors>(a.k_pool, there ? row : 0, head), v_row = row_of<T, kVectors>(a.v_pool, there ? row : 0, head);
+      copy_chunk<T, kVectors>(k.at(key % 16, chunk), k_row, there, chunk * Keys::kElements, launch);
+      copy_chunk<T, kVectors>(v.at(key % 16, chunk), v_row, there, chunk * Keys::kElements, launch);
     }
     copy_async_commit();
 

@@ -44,12 +44,11 @@ template <class Visit>
 int pick_form(const AttentionLaunch& l, const Visit& visit) {
   const AttentionArgs& a = l.a;
   if (l.slots.count() > kMaxAttentionDim || a.k_pool.dtype != a.q.dtype || a.v_pool.dtype != a.q.dtype) return 1;  // cudaErrorInvalidValue
-  if (!in_vectors(l)) return with<kMaxAttentionDim, false, float>(visit);
-  switch (a.q.dtype) {
-    case DType::f32: return pick_size<float>(l, visit);
-    case DType::bf16: return pick_size<bf16>(l, visit);
-    default: return pick_size<f16>(l, visit);
-  }
+  // Few forms of float32, which is for tests and small models: each takes seconds to compile.
+  const bool wide = a.q.dtype == DType::f32;
+  if (!in_vectors(l) || (wide && l.slots.count() > 128)) return with<kMaxAttentionDim, false, float>(visit);
+  if (wide) return with<128, true, float>(visit);
+  return a.q.dtype == DType::bf16 ? pick_size<bf16>(l, visit) : pick_size<f16>(l, visit);
 }
 
 // Tiles, K/V heads, parts; from shapes alone: nothing is read from the device. Parts are as few as fill whole waves of blocks, and

@@ -14,7 +14,7 @@
 //   copies    a warp has kStages - 1 tiles under way: 128 KB a multiprocessor. One microsecond of latency needs 33 KB.
 //
 // Heads of up to 64, 128 and 256 dimensions are padded with zeros in shared memory. kVectors: rows lie on 16 bytes, and so do the slots
-// within them. Otherwise they are read element by element, of any dtype, and T, in which they are then computed with, is float.
+// within them. Otherwise, and in float32 beyond 128, they are read element by element, of any dtype, and computed with in T = float.
 // float32 is done by FMA in the same places of the same tiles, at 16 rows 64 MAC a key element of 4 bytes: 74 of 128 a cycle.
 #pragma once
 #include "attention.h"

@@ -5,6 +5,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; "auto" does not take the interpreter
+os.environ["COLUMNS"] = "200"  # before rich looks for a terminal: tables are the same wherever the tests run
 
 
 @pytest.fixture(autouse=True)

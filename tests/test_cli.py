@@ -36,7 +36,7 @@ def project(tmp_path_factory):
 
 
 def call(*arguments, code: int = 0):
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
     assert result.exit_code == code, (result.output, result.exception)
     return result
 

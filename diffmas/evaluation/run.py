@@ -94,7 +94,7 @@ def evaluate(
 def table(results: list[Result], title: str = "") -> Table:
     """A rich table; rates in percent."""
     out = Table(title=title or None)
-    out.add_column("method")
+    out.add_column("method", no_wrap=True)
     for head in ("accuracy %", "95 % interval", "perplexity", "majority %", "agreement %", "seconds", "tokens decoded"):
         out.add_column(head, justify="right")
     for r in results:

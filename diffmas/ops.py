@@ -110,25 +110,58 @@ class TritonBackend(Backend):
 
 class CudaOps:
     """torch.ops.diffmas_cuda. Its attention is made for few queries a sequence, as it reads a view again for every 16 of their
-    rows: more of them, and pools of another dtype than q, are Triton's, or the reference's where there is no Triton."""
+    rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only. The
+    rest is Triton's, or the reference's where there is no Triton: o and dq of many queries, pools of another dtype than q, and
+    rotated halves whose padding makes a head longer than 256."""
 
     FEW_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
 
     def __getattr__(self, op):
         return getattr(torch.ops.diffmas_cuda, op)
 
-    def _attention(self, q, k_pool, q_indptr):
-        rows = q.shape[0] * q.shape[1] // k_pool.shape[1]
-        if rows <= self.FEW_ROWS * (q_indptr.shape[0] - 1) and k_pool.dtype == q.dtype:
-            return torch.ops.diffmas_cuda
-        return reference if BACKENDS["triton"].why_missing else BACKENDS["triton"].ops
+    def _few(self, q, k_pool, q_indptr):
+        return q.shape[0] * q.shape[1] // k_pool.shape[1] <= self.FEW_ROWS * (q_indptr.shape[0] - 1)
 
-    def cross_attention(self, q, k_pool, v_pool, q_indptr, *rest):
-        return self._attention(q, k_pool, q_indptr).cross_attention(q, k_pool, v_pool, q_indptr, *rest)
+    @staticmethod
+    def _slots(q, seg_shift, inv_freq, interleaved):
+        """The length of a row as the kernels keep it: halves that are turned into each other are padded to eights."""
+        padding = 0 if seg_shift is None or interleaved else -inv_freq.shape[0] % 8
+        return q.shape[2] + 2 * padding
 
-    def cross_attention_backward(self, do, dlse, q, o, lse, k_pool, v_pool, q_indptr, *rest):
-        run = self._attention(q, k_pool, q_indptr).cross_attention_backward
-        return run(do, dlse, q, o, lse, k_pool, v_pool, q_indptr, *rest)
+    def _served(self, q, k_pool, seg_shift, inv_freq, interleaved):
+        return k_pool.dtype == q.dtype and self._slots(q, seg_shift, inv_freq, interleaved) <= 256
+
+    def cross_attention(
+        self, q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved
+    ):
+        ours = self._few(q, k_pool, q_indptr) and self._served(q, k_pool, seg_shift, inv_freq, interleaved)
+        run = (torch.ops.diffmas_cuda if ours else _triton_or_reference()).cross_attention
+        return run(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved)
+
+    def cross_attention_backward(
+        self, do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq,
+        scale, causal, interleaved, dk_pool, dv_pool, newest=None, want_dq=True,
+    ):  # fmt: skip
+        args = (
+            do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale,
+            causal, interleaved, dk_pool, dv_pool,
+        )  # fmt: skip
+        ours, other = torch.ops.diffmas_cuda.cross_attention_backward, _triton_or_reference().cross_attention_backward
+        served = self._served(q, k_pool, seg_shift, inv_freq, interleaved)
+        if served and self._few(q, k_pool, q_indptr):
+            return ours(*args, newest, want_dq)
+        # Other than in whole packs of 16 bytes they would go element by element.
+        packs = q.shape[2] % 8 == 0 and self._slots(q, seg_shift, inv_freq, interleaved) == q.shape[2]
+        if not served or not packs or q.dtype == torch.float32:
+            return other(*args, newest, want_dq)
+        nobody = q_indptr.new_zeros(q_indptr.shape[0] - 1)  # learns there
+        dq = other(*args, nobody, True) if want_dq else None
+        none = ours(*args, newest, False)
+        return dq if want_dq else none
+
+
+def _triton_or_reference():
+    return reference if BACKENDS["triton"].why_missing else BACKENDS["triton"].ops
 
 
 class CudaBackend(Backend):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from op_cases import VIEWS, View, attention_inputs, inject_inputs
 from op_runs import attention_all, exact_in_half, inject_all, raw, within_budget
+from test_cuda_attention import MANY, SHAPES, SHIFTED
 from test_cuda_attention import ODD as ODD_HEADS
-from test_cuda_attention import SHAPES, SHIFTED
 from test_cuda_host import INJECTS, ODD, POOL
 
 from diffmas import ops
@@ -110,10 +110,8 @@ def attend(inputs, dtype, backend, device, **call):
     return attention_all(inputs.to(dtype, device), backend, do, dlse.to(wide), **call)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [*VIEWS, *SHAPES, *ODD_HEADS])
-def test_attention(name, dtype, always):
-    x = attention_inputs(VIEWS[name]) if name in VIEWS else attention_inputs(SHIFTED, **(SHAPES | ODD_HEADS)[name], rows=500)
+def agrees(x, dtype):
+    """With the reference, twice with the same bits."""
     newest = torch.arange(1, len(x.view.queries) + 1)
     for call in ({}, dict(newest=newest), dict(newest=newest, want_dq=False)):
         got, again = (attend(x, dtype, "cuda", "cuda", **call) for _ in range(2))
@@ -122,6 +120,32 @@ def test_attention(name, dtype, always):
             assert a.shape == want.shape and a.dtype == like.dtype and torch.equal(a, twice)
             if a.numel():
                 within_budget(a, like, want, x.q.shape[2], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*VIEWS, *SHAPES, *ODD_HEADS])
+def test_attention(name, dtype, always):
+    x = attention_inputs(VIEWS[name]) if name in VIEWS else attention_inputs(SHIFTED, **(SHAPES | ODD_HEADS)[name], rows=500)
+    agrees(x, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MANY)
+def test_attention_of_many_queries(name, dtype):
+    """o and dq are Triton's, dK and dV ours."""
+    view, case = MANY[name]
+    agrees(attention_inputs(view, **case, rows=640), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
+def test_prefill_as_triton(D, dtype):
+    """Several waves of blocks, many tiles of queries; rows that three sequences share, one of them at another position."""
+    views = [[(0, 4000, 70 * (b == 1)), (4000 + 1500 * b, 1000 + 200 * b, 0)] for b in range(3)]
+    x = attention_inputs(View([1000 + 200 * b for b in range(3)], views), (8, 2), D, rows=9000)
+    results = (attend(x, dtype, backend, "cuda") for backend in ("cuda", "triton"))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2 * want.float().abs().max().item())
 
 
 @pytest.mark.parametrize("D", [64, 128, 256])

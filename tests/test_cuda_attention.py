@@ -127,6 +127,68 @@ def test_backward_of_the_newest_tokens(name, dtype, kernels):
     assert (dk == 0.5).all() and (dv == 0.5).all()
 
 
+# Many queries: dK and dV only, which is what they are served (ops.CudaOps).
+RAGGED = View([130, 0, 200], [[(250, 40, 0), (0, 130, 0)], [(5, 9, 0)], [(260, 70, 0), (400, 200, 0)]])
+AFAR = View([130, 33], [[(250, 40, -9), (300, 50, 70_000), (0, 130, 0)], [(280, 30, 12), (140, 40, 0)]])
+MANY = {
+    "mha": (RAGGED, dict(heads=(2, 2))),
+    "gqa2": (RAGGED, dict(heads=(4, 2))),
+    "gqa8": (RAGGED, dict(heads=(8, 1), D=32)),
+    "not_causal": (replace(RAGGED, causal=False), dict(heads=(2, 1))),
+    "shifted": (AFAR, dict(heads=(3, 1))),
+    "d128": (AFAR, dict(heads=(2, 1), D=128)),
+    "interleaved": (AFAR, dict(heads=(2, 1), D=128, Dr=72, interleaved=True)),
+    "d80_partial": (AFAR, dict(heads=(2, 1), D=80, Dr=48)),
+    "d96": (AFAR, dict(heads=(2, 1), D=96)),
+    "d256": (AFAR, dict(heads=(1, 1), D=256)),
+}
+
+
+def learn(inputs, dtype, backend, newest=None):
+    """The gradient pools of one backward; o and lse are the reference's."""
+    x = inputs.to(dtype)
+    torch.manual_seed(0)
+    do, dlse = exact_in_half(*x.q.shape).to(dtype), exact_in_half(*x.q.shape[:2]).to(reference.accumulator(dtype))
+    o, lse = raw.cross_attention(*x.args(), "reference")
+    pools = [head_major(*x.k_pool.shape, reference.accumulator(dtype), fill=0.5) for _ in "kv"]
+    raw.cross_attention_backward(do, dlse, x.q, o, lse, *x.args()[1:], *pools, newest, False, backend)
+    return pools
+
+
+@pytest.mark.parametrize("name, dtype", [*((name, DTYPES[1]) for name in MANY), ("interleaved", DTYPES[2])], ids=str)
+def test_pools_of_many_queries(name, dtype, kernels):
+    """As accurate as the reference, and the same bits from any number of blocks in any order."""
+    view, case = MANY[name]
+    inputs = attention_inputs(view, **case, rows=640)
+    kernels.processors = 2
+    results = learn(inputs, dtype, "cuda")
+    for got, like, want in zip(results, learn(inputs, dtype, "reference"), learn(inputs, torch.float64, "reference")):
+        within_budget(got, like, want, inputs.q.shape[2], dtype)
+    kernels.processors, kernels.seed = 1, 1
+    assert name not in ("shifted", "d128") or all(torch.equal(a, b) for a, b in zip(results, learn(inputs, dtype, "cuda")))
+
+
+def test_pools_of_many_queries_that_learn_the_newest(kernels):
+    inputs = attention_inputs(RAGGED, (2, 1), rows=640)
+    for counts in ([150, 9, 3], [0, 0, 0]):
+        newest = torch.tensor(counts)
+        results = learn(inputs, torch.bfloat16, "cuda", newest)
+        wanted = (learn(inputs, dtype, "reference", newest) for dtype in (torch.bfloat16, torch.float64))
+        for got, like, want in zip(results, *wanted):
+            within_budget(got, like, want, 64, torch.bfloat16)
+    assert all((x == 0.5).all() for x in results)
+
+
+def test_many_queries_go_two_ways(kernels, monkeypatch):
+    """dq to Triton, here to the reference in its place, which must leave the pools alone."""
+    monkeypatch.setattr(torch.ops, "diffmas_cuda", kernels)
+    monkeypatch.setitem(ops.BACKENDS, "triton", ops.Backend("triton", None, None, None, "not here"))
+    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend("cuda", ops.CudaOps(), ("cpu",), ops.FLOATS, None))
+    inputs = attention_inputs(View([40, 35], [[(60, 20, 0), (0, 40, 0)], [(50, 30, 7), (100, 35, 0)]]), rows=150)
+    for newest in (None, torch.tensor([50, 3])):
+        agree(inputs, torch.bfloat16, newest=newest)
+
+
 def test_backward_of_older_rows(kernels):
     """A call that sees only a part of the view that o and lse are of."""
     x = attention_inputs(View([1, 2], [[(0, 90, 0), (200, 7, 0)], [(0, 64, 3), (210, 7, 0)]]), rows=300).to(torch.float32)
@@ -148,14 +210,54 @@ def test_many_sequences_and_segments(kernels):
     agree(attention_inputs(View(lengths, segments), (1, 1), 16, rows=540), torch.bfloat16)
 
 
-def test_who_runs_it(monkeypatch):
-    """Backend "cuda" leaves many queries a sequence, and pools of another dtype, to Triton, or the reference without it."""
-    choose, ours = ops.CudaOps()._attention, torch.ops.diffmas_cuda
-    q, k_pool, two = torch.empty(16, 8, 64), torch.empty(9, 4, 64), torch.empty(2)
-    assert choose(q, k_pool, two) is ours and choose(q.repeat(4, 1, 1), k_pool, torch.empty(5)) is ours
-    for missing, want in (("not here", reference), (None, "its kernels")):
-        monkeypatch.setitem(ops.BACKENDS, "triton", ops.Backend("triton", "its kernels", None, None, missing))
-        assert choose(q.repeat(3, 1, 1), k_pool, two) is want and choose(q, k_pool.half(), two) is want
+class Recorder:
+    """In the place of a backend's ops: notes who was called, with which `newest` and `want_dq`."""
+
+    def __init__(self, name, calls):
+        self.name, self.calls = name, calls
+
+    def cross_attention(self, *args):
+        self.calls.append(self.name)
+
+    def cross_attention_backward(self, *args):
+        newest, want_dq = args[-2:]
+        self.calls.append((self.name, newest if newest is None else newest.tolist(), want_dq))
+        return self.name
+
+
+@pytest.mark.parametrize("missing", [None, "not here"])
+def test_who_runs_it(missing, monkeypatch):
+    """Backend "cuda" leaves dq of many queries, and what it does not serve, to Triton, or to the reference without it."""
+    calls, other = [], "reference" if missing else "triton"
+    recorders = {name: Recorder(name, calls) for name in ("cuda", "triton", "reference")}
+    monkeypatch.setitem(ops.BACKENDS, "triton", ops.Backend("triton", recorders["triton"], None, None, missing))
+    monkeypatch.setattr(ops, "reference", recorders["reference"])
+    monkeypatch.setattr(torch.ops, "diffmas_cuda", recorders["cuda"])
+
+    def who(tokens, D=64, dtype=torch.bfloat16, pool=None, half=None, interleaved=False, B=1):
+        q, kv, indptr = torch.empty(tokens, 8, D, dtype=dtype), torch.empty(9, 4, D, dtype=pool or dtype), torch.empty(B + 1)
+        shift, inv_freq = (None, None) if half is None else (torch.empty(1), torch.empty(half))
+        view = (indptr, None, None, None, shift, inv_freq, 1.0, True, interleaved)
+        calls.clear()
+        ops.CudaOps().cross_attention(q, kv, kv, *view)
+        for want_dq in (True, False):
+            given = ops.CudaOps().cross_attention_backward(q, None, q, q, q, kv, kv, *view, kv, kv, None, want_dq)
+            assert given == calls[-2 if want_dq and len(calls) > 2 else -1][0]
+        return list(calls)
+
+    alone = lambda name: [name, (name, None, True), (name, None, False)]
+    odd = dict(tokens=1, D=37, dtype=torch.float32)
+    for few in (dict(tokens=32), dict(tokens=128, B=4), dict(tokens=1, D=250, half=24), odd):
+        assert who(**few) == alone("cuda")
+    shared = [other, (other, [0], True), ("cuda", None, False), ("cuda", None, False)]
+    for many in (dict(tokens=33), dict(tokens=99, D=256, half=64), dict(tokens=99, D=80, half=12, interleaved=True)):
+        assert who(**many) == shared
+    not_served = dict(tokens=1, pool=torch.float16), dict(tokens=1, D=250, half=20), dict(tokens=99, D=80, half=12)
+    for case in (*not_served, dict(tokens=99, dtype=torch.float32), dict(tokens=99, D=37)):
+        assert who(**case) == alone(other)
+
+
+def test_head_sizes_of_the_extension():
     if ops._extension.cuda_targets:
         has = ops.CudaBackend().has
         assert has("cross_attention", 256) and not has("cross_attention_backward", 257) and has("inject", 512)

@@ -117,8 +117,10 @@ int diffmas_cuda_attention_backward(const AttentionArgs* args, int device, void*
     const dim3 rows_grid(unsigned((rows + kRunsWarps - 1) / kRunsWarps));
     if (const int error = launch(attention_bwd_kernel_runs<T, v.value>, rows_grid, dim3(32 * kRunsWarps), 0, stream, l)) return error;
     using F = PoolForm<T, d.value>;
-    const int64_t tiles = (args->pool_rows + F::kRows - 1) / F::kRows, blocks = F::kBlocks * processors(device);
-    const dim3 grid(unsigned(min(tiles, (blocks + args->kv_heads - 1) / args->kv_heads)), unsigned(args->kv_heads));
+    // One wave of blocks looks for the rows that learn. With many queries, which older rows have more of, up to eight even it out.
+    const int64_t tiles = (args->pool_rows + F::kRows - 1) / F::kRows, waves = min(int64_t(8), 1 + args->n * l.group / args->view.batch / 64);
+    const int64_t blocks = (waves * F::kBlocks * processors(device) + args->kv_heads - 1) / args->kv_heads;
+    const dim3 grid(unsigned(min(tiles, blocks)), unsigned(args->kv_heads));
     return launch(attention_bwd_kernel_dkv<T, d.value, v.value>, grid, dim3(32 * F::kWarps), F::kBytes, stream, l);
   });
 }

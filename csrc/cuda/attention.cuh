@@ -1,4 +1,4 @@
-// cross_attention of few queries over long views, and its backward: bound by the memory that K and V come from.
+// cross_attention of few queries over long views, and its backward: bound by the memory that K and V come from; dK and dV of many, too.
 //
 // A block has up to 16 query rows, (token, head of the GQA group) pairs of one sequence and one K/V head, and a part of the view's
 // keys; grid (tiles of rows, K/V heads, parts). A warp of it walks every kWarps-th tile of 16 keys on its own: K and V rows come
@@ -12,6 +12,14 @@
 //   issue     a tile of 16 keys (8 KB, 440 cycles): 16 ldmatrix, 32 mma, 16 copies, some 200 others, of 1760 slots.
 //   latency   a warp takes some 700 cycles for a tile, so eight (two blocks) could do 94 bytes a cycle.
 //   copies    a warp has kStages - 1 tiles under way: 128 KB a multiprocessor. One microsecond of latency needs 33 KB.
+//
+// dK and dV have no such bound where there are many queries: a block keeps 64 keys and lets the query rows come by, in tiles of 32 for
+// which the next one is on its way. A warp's 16 keys and 16 rows at D = 128:
+//   products  64 mma: 128 cycles of a multiprocessor at mma.sync's 1024 MAC a cycle (sm_80); sm_90 does more, and twice that by wgmma.
+//   shared    36 ldmatrix of 512 bytes: 144 cycles, the bound, 910 MAC a cycle. 32 are of q and do, which 16 keys do not use more often;
+//             the rest are the half of V that registers have no room for. 32 keys a warp would need 256 registers for their sums.
+//   issue     some 350 instructions, of four a cycle: 90 cycles.
+//   L2        8 KB of q and do serve four warps: 14 bytes a cycle and multiprocessor, of 24 and more.
 //
 // Heads of up to 64, 128 and 256 dimensions are padded with zeros in shared memory. kVectors: rows lie on 16 bytes, and so do the slots
 // within them. Otherwise, and in float32 beyond 128, they are read element by element, of any dtype, and computed with in T = float.
@@ -151,7 +159,7 @@ struct RegisterTile {
 // x [16 x 16] += a [16 x D] b' [D x 16]
 template <class T, int D, class Left>
 __device__ __forceinline__ void add_scores(float (&x)[2][4], const Left& a, const Tile<T, D>& b) {
-  const int lane = lane_id();
+  const int lane = hidden(lane_id());
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int unit = 0; unit < D / 16; ++unit) {
@@ -180,7 +188,7 @@ __device__ __forceinline__ void add_scores(float (&x)[2][4], const Left& a, cons
 // sum [16 x 8 N] += p [16 x 16] b [16 x 8 N], columns of b from slot `first` on
 template <class T, int D, int N>
 __device__ __forceinline__ void add_product(float (&sum)[N][4], const float (&p)[2][4], const Tile<T, D>& b, int first = 0) {
-  const int lane = lane_id();
+  const int lane = hidden(lane_id());
   if constexpr (sizeof(T) == 2) {
     uint32_t left[4];
 #pragma unroll
@@ -213,7 +221,7 @@ __device__ __forceinline__ void add_product(float (&sum)[N][4], const float (&p)
 // table[i]: cosine and sine of frequency i, `positions` further. A warp's own; angles in float64, as shifts reach 1e5 and more.
 __device__ __forceinline__ void make_table(float2* table, const Segments& view, int positions) {
   __syncwarp();
-  for (int i = lane_id(); i < view.half_rotary; i += 32) {
+  for (int i = hidden(lane_id()); i < view.half_rotary; i += 32) {
     const double half_turns = double(positions) * double(view.inv_freq[i]) * 0.3183098861837906715;
     sincospif(float(half_turns - 2 * rint(0.5 * half_turns)), &table[i].y, &table[i].x);
   }
@@ -753,17 +761,109 @@ __global__ void __launch_bounds__(32 * kRunsWarps) attention_bwd_kernel_runs(con
   }
 }
 
+// A tile as the left side of products, its first kHeld units in registers.
+template <class T, int D, int kHeld>
+struct HeldTile {
+  Tile<T, D> tile;
+  uint32_t words[kHeld > 0 ? kHeld : 1][4];
+
+  __device__ __forceinline__ void hold() {
+#pragma unroll
+    for (int unit = 0; unit < kHeld; ++unit) tile.left(unit, words[unit]);
+  }
+  __device__ __forceinline__ void left(int unit, uint32_t (&a)[4]) const {
+    if (unit >= kHeld) return tile.left(unit, a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = words[unit][i];
+  }
+  __device__ __forceinline__ const char* at(int row, int chunk, int row0, int chunk0) const { return tile.at(row, chunk, row0, chunk0); }
+};
+
 // A warp owns 16 pool rows, or shares them with another that has the other half of the dimensions: sums of dK and dV are in registers.
+// In 16-bit types query rows come through a ring of two tiles, and what registers are left keep keys and values.
 template <class T, int D>
 struct PoolForm {
   using Keys = Tile<T, D>;
+  static constexpr bool kAsync = sizeof(T) == 2;
   static constexpr int kWarps = 4, kHalves = D > 128 ? 2 : 1, kSlots = D / kHalves, kGroups = kWarps / kHalves, kRows = 16 * kGroups;
-  static constexpr int kBlocks = 2;  // of a multiprocessor
+  static constexpr int kBlocks = kAsync && D <= 64 ? 3 : 2;  // of a multiprocessor
+  static constexpr int kQueries = kAsync && D <= 128 ? 32 : 16, kStages = kAsync ? 2 : 1;
+  static constexpr int kHeldKeys = kAsync && D <= 128 ? D / 16 : 0, kHeldValues = kHeldKeys < 4 ? kHeldKeys : 4;
 
-  // Shared memory: tiles of K, of V, of q and do, a rotation table, numbers of the query rows, votes of two kinds.
-  static constexpr int kQueries = 2 * kGroups * Keys::kBytes, kTable = kQueries + 2 * Keys::kBytes;
-  static constexpr int kNumbers = kTable + D / 2 * int(sizeof(float2)), kVotes = kNumbers + kTileRows * int(sizeof(RowNumbers));
+  // Shared memory: tiles of K, of V, the ring of q and do, base and delta of its rows, a rotation table, votes of two kinds.
+  static constexpr int kRing = 2 * kGroups * Keys::kBytes, kOne = kQueries / 16 * Keys::kBytes, kNumbers = kRing + kStages * 2 * kOne;
+  static constexpr int kTable = kNumbers + kStages * kQueries * int(sizeof(float2)), kVotes = kTable + D / 2 * int(sizeof(float2));
   static constexpr int kBytes = kVotes + 2 * kWarps * int(sizeof(unsigned));
+};
+
+// Query rows [row, row + kQueries) of a sequence's `rows` into a stage of the ring, zeros behind its end. A thread copies whole units
+// of rows, 32 bytes, so that it can turn what it has copied: both slots of a pair are its own.
+template <class T, int D>
+struct QueryCopies {
+  using F = PoolForm<T, D>;
+  using Keys = Tile<T, D>;
+  static constexpr int kUnits = D / 16, kStep = 32 * F::kWarps / kUnits;
+  static_assert(F::kQueries % kStep == 0);
+
+  // Chunk 0 or 1 of this thread. The slots of a pair of halves lie in neighbours; else lanes side by side copy what lies side by side.
+  __device__ __forceinline__ static int chunk(const Slots& slots, int i) {
+    const int unit = hidden(int(threadIdx.x)) % kUnits;
+    return slots.half ? 2 * unit + i : unit + i * kUnits;
+  }
+  __device__ __forceinline__ static void issue(char* shared, int stage, const AttentionLaunch& launch, int q_first, int row, int rows) {
+    const AttentionArgs& a = launch.a;
+    const Keys q{shared + F::kRing + stage * 2 * F::kOne}, d_o{q.data + F::kOne};
+    const auto query = [&](int i) {
+      const int r = min(row + i, rows - 1);
+      return QueryRow{q_first + r / launch.group, int(blockIdx.y) * launch.group + r % launch.group};
+    };
+#pragma unroll 1
+    for (int i = hidden(int(threadIdx.x)) / kUnits; i < F::kQueries; i += kStep) {
+      const bool there = row + i < rows;
+      const QueryRow from = query(i);
+      const T *q_row = row_of<T>(a.q, from.token, from.head), *d_o_row = row_of<T>(a.d_o, from.token, from.head);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int to = chunk(launch.slots, c), tile = i / 16 * Keys::kBytes;
+        copy_chunk<T, true>(Keys{q.data + tile}.at(i % 16, to), q_row, there, to * Keys::kElements, launch);
+        copy_chunk<T, true>(Keys{d_o.data + tile}.at(i % 16, to), d_o_row, there, to * Keys::kElements, launch);
+      }
+    }
+    if (const int i = int(threadIdx.x); i < F::kQueries) {
+      const QueryRow from = query(i);
+      float2* const numbers = reinterpret_cast<float2*>(shared + F::kNumbers) + stage * F::kQueries + i;
+      copy_async_8(numbers, launch.bases + from.token * a.q_heads + from.head, row + i < rows);
+    }
+    copy_async_commit();
+  }
+  // What this thread has copied of q, which has arrived.
+  __device__ __forceinline__ static void turn(char* shared, int stage, const AttentionLaunch& launch, const float2* table) {
+    const int half = int(launch.a.view.half_rotary);
+#pragma unroll 1
+    for (int i = int(threadIdx.x) / kUnits; i < F::kQueries; i += kStep) {
+      const Keys q{shared + F::kRing + stage * 2 * F::kOne + i / 16 * Keys::kBytes};
+      T* at[2];
+      float x[2][8];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        at[c] = reinterpret_cast<T*>(q.at(i % 16, chunk(launch.slots, c)));
+        const Pack<T, 8> eight = load<8>(at[c]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[c][e] = eight[e];
+      }
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (launch.a.interleaved) {
+          const int first = chunk(launch.slots, e / 4) * 4 + e % 4;
+          if (first < half) rotate_pair(x[e / 4][e % 4 * 2], x[e / 4][e % 4 * 2 + 1], table[first]);
+        } else if (chunk(launch.slots, 0) * 4 + e < half) {
+          rotate_pair(x[0][e], x[1][e], table[chunk(launch.slots, 0) * 4 + e]);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < 2; ++c) store<8>(at[c], pack<T>(x[c]));
+    }
+  }
 };
 
 // visit(i) for the threads i that say yes, one after the other. No thread says so of the same votes before all are back.
@@ -777,6 +877,23 @@ __device__ __forceinline__ void for_each_vote(bool yes, unsigned* votes, Visit v
   __syncthreads();
 }
 
+// What QueryCopies does, without asynchronous copies.
+template <class T, int D, bool kVectors>
+__device__ __forceinline__ void put_queries(char* shared, const AttentionLaunch& launch, int q_first, int row, int rows, const float2* table) {
+  using F = PoolForm<T, D>;
+  Work work;
+  work.q_first = q_first, work.row_first = row, work.rows = min(F::kQueries, rows - row);
+  Tile<T, D> q{shared + F::kRing}, d_o{shared + F::kRing + F::kOne};
+  put_rows<T, D, kVectors>(q, launch, work, launch.a.q, table, warp_id(), F::kWarps);
+  put_rows<T, D, kVectors>(d_o, launch, work, launch.a.d_o, nullptr, warp_id(), F::kWarps);
+  if (threadIdx.x < F::kQueries) {
+    const bool there = int(threadIdx.x) < work.rows;
+    const QueryRow query = work.row(launch, there ? int(threadIdx.x) : 0);
+    const float2 numbers = launch.bases[query.token * launch.a.q_heads + query.head];
+    reinterpret_cast<float2*>(shared + F::kNumbers)[threadIdx.x] = there ? numbers : make_float2(0, 0);
+  }
+}
+
 // Blocks own tiles of pool rows of a K/V head, every gridDim.x-th, and look which of them learn from anybody: 128 at a time. In a
 // latent step it is one or two in the whole pool. Products are transposed here: keys are the rows.
 template <class T, int D, bool kVectors>
@@ -788,13 +905,11 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
   const AttentionArgs& a = launch.a;
   const int lane = lane_id(), thread = int(threadIdx.x), threads = int(blockDim.x), head = int(blockIdx.y);
   const int group = warp_id() / F::kHalves, first_slot = warp_id() % F::kHalves * F::kSlots;
-  const Keys k{shared + group * Keys::kBytes}, v{shared + (F::kGroups + group) * Keys::kBytes};
-  Keys q{shared + F::kQueries}, d_o{shared + F::kQueries + Keys::kBytes};
   float2* const table = reinterpret_cast<float2*>(shared + F::kTable);
-  RowNumbers* const numbers = reinterpret_cast<RowNumbers*>(shared + F::kNumbers);
   unsigned* const votes = reinterpret_cast<unsigned*>(shared + F::kVotes);
   const float scale = a.scale * kLog2e;
   const auto meets = [&](const Run& run, int tile) { return run.row < (tile + 1) * F::kRows && run.end > max(run.row, tile * F::kRows); };
+  const auto owned = [&](int i) { return Keys{shared + (i * F::kGroups + group) * Keys::kBytes}; };
 
   const auto learn = [&](int tile) {
     for (int i = thread; i < F::kRows * Keys::kChunks; i += threads) {
@@ -808,51 +923,76 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
     copy_async_commit();
 
     float dk[F::kSlots / 8][4] = {}, dv[F::kSlots / 8][4] = {};
-    bool learnt[2] = {};
-    const int my_row = tile * F::kRows + 16 * group + lane / 4;  // and the one eight further
+    HeldTile<T, D, F::kHeldKeys> k{owned(0)};
+    HeldTile<T, D, F::kHeldValues> v{owned(1)};
+    bool here = false, learnt[2] = {};
+    int stage = 0;
+    const int warp_row = tile * F::kRows + 16 * group, my_row = warp_row + lane / 4;  // and the one eight further
     for (int s0 = 0; s0 < a.segments; s0 += threads) {
       const int mine = s0 + thread;
       for_each_vote(mine < a.segments && meets(launch.runs[mine], tile), votes + F::kWarps, [&](int i) {
-        const Run& run = launch.runs[s0 + i];  // read again where it is needed: registers are short
+        const Run run = launch.runs[s0 + i];
         const int shift = a.view.shift ? int(a.view.shift[s0 + i]) : 0;
-        if (shift && warp_id() == 0) make_table(table, a.view, -shift);
+        const int q_first = int(a.view.q_indptr[run.sequence]), queries = int(a.view.q_indptr[run.sequence + 1]) - q_first;
+        const int rows = queries * launch.group;
+        // The first query row that sees a pool row.
+        const auto sees = [&](int row) { return !a.view.causal ? 0 : (row + run.to_view - (run.length - queries)) * launch.group; };
+        const int warp_first = max(warp_row, run.row), warp_from = warp_first < min(warp_row + 16, run.end) ? sees(warp_first) : INT32_MAX;
+        int from[2];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) learnt[h] |= my_row + 8 * h >= run.row && my_row + 8 * h < run.end;
-        Work work;
-        work.q_first = int(a.view.q_indptr[run.sequence]), work.queries = int(a.view.q_indptr[run.sequence + 1]) - work.q_first;
-        work.length = run.length;
-        int first = 0;  // the first query that sees any of the rows
-        if (a.view.causal) first = max(max(run.row, tile * F::kRows) + run.to_view - (run.length - work.queries), 0);
-        for (int row = first * launch.group; row < work.queries * launch.group; row += kTileRows) {
-          work.row_first = row, work.rows = min(kTileRows, work.queries * launch.group - row);
+        for (int h = 0; h < 2; ++h) {
+          const bool in_run = my_row + 8 * h >= run.row && my_row + 8 * h < run.end;
+          learnt[h] |= in_run;
+          from[h] = in_run ? sees(my_row + 8 * h) : INT32_MAX;
+        }
+        if (shift) {
+          if (warp_id() == 0) make_table(table, a.view, -shift);  // all have turned the rows before
+          if constexpr (F::kAsync) __syncthreads();
+        }
+        const int first = max(sees(max(run.row, tile * F::kRows)), 0);
+        if constexpr (F::kAsync)
+          if (first < rows) QueryCopies<T, D>::issue(shared, stage, launch, q_first, first, rows);
+        for (int row = first; row < rows; row += F::kQueries) {
           copy_async_wait<0>();
-          __syncthreads();  // K, V and the table are here, and all have done with the rows before
-          put_rows<T, D, kVectors>(q, launch, work, a.q, shift ? table : nullptr, warp_id(), F::kWarps);
-          put_rows<T, D, kVectors>(d_o, launch, work, a.d_o, nullptr, warp_id(), F::kWarps);
-          if (thread < kTileRows) {
-            const QueryRow query = work.row(launch, min(thread, work.rows - 1));
-            const float2 base = launch.bases[query.token * a.q_heads + query.head];
-            numbers[thread] = {base.x, base.y, thread < work.rows ? work.last(launch, thread) : -1};
+          if constexpr (F::kAsync) {
+            if (shift) QueryCopies<T, D>::turn(shared, stage, launch, table);
+          } else {
+            __syncthreads();  // the table is here, and all have done with the rows before
+            put_queries<T, D, kVectors>(shared, launch, q_first, row, rows, shift ? table : nullptr);
           }
-          __syncthreads();
+          __syncthreads();  // K, V and the rows are here, and all have done with those whose place the next ones take
+          const Keys q{shared + F::kRing + stage * 2 * F::kOne}, d_o{q.data + F::kOne};
+          const float* const numbers = reinterpret_cast<const float*>(shared + F::kNumbers) + 2 * stage * F::kQueries;
+          if constexpr (F::kAsync) {
+            stage = 1 - stage;
+            if (row + F::kQueries < rows) QueryCopies<T, D>::issue(shared, stage, launch, q_first, row + F::kQueries, rows);
+          }
+          if (!here) k.hold(), v.hold(), here = true;
 
-          float p[2][4] = {}, ds[2][4] = {};
-          add_scores<T, D>(p, k, q);
-          add_scores<T, D>(ds, v, d_o);
+#pragma unroll 1
+          for (int sixteen = 0; sixteen < F::kQueries; sixteen += 16) {
+            const int at = row + sixteen;
+            if (at >= rows) break;
+            if (at + 15 < warp_from) continue;
+            const Keys q16{q.data + sixteen / 16 * Keys::kBytes}, d_o16{d_o.data + sixteen / 16 * Keys::kBytes};
+            float p[2][4] = {}, ds[2][4] = {};
+            add_scores<T, D>(p, k, q16);
+            add_scores<T, D>(ds, v, d_o16);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const RowNumbers query = numbers[i / 2 * 8 + lane % 4 * 2 + i % 2];
+            for (int c = 0; c < 2; ++c) {
+              const int query = sixteen + 8 * c + lane % 4 * 2;
+              const Pack<float, 4> two = load<4>(numbers + 2 * query);  // base and delta of both; all zero, as q and do, behind the last
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const int key = my_row + 8 * h;
-              const bool seen = key >= run.row && key < run.end && key + run.to_view <= query.last;
-              float &x = p[i / 2][2 * h + i % 2], &y = ds[i / 2][2 * h + i % 2];
-              x = seen ? exp2f(x * scale - query.base) : 0;
-              y = seen ? x * (y - query.delta) : 0;
+              for (int i = 0; i < 4; ++i) {
+                const bool seen = row + query + i % 2 >= from[i / 2];
+                float &x = p[c][i], &y = ds[c][i];
+                x = seen ? exp2f(x * scale - two[i % 2 * 2]) : 0;
+                y = seen ? x * (y - two[i % 2 * 2 + 1]) : 0;
+              }
             }
+            add_product<T, D>(dv, p, d_o16, first_slot);
+            add_product<T, D>(dk, ds, q16, first_slot);
           }
-          add_product<T, D>(dv, p, d_o, first_slot);
-          add_product<T, D>(dk, ds, q, first_slot);
         }
       });
     }
@@ -886,9 +1026,9 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
   const int64_t tiles = (a.pool_rows + F::kRows - 1) / F::kRows;
   for (int64_t first = blockIdx.x; first < tiles; first += int64_t(threads) * gridDim.x) {
     const int64_t mine = first + int64_t(thread) * gridDim.x;
-    bool learns = false;
+    int learns = 0;
     if (mine < tiles)
-      for (int s = 0; s < a.segments; ++s) learns |= meets(launch.runs[s], int(mine));
+      for (int s = 0; s < a.segments; ++s) learns |= int(meets(launch.runs[s], int(mine)));
     for_each_vote(learns, votes, [&](int i) { learn(int(first) + i * int(gridDim.x)); });
   }
 }

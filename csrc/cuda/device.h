@@ -160,7 +160,7 @@ __device__ __forceinline__ void store(T* p, const Pack<T, N>& x) {
   *reinterpret_cast<Pack<T, N>*>(p) = x;
 }
 
-// ---- asynchronous copies into shared memory: 16 bytes, aligned; visible to the copying thread after the wait ----------------------
+// ---- asynchronous copies into shared memory: aligned; visible to the copying thread after the wait --------------------------------
 
 // valid false: zeros, and `from` is not read.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool valid = true) {
@@ -169,6 +169,15 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool v
                : "memory");
 #else
   host::copy_async(to, valid ? from : nullptr, 16);
+#endif
+}
+
+__device__ __forceinline__ void copy_async_8(void* to, const void* from, bool valid = true) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 8 : 0)
+               : "memory");
+#else
+  host::copy_async(to, valid ? from : nullptr, 8);
 #endif
 }
 

@@ -146,10 +146,11 @@ class CudaOps:
             do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale,
             causal, interleaved, dk_pool, dv_pool,
         )  # fmt: skip
-        ours, other = torch.ops.diffmas_cuda.cross_attention_backward, _triton_or_reference().cross_attention_backward
+        ours = torch.ops.diffmas_cuda.cross_attention_backward
         served = self._served(q, k_pool, seg_shift, inv_freq, interleaved)
         if served and self._few(q, k_pool, q_indptr):
             return ours(*args, newest, want_dq)
+        other = _triton_or_reference().cross_attention_backward
         # Other than in whole packs of 16 bytes they would go element by element.
         packs = q.shape[2] % 8 == 0 and self._slots(q, seg_shift, inv_freq, interleaved) == q.shape[2]
         if not served or not packs or q.dtype == torch.float32:

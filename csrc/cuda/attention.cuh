@@ -786,7 +786,7 @@ struct PoolForm {
   using Keys = Tile<T, D>;
   static constexpr bool kAsync = sizeof(T) == 2;
   static constexpr int kWarps = 4, kHalves = D > 128 ? 2 : 1, kSlots = D / kHalves, kGroups = kWarps / kHalves, kRows = 16 * kGroups;
-  static constexpr int kBlocks = kAsync && D <= 64 ? 3 : 2;  // of a multiprocessor
+  static constexpr int kBlocks = kAsync && D <= 64 ? 3 : 2;  // of a multiprocessor; one where its shared memory is 100 KB (sm_120)
   static constexpr int kQueries = kAsync && D <= 128 ? 32 : 16, kStages = kAsync ? 2 : 1;
   static constexpr int kHeldKeys = kAsync && D <= 128 ? D / 16 : 0, kHeldValues = kHeldKeys < 4 ? kHeldKeys : 4;
 

@@ -18,7 +18,7 @@
 //   products  64 mma: 128 cycles of a multiprocessor at mma.sync's 1024 MAC a cycle (sm_80); sm_90 does more, and twice that by wgmma.
 //   shared    36 ldmatrix of 512 bytes: 144 cycles, the bound, 910 MAC a cycle. 32 are of q and do, which 16 keys do not use more often;
 //             the rest are the half of V that registers have no room for. 32 keys a warp would need 256 registers for their sums.
-//   issue     some 350 instructions, of four a cycle: 90 cycles.
+//   issue     some 300 instructions a warp, of four a cycle: 76 cycles.
 //   L2        8 KB of q and do serve four warps: 14 bytes a cycle and multiprocessor, of 24 and more.
 //
 // Heads of up to 64, 128 and 256 dimensions are padded with zeros in shared memory. kVectors: rows lie on 16 bytes, and so do the slots

@@ -516,6 +516,10 @@ Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, T
     check_shape("dlse", *dlse, {n, a.q_heads});
     dlse = torch::stable::contiguous(*dlse);
   }
+  if (where.cuda) {
+    check_dtype("do_", d_o, q.scalar_type());
+    check_dtype("o", o, q.scalar_type());
+  }
   a.d_o = rows("do_", d_o, where);
   a.dlse = floats("dlse", dlse, {n, a.q_heads}, where);
   a.o = rows("o", o, n, a.q_heads, a.head_dim, where);

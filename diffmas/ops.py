@@ -77,13 +77,13 @@ class Backend:
         self.name, self.ops, self.devices, self.dtypes, self.max_head_dim = name, ops, devices, dtypes, math.inf
         self.why_missing = why_missing  # None when it is usable
 
-    def has(self, op: str, head_dim: int) -> bool:
+    def has(self, op: str, dtype: torch.dtype, head_dim: int) -> bool:
         return head_dim <= self.max_head_dim and hasattr(self.ops, op)
 
     def serves(self, op: str, device: str, dtype: torch.dtype, head_dim: int) -> bool:
         if (self.devices is not None and device not in self.devices) or (self.dtypes is not None and dtype not in self.dtypes):
             return False
-        return self.why_missing is None and self.has(op, head_dim)
+        return self.why_missing is None and self.has(op, dtype, head_dim)
 
 
 class TritonBackend(Backend):
@@ -106,6 +106,11 @@ class TritonBackend(Backend):
     @functools.cached_property
     def ops(self):
         return importlib.import_module("diffmas.kernels.backend")
+
+    def has(self, op: str, dtype: torch.dtype, head_dim: int) -> bool:
+        # Products of float32 have no tensor cores, and with longer heads no room in registers.
+        short = head_dim <= 128 or dtype != torch.float32 or self.interpreted or not op.startswith("cross_attention")
+        return short and super().has(op, dtype, head_dim)
 
 
 class CudaOps:
@@ -135,7 +140,7 @@ class CudaOps:
         self, q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved
     ):
         ours = self._few(q, k_pool, q_indptr) and self._served(q, k_pool, seg_shift, inv_freq, interleaved)
-        run = (torch.ops.diffmas_cuda if ours else _triton_or_reference()).cross_attention
+        run = torch.ops.diffmas_cuda.cross_attention if ours else _triton_or_reference("cross_attention", q)
         return run(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved)
 
     def cross_attention_backward(
@@ -150,7 +155,7 @@ class CudaOps:
         served = self._served(q, k_pool, seg_shift, inv_freq, interleaved)
         if served and self._few(q, k_pool, q_indptr):
             return ours(*args, newest, want_dq)
-        other = _triton_or_reference().cross_attention_backward
+        other = _triton_or_reference("cross_attention_backward", q)
         # Other than in whole packs of 16 bytes they would go element by element.
         packs = q.shape[2] % 8 == 0 and self._slots(q, seg_shift, inv_freq, interleaved) == q.shape[2]
         if not served or not packs or q.dtype == torch.float32:
@@ -161,8 +166,8 @@ class CudaOps:
         return dq if want_dq else none
 
 
-def _triton_or_reference():
-    return reference if BACKENDS["triton"].why_missing else BACKENDS["triton"].ops
+def _triton_or_reference(op: str, lead: Tensor):
+    return implementation(op, lead, "reference" if BACKENDS["triton"].why_missing else "triton")
 
 
 class CudaBackend(Backend):
@@ -171,7 +176,7 @@ class CudaBackend(Backend):
     def __init__(self):
         self.name, self.ops, self.devices, self.dtypes = "cuda", CudaOps(), ("cuda",), FLOATS
 
-    def has(self, op: str, head_dim: int) -> bool:
+    def has(self, op: str, dtype: torch.dtype, head_dim: int) -> bool:
         most = 256 if op.startswith("cross_attention") else MAX_HEAD_DIM
         return head_dim <= most and hasattr(torch.ops.diffmas_cuda, op)
 
@@ -217,7 +222,7 @@ AUTO = os.environ.get("DIFFMAS_BACKEND") or "auto"
 
 def implementation(op: str, lead: Tensor, backend: str):
     """The function that runs `op` on `lead` [.., D], which decides device, dtype and head size. What a named backend does not
-    have, an op or a head size, runs on the reference."""
+    have, an op or a head size (of that dtype), runs on the reference."""
     return getattr(_choose(op, lead.device, lead.dtype, lead.shape[-1], backend), op)
 
 
@@ -227,7 +232,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, ba
     if name == "auto":
         return next(b for b in BACKENDS.values() if not b.interpreted and b.serves(op, device.type, dtype, head_dim)).ops
     chosen = BACKENDS[check_backend(name)]
-    if not chosen.has(op, head_dim):
+    if not chosen.has(op, dtype, head_dim):
         return reference
     if not chosen.serves(op, device.type, dtype, head_dim):
         raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device.type} in {dtype}")

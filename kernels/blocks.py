@@ -28,6 +28,9 @@ BLOCKS = {
     "cross_attention_delta": dict(BLOCK_R=16, num_warps=4),
 }
 FUSION = dict(enable_fp_fusion=True)  # said aloud: Triton's default is about to change
+# Of attention: all registers that a thread can have. The assembler would rather spill a few than have one program less on a
+# multiprocessor.
+REGISTERS = dict(maxnreg=255)
 
 TABLE = Path(__file__).with_name("blocks.csv")
 ARCHITECTURES = (80, 86, 90, 100, 120)  # 86: also 8.7 and 8.9, which have no more shared memory
@@ -46,13 +49,14 @@ def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, shifted:
     products in float32; shifted: a segment may be read at a shifted position."""
     at_most = lambda sizes, x: next((size for size in sizes if x <= size), sizes[-1])
     arch, forced = _compiling_for or (architecture(device), None)
+    options = FUSION | REGISTERS
     if forced is not None and kernel in forced:
-        return forced[kernel] | FUSION
+        return forced[kernel] | options
     if arch is None:  # the interpreter: several tiles of small inputs
         return dict(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32)
-    which = (wide, shifted, 0 if wide or shifted else arch)  # the exception: one tile for all architectures
+    which = (wide, shifted, 0 if wide else arch)  # float32 is the exception: one tile for all architectures
     line = table()[(kernel, at_most(ROWS[kernel], rows), at_most(HEAD_DIMS, head_dim), *which)]
-    return {name: line[name] for name in TILE} | FUSION
+    return {name: line[name] for name in TILE} | options
 
 
 @functools.cache

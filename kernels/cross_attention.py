@@ -9,6 +9,8 @@ atomics, the same bits on every run. A segment that is read at a shifted positio
 Nothing is read back from the device: tiles, splits and grids follow from shapes, programs find their sequence themselves.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -108,24 +110,44 @@ def _keys_of_tile(
 
 
 @triton.jit
-def _turn(x, cos, sin, shift, s, SIGN: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ACC: tl.constexpr):
-    """x [M, D], as stored, to what segment s reads (SIGN -1) or back (SIGN 1): turned by SIGN * shift positions in its first
-    2 * HALF dimensions. cos, sin [S, 2 * HALF] of the shifts. A tensor in ACC, or x itself."""
-    narrow, x = x, x.to(ACC)
+def _load_turned(
+    p_rows, m_row, cos, sin, s, SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The rows at p_rows [M] as what segment s reads (SIGN -1) or back from that (SIGN 1): turned by SIGN * its shift in their
+    first 2 * HALF dimensions. cos, sin [S, 2 * HALF] of the shifts. -> [M, BLOCK_D] in ACC.
+
+    The dimension that one is turned with is read from memory: in registers it is another thread's."""
+    o_d = tl.arange(0, BLOCK_D)
+    turned = o_d < 2 * HALF
+    if INTERLEAVED:
+        first, partner = o_d % 2 == 0, o_d ^ 1
+    else:
+        first = o_d < HALF
+        partner = tl.where(first, o_d + HALF, o_d - HALF)
+        if HALF % 8 == 0:
+            partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
+    b_cos = tl.load(cos + s * (2 * HALF) + o_d, mask=turned, other=1.0)
+    b_sin = tl.load(sin + s * (2 * HALF) + o_d, mask=turned, other=0.0) * tl.where(first, -SIGN, SIGN)
+    x = tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0).to(ACC)
+    other = tl.load(p_rows[:, None] + partner[None, :], mask=m_row[:, None] & turned[None, :], other=0).to(ACC)
+    # A sum that the compiler does not see through: a plain one it would do in the layout of a product's operand, several times
+    # over and with twice the registers.
+    return tl.sum(tl.join(x * b_cos[None, :], other * b_sin[None, :]), 2)
+
+
+@triton.jit
+def _turn(
+    x, p_rows, m_row, shift, cos, sin, s, SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """As `_load_turned`, of x [M, BLOCK_D] in ACC; p_rows [M]: memory of this program's, for any use."""
     if shift != 0:
-        M: tl.constexpr = x.shape[0]
-        D: tl.constexpr = x.shape[1]
-        o_d = tl.arange(0, D)
-        turned = o_d < 2 * HALF
-        if INTERLEAVED:
-            first, step = o_d % 2 == 0, 1
-        else:
-            first, step = o_d < HALF, HALF
-        partner = tl.where(turned, tl.where(first, o_d + step, o_d - step), o_d)
-        b_cos = tl.load(cos + s * (2 * HALF) + o_d, mask=turned, other=1.0)
-        b_sin = tl.load(sin + s * (2 * HALF) + o_d, mask=turned, other=0.0) * tl.where(first, -SIGN, SIGN)
-        other = tl.gather(narrow, tl.broadcast_to(partner[None, :], (M, D)), 1)  # half the registers of a wide one
-        x = x * b_cos[None, :] + other.to(ACC) * b_sin[None, :]
+        o_d = tl.arange(0, BLOCK_D)
+        tl.store(p_rows[:, None] + o_d[None, :], x, mask=m_row[:, None] & (o_d < D)[None, :])
+        tl.debug_barrier()
+        x = _load_turned(p_rows, m_row, cos, sin, s, SIGN, D, BLOCK_D, HALF, INTERLEAVED, ACC)
+        tl.debug_barrier()  # before anybody writes there again
     return x
 
 
@@ -203,7 +225,8 @@ def cross_attention_fwd_kernel(
     b_n, b_head, b_token, m_row = _rows_of_tile(i_h, q_first, L, t_first, G, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_q = m_row[:, None] & (o_d < D)[None, :]
-    b_q = tl.load(q + b_n[:, None] * stride_qn + b_head[:, None] * stride_qh + o_d[None, :], mask=m_q, other=0).to(DOT)
+    p_q = q + b_n * stride_qn + b_head * stride_qh
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
     s_first, s_last, n_seg, n_first, n_end, n_all, b_last = _keys_of_tile(
         i_b, seg_indptr, seg_len, L, t_first, b_token, i_split, BLOCK_M // G, CAUSAL, SPLIT, BLOCK_N
     )
@@ -218,8 +241,8 @@ def cross_attention_fwd_kernel(
         n_full = n_from + tl.maximum(tl.minimum(n_to, n_all) - n_from, 0) // BLOCK_N * BLOCK_N
         b_qs = b_q
         if SHIFTED:
-            if n_from < n_to:
-                b_qs = _turn(b_q, cos, sin, tl.load(seg_shift + s), s, -1, HALF, INTERLEAVED, ACC).to(DOT)
+            here = m_row & (b_token < tl.where(n_from < n_to, L, 0))
+            b_qs = _load_turned(p_q, here, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
         to_row = start - n_seg
         for i in range(n_from, n_full, BLOCK_N):
             acc, m, total = _forward_tile(
@@ -294,7 +317,7 @@ def cross_attention_bwd_kernel_dq(
     SHIFTED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid as in the forward. dq [n, Hq, D]; of every split if SPLIT."""
+    """Grid as in the forward. dq [n, Hq, D]; of every split if SPLIT; in ACC if SPLIT or SHIFTED."""
     i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, q_first, L, t_first = _sequence_of_tile(i_tile, q_indptr, B, BLOCK_M // G)
     if t_first >= L:
@@ -302,7 +325,8 @@ def cross_attention_bwd_kernel_dq(
     b_n, b_head, b_token, m_row = _rows_of_tile(i_h, q_first, L, t_first, G, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_q = m_row[:, None] & (o_d < D)[None, :]
-    b_q = tl.load(q + b_n[:, None] * stride_qn + b_head[:, None] * stride_qh + o_d[None, :], mask=m_q, other=0).to(DOT)
+    p_q = q + b_n * stride_qn + b_head * stride_qh
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
     b_do = tl.load(do + b_n[:, None] * stride_don + b_head[:, None] * stride_doh + o_d[None, :], mask=m_q, other=0).to(DOT)
     b_lse = tl.load(lse + b_n * Hq + b_head, mask=m_row, other=0).to(ACC)
     b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse) * LOG2E
@@ -312,6 +336,7 @@ def cross_attention_bwd_kernel_dq(
     )
 
     p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
+    p_dq = dq + ((b_n + i_split.to(tl.int64) * n) * Hq + b_head) * D
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)  # dq / scale, turned like the q of the segment at hand
     turned, s_turned = tl.full((), 0, tl.int64), s_first
     scale_log2: tl.constexpr = scale * LOG2E
@@ -321,13 +346,13 @@ def cross_attention_bwd_kernel_dq(
         n_full = n_from + tl.maximum(tl.minimum(n_to, n_all) - n_from, 0) // BLOCK_N * BLOCK_N
         b_qs = b_q
         if SHIFTED:
+            here = m_row & (b_token < tl.where(n_from < n_to, L, 0))
+            b_qs = _load_turned(p_q, here, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
             shift = tl.load(seg_shift + s)
-            if n_from < n_to:
-                if shift != turned:
-                    acc = _turn(acc, cos, sin, turned, s_turned, 1, HALF, INTERLEAVED, ACC)
-                    acc = _turn(acc, cos, sin, shift, s, -1, HALF, INTERLEAVED, ACC)
-                    turned, s_turned = shift, s
-                b_qs = _turn(b_q, cos, sin, shift, s, -1, HALF, INTERLEAVED, ACC).to(DOT)
+            if (n_from < n_to) & (shift != turned):
+                acc = _turn(acc, p_dq, m_row, turned, cos, sin, s_turned, 1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
+                acc = _turn(acc, p_dq, m_row, shift, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
+                turned, s_turned = shift, s
         to_row = start - n_seg
         for i in range(n_from, n_full, BLOCK_N):
             acc = _dq_tile(
@@ -341,9 +366,8 @@ def cross_attention_bwd_kernel_dq(
             )  # fmt: skip
         n_seg += length
     if SHIFTED:
-        acc = _turn(acc, cos, sin, turned, s_turned, 1, HALF, INTERLEAVED, ACC)
-    b_n += i_split.to(tl.int64) * n
-    tl.store(dq + (b_n * Hq + b_head)[:, None] * D + o_d[None, :], acc * scale, mask=m_q)
+        acc = _turn(acc, p_dq, m_row, turned, cos, sin, s_turned, 1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
+    tl.store(p_dq[:, None] + o_d[None, :], acc * scale, mask=m_q)
 
 
 @triton.jit(do_not_specialize=[*INDEX, "newest", "B", "S"])
@@ -393,17 +417,16 @@ def cross_attention_bwd_kernel_dkv(
             learns = learns | learn.to(tl.int32)
             k = _load_rows(p_k, stride_kr, b_rows, D, BLOCK_D, learn, True).to(DOT)
             v = _load_rows(p_v, stride_vr, b_rows, D, BLOCK_D, learn, True).to(DOT)
-            if SHIFTED:
-                shift = tl.load(seg_shift + s)
             for i_m in range(t_first * G, L * G, BLOCK_M):
                 b_token, b_head = (i_m + o_m) // G, i_h * G + (i_m + o_m) % G
                 m_row = b_token < L
                 m_q = m_row[:, None] & (o_d < D)[None, :]
                 b_n = (q_first + b_token).to(tl.int64)
-                b_q = tl.load(q + b_n[:, None] * stride_qn + b_head[:, None] * stride_qh + o_d[None, :], mask=m_q, other=0)
+                p_q = q + b_n * stride_qn + b_head * stride_qh
                 if SHIFTED:
-                    b_q = _turn(b_q, cos, sin, shift, s, -1, HALF, INTERLEAVED, ACC)
-                b_q = b_q.to(DOT)
+                    b_q = _load_turned(p_q, m_row, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
+                else:
+                    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
                 b_lse = tl.load(lse + b_n * Hq + b_head, mask=m_row, other=0).to(ACC)
                 b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse) * LOG2E
                 s_t = tl.dot(k, tl.trans(b_q), input_precision="ieee", out_dtype=ACC) * scale_log2
@@ -432,12 +455,15 @@ def _tables(q, seg_shift, inv_freq, interleaved) -> tuple:
     """seg_shift with cos and sin [S, Dr] of each segment's rotation; nothing where no segment is shifted."""
     if seg_shift is None:
         return None, None, None
-    # The layers of a model share their index: made by the first of them, and kept with it.
-    key = (seg_shift._version, inv_freq.data_ptr(), interleaved, q.dtype == torch.float64)
+    make = functools.partial(reference.shift_tables, seg_shift, inv_freq, interleaved, reference.accumulator(q.dtype))
+    # The layers of a model share their index: tables are made by the first of them, and kept with it. Not where nobody sees
+    # whether they are still right: inference tensors have no version, and what a graph captures is not computed yet.
+    if seg_shift.is_inference() or inv_freq.is_inference() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return seg_shift, *make()
+    key = (seg_shift._version, inv_freq.data_ptr(), inv_freq._version, interleaved, q.dtype == torch.float64)
     kept = getattr(seg_shift, "_diffmas_tables", None)
     if kept is None or kept[0] != key:
-        tables = reference.shift_tables(seg_shift, inv_freq, interleaved, reference.accumulator(q.dtype))
-        kept = seg_shift._diffmas_tables = (key, inv_freq, tables)
+        kept = seg_shift._diffmas_tables = (key, inv_freq, make())
     return seg_shift, *kept[2]
 
 
@@ -524,11 +550,12 @@ def cross_attention_backward(
             block = _blocks("dq", q, q_indptr, constants)
             grid = _grid(q, k_pool, q_indptr, block)
             splits = grid[2]
-            part = dq if splits == 1 else q.new_empty((splits, n, Hq, D), dtype=acc)
+            whole = splits == 1 and (seg_shift is None or q.dtype == acc)
+            part = dq if whole else q.new_empty((splits, n, Hq, D), dtype=acc)
             cross_attention_bwd_kernel_dq[grid](
                 q, do, lse, delta, k_pool, v_pool, *view, part, n, B, *strides, **constants, SPLIT=splits > 1, **block
             )
-            if splits > 1:
+            if not whole:
                 dq = part.sum(0).to(q.dtype)
         block = _blocks("dkv", q, q_indptr, constants)
         cross_attention_bwd_kernel_dkv[(triton.cdiv(k_pool.shape[0], block["BLOCK_N"]), k_pool.shape[1])](

@@ -10,6 +10,7 @@ TRITON_INTERPRET=1, where kernels cannot be compiled.
 import argparse
 import csv
 import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -100,6 +101,7 @@ OPS = {
     "attention_backward, no group": (cross_attention, attention_call, dict(tokens=128, groups=1, backward=True)),
     "attention_backward, shifted": (cross_attention, attention_call, dict(tokens=128, backward=True, shifted=True)),
     "attention_backward, latent step": (cross_attention, attention_call, dict(backward=True, newest=True)),
+    "attention_backward, step, shifted": (cross_attention, attention_call, dict(backward=True, newest=True, shifted=True)),
     "attention_backward, flush": (cross_attention, attention_call, dict(tokens=16, backward=True, causal=False)),
 }
 
@@ -206,18 +208,32 @@ def cases():
         yield op, "float16", 128, 90
 
 
-def row(case) -> list[dict]:
+def planned(case) -> list[tuple[dict, Launch]]:
+    """What the table says of a case's kernels before they are compiled, and the launches."""
     op, dtype, D, arch = case
-    what = dict(triton=triton.__version__, dtype=dtype, head_dim=D, arch=arch)
-    return [
-        {"op": op, "kernel": one.kernel.__name__, **what, "tile": _tile(one), **compiled(one, arch)}
-        for one in launches(op, D, getattr(torch, dtype), arch=arch)
-    ]
+    what = dict(dtype=dtype, head_dim=D, arch=arch)
+    found = launches(op, D, getattr(torch, dtype), arch=arch)
+    return [({"op": op, "kernel": one.kernel.__name__, **what, "tile": _tile(one)}, one) for one in found]
+
+
+def wrong(one: dict) -> bool:
+    """Whether a row of the table is not as it must be: it spills, has no room, or no tensor cores where they are expected."""
+    products = re.search("fwd_kernel$|dq$|dkv$", one["kernel"]) and one["dtype"] != "float32"
+    return not fits(one, one["arch"]) or bool(products and not one["mma"])
+
+
+def read_table() -> list[dict]:
+    with TABLE.open(newline="") as file:
+        return [{name: int(x) if x.isdecimal() else x for name, x in line.items()} for line in csv.DictReader(file)]
 
 
 def _tile(launch: Launch) -> str:
     sizes = [str(launch.constants[name]) for name in ("BLOCK_R", "BLOCK_M", "BLOCK_N") if name in launch.constants]
     return " x ".join(sizes) + f", {launch.options['num_warps']} warps, {launch.options.get('num_stages', 3)} stages"
+
+
+def _case_rows(case) -> list[dict]:
+    return [{"triton": triton.__version__, **one, **compiled(launch, one["arch"])} for one, launch in planned(case)]
 
 
 def main() -> None:
@@ -226,29 +242,31 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", type=int, default=[90])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     args = parser.parse_args()
     if interpreting():
         parser.error("kernels cannot be compiled under TRITON_INTERPRET=1")
     if args.op:
         for arch in args.arch:
             for op in args.op:
-                for one in row((op, args.dtype, args.head_dim, arch)):
+                for one in _case_rows((op, args.dtype, args.head_dim, arch)):
                     print("  ".join(f"{name} {value}" for name, value in one.items()), flush=True)
         return
+    kept = [one for one in read_table() if one["triton"] != triton.__version__] if TABLE.exists() else []
     rows, seen = [], set()
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as workers:
-        for case in tqdm(workers.map(row, cases()), total=len(list(cases())), desc="compile"):
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as workers:
+        for case in tqdm(workers.map(_case_rows, cases()), total=len(list(cases())), desc="compile"):
             for one in case:
                 key = tuple(value for name, value in one.items() if name != "op")
                 if key not in seen:  # several ops share small kernels
                     seen.add(key)
                     rows.append(one)
     with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    bad = [one for one in rows if not fits(one, one["arch"])]
-    print(f"{TABLE}: {len(rows)} kernels, {len(bad)} that spill or do not fit in shared memory")
+        writer.writerows(sorted(kept + rows, key=lambda one: tuple(map(int, str(one["triton"]).split("."))), reverse=True))
+    bad = list(filter(wrong, rows))
+    print(f"{TABLE}: {len(rows)} kernels, {len(bad)} that spill, do not fit in shared memory or have no tensor cores")
     for one in bad:
         print("  ".join(f"{name} {value}" for name, value in one.items()))
     raise SystemExit(bool(bad))

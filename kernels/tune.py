@@ -1,6 +1,8 @@
 """Writes blocks.csv, the tiles of the attention kernels: make tune.
 
-    python -m diffmas.kernels.tune [--arch 80 90 100 120] [--kernel fwd dq dkv] [--missing]
+    python -m diffmas.kernels.tune [--arch 80 90 100 120 0] [--kernel fwd dq dkv] [--missing]
+
+--arch 0: the lines that all architectures share, those of float32.
 
 For each kernel, number of query rows, head size, dtype and architecture: the candidates in order of preference, compiled with
 the installed Triton, those that spill or do not fit in shared memory left out. Without a GPU the first one that is left is
@@ -48,20 +50,24 @@ LONG = {
     ("dkv", 128): [(64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)],
     ("dkv", 256): [(64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)],
 }
-LAST = [(32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 1), (16, 32, 4, 2), (16, 32, 8, 1), (16, 16, 4, 1)]
+LAST = [
+    (32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 1),
+    (16, 32, 4, 2), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1),
+]  # fmt: skip
 
 
 def candidates(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool) -> list[tuple[int, int, int, int]]:
     few = kernel != "dkv" and rows == 16
-    if wide and shifted:  # turning a tile of float32 takes most of the registers
-        return [(16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1)]
-    if wide or shifted:
-        return [(16, 32, 8, 2), (16, 32, 4, 2), (16, 16, 8, 1), (16, 16, 4, 1)] if few else [(64, 32, 8, 2), *LAST]
+    if wide:
+        return [(16, 32, 8, 2), *LAST[4:]] if few else [(32, 32, 8, 2), (16, 32, 8, 2), *LAST[3:]]
     if few:  # bound by memory: many bytes in flight
-        return [(16, *rest) for rest in ((128, 4, 3), (64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 8, 2), (16, 8, 1))]
-    if kernel == "fwd" and rows == 64:
-        return [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), *LAST]
-    return [*LONG[kernel, head_dim], *LAST]
+        order = [(16, *rest) for rest in ((128, 4, 3), (64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 8, 2), (16, 8, 1))]
+    elif kernel == "fwd" and rows == 64:
+        order = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), *LAST]
+    else:
+        order = [*LONG[kernel, head_dim], *LAST]
+    # A tile that is turned is in registers for a while.
+    return [c for c in order if not shifted or c[0] * head_dim <= 8192]
 
 
 def shown(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, arch: int, block: dict) -> bool:
@@ -117,7 +123,7 @@ def choose(key: tuple, before: dict | None, here: int | None = None) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES)
+    parser.add_argument("--arch", nargs="+", type=int, default=(*ARCHITECTURES, 0))
     parser.add_argument("--kernel", nargs="+", default=list(ROWS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile, where nothing is timed")
     parser.add_argument("--missing", action="store_true", help="only what has no line yet")
@@ -127,9 +133,9 @@ def main() -> None:
     before = blocks.table() if TABLE.exists() else {}
     here = blocks.architecture(torch.device("cuda", 0)) if torch.cuda.is_available() else None
     keys = [
-        (kernel, rows, head_dim, *which)
-        for which in (*((False, False, arch) for arch in args.arch), (False, True, 0), (True, False, 0), (True, True, 0))
-        for kernel in args.kernel for rows in ROWS[kernel] for head_dim in HEAD_DIMS
+        (kernel, rows, head_dim, not arch, shifted, arch)
+        for shifted in (False, True) for arch in args.arch
+        for kernel in args.kernel for rows in ROWS[kernel] for head_dim in HEAD_DIMS if arch or head_dim <= 128
     ]  # fmt: skip
     keys = [key for key in keys if not (args.missing and key in before)]
     table, old = dict(before), [before.get(key) for key in keys]
@@ -141,7 +147,7 @@ def main() -> None:
     for key, line in tqdm(zip(keys, lines), total=len(keys), desc="tiles"):
         table[key] = line
         with TABLE.open("w", newline="") as file:  # after each: what was found is not lost
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(table[key] for key in sorted(table))
     print(f"{TABLE}: {len(table)} lines, Triton {triton.__version__}")

@@ -246,6 +246,23 @@ def test_attention_backward_of_the_newest_tokens(name):
     agree(attending(attention_inputs(view, rows=POOL), newest, want_dq=False), torch.float32, 64 * 2**0.5)
 
 
+def test_shifted_views_in_inference_mode_and_after_a_change():
+    """Tables of the shifts are kept with the index, as long as it is seen that they are of it."""
+    inputs = attention_inputs(VIEWS["shifted"], rows=POOL)
+    do = exact_in_half(*inputs.q.shape)
+    want = attention_all(inputs.to(torch.float64), "reference", do)
+    with torch.inference_mode():
+        for got, exact in zip(attention_all(inputs.to(torch.float32, DEVICE), "triton", do), want):
+            torch.testing.assert_close(got.double().cpu(), exact, atol=1e-4, rtol=0)
+    args = inputs.to(torch.float32, DEVICE).args()
+    shift, run = args[7], lambda: raw.cross_attention(*args, "triton")[0]
+    before = run()
+    shift += 3
+    assert not torch.equal(run(), before)
+    shift -= 3
+    assert torch.equal(run(), before)
+
+
 def test_attention_of_many_sequences_and_segments():
     """More than one scan over the index: 131 sequences, some without queries, and a view of 140 segments."""
     lengths = [1 + b % 2 if b % 8 == 7 or b == 130 else 0 for b in range(131)]

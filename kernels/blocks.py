@@ -28,8 +28,8 @@ BLOCKS = {
     "cross_attention_delta": dict(BLOCK_R=16, num_warps=4),
 }
 FUSION = dict(enable_fp_fusion=True)  # said aloud: Triton's default is about to change
-# Of attention: all registers that a thread can have. The assembler would rather spill a few than have one program less on a
-# multiprocessor.
+# All registers that a thread can have: the assembler would rather spill a few than have one program less on a multiprocessor.
+# Not for all of attention: some tiles that fit without it spill with it.
 REGISTERS = dict(maxnreg=255)
 
 TABLE = Path(__file__).with_name("blocks.csv")
@@ -49,7 +49,7 @@ def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, shifted:
     products in float32; shifted: a segment may be read at a shifted position."""
     at_most = lambda sizes, x: next((size for size in sizes if x <= size), sizes[-1])
     arch, forced = _compiling_for or (architecture(device), None)
-    options = FUSION | REGISTERS
+    options = FUSION | (REGISTERS if wide or shifted else {})
     if forced is not None and kernel in forced:
         return forced[kernel] | options
     if arch is None:  # the interpreter: several tiles of small inputs

@@ -256,7 +256,7 @@ def test_who_runs_it(missing, monkeypatch):
 
 def test_head_sizes_of_the_extension():
     if ops._extension.cuda_targets:
-        has = ops.CudaBackend().has
+        has = lambda op, head_dim: ops.CudaBackend().has(op, torch.float32, head_dim)
         assert has("cross_attention", 256) and not has("cross_attention_backward", 257) and has("inject", 512)
 
 

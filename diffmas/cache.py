@@ -3,7 +3,14 @@
 from torch import Tensor, zeros
 from transformers.cache_utils import Cache
 
-__all__ = ["CacheFace"]
+__all__ = ["CacheFace", "cache_name"]
+
+NAMES = ("past_key_values", "cache")  # of the argument: before transformers 5.24, and since
+
+
+def cache_name(given, kind: type = Cache) -> str | None:
+    """The name under which a cache of that kind is among the arguments or fields `given`, if there is one."""
+    return next((name for name in NAMES if isinstance(given.get(name), kind)), None)
 
 
 class CacheFace(Cache):

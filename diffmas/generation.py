@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from diffmas.cache import cache_name
 from diffmas.trace import Trace
 
 __all__ = ["generate"]
@@ -17,9 +18,10 @@ def generate(self, inputs=None, *args, **kwargs):
     in then stays as it was.
     """
     original = type(self).generate
-    trace = kwargs.get("past_key_values")
-    if not isinstance(trace, Trace):
+    argument = cache_name(kwargs, Trace)
+    if argument is None:
         return original(self, inputs, *args, **kwargs)
+    trace = kwargs[argument]
     sources = [kwargs, *(vars(c) for c in (kwargs.get("generation_config"), self.generation_config) if c is not None)]
     option = lambda name: next((s[name] for s in sources if s.get(name) is not None), None)  # noqa: E731
     if option("use_cache") is False:
@@ -53,7 +55,7 @@ def generate(self, inputs=None, *args, **kwargs):
                     kwargs[f"{name}_length"] = option(f"{name}_length") + past
     copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
     if copies > 1:
-        kwargs["past_key_values"] = trace.select([b for b in range(B) for _ in range(copies)])
+        kwargs[argument] = trace.select([b for b in range(B) for _ in range(copies)])
     if ids is not None:
         kwargs["input_ids"] = ids
     patch = self._diffmas_patch

@@ -1,7 +1,7 @@
 """patch_model: the only door to transformers' internals.
 
 Per instance and reversible: nothing global, no class and no shared config is touched. A patched model behaves as before
-until a Trace is passed as `past_key_values`. Then
+until a Trace is passed as `past_key_values` (`cache` since transformers 5.24). Then
   * a pre-hook on the body drops the padding, plans the forward and hands the plan down as `diffmas_trace=`,
   * every attention layer writes and reads the trace (`diffmas.attention`),
   * a hook on the body commits the plan and restores the padded shape.
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from diffmas import ops, probe
 from diffmas.attention import Layer, Unsupported, install, refuse, uninstall
+from diffmas.cache import cache_name
 from diffmas.generation import generate
 from diffmas.plan import Plan
 from diffmas.trace import Trace
@@ -216,16 +217,17 @@ def body_pre_hook(body, args, kwargs):
     if args:
         names = list(inspect.signature(type(body).forward).parameters)[1:]
         kwargs = {**dict(zip(names, args)), **kwargs}
-    trace = kwargs.get("past_key_values")
-    if not isinstance(trace, Trace):
+    argument = cache_name(kwargs, Trace)
+    if argument is None:
         return None
+    trace = kwargs[argument]
     if trace._patch.body is not body:
-        raise ValueError("past_key_values: expected a trace of this model, got a trace of another model")
+        raise ValueError(f"{argument}: expected a trace of this model, got a trace of another model")
     if trace._patch.causal_lm.__dict__.get("_diffmas_patch") is not trace._patch:
-        raise ValueError("past_key_values: this model was patched again since the trace was made; make a new trace")
+        raise ValueError(f"{argument}: this model was patched again since the trace was made; make a new trace")
     if kwargs.get("output_attentions", body.config.output_attentions):
         raise ValueError("output_attentions: expected False with a trace, whose attention keeps no weights, got True")
-    kwargs = dict(kwargs)
+    kwargs = {name: x for name, x in kwargs.items() if name != argument}
     x = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids")
     if x is None or x.shape[1] == 0:
         raise ValueError("input_ids: expected input_ids or inputs_embeds of at least one token")
@@ -254,8 +256,7 @@ def body_pre_hook(body, args, kwargs):
     kwargs[name] = (x.flatten(0, 1) if valid is None else x[valid.to(x.device)])[None]
     kwargs.pop("cache_position", None)
     kwargs.update(
-        attention_mask=skip_mask(x), position_ids=plan.position_ids(x.device),
-        past_key_values=None, use_cache=False, diffmas_trace=plan,
+        attention_mask=skip_mask(x), position_ids=plan.position_ids(x.device), use_cache=False, diffmas_trace=plan,
     )  # fmt: skip
     return (), kwargs
 
@@ -278,7 +279,7 @@ def body_hook(body, args, kwargs, output):
     output.last_hidden_state = padded(output.last_hidden_state)
     if getattr(output, "hidden_states", None):
         output.hidden_states = tuple(padded(h) for h in output.hidden_states)
-    output.past_key_values = plan.trace
+    setattr(output, "cache" if hasattr(output, "cache") else "past_key_values", plan.trace)
     return output
 
 

@@ -22,8 +22,8 @@ class Trace(CacheFace):
     """The shared K/V memory of `batch_size` episodes over all layers of a patched model.
 
     model: a model that `diffmas.patch_model` was called on. capacity: tokens per sequence to make room for at once; the
-    trace grows beyond it by itself. Pass it as `past_key_values` to the model's forward and generate. Padded tokens
-    never enter it; the sequences of a batch may differ in length.
+    trace grows beyond it by itself. Pass it as `past_key_values` (`cache` since transformers 5.24) to the model's forward and
+    generate. Padded tokens never enter it; the sequences of a batch may differ in length.
 
     Raises ValueError for a model that is not patched, a batch_size or capacity that is not positive.
     """

@@ -1,5 +1,7 @@
 """A trace against whole contexts that are recomputed without any cache, and calls that fail."""
 
+import inspect
+
 import pytest
 import torch
 from models import (
@@ -52,6 +54,20 @@ def test_ragged_batch_equals_single_runs(family, side):
     got = gradients(model)
     sum(loss_of(w) for w in want).backward()
     assert_close(got, gradients(model))
+
+
+def test_the_argument_of_newer_transformers():
+    """`cache=` in the place of `past_key_values=`, in forward and generate."""
+    model = tiny("qwen3")
+    if "cache" not in inspect.signature(type(model).forward).parameters:
+        pytest.skip("this transformers calls it past_key_values")
+    ids, traces = tokens(6)[0][None], [diffmas.Trace(model) for _ in range(2)]
+    assert torch.equal(model(ids, cache=traces[0]).logits, model(ids, past_key_values=traces[1]).logits)
+    options = dict(do_sample=False, max_new_tokens=3)
+    got, want = (model.generate(ids, **{name: t}, **options) for name, t in zip(("cache", "past_key_values"), traces))
+    assert torch.equal(got, want) and traces[0].lengths == traces[1].lengths
+    with pytest.raises(ValueError, match="^cache: expected a trace of this model"):
+        tiny("qwen3", seed=1)(ids, cache=traces[0])
 
 
 def test_hidden_states_of_a_ragged_batch():

@@ -47,9 +47,10 @@ if X86:
     ISAS |= {"avx2": avx2, "avx512": avx2 + avx512}
 # Binaries for these only: an older or newer GPU has none, and diffmas.ops says so.
 CUDA_TARGETS = ["80", "90a", "100a", "120a"]
-# One PTX for all of them, which halves the time: no kernel has instructions of one architecture only.
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t2", "--compress-mode=size"]  # to a seventh
-CUDA_FLAGS += [f"-gencode=arch=compute_80,code=[{','.join(f'sm_{t}' for t in CUDA_TARGETS)}]"]
+# One PTX for all of them, which halves the time; instructions of one architecture only are in files of their own.
+ALL_TARGETS = f"-gencode=arch=compute_80,code=[{','.join(f'sm_{t}' for t in CUDA_TARGETS)}]"
+SM90 = "-gencode=arch=compute_90a,code=sm_90a"
 
 
 class BuildError(Exception):
@@ -119,8 +120,8 @@ def compile_cuda(build_dir):
     runtime = next((x for x in runtimes if x.exists()), None)
     if runtime is None:
         raise BuildError(f"{nvcc} has no libcudart_static.a")
-    command = [nvcc, *CUDA_FLAGS, f"-I{CSRC}"]
-    objects = compile_all([(s, f"{s.stem}.cuda.o", command) for s in sorted(CSRC.glob("cuda/*.cu"))], build_dir)
+    command = lambda source: [nvcc, *CUDA_FLAGS, SM90 if source.stem.endswith("_sm90") else ALL_TARGETS, f"-I{CSRC}"]
+    objects = compile_all([(s, f"{s.stem}.cuda.o", command(s)) for s in sorted(CSRC.glob("cuda/*.cu"))], build_dir)
     # The runtime is ours alone: torch may bring another one into the process.
     return objects, [str(runtime), "-Wl,--exclude-libs,libcudart_static.a", "-lpthread", "-ldl", "-lrt"]
 

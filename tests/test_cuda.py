@@ -5,7 +5,7 @@ import pytest
 import torch
 from op_cases import VIEWS, View, attention_inputs, inject_inputs
 from op_runs import attention_all, exact_in_half, inject_all, raw, within_budget
-from test_cuda_attention import MANY, SHAPES, SHIFTED
+from test_cuda_attention import MANY, SHAPES, SHIFTED, WARPGROUPS
 from test_cuda_attention import ODD as ODD_HEADS
 from test_cuda_host import INJECTS, ODD, POOL
 
@@ -130,18 +130,18 @@ def test_attention(name, dtype, always):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", MANY | WARPGROUPS)
 def test_attention_of_many_queries(name, dtype):
     """o and dq are Triton's, dK and dV ours."""
-    view, case = MANY[name]
+    view, case = (MANY | WARPGROUPS)[name]
     agrees(attention_inputs(view, **case, rows=640), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("D", [64, 96, 128, 256])
-def test_prefill_as_triton(D, dtype):
+@pytest.mark.parametrize("D, shift", [*((D, 0) for D in (64, 96, 128, 256)), (128, 70)])
+def test_prefill_as_triton(D, shift, dtype):
     """Several waves of blocks, many tiles of queries; rows that three sequences share, one of them at another position."""
-    views = [[(0, 4000, 70 * (b == 1)), (4000 + 1500 * b, 1000 + 200 * b, 0)] for b in range(3)]
+    views = [[(0, 4000, shift * (b == 1)), (4000 + 1500 * b, 1000 + 200 * b, 0)] for b in range(3)]
     x = attention_inputs(View([1000 + 200 * b for b in range(3)], views), (8, 2), D, rows=9000)
     results = (attend(x, dtype, backend, "cuda") for backend in ("cuda", "triton"))
     for got, want in zip(*results):

@@ -13,7 +13,7 @@ from diffmas import ops, reference
 pytestmark = pytest.mark.skipif(not on_host.COMPILER, reason="no g++ here")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MAX_SHARED = 101376  # bytes of a block on sm_120, the least of our targets
+MAX_SHARED = {False: 101376, True: 232448}  # bytes of a block on sm_120, the least of our targets, and on sm_90
 INPUTS = "q k_pool v_pool q_indptr seg_indptr seg_start seg_len seg_shift inv_freq".split()
 NUMBERS = "scale causal interleaved".split()
 
@@ -23,6 +23,7 @@ class Kernels:
 
     def __init__(self):
         self.seed, self.processors, self.vectors = 0, 1, True
+        self.warpgroups = False  # on sm_90, whose form of dK and dV must then serve
 
     def cross_attention(self, *args):
         q = args[0]
@@ -38,7 +39,8 @@ class Kernels:
 
     def run(self, backward, args, more, outputs):
         inputs, numbers = dict(zip(INPUTS, args)), dict(zip(NUMBERS, args[len(INPUTS) :]))
-        numbers |= dict(backward=backward, processors=self.processors, vectors=self.vectors, max_shared=MAX_SHARED)
+        numbers |= dict(backward=backward, processors=self.processors, vectors=self.vectors)
+        numbers |= dict(warpgroups=self.warpgroups, max_shared=MAX_SHARED[self.warpgroups])
         if inputs["q"].shape[0]:
             on_host.run("attention", numbers, inputs | more, outputs, self.seed)
 
@@ -166,7 +168,57 @@ def test_pools_of_many_queries(name, dtype, kernels):
     assert name not in ("shifted", "d128") or all(torch.equal(a, b) for a, b in zip(results, learn(inputs, dtype, "cuda")))
 
 
-def test_pools_of_many_queries_that_learn_the_newest(kernels):
+# On sm_90; also groups that do not divide a tile, a sequence that ends within one, in a pool that ends within a block.
+SMALLER = View([41, 0, 30], [[(250, 40, 0), (0, 41, 0)], [(5, 9, 0)], [(260, 30, 0), (400, 30, 0)]])
+WARPGROUPS = {
+    "gqa2": MANY["gqa2"],
+    "not_causal": MANY["not_causal"],
+    "gqa7": (SMALLER, dict(heads=(14, 2), D=16)),
+    "gqa3_d128": (RAGGED, dict(heads=(3, 1), D=128)),
+    "gqa8_d80": (replace(SMALLER, causal=False), dict(heads=(8, 1), D=80)),
+    "d128": (RAGGED, dict(heads=(1, 1), D=128)),
+    "last_of_a_tile": (View([80], [[(129, 80, 0)]]), dict(heads=(4, 1), D=128)),  # alone sees the first key of a warpgroup
+}
+
+
+@pytest.mark.parametrize("name, dtype", [*((name, DTYPES[1]) for name in WARPGROUPS), ("gqa2", DTYPES[2]), ("d128", DTYPES[2])], ids=str)
+def test_pools_by_warpgroups(name, dtype, kernels):
+    view, case = WARPGROUPS[name]
+    inputs = attention_inputs(view, **case, rows=605)
+    kernels.warpgroups = True
+    results = learn(inputs, dtype, "cuda")
+    for got, like, want in zip(results, learn(inputs, dtype, "reference"), learn(inputs, torch.float64, "reference")):
+        within_budget(got, like, want, inputs.q.shape[2], dtype)
+    kernels.seed = 1
+    assert all(torch.equal(a, b) for a, b in zip(results, learn(inputs, dtype, "cuda")))
+
+
+def test_pools_by_warpgroups_where_rows_lie_apart(kernels):
+    """q and its gradient of a fused projection, in either order of tokens and heads."""
+    for order in ((0, 1), (1, 0)):
+        x = attention_inputs(SMALLER, (4, 1), 128, rows=605)
+        place = torch.empty(*(x.q.shape[i] for i in order), 256, dtype=torch.float64)[..., 64:192]
+        x.q = (place if order == (0, 1) else place.transpose(0, 1)).copy_(x.q)
+        x.to = lambda dtype, x=x: replace(x, q=as_it_lies(x.q, dtype), k_pool=x.k_pool.to(dtype), v_pool=x.v_pool.to(dtype))
+        kernels.warpgroups = True
+        wanted = (learn(x, dtype, "reference") for dtype in (torch.bfloat16, torch.float64))
+        for got, like, want in zip(learn(x, torch.bfloat16, "cuda"), *wanted):
+            within_budget(got, like, want, 128, torch.bfloat16)
+
+
+def test_many_sequences_and_segments_by_warpgroups(kernels):
+    """More than one look at the index; a sequence that sees nothing, one that asks nothing."""
+    segments = [[(2 * i, 1, 0) for i in range(140)], [], [(5, 60, 0)], [(300 + 7 * b, 3, 0) for b in range(40)]]
+    inputs = attention_inputs(View([150, 3, 0, 2], segments), (2, 1), 16, rows=600)
+    kernels.warpgroups = True
+    wanted = (learn(inputs, dtype, "reference") for dtype in (torch.bfloat16, torch.float64))
+    for got, like, want in zip(learn(inputs, torch.bfloat16, "cuda"), *wanted):
+        within_budget(got, like, want, 16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("warpgroups", [False, True])
+def test_pools_of_many_queries_that_learn_the_newest(warpgroups, kernels):
+    kernels.warpgroups = warpgroups
     inputs = attention_inputs(RAGGED, (2, 1), rows=640)
     for counts in ([150, 9, 3], [0, 0, 0]):
         newest = torch.tensor(counts)

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(not on_host.COMPILER, reason="no g++ here")
 # ---- host execution itself -------------------------------------------------------------------------------------------
 
 
-def selftest(kernel: str, y, n=0, mistake=0, blocks=1, seed=0):
-    kernels = ("turn", "warp", "pipe", "round")
+def selftest(kernel: str, y, n=0, mistake=0, blocks=1, seed=0, **inputs):
+    kernels = ("turn", "warp", "pipe", "round", "product")
     numbers = dict(kernel=kernels.index(kernel), n=n, mistake=mistake, blocks=blocks)
-    on_host.run("selftest", numbers, {}, dict(y=y), seed)
+    on_host.run("selftest", numbers, inputs, dict(y=y), seed)
     return y
 
 
@@ -71,6 +71,35 @@ def test_wrong_kernels_are_stopped(mistake, message):
 def test_what_is_read_too_early_is_nan(mistake):
     """Shared memory that another thread has not written yet, and a copy that was not waited for."""
     assert selftest("turn", torch.arange(64.0), mistake=mistake).isnan().any()
+
+
+def products(mistake=0, seed=0):
+    a, b, c = (torch.randn(rows, size).bfloat16() for rows, size in ((64, 16), (64, 16), (16, 64)))
+    got = selftest("product", torch.full((2, 64, 64), torch.nan), mistake=mistake, seed=seed, a=a, b=b, c=c)
+    return got, torch.stack((a.float() @ b.float().T, a.float() @ c.float()))
+
+
+def test_products_of_boxes():
+    """Copy engine, barriers that count bytes and products of a warpgroup, with operands in either direction."""
+    for seed in range(2):
+        got, want = products(seed=seed)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mistake, message", [
+    (9, "a barrier that was not initialised"), (10, "barrier divergence: 128 threads wait at .*sm90.h"),
+    (11, "a panel at 128, which 1024 does not divide"), (14, "multiplies by other operands than its warpgroup"),
+    (15, "warp 3 took part in 0 products of its warpgroup, of 2"),
+])  # fmt: skip
+def test_wrong_products_are_stopped(mistake, message):
+    with pytest.raises(on_host.Failed, match=message):
+        products(mistake)
+
+
+@pytest.mark.parametrize("mistake, which", [(12, 0), (13, 1), (16, 0)])
+def test_products_too_early_are_nan(mistake, which):
+    """Boxes that are not here yet, a left side that is overwritten before it was read, sums that are looked at too early."""
+    assert products(mistake)[0][which].isnan().any()
 
 
 def test_inputs_must_not_be_written():

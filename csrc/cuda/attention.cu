@@ -7,6 +7,7 @@ namespace diffmas::cuda {
 namespace {
 
 constexpr int kMaxParts = 64;
+constexpr int64_t kManyRows = 64;  // of a sequence on average: from there on a tile of attention_sm90.cuh is full
 
 bool aligned(const Rows& rows) {
   const int64_t elements = rows.dtype == DType::f32 ? 4 : 8;
@@ -116,6 +117,10 @@ int diffmas_cuda_attention_backward(const AttentionArgs* args, int device, void*
     const int64_t rows = args->n * args->q_heads + args->view.batch;
     const dim3 rows_grid(unsigned((rows + kRunsWarps - 1) / kRunsWarps));
     if (const int error = launch(attention_bwd_kernel_runs<T, v.value>, rows_grid, dim3(32 * kRunsWarps), 0, stream, l)) return error;
+    // 16-bit types in whole packs, read where they are, and more query rows than a tile.
+    const bool many = args->n * l.group > kManyRows * args->view.batch;
+    if (v.value && sizeof(T) == 2 && !args->view.shift && many && is_sm90(device))
+      if (const int error = dkv_on_sm90(l, stream); error != kNotServed) return error;
     using F = PoolForm<T, d.value>;
     // One wave of blocks looks for the rows that learn. With many queries, which older rows have more of, up to eight even it out.
     const int64_t tiles = (args->pool_rows + F::kRows - 1) / F::kRows, waves = min(int64_t(8), 1 + args->n * l.group / args->view.batch / 64);

@@ -15,7 +15,7 @@
 //
 // dK and dV have no such bound where there are many queries: a block keeps 64 keys and lets the query rows come by, in tiles of 32 for
 // which the next one is on its way. A warp's 16 keys and 16 rows at D = 128:
-//   products  64 mma: 128 cycles of a multiprocessor at mma.sync's 1024 MAC a cycle (sm_80); sm_90 does more, and twice that by wgmma.
+//   products  64 mma: 128 cycles of a multiprocessor at mma.sync's 1024 MAC a cycle (sm_80); sm_90 has attention_sm90.cuh.
 //   shared    36 ldmatrix of 512 bytes: 144 cycles, the bound, 910 MAC a cycle. 32 are of q and do, which 16 keys do not use more often;
 //             the rest are the half of V that registers have no room for. 32 keys a warp would need 256 registers for their sums.
 //   issue     some 300 instructions a warp, of four a cycle: 76 cycles.
@@ -35,6 +35,7 @@ using cpu::Rows;
 using cpu::Segments;
 
 constexpr int kTileRows = 16, kTileKeys = 16;  // what mma.sync likes
+constexpr int kMaxShared = 101376;  // bytes of a block on sm_120, which has least
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Where dimensions lie within a row of shared memory: in 16-byte slots that are paired by the rotation. Where that turns dimension i
@@ -67,8 +68,16 @@ struct AttentionLaunch {
   float* parts;  // of every (tile, K/V head): [parts, 16, D], and behind all of them softmax states [parts, 16, 2]
   // For dK and dV, from attention_bwd_kernel_runs.
   Run* runs;      // [S]
-  float2* bases;  // [n, Hq]: base and delta of RowNumbers
+  float2* bases;  // [Hkv, n, G]: base and delta of RowNumbers
+
+  // Of the query rows of a K/V head: token * G + head of the group.
+  __device__ __forceinline__ float2* bases_of(int kv_head) const { return bases + kv_head * a.n * group; }
 };
+
+// dK and dV of 16-bit types by attention_sm90.cuh, on a device of sm_90, after attention_bwd_kernel_runs. -> kNotServed where that does
+// not serve them.
+constexpr int kNotServed = -1;
+int dkv_on_sm90(const AttentionLaunch& launch, void* stream);
 
 // A row of elements whose dtype is not known when compiling.
 struct AnyRow {
@@ -410,6 +419,7 @@ struct Form {
   static constexpr int kNumbers = kForwardBytes + (kInRegisters ? 0 : Keys::kBytes);  // backward: behind a tile of do
   static constexpr int kBackwardBytes = kNumbers + kTileRows * int(sizeof(RowNumbers));
   static_assert(kWarps * kTileRows * (D + 2) * int(sizeof(float)) <= kRing);  // for the warps' states in the end
+  static_assert(kBackwardBytes <= kMaxShared);
 
   __device__ __forceinline__ static float2* table(char* shared) { return reinterpret_cast<float2*>(shared + kTables + warp_id() * kTable); }
   // The i-th tile of query rows; one of a warp, or of all.
@@ -742,8 +752,10 @@ __global__ void __launch_bounds__(32 * kRunsWarps) attention_bwd_kernel_runs(con
   const Segments& view = launch.a.view;
   const int64_t rows = launch.a.n * launch.a.q_heads, i = int64_t(blockIdx.x) * kRunsWarps + warp_id();
   if (i < rows) {
-    const RowNumbers row = numbers_of<T, kVectors>(launch, i / launch.a.q_heads, int(i % launch.a.q_heads), 0);
-    if (lane_id() == 0) launch.bases[i] = make_float2(row.base, row.delta);
+    const int64_t token = i / launch.a.q_heads;
+    const int head = int(i % launch.a.q_heads);
+    const RowNumbers row = numbers_of<T, kVectors>(launch, token, head, 0);
+    if (lane_id() == 0) launch.bases_of(head / launch.group)[token * launch.group + head % launch.group] = make_float2(row.base, row.delta);
   } else if (i - rows < view.batch) {
     const int b = int(i - rows), s_first = int(view.seg_indptr[b]), s_last = int(view.seg_indptr[b + 1]);
     const int length = view_length(view, s_first, s_last);
@@ -794,6 +806,7 @@ struct PoolForm {
   static constexpr int kRing = 2 * kGroups * Keys::kBytes, kOne = kQueries / 16 * Keys::kBytes, kNumbers = kRing + kStages * 2 * kOne;
   static constexpr int kTable = kNumbers + kStages * kQueries * int(sizeof(float2)), kVotes = kTable + D / 2 * int(sizeof(float2));
   static constexpr int kBytes = kVotes + 2 * kWarps * int(sizeof(unsigned));
+  static_assert(kBytes <= kMaxShared);
 };
 
 // Query rows [row, row + kQueries) of a sequence's `rows` into a stage of the ring, zeros behind its end. A thread copies whole units
@@ -830,9 +843,9 @@ struct QueryCopies {
       }
     }
     if (const int i = int(threadIdx.x); i < F::kQueries) {
-      const QueryRow from = query(i);
       float2* const numbers = reinterpret_cast<float2*>(shared + F::kNumbers) + stage * F::kQueries + i;
-      copy_async_8(numbers, launch.bases + from.token * a.q_heads + from.head, row + i < rows);
+      const int64_t from = int64_t(q_first) * launch.group + min(row + i, rows - 1);
+      copy_async_8(numbers, launch.bases_of(int(blockIdx.y)) + from, row + i < rows);
     }
     copy_async_commit();
   }
@@ -888,8 +901,8 @@ __device__ __forceinline__ void put_queries(char* shared, const AttentionLaunch&
   put_rows<T, D, kVectors>(d_o, launch, work, launch.a.d_o, nullptr, warp_id(), F::kWarps);
   if (threadIdx.x < F::kQueries) {
     const bool there = int(threadIdx.x) < work.rows;
-    const QueryRow query = work.row(launch, there ? int(threadIdx.x) : 0);
-    const float2 numbers = launch.bases[query.token * launch.a.q_heads + query.head];
+    const int64_t from = int64_t(q_first) * launch.group + row + (there ? int(threadIdx.x) : 0);
+    const float2 numbers = launch.bases_of(int(blockIdx.y))[from];
     reinterpret_cast<float2*>(shared + F::kNumbers)[threadIdx.x] = there ? numbers : make_float2(0, 0);
   }
 }

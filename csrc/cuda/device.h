@@ -57,6 +57,17 @@ inline int processors(int device) {
 #endif
 }
 
+// Whether code for sm_90a runs there.
+inline bool is_sm90(int device) {
+#ifdef __CUDACC__
+  int major = 0, minor = 0;
+  return !cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) && major == 9 &&
+         !cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) && minor == 0;
+#else
+  return (void)device, host::options.sm90;
+#endif
+}
+
 inline const char* error_text(int error) {
 #ifdef __CUDACC__
   return cudaGetErrorString(cudaError_t(error));
@@ -79,6 +90,17 @@ __device__ __forceinline__ T from_float(float x) {
   if constexpr (sizeof(T) == 4) return x;
   else if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
   else return __float2half_rn(x);
+}
+
+// 2^x to two units in the last place; results below 2^-126 are zero.
+__device__ __forceinline__ float exp2_approximate(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
 }
 
 // Two of them in a word, `low` at the lower address.

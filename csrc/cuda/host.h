@@ -120,6 +120,7 @@ struct Options {
   uint64_t seed = 0;
   size_t max_shared = 232448;  // bytes of a block on sm_90
   int processors = 1;          // what processors() says; few, so that blocks that loop do
+  bool sm90 = false;           // what is_sm90() says
 };
 inline Options options;
 
@@ -187,11 +188,27 @@ inline void start_context(Context* context, char* stack, void (*entry)()) {
 }
 #endif
 
+// x [64 x columns] += a b' of a warpgroup, under way; sum: this lane's columns / 2 of it (sm90.h).
+// A warpgroup's warps need not come together, but must issue the same products.
+struct Product {
+  void* sum;
+  int columns;
+  const uint32_t* registers;  // of the left side; null: it is in shared memory
+  uint64_t left, right;       // descriptors
+  bool add;
+  void (*multiply)(const Product&, Place);
+  std::vector<float> before;  // of the first that is under way to these sums
+  int group = 0;
+};
+
 struct Thread {
   dim3 thread;
   int warp, lane;
   std::vector<Copy> copies;  // asynchronous ones, issued and not waited for
   int group = 0;             // of copies, not committed yet
+  std::vector<Product> products;
+  int product_group = 0;
+  size_t issued = 0;  // products
   const uint64_t* counter;   // runs on once *counter != seen
   uint64_t seen;
   Place place;  // where it waits
@@ -201,10 +218,14 @@ struct Thread {
   void* fake_stack;  // the address sanitizer's
 };
 
+struct ByteBarrier;  // sm90.h
+
 struct Block {
   std::vector<Thread> threads;
   Slot barriers[16];                  // by id, 0: __syncthreads
   std::vector<Slot> warps;            // 32 a warp, by the lowest lane of the mask
+  std::vector<std::vector<uint64_t>> products;  // of each warpgroup, in order: their operands
+  std::map<const void*, std::shared_ptr<ByteBarrier>> byte_barriers;  // by address
   std::map<const void*, void*> shared;  // by declaration
   size_t shared_bytes;
 };
@@ -359,6 +380,7 @@ inline void run_block(size_t dynamic_bytes, std::mt19937_64& random) {
   block = {};
   block.threads.resize(count);
   block.warps.resize(count);
+  block.products.resize(count);
   check_shared(dynamic_bytes);
   dynamic_shared = static_cast<char*>(poisoned(dynamic_bytes));
   std::vector<Thread*> order;
@@ -380,14 +402,20 @@ inline void run_block(size_t dynamic_bytes, std::mt19937_64& random) {
     }
     if (!moved) report_deadlock();
   }
+  for (const Thread& t : block.threads)
+    if (const size_t all = block.products[size_t(t.warp / 4)].size(); t.issued != all)
+      fail("warp %d took part in %zu products of its warpgroup, of %zu", t.warp, t.issued, all);
   self = nullptr;
   for (auto& [key, p] : block.shared) std::free(p);
   std::free(dynamic_shared);
 }
 
+inline std::vector<dim3> launches;  // threads of a block, of every launch so far
+
 // kernel<<<grid, threads, dynamic_bytes>>>
 inline void run(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& kernel) {
   gridDim = grid, blockDim = threads, body = &kernel;
+  launches.push_back(threads);
   if (threads.x * threads.y * threads.z % 32 || threads.x * threads.y * threads.z > 1024)
     fail("blocks of %u x %u x %u threads: expected whole warps, at most 1024 threads", threads.x, threads.y, threads.z);
   std::vector<uint64_t> order(size_t(grid.x) * grid.y * grid.z);

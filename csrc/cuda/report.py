@@ -5,7 +5,7 @@
 
 registers, spills (bytes stored and loaded), stack, static shared memory: what ptxas says. load_128, store_128: accesses of
 global memory of 16 bytes in the machine code, asynchronous copies into shared memory too; load_less, store_less: shorter ones.
-mma: products on tensor cores. Kernels of elements `Any`, of attention those that end with `false`, serve odd sizes one element
+mma: products on tensor cores; boxes: tiles by the copy engine. Files *_sm90.cu are for sm_90a alone. Kernels of elements `Any`, of attention those that end with `false`, serve odd sizes one element
 at a time. Exit status 1 when something spills, and where a form has no 16-byte access or no product that should have them.
 """
 
@@ -64,18 +64,23 @@ def accesses(cubin: Path) -> dict[str, dict[str, int]]:
         wide_loads, wide_stores = (sum("128" in c for c in some) for some in (loads, stores))
         counts[re.match(r"[\w$]+", part).group()] = dict(
             load_128=wide_loads, load_less=len(loads) - wide_loads, store_128=wide_stores, store_less=len(stores) - wide_stores,
-            mma=sum(c.startswith("HMMA") for c in codes),
+            mma=sum(c.startswith(("HMMA", "HGMMA")) for c in codes), boxes=sum(c.startswith("UTMALDG") for c in codes),
         )  # fmt: skip
     return counts
 
 
+def targets_of(source: Path) -> tuple[str, ...]:
+    return ("90a",) if source.stem.endswith("_sm90") else TARGETS
+
+
 def compiled(source: Path, target: str) -> list[dict]:
     """One row a kernel."""
+    ptx = target if targets_of(source) == (target,) else "80"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
-        command = [nvcc(), "-O3", "-std=c++17", f"-gencode=arch=compute_80,code=sm_{target}", "-Xptxas", "-v", "-cubin"]
+        command = [nvcc(), "-O3", "-std=c++17", f"-gencode=arch=compute_{ptx},code=sm_{target}", "-Xptxas", "-v", "-cubin"]
         run = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
-        if run.returncode:
+        if run.returncode or "wgmma.mma_async instructions are serialized" in run.stderr:
             raise SystemExit(run.stderr)
         counts = accesses(cubin)
     rows = []
@@ -106,6 +111,8 @@ def faults(row: dict) -> list[str]:
     # A template with elements that are known is a vector form. Attention has few results, stored as its lanes hold them.
     if "<" in kernel and not any(x in kernel for x in ("Any", "false", "runs")) and "load_128" in row:
         wanted = ["load_128", "store_128"] if not attention else ["load_128"] if "float," in kernel else ["load_128", "mma"]
+        if "sm90" in kernel:
+            wanted = ["boxes", "mma"]
         wrong += [name for name in wanted if not row[name]]
     return wrong
 
@@ -135,7 +142,7 @@ def main() -> None:
         raise SystemExit("no nvcc here ($NVCC, the path, $CUDA_HOME)")
     sources = [HERE / name for name in args.source] or sorted(HERE.glob("*.cu"))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        jobs = [pool.submit(compiled, source, target) for source in sources for target in args.target]
+        jobs = [pool.submit(compiled, source, target) for source in sources for target in args.target if target in targets_of(source)]
         rows = [row for job in jobs for row in job.result()]
     before = table()
     if not args.source and tuple(args.target) == TARGETS:

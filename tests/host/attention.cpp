@@ -1,5 +1,6 @@
 // cross_attention and its backward as csrc/cuda/attention.cu launches them.
 #include "../../csrc/cuda/attention.cu"
+#include "../../csrc/cuda/attention_sm90.cu"
 
 #include "tensors.h"
 
@@ -19,6 +20,7 @@ int main() {
   Tensors t;
   diffmas::host::options.processors = int(t.number("processors"));
   diffmas::host::options.max_shared = size_t(t.number("max_shared"));
+  diffmas::host::options.sm90 = t.number("warpgroups");
   const bool backward = t.number("backward");
   AttentionArgs a{};
   a.n = t.size("q", 0), a.q_heads = t.size("q", 1), a.head_dim = t.size("q", 2);
@@ -40,6 +42,9 @@ int main() {
   a.workspace = floats.data(), a.counters = counters.data();
   const int error = backward ? diffmas_cuda_attention_backward(&a, 0, nullptr) : diffmas_cuda_attention_forward(&a, 0, nullptr);
   if (error) diffmas::host::fail("error %d", error);
+  bool by_warpgroups = false;
+  for (const dim3& threads : diffmas::host::launches) by_warpgroups = by_warpgroups || threads.x == Sm90Form<bf16, 64>::kThreads;
+  if (backward && by_warpgroups != bool(t.number("warpgroups"))) diffmas::host::fail("dK and dV by another kernel than the test expects");
   for (unsigned counter : counters)
     if (counter) diffmas::host::fail("a counter is left at %u", counter);
   t.finish();

@@ -1,4 +1,5 @@
 // Kernels that are right and kernels that are wrong, to see that host execution tells them apart.
+#include "../../csrc/cuda/sm90.h"
 #include "tensors.h"
 
 namespace {
@@ -77,6 +78,51 @@ __global__ void pipe_kernel(const Args args) {
   }
 }
 
+struct BoxArgs {
+  int mistake;
+  float* y;            // [64, 64] and then once more
+  TensorMap a, b, c;   // [64, 16], [64, 16], [16, 64]
+};
+
+// a b' and a c, bf16, of boxes that the copy engine brings; `mistake` leaves something out.
+__global__ void product_kernel(const __grid_constant__ BoxArgs args) {
+  DIFFMAS_DYNAMIC_SHARED(shared);
+  constexpr int kPanel = 64 * kPanelRow;
+  Barrier* const here = reinterpret_cast<Barrier*>(shared + 3 * kPanel);
+  const int thread = int(threadIdx.x);
+  if (thread == 0) {
+    if (args.mistake != 9) init_barrier(here, 1);
+    barriers_ready();
+  }
+  __syncthreads();
+  if (thread == 0) {
+    arrive_expecting(here, (2 * 64 + 16) * kPanelRow + 16 * (args.mistake == 10));
+    copy_box(shared + (args.mistake == 11 ? 128 : 0), args.a, 0, 0, 0, here);
+    copy_box(shared + kPanel, args.b, 0, 0, 0, here);
+    copy_box(shared + 2 * kPanel, args.c, 0, 0, 0, here);
+  }
+  if (args.mistake != 12) wait_for(here, 0);
+  if (args.mistake == 15 && thread >= 96) return;
+  const unsigned a = shared_address(shared), b = a + kPanel, c = b + kPanel;
+  float x[8][4] = {}, z[8][4];
+  uint32_t left[1][4];
+  load_tiles<false>(left[0], shared + diffmas::host::swizzled(unsigned((thread / 32 * 16 + thread % 16) * kPanelRow + thread % 32 / 16 * 16)));
+  begin_products(x, left);
+  add_product_async<bf16>(x, left[0], operand(c));
+  commit_products();
+  add_product_async<bf16>(z, operand(a), operand(args.mistake == 14 && thread == 70 ? a : b), false);
+  commit_products();
+  if (args.mistake == 13) left[0][1] = 0x7FC0;  // which the first product still reads
+  wait_for_products<1>(x);
+  if (args.mistake != 16) wait_for_products<0>(z);
+  for (int j = 0; j < 8; ++j)
+    for (int e = 0; e < 4; ++e) {
+      const int row = thread / 32 * 16 + thread % 32 / 4 + e / 2 * 8, column = 8 * j + thread % 4 * 2 + e % 2;
+      args.y[row * 64 + column] = z[j][e], args.y[4096 + row * 64 + column] = x[j][e];
+    }
+  if (args.mistake == 16) wait_for_products<0>(z);
+}
+
 __global__ void round_kernel(const Args args) {
   for (int i = int(threadIdx.x); i < args.n; i += int(blockDim.x)) {
     const float x = args.y[i];
@@ -92,6 +138,16 @@ int main() {
   const Args args{int(t.number("mistake")), int(t.number("n")), t.data<float>("y")};
   const dim3 grid(unsigned(t.number("blocks")));
   void (*kernels[])(Args) = {turn_kernel, warp_kernel, pipe_kernel, round_kernel};
-  launch(kernels[int(t.number("kernel"))], grid, dim3(64), 64 * 4, nullptr, args);
+  if (t.number("kernel") == 4) {
+    BoxArgs boxes{args.mistake, args.y, {}, {}, {}};
+    const auto box = [&](TensorMap& map, const char* name, int rows) {  // whatever lies behind the columns is read as zeros
+      if (make_tensor_map(map, true, {t.data(name), t.size(name, 1), t.size(name, 0), 1, t.stride(name, 0), t.stride(name, 0), rows, 1}))
+        diffmas::host::fail("no box of %s", name);
+    };
+    box(boxes.a, "a", 64), box(boxes.b, "b", 64), box(boxes.c, "c", 16);
+    launch(product_kernel, grid, dim3(128), 3 * 64 * kPanelRow + sizeof(Barrier), nullptr, boxes);
+  } else {
+    launch(kernels[int(t.number("kernel"))], grid, dim3(64), 64 * 4, nullptr, args);
+  }
   t.finish();
 }

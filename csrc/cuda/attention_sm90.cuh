@@ -1,0 +1,244 @@
+// dK and dV of many queries on Hopper: the work of attention_bwd_kernel_dkv on wgmma, with operands that the copy engine brings.
+//
+// A block owns 128 pool rows of a K/V head, 64 a warpgroup: K, V and a ring of tiles of query rows, q and do, are in shared memory, the sums
+// of dK and dV in registers. A third warpgroup, one warp of it, keeps the ring full; barriers in shared memory count what has arrived and
+// who is done with it. Products are transposed, keys are the rows, so p and ds leave the accumulators as the left side of the next product.
+//
+// What it takes at D = 128, for 64 keys and 64 query rows, of a multiprocessor that does 4096 MAC a cycle:
+//   products  4 of 64 x 64 x 128: 512 cycles a warpgroup, the bound; the other one computes p and ds meanwhile.
+//   exp2      4096 at 16 a cycle: 256 cycles.
+//   issue     some 40 instructions for each of a lane's 32 scores: 320 a warp and multiprocessor's quarter.
+//   L2        32 KB of q and do serve two warpgroups, 1024 cycles: 32 bytes a cycle and multiprocessor. As many as there are for it.
+//   registers dK and dV 128, scores 64, their halves 32: one block of 2 x 240 and 1 x 24 a multiprocessor.
+//
+// Where it fits: 16-bit types, heads of up to 128 dimensions, no shifts (which would turn q between arrival and use), a group within a tile.
+#pragma once
+#include "attention.cuh"
+#include "sm90.h"
+
+namespace diffmas::cuda {
+
+template <class T, int D>
+struct Sm90Form {
+  static constexpr int kGroups = 2, kKeys = 64 * kGroups, kQueries = 8192 / D, kStages = 3, kPanels = D / kPanelElements;
+  static constexpr int kThreads = 128 * (kGroups + 1), kReaders = 4 * kGroups;  // warps that are done with a stage
+
+  // Shared memory: K, V, the ring of q and do, base and delta of its rows, barriers.
+  static constexpr int kKeyPanel = kKeys * kPanelRow, kQueryPanel = kQueries * kPanelRow, kOne = kPanels * kQueryPanel;
+  static constexpr int kValues = kPanels * kKeyPanel, kRing = 2 * kValues, kNumbers = kRing + kStages * 2 * kOne;
+  static constexpr int kBarriers = kNumbers + kStages * kQueries * int(sizeof(float2));
+  static constexpr int kBytes = kBarriers + (2 * kStages + 1) * int(sizeof(Barrier));
+  static_assert(kBytes <= 232448);  // of a block on sm_90
+};
+
+struct Sm90Launch {
+  TensorMap q, d_o;            // [n, Hq, D] in boxes of `tokens` tokens of a group
+  TensorMap k_pool, v_pool;    // [Hkv, R, D] in boxes of a block's rows
+  AttentionLaunch attention;
+  int tokens;                  // of a tile: as many groups as it holds
+};
+
+// Query tokens [first, first + tokens) of a sequence, which read rows of a run.
+struct QueryTile {
+  Run run;
+  int q_first, queries, first;  // of the sequence
+
+  __device__ __forceinline__ QueryTile(const AttentionLaunch& l, int segment, int first) : run(l.runs[segment]), first(first) {
+    q_first = int(l.a.view.q_indptr[run.sequence]), queries = int(l.a.view.q_indptr[run.sequence + 1]) - q_first;
+  }
+  // The first token of the sequence that sees a pool row.
+  __device__ __forceinline__ int sees(int row, bool causal) const { return causal ? row + run.to_view - (run.length - queries) : 0; }
+};
+
+// visit(tile) for all that see pool rows [row, row + kKeys), in one order, by whole warps.
+template <int kKeys, class Visit>
+__device__ __forceinline__ void for_each_query_tile(const Sm90Launch& launch, int row, Visit visit) {
+  const AttentionLaunch& l = launch.attention;
+  for (int s0 = 0; s0 < l.a.segments; s0 += 32) {
+    const int mine = s0 + lane_id();
+    bool meets = false;
+    if (mine < l.a.segments) {
+      const Run run = l.runs[mine];
+      meets = run.row < row + kKeys && run.end > max(run.row, row);
+    }
+    for (unsigned left = __ballot_sync(~0u, meets); left; left &= left - 1) {
+      const int segment = s0 + __ffs(int(left)) - 1;
+      const QueryTile any(l, segment, 0);
+      // What a tile says of its run is read again for every one: registers have no room for it.
+      for (int first = max(any.sees(max(row, any.run.row), l.a.view.causal), 0); first < QueryTile(l, hidden(segment), 0).queries; first += launch.tokens)
+        visit(QueryTile(l, hidden(segment), first));
+    }
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_kernel_dkv_sm90(const __grid_constant__ Sm90Launch launch) {
+  using F = Sm90Form<T, D>;
+  DIFFMAS_DYNAMIC_SHARED(shared);
+  const AttentionLaunch& l = launch.attention;
+  const AttentionArgs& a = l.a;
+  const int group = l.group, head = int(blockIdx.y), warpgroup = warp_id() / 4;
+  const int row = int(blockIdx.x) * F::kKeys;
+  Barrier* const full = reinterpret_cast<Barrier*>(shared + F::kBarriers);
+  Barrier *const empty = full + F::kStages, *const keys_here = empty + F::kStages;
+  const auto d_q = [&](int stage) { return shared + F::kRing + stage * 2 * F::kOne; };
+  const auto bases = [&](int stage) { return reinterpret_cast<float*>(shared + F::kNumbers) + stage * 2 * F::kQueries; };
+  // Zeros in rows [first, F::kQueries) of q and do: what is not there must not be NaN.
+  const auto clear = [&](int stage, int first, int thread, int threads) {
+#pragma unroll 1
+    for (int panel = 0; panel < 2 * F::kPanels; ++panel)
+#pragma unroll 1
+      for (int at = first * kPanelRow + 16 * thread; at < F::kQueryPanel; at += 16 * threads)
+        store<4>(reinterpret_cast<float*>(d_q(stage) + panel * F::kQueryPanel + at), zeros<float, 4>());
+  };
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < F::kStages; ++i) init_barrier(full + i, 33), init_barrier(empty + i, F::kReaders);
+    init_barrier(keys_here, 1);
+    barriers_ready();
+  }
+  for (int stage = 0; stage < F::kStages; ++stage) clear(stage, launch.tokens * group, int(threadIdx.x), F::kThreads);
+  publish_to_async();
+  __syncthreads();
+
+  if (warpgroup == F::kGroups) {
+    give_registers<24>();
+    if (warp_id() % 4) return;
+    const int lane = lane_id();
+    int i = 0;
+    for_each_query_tile<F::kKeys>(launch, row, [&](const QueryTile& tile) {
+      if (i == 0 && lane == 0) {
+        arrive_expecting(keys_here, 2 * F::kValues);
+        for (int panel = 0; panel < F::kPanels; ++panel) {
+          copy_box(shared + panel * F::kKeyPanel, launch.k_pool, panel * kPanelElements, row, head, keys_here);
+          copy_box(shared + F::kValues + panel * F::kKeyPanel, launch.v_pool, panel * kPanelElements, row, head, keys_here);
+        }
+      }
+      const int stage = i % F::kStages;
+      wait_for(empty + stage, ~(i++ / F::kStages) & 1);
+      if (lane == 0) {
+        arrive_expecting(full + stage, 2 * F::kPanels * launch.tokens * group * kPanelRow);
+        for (int panel = 0; panel < F::kPanels; ++panel) {
+          char* const to = d_q(stage) + panel * F::kQueryPanel;
+          copy_box(to, launch.q, panel * kPanelElements, head * group, tile.q_first + tile.first, full + stage);
+          copy_box(to + F::kOne, launch.d_o, panel * kPanelElements, head * group, tile.q_first + tile.first, full + stage);
+        }
+      }
+      const int rows = min(launch.tokens, tile.queries - tile.first) * group;
+      const float2* const from = l.bases_of(head) + int64_t(tile.q_first + tile.first) * group;
+#pragma unroll 1
+      for (int r = lane; r < F::kQueries; r += 32) {
+        const float2 two = r < rows ? from[r] : make_float2(0, 0);
+        bases(stage)[r] = two.x, bases(stage)[F::kQueries + r] = two.y;
+      }
+      arrive(full + stage);
+    });
+    return;
+  }
+
+  take_registers<240>();
+  const int lane = lane_id(), first_key = row + 64 * warpgroup;
+  const auto my_key = [&](int h) { return first_key + (hidden(int(threadIdx.x)) >> 5 & 3) * 16 + lane / 4 + 8 * h; };  // of two
+  const float scale = a.scale * kLog2e;
+  float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+  int learnt = 0;  // a bit for each of my keys
+  int i = 0;
+  for_each_query_tile<F::kKeys>(launch, row, [&](const QueryTile& tile) {
+    const Run& run = tile.run;
+    // Counted in query rows from the tile's first.
+    const auto sees = [&](int key) { return (tile.sees(key, a.view.causal) - tile.first) * group; };
+    const int from_key = max(first_key, run.row), end_key = min(first_key + 64, run.end);
+    for (int h = 0; h < 2; ++h) learnt |= int(my_key(h) >= run.row && my_key(h) < run.end) << h;
+    const int stage = i % F::kStages;
+    if (i == 0) wait_for(keys_here, 0);
+    wait_for(full + stage, i++ / F::kStages & 1);
+    if (from_key < end_key && sees(from_key) < launch.tokens * group) {
+      const unsigned q = shared_address(d_q(stage)), d_o = q + F::kOne;
+      if (const int rows = (tile.queries - tile.first) * group; rows < launch.tokens * group) {  // behind the sequence lies the next one
+        clear(stage, rows, int(threadIdx.x) % 128, 128);
+        publish_to_async();
+        barrier_sync(1 + warpgroup, 128);
+      }
+      const bool masked = end_key - from_key < 64 || sees(end_key - 1) > 0;
+
+      float p[F::kQueries / 8][4], ds[F::kQueries / 8][4];
+      begin_products(p, ds);
+      const auto scores = [&](auto& x, unsigned left, unsigned right) {
+#pragma unroll
+        for (int unit = 0; unit < D / 16; ++unit) {
+          const unsigned in_panel = unit % 4 * 32;
+          add_product_async<T>(x, operand(left + unit / 4 * F::kKeyPanel + in_panel), operand(right + unit / 4 * F::kQueryPanel + in_panel), unit > 0);
+        }
+        commit_products();
+      };
+      const unsigned keys = unsigned(hidden(int(shared_address(shared)))) + unsigned(64 * warpgroup * kPanelRow);
+      scores(p, keys, q);
+      scores(ds, keys + F::kValues, d_o);
+
+      const float* const base = bases(stage) + lane % 4 * 2;  // of two of eight rows; deltas behind them
+      uint32_t p16[F::kQueries / 16][4], ds16[F::kQueries / 16][4];
+      // As the left side of a product.
+      const auto halves = [](uint32_t(&to)[F::kQueries / 16][4], const float(&x)[F::kQueries / 8][4]) {
+#pragma unroll
+        for (int j = 0; j < F::kQueries / 4; ++j) to[j / 4][j % 4] = two_from_floats<T>(x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
+      };
+      wait_for_products<1>(p);
+#pragma unroll
+      for (int j = 0; j < F::kQueries / 8; ++j) {
+        const Pack<float, 2> two = load<2>(base + 8 * j);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) p[j][e] = exp2_approximate(p[j][e] * scale - two[e % 2]);
+      }
+      if (masked) {
+        int from[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) from[h] = my_key(h) >= from_key && my_key(h) < end_key ? sees(my_key(h)) : INT32_MAX;
+#pragma unroll
+        for (int j = 0; j < F::kQueries / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (8 * j + lane % 4 * 2 + e % 2 < from[e / 2]) p[j][e] = 0;  // so ds is too: rows that hold NaN are not written in the end
+      }
+      halves(p16, p);
+      begin_products(dv, p16);
+#pragma unroll
+      for (int t = 0; t < F::kQueries / 16; ++t) add_product_async<T>(dv, p16[t], operand(d_o + t * 2 * kPanelEight, F::kQueryPanel));
+      commit_products();
+
+      wait_for_products<1>(ds);
+#pragma unroll
+      for (int j = 0; j < F::kQueries / 8; ++j) {
+        const Pack<float, 2> two = load<2>(base + F::kQueries + 8 * j);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) ds[j][e] = p[j][e] * (ds[j][e] - two[e % 2]);
+      }
+      halves(ds16, ds);
+      begin_products(dk, ds16);
+#pragma unroll
+      for (int t = 0; t < F::kQueries / 16; ++t) add_product_async<T>(dk, ds16[t], operand(q + t * 2 * kPanelEight, F::kQueryPanel));
+      commit_products();
+      wait_for_products<0>(dv, dk);
+    }
+    __syncwarp();
+    if (lane == 0) arrive(empty + stage);
+  });
+
+  const auto add = [&](const Rows& rows, const float(&x)[D / 8][4], float factor) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (!(learnt >> h & 1)) continue;
+      float* const to = row_of<float>(rows, my_key(h), head);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        const int d = 8 * j + lane % 4 * 2;
+        if (d >= l.slots.head_dim) continue;
+        const Pack<float, 2> old = load<2>(to + d);
+        store<2>(to + d, pack<float>({old[0] + factor * x[j][2 * h], old[1] + factor * x[j][2 * h + 1]}));
+      }
+    }
+  };
+  add(a.dk_pool, dk, a.scale);
+  add(a.dv_pool, dv, 1);
+}
+
+}  // namespace diffmas::cuda

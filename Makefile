@@ -7,6 +7,7 @@
 # make cuda-report     the same for the CUDA kernels, with nvcc
 # make tune        tiles of the attention kernels: those that fit; on a GPU the fastest of them
 # make test-gpu, make bench-gpu   on a machine with a GPU: the tests of the kernels in all dtypes, and the suite
+# make test-cuda-torch            the library with a CUDA build of torch (CUDA_TORCH=torch==2.14.1), where there is no GPU
 #
 # PYTHON=python3.12  interpreter for .venv        PY=python3  use an environment that has everything; nothing is installed
 
@@ -18,7 +19,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test test-asan test-gpu bench bench-gpu bench-readme kernel-report cuda-report tune compat install lint clean
+.PHONY: demo test test-asan test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
@@ -75,6 +76,15 @@ compat: $(INSTALLED)
 	  test -d .compat/$$v || $(PY) -m pip install -q --target .compat/$$v "transformers==$$v" || exit 1; \
 	  PYTHONPATH=.compat/$$v $(PY) $(PYTEST) $(COMPAT_TESTS) || exit 1; \
 	done
+
+# Builds and loads the library with a CUDA build of torch, 6 GB beside .venv, and runs what needs no GPU. Not in CI.
+CUDA_TORCH ?= torch
+CUDA_TORCH_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,cuda_torch ops op_inputs trace latent triton_compile))
+test-cuda-torch: $(INSTALLED)
+	test -d .compat/cuda-torch || $(PY) -m pip install -q --target .compat/cuda-torch "$(CUDA_TORCH)"
+	PYTHONPATH=.compat/cuda-torch $(PY) setup.py -q build --build-base build/cuda-torch --build-lib build/cuda-torch/lib
+	PYTHONPATH=.compat/cuda-torch $(PY) -c "import sys; sys.path[0] = 'build/cuda-torch/lib'; \
+	  import torch, pytest; assert torch.version.cuda, 'CUDA_TORCH has no CUDA'; sys.exit(pytest.main('-q $(CUDA_TORCH_TESTS)'.split()))"
 
 install: $(INSTALLED)
 

@@ -210,7 +210,7 @@ def test_many_sequences_and_segments(kernels):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
 def test_a_nan_stays_in_its_sequence(name, dtype, kernels):
-    """And reaches all that it must there. The sequences' rows lie in one tile of the pool, and only one part of a view has the NaN."""
+    """And reaches all that it must there. Both sequences have rows in one tile of the pool; one part of a view has the NaN."""
     kernels.processors = 8
     view = View([20, 2], [[(0, 300, 0), (620, 20, 0)], [(300, 320, 4), (640, 2, 0)]], causal=False)
     inputs, do = attention_inputs(view, rows=650), exact_in_half(22, 4, 64)
@@ -218,9 +218,9 @@ def test_a_nan_stays_in_its_sequence(name, dtype, kernels):
     {"do": do, **vars(inputs)}[name][9, 0, 5] = torch.nan  # a token, or a row, of the first sequence
     got, like = (attention_all(inputs.to(dtype), backend, do) for backend in ("cuda", "reference"))
     rows = torch.cat((torch.arange(300, 620), torch.arange(640, 650)))
-    for i, (x, clean, reference) in enumerate(zip(got, want, like)):
+    for i, (x, clean, wanted) in enumerate(zip(got, want, like)):
         other = slice(20, 22) if i < 3 else rows
-        assert torch.equal(x[other], clean[other]) and x[reference.isnan()].isnan().all()
+        assert torch.equal(x[other], clean[other]) and x[wanted.isnan()].isnan().all()
     assert like[2].isnan().any() and like[3].isnan().any()
 
 

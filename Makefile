@@ -40,14 +40,20 @@ test-asan: $(INSTALLED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(PY) -c "import sys; sys.path[0] = '$(ASAN)/lib'; import pytest; sys.exit(pytest.main('-q --capture=sys $(ASAN_TESTS)'.split()))"
 
-# Where compute-sanitizer is installed, the smaller cases run under it too: it is a hundred times slower.
+# Where compute-sanitizer is installed, the smaller cases run under it too: it is a hundred times slower. Every tensor is then an
+# allocation of its own, so that what lies beyond it is nobody's.
 GPU_TESTS := tests/test_triton.py tests/test_cuda.py tests/test_gpu.py tests/test_latent.py tests/test_ops.py
+SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
+SMALL_TRITON := tests/test_triton.py -k "ragged or shifted or one_row or scatter or merge or one_token"
+SMALL_CUDA := tests/test_cuda.py -k "test_inject or (test_attention and (ragged or shifted or gqa3 or d80 or odd or d256))"
 test-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a GPU that torch sees'"
 	$(PY) -m pytest -q $(GPU_TESTS)
-	! command -v compute-sanitizer || compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest -q -x tests/test_triton.py -k "ragged or shifted or one_row or scatter or merge"
-	! command -v compute-sanitizer || compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m pytest -q -x tests/test_triton.py -k "ragged or one_token"
-	! command -v compute-sanitizer || compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest -q -x tests/test_cuda.py -k "test_inject"
+	! command -v compute-sanitizer || $(SANITIZER) memcheck $(PY) -m pytest -q -x $(SMALL_TRITON)
+	! command -v compute-sanitizer || $(SANITIZER) memcheck $(PY) -m pytest -q -x $(SMALL_CUDA)
+	! command -v compute-sanitizer || $(SANITIZER) racecheck $(PY) -m pytest -q -x tests/test_triton.py -k "ragged or one_token"
+	! command -v compute-sanitizer || $(SANITIZER) racecheck $(PY) -m pytest -q -x tests/test_cuda.py -k "(test_inject or test_attention) and (ragged or gqa or shifted)"
+	! command -v compute-sanitizer || $(SANITIZER) synccheck $(PY) -m pytest -q -x tests/test_cuda.py -k "test_attention and (ragged or d128)"
 
 bench-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make bench-gpu needs a GPU that torch sees'"

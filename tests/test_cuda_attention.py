@@ -5,7 +5,7 @@ from dataclasses import replace
 import on_host
 import pytest
 import torch
-from op_cases import VIEWS, View, as_it_lies, attention_inputs, head_major
+from op_cases import VIEWS, View, as_it_lies, attention_inputs, head_major, random_attention
 from op_runs import attention_all, exact_in_half, raw, within_budget
 
 from diffmas import ops, reference
@@ -109,6 +109,13 @@ def test_shapes(name, dtype, kernels):
     """Views that are cut into parts, segments that are read elsewhere."""
     kernels.processors, kernels.vectors = 8, name in SHAPES
     agree(attention_inputs(SHIFTED, **(SHAPES | ODD)[name], rows=500), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_views(seed, dtype, kernels):
+    kernels.processors, kernels.seed = 1 + 4 * (seed % 2), seed
+    agree(random_attention(seed, 300), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

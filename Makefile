@@ -7,6 +7,7 @@
 # make cuda-report     the same for the CUDA kernels, with nvcc
 # make tune        tiles of the attention kernels: those that fit; on a GPU the fastest of them
 # make test-gpu, make bench-gpu   on a machine with a GPU: the tests of the kernels in all dtypes, and the suite
+# make test-cuda-torch            the library with a CUDA build of torch (CUDA_TORCH=torch==2.14.1), where there is no GPU
 #
 # PYTHON=python3.12  interpreter for .venv        PY=python3  use an environment that has everything; nothing is installed
 
@@ -18,7 +19,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test test-asan test-gpu bench bench-gpu bench-readme kernel-report cuda-report tune compat install lint clean
+.PHONY: demo test test-asan test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
@@ -39,14 +40,20 @@ test-asan: $(INSTALLED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(PY) -c "import sys; sys.path[0] = '$(ASAN)/lib'; import pytest; sys.exit(pytest.main('-q --capture=sys $(ASAN_TESTS)'.split()))"
 
-# Where compute-sanitizer is installed, the smaller cases run under it too: it is a hundred times slower.
+# Where compute-sanitizer is installed, the smaller cases run under it too: it is a hundred times slower. Every tensor is then an
+# allocation of its own, so that what lies beyond it is nobody's.
 GPU_TESTS := tests/test_triton.py tests/test_cuda.py tests/test_gpu.py tests/test_latent.py tests/test_ops.py
+SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
+SMALL_TRITON := tests/test_triton.py -k "ragged or shifted or one_row or scatter or merge or one_token"
+SMALL_CUDA := tests/test_cuda.py -k "test_inject or (test_attention and (ragged or shifted or gqa3 or d80 or odd or d256))"
 test-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a GPU that torch sees'"
 	$(PY) -m pytest -q $(GPU_TESTS)
-	! command -v compute-sanitizer || compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest -q -x tests/test_triton.py -k "ragged or shifted or one_row or scatter or merge"
-	! command -v compute-sanitizer || compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m pytest -q -x tests/test_triton.py -k "ragged or one_token"
-	! command -v compute-sanitizer || compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest -q -x tests/test_cuda.py -k "test_inject"
+	! command -v compute-sanitizer || $(SANITIZER) memcheck $(PY) -m pytest -q -x $(SMALL_TRITON)
+	! command -v compute-sanitizer || $(SANITIZER) memcheck $(PY) -m pytest -q -x $(SMALL_CUDA)
+	! command -v compute-sanitizer || $(SANITIZER) racecheck $(PY) -m pytest -q -x tests/test_triton.py -k "ragged or one_token"
+	! command -v compute-sanitizer || $(SANITIZER) racecheck $(PY) -m pytest -q -x tests/test_cuda.py -k "(test_inject or test_attention) and (ragged or gqa or shifted)"
+	! command -v compute-sanitizer || $(SANITIZER) synccheck $(PY) -m pytest -q -x tests/test_cuda.py -k "test_attention and (ragged or d128)"
 
 bench-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make bench-gpu needs a GPU that torch sees'"
@@ -75,6 +82,15 @@ compat: $(INSTALLED)
 	  test -d .compat/$$v || $(PY) -m pip install -q --target .compat/$$v "transformers==$$v" || exit 1; \
 	  PYTHONPATH=.compat/$$v $(PY) $(PYTEST) $(COMPAT_TESTS) || exit 1; \
 	done
+
+# Builds and loads the library with a CUDA build of torch, 6 GB beside .venv, and runs what needs no GPU. Not in CI.
+CUDA_TORCH ?= torch
+CUDA_TORCH_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,cuda_torch ops op_inputs trace latent))
+test-cuda-torch: $(INSTALLED)
+	test -d .compat/cuda-torch || $(PY) -m pip install -q --target .compat/cuda-torch "$(CUDA_TORCH)"
+	PYTHONPATH=.compat/cuda-torch $(PY) setup.py -q build --build-base build/cuda-torch --build-lib build/cuda-torch/lib
+	PYTHONPATH=.compat/cuda-torch $(PY) -c "import sys; sys.path[0] = 'build/cuda-torch/lib'; \
+	  import torch, pytest; assert torch.version.cuda, 'CUDA_TORCH has no CUDA'; sys.exit(pytest.main('-q $(CUDA_TORCH_TESTS)'.split()))"
 
 install: $(INSTALLED)
 

@@ -7,6 +7,7 @@ the providers with "cat" in their name.
 
 import functools
 import importlib
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,17 +15,21 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends import cuda as torch_cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
-from diffmas import ops, reference
+from diffmas import reference
+from diffmas.benchmarks import ours
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Problem, Run, Senseless
-from diffmas.benchmarks.ours import run_op
+from diffmas.benchmarks.ours import run_op, twins
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
 # Where peers that were far behind at smaller shapes are left out: they take minutes and teach nothing more.
 EAGER_SCORES = 1 << 24  # attention scores that eager PyTorch would store
-EXPANDED = 1 << 26  # elements of K repeated for each query head
+EXPANDED = 1 << 26  # elements of K repeated for each query head; on a GPU:
+EXPANDED_GPU = 1 << 29
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
@@ -38,21 +43,18 @@ def _case(out: list[Case], regime, N, n=1, heads="16/8", phases=("forward", "bac
 def _gpu_cases() -> list[Case]:
     out = []
     add = functools.partial(_case, out, dtype="bfloat16")
+    both = ("forward", "backward")
     for heads in ("16/8", "32/8"):
+        quick = both if heads == "16/8" else ()  # every shape of heads has binaries of its own, which take seconds to compile
         for N in (1024, 4096, 16384, 65536):
-            add(
-                "latent step",
-                N,
-                heads=heads,
-                phases=("forward", "backward") if N == 16384 else ("forward",),
-                quick=("forward",),
-            )
+            phases = both if N >= 16384 else ("forward",)
+            add("latent step", N, heads=heads, phases=phases, quick=() if N == 1024 else quick if N == 16384 else quick[:1])
         add("few queries", 16384, 16, heads=heads)
         for n in (1024, 4096, 16384):
-            add("prompt", n, n, heads=heads, quick=("forward", "backward") if n == 4096 else ())
-        add("prompt on a trace", 16384, 4096, heads=heads, quick=("forward",))
-        add("prompt on 63 segments", 16384, 4096, heads=heads)
-        add("ragged prompts", 1024, 1024, batch=16, heads=heads, quick=("forward",))
+            add("prompt", n, n, heads=heads, quick=quick if n == 4096 else ())
+        add("prompt on a trace", 16384, 4096, heads=heads)
+        add("prompt on 63 segments", 16384, 4096, heads=heads, quick=quick[:1])
+        add("short prompts", 1024, 1024, batch=16, heads=heads, quick=quick)
         add("ragged latent step", 16384, batch=8, heads=heads, phases=("forward",))
     add("agents side by side", 4608, 512, batch=4)
     add("prompt", 4096, 4096, dtype="float16")
@@ -111,6 +113,9 @@ def layout(case: Case) -> tuple[list[int], list[list[tuple[int, int]]]]:
     if case.regime == "agents side by side":  # branches that share a prefix and do not see each other
         prefix = N - n
         return [n] * B, [[(0, prefix), (prefix + b * n, n)] for b in range(B)]
+    if case.regime == "short prompts":  # a quarter of N to N tokens, and nothing before them
+        lengths = [N // 4 + (N - N // 4) * b // (B - 1) for b in range(B)]
+        return lengths, [[(sum(lengths[:b]), n)] for b, n in enumerate(lengths)]
     if case.regime.startswith("ragged"):
         lengths = [max(1, N * (b + 1) // B) for b in range(B)]
         queries = [max(1, min(n * (B - b) // B, lengths[b])) for b in range(B)]
@@ -121,7 +126,8 @@ def layout(case: Case) -> tuple[list[int], list[list[tuple[int, int]]]]:
 
 @dataclass
 class Inputs:
-    """q, do [n, Hq, D], packed; pools [R, Hkv, D], head-major; view: index tensors of the op; rows: of each sequence's view."""
+    """q, do [n, Hq, D], packed; pools [R, Hkv, D], head-major; view: index tensors of the op; rows: of each sequence's view;
+    shift, inv_freq: as the op takes them."""
 
     q: Tensor
     do: Tensor
@@ -131,10 +137,17 @@ class Inputs:
     view: tuple
     rows: list[Tensor]
     scale: float
+    shift: Tensor | None = None
+    inv_freq: Tensor | None = None
 
     @functools.cached_property
     def padded(self) -> "Padded":
         return padded(self)
+
+    @functools.cached_property
+    def packed(self) -> "Packed":
+        rows = torch.cat(self.rows)
+        return Packed(self.q, self.do, self.k[rows], self.v[rows], rows, self)
 
     def by_head(self, dtype: torch.dtype) -> Iterator["Inputs"]:
         """One K/V head and its query heads at a time."""
@@ -143,7 +156,7 @@ class Inputs:
             yield replace(self, **dict(zip(("q", "do", "k", "v"), (t.to(dtype) for t in parts))))
 
     def args(self) -> tuple:
-        return (*self.view, None, None, self.scale, True, False)
+        return (*self.view, self.shift, self.inv_freq, self.scale, True, False)
 
 
 def problem(case: Case) -> Problem:
@@ -196,11 +209,11 @@ def problem(case: Case) -> Problem:
 # ---- diffmas ---------------------------------------------------------------------------------------------------------
 
 
-def diffmas(p: Problem) -> Run:
+def diffmas(p: Problem, run_op=run_op) -> Run:
     x: Inputs = p.inputs
     args = x.args()
     run = lambda op, *rest: run_op(op, x.q, *rest)  # as the package calls it, layer by layer
-    o, lse = ops.cross_attention(x.q, x.k, x.v, *x.view, scale=x.scale)  # the checked entry, once
+    o, lse = run("cross_attention", x.q, x.k, x.v, *args)
     # Pools stay from step to step in training: zero-filled once, added to by every backward.
     dk, dv = (torch.zeros_like(t, dtype=reference.accumulator(t.dtype)) for t in (x.k, x.v))
 
@@ -221,7 +234,36 @@ def diffmas(p: Problem) -> Run:
     return Run(full, lambda r: {"o": r[0], "lse": r[1], "dq": r[2], "dk": dk, "dv": dv})
 
 
+TWINS = twins("cross_attention", diffmas)
+
 # ---- peers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Packed:
+    """The problem as peers for ragged batches have it: q, do [n, Hq, D]; k, v [sum of N, Hkv, D], every sequence's own."""
+
+    q: Tensor
+    do: Tensor
+    k: Tensor
+    v: Tensor
+    rows: Tensor
+    x: Inputs
+
+    def packed(self, o: Tensor) -> Tensor:
+        return o
+
+    def pooled(self, dk: Tensor) -> Tensor:
+        return torch.zeros(self.x.k.shape, dtype=dk.dtype, device=dk.device).index_add_(0, self.rows, dk)
+
+    @property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Queries and keys of each sequence."""
+        return self.x.queries, [len(r) for r in self.x.rows]
+
+    def indptr(self) -> tuple[Tensor, Tensor]:
+        """Where each sequence's queries and keys begin, int32."""
+        return tuple(torch.tensor([0, *n], device=self.q.device).cumsum(0, dtype=torch.int32) for n in self.lengths)
 
 
 @dataclass
@@ -235,6 +277,11 @@ class Padded:
     mask: Tensor | None
     causal: bool
     x: Inputs
+
+    @property
+    def lower_right(self) -> bool:
+        """Whether the mask is causal_lower_right's: nothing but new tokens at the end of as many keys each."""
+        return self.mask is not None and len(self.q) == 1
 
     def packed(self, o: Tensor) -> Tensor:
         """[B, Hq, L, D] -> [n, Hq, D]."""
@@ -273,14 +320,14 @@ def padded(x: Inputs) -> Padded:
     return Padded(q, do, k, v, None if square or single else mask, square and not single, x)
 
 
-def torch_peer(attend, leaves=lambda y: (y.q, y.k, y.v), take=lambda y, grads: grads):
+def torch_peer(attend, leaves=lambda y: (y.q, y.k, y.v), take=lambda y, grads: grads, layout="padded"):
     """A provider from attend(y, *leaves) -> o [B, Hq, L, D]. Gradients of K/V are added into a buffer, as ours are.
 
-    leaves(y): what autograd differentiates by; take(y, grads) -> dq, dk, dv in the padded layout.
+    leaves(y): what autograd differentiates by; take(y, grads) -> dq, dk, dv in the layout of y, which is padded or packed.
     """
 
     def provider(p: Problem) -> Run:
-        y = p.inputs.padded
+        y = getattr(p.inputs, layout)
         inputs = [t.detach().requires_grad_(p.case.phase != "forward") for t in leaves(y)]
         if p.case.phase == "forward":
             return Run(torch.no_grad()(lambda: attend(y, *inputs)), lambda o: {"o": y.packed(o)})
@@ -310,16 +357,54 @@ def _sdpa(y: Padded, q, k, v):
     return F.scaled_dot_product_attention(q, k, v, y.mask, is_causal=y.causal, scale=y.x.scale, enable_gqa=grouped)
 
 
-def _backend(name: str):
-    """SDPA on one backend of torch's for GPUs; by itself it does not always take the fastest."""
+def on_backend(name: str):
+    """SDPA on one backend of torch's for GPUs, which by itself does not always take the fastest: in the form that serves it,
+    without a mask where it knows the diagonal, and with K/V expanded beforehand where it knows no groups."""
 
-    def attend(y: Padded, q, k, v):
-        if q.device.type == "cpu":
+    def provider(p: Problem) -> Run:
+        if not ours.on_gpu():
             raise Senseless
-        with sdpa_kernel([getattr(SDPBackend, name)]):
-            return _sdpa(y, q, k, v)
+        y, train = p.inputs.padded, p.case.phase != "forward"
+        L, N, G = y.q.shape[2], y.k.shape[2], y.q.shape[1] // y.k.shape[1]
+        mask = None if y.lower_right and name != "cudnn" else y.mask
+        for groups in dict.fromkeys((1, G)):
+            if groups > 1 and y.k.numel() * groups > EXPANDED_GPU:
+                continue
+            leaves = [t.detach().requires_grad_(train) for t in (y.q, *(t.repeat_interleave(groups, 1) for t in (y.k, y.v)))]
+            grouped = groups < G
+            if getattr(torch_cuda, f"can_use_{name}_attention")(torch_cuda.SDPAParams(*leaves, mask, 0.0, y.causal, grouped)):
+                break
+        else:
+            raise Cannot(f"torch's {name} attention does not serve it")
+        bias = causal_lower_right(L, N) if mask is not y.mask else mask
 
-    return attend
+        def attend(y: Padded, q, k, v):
+            with sdpa_kernel([getattr(SDPBackend, f"{name.upper()}_ATTENTION")]):
+                return F.scaled_dot_product_attention(q, k, v, bias, is_causal=y.causal, scale=y.x.scale, enable_gqa=grouped)
+
+        def take(y: Padded, grads):
+            dq, *kv = grads
+            return dq, *(t.unflatten(1, (-1, groups)).sum(2) for t in kv)
+
+        return torch_peer(attend, lambda y: leaves, take)(p)
+
+    return provider
+
+
+def varlen(p: Problem) -> Run:
+    """torch's own attention of packed sequences, which came with torch 2.10; its options have changed since."""
+    if not ours.on_gpu():
+        raise Senseless
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        raise Cannot("this torch has no varlen_attn") from None
+    y: Packed = p.inputs.packed
+    known = inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}  # -1, 0: causal
+    options |= {"enable_gqa": True} if "enable_gqa" in known else {}
+    index = *y.indptr(), *map(max, y.lengths)
+    return torch_peer(lambda y, *qkv: varlen_attn(*qkv, *index, scale=y.x.scale, **options), layout="packed")(p)
 
 
 def _repeat(t: Tensor, groups: int) -> Tensor:
@@ -349,6 +434,8 @@ def _eager(y: Padded, q, k, v):
     G = q.shape[1] // k.shape[1]
     if q.shape[:3].numel() * k.shape[2] > EAGER_SCORES:
         raise Senseless("too many scores to store")
+    if q.requires_grad and q.dtype != torch.float32:
+        raise Senseless("scores in 16 bits, which give gradients that are too wrong for the gate")
     scores = q @ _repeat(k, G).transpose(2, 3) * y.x.scale
     if y.causal:
         scores = scores + torch.full(scores.shape[2:], -math.inf, dtype=q.dtype, device=q.device).triu(1)
@@ -409,7 +496,7 @@ def per_sequence(p: Problem) -> Run:
 
 
 def flex(p: Problem) -> Run:
-    """FlexAttention, compiled, with a block mask; forward only on a CPU."""
+    """FlexAttention, compiled, with a block mask; no backward on a CPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     x: Inputs = p.inputs
@@ -430,54 +517,62 @@ def flex(p: Problem) -> Run:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         attend = torch.compile(flex_attention, dynamic=False)
         grouped = y.q.shape[1] != y.k.shape[1]
-        call = torch.no_grad()(lambda: attend(y.q, y.k, y.v, block_mask=mask, scale=x.scale, enable_gqa=grouped))
-        call()
+        attend(y.q, y.k, y.v, block_mask=mask, scale=x.scale, enable_gqa=grouped)
     except Exception as reason:  # the compiler's errors are of many kinds; any of them means: does not run here
         raise Cannot(f"FlexAttention does not run here: {type(reason).__name__}: {str(reason).splitlines()[0][:120]}") from None
-    return Run(call, lambda o: {"o": y.packed(o)})
+    return torch_peer(lambda y, *qkv: attend(*qkv, block_mask=mask, scale=x.scale, enable_gqa=grouped))(p)
 
 
-def gpu_library(name: str, attend):
-    """A provider from attend(module, x) -> o [n, Hq, D] of an optional library. Never run: there was no GPU."""
+def gpu_library(name: str, prepare):
+    """A provider from prepare(module, y: Packed) -> a call that gives o [n, Hq, D] of an optional library; forward only. Never
+    run: there was no GPU."""
 
     def provider(p: Problem) -> Run:
-        x: Inputs = p.inputs
-        if x.q.device.type == "cpu" or len(x.queries) > 1 or p.case.phase != "forward" or len(x.rows[0]) != len(x.k):
+        if not ours.on_gpu() or p.case.phase != "forward":
             raise Senseless
         try:
             module = importlib.import_module(name)
         except ImportError:
             raise Cannot(f"{name} is not installed") from None
-        return Run(torch.no_grad()(lambda: attend(module, x)), lambda o: {"o": o})
+        return Run(torch.no_grad()(prepare(module, p.inputs.packed)), lambda o: {"o": o})
 
     return provider
 
 
-def _flashinfer(flashinfer, x: Inputs) -> Tensor:
-    k, v = x.k.transpose(0, 1), x.v.transpose(0, 1)  # [Hkv, N, D]
-    if len(x.q) == 1:
-        return flashinfer.single_decode_with_kv_cache(x.q[0], k, v, kv_layout="HND", sm_scale=x.scale)[None]
-    return flashinfer.single_prefill_with_kv_cache(x.q, k, v, causal=True, kv_layout="HND", sm_scale=x.scale)
+def _flashinfer(flashinfer, y: Packed):
+    q, k, v, scale = y.q, y.k, y.v, y.x.scale
+    if len(y.x.queries) > 1:
+        wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
+            torch.zeros(1 << 28, dtype=torch.uint8, device=q.device), "NHD"
+        )
+        heads = q.shape[1], k.shape[1], q.shape[2]
+        wrapper.plan(*y.indptr(), *heads, causal=True, sm_scale=scale, q_data_type=q.dtype, kv_data_type=k.dtype)
+        return lambda: wrapper.run(q, k, v)
+    if len(q) == 1:
+        products = q.shape[1] // k.shape[1] >= 4  # what its authors say of tensor cores
+        return lambda: flashinfer.single_decode_with_kv_cache(q[0], k, v, sm_scale=scale, use_tensor_cores=products)[None]
+    return lambda: flashinfer.single_prefill_with_kv_cache(q, k, v, causal=True, sm_scale=scale)
 
 
-def _xformers(ops, x: Inputs) -> Tensor:
-    Hkv = x.k.shape[1]
-    G = x.q.shape[1] // Hkv
-    q = x.q.unflatten(1, (Hkv, G))[None]
-    k, v = (t[None, :, :, None].expand(-1, -1, -1, G, -1) for t in (x.k, x.v))
-    mask = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask() if len(x.q) > 1 else None
-    return ops.memory_efficient_attention(q, k, v, attn_bias=mask, scale=x.scale)[0].flatten(1, 2)
+def _xformers(ops, y: Packed):
+    Hkv = y.k.shape[1]
+    q = y.q.unflatten(1, (Hkv, -1))[None]
+    k, v = (t[None, :, :, None].expand(-1, -1, -1, q.shape[3], -1) for t in (y.k, y.v))
+    mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(*y.lengths).make_causal_from_bottomright()
+    return lambda: ops.memory_efficient_attention(q, k, v, attn_bias=mask, scale=y.x.scale)[0].flatten(1, 2)
 
 
 PROVIDERS = {
     OURS: diffmas,
+    **TWINS,
     "sdpa": torch_peer(_sdpa),
     "sdpa, grouped": torch_peer(_grouped),
     "sdpa, expanded": torch_peer(_expanded),
     "sdpa, one by one": per_sequence,
-    "sdpa, flash": torch_peer(_backend("FLASH_ATTENTION")),
-    "sdpa, cudnn": torch_peer(_backend("CUDNN_ATTENTION")),
-    "sdpa, efficient": torch_peer(_backend("EFFICIENT_ATTENTION")),
+    "sdpa, flash": on_backend("flash"),
+    "sdpa, cudnn": on_backend("cudnn"),
+    "sdpa, efficient": on_backend("efficient"),
+    "torch varlen": varlen,
     "cat + sdpa": torch_peer(_cat_sdpa, _cat_leaves, _cat_take),
     "cat into a buffer + sdpa": cat_into_buffer_sdpa,
     "eager": torch_peer(_eager),

@@ -2,15 +2,16 @@
 
 Peers by what becomes of K and V: "eager" leaves them where they are (nothing is stored), "eager + cat" appends them to a
 DynamicCache by torch.cat, "eager + cat into a buffer" does so into memory that is kept, "eager + static" copies them into a
-StaticCache.
+StaticCache. "compiled" is one of these under torch.compile, on a GPU.
 """
 
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from diffmas import reference
+from diffmas.benchmarks import ours
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run, Senseless
-from diffmas.benchmarks.ours import run_op
+from diffmas.benchmarks.ours import run_op, twins
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -30,7 +31,7 @@ CPU_CASES = [
     *(_case("tokens", n, phase="backward", quick=n == 512) for n in (64, 512, 2048)),
 ]  # fmt: skip
 GPU_CASES = [
-    _case("one token" if n == 1 else "tokens", n, 2048 if n == 1 else 0, heads, phase, "bfloat16", quick=n in (1, 8192))
+    _case("one token" if n == 1 else "tokens", n, 2048, heads, phase, "bfloat16", quick=heads == "16/8")
     for heads in ("16/8", "32/8") for phase in ("forward", "backward") for n in (1, 64, 8192, 65536)
 ]  # fmt: skip
 CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
@@ -66,7 +67,7 @@ def problem(case: Case) -> Problem:
     return Problem(case, x, answer, copied=tokens * D * n)
 
 
-def diffmas(p: Problem) -> Run:
+def diffmas(p: Problem, run_op=run_op) -> Run:
     x, case = p.inputs, p.case
     rest = (x["cos"], x["sin"], x["slots"], x["q_weight"], x["k_weight"], EPS, False)
     heads, rows = x["k"].shape[1], case.N + case.n
@@ -85,10 +86,12 @@ def diffmas(p: Problem) -> Run:
     return Run(call, lambda grads: dict(zip(names, grads)), refill)
 
 
-def eager(store: str):
+def eager(store: str, compiled=False):
     """store: none | cat | cat into a buffer | static."""
 
     def provider(p: Problem) -> Run:
+        if compiled and not ours.on_gpu():
+            raise Senseless
         x, case = p.inputs, p.case
         train = case.phase == "backward"
         if store != "none" and (not case.N or (train and store != "cat")):
@@ -114,6 +117,10 @@ def eager(store: str):
                 new = [buffer.index_copy_(2, x["slots"], row) for buffer, row in zip(buffers, new)]
             return rotated[0], *new
 
+        if compiled:
+            torch._dynamo.reset()
+            forward = torch.compile(forward, dynamic=False)
+
         def outputs(result):
             return {name: t.detach()[0].transpose(0, 1)[-case.n :] for name, t in zip("qkv", result)}
 
@@ -134,7 +141,10 @@ def eager(store: str):
 
 
 STORES = ("cat", "cat into a buffer", "static")
-PROVIDERS = {OURS: diffmas, "eager": eager("none")} | {f"eager + {store}": eager(store) for store in STORES}
+PROVIDERS = {OURS: diffmas, "eager": eager("none"), **twins("inject", diffmas)}
+PROVIDERS |= {f"eager + {store}": eager(store) for store in STORES}
+PROVIDERS |= {"compiled": eager("none", compiled=True), "compiled + static": eager("static", compiled=True)}
+SLOW = {"compiled", "compiled + static"}
 
 
 def test_inject(bench, case):

@@ -9,11 +9,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from diffmas import ops
 from diffmas.benchmarks import bench_attention
 from diffmas.benchmarks.bench_attention import Inputs
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
-from diffmas.benchmarks.ours import run_op
+from diffmas.benchmarks.ours import run_op, twins
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -26,17 +25,20 @@ CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
 
 
 def problem(case: Case) -> Problem:
-    """The same gradients as those of T queries at once."""
-    return replace(bench_attention.problem(replace(case, op="cross_attention")), case=case)
+    """The same gradients as those of T queries at once. But a step waits for the one after it, and so reads K and V for itself:
+    on a GPU from memory, as they do not fit its cache."""
+    p = replace(bench_attention.problem(replace(case, op="cross_attention")), case=case)
+    again = (case.T - 1) * 2 * p.inputs.k.numel() * p.inputs.k.element_size() if p.inputs.k.is_cuda else 0
+    return replace(p, read=p.read + again)
 
 
 def diffmas(deferred: bool):
-    def provider(p: Problem) -> Run:
+    def provider(p: Problem, run_op=run_op) -> Run:
         x: Inputs = p.inputs
         T, older = len(x.q), len(x.k) - len(x.q)
         index = lambda *xs: torch.tensor(xs, device=x.q.device)
-        o, lse = ops.cross_attention(x.q, x.k, x.v, *x.view, scale=x.scale)
-        dk, dv = (torch.zeros_like(t) for t in (x.k, x.v))
+        o, lse = run_op("cross_attention", x.q, x.q, x.k, x.v, *x.args())
+        dk, dv = (torch.zeros_like(t, dtype=torch.float32) for t in (x.k, x.v))
         # (index, view, tokens that learn at once) of each step
         steps = [
             (slice(t, t + 1), (index(0, 1), index(0, 1), index(0), index(older + t + 1)), index(t + 1) if deferred else None)
@@ -63,7 +65,7 @@ def sdpa(p: Problem) -> Run:
     """Under autograd, K and V as long as they were at each step."""
     x: Inputs = p.inputs
     older, grouped = len(x.k) - len(x.q), x.q.shape[1] != x.k.shape[1]
-    dk, dv = (torch.zeros_like(t) for t in (x.k, x.v))
+    dk, dv = (torch.zeros_like(t, dtype=torch.float32) for t in (x.k, x.v))
     leaves, outs = [], []
     for t in range(len(x.q)):
         seen = slice(0, older + t + 1)
@@ -83,7 +85,8 @@ def sdpa(p: Problem) -> Run:
     return Run(call, lambda dq: {"dq": torch.cat(dq[::-1]), "dk": dk, "dv": dv})
 
 
-PROVIDERS = {OURS: diffmas(deferred=True), f"{OURS}, pushing": diffmas(deferred=False), "sdpa": sdpa}
+OWN = {OURS: diffmas(deferred=True), f"{OURS}, pushing": diffmas(deferred=False)}
+PROVIDERS = OWN | twins("cross_attention", OWN[OURS]) | {"sdpa": sdpa}
 
 
 def test_latent_run(bench, case):

@@ -11,7 +11,7 @@ import torch
 from diffmas.benchmarks import bench_attention
 from diffmas.benchmarks.bench_attention import Inputs
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
-from diffmas.benchmarks.ours import run_op
+from diffmas.benchmarks.ours import run_op, twins
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -27,7 +27,10 @@ CPU_CASES = [
     _case(8, 4096, "4/2", 64),
     _case(8, 4096, "32/8"),
 ]
-GPU_CASES = [_case(R, N, quick=R == 8, dtype="bfloat16") for R in (2, 8, 64) for N in (1024, 8192, 32768)]
+GPU_CASES = [
+    *(_case(R, N, quick=R == 8 and N > 256, dtype="bfloat16") for R in (2, 8, 64) for N in (257, 1024, 8192, 32768)),
+    *(_case(R, 32768, "32/8", dtype="bfloat16") for R in (2, 64)),
+]
 CASES = GPU_CASES if torch.cuda.is_available() else CPU_CASES
 
 
@@ -36,7 +39,7 @@ def problem(case: Case) -> Problem:
     return replace(p, peers_lack=("lse",))
 
 
-def diffmas(p: Problem) -> Run:
+def diffmas(p: Problem, run_op=run_op) -> Run:
     x: Inputs = p.inputs
     R, prefix = p.case.batch, p.case.N - 1
     index = lambda *xs: torch.tensor(xs, device=x.q.device)
@@ -49,8 +52,12 @@ def diffmas(p: Problem) -> Run:
 
 PROVIDERS = {
     OURS: diffmas,
+    **twins("cross_attention", diffmas),
     f"{OURS}, each for itself": bench_attention.diffmas,
-    **{name: bench_attention.PROVIDERS[name] for name in ("sdpa", "sdpa, grouped", "sdpa, expanded", "sdpa, one by one")},
+    **{
+        name: bench_attention.PROVIDERS[name]
+        for name in ("sdpa", "sdpa, grouped", "sdpa, expanded", "sdpa, one by one", "flashinfer", "xformers")
+    },
 }
 
 

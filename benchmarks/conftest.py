@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from diffmas.benchmarks import report, store
-from diffmas.benchmarks.machine import measure_machine
+from diffmas.benchmarks.machine import measure_machine, own_stream
 from diffmas.benchmarks.measure import OURS, Case, Contest
 from diffmas.benchmarks.run import selected
 
@@ -94,6 +94,10 @@ def bench(benchmark, request):
 
     def run(case, problem, providers):
         session.progress.update(session.task, description=case.key)
+        with own_stream(session.device):
+            measured(case, problem, providers)
+
+    def measured(case, problem, providers):
         torch.manual_seed(0)
         if session.config.getoption("quick"):
             providers = {k: v for k, v in providers.items() if k not in getattr(request.module, "SLOW", ())}

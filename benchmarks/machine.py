@@ -2,10 +2,12 @@
 
 Nothing here is taken from a data sheet. Rates are measured at the start of every run, with the threads of that run, for a
 working set that fits the last-level cache and for one that does not, so that a percentage of the roofline means the same
-on a laptop, a shared virtual machine and a GPU. The GPU branches were written without a GPU at hand and never run.
+on a laptop, a shared virtual machine and a GPU. On a GPU every timed call begins with a cold L2 cache, so its rates are those
+of memory. The GPU branches were written without a GPU at hand and never run.
 """
 
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -16,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Machine", "clock", "measure_machine", "peak_bytes", "sample"]
+__all__ = ["Graph", "Machine", "clock", "measure_machine", "own_stream", "peak_bytes", "sample"]
 
-SMALL, LARGE = 8 << 20, 256 << 20  # bytes of the two working sets; the caller's own when it knows the cache better
+SMALL, LARGE, LARGE_GPU = 8 << 20, 256 << 20, 1 << 30  # bytes of the working sets
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,56 @@ def sample(call: Callable, repeats: int, device: str) -> float:
     flush = torch.empty(LARGE, dtype=torch.int8, device=device)
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for begin, end in pairs:
-        flush.zero_()
+        flush.zero_()  # takes long enough for the host to be ahead with a call of a few launches
         begin.record()
         call()
         end.record()
     torch.cuda.synchronize()
     return sum(begin.elapsed_time(end) for begin, end in pairs) / repeats / 1e3
+
+
+class Graph:
+    """Some calls in one CUDA graph, each with a cold L2 cache, and the same graph without the calls: the difference is what a
+    call takes when no host launches it. Raises what torch says (RuntimeError) where the call cannot be captured."""
+
+    CALLS = 20
+
+    def __init__(self, call: Callable, device: str):
+        flush = torch.empty(LARGE, dtype=torch.int8, device=device)
+        self._graphs = [self._captured(work, flush) for work in (call, lambda: None)]
+
+    def _captured(self, work: Callable, flush: torch.Tensor) -> torch.cuda.CUDAGraph:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        torch.cuda.synchronize()
+        # The outer stream is where torch's own context ends when a capture fails; autograd's threads launch as well.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(self.CALLS):
+                flush.zero_()
+                work()
+        return graph
+
+    def sample(self) -> float:
+        """Seconds of one call."""
+        seconds = []
+        for graph in self._graphs:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        return max(seconds[0] - seconds[1], 1e-9) / self.CALLS
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def own_stream(device: str):
+    """Where all work of a contest belongs on a GPU: autograd runs a backward on its forward's stream, and the default one
+    cannot be captured."""
+    return contextlib.nullcontext() if device == "cpu" else torch.cuda.stream(_stream())
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -127,7 +173,7 @@ def _best(call: Callable, device: str, seconds: float = 0.1) -> float:
     """The fastest of several samples: a rate is what the machine can do, not what it did while disturbed."""
     call()
     once = max(sample(call, 1, device), 1e-6)
-    repeats = max(1, math.ceil(2e-3 / once))
+    repeats = max(1, math.ceil(2e-3 / once)) if device == "cpu" else 3
     return min(sample(call, repeats, device) for _ in range(max(5, int(seconds / (repeats * once)))))
 
 
@@ -154,7 +200,7 @@ def _cache_bytes(device: str) -> int:
 def measure_machine(device: str = "cpu") -> Machine:
     """Takes about two seconds."""
     rates = {}
-    for suffix, size in (("_cached", SMALL), ("", LARGE)):
+    for suffix, size in (("_cached", SMALL), ("", LARGE)) if device == "cpu" else (("", LARGE_GPU),):
         x, y = (torch.ones(size // 4 // (1 + i), device=device) for i in range(2))
         half = x[: y.numel()]
         # Neither sum nor dot is written to be a bandwidth test; the faster one is nearer to what memory gives.
@@ -162,7 +208,9 @@ def measure_machine(device: str = "cpu") -> Machine:
         rates["copy" + suffix] = size / _best(lambda y=y, half=half: y.copy_(half), device)
     for name, dtype in (("matmul", torch.float32), ("matmul_16bit", torch.bfloat16)):
         size = (768 if dtype == torch.float32 else 256) if device == "cpu" else 8192
-        a = torch.ones(size, size, dtype=dtype, device=device)
+        a = torch.randn(size, size, device=device).to(dtype)  # of ones a GPU is faster: they take less power
         rates[name] = 2 * size**3 / _best(lambda a=a: a @ a, device)
+    if device != "cpu":
+        rates |= {f"{rate}_cached": rates[rate] for rate in ("read", "copy")}
     name = _cpu_name() if device == "cpu" else torch.cuda.get_device_name(0)
     return Machine(device, name, torch.get_num_threads(), _cache_bytes(device), **rates)

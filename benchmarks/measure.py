@@ -16,13 +16,15 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from diffmas.benchmarks.machine import Machine, peak_bytes, sample
+from diffmas.benchmarks.machine import Graph, Machine, peak_bytes, sample
 
 __all__ = ["OURS", "Cannot", "Case", "Contest", "Problem", "Provider", "Run", "Senseless", "error"]
 
 OURS = "diffmas"
 SAMPLE_SECONDS = 2e-3  # a sample lasts at least this long, so that the clock's own step does not count
-LONG = 2.0  # seconds of a call that is warm after its gate
+GPU_REPEATS = 10  # calls of a sample at most: events are exact, and each call waits for a cold cache
+LONG = 2.0  # seconds of a call that is warm after its gate, on a CPU: on a GPU it may have been a compiler's
+FEW_TOKENS = 64  # up to so many an op on a GPU is bound by its launches
 HOPELESS, HOPELESS_ROUNDS = 10, 2  # a provider this many times slower than the fastest takes part in this many rounds only
 
 
@@ -97,6 +99,11 @@ class Problem:
     tolerance: float | None = None
     peers_lack: tuple[str, ...] = ()
 
+    @property
+    def graph(self) -> bool:
+        """Whether calls are timed in a CUDA graph."""
+        return not self.case.model and 0 < self.case.n <= FEW_TOKENS
+
 
 Provider = Callable[[Problem], Run]
 
@@ -128,6 +135,8 @@ class Contest:
         self.peaks: dict[str, int] = {}
         self._once: dict[str, float] = {}  # seconds of one call, roughly
         self._repeats: dict[str, int] = {}  # calls that make a sample
+        self._graphs: dict[str, Graph] = {}
+        self._uncaptured: dict[str, str] = {}
         want = problem.reference(torch.float64)
         self.budget = problem.tolerance
         if self.budget is None:
@@ -174,14 +183,24 @@ class Contest:
         run = self.runs[name]
         if run.reset:
             run.reset()
-        return sample(run.call, repeats, self.device)
+        return self._graphs[name].sample() if name in self._graphs else sample(run.call, repeats, self.device)
+
+    def _capture(self, name: str) -> None:
+        try:
+            self._graphs[name] = Graph(self.runs[name].call, self.device)
+        except RuntimeError as reason:
+            self._uncaptured[name] = f"timed with its launches, as it is not captured: {reason}".splitlines()[0][:160]
 
     def warm_up(self) -> None:
         """Warms every provider up, decides how many calls make a sample, and forgets the parts measured so far."""
+        gpu = self.device != "cpu"
         for name, run in self.runs.items():
-            if self._once[name] < LONG:
+            if gpu and self.problem.graph:
+                self._capture(name)
+            if gpu or self._once[name] < LONG:
                 self._once[name] = max(min(self._sample(name, 1) for _ in range(2)), 1e-7)
-            self._repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / self._once[name]))
+            repeats = max(1, math.ceil(SAMPLE_SECONDS / self._once[name]))
+            self._repeats[name] = Graph.CALLS if name in self._graphs else min(repeats, GPU_REPEATS) if gpu else repeats
             if run.seconds is not None:
                 run.seconds.clear()
 
@@ -217,7 +236,7 @@ class Contest:
                 out.append(row | {"why": self.notes[name]})
                 continue
             times = samples[name]
-            row |= _summary(times, samples.get(OURS)) | {"peak_bytes": self.peaks[name]}
+            row |= _summary(times, samples.get(OURS)) | {"peak_bytes": self.peaks[name], "why": self._uncaptured.get(name)}
             if roof:
                 row["roofline_percent"] = 100 * roof / row["seconds"]
             out.append(row)

@@ -1,10 +1,13 @@
-"""How the package runs a raw op: `diffmas.ops.call`, or what a commit that is older than it has (`--compare`)."""
+"""How the package runs a raw op: `diffmas.ops.call`, or what a commit that is older than it has (`--compare`); and the same on
+a backend for GPUs by name, beside the one that "auto" takes."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmas import ops
+from diffmas.benchmarks.measure import OURS, Cannot, Problem, Provider, Run, Senseless
 
-__all__ = ["run_op"]
+__all__ = ["on_gpu", "run_op", "twins"]
 
 
 def _through_the_dispatcher(name: str, lead, *args):
@@ -12,3 +15,49 @@ def _through_the_dispatcher(name: str, lead, *args):
 
 
 run_op = getattr(ops, "call", _through_the_dispatcher)
+
+
+class _Seen(TorchDispatchMode):
+    """Notes the libraries of the ops that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.libraries = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.libraries.add(function.namespace)
+        return function(*args, **(kwargs or {}))
+
+
+def on_gpu() -> bool:
+    """What is measured on a GPU only asks here."""
+    return torch.cuda.is_available()
+
+
+def twins(op: str, make) -> dict[str, Provider]:
+    """Providers "diffmas, triton" and "diffmas, cuda" from make(problem, run), which does its work by run(name, lead, *args).
+    Only the backends that "auto" does not take for `op`, and "cuda" not where it leaves all of the work to Triton."""
+
+    def twin(backend: str) -> Provider:
+        def run(name, lead, *args):
+            return ops.implementation(name, lead, backend)(*args)
+
+        def provider(p: Problem) -> Run:
+            if not on_gpu():
+                raise Senseless
+            if ops.BACKENDS[backend].why_missing:
+                raise Cannot(f"{backend}: {ops.BACKENDS[backend].why_missing}")
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            lead = torch.empty(1, 1, p.case.D, dtype=getattr(torch, p.case.dtype), device=device)
+            if ops.implementation(op, lead, "auto") == ops.implementation(op, lead, backend):
+                raise Senseless
+            if backend == "cuda":
+                with _Seen() as seen:
+                    make(p, run).call()
+                if "diffmas_cuda" not in seen.libraries:
+                    raise Senseless
+            return make(p, run)
+
+        return provider
+
+    return {f"{OURS}, {backend}": twin(backend) for backend in ("triton", "cuda")}

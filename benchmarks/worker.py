@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from diffmas.benchmarks.machine import own_stream
 from diffmas.benchmarks.measure import OURS, Contest
 
 
@@ -27,6 +28,11 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    with own_stream("cuda" if torch.cuda.is_available() else "cpu"):
+        serve(answers)
+
+
+def serve(answers) -> None:
     contest = None
     for line in sys.stdin:
         command = json.loads(line)

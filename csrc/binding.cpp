@@ -273,6 +273,12 @@ struct Partials {
 #ifdef DIFFMAS_CUDA
 void check_cuda(int error) { STD_TORCH_CHECK(error == 0, "CUDA: ", diffmas_cuda_error(error)); }
 
+std::tuple<int64_t, int64_t> cuda_versions() {
+  int driver = 0, runtime = 0;
+  check_cuda(diffmas_cuda_versions(&driver, &runtime));
+  return {driver, runtime};
+}
+
 // torch's own; the function lives in libtorch_cuda, which a CPU build of torch does not have.
 void* current_stream(Where where) {
   using Get = int32_t (*)(int32_t device, void** stream);
@@ -689,7 +695,10 @@ STABLE_TORCH_LIBRARY(diffmas_cuda, m) {
   m.def(DIFFMAS_INJECT_BACKWARD);
   m.def(DIFFMAS_ATTENTION);
   m.def(DIFFMAS_ATTENTION_BACKWARD);
+  m.def("versions() -> (int driver, int runtime)");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(diffmas_cuda, CompositeExplicitAutograd, m) { m.impl("versions", TORCH_BOX(&cuda_versions)); }
 
 STABLE_TORCH_LIBRARY_IMPL(diffmas_cuda, CUDA, m) {
   m.impl("inject", TORCH_BOX(&inject));

@@ -188,6 +188,9 @@ class CudaBackend(Backend):
             return _extension.cuda_error
         if not torch.cuda.is_available():
             return "there is no CUDA device"
+        driver, runtime = (version // 1000 for version in torch.ops.diffmas_cuda.versions())
+        if driver < runtime:  # torch's own runtime may be an older one
+            return f"it was built with CUDA {runtime}, which this machine's driver, of CUDA {driver}, does not run"
         # A target's code runs on its generation's later members too, unless it ends with "a".
         for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())):
             if not any(t == f"{major}{minor}a" or (t.isdecimal() and t[:-1] == str(major)) for t in _extension.cuda_targets):

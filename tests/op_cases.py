@@ -1,5 +1,6 @@
 """Random inputs of the ops over odd shapes: ragged queries, empty views, one-row segments, rows shared by sequences."""
 
+import random
 from dataclasses import dataclass, field
 
 import torch
@@ -99,6 +100,22 @@ def attention_inputs(view: View, heads=(4, 2), D=64, Dr=None, interleaved=False,
             v_pool[start : start + length] = exact(length, heads[1], D)
     inv_freq = 1e4 ** (-torch.arange(0, Dr or D, 2).float() / (Dr or D))
     return Inputs(exact(sum(view.queries), heads[0], D), k_pool, v_pool, view, interleaved, inv_freq, 1.3 * D**-0.5)
+
+
+def random_attention(seed: int, rows: int = 400) -> Inputs:
+    """Any shape: sequences without queries or without a view, rows shared by sequences, segments in any order, at any shift."""
+    choose = random.Random(seed)
+    heads = choose.choice([(1, 1), (2, 2), (4, 2), (3, 1), (8, 1)])
+    D, Dr = choose.choice([(16, 16), (64, 64), (64, 16), (80, 80), (80, 48), (128, 128)])
+    cuts = [0, *sorted(choose.sample(range(1, rows), 12)), rows]
+    pieces = [(start, end - start) for start, end in zip(cuts, cuts[1:])]
+    shifted, queries, segments = choose.random() < 0.5, [], []
+    for _ in range(choose.randint(1, 5)):
+        queries.append(choose.choice([0, 1, 1, 2, 7, 33]))
+        view = choose.sample(pieces, choose.randint(0, 7))
+        segments.append([(start, length, choose.choice([0, 0, 5, -40_000]) * shifted) for start, length in view])
+    view = View(queries, segments, causal=choose.random() < 0.8)
+    return attention_inputs(view, heads, D, Dr, choose.random() < 0.3, seed, rows)
 
 
 @dataclass

@@ -9,14 +9,27 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import rich.console
 import torch
 from typer.testing import CliRunner
 
-from diffmas.benchmarks import bench_attention, bench_generation, bench_training, compare, measure, report, run, store
-from diffmas.benchmarks.goals import GOALS, Goal
+from diffmas import ops, reference
+from diffmas.benchmarks import (
+    bench_attention,
+    bench_generation,
+    bench_training,
+    compare,
+    machine,
+    measure,
+    ours,
+    report,
+    run,
+    store,
+)
+from diffmas.benchmarks.goals import GOALS, SDPA, Goal
 from diffmas.benchmarks.machine import Machine, peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Run, Senseless
 from diffmas.cli import app
@@ -271,15 +284,289 @@ def test_a_goal_asks_for_a_part_of_the_roofline():
     assert goal.fits(result(84)) and not goal.fits(result(None))
 
 
+def test_a_goal_asks_for_microseconds_a_peak_or_the_best_of_torch():
+    step = dict(device="cuda", dtype="bfloat16", N=16384)
+    goal = Goal("cross_attention", "latent step", "forward", device="cuda", dtype="bfloat16", micros=7.5)
+    result = lambda *rows: report.results([r | step for r in rows])[0]
+    assert goal.met(result(row(OURS, 7.4e-6))) and not goal.met(result(row(OURS, 7.6e-6)))
+    assert goal.measured(result(row(OURS, 7.4e-6))) == "7.4 µs" and not goal.fits(result(row(OURS, None)))
+    peak = dataclasses.replace(goal, micros=0, peak=1.05)
+    least = 2 * 16 * 128 + 4 * 16  # o and lse
+    held = 4 * 8 * 128 * 16384 + 2 * 16 * 128 + least  # with pools and q
+    over = lambda part: result(row(OURS, 1e-5, peak_bytes=int(least + part * held)))
+    assert peak.met(over(0.049)) and not peak.met(over(0.051)) and peak.measured(over(0.049)) == "1.05x"
+    best = dataclasses.replace(goal, micros=0, peer=SDPA, times=1.0)
+    slow, fast = row("sdpa", 0.003), row("sdpa, cudnn", 0.0009)
+    assert best.met(result(row(OURS, 0.001), slow)) and not best.met(result(row(OURS, 0.001), slow, fast))
+    assert best.measured(result(row(OURS, 0.001), slow, fast)) == "0.90x as fast" and not best.fits(result(row(OURS, 0.001)))
+
+
+MODULES = {path.stem: importlib.import_module(f"diffmas.benchmarks.{path.stem}") for path in run.modules()}
+
+
 def test_every_goal_has_its_case():
-    modules = [importlib.import_module(f"diffmas.benchmarks.{path.stem}") for path in run.modules()]
     for goal in GOALS:
-        cases = [c for m in modules for c in getattr(m, f"{'CPU' if goal.device == 'cpu' else 'GPU'}_CASES", m.CASES)]
+        cases_of = lambda m: getattr(m, "CPU_CASES" if goal.device == "cpu" else "GPU_CASES", m.CASES)  # noqa: B023
+        cases = [(m, c) for m in MODULES.values() for c in cases_of(m)]
+        peer = "sdpa" if goal.peer == SDPA else goal.peer
         rows = [
-            [row(who, 0.001, device=goal.device, roofline_percent=90, **c.columns()) for who in (OURS, goal.peer)]
-            for c in cases
+            [row(who, 0.001, device=goal.device, roofline_percent=90, **c.columns()) for who in (OURS, peer)]
+            for m, c in cases
+            if not peer or peer in m.PROVIDERS
         ]
         assert any(goal.fits(result) for group in rows for result in report.results(group)), goal
+
+
+GPU_ONLY = {"flex", "flashinfer", "compiled + static"}
+SMALL = [name for name, m in MODULES.items() if hasattr(m, "GPU_CASES") and name != "bench_latent_step"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_cases_for_a_gpu_run_right(name):
+    """Small and on the CPU: everybody's result is right, and a goal's peer takes part."""
+    module, seen = MODULES[name], set()
+    providers = {k: v for k, v in module.PROVIDERS.items() if k not in getattr(module, "SLOW", ())}
+    for case in module.GPU_CASES:
+        small = dict(N=96, n=32 if case.n < case.N else 96, batch=min(case.batch, 4), D=32, T=min(case.T, 32))
+        small |= dict(n=1) if case.n == 1 else dict(N=min(case.N, 96)) if name == "bench_inject" else {}
+        if (case.regime, case.phase) in seen or case.heads != "16/8":
+            continue
+        seen.add((case.regime, case.phase))
+        contest = Contest(module.problem(dataclasses.replace(case, **small)), providers)
+        assert OURS in contest.runs and not contest.notes, (case.key, contest.notes)
+        wanted = {g.peer for g in GOALS if (g.op, g.regime, g.phase, g.device) == (case.op, case.regime, case.phase, "cuda")}
+        assert wanted - GPU_ONLY - {"", SDPA} <= set(contest.runs) and (SDPA not in wanted or "sdpa" in contest.runs), case.key
+
+
+# ---- what a GPU has more ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(ours, "on_gpu", lambda: True)
+
+
+def contest_of(regime: str, phase: str, **providers) -> Contest:
+    case = next(c for c in bench_attention.GPU_CASES if (c.regime, c.phase, c.heads) == (regime, phase, "16/8"))
+    shape = dict(N=96, n=1 if case.n == 1 else 96 if case.n == case.N else 16, batch=min(case.batch, 3), D=16)
+    p = bench_attention.problem(dataclasses.replace(case, dtype="float32", heads="4/2", **shape))
+    return Contest(p, {OURS: bench_attention.diffmas} | providers)
+
+
+REGIMES = ["latent step", "prompt", "prompt on 63 segments", "short prompts"]
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("grouped", [True, False])
+def test_sdpa_on_a_backend(grouped, regime, phase, as_on_a_gpu, monkeypatch):
+    """On the CPU's flash attention: with groups and without, every form of mask."""
+    asked = []
+    can = lambda params: asked.append(params) or (grouped or not params.enable_gqa)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", can)
+    contest = contest_of(regime, phase, flash=bench_attention.on_backend("flash"))
+    assert "flash" in contest.runs, contest.notes
+    assert [p.enable_gqa for p in asked] == ([True] if grouped else [True, False])
+    assert (asked[0].attn_mask is None) == (regime != "short prompts")
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: False)
+    contest = contest_of(regime, phase, flash=bench_attention.on_backend("flash"))
+    assert contest.notes == {"flash": "torch's flash attention does not serve it"}
+
+
+def packed_attention(q, k, v, q_indptr, k_indptr, scale):
+    """What libraries for packed sequences compute, in plain torch; causal from the bottom right."""
+    outs = []
+    for b in range(len(q_indptr) - 1):
+        i, j = slice(*q_indptr[b : b + 2].tolist()), slice(*k_indptr[b : b + 2].tolist())
+        L, N = i.stop - i.start, j.stop - j.start
+        mask = torch.ones(L, N, dtype=torch.bool).tril(N - L)
+        parts = (t.transpose(0, 1)[None] for t in (q[i], k[j], v[j]))
+        o = torch.nn.functional.scaled_dot_product_attention(*parts, mask, scale=scale, enable_gqa=True)
+        outs.append(o[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("new", [True, False])
+def test_torch_varlen(new, regime, phase, as_on_a_gpu, monkeypatch):
+    def old_attn(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, scale=None):
+        assert is_causal and (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max())) and cu_q.dtype == torch.int32
+        return packed_attention(q, k, v, cu_q, cu_k, scale)
+
+    def new_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa and window_size == (-1, 0)
+        return old_attn(q, k, v, cu_q, cu_k, max_q, max_k, True, scale)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_attn if new else old_attn)
+    contest = contest_of(regime, phase, varlen=bench_attention.varlen)
+    assert "varlen" in contest.runs, contest.notes
+
+
+class Ragged:
+    """flashinfer.BatchPrefillWithRaggedKVCacheWrapper."""
+
+    def __init__(self, workspace, layout):
+        assert workspace.dtype == torch.uint8 and layout == "NHD"
+
+    def plan(self, qo_indptr, kv_indptr, qo_heads, kv_heads, head_dim, *, causal, sm_scale, q_data_type, kv_data_type):
+        assert causal and (qo_heads, kv_heads, head_dim) == (4, 2, 16) and q_data_type == kv_data_type == torch.float32
+        self.given = qo_indptr, kv_indptr, sm_scale
+
+    def run(self, q, k, v):
+        return packed_attention(q, k, v, *self.given)
+
+
+def single_prefill(q, k, v, *, causal, sm_scale):
+    assert causal
+    return packed_attention(q, k, v, torch.tensor([0, len(q)]), torch.tensor([0, len(k)]), sm_scale)
+
+
+FLASHINFER = types.SimpleNamespace(
+    BatchPrefillWithRaggedKVCacheWrapper=Ragged, single_prefill_with_kv_cache=single_prefill,
+    single_decode_with_kv_cache=lambda q, k, v, *, sm_scale, use_tensor_cores: single_prefill(
+        q[None], k, v, causal=True, sm_scale=sm_scale
+    )[0],
+)  # fmt: skip
+
+
+class BlockDiagonalMask:
+    @classmethod
+    def from_seqlens(cls, q_seqlen, kv_seqlen):
+        mask = cls()
+        mask.indptr = [torch.tensor([0, *n]).cumsum(0) for n in (q_seqlen, kv_seqlen)]
+        return mask
+
+    def make_causal_from_bottomright(self):
+        return self
+
+
+def memory_efficient_attention(q, k, v, attn_bias, scale):
+    q, k, v = (t[0].flatten(1, 2) for t in (q, k, v))
+    return packed_attention(q, k, v, *attn_bias.indptr, scale).unflatten(1, (2, -1))[None]
+
+
+XFORMERS = types.SimpleNamespace(
+    fmha=types.SimpleNamespace(attn_bias=types.SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask)),
+    memory_efficient_attention=memory_efficient_attention,
+)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_optional_libraries(regime, as_on_a_gpu, monkeypatch):
+    """In their place, what they are documented to compute."""
+    peers = {name: bench_attention.PROVIDERS[name] for name in ("flashinfer", "xformers")}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "flashinfer", None)
+        patch.setitem(sys.modules, "xformers.ops", None)
+        missing = {"flashinfer": "flashinfer is not installed", "xformers": "xformers.ops is not installed"}
+        assert contest_of(regime, "forward", **peers).notes == missing
+    monkeypatch.setitem(sys.modules, "flashinfer", FLASHINFER)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=XFORMERS))
+    monkeypatch.setitem(sys.modules, "xformers.ops", XFORMERS)
+    contest = contest_of(regime, "forward", **peers)
+    assert set(peers) <= set(contest.runs), contest.notes
+
+
+def test_twins_stand_beside_what_auto_takes(as_on_a_gpu, monkeypatch):
+    """Not where a backend is the one of "auto", and not where "cuda" leaves the work to another."""
+
+    class Forward(types.SimpleNamespace):
+        """A backend's ops: cross_attention by another backend's."""
+
+        def __init__(self, run):
+            super().__init__(cross_attention=run)
+
+    def backend(name, run, missing=None):
+        monkeypatch.setitem(ops.BACKENDS, name, ops.Backend(name, Forward(run), ("cpu",), ops.FLOATS, missing))
+        ops._choose.cache_clear()
+
+    twins = {name: bench_attention.PROVIDERS[name] for name in ("diffmas, triton", "diffmas, cuda")}
+    library = torch.library.Library("diffmas_cuda", "FRAGMENT")
+    if not hasattr(torch.ops.diffmas_cuda, "cross_attention"):
+        library.define("cross_attention" + ops.SCHEMAS["cross_attention"].replace(", str backend='auto'", ""))
+    library.impl("cross_attention", torch.ops.diffmas_cpu.cross_attention.default, "CPU")
+    try:
+        backend("triton", torch.ops.diffmas_cpu.cross_attention)
+        backend("cuda", torch.ops.diffmas_cuda.cross_attention)
+        contest = contest_of("latent step", "forward", **twins)
+        assert set(contest.runs) == {OURS, "diffmas, cuda"} and not contest.notes  # "auto" takes triton
+        backend("cuda", torch.ops.diffmas_cpu.cross_attention)
+        backend("triton", reference.cross_attention)
+        assert set(contest_of("latent step", "forward", **twins).runs) == {OURS}
+        backend("triton", reference.cross_attention, "not here")
+        assert contest_of("latent step", "forward", **twins).notes == {"diffmas, triton": "triton: not here"}
+    finally:
+        library._destroy()
+        ops._choose.cache_clear()
+
+
+def test_few_tokens_are_timed_in_a_graph(monkeypatch):
+    """Whoever cannot be captured is timed with its launches, and says so; a first call may have been a compiler's."""
+
+    class Graph:
+        CALLS = 20
+
+        def __init__(self, call, device):
+            if call is broken.call:
+                raise RuntimeError("it waits\nfor the device")
+
+        def sample(self):
+            return 1e-6
+
+    broken = Run(lambda: torch.ones(1), lambda y: {"y": 2 * torch.linspace(-1, 1, 64)})
+    monkeypatch.setattr(measure, "Graph", Graph)
+    monkeypatch.setattr(measure, "sample", lambda call, repeats, device: 1e-5)
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, device: (call(), 0))
+    p = doubling()
+    p.inputs, p.reference = torch.linspace(-1, 1, 64), lambda dtype: {"y": 2 * torch.linspace(-1, 1, 64).to(dtype)}
+    for n, captured in ((64, True), (65, False)):
+        p.case = dataclasses.replace(p.case, n=n)
+        contest = Contest(p, {OURS: way(lambda x: 2 * x), "broken": lambda p: broken}, "cuda")
+        contest._once[OURS] = 100.0
+        contest.warm_up()
+        assert contest._repeats == {OURS: 20 if captured else 10, "broken": 10}
+        samples = {name: [contest.sample(name, 0)] for name in contest.runs}
+        assert samples == {OURS: [1e-6 if captured else 1e-5], "broken": [1e-5]}
+        whys = [r["why"] for r in contest.rows(samples, MACHINE)]
+        assert whys == [None, "timed with its launches, as it is not captured: it waits" if captured else None]
+    assert not dataclasses.replace(p, case=dataclasses.replace(p.case, n=1, model="8B")).graph
+
+
+def test_a_graph_takes_the_emptying_of_the_cache_off(monkeypatch):
+    """A device whose time is what is launched: 70 for emptying the cache, 3 for a call."""
+    device = types.SimpleNamespace(now=0.0, launched=None)
+
+    class CUDAGraph:
+        def replay(self):
+            device.now += self.time
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = device.now
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    @contextlib.contextmanager
+    def capture(graph, stream, capture_error_mode):
+        graph.time = device.now
+        yield
+        graph.time = device.now - graph.time
+
+    def launch(time):
+        device.now += time
+
+    flush = types.SimpleNamespace(zero_=lambda: launch(70))
+    monkeypatch.setattr(machine.torch, "empty", lambda *_, **__: flush)
+    for name, value in dict(CUDAGraph=CUDAGraph, Event=Event, graph=capture, synchronize=lambda: None).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    assert machine.Graph(lambda: launch(3), "cuda").sample() == pytest.approx(3e-3)
 
 
 def test_another_way_of_ours_is_no_peer():

@@ -3,7 +3,7 @@ devices. Needs one."""
 
 import pytest
 import torch
-from op_cases import VIEWS, View, attention_inputs, inject_inputs
+from op_cases import VIEWS, View, attention_inputs, inject_inputs, random_attention
 from op_runs import attention_all, exact_in_half, inject_all, raw, within_budget
 from test_cuda_attention import MANY, SHAPES, SHIFTED, WARPGROUPS
 from test_cuda_attention import ODD as ODD_HEADS
@@ -127,6 +127,13 @@ def agrees(x, dtype):
 def test_attention(name, dtype, always):
     x = attention_inputs(VIEWS[name]) if name in VIEWS else attention_inputs(SHIFTED, **(SHAPES | ODD_HEADS)[name], rows=500)
     agrees(x, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(60))
+def test_attention_of_random_views(seed, dtype):
+    """Some of them few queries, some many."""
+    agrees(random_attention(seed, 3000), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import on_host
 import pytest
 import torch
-from op_cases import VIEWS, View, as_it_lies, attention_inputs, head_major
+from op_cases import VIEWS, View, as_it_lies, attention_inputs, head_major, random_attention
 from op_runs import attention_all, exact_in_half, raw, within_budget
 
 from diffmas import ops, reference
@@ -111,6 +111,13 @@ def test_shapes(name, dtype, kernels):
     """Views that are cut into parts, segments that are read elsewhere."""
     kernels.processors, kernels.vectors = 8, name in SHAPES
     agree(attention_inputs(SHIFTED, **(SHAPES | ODD)[name], rows=500), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_views(seed, dtype, kernels):
+    kernels.processors, kernels.seed = 1 + 4 * (seed % 2), seed
+    agree(random_attention(seed, 300), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -257,6 +264,45 @@ def test_many_sequences_and_segments(kernels):
     segments = [[(3 * b, 3, 0), (400 + b, 1, 0)] for b in range(131)]
     segments[7] = [(2 * i, 1, i % 3) for i in range(140)]
     agree(attention_inputs(View(lengths, segments), (1, 1), 16, rows=540), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
+def test_a_nan_stays_in_its_sequence(name, dtype, kernels):
+    """And reaches all that it must there. Both sequences have rows in one tile of the pool; one part of a view has the NaN."""
+    kernels.processors = 8
+    view = View([20, 2], [[(0, 300, 0), (620, 20, 0)], [(300, 320, 4), (640, 2, 0)]], causal=False)
+    inputs, do = attention_inputs(view, rows=650), exact_in_half(22, 4, 64)
+    want = attention_all(inputs.to(dtype), "cuda", do)
+    {"do": do, **vars(inputs)}[name][9, 0, 5] = torch.nan  # a token, or a row, of the first sequence
+    got, like = (attention_all(inputs.to(dtype), backend, do) for backend in ("cuda", "reference"))
+    rows = torch.cat((torch.arange(300, 620), torch.arange(640, 650)))
+    for i, (x, clean, wanted) in enumerate(zip(got, want, like)):
+        other = slice(20, 22) if i < 3 else rows
+        assert torch.equal(x[other], clean[other]) and x[wanted.isnan()].isnan().all()
+    assert like[2].isnan().any() and like[3].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
+def test_a_nan_stays_in_its_sequence_by_warpgroups(name, kernels):
+    """A token, or a row, of the first of two sequences whose rows lie in one block."""
+    kernels.warpgroups = True
+    view = View([90, 50], [[(0, 40, 0), (100, 90, 0)], [(40, 60, 0), (190, 50, 0)]], causal=False)
+    inputs, do = attention_inputs(view, (2, 1), rows=256).to(torch.bfloat16), torch.randn(140, 2, 64).bfloat16()
+    rows = torch.cat((torch.arange(40, 100), torch.arange(190, 240)))
+
+    def pools(backend):
+        o, lse = raw.cross_attention(*inputs.args(), "reference")
+        out = [head_major(256, 1, 64, torch.float32, fill=0.5) for _ in "kv"]
+        raw.cross_attention_backward(do, None, inputs.q, o, lse, *inputs.args()[1:], *out, None, False, backend)
+        return out
+
+    clean = pools("cuda")
+    {"do": do, **vars(inputs)}[name][20, 0, 5] = torch.nan
+    wanted = pools("reference")
+    for x, before, like in zip(pools("cuda"), clean, wanted):
+        assert torch.equal(x[rows], before[rows]) and x[like.isnan()].isnan().all()
+    assert wanted[0].isnan().any()
 
 
 class Recorder:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from models import assert_close, tiny, tokens
+from op_cases import View, attention_inputs, inject_inputs
+from op_runs import raw
 from systems import QUESTIONS, system
 
 import diffmas
@@ -10,6 +12,7 @@ from diffmas import Agent, latent, ops
 from diffmas.patch import body_of, patch_of, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+BACKENDS = [pytest.param(b, marks=pytest.mark.skipif(bool(why), reason=str(why))) for b, why in ops.available().items()][:2]
 
 
 def compiled() -> int:
@@ -30,9 +33,11 @@ def test_auto_takes_triton():
     assert ops.implementation("cross_attention", q, "auto").__module__.startswith("diffmas.kernels")
 
 
-def test_steps_do_not_wait_for_the_device():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_do_not_wait_for_the_device(backend):
     """A latent step, a decoded token and a step with gradients; everything is on the device or goes there unasked."""
     model = gpu_model()
+    patch_of(model).backend = backend
     body = body_of(patch_of(model).causal_lm)
     trace = diffmas.Trace(model, batch_size=2, capacity=256)
     ids = [x.cuda() for x in tokens(5, 3)]
@@ -53,6 +58,86 @@ def test_steps_do_not_wait_for_the_device():
         steps()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+ROWS = 2100
+
+
+def ops_of_a_step(backend: str, seed: int):
+    """A call of inject and attention, forward and backward, over views of several parts; -> all that they give and write."""
+    view = View([3, 1], [[(0, 1500, 0), (2000, 3, 0)], [(0, 900, 7 + seed), (2010, 1, 0)]])
+    x = attention_inputs(view, D=128, seed=seed, rows=ROWS).to(torch.bfloat16, "cuda")
+    y = inject_inputs(n=4, D=128, seed=seed, rows=ROWS).to(torch.bfloat16, "cuda")
+    args, do = x.args(), torch.randn_like(x.q)
+    pools, grads, more = (torch.zeros(2, ROWS, 2, 128, dtype=t, device="cuda") for t in (x.q.dtype, *2 * [torch.float32]))
+
+    def call() -> list[torch.Tensor]:
+        for t in (pools, grads):
+            t.zero_()
+        more.fill_(1)
+        rotated = raw.inject(y.q, y.k, y.v, *y.rope(), *pools, backend)
+        o, lse = raw.cross_attention(*args, backend)
+        dq = raw.cross_attention_backward(do, None, args[0], o, lse, *args[1:], *grads, None, True, backend)
+        given = raw.inject_backward(rotated, y.q, y.k, *y.rope(), *more, backend)
+        return [rotated, o, lse, dq, *given, pools, grads, more]
+
+    return call
+
+
+def copies(tensors) -> list[torch.Tensor]:
+    return [t.clone() for t in tensors]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_streams(backend):
+    """At once, the same bits as alone."""
+    calls = [ops_of_a_step(backend, seed) for seed in range(2)]
+    want = [copies(call()) for call in calls]
+    torch.cuda.synchronize()
+    streams, got = [torch.cuda.Stream() for _ in calls], [[], []]
+    for _ in range(30):
+        for stream, call, results in zip(streams, calls, got):
+            with torch.cuda.stream(stream):
+                results.append(copies(call()))
+    torch.cuda.synchronize()
+    for wanted, results in zip(want, got):
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, wanted))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ops_in_a_graph(backend):
+    """Also segments at a shift, whose tables are then part of the graph."""
+    call = ops_of_a_step(backend, 0)
+    want = copies(call())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        for t in captured:
+            t.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, want))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_launches_of_one_token(backend):
+    """inject is one kernel; attention one, and one more: parts of a view are merged, or their counters are set to zero."""
+    x = attention_inputs(View([1], [[(0, 2000, 0)]]), D=128, rows=ROWS).to(torch.bfloat16, "cuda")
+    y = inject_inputs(n=1, D=128, rows=ROWS).to(torch.bfloat16, "cuda")
+    pools = torch.zeros(2, ROWS, 2, 128, dtype=torch.bfloat16, device="cuda")
+    args, rope = x.args(), y.rope()
+    calls = lambda: raw.inject(y.q, y.k, y.v, *rope, *pools, backend), lambda: raw.cross_attention(*args, backend)
+    for call, most in zip(calls, (1, 2)):
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
+        if not events:
+            pytest.skip("torch's profiler sees no kernels here")
+        assert len(events) <= most, [e.name() for e in events]
 
 
 def test_new_lengths_compile_nothing():

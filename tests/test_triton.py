@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import assert_close, gradients
-from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
+from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs, random_attention
 from op_runs import attention_all, exact_in_half, inject_all, merge_all, raw, reposition_all, within_budget
 from systems import ANSWERS, QUESTIONS, system
 
@@ -244,6 +244,12 @@ def test_attention_backward_of_the_newest_tokens(name):
     newest = torch.arange(1, len(view.queries) + 1)
     agree(attending(attention_inputs(view, rows=POOL), newest), torch.float32, 64 * 2**0.5)
     agree(attending(attention_inputs(view, rows=POOL), newest, want_dq=False), torch.float32, 64 * 2**0.5)
+
+
+@pytest.mark.parametrize("seed", range(60 if DEVICE == "cuda" else 4))
+def test_attention_of_random_views(seed, dtype):
+    inputs = random_attention(seed, 3000 if DEVICE == "cuda" else 300)
+    agree(attending(inputs), dtype, inputs.q.shape[2] * 2**0.5, products=dtype)
 
 
 def test_shifted_views_in_inference_mode_and_after_a_change():

@@ -644,11 +644,11 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) 
   for (int h = 0; h < 2; ++h) sum[h] = group_sum(sum[h], 4);
   merge_all<T, D, true>(launch, work, shared, o, top, sum, [&](int i, int slot, float (&x)[4], float top, float sum) {
     const QueryRow row = work.row(launch, i);
-    const float share = sum > 0 ? 1 / sum : 0;
+    const float share = sum == 0 ? 0 : 1 / sum;  // NaN is no empty row
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] *= share;
     store_slots<T, kVectors>(row_of<T, kVectors>(launch.a.o, row.token, row.head), slot, x, launch);
-    if (slot == 0) launch.a.lse[row.token * launch.a.q_heads + row.head] = sum > 0 ? (top + log2f(sum)) * kLn2 : -INFINITY;
+    if (slot == 0) launch.a.lse[row.token * launch.a.q_heads + row.head] = sum == 0 ? -INFINITY : (top + log2f(sum)) * kLn2;
   });
 }
 
@@ -755,7 +755,10 @@ __global__ void __launch_bounds__(32 * kRunsWarps) attention_bwd_kernel_runs(con
     const int64_t token = i / launch.a.q_heads;
     const int head = int(i % launch.a.q_heads);
     const RowNumbers row = numbers_of<T, kVectors>(launch, token, head, 0);
-    if (lane_id() == 0) launch.bases_of(head / launch.group)[token * launch.group + head % launch.group] = make_float2(row.base, row.delta);
+    // A base of NaN stands for the whole row, which is taken out of the products (clear_not_finite).
+    const bool finite = fabsf(row.base) < INFINITY && fabsf(row.delta) < INFINITY;
+    const float2 two = finite ? make_float2(row.base, row.delta) : make_float2(NAN, 0);
+    if (lane_id() == 0) launch.bases_of(head / launch.group)[token * launch.group + head % launch.group] = two;
   } else if (i - rows < view.batch) {
     const int b = int(i - rows), s_first = int(view.seg_indptr[b]), s_last = int(view.seg_indptr[b + 1]);
     const int length = view_length(view, s_first, s_last);
@@ -907,6 +910,23 @@ __device__ __forceinline__ void put_queries(char* shared, const AttentionLaunch&
   }
 }
 
+// Zeros for rows of q and do whose base is NaN. That base reaches the keys which see such a row; 0 times NaN would reach all keys of
+// the warp's tile, other sequences' too.
+template <class T, int D>
+__device__ __forceinline__ void clear_not_finite(char* q, const float* numbers) {
+  using F = PoolForm<T, D>;
+  using Keys = Tile<T, D>;
+  const float base = numbers[2 * (lane_id() % F::kQueries)];
+  const unsigned wrong = __ballot_sync(~0u, base != base);
+  if (!wrong) return;  // the same rows in all warps
+  for (int i = int(threadIdx.x); i < F::kQueries * Keys::kChunks; i += int(blockDim.x)) {
+    const int row = i / Keys::kChunks;
+    if (wrong >> row & 1)
+      for (char* tile : {q, q + F::kOne}) store<4>(reinterpret_cast<float*>(Keys{tile + row / 16 * Keys::kBytes}.at(row % 16, i % Keys::kChunks)), zeros<float, 4>());
+  }
+  __syncthreads();
+}
+
 // Blocks own tiles of pool rows of a K/V head, every gridDim.x-th, and look which of them learn from anybody: 128 at a time. In a
 // latent step it is one or two in the whole pool. Products are transposed here: keys are the rows.
 template <class T, int D, bool kVectors>
@@ -981,6 +1001,7 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
             if (row + F::kQueries < rows) QueryCopies<T, D>::issue(shared, stage, launch, q_first, row + F::kQueries, rows);
           }
           if (!here) k.hold(), v.hold(), here = true;
+          clear_not_finite<T, D>(q.data, numbers);
 
 #pragma unroll 1
           for (int sixteen = 0; sixteen < F::kQueries; sixteen += 16) {

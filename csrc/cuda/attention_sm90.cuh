@@ -1,7 +1,7 @@
 // dK and dV of many queries on Hopper: the work of attention_bwd_kernel_dkv on wgmma, with operands that the copy engine brings.
 //
 // A block owns 128 pool rows of a K/V head, 64 a warpgroup: K, V and a ring of tiles of query rows, q and do, are in shared memory, the sums
-// of dK and dV in registers. A third warpgroup, one warp of it, keeps the ring full; barriers in shared memory count what has arrived and
+// of dK and dV in registers. 64 query rows at a time are multiplied. A third warpgroup, one warp of it, keeps the ring full; barriers in shared memory count what has arrived and
 // who is done with it. Products are transposed, keys are the rows, so p and ds leave the accumulators as the left side of the next product.
 //
 // What it takes at D = 128, for 64 keys and 64 query rows, of a multiprocessor that does 4096 MAC a cycle:
@@ -23,10 +23,10 @@ struct Sm90Form {
   static constexpr int kGroups = 2, kKeys = 64 * kGroups, kQueries = 8192 / D, kStages = 3, kPanels = D / kPanelElements;
   static constexpr int kThreads = 128 * (kGroups + 1), kReaders = 4 * kGroups;  // warps that are done with a stage
 
-  // Shared memory: K, V, the ring of q and do, base and delta of its rows, barriers.
+  // Shared memory: K, V, the ring of q and do, base and delta of its rows, how many of them are its own (0: all), barriers.
   static constexpr int kKeyPanel = kKeys * kPanelRow, kQueryPanel = kQueries * kPanelRow, kOne = kPanels * kQueryPanel;
   static constexpr int kValues = kPanels * kKeyPanel, kRing = 2 * kValues, kNumbers = kRing + kStages * 2 * kOne;
-  static constexpr int kBarriers = kNumbers + kStages * kQueries * int(sizeof(float2));
+  static constexpr int kUnclean = kNumbers + kStages * kQueries * int(sizeof(float2)), kBarriers = kUnclean + (kStages + 1) / 2 * 8;
   static constexpr int kBytes = kBarriers + (2 * kStages + 1) * int(sizeof(Barrier));
   static_assert(kBytes <= 232448);  // of a block on sm_90
 };
@@ -71,6 +71,13 @@ __device__ __forceinline__ void for_each_query_tile(const Sm90Launch& launch, in
   }
 }
 
+// Scores [64 x 64] as the left side of four products.
+template <class T>
+__device__ __forceinline__ void as_left_side(uint32_t (&to)[4][4], const float (&x)[8][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) to[i / 4][i % 4] = two_from_floats<T>(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+}
+
 template <class T, int D>
 __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_kernel_dkv_sm90(const __grid_constant__ Sm90Launch launch) {
   using F = Sm90Form<T, D>;
@@ -83,13 +90,17 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
   Barrier *const empty = full + F::kStages, *const keys_here = empty + F::kStages;
   const auto d_q = [&](int stage) { return shared + F::kRing + stage * 2 * F::kOne; };
   const auto bases = [&](int stage) { return reinterpret_cast<float*>(shared + F::kNumbers) + stage * 2 * F::kQueries; };
-  // Zeros in rows [first, F::kQueries) of q and do: what is not there must not be NaN.
-  const auto clear = [&](int stage, int first, int thread, int threads) {
+  int* const unclean = reinterpret_cast<int*>(shared + F::kUnclean);
+  // Zeros for the rows of q and do that are to be cleared: what is no query of this tile must not be NaN.
+  const auto clear = [&](int stage, int thread, int threads, auto is_to_be) {
 #pragma unroll 1
-    for (int panel = 0; panel < 2 * F::kPanels; ++panel)
+    for (int i = thread; i < F::kQueryPanel / 16; i += threads) {
+      if (!is_to_be(i / (kPanelRow / 16))) continue;
 #pragma unroll 1
-      for (int at = first * kPanelRow + 16 * thread; at < F::kQueryPanel; at += 16 * threads)
-        store<4>(reinterpret_cast<float*>(d_q(stage) + panel * F::kQueryPanel + at), zeros<float, 4>());
+      for (int panel = 0; panel < 2 * F::kPanels; ++panel)
+        store<4>(reinterpret_cast<float*>(d_q(stage) + panel * F::kQueryPanel + i * 16), zeros<float, 4>());
+    }
+    publish_to_async();
   };
 
   if (threadIdx.x == 0) {
@@ -97,8 +108,8 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
     init_barrier(keys_here, 1);
     barriers_ready();
   }
-  for (int stage = 0; stage < F::kStages; ++stage) clear(stage, launch.tokens * group, int(threadIdx.x), F::kThreads);
-  publish_to_async();
+  for (int stage = 0; stage < F::kStages; ++stage)  // rows that no box covers
+    clear(stage, int(threadIdx.x), F::kThreads, [&](int r) { return r >= launch.tokens * group; });
   __syncthreads();
 
   if (warpgroup == F::kGroups) {
@@ -124,13 +135,18 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
           copy_box(to + F::kOne, launch.d_o, panel * kPanelElements, head * group, tile.q_first + tile.first, full + stage);
         }
       }
+      // Behind the sequence lies the next one, and a base of NaN stands for a row that would reach the keys of others.
       const int rows = min(launch.tokens, tile.queries - tile.first) * group;
+      bool wrong = rows < launch.tokens * group;
       const float2* const from = l.bases_of(head) + int64_t(tile.q_first + tile.first) * group;
 #pragma unroll 1
       for (int r = lane; r < F::kQueries; r += 32) {
         const float2 two = r < rows ? from[r] : make_float2(0, 0);
         bases(stage)[r] = two.x, bases(stage)[F::kQueries + r] = two.y;
+        wrong = wrong || two.x != two.x;
       }
+      wrong = __any_sync(~0u, wrong);
+      if (lane == 0) unclean[stage] = wrong ? rows : 0;
       arrive(full + stage);
     });
     return;
@@ -138,7 +154,7 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
 
   take_registers<240>();
   const int lane = lane_id(), first_key = row + 64 * warpgroup;
-  const auto my_key = [&](int h) { return first_key + (hidden(int(threadIdx.x)) >> 5 & 3) * 16 + lane / 4 + 8 * h; };  // of two
+  const auto mine = [](int h) { const int thread = hidden(int(threadIdx.x)); return (thread >> 5) * 16 + thread % 32 / 4 + 8 * h; };  // keys, of two
   const float scale = a.scale * kLog2e;
   float dk[D / 8][4] = {}, dv[D / 8][4] = {};
   int learnt = 0;  // a bit for each of my keys
@@ -148,76 +164,73 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
     // Counted in query rows from the tile's first.
     const auto sees = [&](int key) { return (tile.sees(key, a.view.causal) - tile.first) * group; };
     const int from_key = max(first_key, run.row), end_key = min(first_key + 64, run.end);
-    for (int h = 0; h < 2; ++h) learnt |= int(my_key(h) >= run.row && my_key(h) < run.end) << h;
+    for (int h = 0; h < 2; ++h) learnt |= int(row + mine(h) >= run.row && row + mine(h) < run.end) << h;
     const int stage = i % F::kStages;
     if (i == 0) wait_for(keys_here, 0);
     wait_for(full + stage, i++ / F::kStages & 1);
     if (from_key < end_key && sees(from_key) < launch.tokens * group) {
-      const unsigned q = shared_address(d_q(stage)), d_o = q + F::kOne;
-      if (const int rows = (tile.queries - tile.first) * group; rows < launch.tokens * group) {  // behind the sequence lies the next one
-        clear(stage, rows, int(threadIdx.x) % 128, 128);
-        publish_to_async();
+      if (unclean[stage]) {
+        clear(stage, hidden(int(threadIdx.x)) % 128, 128, [&](int r) { return r >= unclean[stage] || bases(stage)[r] != bases(stage)[r]; });
         barrier_sync(1 + warpgroup, 128);
       }
-      const bool masked = end_key - from_key < 64 || sees(end_key - 1) > 0;
-
-      float p[F::kQueries / 8][4], ds[F::kQueries / 8][4];
-      begin_products(p, ds);
-      const auto scores = [&](auto& x, unsigned left, unsigned right) {
+#pragma unroll 1
+      for (int at = 0; at < F::kQueries; at += 64) {
+        if (sees(from_key) >= at + 64) continue;
+        const unsigned keys = unsigned(hidden(int(shared_address(shared)))) + unsigned(64 * warpgroup * kPanelRow);
+        const unsigned q = shared_address(d_q(stage)) + unsigned(at * kPanelRow), d_o = q + F::kOne;
+        float p[8][4], ds[8][4];
+        uint32_t p16[4][4], ds16[4][4];
+        begin_products(p, ds);
+        const auto scores = [&](float(&x)[8][4], unsigned left, unsigned right) {
 #pragma unroll
-        for (int unit = 0; unit < D / 16; ++unit) {
-          const unsigned in_panel = unit % 4 * 32;
-          add_product_async<T>(x, operand(left + unit / 4 * F::kKeyPanel + in_panel), operand(right + unit / 4 * F::kQueryPanel + in_panel), unit > 0);
+          for (int unit = 0; unit < D / 16; ++unit) {
+            const unsigned in_panel = unit % 4 * 32;
+            add_product_async<T>(x, operand(left + unit / 4 * F::kKeyPanel + in_panel), operand(right + unit / 4 * F::kQueryPanel + in_panel), unit > 0);
+          }
+          commit_products();
+        };
+        scores(p, keys, q);
+        scores(ds, keys + F::kValues, d_o);
+
+        const float* const base = bases(stage) + at + lane % 4 * 2;  // of two of eight rows; deltas behind them
+        wait_for_products<1>(p);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const Pack<float, 2> two = load<2>(base + 8 * j);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) p[j][e] = exp2_approximate(p[j][e] * scale - two[e % 2]);
         }
+        if (end_key - from_key < 64 || sees(end_key - 1) > at) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int key = row + mine(h), from = key >= from_key && key < end_key ? sees(key) - at : INT32_MAX;
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+#pragma unroll
+              for (int e = 0; e < 2; ++e)
+                if (8 * j + lane % 4 * 2 + e < from) p[j][2 * h + e] = 0;  // so ds is too: rows that hold NaN are not written in the end
+          }
+        }
+        as_left_side<T>(p16, p);
+        begin_products(dv, p16);
+#pragma unroll
+        for (int t = 0; t < 4; ++t) add_product_async<T>(dv, p16[t], operand(d_o + t * 2 * kPanelEight, F::kQueryPanel));
         commit_products();
-      };
-      const unsigned keys = unsigned(hidden(int(shared_address(shared)))) + unsigned(64 * warpgroup * kPanelRow);
-      scores(p, keys, q);
-      scores(ds, keys + F::kValues, d_o);
 
-      const float* const base = bases(stage) + lane % 4 * 2;  // of two of eight rows; deltas behind them
-      uint32_t p16[F::kQueries / 16][4], ds16[F::kQueries / 16][4];
-      // As the left side of a product.
-      const auto halves = [](uint32_t(&to)[F::kQueries / 16][4], const float(&x)[F::kQueries / 8][4]) {
+        wait_for_products<1>(ds);
 #pragma unroll
-        for (int j = 0; j < F::kQueries / 4; ++j) to[j / 4][j % 4] = two_from_floats<T>(x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
-      };
-      wait_for_products<1>(p);
+        for (int j = 0; j < 8; ++j) {
+          const Pack<float, 2> two = load<2>(base + F::kQueries + 8 * j);
 #pragma unroll
-      for (int j = 0; j < F::kQueries / 8; ++j) {
-        const Pack<float, 2> two = load<2>(base + 8 * j);
+          for (int e = 0; e < 4; ++e) ds[j][e] = p[j][e] * (ds[j][e] - two[e % 2]);
+        }
+        as_left_side<T>(ds16, ds);
+        begin_products(dk, ds16);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) p[j][e] = exp2_approximate(p[j][e] * scale - two[e % 2]);
+        for (int t = 0; t < 4; ++t) add_product_async<T>(dk, ds16[t], operand(q + t * 2 * kPanelEight, F::kQueryPanel));
+        commit_products();
+        wait_for_products<0>(dv, dk);
       }
-      if (masked) {
-        int from[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) from[h] = my_key(h) >= from_key && my_key(h) < end_key ? sees(my_key(h)) : INT32_MAX;
-#pragma unroll
-        for (int j = 0; j < F::kQueries / 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (8 * j + lane % 4 * 2 + e % 2 < from[e / 2]) p[j][e] = 0;  // so ds is too: rows that hold NaN are not written in the end
-      }
-      halves(p16, p);
-      begin_products(dv, p16);
-#pragma unroll
-      for (int t = 0; t < F::kQueries / 16; ++t) add_product_async<T>(dv, p16[t], operand(d_o + t * 2 * kPanelEight, F::kQueryPanel));
-      commit_products();
-
-      wait_for_products<1>(ds);
-#pragma unroll
-      for (int j = 0; j < F::kQueries / 8; ++j) {
-        const Pack<float, 2> two = load<2>(base + F::kQueries + 8 * j);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) ds[j][e] = p[j][e] * (ds[j][e] - two[e % 2]);
-      }
-      halves(ds16, ds);
-      begin_products(dk, ds16);
-#pragma unroll
-      for (int t = 0; t < F::kQueries / 16; ++t) add_product_async<T>(dk, ds16[t], operand(q + t * 2 * kPanelEight, F::kQueryPanel));
-      commit_products();
-      wait_for_products<0>(dv, dk);
     }
     __syncwarp();
     if (lane == 0) arrive(empty + stage);
@@ -227,7 +240,7 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (!(learnt >> h & 1)) continue;
-      float* const to = row_of<float>(rows, my_key(h), head);
+      float* const to = row_of<float>(rows, row + mine(h), head);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
         const int d = 8 * j + lane % 4 * 2;

@@ -68,6 +68,16 @@ inline bool is_sm90(int device) {
 #endif
 }
 
+// Of the driver and of the runtime that we are linked with.
+inline int versions(int* driver, int* runtime) {
+#ifdef __CUDACC__
+  if (const int error = cudaDriverGetVersion(driver)) return error;
+  return cudaRuntimeGetVersion(runtime);
+#else
+  return *driver = *runtime = 0;
+#endif
+}
+
 inline const char* error_text(int error) {
 #ifdef __CUDACC__
   return cudaGetErrorString(cudaError_t(error));

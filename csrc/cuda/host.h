@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, to check them where there is no GPU. Include device.h, not this.
 //
 //   - One fiber per CUDA thread, one block after the other. Blocks, and the threads of a block, run in a random order that
-//     host::options.seed decides. A thread runs until it waits; so a missing barrier shows as poison or as bits that depend on the
-//     seed. A kernel whose blocks wait for each other deadlocks here; counting blocks with an atomic is fine.
+//     host::options.seed decides, some warps ahead of others. A thread runs until it waits; so a missing barrier shows as poison or
+//     as bits that depend on the seed. A kernel whose blocks wait for each other deadlocks here; counting blocks with an atomic is fine.
 //   - Barriers, shuffles and votes check what the CUDA guide asks for: all threads of the block, or all lanes of the mask, arrive,
 //     at one line of the source. Otherwise the program says who waits where, and aborts. __syncwarp() orders; nothing else does.
 //   - Shared memory is DIFFMAS_SHARED(type, name, [size]...) and DIFFMAS_DYNAMIC_SHARED(name) (char*), on the heap in exactly its
@@ -393,10 +393,16 @@ inline void run_block(size_t dynamic_bytes, std::mt19937_64& random) {
     order.push_back(&t);
   }
   std::shuffle(order.begin(), order.end(), random);
+  std::vector<int> asleep((count + 31) / 32);  // warps fall behind others now and then
   for (size_t left = count; left;) {
     bool moved = false;
+    for (int& rounds : asleep) {
+      if (rounds) --rounds;
+      else if (random() % 64 == 0) rounds = int(random() % 64);
+      moved = moved || rounds;
+    }
     for (Thread* t : order) {
-      if (t->done || *t->counter == t->seen) continue;
+      if (asleep[size_t(t->warp)] || t->done || *t->counter == t->seen) continue;
       resume(*t);
       moved = true, left -= t->done;
     }

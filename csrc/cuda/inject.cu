@@ -80,6 +80,8 @@ using namespace diffmas::cuda;
 
 const char* diffmas_cuda_error(int error) { return error_text(error); }
 
+int diffmas_cuda_versions(int* driver, int* runtime) { return versions(driver, runtime); }
+
 int diffmas_cuda_inject_forward(const InjectArgs* args, int device, void* stream) {
   if (const int error = set_device(device)) return error;
   const InjectLaunch launch_args = launch_of(*args, vector_size(*args, false));

@@ -7,6 +7,8 @@ extern "C" {
 
 // What a cudaError_t means.
 const char* diffmas_cuda_error(int error);
+// As CUDA numbers them, 13000 for 13.0. driver: 0 where there is none; no context is made.
+int diffmas_cuda_versions(int* driver, int* runtime);
 
 int diffmas_cuda_inject_forward(const diffmas::cpu::InjectArgs* args, int device, void* stream);
 

@@ -1,0 +1,66 @@
+"""The extension with a CUDA build of torch, GPU or not (`make test-cuda-torch`): it is loaded, its CUDA ops are registered, and
+whoever asks for them is told what is missing."""
+
+import ctypes
+import os
+
+import pytest
+import torch
+from op_cases import VIEWS, attention_inputs
+
+import diffmas
+from diffmas import _extension, ops
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+pytestmark = pytest.mark.skipif(not _extension.cuda_targets, reason=str(_extension.cuda_error))
+OPS = ["inject", "inject_backward", "cross_attention", "cross_attention_backward"]
+
+
+@needs_cuda_torch
+def test_torchs_current_stream_is_found():
+    """Where csrc/binding.cpp looks for it: in a library that torch has loaded already."""
+    library = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    assert library.aoti_torch_get_current_cuda_stream
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_are_registered_for_cuda_alone(op):
+    has = lambda key: torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmas_cuda::{op}", key)
+    assert has("CUDA") and not has("CPU") and not has("CompositeExplicitAutograd")
+
+
+def test_tensors_on_the_cpu_are_refused():
+    with pytest.raises(NotImplementedError, match="diffmas_cuda::cross_attention.*CPU"):
+        torch.ops.diffmas_cuda.cross_attention(*attention_inputs(VIEWS["ragged"]).to(torch.float32).args())
+
+
+@no_gpu
+@needs_cuda_torch
+def test_without_a_gpu_everything_runs_on_the_cpu():
+    """And a backend that needs one says so before it is used."""
+    assert ops.available()["cuda"] == "there is no CUDA device" and ops.available()["cpu"] is None
+    args = attention_inputs(VIEWS["ragged"]).to(torch.float32).args()
+    with pytest.raises(ValueError, match="'cuda' is not usable here: there is no CUDA device"):
+        diffmas.ops.cross_attention(*args[:7], backend="cuda")
+    assert ops.implementation("cross_attention", args[0], "auto") is torch.ops.diffmas_cpu.cross_attention
+
+
+def test_versions_of_the_runtime_and_the_driver():
+    driver, runtime = torch.ops.diffmas_cuda.versions()
+    assert runtime // 1000 >= 12 and (driver >= 12000 if torch.cuda.is_available() else driver >= 0)
+
+
+@pytest.mark.parametrize("capability, versions, why", [
+    ((9, 0), (13000, 13000), None), ((9, 0), (13010, 13000), None), ((9, 0), (13000, 13010), None),
+    ((8, 9), (14000, 13000), None),
+    ((9, 0), (12080, 13000), "it was built with CUDA 13, which this machine's driver, of CUDA 12, does not run"),
+    ((7, 5), (13000, 13000), "it has no code for compute capability 7.5"),
+])  # fmt: skip
+def test_what_a_gpu_needs(capability, versions, why, monkeypatch):
+    """A driver runs any minor version of its CUDA and of older ones."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.ops.diffmas_cuda, "versions", lambda: versions)
+    assert ops.CudaBackend().why_missing == why

@@ -184,6 +184,7 @@ WARPGROUPS = {
     "gqa3_d128": (RAGGED, dict(heads=(3, 1), D=128)),
     "gqa8_d80": (replace(SMALLER, causal=False), dict(heads=(8, 1), D=80)),
     "d128": (RAGGED, dict(heads=(1, 1), D=128)),
+    "one_masked_score": (View([130], [[(190, 130, 0)]]), dict(heads=(1, 1), D=128)),  # in a tile of a warpgroup
     "last_of_a_tile": (View([80], [[(129, 80, 0)]]), dict(heads=(4, 1), D=128)),  # alone sees the first key of a warpgroup
 }
 

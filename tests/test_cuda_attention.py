@@ -185,7 +185,8 @@ WARPGROUPS = {
     "gqa8_d80": (replace(SMALLER, causal=False), dict(heads=(8, 1), D=80)),
     "d128": (RAGGED, dict(heads=(1, 1), D=128)),
     "one_masked_score": (View([130], [[(190, 130, 0)]]), dict(heads=(1, 1), D=128)),  # in a tile of a warpgroup
-    "last_of_a_tile": (View([80], [[(129, 80, 0)]]), dict(heads=(4, 1), D=128)),  # alone sees the first key of a warpgroup
+    "last_of_a_half": (View([130], [[(129, 130, 0)]]), dict(heads=(1, 1))),  # alone sees the first key of a warpgroup
+    "last_of_a_tile": (View([80], [[(129, 80, 0)]]), dict(heads=(4, 1), D=128)),
 }
 
 

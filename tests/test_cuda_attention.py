@@ -1,5 +1,6 @@
 """csrc/cuda/attention.cu on the CPU, under the sanitizers, against the float64 reference."""
 
+import types
 from dataclasses import replace
 
 import on_host
@@ -276,6 +277,19 @@ def test_who_runs_it(missing, monkeypatch):
     not_served = dict(tokens=1, pool=torch.float16), dict(tokens=1, D=250, half=20), dict(tokens=99, D=80, half=12)
     for case in (*not_served, dict(tokens=99, dtype=torch.float32), dict(tokens=99, D=37)):
         assert who(**case) == alone(other)
+
+
+@pytest.mark.parametrize("missing", [None, "not here"])
+def test_ops_that_cuda_has_not(missing, monkeypatch):
+    """merge_states and reposition are Triton's, or the reference's without it."""
+    others = types.SimpleNamespace(merge_states=lambda: "triton")
+    monkeypatch.setitem(ops.BACKENDS, "triton", ops.Backend("triton", others, ("cpu",), ops.FLOATS, missing))
+    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend("cuda", types.SimpleNamespace(), ("cpu",), ops.FLOATS, None))
+    ops._choose.cache_clear()
+    wanted = reference.merge_states if missing else others.merge_states
+    assert ops.implementation("merge_states", torch.empty(1, 1, 8), "cuda") is wanted
+    assert ops.implementation("reposition", torch.empty(1, 1, 8), "cuda") is reference.reposition
+    ops._choose.cache_clear()
 
 
 def test_head_sizes_of_the_extension():

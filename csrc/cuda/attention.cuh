@@ -896,19 +896,19 @@ __device__ __forceinline__ void put_queries(char* shared, const AttentionLaunch&
   }
 }
 
-// Zeros for rows of q and do whose base is NaN. That base reaches the keys which see such a row; 0 times NaN would reach all keys of
+// Zeros for rows of q and do whose base is NaN. That base reaches the keys which such a row sees; 0 times NaN would reach all keys of
 // the warp's tile, other sequences' too.
 template <class T, int D>
 __device__ __forceinline__ void clear_not_finite(char* q, const float* numbers) {
   using F = PoolForm<T, D>;
   using Keys = Tile<T, D>;
-  const float base = numbers[2 * (lane_id() % F::kQueries)];
+  const float base = numbers[2 * (hidden(lane_id()) % F::kQueries)];
   const unsigned wrong = __ballot_sync(~0u, base != base);
   if (!wrong) return;  // the same rows in all warps
-  for (int i = int(threadIdx.x); i < F::kQueries * Keys::kChunks; i += int(blockDim.x)) {
-    const int row = i / Keys::kChunks;
-    if (wrong >> row & 1)
-      for (char* tile : {q, q + F::kOne}) store<4>(reinterpret_cast<float*>(Keys{tile + row / 16 * Keys::kBytes}.at(row % 16, i % Keys::kChunks)), zeros<float, 4>());
+#pragma unroll 1
+  for (int i = hidden(int(threadIdx.x)); i < 2 * F::kQueries * Keys::kChunks; i += 32 * F::kWarps) {
+    const int row = i / Keys::kChunks % F::kQueries, tile = i / Keys::kChunks / 16;  // q's tiles, then those of do
+    if (wrong >> row & 1) store<4>(reinterpret_cast<float*>(Keys{q + tile * Keys::kBytes}.at(row % 16, i % Keys::kChunks)), zeros<float, 4>());
   }
   __syncthreads();
 }

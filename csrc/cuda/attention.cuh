@@ -906,9 +906,10 @@ __device__ __forceinline__ void clear_not_finite(char* q, const float* numbers) 
   const unsigned wrong = __ballot_sync(~0u, base != base);
   if (!wrong) return;  // the same rows in all warps
 #pragma unroll 1
-  for (int i = hidden(int(threadIdx.x)); i < 2 * F::kQueries * Keys::kChunks; i += 32 * F::kWarps) {
-    const int row = i / Keys::kChunks % F::kQueries, tile = i / Keys::kChunks / 16;  // q's tiles, then those of do
-    if (wrong >> row & 1) store<4>(reinterpret_cast<float*>(Keys{q + tile * Keys::kBytes}.at(row % 16, i % Keys::kChunks)), zeros<float, 4>());
+  for (int i = hidden(int(threadIdx.x)); i < F::kQueries * Keys::kChunks; i += int(blockDim.x)) {
+    const int row = i / Keys::kChunks;
+    float* const chunk = reinterpret_cast<float*>(Keys{q + row / 16 * Keys::kBytes}.at(row % 16, i % Keys::kChunks));
+    if (wrong >> row & 1) store<4>(chunk, zeros<float, 4>()), store<4>(chunk + F::kOne / 4, zeros<float, 4>());
   }
   __syncthreads();
 }
@@ -982,12 +983,12 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
           __syncthreads();  // K, V and the rows are here, and all have done with those whose place the next ones take
           const Keys q{shared + F::kRing + stage * 2 * F::kOne}, d_o{q.data + F::kOne};
           const float* const numbers = reinterpret_cast<const float*>(shared + F::kNumbers) + 2 * stage * F::kQueries;
+          clear_not_finite<T, D>(q.data, numbers);
           if constexpr (F::kAsync) {
             stage = 1 - stage;
             if (row + F::kQueries < rows) QueryCopies<T, D>::issue(shared, stage, launch, q_first, row + F::kQueries, rows);
           }
           if (!here) k.hold(), v.hold(), here = true;
-          clear_not_finite<T, D>(q.data, numbers);
 
 #pragma unroll 1
           for (int sixteen = 0; sixteen < F::kQueries; sixteen += 16) {

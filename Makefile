@@ -83,7 +83,8 @@ compat: $(INSTALLED)
 	  PYTHONPATH=.compat/$$v $(PY) $(PYTEST) $(COMPAT_TESTS) || exit 1; \
 	done
 
-# Builds and loads the library with a CUDA build of torch, 6 GB beside .venv, and runs what needs no GPU. Not in CI.
+# Builds and loads the library with a CUDA build of torch, 6 GB beside .venv, and runs what needs no GPU. Not in CI. For another
+# CUDA_TORCH, remove .compat/cuda-torch and build/cuda-torch first.
 CUDA_TORCH ?= torch
 CUDA_TORCH_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,cuda_torch ops op_inputs trace latent))
 test-cuda-torch: $(INSTALLED)

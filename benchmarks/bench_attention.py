@@ -400,11 +400,10 @@ def varlen(p: Problem) -> Run:
     except ImportError:
         raise Cannot("this torch has no varlen_attn") from None
     y: Packed = p.inputs.packed
-    known = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}  # -1, 0: causal
-    options |= {"enable_gqa": True} if "enable_gqa" in known else {}
+    options = dict(window_size=(-1, 0), is_causal=True, enable_gqa=True, scale=p.inputs.scale)  # a window that is causal
+    options = {name: x for name, x in options.items() if name in inspect.signature(varlen_attn).parameters}
     index = *y.indptr(), *map(max, y.lengths)
-    return torch_peer(lambda y, *qkv: varlen_attn(*qkv, *index, scale=y.x.scale, **options), layout="packed")(p)
+    return torch_peer(lambda y, *qkv: varlen_attn(*qkv, *index, **options), layout="packed")(p)
 
 
 def _repeat(t: Tensor, groups: int) -> Tensor:
@@ -515,6 +514,7 @@ def flex(p: Problem) -> Run:
         mask = create_block_mask(visible, len(x.queries), None, L, N, device=str(y.q.device))
         torch._dynamo.reset()  # or the limit of recompilations is reached, and the fallback runs in silence
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._functorch.config.donated_buffer = False  # the graph of the forward is kept
         attend = torch.compile(flex_attention, dynamic=False)
         grouped = y.q.shape[1] != y.k.shape[1]
         attend(y.q, y.k, y.v, block_mask=mask, scale=x.scale, enable_gqa=grouped)

@@ -119,6 +119,7 @@ def eager(store: str, compiled=False):
 
         if compiled:
             torch._dynamo.reset()
+            torch._functorch.config.donated_buffer = False  # the graph of the forward is kept
             forward = torch.compile(forward, dynamic=False)
 
         def outputs(result):

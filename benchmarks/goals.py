@@ -150,15 +150,14 @@ GOALS = [
     *(
         Goal(*case, roofline=percent, dtype="bfloat16", device="cuda", **shape)
         for *case, percent, shape in (
-            (ATTENTION, "prompt", "forward", 54, dict(n=16384)),
+            *((ATTENTION, "prompt", "forward", 54, dict(n=n)) for n in (4096, 16384)),
             (ATTENTION, "prompt on 63 segments", "forward", 54, {}),
-            (ATTENTION, "prompt", "backward", 66, dict(n=16384)),
+            *((ATTENTION, "prompt", "backward", 66, dict(n=n)) for n in (4096, 16384)),
             *((ATTENTION, STEP, "forward", 90, dict(N=N)) for N in (16384, 65536)),
             (ATTENTION, "readers of a prefix", "forward", 85, dict(N=32768)),
             # 1.5 times a step's forward at 90 %, where a step has 4.6 / 4 of the forward's bytes.
             ("latent_run", "latent run", "backward", 69, {}),
-            ("inject", "tokens", "forward", 88, dict(n=65536)),
-            ("inject", "tokens", "forward", 88, dict(n=8192)),
+            *(("inject", "tokens", "forward", 88, dict(n=n)) for n in (8192, 65536)),
             ("inject", "tokens", "backward", 80, dict(n=65536)),
         )
     ),

@@ -89,16 +89,16 @@ class Graph:
     CALLS = 20
 
     def __init__(self, call: Callable, device: str):
-        flush = torch.empty(LARGE, dtype=torch.int8, device=device)
-        self._graphs = [self._captured(work, flush) for work in (call, lambda: None)]
+        self._flush = torch.empty(LARGE, dtype=torch.int8, device=device)
+        self._graphs = [self._captured(work) for work in (call, lambda: None)]
 
-    def _captured(self, work: Callable, flush: torch.Tensor) -> torch.cuda.CUDAGraph:
+    def _captured(self, work: Callable) -> torch.cuda.CUDAGraph:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         torch.cuda.synchronize()
         # The outer stream is where torch's own context ends when a capture fails; autograd's threads launch as well.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for _ in range(self.CALLS):
-                flush.zero_()
+                self._flush.zero_()
                 work()
         return graph
 

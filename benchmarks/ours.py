@@ -40,7 +40,8 @@ def twins(op: str, make) -> dict[str, Provider]:
 
     def twin(backend: str) -> Provider:
         def run(name, lead, *args):
-            return ops.implementation(name, lead, backend)(*args)
+            has = ops.BACKENDS[backend].has(name, lead.dtype, lead.shape[-1])
+            return ops.implementation(name, lead, backend if has else "auto")(*args)
 
         def provider(p: Problem) -> Run:
             if not on_gpu():

@@ -94,11 +94,13 @@ class Repeat:
     def capture(self) -> bool:
         """From now on steps are replays of a CUDA graph; False, and nothing has changed, if the model cannot be captured."""
         self.plan.upload(self.h.device)  # not part of what is repeated
-        graph = torch.cuda.CUDAGraph()
+        graph, device = torch.cuda.CUDAGraph(), self.h.device
         try:
-            # The outer stream is where torch's own context ends when a capture fails; other threads may allocate meanwhile.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.step()
+            # The model's device, whichever is current: launches elsewhere would run at once, and the graph would be empty. The
+            # outer stream is where torch's own context ends when a capture fails; other threads may allocate meanwhile.
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+                    self.step()
         except torch.OutOfMemoryError:
             self.plan.forget()
             return False

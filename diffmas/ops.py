@@ -227,7 +227,7 @@ AUTO = os.environ.get("DIFFMAS_BACKEND") or "auto"
 
 def implementation(op: str, lead: Tensor, backend: str):
     """The function that runs `op` on `lead` [.., D], which decides device, dtype and head size. What a named backend does not
-    have, an op or a head size (of that dtype), runs on the reference."""
+    have, an op or a head size (of that dtype), runs on the reference; what "cuda" does not have on Triton if it can."""
     return getattr(_choose(op, lead.device, lead.dtype, lead.shape[-1], backend), op)
 
 
@@ -238,7 +238,8 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, ba
         return next(b for b in BACKENDS.values() if not b.interpreted and b.serves(op, device.type, dtype, head_dim)).ops
     chosen = BACKENDS[check_backend(name)]
     if not chosen.has(op, dtype, head_dim):
-        return reference
+        triton = BACKENDS["triton"]
+        return triton.ops if name == "cuda" and triton.serves(op, device.type, dtype, head_dim) else reference
     if not chosen.serves(op, device.type, dtype, head_dim):
         raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device.type} in {dtype}")
     return chosen.ops

@@ -14,6 +14,7 @@ stands before the run on the token adds those of the earlier rows in one matrix-
 written once instead of T times.
 """
 
+import contextlib
 import ctypes
 import mmap
 
@@ -170,12 +171,22 @@ class Attend(torch.autograd.Function):
         return dq, *(None,) * 9
 
 
+def _stream(x: Tensor):
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None
+
+
+def _on(stream):
+    """For a node that gives nothing but a token. Tokens lie on the CPU, so autograd would run it on the stream of whoever calls
+    backward(), and not on that of its forward, where its neighbours run."""
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
 class Flush(torch.autograd.Function):
     """Stands before a latent run: its backward adds dK and dV of the older rows for all steps of the run at once."""
 
     @staticmethod
     def forward(ctx, token, pool, lineage, run, older, scale, interleaved, backend):
-        ctx.pool, ctx.lineage, ctx.run, ctx.older = pool, lineage, run, older
+        ctx.pool, ctx.lineage, ctx.run, ctx.older, ctx.stream = pool, lineage, run, older, _stream(pool.k)
         ctx.rest, ctx.backend = (scale, False, interleaved), backend  # every step sees all of the older rows
         return token.new_empty(0)
 
@@ -184,12 +195,13 @@ class Flush(torch.autograd.Function):
     def backward(ctx, _):
         pool, kept = ctx.pool, ctx.pool.kept(ctx.lineage, ctx.run)
         if kept:
-            do, q, o, lse = (torch.stack(x, 1).flatten(0, 1) for x in zip(*kept))  # [B * steps, ...], by sequence
-            q_indptr = torch.arange(0, q.shape[0] + 1, len(kept), device=q.device)
-            call(
-                "cross_attention_backward", q, do, None, q, o, lse, pool.k, pool.v, q_indptr, *ctx.older, *ctx.rest,
-                *pool.grads(ctx.lineage), None, False, backend=ctx.backend,
-            )  # fmt: skip
+            with _on(ctx.stream):
+                do, q, o, lse = (torch.stack(x, 1).flatten(0, 1) for x in zip(*kept))  # [B * steps, ...], by sequence
+                q_indptr = torch.arange(0, q.shape[0] + 1, len(kept), device=q.device)
+                call(
+                    "cross_attention_backward", q, do, None, q, o, lse, pool.k, pool.v, q_indptr, *ctx.older, *ctx.rest,
+                    *pool.grads(ctx.lineage), None, False, backend=ctx.backend,
+                )  # fmt: skip
             kept.clear()
         return (None,) * 8
 
@@ -199,13 +211,15 @@ class Reposition(torch.autograd.Function):
     def forward(ctx, token, pool, lineage, src, dst, shift, inv_freq, interleaved, backend):
         call("reposition", pool.k, src, dst, shift, inv_freq, interleaved, pool.k, pool.v, backend=backend)
         ctx.pool, ctx.lineage, ctx.rest, ctx.backend = pool, lineage, (src, dst, shift, inv_freq, interleaved), backend
+        ctx.stream = _stream(pool.k)
         return token.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        grads = ctx.pool.grads(ctx.lineage)
-        call("reposition_backward", grads[0], *ctx.rest, *grads, backend=ctx.backend)
+        with _on(ctx.stream):
+            grads = ctx.pool.grads(ctx.lineage)
+            call("reposition_backward", grads[0], *ctx.rest, *grads, backend=ctx.backend)
         return (None,) * 9
 
 
@@ -214,15 +228,16 @@ class Inherit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, token, pool, rows, readers, writers):
-        ctx.pool, ctx.rest = pool, (rows, readers, writers)
+        ctx.pool, ctx.rest, ctx.stream = pool, (rows, readers, writers), _stream(pool.k)
         return token.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
         rows, readers, writers = ctx.rest
-        for taken, given in zip(ctx.pool.grads(readers), ctx.pool.grads(writers)):
-            given[rows] += taken[rows]
+        with _on(ctx.stream):
+            for taken, given in zip(ctx.pool.grads(readers), ctx.pool.grads(writers)):
+                given[rows] += taken[rows]
         return (None,) * 5
 
 

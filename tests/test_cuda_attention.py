@@ -1,5 +1,6 @@
 """csrc/cuda/attention.cu on the CPU, under the sanitizers, against the float64 reference."""
 
+import types
 from dataclasses import replace
 
 import on_host
@@ -184,9 +185,6 @@ WARPGROUPS = {
     "gqa3_d128": (RAGGED, dict(heads=(3, 1), D=128)),
     "gqa8_d80": (replace(SMALLER, causal=False), dict(heads=(8, 1), D=80)),
     "d128": (RAGGED, dict(heads=(1, 1), D=128)),
-    "one_masked_score": (View([130], [[(190, 130, 0)]]), dict(heads=(1, 1), D=128)),  # in a tile of a warpgroup
-    "last_of_a_half": (View([130], [[(129, 130, 0)]]), dict(heads=(1, 1))),  # alone sees the first key of a warpgroup
-    "last_of_a_tile": (View([80], [[(129, 80, 0)]]), dict(heads=(4, 1), D=128)),
 }
 
 
@@ -202,13 +200,28 @@ def test_pools_by_warpgroups(name, dtype, kernels):
     assert all(torch.equal(a, b) for a, b in zip(results, learn(inputs, dtype, "cuda")))
 
 
+@pytest.mark.parametrize("next_key", [0, 1])
+@pytest.mark.parametrize("start, tokens, heads, D", [(190, 130, 1, 128), (129, 130, 1, 64), (129, 80, 4, 128)])
+def test_the_last_key_of_a_query_by_warpgroups(start, tokens, heads, D, next_key, kernels):
+    """Every query looks for the last key that it sees, or the first that it does not. Where the rows begin within a block, one score
+    of a tile is masked; one query alone sees a warpgroup's first key."""
+    x = attention_inputs(View([tokens], [[(start, tokens, 0)]]), (heads, 1), D, rows=350)
+    x.q[: tokens - next_key] = 4 * x.k_pool[start + next_key : start + tokens]
+    kernels.warpgroups = True
+    wanted = (learn(x, dtype, "reference") for dtype in (torch.bfloat16, torch.float64))
+    for got, like, want in zip(learn(x, torch.bfloat16, "cuda"), *wanted):
+        within_budget(got, like, want, D, torch.bfloat16)
+
+
 def test_pools_by_warpgroups_where_rows_lie_apart(kernels):
-    """q and its gradient of a fused projection, in either order of tokens and heads."""
+    """q and its gradient of a fused projection, in either order of tokens and heads; so are the pools."""
     for order in ((0, 1), (1, 0)):
         x = attention_inputs(SMALLER, (4, 1), 128, rows=605)
         place = torch.empty(*(x.q.shape[i] for i in order), 256, dtype=torch.float64)[..., 64:192]
         x.q = (place if order == (0, 1) else place.transpose(0, 1)).copy_(x.q)
-        x.to = lambda dtype, x=x: replace(x, q=as_it_lies(x.q, dtype), k_pool=x.k_pool.to(dtype), v_pool=x.v_pool.to(dtype))
+        packed = (lambda t: t) if order == (0, 1) else torch.Tensor.contiguous
+        pools = lambda dtype, x=x, packed=packed: {n: packed(getattr(x, n).to(dtype)) for n in ("k_pool", "v_pool")}
+        x.to = lambda dtype, x=x, pools=pools: replace(x, q=as_it_lies(x.q, dtype), **pools(dtype))
         kernels.warpgroups = True
         wanted = (learn(x, dtype, "reference") for dtype in (torch.bfloat16, torch.float64))
         for got, like, want in zip(learn(x, torch.bfloat16, "cuda"), *wanted):
@@ -352,6 +365,19 @@ def test_who_runs_it(missing, monkeypatch):
     not_served = dict(tokens=1, pool=torch.float16), dict(tokens=1, D=250, half=20), dict(tokens=99, D=80, half=12)
     for case in (*not_served, dict(tokens=99, dtype=torch.float32), dict(tokens=99, D=37)):
         assert who(**case) == alone(other)
+
+
+@pytest.mark.parametrize("missing", [None, "not here"])
+def test_ops_that_cuda_has_not(missing, monkeypatch):
+    """merge_states and reposition are Triton's, or the reference's without it."""
+    others = types.SimpleNamespace(merge_states=lambda: "triton")
+    monkeypatch.setitem(ops.BACKENDS, "triton", ops.Backend("triton", others, ("cpu",), ops.FLOATS, missing))
+    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend("cuda", types.SimpleNamespace(), ("cpu",), ops.FLOATS, None))
+    ops._choose.cache_clear()
+    wanted = reference.merge_states if missing else others.merge_states
+    assert ops.implementation("merge_states", torch.empty(1, 1, 8), "cuda") is wanted
+    assert ops.implementation("reposition", torch.empty(1, 1, 8), "cuda") is reference.reposition
+    ops._choose.cache_clear()
 
 
 def test_head_sizes_of_the_extension():

@@ -96,10 +96,12 @@ def test_wrong_products_are_stopped(mistake, message):
         products(mistake)
 
 
-@pytest.mark.parametrize("mistake, which", [(12, 0), (13, 1), (16, 0)])
+@pytest.mark.parametrize("mistake, which", [(12, 0), (13, 1), (16, 0), (17, 0)])
 def test_products_too_early_are_nan(mistake, which):
-    """Boxes that are not here yet, a left side that is overwritten before it was read, sums that are looked at too early."""
-    assert products(mistake)[0][which].isnan().any()
+    """Boxes that are not here yet, sides that are overwritten before they were read, sums that are looked at too early; what a
+    product has read by then is a matter of chance."""
+    assert any(products(mistake, seed)[0][which].isnan().any() for seed in range(3))
+    assert mistake != 13 or not all(products(mistake, seed)[0][which].isnan().any() for seed in range(6))
 
 
 def test_inputs_must_not_be_written():

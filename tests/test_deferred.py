@@ -1,12 +1,14 @@
 """The gradient of a latent run to the rows before it: added once for the whole run, equal to plain autograd."""
 
+import contextlib
+
 import pytest
 import torch
 from models import assert_close, body, episode, gradients, latent_steps, loss_of, prefill, read, tiny, tokens, unroll
 from transformers import DynamicCache
 
 import diffmas
-from diffmas import reference
+from diffmas import pool, reference
 
 
 @pytest.fixture
@@ -47,6 +49,18 @@ def test_older_rows_are_added_once_for_all_steps(calls):
     assert [c[1][0] for c in calls if c[0] == 2 and c[1]] == [5] * 2 + [4] * 3 + [3] * 3 + [2] * 3 + [1] * 3
     assert sorted(c for c in calls if not c[2]) == [(8, None, False)] + [(10, None, False)] * 2
     assert_close(got, unrolled(model, *([a, 5, b] for a, b in zip(first, second))))
+
+
+def test_a_flush_runs_where_its_forward_did(monkeypatch):
+    """On a GPU: on that stream; tokens, all that it gives, do not tell autograd."""
+    streams, entered = iter("abc"), []
+    monkeypatch.setattr(pool, "_stream", lambda x: next(streams))
+    monkeypatch.setattr(pool, "_on", lambda stream: entered.append(stream) or contextlib.nullcontext())
+    model = tiny("qwen3")  # 3 layers
+    a, b = tokens(4, 2)
+    trace, _ = latent_run(model, a, 3)
+    loss_of(read(model, trace, b)[0]).backward()
+    assert sorted(entered) == ["a", "b", "c"]
 
 
 def test_a_long_run_is_flushed_in_parts(calls, monkeypatch):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import assert_close, tiny, tokens
+from models import assert_close, gradients, tiny, tokens
 from op_cases import View, attention_inputs, inject_inputs
 from op_runs import raw
-from systems import QUESTIONS, system
+from systems import ANSWERS, QUESTIONS, system
 
 import diffmas
 from diffmas import Agent, latent, ops
@@ -120,6 +120,22 @@ def test_ops_in_a_graph(backend):
         assert all(torch.equal(a, b) for a, b in zip(captured, want))
 
 
+def test_a_backward_that_another_stream_calls():
+    """Of latent steps, whose flush gives only tokens on the CPU: it belongs on its forward's stream, too."""
+    s = system(agents=[Agent("a", "w5 {question}", 5), Agent("b", "w9 {question}")], dtype=torch.float32).cuda()
+    stream, results = torch.cuda.Stream(), []
+    for own in (None, *10 * [stream]):
+        s.zero_grad()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(own):
+            loss = s(QUESTIONS, ANSWERS).loss
+        loss.backward()
+        torch.cuda.synchronize()
+        results.append(gradients(s))
+    for got in results[1:]:
+        assert_close(got, results[0], 1e-4)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_launches_of_one_token(backend):
     """inject is one kernel; attention one, and one more: parts of a view are merged, or their counters are set to zero."""
@@ -188,6 +204,11 @@ def test_a_model_that_waits_for_the_device_is_not_captured():
 def test_a_second_gpu():
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
+    s = system(agents=[Agent("a", "w5 {question}", 12), Agent("b", "w9 {question}")], dtype=torch.float32).to("cuda:1")
+    with torch.no_grad():
+        got = s(QUESTIONS[:1]).logits  # latent steps as a graph
+        patch_of(s.model).body._diffmas_uncapturable = True
+        assert_close(got, s(QUESTIONS[:1]).logits, 1e-5)
     model = gpu_model().to("cuda:1")
     trace = diffmas.Trace(model)
     ids = tokens(5)[0][None].to("cuda:1")

@@ -1,5 +1,8 @@
 """Latent steps that repeat on the device, and views that several sequences share: the same results as the plain way."""
 
+import contextlib
+import types
+
 import pytest
 import torch
 from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
@@ -65,6 +68,27 @@ def _one_by_one(body, realign, trace, h, T):
     for _ in range(T):
         h = latent._step(body, realign, trace.plan([1] * trace.batch_size, "latent"), h)
     return h
+
+
+def test_the_models_device_is_captured(monkeypatch):
+    """Whichever is current, and an outer stream is that device's own."""
+    second, entered, stepped = torch.device("cuda:1"), [], []
+
+    @contextlib.contextmanager
+    def entering(*what, **options):
+        entered.append((*what, *options.values()))
+        yield
+        entered.pop()
+
+    names = dict(device=entering, stream=entering, graph=entering, CUDAGraph=lambda: "graph")
+    names |= dict(current_stream=lambda device: f"current of {device}", Stream=lambda device: f"new of {device}")
+    for name, fake in names.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    h = types.SimpleNamespace(device=second, clone=lambda: h)
+    repeat = latent.Repeat(None, None, types.SimpleNamespace(upload=lambda device: None), h)
+    monkeypatch.setattr(repeat, "step", lambda: stepped.extend(entered))
+    assert repeat.capture() and repeat.graph == "graph"
+    assert stepped == [(second,), ("current of cuda:1",), ("graph", "new of cuda:1", "thread_local")]
 
 
 def test_a_model_that_cannot_be_captured(repeating, monkeypatch):

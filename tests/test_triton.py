@@ -321,21 +321,23 @@ def test_attention_gradcheck():
 
 
 def test_a_training_step_and_a_generation(monkeypatch):
-    """Through every kernel: prompts, latent steps and their deferred gradient, decoding of several samples on shared rows."""
+    """Through every kernel: prompts, latent steps and their deferred gradient, decoding of several samples on shared rows. On a
+    GPU the CUDA kernels too."""
     dtype = torch.float64 if DEVICE == "cpu" else torch.float32
     agents = [Agent("a", "w5 {question}", 2), Agent("b", "w7 {question}", 1), Agent("c", "w9 {question}")]
     s = system(agents=agents, dtype=dtype, realign="none").to(DEVICE)
     monkeypatch.setattr(plan, "SAVED_ROWS", 1)
     results = []
-    for backend in ("reference", "triton"):
+    for backend in ("reference", "triton", *["cuda"] * (ops.available()["cuda"] is None)):
         patch_of(s.model).backend = backend
         s.zero_grad()
         loss = s(QUESTIONS[:2], ANSWERS[:2]).loss
         loss.backward()
         tokens = s.generate_tokens(QUESTIONS[:2], max_new_tokens=2, temperature=0, samples=2)
         results.append((loss.detach(), gradients(s), tokens))
-    (want_loss, want, want_tokens), (loss, got, tokens) = results
+    (want_loss, want, want_tokens), *others = results
     tolerance = 1e-9 if DEVICE == "cpu" else 1e-3
-    assert_close(loss, want_loss, tolerance)
-    assert_close(got, want, tolerance)
-    assert tokens == want_tokens
+    for loss, got, tokens in others:
+        assert_close(loss, want_loss, tolerance)
+        assert_close(got, want, tolerance)
+        assert tokens == want_tokens

@@ -910,19 +910,20 @@ __device__ __forceinline__ void put_queries(char* shared, const AttentionLaunch&
   }
 }
 
-// Zeros for rows of q and do whose base is NaN. That base reaches the keys which see such a row; 0 times NaN would reach all keys of
+// Zeros for rows of q and do whose base is NaN. That base reaches the keys which such a row sees; 0 times NaN would reach all keys of
 // the warp's tile, other sequences' too.
 template <class T, int D>
 __device__ __forceinline__ void clear_not_finite(char* q, const float* numbers) {
   using F = PoolForm<T, D>;
   using Keys = Tile<T, D>;
-  const float base = numbers[2 * (lane_id() % F::kQueries)];
+  const float base = numbers[2 * (hidden(lane_id()) % F::kQueries)];
   const unsigned wrong = __ballot_sync(~0u, base != base);
   if (!wrong) return;  // the same rows in all warps
-  for (int i = int(threadIdx.x); i < F::kQueries * Keys::kChunks; i += int(blockDim.x)) {
+#pragma unroll 1
+  for (int i = hidden(int(threadIdx.x)); i < F::kQueries * Keys::kChunks; i += int(blockDim.x)) {
     const int row = i / Keys::kChunks;
-    if (wrong >> row & 1)
-      for (char* tile : {q, q + F::kOne}) store<4>(reinterpret_cast<float*>(Keys{tile + row / 16 * Keys::kBytes}.at(row % 16, i % Keys::kChunks)), zeros<float, 4>());
+    float* const chunk = reinterpret_cast<float*>(Keys{q + row / 16 * Keys::kBytes}.at(row % 16, i % Keys::kChunks));
+    if (wrong >> row & 1) store<4>(chunk, zeros<float, 4>()), store<4>(chunk + F::kOne / 4, zeros<float, 4>());
   }
   __syncthreads();
 }
@@ -996,12 +997,12 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
           __syncthreads();  // K, V and the rows are here, and all have done with those whose place the next ones take
           const Keys q{shared + F::kRing + stage * 2 * F::kOne}, d_o{q.data + F::kOne};
           const float* const numbers = reinterpret_cast<const float*>(shared + F::kNumbers) + 2 * stage * F::kQueries;
+          clear_not_finite<T, D>(q.data, numbers);
           if constexpr (F::kAsync) {
             stage = 1 - stage;
             if (row + F::kQueries < rows) QueryCopies<T, D>::issue(shared, stage, launch, q_first, row + F::kQueries, rows);
           }
           if (!here) k.hold(), v.hold(), here = true;
-          clear_not_finite<T, D>(q.data, numbers);
 
 #pragma unroll 1
           for (int sixteen = 0; sixteen < F::kQueries; sixteen += 16) {

@@ -4,11 +4,12 @@
 // of dK and dV in registers. 64 query rows at a time are multiplied. A third warpgroup, one warp of it, keeps the ring full; barriers in shared memory count what has arrived and
 // who is done with it. Products are transposed, keys are the rows, so p and ds leave the accumulators as the left side of the next product.
 //
-// What it takes at D = 128, for 64 keys and 64 query rows, of a multiprocessor that does 4096 MAC a cycle:
-//   products  4 of 64 x 64 x 128: 512 cycles a warpgroup, the bound; the other one computes p and ds meanwhile.
+// What it takes at D = 128, for 64 keys and 64 query rows, of a multiprocessor that does 2048 MAC a cycle:
+//   products  4 of 64 x 64 x 128: 1024 cycles a warpgroup, the bound; the other one computes p and ds meanwhile.
+//   shared    96 KB read by products, half of 32 KB written by the copy engine: 900 cycles at 128 bytes.
 //   exp2      4096 at 16 a cycle: 256 cycles.
 //   issue     some 40 instructions for each of a lane's 32 scores: 320 a warp and multiprocessor's quarter.
-//   L2        32 KB of q and do serve two warpgroups, 1024 cycles: 32 bytes a cycle and multiprocessor. As many as there are for it.
+//   L2        32 KB of q and do serve two warpgroups, 2048 cycles: 16 bytes a cycle and multiprocessor.
 //   registers dK and dV 128, scores 64, their halves 32: one block of 2 x 240 and 1 x 24 a multiprocessor.
 //
 // Where it fits: 16-bit types, heads of up to 128 dimensions, no shifts (which would turn q between arrival and use), a group within a tile.
@@ -50,18 +51,19 @@ struct QueryTile {
   __device__ __forceinline__ int sees(int row, bool causal) const { return causal ? row + run.to_view - (run.length - queries) : 0; }
 };
 
+// Whether a run has rows of [row, row + kKeys).
+template <int kKeys>
+__device__ __forceinline__ bool meets(const Run& run, int row) {
+  return run.row < row + kKeys && run.end > max(run.row, row);
+}
+
 // visit(tile) for all that see pool rows [row, row + kKeys), in one order, by whole warps.
 template <int kKeys, class Visit>
 __device__ __forceinline__ void for_each_query_tile(const Sm90Launch& launch, int row, Visit visit) {
   const AttentionLaunch& l = launch.attention;
   for (int s0 = 0; s0 < l.a.segments; s0 += 32) {
     const int mine = s0 + lane_id();
-    bool meets = false;
-    if (mine < l.a.segments) {
-      const Run run = l.runs[mine];
-      meets = run.row < row + kKeys && run.end > max(run.row, row);
-    }
-    for (unsigned left = __ballot_sync(~0u, meets); left; left &= left - 1) {
+    for (unsigned left = __ballot_sync(~0u, mine < l.a.segments && meets<kKeys>(l.runs[mine], row)); left; left &= left - 1) {
       const int segment = s0 + __ffs(int(left)) - 1;
       const QueryTile any(l, segment, 0);
       // What a tile says of its run is read again for every one: registers have no room for it.
@@ -84,8 +86,8 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
   DIFFMAS_DYNAMIC_SHARED(shared);
   const AttentionLaunch& l = launch.attention;
   const AttentionArgs& a = l.a;
-  const int group = l.group, head = int(blockIdx.y), warpgroup = warp_id() / 4;
-  const int row = int(blockIdx.x) * F::kKeys;
+  const int group = l.group, head = int(blockIdx.y), row = int(blockIdx.x) * F::kKeys;
+  const int warpgroup = __shfl_sync(~0u, warp_id() / 4, 0);  // which the compiler then knows to be one for all lanes
   Barrier* const full = reinterpret_cast<Barrier*>(shared + F::kBarriers);
   Barrier *const empty = full + F::kStages, *const keys_here = empty + F::kStages;
   const auto d_q = [&](int stage) { return shared + F::kRing + stage * 2 * F::kOne; };
@@ -103,7 +105,11 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
     publish_to_async();
   };
 
+  bool learns = false;  // anything here: in a long trace most blocks do not
+  for (int s = lane_id(); s - lane_id() < l.a.segments; s += 32) learns = learns || (s < l.a.segments && meets<F::kKeys>(l.runs[s], row));
+  if (!__any_sync(~0u, learns)) return;
   if (threadIdx.x == 0) {
+    if (shared_address(shared) % kPanelEight) __trap();
     for (int i = 0; i < F::kStages; ++i) init_barrier(full + i, 33), init_barrier(empty + i, F::kReaders);
     init_barrier(keys_here, 1);
     barriers_ready();
@@ -125,6 +131,17 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
           copy_box(shared + F::kValues + panel * F::kKeyPanel, launch.v_pool, panel * kPanelElements, row, head, keys_here);
         }
       }
+      // Behind the sequence lies the next one, and a base of NaN stands for a row that would reach the keys of others.
+      const int rows = min(launch.tokens, tile.queries - tile.first) * group;
+      bool wrong = rows < launch.tokens * group;
+      const float2* const from = l.bases_of(head) + int64_t(tile.q_first + tile.first) * group;
+      float2 two[F::kQueries / 32];
+#pragma unroll
+      for (int j = 0; j < F::kQueries / 32; ++j) {
+        two[j] = lane + 32 * j < rows ? from[lane + 32 * j] : make_float2(0, 0);
+        wrong = wrong || two[j].x != two[j].x;
+      }
+      wrong = __any_sync(~0u, wrong);
       const int stage = i % F::kStages;
       wait_for(empty + stage, ~(i++ / F::kStages) & 1);
       if (lane == 0) {
@@ -135,17 +152,9 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
           copy_box(to + F::kOne, launch.d_o, panel * kPanelElements, head * group, tile.q_first + tile.first, full + stage);
         }
       }
-      // Behind the sequence lies the next one, and a base of NaN stands for a row that would reach the keys of others.
-      const int rows = min(launch.tokens, tile.queries - tile.first) * group;
-      bool wrong = rows < launch.tokens * group;
-      const float2* const from = l.bases_of(head) + int64_t(tile.q_first + tile.first) * group;
-#pragma unroll 1
-      for (int r = lane; r < F::kQueries; r += 32) {
-        const float2 two = r < rows ? from[r] : make_float2(0, 0);
-        bases(stage)[r] = two.x, bases(stage)[F::kQueries + r] = two.y;
-        wrong = wrong || two.x != two.x;
-      }
-      wrong = __any_sync(~0u, wrong);
+#pragma unroll
+      for (int j = 0; j < F::kQueries / 32; ++j)
+        bases(stage)[lane + 32 * j] = two[j].x, bases(stage)[F::kQueries + lane + 32 * j] = two[j].y;
       if (lane == 0) unclean[stage] = wrong ? rows : 0;
       arrive(full + stage);
     });
@@ -161,8 +170,8 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
   int i = 0;
   for_each_query_tile<F::kKeys>(launch, row, [&](const QueryTile& tile) {
     const Run& run = tile.run;
-    // Counted in query rows from the tile's first.
-    const auto sees = [&](int key) { return (tile.sees(key, a.view.causal) - tile.first) * group; };
+    // Counted in query rows from the tile's first, as far as that matters.
+    const auto sees = [&](int key) { return min(max(tile.sees(key, a.view.causal) - tile.first, -1), F::kQueries) * group; };
     const int from_key = max(first_key, run.row), end_key = min(first_key + 64, run.end);
     for (int h = 0; h < 2; ++h) learnt |= int(row + mine(h) >= run.row && row + mine(h) < run.end) << h;
     const int stage = i % F::kStages;
@@ -175,22 +184,20 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
       }
 #pragma unroll 1
       for (int at = 0; at < F::kQueries; at += 64) {
-        if (sees(from_key) >= at + 64) continue;
+        if (sees(from_key) >= at + 64 || (tile.queries - tile.first) * int64_t(group) <= at) continue;
         const unsigned keys = unsigned(hidden(int(shared_address(shared)))) + unsigned(64 * warpgroup * kPanelRow);
-        const unsigned q = shared_address(d_q(stage)) + unsigned(at * kPanelRow), d_o = q + F::kOne;
+        const unsigned q = shared_address(d_q(stage)) + unsigned(at * kPanelRow);
         float p[8][4], ds[8][4];
         uint32_t p16[4][4], ds16[4][4];
         begin_products(p, ds);
-        const auto scores = [&](float(&x)[8][4], unsigned left, unsigned right) {
+        const auto scores = [](float(&x)[8][4], Operand left, Operand right) {
 #pragma unroll
-          for (int unit = 0; unit < D / 16; ++unit) {
-            const unsigned in_panel = unit % 4 * 32;
-            add_product_async<T>(x, operand(left + unit / 4 * F::kKeyPanel + in_panel), operand(right + unit / 4 * F::kQueryPanel + in_panel), unit > 0);
-          }
+          for (int unit = 0; unit < D / 16; ++unit)
+            add_product_async<T>(x, left + (unit / 4 * F::kKeyPanel + unit % 4 * 32), right + (unit / 4 * F::kQueryPanel + unit % 4 * 32), unit > 0);
           commit_products();
         };
-        scores(p, keys, q);
-        scores(ds, keys + F::kValues, d_o);
+        scores(p, Operand(keys), Operand(q));
+        scores(ds, Operand(keys + F::kValues), Operand(q + F::kOne));
 
         const float* const base = bases(stage) + at + lane % 4 * 2;  // of two of eight rows; deltas behind them
         wait_for_products<1>(p);
@@ -214,7 +221,7 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
         as_left_side<T>(p16, p);
         begin_products(dv, p16);
 #pragma unroll
-        for (int t = 0; t < 4; ++t) add_product_async<T>(dv, p16[t], operand(d_o + t * 2 * kPanelEight, F::kQueryPanel));
+        for (int t = 0; t < 4; ++t) add_product_async<T>(dv, p16[t], Operand(q + F::kOne, F::kQueryPanel) + t * 2 * kPanelEight);
         commit_products();
 
         wait_for_products<1>(ds);
@@ -227,9 +234,9 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
         as_left_side<T>(ds16, ds);
         begin_products(dk, ds16);
 #pragma unroll
-        for (int t = 0; t < 4; ++t) add_product_async<T>(dk, ds16[t], operand(q + t * 2 * kPanelEight, F::kQueryPanel));
+        for (int t = 0; t < 4; ++t) add_product_async<T>(dk, ds16[t], Operand(q, F::kQueryPanel) + t * 2 * kPanelEight);
         commit_products();
-        wait_for_products<0>(dv, dk);
+        wait_for_products<0>(dv, dk, p16, ds16);
       }
     }
     __syncwarp();
@@ -240,14 +247,14 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (!(learnt >> h & 1)) continue;
-      float* const to = row_of<float>(rows, row + mine(h), head);
+      float* const to = row_of<float>(rows, row + mine(h), head) + lane % 4 * 2;
+      Pack<float, 2> old[D / 8];  // all of them asked for before the first is written
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        const int d = 8 * j + lane % 4 * 2;
-        if (d >= l.slots.head_dim) continue;
-        const Pack<float, 2> old = load<2>(to + d);
-        store<2>(to + d, pack<float>({old[0] + factor * x[j][2 * h], old[1] + factor * x[j][2 * h + 1]}));
-      }
+      for (int j = 0; j < D / 8; ++j)
+        if (8 * j < l.slots.head_dim) old[j] = load<2>(to + 8 * j);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+        if (8 * j < l.slots.head_dim) store<2>(to + 8 * j, pack<float>({old[j][0] + factor * x[j][2 * h], old[j][1] + factor * x[j][2 * h + 1]}));
     }
   };
   add(a.dk_pool, dk, a.scale);

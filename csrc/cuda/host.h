@@ -109,6 +109,7 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 template <class T> T __ldg(const T* p) { return *p; }
+[[noreturn]] inline void __trap() { std::fprintf(stderr, "trap\n"), std::_Exit(70); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
@@ -198,6 +199,9 @@ struct Product {
   bool add;
   void (*multiply)(const Product&, Place);
   std::vector<float> before;  // of the first that is under way to these sums
+  std::vector<uint16_t> read;  // operands that were read when it was issued
+  uint32_t left_read[4];
+  bool registers_read = false;
   int group = 0;
 };
 

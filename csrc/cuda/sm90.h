@@ -158,6 +158,7 @@ inline int make_tensor_map(TensorMap& map, bool is_bf16, const BoxOf& of) {
 #else
     const int error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
 #endif
+    if (error) cudaGetLastError();  // which nobody else is to find
     return error || result != cudaDriverEntryPointSuccess ? nullptr : reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   if (!encode) return cudaErrorNotSupported;
@@ -222,9 +223,18 @@ __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int x, 
 
 // Where 16 columns (of the sum over) of a product's operand lie: in the rows of a panel from `first` on, one an index that stays; or
 // from top to bottom of panels that lie `apart` bytes from each other, 64 indices that stay side by side (as the transposed right side).
-__device__ __forceinline__ uint64_t operand(unsigned first, int apart = 16) {
-  return uint64_t(first >> 4 & 0x3FFF) | uint64_t(apart >> 4) << 16 | uint64_t(kPanelEight >> 4) << 32 | uint64_t(1) << 62;
-}
+struct Operand {
+  uint64_t descriptor;
+
+  __device__ __forceinline__ explicit Operand(unsigned first, int apart = 16)
+      : descriptor(uint64_t(first >> 4 & 0x3FFF) | uint64_t(apart >> 4) << 16 | uint64_t(kPanelEight >> 4) << 32 | uint64_t(1) << 62) {}
+  // So many bytes further.
+  __device__ __forceinline__ Operand operator+(int bytes) const {
+    Operand x = *this;
+    x.descriptor += unsigned(bytes) >> 4;
+    return x;
+  }
+};
 
 #ifndef __CUDACC__
 }  // namespace diffmas::cuda
@@ -242,7 +252,18 @@ inline uint16_t operand_element(uint64_t descriptor, bool across, int index, int
   return element;
 }
 
-// Takes the sums away until they are waited for.
+// What this lane reads of the operands: 16 of its two rows of the left side if that is in shared memory, then of its columns.
+inline std::vector<uint16_t> operands_of(const Product& product) {
+  std::vector<uint16_t> found;
+  const int row = self->warp % 4 * 16 + self->lane / 4;
+  if (!product.registers)
+    for (int i = 0; i < 32; ++i) found.push_back(operand_element(product.left, false, row + i / 16 * 8, i % 16));
+  for (int i = 0; i < product.columns / 4 * 16; ++i)
+    found.push_back(operand_element(product.right, product.registers, i / 32 * 8 + self->lane % 4 * 2 + i / 16 % 2, i % 16));
+  return found;
+}
+
+// Takes the sums away until they are waited for. Operands are read at once or then, as a GPU may: one of both by chance.
 inline void issue(Product product, Place place) {
   meet_warp(~0u, 0, place);
   std::vector<uint64_t>& all = block.products[size_t(self->warp / 4)];
@@ -256,6 +277,10 @@ inline void issue(Product product, Place place) {
     product.before.assign(sum, sum + product.columns / 2);
     std::fill(sum, sum + product.columns / 2, NAN);
   }
+  if ((self->issued * 0x9E3779B97F4A7C15u ^ options.seed * 0xBF58476D1CE4E5B9u) >> 40 & 1) {
+    product.read = operands_of(product);
+    if (product.registers) std::copy(product.registers, product.registers + 4, product.left_read), product.registers_read = true;
+  }
   product.group = self->product_group;
   self->products.push_back(product);
 }
@@ -263,21 +288,22 @@ inline void issue(Product product, Place place) {
 template <class T> void multiply(const Product& product, Place place) {
   const auto sum = static_cast<float*>(product.sum);
   const auto number = [](uint16_t bits) { return cuda::to_float(T{bits}); };
-  const int lane = self->lane, row = self->warp % 4 * 16 + lane / 4;
+  const std::vector<uint16_t> elements = product.read.empty() ? operands_of(product) : product.read;
+  const uint16_t *left_side = elements.data(), *right = left_side + (product.registers ? 0 : 32);
   float left[2][16];
   if (product.registers) {  // lanes of a row have four columns each
-    const uint32_t* a = product.registers;
+    const uint32_t* a = product.registers_read ? product.left_read : product.registers;
     const auto low = meet_warp(~0u, a[0] | uint64_t(a[1]) << 32, place), high = meet_warp(~0u, a[2] | uint64_t(a[3]) << 32, place);
     for (int h = 0; h < 2; ++h)
-      for (int k = 0; k < 16; ++k) left[h][k] = number(uint16_t((k < 8 ? low : high)->value[lane / 4 * 4 + k % 8 / 2] >> (32 * h + 16 * (k % 2))));
+      for (int k = 0; k < 16; ++k)
+        left[h][k] = number(uint16_t((k < 8 ? low : high)->value[self->lane / 4 * 4 + k % 8 / 2] >> (32 * h + 16 * (k % 2))));
   } else {
-    for (int h = 0; h < 2; ++h)
-      for (int k = 0; k < 16; ++k) left[h][k] = number(operand_element(product.left, false, row + 8 * h, k));
+    for (int i = 0; i < 32; ++i) left[i / 16][i % 16] = number(left_side[i]);
   }
   if (!product.before.empty()) std::copy(product.before.begin(), product.before.end(), sum);
   for (int i = 0; i < product.columns / 2; ++i) {  // as a lane has them: [columns / 8][4]
     float x = product.add ? sum[i] : 0;
-    for (int k = 0; k < 16; ++k) x += left[i / 2 % 2][k] * number(operand_element(product.right, product.registers, i / 4 * 8 + lane % 4 * 2 + i % 2, k));
+    for (int k = 0; k < 16; ++k) x += left[i / 2 % 2][k] * number(right[(i / 4 * 2 + i % 2) * 16 + k]);
     sum[i] = x;
   }
 }
@@ -303,11 +329,11 @@ namespace diffmas::cuda {
 #define DIFFMAS_PRODUCT(type) \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
                "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" DIFFMAS_NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}" \
-               : DIFFMAS_32(x, 0) : "l"(a), "l"(b), "r"(int(adds)))
+               : DIFFMAS_32(x, 0) : "l"(a.descriptor), "l"(b.descriptor), "r"(int(adds)))
 // The left side in registers, the right side from top to bottom of panels.
 #define DIFFMAS_PRODUCT_REGISTERS(size, type, names, left, right, ...) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" size "k16.f32." type "." type " {" names "}, {" left "}, %" right ", 1, 1, 1, 1;" \
-               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor))
 #define DIFFMAS_PRODUCT_OF_REGISTERS(type) \
   if constexpr (N == 8) DIFFMAS_PRODUCT_REGISTERS("64", type, DIFFMAS_NAMES_32, "%32, %33, %34, %35", "36", DIFFMAS_32(x, 0)); \
   else DIFFMAS_PRODUCT_REGISTERS("128", type, DIFFMAS_NAMES_64, "%64, %65, %66, %67", "68", DIFFMAS_32(x, 0), DIFFMAS_32(x, 8))
@@ -316,23 +342,23 @@ namespace diffmas::cuda {
 // x [64 x 64] = (adds ? x : 0) + a [64 x 16] b' [16 x 64], in the background; of warp w of the warpgroup the rows from 16 w on, as
 // multiply_add's. By all four warps. Between begin_products and wait_for_products nobody looks at x, nor changes what a and b name.
 template <class T>
-__device__ __forceinline__ void add_product_async(float (&x)[8][4], uint64_t a, uint64_t b, bool adds) {
+__device__ __forceinline__ void add_product_async(float (&x)[8][4], Operand a, Operand b, bool adds) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>) DIFFMAS_PRODUCT("bf16");
   else DIFFMAS_PRODUCT("f16");
 #else
-  host::issue({x, 64, nullptr, a, b, adds, host::multiply<T>}, {__FILE__, __LINE__});
+  host::issue({x, 64, nullptr, a.descriptor, b.descriptor, adds, host::multiply<T>}, {__FILE__, __LINE__});
 #endif
 }
 // x [64 x 8 N] += a [64 x 16] b [16 x 8 N], a in registers as multiply_add's.
 template <class T, int N>
-__device__ __forceinline__ void add_product_async(float (&x)[N][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void add_product_async(float (&x)[N][4], const uint32_t (&a)[4], Operand b) {
   static_assert(N == 8 || N == 16);
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<T, bf16>) { DIFFMAS_PRODUCT_OF_REGISTERS("bf16"); }
   else { DIFFMAS_PRODUCT_OF_REGISTERS("f16"); }
 #else
-  host::issue({x, 8 * N, a, 0, b, true, host::multiply<T>}, {__FILE__, __LINE__});
+  host::issue({x, 8 * N, a, 0, b.descriptor, true, host::multiply<T>}, {__FILE__, __LINE__});
 #endif
 }
 

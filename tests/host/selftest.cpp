@@ -108,11 +108,12 @@ __global__ void product_kernel(const __grid_constant__ BoxArgs args) {
   uint32_t left[1][4];
   load_tiles<false>(left[0], shared + diffmas::host::swizzled(unsigned((thread / 32 * 16 + thread % 16) * kPanelRow + thread % 32 / 16 * 16)));
   begin_products(x, left);
-  add_product_async<bf16>(x, left[0], operand(c));
+  add_product_async<bf16>(x, left[0], Operand(c));
   commit_products();
-  add_product_async<bf16>(z, operand(a), operand(args.mistake == 14 && thread == 70 ? a : b), false);
+  add_product_async<bf16>(z, Operand(a), Operand(args.mistake == 14 && thread == 70 ? a : b), false);
   commit_products();
-  if (args.mistake == 13) left[0][1] = 0x7FC0;  // which the first product still reads
+  if (args.mistake == 13) left[0][1] = 0x7FC0;  // which the first product may still read
+  if (args.mistake == 17) *reinterpret_cast<uint16_t*>(shared + kPanel) = 0x7FC0;  // as the second one this
   wait_for_products<1>(x);
   if (args.mistake != 16) wait_for_products<0>(z);
   for (int j = 0; j < 8; ++j)

@@ -299,12 +299,13 @@ def test_a_nan_stays_in_its_sequence(name, dtype, kernels):
 
 
 @pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
-def test_a_nan_stays_in_its_sequence_by_warpgroups(name, kernels):
-    """A token, or a row, of the first of two sequences whose rows lie in one block."""
+@pytest.mark.parametrize("sequence", [0, 1])
+def test_a_nan_stays_in_its_sequence_by_warpgroups(sequence, name, kernels):
+    """A token, or a row, of one of two sequences whose rows lie in one block; the last tile of the first reaches into the second."""
     kernels.warpgroups = True
     view = View([90, 50], [[(0, 40, 0), (100, 90, 0)], [(40, 60, 0), (190, 50, 0)]], causal=False)
     inputs, do = attention_inputs(view, (2, 1), rows=256).to(torch.bfloat16), torch.randn(140, 2, 64).bfloat16()
-    rows = torch.cat((torch.arange(40, 100), torch.arange(190, 240)))
+    mine, others = (torch.cat([torch.arange(s, s + n) for s, n, _ in view.segments[b]]) for b in (sequence, 1 - sequence))
 
     def pools(backend):
         o, lse = raw.cross_attention(*inputs.args(), "reference")
@@ -313,10 +314,10 @@ def test_a_nan_stays_in_its_sequence_by_warpgroups(name, kernels):
         return out
 
     clean = pools("cuda")
-    {"do": do, **vars(inputs)}[name][20, 0, 5] = torch.nan
+    {"do": do, **vars(inputs)}[name][mine[3] if "pool" in name else (20, 92)[sequence], 0, 5] = torch.nan
     wanted = pools("reference")
     for x, before, like in zip(pools("cuda"), clean, wanted):
-        assert torch.equal(x[rows], before[rows]) and x[like.isnan()].isnan().all()
+        assert torch.equal(x[others], before[others]) and x[like.isnan()].isnan().all()
     assert wanted[0].isnan().any()
 
 

@@ -804,6 +804,7 @@ struct PoolForm {
   static constexpr int kBlocks = kAsync && D <= 64 ? 3 : 2;  // of a multiprocessor; one where its shared memory is 100 KB (sm_120)
   static constexpr int kQueries = kAsync && D <= 128 ? 32 : 16, kStages = kAsync ? 2 : 1;
   static constexpr int kHeldKeys = kAsync && D <= 128 ? D / 16 : 0, kHeldValues = kHeldKeys < 4 ? kHeldKeys : 4;
+  static constexpr int kAtOnce = 8;  // pairs of gradients asked for before the first is written
 
   // Shared memory: tiles of K, of V, the ring of q and do, base and delta of its rows, a rotation table, votes of two kinds.
   static constexpr int kRing = 2 * kGroups * Keys::kBytes, kOne = kQueries / 16 * Keys::kBytes, kNumbers = kRing + kStages * 2 * kOne;
@@ -1033,23 +1034,28 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
     }
     copy_async_wait<0>();
 
-    const int to_slot = first_slot + hidden(lane % 4 * 2);
+    const int to_slot = first_slot + hidden(lane_id()) % 4 * 2;
     const auto add = [&](const Rows& rows, const float(&x)[F::kSlots / 8][4], float factor) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         if (!learnt[h]) continue;
         float* const to = row_of<float>(rows, my_row + 8 * h, head);
+        if constexpr (kVectors) {
 #pragma unroll
-        for (int j = 0; j < F::kSlots / 8; ++j) {
-          const int slot = to_slot + 8 * j, d = launch.slots.dim(slot);
-          if constexpr (kVectors) {
-            if (d < 0) continue;
-            const Pack<float, 2> old = load<2>(to + d);
-            store<2>(to + d, pack<float>({old[0] + factor * x[j][2 * h], old[1] + factor * x[j][2 * h + 1]}));
-          } else {
-            const int next = launch.slots.dim(slot + 1);
-            if (d >= 0) to[d] += factor * x[j][2 * h];
-            if (next >= 0) to[next] += factor * x[j][2 * h + 1];
+          for (int j0 = 0; j0 < F::kSlots / 8; j0 += F::kAtOnce) {
+            Pack<float, 2> old[F::kAtOnce];
+#pragma unroll
+            for (int j = 0; j < F::kAtOnce; ++j) old[j] = load<2>(to + max(launch.slots.dim(hidden(to_slot) + 8 * (j0 + j)), 0));
+#pragma unroll
+            for (int j = 0; j < F::kAtOnce; ++j)
+              if (const int d = launch.slots.dim(hidden(to_slot) + 8 * (j0 + j)); d >= 0)
+                store<2>(to + d, pack<float>({old[j][0] + factor * x[j0 + j][2 * h], old[j][1] + factor * x[j0 + j][2 * h + 1]}));
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < 2 * (F::kSlots / 8); ++j) {
+            const int d = launch.slots.dim(to_slot + 8 * (j / 2) + j % 2);
+            if (d >= 0) to[d] += factor * x[j / 2][2 * h + j % 2];
           }
         }
       }

@@ -480,7 +480,7 @@ def _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved) -> di
 def _blocks(kernel: str, q, q_indptr, constants: dict) -> dict:
     rows = triton.cdiv(q.shape[0], q_indptr.shape[0] - 1) * constants["G"]
     wide = constants["DOT"].primitive_bitwidth > 16
-    block = attention_blocks(kernel, rows, constants["BLOCK_D"], wide, constants["SHIFTED"], q.device)
+    block = attention_blocks(kernel, rows, constants["D"], wide, constants["SHIFTED"], q.device)
     if kernel == "dkv":
         return block
     return block | {"BLOCK_M": max(block["BLOCK_M"], power_of_two(constants["G"]))}  # a tile holds a group

@@ -5,7 +5,9 @@ one token. A tile is BLOCK_R rows of one (token, head) each. 16 rows of 128 16-b
 a thread and tensor, registers for five or more programs on a multiprocessor, and all 16 heads of a single token in one program.
 
 The attention kernels are bound by registers: the table in blocks.csv has, by head size, dtype and architecture, the first
-candidate of tune.py that holds its tiles without a spill.
+candidate of tune.py that holds its tiles without a spill in every case of report.py. maxnreg, the most registers a thread may
+have, is one of its columns, 0 for as many as ptxas likes: Triton 3.9's would rather spill a few than have one program less on a
+multiprocessor, and is talked out of it by 255; other tiles fit without that and spill with it.
 """
 
 import contextlib
@@ -15,7 +17,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["ARCHITECTURES", "HEAD_DIMS", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks", "compiling_for", "table"]
+__all__ = [
+    "ARCHITECTURES", "HEAD_DIMS", "NARROW", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks", "compiling_for", "table",
+]  # fmt: skip
 
 BLOCKS = {
     "inject": dict(BLOCK_R=16, num_warps=4),
@@ -24,18 +28,16 @@ BLOCKS = {
     "merge_states_backward": dict(BLOCK_R=16, num_warps=4),
     "reposition": dict(BLOCK_R=16, num_warps=4),
     "reposition_backward": dict(BLOCK_R=16, num_warps=4),
-    "cross_attention_merge": dict(BLOCK_R=16, num_warps=4),
+    "cross_attention_merge": dict(BLOCK_R=16, num_warps=4, maxnreg=255),  # 40, as ptxas likes, spills at D = 80
     "cross_attention_delta": dict(BLOCK_R=16, num_warps=4),
 }
 FUSION = dict(enable_fp_fusion=True)  # said aloud: Triton's default is about to change
-# All registers that a thread can have: the assembler would rather spill a few than have one program less on a multiprocessor.
-# Not for all of attention: some tiles that fit without it spill with it.
-REGISTERS = dict(maxnreg=255)
 
 TABLE = Path(__file__).with_name("blocks.csv")
 ARCHITECTURES = (80, 86, 90, 100, 120)  # 86: also 8.7 and 8.9, which have no more shared memory
-TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
 HEAD_DIMS = (64, 128, 256)
+NARROW = 96  # heads of 65 to 96 have a line of their own where that of 128 does not hold with their masks
 ROWS = {"fwd": (16, 64, 128), "dq": (16, 64), "dkv": (64,)}  # query rows of a sequence: up to this many, or more than the last
 
 
@@ -47,16 +49,16 @@ def blocks(op: str, head_dim: int, device: torch.device) -> dict:
 def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, device: torch.device) -> dict:
     """As `blocks`, for the kernels fwd, dq and dkv of cross_attention. rows: query rows of a sequence, on average; wide:
     products in float32; shifted: a segment may be read at a shifted position."""
-    at_most = lambda sizes, x: next((size for size in sizes if x <= size), sizes[-1])
-    arch, forced = _compiling_for or (architecture(device), None)
-    options = FUSION | (REGISTERS if wide or shifted else {})
-    if forced is not None and kernel in forced:
-        return forced[kernel] | options
+    arch, forced, used = _compiling_for or (architecture(device), {}, [])
     if arch is None:  # the interpreter: several tiles of small inputs
         return dict(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32)
-    which = (wide, shifted, 0 if wide else arch)  # float32 is the exception: one tile for all architectures
-    line = table()[(kernel, at_most(ROWS[kernel], rows), at_most(HEAD_DIMS, head_dim), *which)]
-    return {name: line[name] for name in TILE} | options
+    rows = next((size for size in ROWS[kernel] if rows <= size), ROWS[kernel][-1])
+    # float32 is the exception: one tile for all architectures
+    key = lambda size: (kernel, rows, size, wide, shifted, 0 if wide else arch)
+    size = next(size for size in HEAD_DIMS if head_dim <= size)
+    used.append(key(NARROW) if 64 < head_dim <= NARROW and key(NARROW) in table() else key(size))
+    line = forced.get(kernel) or table()[used[-1]]
+    return {name: line[name] or None for name in TILE} | FUSION
 
 
 @functools.cache
@@ -82,15 +84,16 @@ def architecture(device: torch.device) -> int | None:
     return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
 
 
-_compiling_for: tuple[int, dict | None] | None = None
+_compiling_for: tuple[int, dict, list] | None = None
 
 
 @contextlib.contextmanager
 def compiling_for(arch: int, forced: dict[str, dict] | None = None):
-    """Tiles of an architecture, whatever device there is; forced: those of some kernels, in the place of the table's."""
+    """Tiles of an architecture, whatever device there is; forced: those of some kernels, in the place of the table's. The lines
+    of the table that are asked for are added to the list that this is."""
     global _compiling_for
-    before, _compiling_for = _compiling_for, (arch, forced)
+    before, _compiling_for = _compiling_for, (arch, forced or {}, [])
     try:
-        yield
+        yield _compiling_for[2]
     finally:
         _compiling_for = before

@@ -80,8 +80,8 @@ def _skip_segments(seg_len, s_first, s_last, n_first):
 def _rows_of_tile(i_h, q_first, L, t_first, G: tl.constexpr, BLOCK_M: tl.constexpr):
     """Of a tile's rows: packed query, query head, token of the sequence, and whether there is such a row; all [BLOCK_M]."""
     o_m = tl.arange(0, BLOCK_M)
-    b_token = t_first + o_m // G
-    return (q_first + b_token).to(tl.int64), i_h * G + o_m % G, b_token, (o_m < BLOCK_M // G * G) & (b_token < L)
+    b_token, b_head = t_first + o_m // G, (i_h * G + o_m % G).to(tl.int64)
+    return (q_first + b_token).to(tl.int64), b_head, b_token, (o_m < BLOCK_M // G * G) & (b_token < L)
 
 
 @triton.jit
@@ -127,8 +127,9 @@ def _load_turned(
         partner = tl.where(first, o_d + HALF, o_d - HALF)
         if HALF % 8 == 0:
             partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
-    b_cos = tl.load(cos + s * (2 * HALF) + o_d, mask=turned, other=1.0)
-    b_sin = tl.load(sin + s * (2 * HALF) + o_d, mask=turned, other=0.0) * tl.where(first, -SIGN, SIGN)
+    o_s = tl.cast(s, tl.int64) * (2 * HALF)
+    b_cos = tl.load(cos + o_s + o_d, mask=turned, other=1.0)
+    b_sin = tl.load(sin + o_s + o_d, mask=turned, other=0.0) * tl.where(first, -SIGN, SIGN)
     x = tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0).to(ACC)
     other = tl.load(p_rows[:, None] + partner[None, :], mask=m_row[:, None] & turned[None, :], other=0).to(ACC)
     # A sum that the compiler does not see through: a plain one it would do in the layout of a product's operand, several times
@@ -270,10 +271,9 @@ def cross_attention_fwd_kernel_merge(
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The splits' states become one; rows are (token, query head) pairs."""
-    o_r, o_d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    o_r, o_d = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     m_r = o_r < rows
     m_o = m_r[:, None] & (o_d < D)[None, :]
-    o_r = o_r.to(tl.int64)
     acc, total, m = tl.zeros((BLOCK_R, BLOCK_D), ACC), tl.zeros((BLOCK_R,), ACC), tl.full((BLOCK_R,), -float("inf"), ACC)
     for i in range(splits):
         o_part = i * rows.to(tl.int64) + o_r
@@ -297,10 +297,9 @@ def cross_attention_bwd_kernel_delta(
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(do * o) - dlse, per (token, query head)."""
-    o_r, o_d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    o_r, o_d = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     m_r = o_r < rows
     m_o = m_r[:, None] & (o_d < D)[None, :]
-    o_r = o_r.to(tl.int64)
     b_do = tl.load(do + (o_r // Hq * stride_don + o_r % Hq * stride_doh)[:, None] + o_d[None, :], mask=m_o, other=0).to(ACC)
     b_o = tl.load(o + o_r[:, None] * D + o_d[None, :], mask=m_o, other=0).to(ACC)
     b_delta = tl.sum(b_do * b_o, 1)
@@ -418,7 +417,7 @@ def cross_attention_bwd_kernel_dkv(
             k = _load_rows(p_k, stride_kr, b_rows, D, BLOCK_D, learn, True).to(DOT)
             v = _load_rows(p_v, stride_vr, b_rows, D, BLOCK_D, learn, True).to(DOT)
             for i_m in range(t_first * G, L * G, BLOCK_M):
-                b_token, b_head = (i_m + o_m) // G, i_h * G + (i_m + o_m) % G
+                b_token, b_head = (i_m + o_m) // G, (i_h * G + (i_m + o_m) % G).to(tl.int64)
                 m_row = b_token < L
                 m_q = m_row[:, None] & (o_d < D)[None, :]
                 b_n = (q_first + b_token).to(tl.int64)
@@ -481,7 +480,7 @@ def _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved) -> di
 def _blocks(kernel: str, q, q_indptr, constants: dict) -> dict:
     rows = triton.cdiv(q.shape[0], q_indptr.shape[0] - 1) * constants["G"]
     wide = constants["DOT"].primitive_bitwidth > 16
-    block = attention_blocks(kernel, rows, constants["BLOCK_D"], wide, constants["SHIFTED"], q.device)
+    block = attention_blocks(kernel, rows, constants["D"], wide, constants["SHIFTED"], q.device)
     if kernel == "dkv":
         return block
     return block | {"BLOCK_M": max(block["BLOCK_M"], power_of_two(constants["G"]))}  # a tile holds a group

@@ -9,6 +9,7 @@ TRITON_INTERPRET=1, where kernels cannot be compiled.
 
 import argparse
 import csv
+import functools
 import multiprocessing
 import os
 import re
@@ -28,7 +29,7 @@ from diffmas.kernels import cross_attention, inject, merge_states, reposition
 from diffmas.kernels.blocks import ARCHITECTURES, compiling_for
 from diffmas.kernels.launch import interpreting
 
-__all__ = ["OPS", "Launch", "compiled", "fits", "launches"]
+__all__ = ["OPS", "Launch", "binary", "compiled", "fits", "launches"]
 
 TABLE = Path(__file__).with_name("report.csv")
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have
@@ -117,6 +118,7 @@ class Launch:
     constants: dict[str, object]
     attributes: dict[tuple[int], list]
     options: dict[str, int]
+    line: tuple | None = None  # of blocks.csv
 
 
 class Recorder:
@@ -165,22 +167,29 @@ def launches(
     seen = []
     try:
         vars(module).update({name: Recorder(kernel, seen) for name, kernel in kernels.items()})
-        with compiling_for(arch, forced):
+        with compiling_for(arch, forced) as lines:
             call(n, head_dim, dtype, **flags | more)
+        for launch, line in zip((one for one in seen if "BLOCK_N" in one.constants), lines, strict=True):
+            launch.line = line
     finally:
         vars(module).update(kernels)
     return seen
 
 
-def compiled(launch: Launch, arch: int = 90) -> dict[str, int]:
-    """Compiled for compute capability arch / 10: registers, shared and stack in bytes, spill and matrix instructions."""
+def binary(launch: Launch, arch: int):
+    """The kernel compiled for compute capability arch / 10, as Triton has it."""
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def compiled(launch: Launch, arch: int = 90, listing: bool = True) -> dict[str, int]:
+    """What it costs: registers, shared memory and stack in bytes; and, from its listing, spill and matrix instructions."""
+    kernel = binary(launch, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         read = lambda *tool: subprocess.run([*tool, file.name], capture_output=True, text=True, check=True).stdout
-        usage, sass = read(TOOLS / "cuobjdump", "-res-usage"), read(TOOLS / "nvdisasm", "-c")
+        usage, sass = read(TOOLS / "cuobjdump", "-res-usage"), read(TOOLS / "nvdisasm", "-ndf", "-c") if listing else ""
     number = lambda name: int(re.search(rf"\b{name}:(\d+)", usage).group(1))
     opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, flags=re.M)
     count = lambda *heads: sum(code.split(".")[0] in heads for code in opcodes)
@@ -199,21 +208,23 @@ def fits(cost: dict[str, int], arch: int) -> bool:
 
 
 def cases():
-    """(op, dtype, head_dim, arch) of the table: every architecture for the usual head sizes, sm_90 for those in between."""
+    """(op, dtype, head_dim, arch) of the table: together they ask for every line of blocks.csv."""
     for op in OPS:
         for arch in ARCHITECTURES:
             yield from ((op, "bfloat16", D, arch) for D in (64, 128, 256))
-            yield op, "float32", 128, arch
+            yield from ((op, "float32", D, arch) for D in (64, 128))
         yield from ((op, "bfloat16", D, 90) for D in (80, 96))
         yield op, "float16", 128, 90
 
 
-def planned(case) -> list[tuple[dict, Launch]]:
-    """What the table says of a case's kernels before they are compiled, and the launches."""
-    op, dtype, D, arch = case
-    what = dict(dtype=dtype, head_dim=D, arch=arch)
-    found = launches(op, D, getattr(torch, dtype), arch=arch)
-    return [({"op": op, "kernel": one.kernel.__name__, **what, "tile": _tile(one)}, one) for one in found]
+def planned() -> list[tuple[dict, Launch]]:
+    """What the table says of every kernel before it is compiled, and the launch; those that several ops share once."""
+    found = {}
+    for op, dtype, D, arch in cases():
+        for one in launches(op, D, getattr(torch, dtype), arch=arch):
+            row = dict(kernel=one.kernel.__name__, dtype=dtype, head_dim=D, arch=arch, tile=_tile(one))
+            found.setdefault((*row.values(), repr(one)), ({"op": op, **row}, one))
+    return list(found.values())
 
 
 def wrong(one: dict) -> bool:
@@ -229,11 +240,16 @@ def read_table() -> list[dict]:
 
 def _tile(launch: Launch) -> str:
     sizes = [str(launch.constants[name]) for name in ("BLOCK_R", "BLOCK_M", "BLOCK_N") if name in launch.constants]
-    return " x ".join(sizes) + f", {launch.options['num_warps']} warps, {launch.options.get('num_stages', 3)} stages"
+    at_most = f", {launch.options['maxnreg']} registers" if launch.options.get("maxnreg") else ""
+    return " x ".join(sizes) + f", {launch.options['num_warps']} warps, {launch.options.get('num_stages', 3)} stages{at_most}"
 
 
-def _case_rows(case) -> list[dict]:
-    return [{"triton": triton.__version__, **one, **compiled(launch, one["arch"])} for one, launch in planned(case)]
+_plan = functools.cache(planned)  # a process that compiles makes it once: kernels cannot be sent there
+
+
+def _row(i: int) -> dict:
+    row, launch = _plan()[i]
+    return {"triton": triton.__version__, **row, **compiled(launch, row["arch"])}
 
 
 def main() -> None:
@@ -249,18 +265,14 @@ def main() -> None:
     if args.op:
         for arch in args.arch:
             for op in args.op:
-                for one in _case_rows((op, args.dtype, args.head_dim, arch)):
-                    print("  ".join(f"{name} {value}" for name, value in one.items()), flush=True)
+                for one in launches(op, args.head_dim, getattr(torch, args.dtype), arch=arch):
+                    what = dict(op=op, kernel=one.kernel.__name__, arch=arch, tile=_tile(one)) | compiled(one, arch)
+                    print("  ".join(f"{name} {value}" for name, value in what.items()), flush=True)
         return
     kept = [one for one in read_table() if one["triton"] != triton.__version__] if TABLE.exists() else []
-    rows, seen = [], set()
+    count = len(_plan())
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as workers:
-        for case in tqdm(workers.map(_case_rows, cases()), total=len(list(cases())), desc="compile"):
-            for one in case:
-                key = tuple(value for name, value in one.items() if name != "op")
-                if key not in seen:  # several ops share small kernels
-                    seen.add(key)
-                    rows.append(one)
+        rows = list(tqdm(workers.map(_row, range(count)), total=count, desc="compile"))
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

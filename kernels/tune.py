@@ -5,14 +5,19 @@
 --arch 0: the lines that all architectures share, those of float32.
 
 For each kernel, number of query rows, head size, dtype and architecture: the candidates in order of preference, compiled with
-the installed Triton, those that spill or do not fit in shared memory left out. Without a GPU the first one that is left is
-taken. On a GPU the first few that are left are timed on its own architecture and the fastest is taken; what was measured is
-printed, and written beside the tile. A line that is already there and still fits keeps its place in front of the candidates,
-so that a second run with another version of Triton changes only what that version cannot hold.
+the installed Triton for every case of report.py that uses the line, those that spill or do not fit in shared memory left out.
+Without a GPU the first one that is left is taken, from the line that is already there on: run with one version of Triton and
+another in turns until nothing changes, it ends at the first candidate that all of them hold. On a GPU the first few that are
+left, the line that is there in front, are timed on its own architecture and the fastest is taken; what was measured is printed,
+and written beside the tile.
+
+A line that is taken out of blocks.csv is looked for anew (--missing: only such). Where heads of 65 to 96, for their masks, need
+a smaller tile than those of 128, they get a line of head size 96: put it there by hand.
 """
 
 import argparse
 import csv
+import functools
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -22,63 +27,68 @@ import triton
 from tqdm import tqdm
 
 from diffmas.kernels import blocks, cross_attention
-from diffmas.kernels.blocks import ARCHITECTURES, HEAD_DIMS, ROWS, TABLE, TILE
+from diffmas.kernels.blocks import ARCHITECTURES, HEAD_DIMS, NARROW, ROWS, TABLE, TILE
 from diffmas.kernels.launch import interpreting
-from diffmas.kernels.report import compiled, fits, launches
+from diffmas.kernels.report import cases, compiled, fits, launches
 
 TIMED = 6  # candidates
 COLUMNS = ("kernel", "rows", "head_dim", "wide", "shifted", "arch", *TILE, "microseconds")
-# The kernel of each name, and the report's ops that show it at its worst, by the most query rows it is for.
-KERNELS = {"fwd": "cross_attention_fwd_kernel", "dq": "cross_attention_bwd_kernel_dq", "dkv": "cross_attention_bwd_kernel_dkv"}
-SHOWN = {
-    ("fwd", 16): ["attention, latent step"],
-    ("fwd", 64): ["attention, few queries"],
-    ("fwd", 128): ["attention", "attention, no group"],
-    ("dq", 16): ["attention_backward, latent step"],
-    ("dq", 64): ["attention_backward", "attention_backward, no group"],
-    ("dkv", 64): ["attention_backward", "attention_backward, no group", "attention_backward, latent step"],
-}
 # (BLOCK_M, BLOCK_N, warps, stages)
 LONG = {
     ("fwd", 64): [(128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 4, 3), (64, 64, 4, 3)],
     ("fwd", 128): [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 8, 2)],
     ("fwd", 256): [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)],
     ("dq", 64): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)],
-    ("dq", 128): [(128, 64, 8, 2), (64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2)],
+    ("dq", 128): [(128, 64, 8, 2), (64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)],
     ("dq", 256): [(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)],
-    ("dkv", 64): [(64, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2)],
+    ("dkv", 64): [
+        *((64, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
+        *((32, 64, 8, 2), (32, 64, 4, 2), (32, 64, 8, 1)),
+    ],
     ("dkv", 128): [(64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)],
     ("dkv", 256): [(64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)],
 }
 LAST = [
     (32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 4, 1),
-    (16, 32, 4, 2), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1),
+    (16, 32, 4, 2), (16, 32, 8, 1), (16, 16, 8, 2), (16, 16, 8, 1), (16, 16, 4, 1),
 ]  # fmt: skip
+ANY = dict(zip(TILE, (*LAST[-1], 0)))
 
 
-def candidates(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool) -> list[tuple[int, int, int, int]]:
+def candidates(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool) -> list[tuple[int, ...]]:
     few = kernel != "dkv" and rows == 16
     if wide:
-        return [(16, 32, 8, 2), *LAST[4:]] if few else [(32, 32, 8, 2), (16, 32, 8, 2), *LAST[3:]]
-    if few:  # bound by memory: many bytes in flight
-        order = [(16, *rest) for rest in ((128, 4, 3), (64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 8, 2), (16, 8, 1))]
+        order = [(16, 32, 8, 2), *LAST[4:]] if few else [(32, 32, 8, 2), (16, 32, 8, 2), *LAST[3:]]
+    elif few:  # bound by memory: many bytes in flight
+        order = ((128, 4, 3), (128, 4, 2), (64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 8, 2), (16, 8, 1))
+        order = [(16, *rest) for rest in order]
     elif kernel == "fwd" and rows == 64:
-        order = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), *LAST]
+        order = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)]
+        order += LAST
     else:
-        order = [*LONG[kernel, head_dim], *LAST]
+        order = [*LONG[kernel, 128 if head_dim == NARROW else head_dim], *LAST]
     # A tile that is turned is in registers for a while.
-    return [c for c in order if not shifted or c[0] * head_dim <= 8192]
+    order = [c for c in order if not shifted or wide or c[0] * head_dim <= 8192]
+    return [(*c, most) for c in order for most in ((255, 0) if shifted or wide else (0, 255))]
 
 
-def shown(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, arch: int, block: dict) -> bool:
-    """Whether the kernel fits with these tiles wherever they are used."""
-    dtype = torch.float32 if wide else torch.bfloat16
-    for op in SHOWN[kernel, rows]:
-        for target in [arch] if arch else ARCHITECTURES[1:]:  # what fits 8.6 fits 8.0
-            forced = {name: block for name in KERNELS}
-            for one in launches(op, head_dim, dtype, arch=target, forced=forced, shifted=shifted):
-                if one.kernel.__name__ == KERNELS[kernel] and not fits(compiled(one, target), target):
-                    return False
+@functools.cache
+def users() -> dict[tuple, list[tuple]]:
+    """The cases of the report that use each line of the table."""
+    found = {}
+    for op, dtype, D, arch in cases():
+        if op.startswith("attention"):
+            for one in launches(op, D, getattr(torch, dtype), arch=arch, forced=dict.fromkeys(ROWS, ANY)):
+                found.setdefault(one.line, []).append((op, D, getattr(torch, dtype), arch))
+    return found
+
+
+def shown(key: tuple, block: dict) -> bool:
+    """Whether the kernel fits with these tiles wherever the report shows it with this line of the table."""
+    for op, D, dtype, arch in users()[key]:
+        for one in launches(op, D, dtype, arch=arch, forced=dict.fromkeys(ROWS, block)):
+            if one.line == key and not fits(compiled(one, arch, listing=False), arch):  # what spills has a stack
+                return False
     return True
 
 
@@ -93,8 +103,7 @@ def seconds(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, he
     index = lambda *x: torch.tensor(x, device="cuda")
     shift = (index(7), torch.rand(head_dim // 2, device="cuda")) if shifted else (None, None)
     view = index(0, tokens), index(0, 1), index(0), index(N), *shift, head_dim**-0.5, True, False
-    others = {name: dict(zip(TILE, LAST[-1])) for name in KERNELS}
-    with blocks.compiling_for(here, others | {kernel: block}):
+    with blocks.compiling_for(here, dict.fromkeys(ROWS, ANY) | {kernel: block}):
         o, lse = cross_attention.cross_attention(q, *pools, *view)
         if kernel == "fwd":
             run = lambda: cross_attention.cross_attention(q, *pools, *view)
@@ -106,10 +115,14 @@ def seconds(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, he
 def choose(key: tuple, before: dict | None, here: int | None = None) -> dict:
     """The line of the table for a key; before: the line it had; here: the architecture of this machine's GPU."""
     arch = key[-1]
-    names = [tuple(before[name] for name in TILE)] if before else []
-    order = [*names, *(c for c in candidates(*key[:5]) if c not in names)]
-    good = (c for c in order if shown(*key, dict(zip(TILE, c))))
-    if here is None or arch not in (0, here):
+    timed = here is not None and arch in (0, here)
+    order = candidates(*key[:5])
+    if before:
+        there = tuple(before[name] for name in TILE)
+        behind = order[order.index(there) + 1 :] if there in order and not timed else [c for c in order if c != there]
+        order = [there, *behind]
+    good = (c for c in order if shown(key, dict(zip(TILE, c))))
+    if not timed:
         best, took = next(good, None), before["microseconds"] if before and before["microseconds"] else ""
     else:
         times = {c: seconds(*key[:5], here, dict(zip(TILE, c))) for c, _ in zip(good, range(TIMED))}
@@ -137,6 +150,7 @@ def main() -> None:
         for shifted in (False, True) for arch in args.arch
         for kernel in args.kernel for rows in ROWS[kernel] for head_dim in HEAD_DIMS if arch or head_dim <= 128
     ]  # fmt: skip
+    keys += [key for key in before if key[2] == NARROW and key[0] in args.kernel and key[-1] in args.arch]
     keys = [key for key in keys if not (args.missing and key in before)]
     table, old = dict(before), [before.get(key) for key in keys]
     if here in args.arch:

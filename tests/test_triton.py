@@ -238,6 +238,13 @@ def test_attention_heads(heads, D, Dr, interleaved):
         agree(attending(inputs), torch.float32, D * (heads[0] / heads[1]) ** 0.5)
 
 
+@pytest.mark.parametrize("shift", [0, 9])
+def test_attention_over_three_agents(shift, dtype):
+    """Of 1, 63 and 130 rows, that lie in another order than they are read in."""
+    view = View([5, 1], [[(650, 1, shift), (400, 63, 0), (20, 130, -shift)], [(20, 130, 0)]])
+    agree(attending(attention_inputs(view, (8, 1), 80, rows=POOL)), dtype, 80 * 8**0.5, products=dtype)
+
+
 @pytest.mark.parametrize("name", ["prefill_on_trace", "ragged", "one_row_segments", "shifted", "not_causal"])
 def test_attention_backward_of_the_newest_tokens(name):
     view = VIEWS[name]

@@ -188,7 +188,10 @@ WARPGROUPS = {
 }
 
 
-@pytest.mark.parametrize("name, dtype", [*((name, DTYPES[1]) for name in WARPGROUPS), ("gqa2", DTYPES[2]), ("d128", DTYPES[2])], ids=str)
+BY_WARPGROUPS = [*((name, DTYPES[1]) for name in WARPGROUPS), ("gqa2", DTYPES[2]), ("d128", DTYPES[2])]
+
+
+@pytest.mark.parametrize("name, dtype", BY_WARPGROUPS, ids=str)
 def test_pools_by_warpgroups(name, dtype, kernels):
     view, case = WARPGROUPS[name]
     inputs = attention_inputs(view, **case, rows=605)
@@ -203,8 +206,8 @@ def test_pools_by_warpgroups(name, dtype, kernels):
 @pytest.mark.parametrize("next_key", [0, 1])
 @pytest.mark.parametrize("start, tokens, heads, D", [(190, 130, 1, 128), (129, 130, 1, 64), (129, 80, 4, 128)])
 def test_the_last_key_of_a_query_by_warpgroups(start, tokens, heads, D, next_key, kernels):
-    """Every query looks for the last key that it sees, or the first that it does not. Where the rows begin within a block, one score
-    of a tile is masked; one query alone sees a warpgroup's first key."""
+    """Every query looks for the last key that it sees, or the first that it does not. As the rows begin within a block, one
+    score of a tile is masked, and one query alone sees a warpgroup's first key."""
     x = attention_inputs(View([tokens], [[(start, tokens, 0)]]), (heads, 1), D, rows=350)
     x.q[: tokens - next_key] = 4 * x.k_pool[start + next_key : start + tokens]
     kernels.warpgroups = True
@@ -301,7 +304,7 @@ def test_a_nan_stays_in_its_sequence(name, dtype, kernels):
 @pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
 @pytest.mark.parametrize("sequence", [0, 1])
 def test_a_nan_stays_in_its_sequence_by_warpgroups(sequence, name, kernels):
-    """A token, or a row, of one of two sequences whose rows lie in one block; the last tile of the first reaches into the second."""
+    """A token, or a row, of one of two sequences whose rows lie in one block; the first's last tile reaches into the second."""
     kernels.warpgroups = True
     view = View([90, 50], [[(0, 40, 0), (100, 90, 0)], [(40, 60, 0), (190, 50, 0)]], causal=False)
     inputs, do = attention_inputs(view, (2, 1), rows=256).to(torch.bfloat16), torch.randn(140, 2, 64).bfloat16()

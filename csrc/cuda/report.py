@@ -5,8 +5,9 @@
 
 registers, spills (bytes stored and loaded), stack, static shared memory: what ptxas says. load_128, store_128: accesses of
 global memory of 16 bytes in the machine code, asynchronous copies into shared memory too; load_less, store_less: shorter ones.
-mma: products on tensor cores; boxes: tiles by the copy engine. Files *_sm90.cu are for sm_90a alone. Kernels of elements `Any`, of attention those that end with `false`, serve odd sizes one element
-at a time. Exit status 1 when something spills, and where a form has no 16-byte access or no product that should have them.
+mma: products on tensor cores; boxes: tiles by the copy engine. Kernels of elements `Any`, of attention those that end with
+`false`, serve odd sizes one element at a time. Files *_sm90.cu are for sm_90a alone. Exit status 1 when something spills, a
+form has no 16-byte access, box or product that should have them, or products of a warpgroup wait for each other.
 """
 
 import argparse
@@ -142,7 +143,7 @@ def main() -> None:
         raise SystemExit("no nvcc here ($NVCC, the path, $CUDA_HOME)")
     sources = [HERE / name for name in args.source] or sorted(HERE.glob("*.cu"))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        jobs = [pool.submit(compiled, source, target) for source in sources for target in args.target if target in targets_of(source)]
+        jobs = [pool.submit(compiled, s, target) for s in sources for target in args.target if target in targets_of(s)]
         rows = [row for job in jobs for row in job.result()]
     before = table()
     if not args.source and tuple(args.target) == TARGETS:

@@ -79,7 +79,7 @@ COMPAT ?= 4.56.2 5.17.0
 COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace deferred generate gradients latent system training evaluation files))
 compat: $(INSTALLED)
 	for v in $(COMPAT); do \
-	  test -d .compat/$$v || $(PY) -m pip install -q --target .compat/$$v "transformers==$$v" || exit 1; \
+	  test -d .compat/$$v || { $(PY) -m pip install -q --target .compat/$$v.part "transformers==$$v" && mv .compat/$$v.part .compat/$$v; } || exit 1; \
 	  PYTHONPATH=.compat/$$v $(PY) $(PYTEST) $(COMPAT_TESTS) || exit 1; \
 	done
 
@@ -88,7 +88,7 @@ compat: $(INSTALLED)
 CUDA_TORCH ?= torch
 CUDA_TORCH_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,cuda_torch ops op_inputs trace latent))
 test-cuda-torch: $(INSTALLED)
-	test -d .compat/cuda-torch || $(PY) -m pip install -q --target .compat/cuda-torch "$(CUDA_TORCH)"
+	test -d .compat/cuda-torch || { $(PY) -m pip install -q --target .compat/cuda-torch.part "$(CUDA_TORCH)" && mv .compat/cuda-torch.part .compat/cuda-torch; }
 	PYTHONPATH=.compat/cuda-torch $(PY) setup.py -q build --build-base build/cuda-torch --build-lib build/cuda-torch/lib
 	PYTHONPATH=.compat/cuda-torch $(PY) -c "import sys; sys.path[0] = 'build/cuda-torch/lib'; \
 	  import torch, pytest; assert torch.version.cuda, 'CUDA_TORCH has no CUDA'; sys.exit(pytest.main('-q $(CUDA_TORCH_TESTS)'.split()))"

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 from diffmas import Trace, patch_model
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
 from diffmas.benchmarks.systems import DEVICE, end_to_end, make_model
+from diffmas.cache import cache_argument
 from diffmas.patch import patch_of, run
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
@@ -38,7 +39,7 @@ def problem(case: Case) -> Problem:
     def answer(dtype: torch.dtype) -> dict:
         body, cache = make_model(case, dtype).base_model, dynamic(rows, dtype)
         with torch.no_grad():
-            return {"hidden": body(inputs_embeds=x[None].to(dtype), past_key_values=cache).last_hidden_state[0]}
+            return {"hidden": body(inputs_embeds=x[None].to(dtype), **{cache_argument(body): cache}).last_hidden_state[0]}
 
     # transformers takes norms and rotary tables in float32 in float64 models too; a shorter dtype rounds the weights as well.
     return Problem(case, (model, rows, x), answer, tolerance=1e-4 if dtype == torch.float32 else 0.05)
@@ -74,12 +75,12 @@ def diffmas(p: Problem) -> Run:
 
 
 def _body_alone(model, past, embeds):
-    return model.base_model(inputs_embeds=embeds, past_key_values=past).last_hidden_state
+    return model.base_model(inputs_embeds=embeds, **{cache_argument(model): past}).last_hidden_state
 
 
 def _whole_model(model, past, embeds):
     mask = torch.ones(1, past.get_seq_length() + 1, dtype=torch.long, device=DEVICE)
-    options = dict(attention_mask=mask, past_key_values=past, use_cache=True, output_hidden_states=True)
+    options = {"attention_mask": mask, cache_argument(model): past, "use_cache": True, "output_hidden_states": True}
     return model(inputs_embeds=embeds, **options).hidden_states[-1][:, -1:]
 
 

@@ -1,16 +1,23 @@
 """What transformers sees of a trace: a left-padded cache of its longest sequence. The body's hook works on the ragged one."""
 
+import inspect
+
 from torch import Tensor, zeros
 from transformers.cache_utils import Cache
 
-__all__ = ["CacheFace", "cache_name"]
+__all__ = ["CacheFace", "cache_argument", "cache_name"]
 
-NAMES = ("past_key_values", "cache")  # of the argument: before transformers 5.24, and since
+NAMES = ("cache", "past_key_values")  # of a model's argument: since transformers 5.24, which prefers it, and before
 
 
-def cache_name(given, kind: type = Cache) -> str | None:
-    """The name under which a cache of that kind is among the arguments or fields `given`, if there is one."""
+def cache_name(given: dict, kind: type) -> str | None:
+    """The name under which a cache of that kind is among the arguments `given`, if there is one."""
     return next((name for name in NAMES if isinstance(given.get(name), kind)), None)
+
+
+def cache_argument(model) -> str:
+    """What this transformers calls a model's cache."""
+    return next(name for name in NAMES if name in inspect.signature(type(model).forward).parameters)
 
 
 class CacheFace(Cache):

@@ -4,6 +4,7 @@ On a GPU a step is bound by the launches of its kernels rather than by their wor
 captured as a CUDA graph that moves its own plan on, and replayed: the host does nothing in between.
 """
 
+import functools
 import warnings
 
 import torch
@@ -79,6 +80,12 @@ def _forbid(body: nn.Module, error: Exception) -> None:
     warnings.warn(f"latent steps run without a CUDA graph, which this model does not allow: {error}", stacklevel=2)
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: a stream that products are captured on keeps their workspace, 32 MB, for good."""
+    return torch.cuda.Stream(device)
+
+
 class Repeat:
     """A latent step that repeats without the host: hidden states and plan move on in place."""
 
@@ -99,7 +106,7 @@ class Repeat:
             # The model's device, whichever is current: launches elsewhere would run at once, and the graph would be empty. The
             # outer stream is where torch's own context ends when a capture fails; other threads may allocate meanwhile.
             with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-                with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
                     self.step()
         except torch.OutOfMemoryError:
             self.plan.forget()

@@ -85,6 +85,8 @@ def users() -> dict[tuple, list[tuple]]:
 
 def shown(key: tuple, block: dict) -> bool:
     """Whether the kernel fits with these tiles wherever the report shows it with this line of the table."""
+    if key not in users():
+        raise SystemExit(f"{key}: no case of report.py uses this line of {TABLE.name}; give cases() one")
     for op, D, dtype, arch in users()[key]:
         for one in launches(op, D, dtype, arch=arch, forced=dict.fromkeys(ROWS, block)):
             if one.line == key and not fits(compiled(one, arch, listing=False), arch):  # what spills has a stack

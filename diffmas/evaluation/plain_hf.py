@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from diffmas.cache import cache_argument
 from diffmas.patch import causal_lm_of
 from diffmas.sampling import end_tokens
 from diffmas.system import evaluating
@@ -43,7 +44,7 @@ class _Plain:
         """mask [B, n]: which of the new tokens are real."""
         positions = (self.at + mask.cumsum(1) - 1).clamp_min(0)
         self.past, self.at = torch.cat((self.past, mask), 1), self.at + mask.sum(1, keepdim=True)
-        options = dict(position_ids=positions, past_key_values=self.cache, use_cache=True)
+        options = {"position_ids": positions, "use_cache": True, cache_argument(module): self.cache}
         return module(**inputs, attention_mask=self.past, **options)
 
     def hidden(self, mask, **inputs):

@@ -4,6 +4,7 @@ y = torch.full((64,), torch.nan)
 run("program", dict(n=64), dict(x=x), dict(y=y), seed=1)      # y is written in place; x must not be
 """
 
+import fcntl
 import functools
 import os
 import shutil
@@ -32,10 +33,12 @@ def compiled(program: str) -> Path:
     sources = [ROOT / "tests" / "host" / f"{program}.cpp", ROOT / "tests" / "host" / "tensors.h", Path(__file__)]
     sources += (ROOT / "csrc").rglob("*.*")
     target = BUILD / program
-    if not target.exists() or target.stat().st_mtime < max(s.stat().st_mtime for s in sources):
-        BUILD.mkdir(parents=True, exist_ok=True)
-        run = subprocess.run([COMPILER, *FLAGS, str(sources[0]), "-o", str(target)], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-4000:]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / f"{program}.lock", "w") as lock:  # files of tests run side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists() or target.stat().st_mtime < max(s.stat().st_mtime for s in sources):
+            run = subprocess.run([COMPILER, *FLAGS, str(sources[0]), "-o", str(target)], capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr[-4000:]
     return target
 
 

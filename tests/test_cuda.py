@@ -5,9 +5,10 @@ import pytest
 import torch
 from op_cases import VIEWS, View, attention_inputs, inject_inputs, random_attention
 from op_runs import attention_all, exact_in_half, inject_all, raw, within_budget
-from test_cuda_attention import MANY, SHAPES, SHIFTED, WARPGROUPS
+from test_cuda_attention import MANY, SHAPES, SHIFTED
 from test_cuda_attention import ODD as ODD_HEADS
 from test_cuda_host import INJECTS, ODD, POOL
+from test_cuda_sm90 import WARPGROUPS
 
 from diffmas import ops
 

@@ -163,95 +163,30 @@ def learn(inputs, dtype, backend, newest=None):
     return pools
 
 
+def pools_agree(inputs, dtype=torch.bfloat16, newest=None):
+    """The gradient pools are as accurate as the reference's -> those."""
+    results = learn(inputs, dtype, "cuda", newest)
+    wanted = (learn(inputs, t, "reference", newest) for t in (dtype, torch.float64))
+    for got, like, want in zip(results, *wanted):
+        within_budget(got, like, want, inputs.q.shape[2], dtype)
+    return results
+
+
 @pytest.mark.parametrize("name, dtype", [*((name, DTYPES[1]) for name in MANY), ("interleaved", DTYPES[2])], ids=str)
 def test_pools_of_many_queries(name, dtype, kernels):
-    """As accurate as the reference, and the same bits from any number of blocks in any order."""
+    """The same bits from any number of blocks in any order."""
     view, case = MANY[name]
     inputs = attention_inputs(view, **case, rows=640)
     kernels.processors = 2
-    results = learn(inputs, dtype, "cuda")
-    for got, like, want in zip(results, learn(inputs, dtype, "reference"), learn(inputs, torch.float64, "reference")):
-        within_budget(got, like, want, inputs.q.shape[2], dtype)
+    results = pools_agree(inputs, dtype)
     kernels.processors, kernels.seed = 1, 1
     assert name not in ("shifted", "d128") or all(torch.equal(a, b) for a, b in zip(results, learn(inputs, dtype, "cuda")))
 
 
-# On sm_90; also groups that do not divide a tile, a sequence that ends within one, in a pool that ends within a block.
-SMALLER = View([41, 0, 30], [[(250, 40, 0), (0, 41, 0)], [(5, 9, 0)], [(260, 30, 0), (400, 30, 0)]])
-WARPGROUPS = {
-    "gqa2": MANY["gqa2"],
-    "not_causal": MANY["not_causal"],
-    "gqa7": (SMALLER, dict(heads=(14, 2), D=16)),
-    "gqa3_d128": (RAGGED, dict(heads=(3, 1), D=128)),
-    "gqa8_d80": (replace(SMALLER, causal=False), dict(heads=(8, 1), D=80)),
-    "d128": (RAGGED, dict(heads=(1, 1), D=128)),
-}
-
-
-BY_WARPGROUPS = [*((name, DTYPES[1]) for name in WARPGROUPS), ("gqa2", DTYPES[2]), ("d128", DTYPES[2])]
-
-
-@pytest.mark.parametrize("name, dtype", BY_WARPGROUPS, ids=str)
-def test_pools_by_warpgroups(name, dtype, kernels):
-    view, case = WARPGROUPS[name]
-    inputs = attention_inputs(view, **case, rows=605)
-    kernels.warpgroups = True
-    results = learn(inputs, dtype, "cuda")
-    for got, like, want in zip(results, learn(inputs, dtype, "reference"), learn(inputs, torch.float64, "reference")):
-        within_budget(got, like, want, inputs.q.shape[2], dtype)
-    kernels.seed = 1
-    assert all(torch.equal(a, b) for a, b in zip(results, learn(inputs, dtype, "cuda")))
-
-
-@pytest.mark.parametrize("next_key", [0, 1])
-@pytest.mark.parametrize("start, tokens, heads, D", [(190, 130, 1, 128), (129, 130, 1, 64), (129, 80, 4, 128)])
-def test_the_last_key_of_a_query_by_warpgroups(start, tokens, heads, D, next_key, kernels):
-    """Every query looks for the last key that it sees, or the first that it does not. As the rows begin within a block, one
-    score of a tile is masked, and one query alone sees a warpgroup's first key."""
-    x = attention_inputs(View([tokens], [[(start, tokens, 0)]]), (heads, 1), D, rows=350)
-    x.q[: tokens - next_key] = 4 * x.k_pool[start + next_key : start + tokens]
-    kernels.warpgroups = True
-    wanted = (learn(x, dtype, "reference") for dtype in (torch.bfloat16, torch.float64))
-    for got, like, want in zip(learn(x, torch.bfloat16, "cuda"), *wanted):
-        within_budget(got, like, want, D, torch.bfloat16)
-
-
-def test_pools_by_warpgroups_where_rows_lie_apart(kernels):
-    """q and its gradient of a fused projection, in either order of tokens and heads; so are the pools."""
-    for order in ((0, 1), (1, 0)):
-        x = attention_inputs(SMALLER, (4, 1), 128, rows=605)
-        place = torch.empty(*(x.q.shape[i] for i in order), 256, dtype=torch.float64)[..., 64:192]
-        x.q = (place if order == (0, 1) else place.transpose(0, 1)).copy_(x.q)
-        packed = (lambda t: t) if order == (0, 1) else torch.Tensor.contiguous
-        pools = lambda dtype, x=x, packed=packed: {n: packed(getattr(x, n).to(dtype)) for n in ("k_pool", "v_pool")}
-        x.to = lambda dtype, x=x, pools=pools: replace(x, q=as_it_lies(x.q, dtype), **pools(dtype))
-        kernels.warpgroups = True
-        wanted = (learn(x, dtype, "reference") for dtype in (torch.bfloat16, torch.float64))
-        for got, like, want in zip(learn(x, torch.bfloat16, "cuda"), *wanted):
-            within_budget(got, like, want, 128, torch.bfloat16)
-
-
-def test_many_sequences_and_segments_by_warpgroups(kernels):
-    """More than one look at the index; a sequence that sees nothing, one that asks nothing."""
-    segments = [[(2 * i, 1, 0) for i in range(140)], [], [(5, 60, 0)], [(300 + 7 * b, 3, 0) for b in range(40)]]
-    inputs = attention_inputs(View([150, 3, 0, 2], segments), (2, 1), 16, rows=600)
-    kernels.warpgroups = True
-    wanted = (learn(inputs, dtype, "reference") for dtype in (torch.bfloat16, torch.float64))
-    for got, like, want in zip(learn(inputs, torch.bfloat16, "cuda"), *wanted):
-        within_budget(got, like, want, 16, torch.bfloat16)
-
-
-@pytest.mark.parametrize("warpgroups", [False, True])
-def test_pools_of_many_queries_that_learn_the_newest(warpgroups, kernels):
-    kernels.warpgroups = warpgroups
+def test_pools_of_many_queries_that_learn_the_newest(kernels):
     inputs = attention_inputs(RAGGED, (2, 1), rows=640)
-    for counts in ([150, 9, 3], [0, 0, 0]):
-        newest = torch.tensor(counts)
-        results = learn(inputs, torch.bfloat16, "cuda", newest)
-        wanted = (learn(inputs, dtype, "reference", newest) for dtype in (torch.bfloat16, torch.float64))
-        for got, like, want in zip(results, *wanted):
-            within_budget(got, like, want, 64, torch.bfloat16)
-    assert all((x == 0.5).all() for x in results)
+    pools_agree(inputs, newest=torch.tensor([150, 9, 3]))
+    assert all((x == 0.5).all() for x in pools_agree(inputs, newest=torch.tensor([0, 0, 0])))
 
 
 def test_many_queries_go_two_ways(kernels, monkeypatch):
@@ -299,29 +234,6 @@ def test_a_nan_stays_in_its_sequence(name, dtype, kernels):
         other = slice(20, 22) if i < 3 else rows
         assert torch.equal(x[other], clean[other]) and x[wanted.isnan()].isnan().all()
     assert like[2].isnan().any() and like[3].isnan().any()
-
-
-@pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
-@pytest.mark.parametrize("sequence", [0, 1])
-def test_a_nan_stays_in_its_sequence_by_warpgroups(sequence, name, kernels):
-    """A token, or a row, of one of two sequences whose rows lie in one block; the first's last tile reaches into the second."""
-    kernels.warpgroups = True
-    view = View([90, 50], [[(0, 40, 0), (100, 90, 0)], [(40, 60, 0), (190, 50, 0)]], causal=False)
-    inputs, do = attention_inputs(view, (2, 1), rows=256).to(torch.bfloat16), torch.randn(140, 2, 64).bfloat16()
-    mine, others = (torch.cat([torch.arange(s, s + n) for s, n, _ in view.segments[b]]) for b in (sequence, 1 - sequence))
-
-    def pools(backend):
-        o, lse = raw.cross_attention(*inputs.args(), "reference")
-        out = [head_major(256, 1, 64, torch.float32, fill=0.5) for _ in "kv"]
-        raw.cross_attention_backward(do, None, inputs.q, o, lse, *inputs.args()[1:], *out, None, False, backend)
-        return out
-
-    clean = pools("cuda")
-    {"do": do, **vars(inputs)}[name][mine[3] if "pool" in name else (20, 92)[sequence], 0, 5] = torch.nan
-    wanted = pools("reference")
-    for x, before, like in zip(pools("cuda"), clean, wanted):
-        assert torch.equal(x[others], before[others]) and x[like.isnan()].isnan().all()
-    assert wanted[0].isnan().any()
 
 
 class Recorder:

@@ -84,6 +84,11 @@ def test_wilson(right, n, low, high):
     assert wilson(right / n, n) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_wilson_holds_the_rate():
+    """At 0 and 1 too, where rounding would leave it outside: error bars must not be negative."""
+    assert all(wilson(0.0, n)[0] == 0 and wilson(1.0, n)[1] == 1 for n in range(1, 500))
+
+
 def test_perplexity():
     assert perplexity(4 * math.log(7), 4) == pytest.approx(7)
     assert perplexity(1e6, 1) == math.inf

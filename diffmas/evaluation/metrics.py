@@ -140,7 +140,8 @@ def wilson(rate: float, n: int, z: float = Z95) -> tuple[float, float]:
         raise ValueError(f"wilson: expected a rate in [0, 1] and n >= 1, got {rate} and {n}")
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Around the rate also where rounding would have it otherwise, at 0 and 1.
+    return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
 def perplexity(nll: float, tokens: int) -> float:

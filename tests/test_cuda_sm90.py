@@ -1,0 +1,104 @@
+"""csrc/cuda/attention_sm90.cu on the CPU: dK and dV of many queries as Hopper computes them, with the twins of sm90.h."""
+
+from dataclasses import replace
+
+import on_host
+import pytest
+import torch
+from op_cases import View, as_it_lies, attention_inputs, head_major
+from op_runs import raw
+from test_cuda_attention import MANY, RAGGED, Kernels, learn, pools_agree
+
+from diffmas import ops
+
+pytestmark = pytest.mark.skipif(not on_host.COMPILER, reason="no g++ here")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Backend "cuda" runs on the host, as on sm_90."""
+    kernels = Kernels()
+    kernels.warpgroups = True
+    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend("cuda", kernels, ("cpu",), ops.FLOATS, None))
+    ops._choose.cache_clear()
+    yield kernels
+    ops._choose.cache_clear()
+
+
+# Also groups that do not divide a tile, a sequence that ends within one, in a pool that ends within a block.
+SMALLER = View([41, 0, 30], [[(250, 40, 0), (0, 41, 0)], [(5, 9, 0)], [(260, 30, 0), (400, 30, 0)]])
+WARPGROUPS = {
+    "gqa2": MANY["gqa2"],
+    "not_causal": MANY["not_causal"],
+    "gqa7": (SMALLER, dict(heads=(14, 2), D=16)),
+    "gqa3_d128": (RAGGED, dict(heads=(3, 1), D=128)),
+    "gqa8_d80": (replace(SMALLER, causal=False), dict(heads=(8, 1), D=80)),
+    "d128": (RAGGED, dict(heads=(1, 1), D=128)),
+}
+EVERY = [*((name, torch.bfloat16) for name in WARPGROUPS), ("gqa2", torch.float16), ("d128", torch.float16)]
+
+
+@pytest.mark.parametrize("name, dtype", EVERY, ids=str)
+def test_pools(name, dtype, kernels):
+    """The same bits in every order of blocks and threads."""
+    view, case = WARPGROUPS[name]
+    inputs = attention_inputs(view, **case, rows=605)
+    results = pools_agree(inputs, dtype)
+    kernels.seed = 1
+    assert all(torch.equal(a, b) for a, b in zip(results, learn(inputs, dtype, "cuda")))
+
+
+@pytest.mark.parametrize("next_key", [0, 1])
+@pytest.mark.parametrize("start, tokens, heads, D", [(190, 130, 1, 128), (129, 130, 1, 64), (129, 80, 4, 128)])
+def test_the_last_key_of_a_query(start, tokens, heads, D, next_key, kernels):
+    """Every query looks for the last key that it sees, or the first that it does not. As the rows begin within a block, one
+    score of a tile is masked, and one query alone sees a warpgroup's first key."""
+    x = attention_inputs(View([tokens], [[(start, tokens, 0)]]), (heads, 1), D, rows=350)
+    x.q[: tokens - next_key] = 4 * x.k_pool[start + next_key : start + tokens]
+    pools_agree(x)
+
+
+def test_pools_where_rows_lie_apart(kernels):
+    """q and its gradient of a fused projection, in either order of tokens and heads; so are the pools."""
+    for order in ((0, 1), (1, 0)):
+        x = attention_inputs(SMALLER, (4, 1), 128, rows=605)
+        place = torch.empty(*(x.q.shape[i] for i in order), 256, dtype=torch.float64)[..., 64:192]
+        x.q = (place if order == (0, 1) else place.transpose(0, 1)).copy_(x.q)
+        packed = (lambda t: t) if order == (0, 1) else torch.Tensor.contiguous
+        pools = lambda dtype, x=x, packed=packed: {n: packed(getattr(x, n).to(dtype)) for n in ("k_pool", "v_pool")}
+        x.to = lambda dtype, x=x, pools=pools: replace(x, q=as_it_lies(x.q, dtype), **pools(dtype))
+        pools_agree(x)
+
+
+def test_many_sequences_and_segments(kernels):
+    """More than one look at the index; a sequence that sees nothing, one that asks nothing."""
+    segments = [[(2 * i, 1, 0) for i in range(140)], [], [(5, 60, 0)], [(300 + 7 * b, 3, 0) for b in range(40)]]
+    pools_agree(attention_inputs(View([150, 3, 0, 2], segments), (2, 1), 16, rows=600))
+
+
+def test_the_newest_learn(kernels):
+    inputs = attention_inputs(RAGGED, (2, 1), rows=640)
+    pools_agree(inputs, newest=torch.tensor([150, 9, 3]))
+    assert all((x == 0.5).all() for x in pools_agree(inputs, newest=torch.tensor([0, 0, 0])))
+
+
+@pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
+@pytest.mark.parametrize("sequence", [0, 1])
+def test_a_nan_stays_in_its_sequence(sequence, name, kernels):
+    """A token, or a row, of one of two sequences whose rows lie in one block; the first's last tile reaches into the second."""
+    view = View([90, 50], [[(0, 40, 0), (100, 90, 0)], [(40, 60, 0), (190, 50, 0)]], causal=False)
+    inputs, do = attention_inputs(view, (2, 1), rows=256).to(torch.bfloat16), torch.randn(140, 2, 64).bfloat16()
+    mine, others = (torch.cat([torch.arange(s, s + n) for s, n, _ in view.segments[b]]) for b in (sequence, 1 - sequence))
+
+    def pools(backend):
+        o, lse = raw.cross_attention(*inputs.args(), "reference")
+        out = [head_major(256, 1, 64, torch.float32, fill=0.5) for _ in "kv"]
+        raw.cross_attention_backward(do, None, inputs.q, o, lse, *inputs.args()[1:], *out, None, False, backend)
+        return out
+
+    clean = pools("cuda")
+    {"do": do, **vars(inputs)}[name][mine[3] if "pool" in name else (20, 92)[sequence], 0, 5] = torch.nan
+    wanted = pools("reference")
+    for x, before, like in zip(pools("cuda"), clean, wanted):
+        assert torch.equal(x[others], before[others]) and x[like.isnan()].isnan().all()
+    assert wanted[0].isnan().any()

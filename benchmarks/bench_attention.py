@@ -512,15 +512,15 @@ def flex(p: Problem) -> Run:
 
     try:
         mask = create_block_mask(visible, len(x.queries), None, L, N, device=str(y.q.device))
-        torch._dynamo.reset()  # or the limit of recompilations is reached, and the fallback runs in silence
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # or the fallback runs in silence
         torch._functorch.config.donated_buffer = False  # the graph of the forward is kept
         attend = torch.compile(flex_attention, dynamic=False)
         grouped = y.q.shape[1] != y.k.shape[1]
-        attend(y.q, y.k, y.v, block_mask=mask, scale=x.scale, enable_gqa=grouped)
+        peer = torch_peer(lambda y, *qkv: attend(*qkv, block_mask=mask, scale=x.scale, enable_gqa=grouped))
+        peer(p).call()  # compiles, for leaves and in the mode that are timed; its buffers have a gradient in them
+        return peer(p)
     except Exception as reason:  # the compiler's errors are of many kinds; any of them means: does not run here
         raise Cannot(f"FlexAttention does not run here: {type(reason).__name__}: {str(reason).splitlines()[0][:120]}") from None
-    return torch_peer(lambda y, *qkv: attend(*qkv, block_mask=mask, scale=x.scale, enable_gqa=grouped))(p)
 
 
 def gpu_library(name: str, prepare):

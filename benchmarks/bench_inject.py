@@ -118,7 +118,6 @@ def eager(store: str, compiled=False):
             return rotated[0], *new
 
         if compiled:
-            torch._dynamo.reset()
             torch._functorch.config.donated_buffer = False  # the graph of the forward is kept
             forward = torch.compile(forward, dynamic=False)
 

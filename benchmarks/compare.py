@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from diffmas.benchmarks.measure import NOISE, drowned
 from diffmas.benchmarks.report import results
 from diffmas.benchmarks.run import HERE, modules, selected
 
@@ -122,6 +123,10 @@ def compare(rev: str, quick: bool, only: str, threads: int, max_rounds: int, con
                     continue
                 rounds = min(max_rounds, *(answer["rounds"] for answer in answers))
                 pairs = [_round(old, new, turn) for turn in range(rounds)]
+            if any(map(drowned, zip(*pairs))):
+                rows[-1]["rev_why"] = NOISE
+                table.add_row(*head, "", Text(NOISE), "")
+                continue
             before, after = (statistics.median(side) for side in zip(*pairs))
             ratio = statistics.median(a / b for a, b in pairs)
             colour = "green" if ratio > 1.03 else "red" if ratio < 0.97 else "default"

@@ -127,7 +127,7 @@ GOALS = [
     Goal("training_step", "agents", "step", "DynamicCache", 2, N=4096, T=16),
     Goal("attention_schedule", "agents", "step", "DynamicCache", 0, memory=5, N=4096, T=16),
     Goal("latent_run", "latent run", "backward", f"{OURS}, pushing", 1.3),
-    # Hopper: percent of the device's own matrix product, read and copy rates. 54 %: what Triton is to reach, CUDA 78 %.
+    # Hopper: percent of the device's own matrix product, read and copy rates. 54 %: what Triton is to reach.
     *(
         Goal(*case, dtype="bfloat16", device="cuda")
         for case in (

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -71,7 +72,7 @@ def sample(call: Callable, repeats: int, device: str) -> float:
         for _ in range(repeats):
             call()
         return (now() - start) / repeats
-    flush = torch.empty(LARGE, dtype=torch.int8, device=device)
+    flush = _flush(device)
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for begin, end in pairs:
         flush.zero_()  # takes long enough for the host to be ahead with a call of a few launches
@@ -84,35 +85,76 @@ def sample(call: Callable, repeats: int, device: str) -> float:
 
 class Graph:
     """Some calls in one CUDA graph, each with a cold L2 cache, and the same graph without the calls: the difference is what a
-    call takes when no host launches it. Raises what torch says (RuntimeError) where the call cannot be captured."""
+    call takes when no host launches it. Raises what torch says where the call cannot be captured; others still can be."""
 
-    CALLS = 20
+    CALLS, REPLAYS = 20, 5
 
     def __init__(self, call: Callable, device: str):
-        self._flush = torch.empty(LARGE, dtype=torch.int8, device=device)
-        self._graphs = [self._captured(work) for work in (call, lambda: None)]
-
-    def _captured(self, work: Callable) -> torch.cuda.CUDAGraph:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        torch.cuda.synchronize()
-        # The outer stream is where torch's own context ends when a capture fails; autograd's threads launch as well.
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(self.CALLS):
-                self._flush.zero_()
-                work()
-        return graph
+        call()  # whatever is compiled or allocated once, now
+        _watched(call)
+        try:
+            self._graphs = _captured(call, device), _nothing(device)
+        except Exception:
+            _captured(lambda: None, device)  # torch's generators count on a capture until one ends well
+            raise
 
     def sample(self) -> float:
-        """Seconds of one call."""
-        seconds = []
-        for graph in self._graphs:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1e3)
-        return max(seconds[0] - seconds[1], 1e-9) / self.CALLS
+        """Seconds of one call; where that is next to nothing, noise may make it negative."""
+        spans = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in self._graphs] for _ in range(self.REPLAYS)]
+        for pairs in spans:
+            for graph, (begin, end) in zip(self._graphs, pairs):
+                begin.record()
+                graph.replay()
+                end.record()
+        torch.cuda.synchronize()
+        full, nothing = (statistics.median(begin.elapsed_time(end) for begin, end in side) for side in zip(*spans))
+        return (full - nothing) / 1e3 / self.CALLS
+
+
+@functools.cache
+def _flush(device: str) -> torch.Tensor:
+    """What empties the cache when it is written."""
+    return torch.empty(LARGE, dtype=torch.int8, device=device)
+
+
+def _watched(call: Callable) -> None:
+    """Raises where the call waits for the device: better before a capture than in it."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _captured(work: Callable, device: str) -> torch.cuda.CUDAGraph:
+    graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    flush = _flush(device)
+    torch.cuda.synchronize()
+    try:
+        # The outer stream is where torch's own context ends when a capture fails; autograd's threads launch as well.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            for _ in range(Graph.CALLS):
+                flush.zero_()
+                work()
+    except Exception:
+        _leave(pool)
+        raise
+    return graph
+
+
+def _leave(pool: tuple[int, int]) -> None:
+    """After a capture that failed: torch's end of it throws before its allocator leaves the pool, and in there the allocator
+    lets no other capture begin."""
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError):  # torch's own affair, or the pool has been left
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+
+
+@functools.cache
+def _nothing(device: str) -> torch.cuda.CUDAGraph:
+    """The graph that only empties the cache."""
+    return _captured(lambda: None, device)
 
 
 @functools.cache

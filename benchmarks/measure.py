@@ -9,6 +9,7 @@ and the ones that are right are timed in turns (A B C A B C ...), so that a nois
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from diffmas.benchmarks.machine import Graph, Machine, peak_bytes, sample
 
-__all__ = ["OURS", "Cannot", "Case", "Contest", "Problem", "Provider", "Run", "Senseless", "error"]
+__all__ = ["OURS", "Cannot", "Case", "Contest", "Problem", "Provider", "Run", "Senseless", "drowned", "error"]
 
 OURS = "diffmas"
 SAMPLE_SECONDS = 2e-3  # a sample lasts at least this long, so that the clock's own step does not count
 GPU_REPEATS = 10  # calls of a sample at most: events are exact, and each call waits for a cold cache
 LONG = 2.0  # seconds of a call that is warm after its gate, on a CPU: on a GPU it may have been a compiler's
 FEW_TOKENS = 64  # up to so many an op on a GPU is bound by its launches
+LEAST = 1e-6  # seconds of a call in a graph: what a first sample says below is noise, and would make all others hopeless
+NOISE = "no number: it takes less than the spread of its samples"
 HOPELESS, HOPELESS_ROUNDS = 10, 2  # a provider this many times slower than the fastest takes part in this many rounds only
 
 
@@ -121,6 +124,12 @@ def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     return worst
 
 
+def drowned(times: list[float]) -> bool:
+    """Whether the samples tell no time: their median is below their spread. Only a difference can be so, as a graph's is."""
+    middle = statistics.median(times)
+    return middle < statistics.median(abs(t - middle) for t in times)
+
+
 class Contest:
     """All providers of one problem, gated.
 
@@ -137,6 +146,8 @@ class Contest:
         self._repeats: dict[str, int] = {}  # calls that make a sample
         self._graphs: dict[str, Graph] = {}
         self._uncaptured: dict[str, str] = {}
+        if "torch._dynamo" in sys.modules:  # or the limit of recompilations is reached; not later: others' code would go, too
+            torch._dynamo.reset()
         want = problem.reference(torch.float64)
         self.budget = problem.tolerance
         if self.budget is None:
@@ -186,9 +197,12 @@ class Contest:
         return self._graphs[name].sample() if name in self._graphs else sample(run.call, repeats, self.device)
 
     def _capture(self, name: str) -> None:
+        run = self.runs[name]
+        if run.reset:
+            run.reset()
         try:
-            self._graphs[name] = Graph(self.runs[name].call, self.device)
-        except RuntimeError as reason:
+            self._graphs[name] = Graph(run.call, self.device)
+        except Exception as reason:
             self._uncaptured[name] = f"timed with its launches, as it is not captured: {reason}".splitlines()[0][:160]
 
     def warm_up(self) -> None:
@@ -198,7 +212,8 @@ class Contest:
             if gpu and self.problem.graph:
                 self._capture(name)
             if gpu or self._once[name] < LONG:
-                self._once[name] = max(min(self._sample(name, 1) for _ in range(2)), 1e-7)
+                least = LEAST if name in self._graphs else 1e-7
+                self._once[name] = max(min(self._sample(name, 1) for _ in range(2)), least)
             repeats = max(1, math.ceil(SAMPLE_SECONDS / self._once[name]))
             self._repeats[name] = Graph.CALLS if name in self._graphs else min(repeats, GPU_REPEATS) if gpu else repeats
             if run.seconds is not None:
@@ -230,13 +245,17 @@ class Contest:
         """
         problem, out = self.problem, []
         roof = machine.seconds(problem.flops, problem.read, problem.copied, problem.case.dtype)
+        noise = {name for name in self._graphs if name in samples and drowned(samples[name])}
+        right = samples.get(OURS) if OURS not in noise else None
         for name in (*self.runs, *self.notes):
             row = problem.case.columns() | {"provider": name, "error": self.errors.get(name), "budget": self.budget}
             if name in self.notes:
                 out.append(row | {"why": self.notes[name]})
                 continue
-            times = samples[name]
-            row |= _summary(times, samples.get(OURS)) | {"peak_bytes": self.peaks[name], "why": self._uncaptured.get(name)}
+            if name in noise:
+                out.append(row | {"why": NOISE})
+                continue
+            row |= _summary(samples[name], right) | {"peak_bytes": self.peaks[name], "why": self._uncaptured.get(name)}
             if roof:
                 row["roofline_percent"] = 100 * roof / row["seconds"]
             out.append(row)

@@ -3,8 +3,10 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import importlib
 import io
+import itertools
 import re
 import shutil
 import subprocess
@@ -339,6 +341,24 @@ def test_cases_for_a_gpu_run_right(name):
         assert wanted - GPU_ONLY - {"", SDPA} <= set(contest.runs) and (SDPA not in wanted or "sdpa" in contest.runs), case.key
 
 
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_compiled_peers_of_inject(phase, monkeypatch):
+    """They run right beside each other, and what is compiled in the gate is not compiled again when it is timed."""
+    monkeypatch.setattr(ours, "on_gpu", lambda: True)
+    module = MODULES["bench_inject"]
+    case = next(c for c in module.GPU_CASES if (c.n, c.phase) == (64, phase))
+    small = dataclasses.replace(case, N=32, n=16, heads="4/2", D=32, dtype="float32")
+    compiled = {name: module.PROVIDERS[name] for name in ("compiled", "compiled + static")}
+    contest = Contest(module.problem(small), {OURS: module.diffmas} | compiled)
+    assert not contest.notes and set(contest.runs) == {OURS, "compiled", *(["compiled + static"] if phase == "forward" else [])}
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for run_ in contest.runs.values():
+                run_.call()
+    finally:
+        torch._dynamo.reset()
+
+
 # ---- what a GPU has more ---------------------------------------------------------------------------------------------
 
 
@@ -513,8 +533,9 @@ def test_few_tokens_are_timed_in_a_graph(monkeypatch):
                 raise RuntimeError("it waits\nfor the device")
 
         def sample(self):
-            return 1e-6
+            return next(noise)
 
+    noise = itertools.repeat(1e-6)
     broken = Run(lambda: torch.ones(1), lambda y: {"y": 2 * torch.linspace(-1, 1, 64)})
     monkeypatch.setattr(measure, "Graph", Graph)
     monkeypatch.setattr(measure, "sample", lambda call, repeats, device: 1e-5)
@@ -534,9 +555,37 @@ def test_few_tokens_are_timed_in_a_graph(monkeypatch):
     assert not dataclasses.replace(p, case=dataclasses.replace(p.case, n=1, model="8B")).graph
 
 
+def test_what_drowns_in_noise_has_no_number(monkeypatch):
+    """Not for ours and not against ours; nor does a first sample that is noise make everybody else hopeless."""
+
+    class Graph:
+        CALLS = 20
+
+        def __init__(self, call, device):
+            self.sample = iter(call()).__next__
+
+    monkeypatch.setattr(measure, "Graph", Graph)
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, device: (None, 0))
+    first, noise, clear = [-1e-6] * 2, [3e-6, -2e-6, 1e-7, -3e-6, 4e-6], [5e-6, 6e-6, 5e-6, 4e-6, 5e-6]
+    assert measure.drowned(noise) and measure.drowned([-1.0]) and not measure.drowned(clear) and not measure.drowned([1.0])
+    ways = {OURS: first + clear, "noise": first + noise, "peer": first + clear}
+    provider = lambda x: lambda p: Run(lambda: x, lambda _: {"y": 2 * p.inputs})
+    for own in ({}, {OURS: first + noise}):
+        p = doubling()
+        p.case = dataclasses.replace(p.case, n=1)
+        contest = Contest(p, {name: provider(x) for name, x in (ways | own).items()}, "cuda")
+        contest.warm_up()
+        samples = {name: [contest.sample(name, turn) for turn in range(5)] for name in contest.runs}
+        rows = {r["provider"]: r for r in contest.rows(samples, MACHINE)}
+        assert rows["noise"]["why"] == measure.NOISE and "seconds" not in rows["noise"]
+        assert rows["peer"]["seconds"] == 5e-6 and rows["peer"]["why"] is None
+        assert rows["peer"]["ratio"] == (None if own else pytest.approx(1)) and ("seconds" in rows[OURS]) == (not own)
+        assert report.line(list(rows.values()))
+
+
 def test_a_graph_takes_the_emptying_of_the_cache_off(monkeypatch):
-    """A device whose time is what is launched: 70 for emptying the cache, 3 for a call."""
-    device = types.SimpleNamespace(now=0.0, launched=None)
+    """A device whose time is what is launched: 70 for emptying the cache, 3 for a call. A capture that fails is cleared up."""
+    device, left = types.SimpleNamespace(now=0.0, mode="default", pool=0, capturing=False), []
 
     class CUDAGraph:
         def replay(self):
@@ -553,21 +602,48 @@ def test_a_graph_takes_the_emptying_of_the_cache_off(monkeypatch):
             return end.at - self.at
 
     @contextlib.contextmanager
-    def capture(graph, stream, capture_error_mode):
-        graph.time = device.now
-        yield
-        graph.time = device.now - graph.time
+    def capture(graph, pool, stream, capture_error_mode):
+        graph.time, device.capturing = device.now, True
+        try:
+            yield
+        finally:
+            graph.time, device.capturing = device.now - graph.time, False
 
     def launch(time):
         device.now += time
 
-    flush = types.SimpleNamespace(zero_=lambda: launch(70))
-    monkeypatch.setattr(machine.torch, "empty", lambda *_, **__: flush)
-    for name, value in dict(CUDAGraph=CUDAGraph, Event=Event, graph=capture, synchronize=lambda: None).items():
+    def handle():
+        device.pool += 1
+        return 0, device.pool
+
+    def waits():
+        if device.mode == "error":
+            raise RuntimeError("a synchronizing operation")
+
+    def breaks():
+        if device.capturing:
+            raise RuntimeError("invalidated")
+
+    monkeypatch.setattr(machine, "_flush", lambda _: types.SimpleNamespace(zero_=lambda: launch(70)))
+    monkeypatch.setattr(machine, "_nothing", functools.cache(machine._nothing.__wrapped__))
+    fakes = dict(
+        CUDAGraph=CUDAGraph, Event=Event, graph=capture, synchronize=lambda: None, graph_pool_handle=handle,
+        get_sync_debug_mode=lambda: device.mode, set_sync_debug_mode=lambda mode: setattr(device, "mode", mode),
+        current_stream=lambda: None, current_device=lambda: 0, stream=contextlib.nullcontext,
+    )  # fmt: skip
+    for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *given, name=name: left.append((name, *given)), raising=False)
+    with pytest.raises(RuntimeError, match="a synchronizing operation"):
+        machine.Graph(waits, "cuda")
+    assert (device.mode, device.pool, left) == ("default", 0, [])  # nothing was captured
+    with pytest.raises(RuntimeError, match="invalidated"):
+        machine.Graph(breaks, "cuda")
+    assert left == [("_cuda_endAllocateToPool", 0, (0, 1)), ("_cuda_releasePool", 0, (0, 1))] and device.pool == 2
     assert machine.Graph(lambda: launch(3), "cuda").sample() == pytest.approx(3e-3)
+    assert machine.Graph(lambda: launch(-1), "cuda").sample() == pytest.approx(-1e-3)  # noise, and no time
+    assert device.pool == 5  # emptying alone is captured once
 
 
 def test_another_way_of_ours_is_no_peer():

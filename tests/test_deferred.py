@@ -1,6 +1,8 @@
 """The gradient of a latent run to the rows before it: added once for the whole run, equal to plain autograd."""
 
 import contextlib
+import types
+from collections import Counter
 
 import pytest
 import torch
@@ -51,16 +53,49 @@ def test_older_rows_are_added_once_for_all_steps(calls):
     assert_close(got, unrolled(model, *([a, 5, b] for a, b in zip(first, second))))
 
 
-def test_a_flush_runs_where_its_forward_did(monkeypatch):
-    """On a GPU: on that stream; tokens, all that it gives, do not tell autograd."""
-    streams, entered = iter("abc"), []
-    monkeypatch.setattr(pool, "_stream", lambda x: next(streams))
-    monkeypatch.setattr(pool, "_on", lambda stream: entered.append(stream) or contextlib.nullcontext())
+def test_nodes_of_tokens_run_where_their_forward_did(monkeypatch):
+    """On a GPU: on that stream; tokens, all that they give, do not tell autograd. Here streams are names."""
+    now, seen = types.SimpleNamespace(stream="main", node=None), []
+
+    @contextlib.contextmanager
+    def stream(name):
+        before, now.stream = now.stream, name
+        yield
+        now.stream = before
+
+    def watched(node, backward):
+        def run(ctx, *grads):
+            now.node = node
+            try:
+                return backward(ctx, *grads)
+            finally:
+                now.node = None
+
+        return staticmethod(run)
+
+    grads = pool.Pool.grads
+    spy = lambda self, lineage: (now.node and seen.append((now.node, now.stream))) or grads(self, lineage)
+    monkeypatch.setattr(pool.Pool, "grads", spy)
+    monkeypatch.setattr(pool, "_stream", lambda x: now.stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    for node in (pool.Flush, pool.Reposition, pool.Inherit):
+        monkeypatch.setattr(node, "backward", watched(node.__name__, node.backward))
     model = tiny("qwen3")  # 3 layers
-    a, b = tokens(4, 2)
-    trace, _ = latent_run(model, a, 3)
-    loss_of(read(model, trace, b)[0]).backward()
-    assert sorted(entered) == ["a", "b", "c"]
+    a, b, c, d = tokens(4, 3, 5, 2)
+    left, right = prefill(model, a).fork(2)
+    prefill(model, b, trace=left)
+    prefill(model, c, trace=right)
+    with stream("join"):
+        joined = diffmas.Trace.join([left.detach(), right], "shift")  # a new lineage
+    with stream("move"):
+        joined = joined.repack()
+    h = body(model)(input_ids=d[None], past_key_values=joined).last_hidden_state[:, -1:]
+    with stream("run"):
+        latent_steps(model, joined, h, 3)
+    loss = loss_of(read(model, joined, d)[0])
+    with stream("another"):
+        loss.backward()
+    assert Counter(seen) == {("Flush", "run"): 3, ("Inherit", "join"): 2 * 3, ("Reposition", "move"): 3}
 
 
 def test_a_long_run_is_flushed_in_parts(calls, monkeypatch):

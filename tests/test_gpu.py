@@ -1,14 +1,18 @@
 """What only a GPU can show: no waiting for the device, no compilation for new lengths, CUDA graphs. Needs one."""
 
+import itertools
+
 import pytest
 import torch
-from models import assert_close, gradients, tiny, tokens
+from models import assert_close, gradients, latent_steps, tiny, tokens
 from op_cases import View, attention_inputs, inject_inputs
 from op_runs import raw
 from systems import ANSWERS, QUESTIONS, system
 
 import diffmas
 from diffmas import Agent, latent, ops
+from diffmas.benchmarks.machine import own_stream
+from diffmas.benchmarks.measure import OURS, Case, Contest, Problem, Run
 from diffmas.patch import body_of, patch_of, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -64,7 +68,8 @@ ROWS = 2100
 
 
 def ops_of_a_step(backend: str, seed: int):
-    """A call of inject and attention, forward and backward, over views of several parts; -> all that they give and write."""
+    """A call of inject and attention, forward and backward, over views of several parts, which gives all that they give and
+    write; and what they read: queries and shifts of attention, queries of inject."""
     view = View([3, 1], [[(0, 1500, 0), (2000, 3, 0)], [(0, 900, 7 + seed), (2010, 1, 0)]])
     x = attention_inputs(view, D=128, seed=seed, rows=ROWS).to(torch.bfloat16, "cuda")
     y = inject_inputs(n=4, D=128, seed=seed, rows=ROWS).to(torch.bfloat16, "cuda")
@@ -81,7 +86,7 @@ def ops_of_a_step(backend: str, seed: int):
         given = raw.inject_backward(rotated, y.q, y.k, *y.rope(), *more, backend)
         return [rotated, o, lse, dq, *given, pools, grads, more]
 
-    return call
+    return call, (args[0], args[7], y.q)
 
 
 def copies(tensors) -> list[torch.Tensor]:
@@ -91,7 +96,7 @@ def copies(tensors) -> list[torch.Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_streams(backend):
     """At once, the same bits as alone."""
-    calls = [ops_of_a_step(backend, seed) for seed in range(2)]
+    calls = [ops_of_a_step(backend, seed)[0] for seed in range(2)]
     want = [copies(call()) for call in calls]
     torch.cuda.synchronize()
     streams, got = [torch.cuda.Stream() for _ in calls], [[], []]
@@ -106,29 +111,58 @@ def test_two_streams(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ops_in_a_graph(backend):
-    """Also segments at a shift, whose tables are then part of the graph."""
-    call = ops_of_a_step(backend, 0)
-    want = copies(call())
+    """Also segments at a shift, whose tables are then part of the graph: a replay sees the shifts and queries of its time."""
+    call, (q, shift, new) = ops_of_a_step(backend, 0)
+    call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call()
-    for _ in range(3):
+    seen = []
+    for turn in range(4):
+        if turn in (1, 3):
+            for t in (q, new):
+                t.copy_(torch.randn_like(t))
+        if turn in (2, 3):
+            shift.add_(5 * turn)
+        want = copies(call())
+        seen.append(want[1])
         for t in captured:
             t.fill_(torch.nan)
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, want))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
 
 
-def test_a_backward_that_another_stream_calls():
-    """Of latent steps, whose flush gives only tokens on the CPU: it belongs on its forward's stream, too."""
+def loss_of_agents(s):
+    return s(QUESTIONS, ANSWERS).loss
+
+
+def loss_of_a_join(s):
+    """Of a join with a branch without gradients, moved, and latent steps after it: all the nodes that give only tokens."""
+    model, device = s.model, s.model.device
+    a, b, c, d = (x[None].to(device) for x in tokens(4, 3, 5, 2))
+    trace = diffmas.Trace(model)
+    model(a, past_key_values=trace)
+    branches = trace.fork(2)
+    for branch, ids in zip(branches, (b, c)):
+        model(ids, past_key_values=branch)
+    joined = diffmas.Trace.join([branches[0].detach(), branches[1]], "shift").repack()
+    h = body_of(patch_of(model).causal_lm)(input_ids=d, past_key_values=joined).last_hidden_state[:, -1:]
+    latent_steps(model, joined, h, 4)
+    return model(d, past_key_values=joined).logits.square().mean()
+
+
+@pytest.mark.parametrize("loss_of", [loss_of_agents, loss_of_a_join])
+def test_a_backward_that_another_stream_calls(loss_of):
+    """Of nodes that give only tokens, which lie on the CPU: they belong on their forward's stream, too."""
     s = system(agents=[Agent("a", "w5 {question}", 5), Agent("b", "w9 {question}")], dtype=torch.float32).cuda()
     stream, results = torch.cuda.Stream(), []
     for own in (None, *10 * [stream]):
         s.zero_grad()
         torch.cuda.synchronize()
         with torch.cuda.stream(own):
-            loss = s(QUESTIONS, ANSWERS).loss
+            loss = loss_of(s)
         loss.backward()
         torch.cuda.synchronize()
         results.append(gradients(s))
@@ -198,6 +232,23 @@ def test_a_model_that_waits_for_the_device_is_not_captured():
         latent.latent_steps(body, torch.nn.Identity(), trace, torch.randn(1, model.config.hidden_size, device="cuda"), 8)
     assert trace.lengths == [13] and torch.cuda.current_stream() == stream
     torch.rand(3, device="cuda")
+    torch.cuda.synchronize()
+
+
+def test_a_benchmark_that_is_not_captured_spoils_no_other():
+    """One waits for the device, one does so only when it is captured, and ours comes last."""
+    x = torch.linspace(-1, 1, 1000, device="cuda")
+    double = lambda wait: lambda p: Run(lambda: 2 * x + (0 * x.sum().item() if wait() else 0), lambda y: {"y": y})
+    ways = {"waits": lambda: True, "fails": torch.cuda.is_current_stream_capturing, OURS: lambda: False}
+    problem = Problem(Case("double", "any", n=1), x, lambda dtype: {"y": 2 * x.to(dtype)})
+    with own_stream("cuda"):
+        contest = Contest(problem, {name: double(wait) for name, wait in ways.items()}, "cuda")
+        assert not contest.notes
+        contest.warm_up()
+        assert set(contest._uncaptured) == {"waits", "fails"} and set(contest._graphs) == {OURS}, contest._uncaptured
+        assert "synchroniz" in contest._uncaptured["waits"]
+        assert all(contest.sample(name, 0) < 1e-3 for name in ways)
+    torch.rand(3, device="cuda")  # generators do not count on a capture
     torch.cuda.synchronize()
 
 

@@ -19,10 +19,10 @@ from torch.backends import cuda as torch_cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from diffmas import reference
 from diffmas.benchmarks import ours
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Problem, Run, Senseless
 from diffmas.benchmarks.ours import run_op, twins
+from diffmas.ops import reference
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 

@@ -8,10 +8,10 @@ StaticCache. "compiled" is one of these under torch.compile, on a GPU.
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
-from diffmas import reference
 from diffmas.benchmarks import ours
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run, Senseless
 from diffmas.benchmarks.ours import run_op, twins
+from diffmas.ops import reference
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 

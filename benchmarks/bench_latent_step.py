@@ -10,8 +10,8 @@ from transformers import DynamicCache, StaticCache
 from diffmas import Trace, patch_model
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
 from diffmas.benchmarks.systems import DEVICE, end_to_end, make_model
-from diffmas.cache import cache_argument
-from diffmas.patch import patch_of, run
+from diffmas.models.patch import patch_of, run
+from diffmas.trace.cache import cache_argument
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 

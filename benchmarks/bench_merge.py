@@ -2,9 +2,9 @@
 
 import torch
 
-from diffmas import reference
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
 from diffmas.benchmarks.ours import run_op
+from diffmas.ops import reference
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 

@@ -1,6 +1,6 @@
 """Samples of one question, a token each: all of them read the rows of the prompt. Once for all, or each for itself.
 
-The answer is that of `cross_attention`; ours is what the package does for such a batch (`diffmas.plan.share`): one pass over
+The answer is that of `cross_attention`; ours is what the package does for such a batch (`diffmas.trace.plan.share`): one pass over
 the shared rows with all queries, one over each reader's own, merged. N counts a reader's rows, its own included.
 """
 

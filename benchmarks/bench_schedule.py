@@ -13,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
 from diffmas.benchmarks.systems import DEVICE, SHAPES
-from diffmas.pool import LatentRun, Pool, attend
+from diffmas.trace.pool import LatentRun, Pool, attend
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 

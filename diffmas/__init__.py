@@ -1,11 +1,11 @@
 """diffmas: trainable, fast latent multi-agent systems of language models. See README.md and docs/design.md."""
 
 from diffmas import ops
-from diffmas.attention import Unsupported
-from diffmas.patch import patch_model, unpatch_model
-from diffmas.plan import Segment
-from diffmas.system import Agent, MultiAgentSystem, SystemOutput
+from diffmas.agents.system import Agent, MultiAgentSystem, SystemOutput
+from diffmas.models.attention import Unsupported
+from diffmas.models.patch import patch_model, unpatch_model
 from diffmas.trace import Trace
+from diffmas.trace.plan import Segment
 
 __version__ = "0.1.0"
 

@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from diffmas import reference
 from diffmas.kernels.blocks import attention_blocks, blocks
 from diffmas.kernels.launch import accumulator, dot_dtype, on, power_of_two, processors, rows_of
+from diffmas.ops import reference
 
 __all__ = ["cross_attention", "cross_attention_backward"]
 

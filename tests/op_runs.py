@@ -3,7 +3,7 @@
 import torch
 from op_cases import ROWS, as_it_lies, head_major
 
-from diffmas import reference
+from diffmas.ops import reference
 
 raw = torch.ops.diffmas
 

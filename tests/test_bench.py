@@ -18,7 +18,7 @@ import rich.console
 import torch
 from typer.testing import CliRunner
 
-from diffmas import ops, reference
+from diffmas import ops
 from diffmas.benchmarks import (
     bench_attention,
     bench_generation,
@@ -35,6 +35,7 @@ from diffmas.benchmarks.goals import GOALS, SDPA, Goal
 from diffmas.benchmarks.machine import Machine, peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Run, Senseless
 from diffmas.cli import app
+from diffmas.ops import backends, reference, schemas
 
 MACHINE = Machine(
     "cpu", "a machine", 1, 32 << 20, read=10e9, read_cached=40e9, copy=8e9, copy_cached=32e9, matmul=50e9, matmul_16bit=1e9
@@ -499,13 +500,13 @@ def test_twins_stand_beside_what_auto_takes(as_on_a_gpu, monkeypatch):
             super().__init__(cross_attention=run)
 
     def backend(name, run, missing=None):
-        monkeypatch.setitem(ops.BACKENDS, name, ops.Backend(name, Forward(run), ("cpu",), ops.FLOATS, missing))
-        ops._choose.cache_clear()
+        monkeypatch.setitem(ops.BACKENDS, name, backends.Backend(name, Forward(run), ("cpu",), backends.FLOATS, missing))
+        backends._choose.cache_clear()
 
     twins = {name: bench_attention.PROVIDERS[name] for name in ("diffmas, triton", "diffmas, cuda")}
     library = torch.library.Library("diffmas_cuda", "FRAGMENT")
     if not hasattr(torch.ops.diffmas_cuda, "cross_attention"):
-        library.define("cross_attention" + ops.SCHEMAS["cross_attention"].replace(", str backend='auto'", ""))
+        library.define("cross_attention" + schemas.SCHEMAS["cross_attention"].replace(", str backend='auto'", ""))
     library.impl("cross_attention", torch.ops.diffmas_cpu.cross_attention.default, "CPU")
     try:
         backend("triton", torch.ops.diffmas_cpu.cross_attention)
@@ -519,7 +520,7 @@ def test_twins_stand_beside_what_auto_takes(as_on_a_gpu, monkeypatch):
         assert contest_of("latent step", "forward", **twins).notes == {"diffmas, triton": "triton: not here"}
     finally:
         library._destroy()
-        ops._choose.cache_clear()
+        backends._choose.cache_clear()
 
 
 def test_few_tokens_are_timed_in_a_graph(monkeypatch):

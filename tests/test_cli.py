@@ -9,7 +9,9 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from diffmas import MultiAgentSystem, cli, config
+from diffmas import MultiAgentSystem
+from diffmas.cli import config
+from diffmas.cli import main as cli
 
 AGENTS = [{"name": a.name, "prompt": a.prompt, "latent_steps": a.latent_steps} for a in tiny.agents()]
 
@@ -214,7 +216,7 @@ def test_what_a_config_may_hold(tmp_path):
 
 
 def test_the_example_is_a_config(pytestconfig):
-    from diffmas.config import read_data
+    from diffmas.cli.config import read_data
 
     settings = config.load(pytestconfig.rootpath / "examples" / "train.yaml")
     train, held_out = read_data(settings)

@@ -9,7 +9,8 @@ import torch
 from op_cases import VIEWS, View, as_it_lies, attention_inputs, head_major, random_attention
 from op_runs import attention_all, exact_in_half, raw, within_budget
 
-from diffmas import ops, reference
+from diffmas import ops
+from diffmas.ops import backends, reference
 
 pytestmark = pytest.mark.skipif(not on_host.COMPILER, reason="no g++ here")
 
@@ -50,10 +51,10 @@ class Kernels:
 def kernels(monkeypatch):
     """Backend "cuda" runs on the host."""
     kernels = Kernels()
-    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend("cuda", kernels, ("cpu",), ops.FLOATS, None))
-    ops._choose.cache_clear()
+    monkeypatch.setitem(ops.BACKENDS, "cuda", backends.Backend("cuda", kernels, ("cpu",), backends.FLOATS, None))
+    backends._choose.cache_clear()
     yield kernels
-    ops._choose.cache_clear()
+    backends._choose.cache_clear()
 
 
 def agree(inputs, dtype, dlse=True, **call):
@@ -137,7 +138,7 @@ def test_backward_of_the_newest_tokens(name, dtype, kernels):
     assert (dk == 0.5).all() and (dv == 0.5).all()
 
 
-# Many queries: dK and dV only, which is what they are served (ops.CudaOps).
+# Many queries: dK and dV only, which is what they are served (backends.CudaOps).
 RAGGED = View([130, 0, 200], [[(250, 40, 0), (0, 130, 0)], [(5, 9, 0)], [(260, 70, 0), (400, 200, 0)]])
 AFAR = View([130, 33], [[(250, 40, -9), (300, 50, 70_000), (0, 130, 0)], [(280, 30, 12), (140, 40, 0)]])
 MANY = {
@@ -192,7 +193,7 @@ def test_pools_of_many_queries_that_learn_the_newest(kernels):
 def test_many_queries_go_two_ways(kernels, monkeypatch):
     """o and dq to Triton, which must leave the pools alone."""
     monkeypatch.setattr(torch.ops, "diffmas_cuda", kernels)
-    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend("cuda", ops.CudaOps(), ("cpu",), ops.FLOATS, None))
+    monkeypatch.setitem(ops.BACKENDS, "cuda", backends.Backend("cuda", backends.CudaOps(), ("cpu",), backends.FLOATS, None))
     inputs = attention_inputs(View([40, 35], [[(60, 20, 0), (0, 40, 0)], [(50, 30, 7), (100, 35, 0)]]), rows=150)
     for newest in (None, torch.tensor([50, 3])):
         agree(inputs, torch.float16, newest=newest)
@@ -256,7 +257,7 @@ def test_who_runs_it(missing, monkeypatch):
     """Backend "cuda" leaves dq of many queries, and what it does not serve, to Triton, or to the reference without it."""
     calls, other = [], "reference" if missing else "triton"
     recorders = {name: Recorder(name, calls) for name in ("cuda", "triton", "reference")}
-    monkeypatch.setitem(ops.BACKENDS, "triton", ops.Backend("triton", recorders["triton"], None, None, missing))
+    monkeypatch.setitem(ops.BACKENDS, "triton", backends.Backend("triton", recorders["triton"], None, None, missing))
     monkeypatch.setattr(ops, "reference", recorders["reference"])
     monkeypatch.setattr(torch.ops, "diffmas_cuda", recorders["cuda"])
 
@@ -265,9 +266,9 @@ def test_who_runs_it(missing, monkeypatch):
         shift, inv_freq = (None, None) if half is None else (torch.empty(1), torch.empty(half))
         view = (indptr, None, None, None, shift, inv_freq, 1.0, True, interleaved)
         calls.clear()
-        ops.CudaOps().cross_attention(q, kv, kv, *view)
+        backends.CudaOps().cross_attention(q, kv, kv, *view)
         for want_dq in (True, False):
-            given = ops.CudaOps().cross_attention_backward(q, None, q, q, q, kv, kv, *view, kv, kv, None, want_dq)
+            given = backends.CudaOps().cross_attention_backward(q, None, q, q, q, kv, kv, *view, kv, kv, None, want_dq)
             assert given == calls[-2 if want_dq and len(calls) > 2 else -1][0]
         return list(calls)
 
@@ -287,18 +288,20 @@ def test_who_runs_it(missing, monkeypatch):
 def test_ops_that_cuda_has_not(missing, monkeypatch):
     """merge_states and reposition are Triton's, or the reference's without it."""
     others = types.SimpleNamespace(merge_states=lambda: "triton")
-    monkeypatch.setitem(ops.BACKENDS, "triton", ops.Backend("triton", others, ("cpu",), ops.FLOATS, missing))
-    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend("cuda", types.SimpleNamespace(), ("cpu",), ops.FLOATS, None))
-    ops._choose.cache_clear()
+    monkeypatch.setitem(ops.BACKENDS, "triton", backends.Backend("triton", others, ("cpu",), backends.FLOATS, missing))
+    monkeypatch.setitem(
+        ops.BACKENDS, "cuda", backends.Backend("cuda", types.SimpleNamespace(), ("cpu",), backends.FLOATS, None)
+    )
+    backends._choose.cache_clear()
     wanted = reference.merge_states if missing else others.merge_states
     assert ops.implementation("merge_states", torch.empty(1, 1, 8), "cuda") is wanted
     assert ops.implementation("reposition", torch.empty(1, 1, 8), "cuda") is reference.reposition
-    ops._choose.cache_clear()
+    backends._choose.cache_clear()
 
 
 def test_head_sizes_of_the_extension():
-    if ops._extension.cuda_targets:
-        has = lambda op, head_dim: ops.CudaBackend().has(op, torch.float32, head_dim)
+    if ops.extension.cuda_targets:
+        has = lambda op, head_dim: backends.CudaBackend().has(op, torch.float32, head_dim)
         assert has("cross_attention", 256) and not has("cross_attention_backward", 257) and has("inject", 512)
 
 

@@ -9,6 +9,7 @@ from op_cases import head_major, inject_inputs
 from op_runs import exact_in_half, inject_all, raw, within_budget
 
 from diffmas import ops
+from diffmas.ops import backends
 
 pytestmark = pytest.mark.skipif(not on_host.COMPILER, reason="no g++ here")
 
@@ -147,10 +148,10 @@ class Kernels:
 def kernels(monkeypatch):
     """Backend "cuda" runs on the host."""
     kernels = Kernels()
-    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend("cuda", kernels, ("cpu",), ops.FLOATS, None))
-    ops._choose.cache_clear()
+    monkeypatch.setitem(ops.BACKENDS, "cuda", backends.Backend("cuda", kernels, ("cpu",), backends.FLOATS, None))
+    backends._choose.cache_clear()
     yield kernels
-    ops._choose.cache_clear()
+    backends._choose.cache_clear()
 
 
 def agree(inputs, dtype, wide_tables=False):

@@ -10,6 +10,7 @@ from op_runs import raw
 from test_cuda_attention import MANY, RAGGED, Kernels, learn, pools_agree
 
 from diffmas import ops
+from diffmas.ops import backends
 
 pytestmark = pytest.mark.skipif(not on_host.COMPILER, reason="no g++ here")
 
@@ -19,10 +20,10 @@ def kernels(monkeypatch):
     """Backend "cuda" runs on the host, as on sm_90."""
     kernels = Kernels()
     kernels.warpgroups = True
-    monkeypatch.setitem(ops.BACKENDS, "cuda", ops.Backend("cuda", kernels, ("cpu",), ops.FLOATS, None))
-    ops._choose.cache_clear()
+    monkeypatch.setitem(ops.BACKENDS, "cuda", backends.Backend("cuda", kernels, ("cpu",), backends.FLOATS, None))
+    backends._choose.cache_clear()
     yield kernels
-    ops._choose.cache_clear()
+    backends._choose.cache_clear()
 
 
 # Also groups that do not divide a tile, a sequence that ends within one, in a pool that ends within a block.

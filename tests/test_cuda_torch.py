@@ -9,11 +9,12 @@ import torch
 from op_cases import VIEWS, attention_inputs
 
 import diffmas
-from diffmas import _extension, ops
+from diffmas import ops
+from diffmas.ops import backends, extension
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
-pytestmark = pytest.mark.skipif(not _extension.cuda_targets, reason=str(_extension.cuda_error))
+pytestmark = pytest.mark.skipif(not extension.cuda_targets, reason=str(extension.cuda_error))
 OPS = ["inject", "inject_backward", "cross_attention", "cross_attention_backward"]
 
 
@@ -63,4 +64,4 @@ def test_what_a_gpu_needs(capability, versions, why, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.ops.diffmas_cuda, "versions", lambda: versions)
-    assert ops.CudaBackend().why_missing == why
+    assert backends.CudaBackend().why_missing == why

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny_systems as tiny
 
-from diffmas.data import Collator, read_jsonl, split
+from diffmas.training.data import Collator, read_jsonl, split
 
 
 def test_rows_in_all_forms_make_the_same_batch():

@@ -10,7 +10,8 @@ from models import assert_close, body, episode, gradients, latent_steps, loss_of
 from transformers import DynamicCache
 
 import diffmas
-from diffmas import pool, reference
+from diffmas.ops import reference
+from diffmas.trace import pool
 
 
 @pytest.fixture

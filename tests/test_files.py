@@ -152,4 +152,4 @@ def test_a_system_leaves_the_active_adapter_alone():
 
 def test_body_is_reached_through_peft():
     s = system()
-    assert body(s.model) is diffmas.patch.patch_of(s.model).body
+    assert body(s.model) is diffmas.models.patch.patch_of(s.model).body

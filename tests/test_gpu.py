@@ -10,10 +10,11 @@ from op_runs import raw
 from systems import ANSWERS, QUESTIONS, system
 
 import diffmas
-from diffmas import Agent, latent, ops
+from diffmas import Agent, ops
+from diffmas.agents import latent
 from diffmas.benchmarks.machine import own_stream
 from diffmas.benchmarks.measure import OURS, Case, Contest, Problem, Run
-from diffmas.patch import body_of, patch_of, run
+from diffmas.models.patch import body_of, patch_of, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 BACKENDS = [pytest.param(b, marks=pytest.mark.skipif(bool(why), reason=str(why))) for b, why in ops.available().items()][:2]

@@ -8,8 +8,10 @@ import torch
 from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
 from systems import QUESTIONS, system
 
-from diffmas import Agent, Trace, latent, ops, plan
-from diffmas.plan import Run, share
+from diffmas import Agent, Trace, ops
+from diffmas.agents import latent
+from diffmas.trace import plan
+from diffmas.trace.plan import Run, share
 
 # ---- steps without the host ------------------------------------------------------------------------------------------
 
@@ -133,7 +135,7 @@ def test_shared_rows_are_read_once(positions, monkeypatch):
     monkeypatch.setattr(plan, "SAVED_ROWS", 8)
     called = []
     call = ops.call
-    monkeypatch.setattr("diffmas.pool.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw))
+    monkeypatch.setattr("diffmas.trace.pool.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw))
     with torch.no_grad():
         got = read(model, joined.select(owners), *tokens(1, 2, 1, 1, 3, 1, seed=3))
     assert "merge_states" in called

@@ -12,7 +12,8 @@ import torch
 from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
 from op_runs import attention_all, exact_in_half, inject_all, merge_all, reposition_all, within_budget
 
-from diffmas import ops, pool
+from diffmas import ops
+from diffmas.trace import pool
 
 BACKENDS = [name for name in ("cpu",) if ops.available()[name] is None]  # test_triton.py has the kernels for GPUs
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

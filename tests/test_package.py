@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmas import _extension
+from diffmas.ops import extension
 
 ROOT = Path(__file__).parent.parent
 BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
@@ -94,7 +94,7 @@ def test_wheel_without_a_compiler_works_and_says_so(source, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here: the extension cannot be built")
 def test_the_extension_is_built_where_there_is_a_compiler():
-    assert _extension.loaded, _extension.error
+    assert extension.loaded, extension.error
 
 
 def test_env_command_says_what_is_missing():

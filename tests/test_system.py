@@ -9,9 +9,9 @@ from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer, 
 
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace
-from diffmas.patch import patch_of
-from diffmas.pool import Pool
-from diffmas.realign import REALIGN
+from diffmas.agents.realign import REALIGN
+from diffmas.models.patch import patch_of
+from diffmas.trace.pool import Pool
 
 TIGHT = 1e-9  # everything is float64
 
@@ -196,7 +196,7 @@ def test_realign_modes():
     e_in, e_out = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
     h = torch.randn(5, 32, dtype=torch.float64)
     norm = e_in.norm(dim=-1).mean()
-    mapped = {mode: diffmas.realign.Realign(model, mode)(h) for mode in REALIGN}
+    mapped = {mode: diffmas.agents.realign.Realign(model, mode)(h) for mode in REALIGN}
     assert torch.equal(mapped["none"], h)
     assert_close(mapped["norm"], h / h.norm(dim=-1, keepdim=True) * norm)
     gram = e_out.T @ e_out
@@ -206,14 +206,14 @@ def test_realign_modes():
     assert_close(mapped["learned"], mapped["ridge"])
     assert_close(mapped["soft_token"], (h @ e_out.T).softmax(-1) @ e_in)
     with pytest.raises(ValueError, match="realign: expected one of"):
-        diffmas.realign.Realign(model, "magic")
+        diffmas.agents.realign.Realign(model, "magic")
 
 
 @pytest.mark.parametrize("mode", REALIGN)
 def test_realign_ends_where_the_input_embedding_is(mode, monkeypatch):
     """Other layers may be on other devices; "meta" is one that everything has."""
     model = tiny("qwen3", patch=False)
-    realign = diffmas.realign.Realign(model, mode).to("meta")
+    realign = diffmas.agents.realign.Realign(model, mode).to("meta")
     model.to("meta")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no "meta"
     assert realign(torch.randn(5, 32)).device.type == "meta"
@@ -222,7 +222,7 @@ def test_realign_ends_where_the_input_embedding_is(mode, monkeypatch):
 def test_ridge_is_the_identity_for_tied_embeddings():
     model = tiny("qwen3", patch=False, tie_word_embeddings=True)
     h = torch.randn(5, 32, dtype=torch.float64)
-    ridge, norm = (diffmas.realign.Realign(model, mode)(h) for mode in ("ridge", "norm"))
+    ridge, norm = (diffmas.agents.realign.Realign(model, mode)(h) for mode in ("ridge", "norm"))
     assert_close(ridge, norm, 5e-3)
 
 

@@ -342,7 +342,7 @@ def test_a_checkpoint_without_its_manifest_is_not_whole(run, tmp_path, text):
 
 
 def test_an_older_checkpoint_goes_only_when_the_newest_is_whole(tmp_path, monkeypatch):
-    from diffmas import training
+    from diffmas.training import trainer as training
 
     write = training._write_manifest
 
@@ -383,7 +383,7 @@ def test_a_missing_adapter_is_not_the_untrained_model(tmp_path, scope, gone):
 
 
 def test_an_adapter_of_another_scale_is_refused(tmp_path):
-    from diffmas.system_file import load_weights
+    from diffmas.agents.file import load_weights
 
     tiny.system(alpha=4).save_pretrained(tmp_path)
     other = tiny.system(alpha=400)

@@ -10,8 +10,10 @@ from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inp
 from op_runs import attention_all, exact_in_half, inject_all, merge_all, raw, reposition_all, within_budget
 from systems import ANSWERS, QUESTIONS, system
 
-from diffmas import Agent, ops, plan, pool, reference
-from diffmas.patch import patch_of
+from diffmas import Agent, ops
+from diffmas.models.patch import patch_of
+from diffmas.ops import reference
+from diffmas.trace import plan, pool
 
 pytestmark = pytest.mark.skipif(ops.available()["triton"] is not None, reason=str(ops.available()["triton"]))
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from diffmas import evaluation
+from diffmas.agents.system import Agent, MultiAgentSystem
 from diffmas.demo import facts
 from diffmas.evaluation.training_step import compare_training_step
-from diffmas.system import Agent, MultiAgentSystem
 from diffmas.training import Trainer, add_lora
 
 __all__ = ["BASE", "agents", "run"]

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from diffmas.system import Agent, MultiAgentSystem, evaluating
+from diffmas.agents.system import Agent, MultiAgentSystem, evaluating
 
 __all__ = ["Answers", "Latent", "Method", "TextAgents", "latent_mas", "single_agent"]
 

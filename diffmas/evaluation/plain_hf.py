@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from diffmas.cache import cache_argument
-from diffmas.patch import causal_lm_of
-from diffmas.sampling import end_tokens
-from diffmas.system import evaluating
+from diffmas.agents.sampling import end_tokens
+from diffmas.agents.system import evaluating
+from diffmas.models.patch import causal_lm_of
+from diffmas.trace.cache import cache_argument
 
 __all__ = ["plain_generate", "plain_loss"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from diffmas.data import question_and_answer
 from diffmas.evaluation.baselines import Method
 from diffmas.evaluation.metrics import Scorer, perplexity, wilson
+from diffmas.training.data import question_and_answer
 
 __all__ = ["MethodsFailed", "Result", "evaluate", "plot", "table", "write_answers", "write_csv"]
 
@@ -56,7 +56,7 @@ def evaluate(
 ) -> list[Result]:  # fmt: skip
     """Answers every row with every method; results in the order of `methods`.
 
-    rows: see `diffmas.data`. batch_size: questions at once (all by default). progress: called with the name of the method
+    rows: see `diffmas.training.data`. batch_size: questions at once (all by default). progress: called with the name of the method
     that is about to run; save: with all results so far, after each method. generation: max_new_tokens, temperature, top_p,
     seed and stop, as `MultiAgentSystem.generate` takes them. Raises ValueError for no method, no row, or a bad one. A
     method that fails does not stop the others: `MethodsFailed`, with their results, is raised at the end.

@@ -21,9 +21,9 @@ import transformers
 from torch import nn
 from transformers import TrainingArguments
 
-from diffmas.data import Collator, check_row
-from diffmas.system import MultiAgentSystem
-from diffmas.system_file import AGENTS_FILE, load_weights, read_json, write_json
+from diffmas.agents.file import AGENTS_FILE, load_weights, read_json, write_json
+from diffmas.agents.system import MultiAgentSystem
+from diffmas.training.data import Collator, check_row
 
 __all__ = [
     "NonFiniteLoss", "Trainer", "add_lora", "check_checkpoint", "checkpoints", "default_arguments", "last_checkpoint",
@@ -166,7 +166,7 @@ class Trainer(transformers.Trainer):
 
     system: its PEFT adapter is what learns; a plain model gets LoRA first (peft_config, by default `lora_config()`).
     args: TrainingArguments, by default `default_arguments("diffmas-output")`. train_dataset, eval_dataset: lists of rows
-    or any dataset of them (see `diffmas.data`). Everything else is transformers' own.
+    or any dataset of them (see `diffmas.training.data`). Everything else is transformers' own.
 
     A loss or gradient that is not finite stops training with `NonFiniteLoss` before it reaches the weights.
     train(resume_from_checkpoint=True) goes on from the newest whole checkpoint, bit for bit as if it had not stopped.

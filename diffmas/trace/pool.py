@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffmas.ops import call
+from diffmas.ops.register import call
 
 __all__ = ["LatentRun", "Pool", "attend", "inherit", "reposition"]
 

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
-from diffmas.patch import causal_lm_of
+from diffmas.models.patch import causal_lm_of
 
 __all__ = ["adapter_fingerprint", "model_fingerprint", "rope_of"]
 

@@ -69,7 +69,7 @@ def train(
     """Train LoRA adapters as a config says; under torchrun on several GPUs."""
     from transformers import EarlyStoppingCallback
 
-    from diffmas.config import build_system, load, read_data, training_arguments
+    from diffmas.cli.config import build_system, load, read_data, training_arguments
     from diffmas.training import Trainer, checkpoints
 
     settings = load(config)
@@ -137,7 +137,7 @@ def generate(
     device: Device = None,
 ):
     """Answer a question with a trained system."""
-    from diffmas.system import MultiAgentSystem
+    from diffmas.agents.system import MultiAgentSystem
 
     fields = {"question": question} if question else {}
     for item in field or []:
@@ -163,9 +163,9 @@ def evaluate(
 ):
     """Compare the trained system with its baselines on the same questions."""
     from diffmas import evaluation
-    from diffmas.config import build_model, build_system, load, read_data
-    from diffmas.data import read_jsonl
-    from diffmas.system import MultiAgentSystem
+    from diffmas.agents.system import MultiAgentSystem
+    from diffmas.cli.config import build_model, build_system, load, read_data
+    from diffmas.training.data import read_jsonl
 
     settings, place = load(config), _device(device)
     options = settings.evaluation
@@ -248,7 +248,8 @@ def env():
     import torch
 
     import diffmas
-    from diffmas import _extension, ops
+    from diffmas import ops
+    from diffmas.ops import extension
 
     out = Table(title=f"diffmas {diffmas.__version__}", show_header=False)
     out.add_column(no_wrap=True)
@@ -256,10 +257,10 @@ def env():
     for name, missing in ops.available().items():
         how = " by name, in Triton's interpreter" if ops.BACKENDS[name].interpreted else ""
         out.add_row(f"backend {name}", f"[green]usable[/]{how}" if missing is None else f"[yellow]missing[/]: {missing}")
-    kernels = f", CUDA kernels for {', '.join('sm_' + t for t in _extension.cuda_targets)}" if _extension.cuda_targets else ""
+    kernels = f", CUDA kernels for {', '.join('sm_' + t for t in extension.cuda_targets)}" if extension.cuda_targets else ""
     out.add_row(
         "C++ extension",
-        f"[green]loaded[/]{kernels}" if _extension.loaded else f"[yellow]not loaded[/]: {_extension.error}",
+        f"[green]loaded[/]{kernels}" if extension.loaded else f"[yellow]not loaded[/]: {extension.error}",
         end_section=True,
     )
     out.add_row("python", f"{platform.python_version()} on {platform.platform()}")

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from diffmas.cache import cache_name
 from diffmas.trace import Trace
+from diffmas.trace.cache import cache_name
 
 __all__ = ["generate"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmas.pool import LatentRun, Pool, attend
+from diffmas.trace.pool import LatentRun, Pool, attend
 
 __all__ = ["KINDS", "LONGEST_RUN", "SPARE_ROWS", "Extent", "Plan", "Segment", "Store"]
 
@@ -20,7 +20,7 @@ KINDS = ("prompt", "latent", "text")
 SPARE_ROWS = 64  # room of an extent that is opened for single tokens
 FEW_TOKENS = 8  # per sequence: reading K and V costs more than the products
 SAVED_ROWS = 2048  # what a pass over shared rows must save reading, or its two more calls cost more
-LONGEST_RUN = 64  # latent steps whose gradients to older rows wait for each other (diffmas.pool)
+LONGEST_RUN = 64  # latent steps whose gradients to older rows wait for each other (diffmas.trace.pool)
 
 
 class Segment(NamedTuple):
@@ -208,7 +208,7 @@ class Plan:
 
     def step_on(self, device: torch.device) -> None:
         """Becomes the plan of the next latent step, on the device alone: one row and one position on, the newest run of each
-        view a row longer. For a plan that repeats without the host (diffmas.latent)."""
+        view a row longer. For a plan that repeats without the host (diffmas.agents.latent)."""
         slots, _, _, *views = self._index.on(device)
         slots += 1
         tables = [views] if self._shared is None else [views, self._shared.on(device)[5:]]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import random_split
 
-from diffmas.system import MultiAgentSystem
+from diffmas.agents.system import MultiAgentSystem
 
 __all__ = ["Collator", "check_row", "question_and_answer", "read_jsonl", "split"]
 

@@ -3,7 +3,7 @@
 One token's way through an agent: its prompt is packed with the prompts of the batch (no padding) and run through the body
 in one forward; the last hidden state of each sequence is realigned and fed back T times (`think`); all K/V rows land on
 the trace, which the next agent attends to. The last agent's forward gives the loss, or its decoding loop the text
-(`diffmas.sampling`).
+(`diffmas.agents.sampling`).
 """
 
 import contextlib
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from diffmas.latent import latent_steps
-from diffmas.patch import patch_model, patch_of, run
-from diffmas.realign import Realign
-from diffmas.sampling import Sampling, decode, rows_ahead
+from diffmas.agents.latent import latent_steps
+from diffmas.agents.realign import Realign
+from diffmas.agents.sampling import Sampling, decode, rows_ahead
+from diffmas.models.patch import patch_model, patch_of, run
 from diffmas.trace import Trace
 
 __all__ = ["Agent", "MultiAgentSystem", "SystemOutput", "evaluating"]
@@ -85,7 +85,7 @@ class MultiAgentSystem(nn.Module):
     """Agents over one patched model; the last agent answers.
 
     model: a transformers causal LM or a PEFT model around one; it is patched if it is not yet. tokenizer: its tokenizer;
-    a chat template is used if it has one (chat_template=False: never). realign: see `diffmas.realign`.
+    a chat template is used if it has one (chat_template=False: never). realign: see `diffmas.agents.realign`.
     grad_scope: full | detach_trace (only the last agent learns) | last_k (the last `last_k` agents learn).
     trace_content: all | latent_only (an agent's prompt is dropped when it hands on).
     adapter_scope: shared | per_role (one PEFT adapter per agent, of the agent's name) | final_only (the others run the
@@ -391,7 +391,7 @@ class MultiAgentSystem(nn.Module):
 
     def save_pretrained(self, path) -> None:
         """Writes the PEFT adapter (if there is one) and `agents.json` to a directory."""
-        from diffmas.system_file import save
+        from diffmas.agents.file import save
 
         save(self, path)
 
@@ -399,7 +399,7 @@ class MultiAgentSystem(nn.Module):
     def from_pretrained(cls, path, model=None, tokenizer=None, **model_options) -> "MultiAgentSystem":
         """Reads back what `save_pretrained` wrote. model: a loaded base model, a directory or hub name, or None for the
         one named in the file. Raises ValueError for a file of another model."""
-        from diffmas.system_file import load
+        from diffmas.agents.file import load
 
         return load(cls, path, model, tokenizer, **model_options)
 

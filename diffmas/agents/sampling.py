@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from diffmas.patch import patch_of, run
+from diffmas.models.patch import patch_of, run
 from diffmas.trace import Trace
 
 __all__ = ["Sampling", "decode"]

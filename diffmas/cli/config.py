@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from diffmas.system import Agent
+from diffmas.agents.system import Agent
 
 __all__ = ["Config", "build_model", "build_system", "load", "read_data", "training_arguments"]
 
@@ -236,7 +236,7 @@ def build_model(config: Config, device: str | None = None):
 
 def build_system(config: Config, adapter: bool = True, device: str | None = None):
     """The system that a config describes; adapter: with a new LoRA adapter (one per role if it says so)."""
-    from diffmas.system import MultiAgentSystem
+    from diffmas.agents.system import MultiAgentSystem
     from diffmas.training import add_lora, lora_config
 
     model, tokenizer = build_model(config, device)
@@ -250,7 +250,7 @@ def build_system(config: Config, adapter: bool = True, device: str | None = None
 
 def read_data(config: Config) -> tuple[list[dict], list[dict] | None]:
     """Training and validation rows; the latter None without any."""
-    from diffmas.data import read_jsonl, split
+    from diffmas.training.data import read_jsonl, split
 
     if not config.data.train:
         raise ValueError("data.train: expected a file of JSON lines, got none")

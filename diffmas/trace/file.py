@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from diffmas.identity import adapter_fingerprint, model_fingerprint, rope_of
-from diffmas.plan import Segment
-from diffmas.pool import Pool
+from diffmas.models.identity import adapter_fingerprint, model_fingerprint, rope_of
 from diffmas.trace import Trace
+from diffmas.trace.plan import Segment
+from diffmas.trace.pool import Pool
 
 __all__ = ["load", "save"]
 

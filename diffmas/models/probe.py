@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from diffmas import pool, reference
-from diffmas.attention import FAMILIES, Layer, Unsupported, install, refuse, uninstall
+from diffmas.models.attention import FAMILIES, Layer, Unsupported, install, refuse, uninstall
+from diffmas.ops import reference
+from diffmas.trace import pool
 
 __all__ = ["choose_tiers"]
 

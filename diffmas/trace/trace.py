@@ -1,6 +1,6 @@
 """The trace: the K/V memory that the agents of a batch of episodes share, append-only, as a transformers Cache.
 
-Storage and view are two things. A store (`diffmas.plan`) owns the rows of every layer; a `Trace` owns, per sequence, the
+Storage and view are two things. A store (`diffmas.trace.plan`) owns the rows of every layer; a `Trace` owns, per sequence, the
 ordered list of *segments* (runs of rows) that it sees. Forks, joins and `keep` make new views over the same rows and copy
 nothing.
 """
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmas.cache import CacheFace
-from diffmas.plan import KINDS, LONGEST_RUN, SPARE_ROWS, Extent, Plan, Segment, Store
-from diffmas.pool import LatentRun, inherit, reposition
+from diffmas.trace.cache import CacheFace
+from diffmas.trace.plan import KINDS, LONGEST_RUN, SPARE_ROWS, Extent, Plan, Segment, Store
+from diffmas.trace.pool import LatentRun, inherit, reposition
 
 __all__ = ["Trace"]
 
@@ -29,7 +29,7 @@ class Trace(CacheFace):
     """
 
     def __init__(self, model, batch_size: int = 1, capacity: int | None = None):
-        from diffmas.patch import patch_of
+        from diffmas.models.patch import patch_of
 
         super().__init__(layers=[])
         if batch_size < 1:
@@ -42,7 +42,7 @@ class Trace(CacheFace):
         self._segments: list[list[Segment]] = [[] for _ in range(batch_size)]
         self._extents: list[Extent | None] = [None] * batch_size
         self._next = [0] * batch_size  # the position of each sequence's next token
-        self._tokens = [torch.zeros(0) for _ in range(layers)]  # see diffmas.pool
+        self._tokens = [torch.zeros(0) for _ in range(layers)]  # see diffmas.trace.pool
         self._lineage = 0
         self._spare = [0] * batch_size
         self._latent: tuple[LatentRun | None, int] = (None, 0)  # the run that the last forward was a step of, its steps
@@ -375,14 +375,14 @@ class Trace(CacheFace):
 
     def save(self, path) -> None:
         """Writes what it sees to one safetensors file, with the identity of model, adapter and RoPE, and a checksum."""
-        from diffmas.trace_file import save
+        from diffmas.trace.file import save
 
         save(self, path)
 
     @staticmethod
     def load(path, model) -> "Trace":
         """Reads a file of `save` back; raises ValueError if it is damaged or was written by another model or adapter."""
-        from diffmas.trace_file import load
+        from diffmas.trace.file import load
 
         return load(path, model)
 

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffmas.identity import model_fingerprint
-from diffmas.patch import causal_lm_of
-from diffmas.system import Agent, MultiAgentSystem
+from diffmas.agents.system import Agent, MultiAgentSystem
+from diffmas.models.identity import model_fingerprint
+from diffmas.models.patch import causal_lm_of
 
 __all__ = ["AGENTS_FILE", "load", "load_adapter", "load_weights", "read_agents", "read_json", "save", "write_json"]
 

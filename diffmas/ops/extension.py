@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-_HERE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 
 
 def _build_info() -> dict:
     try:
-        return json.loads((_HERE / "build_info.json").read_text())
+        return json.loads((_PACKAGE / "build_info.json").read_text())
     except (OSError, ValueError):
         return {}
 
 
 def _load() -> str | None:
-    library = _HERE / "libdiffmas.so"
+    library = _PACKAGE / "libdiffmas.so"
     if not library.exists():
         return _build_info().get("error") or "the extension is not built: run `pip install -e .` in the source tree"
     try:

@@ -3,11 +3,11 @@
 Per instance and reversible: nothing global, no class and no shared config is touched. A patched model behaves as before
 until a Trace is passed as `past_key_values` (`cache` since transformers 5.24). Then
   * a pre-hook on the body drops the padding, plans the forward and hands the plan down as `diffmas_trace=`,
-  * every attention layer writes and reads the trace (`diffmas.attention`),
+  * every attention layer writes and reads the trace (`diffmas.models.attention`),
   * a hook on the body commits the plan and restores the padded shape.
 
 What a model needs and diffmas does not do is refused here: by a static check (`_unsupported`) and by a numeric probe of
-every layer against its own forward (`diffmas.probe`), since each alone misses cases.
+every layer against its own forward (`diffmas.models.probe`), since each alone misses cases.
 """
 
 import functools
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from diffmas import ops, probe
-from diffmas.attention import Layer, Unsupported, install, refuse, uninstall
-from diffmas.cache import cache_name
-from diffmas.generation import generate
-from diffmas.plan import Plan
+from diffmas import ops
+from diffmas.models import probe
+from diffmas.models.attention import Layer, Unsupported, install, refuse, uninstall
+from diffmas.models.generate import generate
 from diffmas.trace import Trace
+from diffmas.trace.cache import cache_name
+from diffmas.trace.plan import Plan
 
 __all__ = ["patch_model", "patch_of", "run", "unpatch_model"]
 

@@ -10,9 +10,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from diffmas.patch import run
-from diffmas.plan import Plan
+from diffmas.models.patch import run
 from diffmas.trace import Trace
+from diffmas.trace.plan import Plan
 
 __all__ = ["latent_steps"]
 

@@ -1,0 +1,16 @@
+"""The four ops of diffmas on tensors: `inject`, `cross_attention`, `merge_states`, `reposition`; and the backends that run them."""
+
+from diffmas.ops import register  # noqa: F401  defines torch.ops.diffmas
+from diffmas.ops.api import cross_attention, inject, merge_states, reposition
+from diffmas.ops.backends import BACKENDS, available, check_backend, implementation
+
+__all__ = [
+    "BACKENDS",
+    "available",
+    "check_backend",
+    "cross_attention",
+    "implementation",
+    "inject",
+    "merge_states",
+    "reposition",
+]

@@ -1,0 +1,197 @@
+"""Backends: which implementations of the ops there are here, and the one place that picks one.
+
+`reference` (plain PyTorch, anywhere), `cpu` (the compiled extension), `triton` and `cuda` (GPUs). `backend="auto"` takes the
+fastest one that serves the device, dtype and head size; the environment variable DIFFMAS_BACKEND, read on import, overrides
+"auto".
+"""
+
+import functools
+import importlib
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from diffmas.ops import extension, reference
+from diffmas.ops.checks import FLOATS, MAX_HEAD_DIM
+
+__all__ = ["BACKENDS", "available", "check_backend", "implementation"]
+
+
+class Backend:
+    """A set of op implementations, and the devices, dtypes and head sizes that it serves."""
+
+    interpreted = False  # too slow for "auto"
+
+    def __init__(self, name, ops, devices, dtypes, why_missing):
+        self.name, self.ops, self.devices, self.dtypes, self.max_head_dim = name, ops, devices, dtypes, math.inf
+        self.why_missing = why_missing  # None when it is usable
+
+    def has(self, op: str, dtype: torch.dtype, head_dim: int) -> bool:
+        return head_dim <= self.max_head_dim and hasattr(self.ops, op)
+
+    def serves(self, op: str, device: str, dtype: torch.dtype, head_dim: int) -> bool:
+        if (self.devices is not None and device not in self.devices) or (self.dtypes is not None and dtype not in self.dtypes):
+            return False
+        return self.why_missing is None and self.has(op, dtype, head_dim)
+
+
+class TritonBackend(Backend):
+    """Triton and its kernels are imported when first needed. With TRITON_INTERPRET=1 its interpreter runs them, on CPU tensors
+    and in float64 too."""
+
+    def __init__(self):
+        self.name, self.max_head_dim = "triton", 256
+        self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        self.devices, self.dtypes = (None, None) if self.interpreted else (("cuda",), FLOATS)
+
+    @functools.cached_property
+    def why_missing(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if not self.interpreted and not torch.cuda.is_available():
+            return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+        return None
+
+    @functools.cached_property
+    def ops(self):
+        return importlib.import_module("diffmas.kernels.backend")
+
+    def has(self, op: str, dtype: torch.dtype, head_dim: int) -> bool:
+        # Products of float32 have no tensor cores, and with longer heads no room in registers.
+        short = head_dim <= 128 or dtype != torch.float32 or self.interpreted or not op.startswith("cross_attention")
+        return short and super().has(op, dtype, head_dim)
+
+
+class CudaOps:
+    """torch.ops.diffmas_cuda. Its attention is made for few queries a sequence, as it reads a view again for every 16 of their
+    rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only. The
+    rest is Triton's, or the reference's where there is no Triton: o and dq of many queries, pools of another dtype than q, and
+    rotated halves whose padding makes a head longer than 256."""
+
+    FEW_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
+
+    def __getattr__(self, op):
+        return getattr(torch.ops.diffmas_cuda, op)
+
+    def _few(self, q, k_pool, q_indptr):
+        return q.shape[0] * q.shape[1] // k_pool.shape[1] <= self.FEW_ROWS * (q_indptr.shape[0] - 1)
+
+    @staticmethod
+    def _slots(q, seg_shift, inv_freq, interleaved):
+        """The length of a row as the kernels keep it: halves that are turned into each other are padded to eights."""
+        padding = 0 if seg_shift is None or interleaved else -inv_freq.shape[0] % 8
+        return q.shape[2] + 2 * padding
+
+    def _served(self, q, k_pool, seg_shift, inv_freq, interleaved):
+        return k_pool.dtype == q.dtype and self._slots(q, seg_shift, inv_freq, interleaved) <= 256
+
+    def cross_attention(
+        self, q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved
+    ):
+        ours = self._few(q, k_pool, q_indptr) and self._served(q, k_pool, seg_shift, inv_freq, interleaved)
+        run = torch.ops.diffmas_cuda.cross_attention if ours else _triton_or_reference("cross_attention", q)
+        return run(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved)
+
+    def cross_attention_backward(
+        self, do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq,
+        scale, causal, interleaved, dk_pool, dv_pool, newest=None, want_dq=True,
+    ):  # fmt: skip
+        args = (
+            do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale,
+            causal, interleaved, dk_pool, dv_pool,
+        )  # fmt: skip
+        ours = torch.ops.diffmas_cuda.cross_attention_backward
+        served = self._served(q, k_pool, seg_shift, inv_freq, interleaved)
+        if served and self._few(q, k_pool, q_indptr):
+            return ours(*args, newest, want_dq)
+        other = _triton_or_reference("cross_attention_backward", q)
+        # Other than in whole packs of 16 bytes they would go element by element.
+        packs = q.shape[2] % 8 == 0 and self._slots(q, seg_shift, inv_freq, interleaved) == q.shape[2]
+        if not served or not packs or q.dtype == torch.float32:
+            return other(*args, newest, want_dq)
+        nobody = q_indptr.new_zeros(q_indptr.shape[0] - 1)  # learns there
+        dq = other(*args, nobody, True) if want_dq else None
+        none = ours(*args, newest, False)
+        return dq if want_dq else none
+
+
+def _triton_or_reference(op: str, lead: Tensor):
+    triton = BACKENDS["triton"]
+    usable = triton.why_missing is None and triton.has(op, lead.dtype, lead.shape[-1])
+    return getattr(triton.ops if usable else reference, op)
+
+
+class CudaBackend(Backend):
+    """The CUDA kernels of the extension. Devices are looked for when it is first needed."""
+
+    def __init__(self):
+        self.name, self.ops, self.devices, self.dtypes = "cuda", CudaOps(), ("cuda",), FLOATS
+
+    def has(self, op: str, dtype: torch.dtype, head_dim: int) -> bool:
+        most = 256 if op.startswith("cross_attention") else MAX_HEAD_DIM
+        return head_dim <= most and hasattr(torch.ops.diffmas_cuda, op)
+
+    @functools.cached_property
+    def why_missing(self) -> str | None:
+        if extension.cuda_error:
+            return extension.cuda_error
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        driver, runtime = (version // 1000 for version in torch.ops.diffmas_cuda.versions())
+        if driver < runtime:  # torch's own runtime may be an older one
+            return f"it was built with CUDA {runtime}, which this machine's driver, of CUDA {driver}, does not run"
+        # A target's code runs on its generation's later members too, unless it ends with "a".
+        for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())):
+            if not any(t == f"{major}{minor}a" or (t.isdecimal() and t[:-1] == str(major)) for t in extension.cuda_targets):
+                return f"it has no code for compute capability {major}.{minor}"
+        return None
+
+
+# In order of preference. cuda has not been measured against triton on a GPU yet: it serves what triton does not, or by name.
+BACKENDS = {
+    "triton": TritonBackend(),
+    "cuda": CudaBackend(),
+    "cpu": Backend("cpu", torch.ops.diffmas_cpu, ("cpu",), FLOATS, extension.error),
+    "reference": Backend("reference", reference, None, None, None),
+}
+
+
+def available() -> dict[str, str | None]:
+    """Backends by name; None for a usable one, else the reason why it is missing."""
+    return {name: backend.why_missing for name, backend in BACKENDS.items()}
+
+
+def check_backend(name: str) -> str:
+    """Returns `name` if it is "auto" or a usable backend; raises ValueError otherwise."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
+    if name != "auto" and BACKENDS[name].why_missing:
+        raise ValueError(f"backend: {name!r} is not usable here: {BACKENDS[name].why_missing}")
+    return name
+
+
+# Read once: on every call, looking it up took a tenth of the time of attention of 17 x 17 tokens.
+AUTO = os.environ.get("DIFFMAS_BACKEND") or "auto"
+
+
+def implementation(op: str, lead: Tensor, backend: str):
+    """The function that runs `op` on `lead` [.., D], which decides device, dtype and head size. What a named backend does not
+    have, an op or a head size (of that dtype), runs on the reference; what "cuda" does not have on Triton if it can."""
+    return getattr(_choose(op, lead.device, lead.dtype, lead.shape[-1], backend), op)
+
+
+@functools.cache  # on every call of every op: looked up, not searched
+def _choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, backend: str):
+    name = AUTO if backend == "auto" else backend
+    if name == "auto":
+        return next(b for b in BACKENDS.values() if not b.interpreted and b.serves(op, device.type, dtype, head_dim)).ops
+    chosen = BACKENDS[check_backend(name)]
+    if not chosen.has(op, dtype, head_dim):
+        triton = BACKENDS["triton"]
+        return triton.ops if name == "cuda" and triton.serves(op, device.type, dtype, head_dim) else reference
+    if not chosen.serves(op, device.type, dtype, head_dim):
+        raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device.type} in {dtype}")
+    return chosen.ops

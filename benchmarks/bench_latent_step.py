@@ -10,7 +10,8 @@ from transformers import DynamicCache, StaticCache
 from diffmas import Trace, patch_model
 from diffmas.benchmarks.measure import OURS, Case, Problem, Run
 from diffmas.benchmarks.systems import DEVICE, end_to_end, make_model
-from diffmas.models.patch import patch_of, run
+from diffmas.models.forward import forward
+from diffmas.models.patch import patch_of
 from diffmas.trace.cache import cache_argument
 
 __all__ = ["CASES", "PROVIDERS", "problem"]

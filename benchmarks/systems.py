@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from diffmas import Agent, MultiAgentSystem
 from diffmas.benchmarks.machine import clock
 from diffmas.benchmarks.measure import Case
-from diffmas.models.patch import body_of, causal_lm_of
+from diffmas.models.parts import body_of, causal_lm_of
 
 __all__ = ["DEVICE", "NOTE", "Stopwatch", "eager_attention", "end_to_end", "make_model", "make_system"]
 

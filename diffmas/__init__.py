@@ -2,10 +2,8 @@
 
 from diffmas import ops
 from diffmas.agents.system import Agent, MultiAgentSystem, SystemOutput
-from diffmas.models.attention import Unsupported
-from diffmas.models.patch import patch_model, unpatch_model
-from diffmas.trace import Trace
-from diffmas.trace.plan import Segment
+from diffmas.models import Unsupported, patch_model, unpatch_model
+from diffmas.trace import Segment, Trace
 
 __version__ = "0.1.0"
 

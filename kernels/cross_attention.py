@@ -454,7 +454,7 @@ def _tables(q, seg_shift, inv_freq, interleaved) -> tuple:
     """seg_shift with cos and sin [S, Dr] of each segment's rotation; nothing where no segment is shifted."""
     if seg_shift is None:
         return None, None, None
-    make = functools.partial(reference.shift_tables, seg_shift, inv_freq, interleaved, reference.accumulator(q.dtype))
+    make = functools.partial(reference.offset_tables, seg_shift, inv_freq, interleaved, reference.accumulator(q.dtype))
     # The layers of a model share their index: tables are made by the first of them, and kept with it. Not where nobody sees
     # whether they are still right: inference tensors have no version, and what a graph captures is not computed yet.
     if seg_shift.is_inference() or inv_freq.is_inference() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):

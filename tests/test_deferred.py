@@ -1,4 +1,4 @@
-"""The gradient of a latent run to the rows before it: added once for the whole run, equal to plain autograd."""
+"""The gradient of a run of latent steps to the rows before it: added once for the whole run, equal to plain autograd."""
 
 import contextlib
 import types
@@ -11,17 +11,17 @@ from transformers import DynamicCache
 
 import diffmas
 from diffmas.ops import reference
-from diffmas.trace import pool
+from diffmas.trace import autograd, pool
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(queries, newest, want_dq) of every cross_attention_backward; float64 runs on the reference."""
+    """(queries, grad_tail, want_dq) of every cross_attention_backward; float64 runs on the reference."""
     seen, run = [], reference.cross_attention_backward
 
     def spy(do, *args):
-        newest, want_dq = (*args[17:], *(None, True)[len(args) - 17 :])  # defaults at the end are left out
-        seen.append((do.shape[0], None if newest is None else newest.tolist(), want_dq))
+        grad_tail, want_dq = (*args[17:], *(None, True)[len(args) - 17 :])  # defaults at the end are left out
+        seen.append((do.shape[0], None if grad_tail is None else grad_tail.tolist(), want_dq))
         return run(do, *args)
 
     monkeypatch.setattr(reference, "cross_attention_backward", spy)
@@ -35,7 +35,7 @@ def unrolled(model, *episodes):
     return gradients(model)
 
 
-def latent_run(model, ids, steps):
+def run_of_steps(model, ids, steps):
     """A trace with a prompt and `steps` latent steps, and the hidden state to go on from."""
     trace = diffmas.Trace(model)
     h = body(model)(input_ids=ids[None], past_key_values=trace).last_hidden_state[:, -1:]
@@ -54,8 +54,8 @@ def test_older_rows_are_added_once_for_all_steps(calls):
     assert_close(got, unrolled(model, *([a, 5, b] for a, b in zip(first, second))))
 
 
-def test_nodes_of_tokens_run_where_their_forward_did(monkeypatch):
-    """On a GPU: on that stream; tokens, all that they give, do not tell autograd. Here streams are names."""
+def test_nodes_of_order_tokens_run_where_their_forward_did(monkeypatch):
+    """On a GPU: on that stream; order tokens, all that they give, do not tell autograd. Here streams are names."""
     now, seen = types.SimpleNamespace(stream="main", node=None), []
 
     @contextlib.contextmanager
@@ -75,11 +75,11 @@ def test_nodes_of_tokens_run_where_their_forward_did(monkeypatch):
         return staticmethod(run)
 
     grads = pool.Pool.grads
-    spy = lambda self, lineage: (now.node and seen.append((now.node, now.stream))) or grads(self, lineage)
+    spy = lambda self: (now.node and seen.append((now.node, now.stream))) or grads(self)
     monkeypatch.setattr(pool.Pool, "grads", spy)
-    monkeypatch.setattr(pool, "_stream", lambda x: now.stream)
+    monkeypatch.setattr(autograd, "_stream", lambda x: now.stream)
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    for node in (pool.Flush, pool.Reposition, pool.Inherit):
+    for node in (autograd.Flush, autograd.Reposition, autograd.Inherit):
         monkeypatch.setattr(node, "backward", watched(node.__name__, node.backward))
     model = tiny("qwen3")  # 3 layers
     a, b, c, d = tokens(4, 3, 5, 2)
@@ -100,10 +100,10 @@ def test_nodes_of_tokens_run_where_their_forward_did(monkeypatch):
 
 
 def test_a_long_run_is_flushed_in_parts(calls, monkeypatch):
-    monkeypatch.setattr("diffmas.trace.LONGEST_RUN", 2)
+    monkeypatch.setattr(pool.DeferredKVGrad, "LONGEST", 2)
     model = tiny("qwen3")
     a, b = tokens(4, 2)
-    trace, _ = latent_run(model, a, 5)
+    trace, _ = run_of_steps(model, a, 5)
     loss_of(read(model, trace, b)[0]).backward()
     got = gradients(model)
     assert [c[0] for c in calls if not c[2]] == [1] * 2 + [2] * 6
@@ -113,7 +113,7 @@ def test_a_long_run_is_flushed_in_parts(calls, monkeypatch):
 def test_a_prompt_ends_a_run(calls):
     model = tiny("qwen3")
     a, b, c = tokens(4, 2, 3)
-    trace, _ = latent_run(model, a, 2)
+    trace, _ = run_of_steps(model, a, 2)
     h = body(model)(input_ids=b[None], past_key_values=trace).last_hidden_state[:, -1:]
     latent_steps(model, trace, h, 3)
     loss_of(read(model, trace, c)[0]).backward()
@@ -125,7 +125,7 @@ def test_a_prompt_ends_a_run(calls):
 def test_a_fork_in_the_middle_of_a_run():
     model = tiny("qwen3")
     a, b = tokens(4, 2)
-    trace, h = latent_run(model, a, 2)
+    trace, h = run_of_steps(model, a, 2)
     left = trace.fork(1)[0]
     h_left = latent_steps(model, left, h, 1)
     latent_steps(model, trace, h, 2)
@@ -134,7 +134,7 @@ def test_a_fork_in_the_middle_of_a_run():
     assert_close(gradients(model), unrolled(model, [a, 5, b], [a, 4, b]))
 
 
-def test_a_run_on_a_shifted_view():
+def test_a_run_on_a_view_at_position_offsets():
     """Queries that read moved rows: the same as reading copies that were moved."""
     model = tiny("qwen3")
     a, b, c, d = tokens(4, 3, 5, 2)
@@ -155,11 +155,11 @@ def test_a_run_on_a_shifted_view():
 def test_a_partial_backward_leaves_no_steps_behind():
     model = tiny("qwen3")
     a, b = tokens(4, 2)
-    trace, h = latent_run(model, a, 2)
+    trace, h = run_of_steps(model, a, 2)
     latent_steps(model, trace, h, 3)
     loss = loss_of(read(model, trace, b)[0])
     torch.autograd.grad(loss, h, retain_graph=True)  # stops in the middle of the run
-    assert not any(p._kept or p._grads for p in trace._store.pools)
+    assert not any(p._grads for p in trace._store.pools)
     loss.backward()
     assert_close(gradients(model), unrolled(model, [a, 5, b]))
 
@@ -186,7 +186,7 @@ def test_a_run_that_begins_without_gradients(calls, constant):
     got = run(diffmas.Trace(model))
     if constant == "prompt":  # nobody adds to rows that are constants
         assert all(want_dq for _, _, want_dq in calls)
-        assert all(newest is not None for n, newest, _ in calls if n == 1)
+        assert all(grad_tail is not None for n, grad_tail, _ in calls if n == 1)
     assert_close(got, run(DynamicCache()))
 
 

@@ -304,4 +304,4 @@ def test_bad_calls_are_refused_by_name(call, message):
     trace = prefilled(model, tokens(4))
     with pytest.raises(ValueError, match=message):
         model.generate(**call, past_key_values=trace, max_new_tokens=2)
-    assert trace.lengths == [4] and model._diffmas_patch.generating is None
+    assert trace.lengths == [4] and trace.generation is None

@@ -14,7 +14,9 @@ from diffmas import Agent, ops
 from diffmas.agents import latent
 from diffmas.benchmarks.machine import own_stream
 from diffmas.benchmarks.measure import OURS, Case, Contest, Problem, Run
-from diffmas.models.patch import body_of, patch_of, run
+from diffmas.models.forward import forward
+from diffmas.models.parts import body_of
+from diffmas.models.patch import patch_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 BACKENDS = [pytest.param(b, marks=pytest.mark.skipif(bool(why), reason=str(why))) for b, why in ops.available().items()][:2]
@@ -46,15 +48,15 @@ def test_steps_do_not_wait_for_the_device(backend):
     body = body_of(patch_of(model).causal_lm)
     trace = diffmas.Trace(model, batch_size=2, capacity=256)
     ids = [x.cuda() for x in tokens(5, 3)]
-    run(body, trace.plan([5, 3], "prompt"), input_ids=torch.cat(ids)[None])
+    forward(patch_of(model), trace, trace.plan([5, 3], "prompt"), input_ids=torch.cat(ids)[None])
     h = torch.randn(1, 2, model.config.hidden_size, device="cuda")
     one = torch.full((1, 2), 7, device="cuda")
 
     def steps():
         with torch.no_grad():
-            run(body, trace.plan([1, 1], "latent"), inputs_embeds=h)
-            run(patch_of(model).causal_lm, trace.plan([1, 1], "text"), input_ids=one)
-        run(body, trace.plan([1, 1], "latent"), inputs_embeds=h)
+            forward(patch_of(model), trace, trace.plan([1, 1], "latent"), inputs_embeds=h)
+            forward(patch_of(model), trace, trace.plan([1, 1], "text"), head=True, input_ids=one)
+        forward(patch_of(model), trace, trace.plan([1, 1], "latent"), inputs_embeds=h)
 
     steps()
     torch.cuda.synchronize()
@@ -229,8 +231,10 @@ def test_a_model_that_waits_for_the_device_is_not_captured():
     body, stream = body_of(patch_of(model).causal_lm), torch.cuda.current_stream()
     trace = diffmas.Trace(model, batch_size=1, capacity=64)
     with torch.no_grad():
-        run(body, trace.plan([5], "prompt"), input_ids=tokens(5)[0][None].cuda())
-        latent.latent_steps(body, torch.nn.Identity(), trace, torch.randn(1, model.config.hidden_size, device="cuda"), 8)
+        forward(patch_of(model), trace, trace.plan([5], "prompt"), input_ids=tokens(5)[0][None].cuda())
+        latent.latent_steps(
+            patch_of(model), torch.nn.Identity(), trace, torch.randn(1, model.config.hidden_size, device="cuda"), 8
+        )
     assert trace.lengths == [13] and torch.cuda.current_stream() == stream
     torch.rand(3, device="cuda")
     torch.cuda.synchronize()
@@ -259,12 +263,12 @@ def test_a_second_gpu():
     s = system(agents=[Agent("a", "w5 {question}", 12), Agent("b", "w9 {question}")], dtype=torch.float32).to("cuda:1")
     with torch.no_grad():
         got = s(QUESTIONS[:1]).logits  # latent steps as a graph
-        patch_of(s.model).body._diffmas_uncapturable = True
+        patch_of(s.model).capture = False
         assert_close(got, s(QUESTIONS[:1]).logits, 1e-5)
     model = gpu_model().to("cuda:1")
     trace = diffmas.Trace(model)
     ids = tokens(5)[0][None].to("cuda:1")
     with torch.no_grad():
-        got = run(patch_of(model).causal_lm, trace.plan([5], "prompt"), input_ids=ids).logits
+        got = forward(patch_of(model), trace, trace.plan([5], "prompt"), head=True, input_ids=ids).logits
         want = tiny("qwen3", torch.float32, patch=False).to("cuda:1")(ids).logits
     assert_close(got, want, 1e-4)

@@ -8,10 +8,12 @@ import torch
 from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
 from systems import QUESTIONS, system
 
-from diffmas import Agent, Trace, ops
+from diffmas import Agent, Trace
 from diffmas.agents import latent
-from diffmas.trace import plan
-from diffmas.trace.plan import Run, share
+from diffmas.models.forward import forward
+from diffmas.models.patch import patch_of
+from diffmas.trace import autograd, views
+from diffmas.trace.views import KVRange, share
 
 # ---- steps without the host ------------------------------------------------------------------------------------------
 
@@ -22,7 +24,7 @@ def repeating(monkeypatch):
     runs = []
     monkeypatch.setattr(latent, "_graphs", lambda *_: not torch.is_grad_enabled())
     monkeypatch.setattr(latent, "_watched_step", lambda *step: (latent._step(*step), True))
-    monkeypatch.setattr(latent.Repeat, "capture", lambda self: runs.append(self) or True)
+    monkeypatch.setattr(latent.Repeat, "capture", lambda self: runs.append(True) or True)
     return runs
 
 
@@ -44,17 +46,18 @@ def test_steps_that_repeat_beyond_the_room_of_a_segment(repeating):
     """Without room for all of them in one run of rows, steps go one by one, until the rest has room; storage that must grow
     does so in a step of its own."""
     s = system()
-    for reserved, T in ((0, plan.SPARE_ROWS + 40), (1, 12), (12, 12), (0, 5)):
+    for reserved, T in ((0, 104), (1, 12), (12, 12), (0, 5)):
         results = []
         for plain in (False, True):
             trace = Trace(s.model, batch_size=2)
-            trace.reserve(reserved)
-            prefill(s.model, *tokens(3, 2), trace=trace)
+            prompts = tokens(3, 2)
+            plan = trace.plan([3, 2], "prompt", reserve=reserved)
+            forward(patch_of(s.model), trace, plan, input_ids=torch.cat(prompts)[None])
             repeating.clear()
             with torch.no_grad():
                 h = torch.linspace(-1, 1, 2 * s.model.config.hidden_size, dtype=torch.float64).view(2, -1)
                 step = _one_by_one if plain else latent.latent_steps
-                results.append((step(body(s.model), s.realign, trace, h, T), trace))
+                results.append((step(patch_of(s.model), s.realign, trace, h, T), trace))
             assert len(repeating) == (0 if plain else 1)
         assert trace.lengths == [3 + T, 2 + T]
         (got, trace), (want, plain_trace) = results
@@ -66,9 +69,9 @@ def test_steps_that_repeat_beyond_the_room_of_a_segment(repeating):
                     assert_close(x, y, 1e-12)
 
 
-def _one_by_one(body, realign, trace, h, T):
+def _one_by_one(patch, realign, trace, h, T):
     for _ in range(T):
-        h = latent._step(body, realign, trace.plan([1] * trace.batch_size, "latent"), h)
+        h = latent._step(patch, realign, trace, trace.plan([1] * trace.batch_size, "latent"), h)
     return h
 
 
@@ -87,7 +90,7 @@ def test_the_models_device_is_captured(monkeypatch):
     for name, fake in names.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     h = types.SimpleNamespace(device=second, clone=lambda: h)
-    repeat = latent.Repeat(None, None, types.SimpleNamespace(upload=lambda device: None), h)
+    repeat = latent.Repeat(None, None, None, types.SimpleNamespace(on=lambda device: None), h)
     monkeypatch.setattr(repeat, "step", lambda: stepped.extend(entered))
     assert repeat.capture() and repeat.graph == "graph"
     assert stepped == [(second,), ("current of cuda:1",), ("graph", "new of cuda:1", "thread_local")]
@@ -108,17 +111,21 @@ def test_a_model_that_cannot_be_captured(repeating, monkeypatch):
 
 
 def test_what_is_shared(monkeypatch):
-    monkeypatch.setattr(plan, "SAVED_ROWS", 8)
-    a, b, moved = Run(0, 10, 0), Run(20, 5, 0), Run(20, 5, 3)
-    assert share([[a, b, Run(40, 1, 0)], [a, b, Run(41, 1, 0)]]) == ([2], [[a, b]], [[Run(40, 1, 0)], [Run(41, 1, 0)]])
-    # Another shift is another key; a run may be shared in part; a sequence may share nothing.
-    assert share([[b, Run(40, 1, 0)], [a, b], [Run(0, 12, 0)], [a, moved]]) == (
-        [1, 3], [[], [a]], [[b, Run(40, 1, 0)], [b], [Run(10, 2, 0)], [moved]],
+    monkeypatch.setattr(views, "SAVED_ROWS", 8)
+    a, b, moved = KVRange(0, 10, 0), KVRange(20, 5, 0), KVRange(20, 5, 3)
+    assert share([[a, b, KVRange(40, 1, 0)], [a, b, KVRange(41, 1, 0)]]) == (
+        [2],
+        [[a, b]],
+        [[KVRange(40, 1, 0)], [KVRange(41, 1, 0)]],
+    )
+    # Another offset is another key; a run may be shared in part; a sequence may share nothing.
+    assert share([[b, KVRange(40, 1, 0)], [a, b], [KVRange(0, 12, 0)], [a, moved]]) == (
+        [1, 3], [[], [a]], [[b, KVRange(40, 1, 0)], [b], [KVRange(10, 2, 0)], [moved]],
     )  # fmt: skip
     # A short common beginning does not break up a group that saves more.
-    assert share([[a, b], [a, b, b], [Run(0, 2, 0)]])[0] == [2, 1]
+    assert share([[a, b], [a, b, b], [KVRange(0, 2, 0)]])[0] == [2, 1]
     assert share([[a], [b], [a]]) is None
-    monkeypatch.setattr(plan, "SAVED_ROWS", 16)
+    monkeypatch.setattr(views, "SAVED_ROWS", 16)
     assert share([[a, b], [a, b]]) is None
 
 
@@ -132,10 +139,10 @@ def test_shared_rows_are_read_once(positions, monkeypatch):
     joined = Trace.join([left, right], positions=positions)
     owners = [0, 0, 0, 2, 1, 1]
     want = read(model, joined.select(owners), *tokens(1, 2, 1, 1, 3, 1, seed=3))
-    monkeypatch.setattr(plan, "SAVED_ROWS", 8)
+    monkeypatch.setattr(views, "SAVED_ROWS", 8)
     called = []
-    call = ops.call
-    monkeypatch.setattr("diffmas.trace.pool.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw))
+    call = autograd.call
+    monkeypatch.setattr("diffmas.trace.autograd.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw))
     with torch.no_grad():
         got = read(model, joined.select(owners), *tokens(1, 2, 1, 1, 3, 1, seed=3))
     assert "merge_states" in called
@@ -147,7 +154,7 @@ def test_samples_share_their_prompt(monkeypatch):
     """Greedy samples of one question are that question's answer, latent steps on shared rows included."""
     s = system()
     want = s.generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0)
-    monkeypatch.setattr(plan, "SAVED_ROWS", 1)
+    monkeypatch.setattr(views, "SAVED_ROWS", 1)
     got = s.generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0, samples=3)
     assert got == [[row[0]] * 3 for row in want]
     model = tiny("qwen3")

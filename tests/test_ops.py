@@ -13,7 +13,7 @@ from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inj
 from op_runs import attention_all, exact_in_half, inject_all, merge_all, reposition_all, within_budget
 
 from diffmas import ops
-from diffmas.trace import pool
+from diffmas.trace import autograd, pool
 
 BACKENDS = [name for name in ("cpu",) if ops.available()[name] is None]  # test_triton.py has the kernels for GPUs
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -322,13 +322,13 @@ def test_gradcheck_of_a_layer():
     def layer(q, k, v, qw, kw):
         rows = pool.Pool(1, heads[1], D, torch.float64, torch.device("cpu"))
         rows.reserve(8)
-        token, out = torch.zeros(0), []
+        order, out = torch.zeros(0), []
         for part, slots, seen in (
             (slice(0, 3), torch.tensor([4, 5, 6]), view(3, (4, 3, 0))),
             (slice(3, 5), torch.tensor([0, 1]), view(2, (4, 3, 2), (0, 2, 0))),
         ):
-            o, token = pool.attend(
-                rows, token, q[part], k[part], v[part], slots, seen, scale=0.6,
+            o, order = autograd.attend(
+                rows, order, q[part], k[part], v[part], slots, seen, scale=0.6,
                 cos=tables[0, part], sin=tables[1, part], q_weight=qw, k_weight=kw, backend="reference",
             )  # fmt: skip
             out.append(o)
@@ -345,16 +345,16 @@ def test_gradcheck_merge_states():
 
 def test_gradcheck_reposition():
     """A row that two copies are made of gets both gradients."""
-    src, dst, shift = torch.tensor([0, 1, 0]), torch.tensor([4, 5, 6]), torch.tensor([3, -2, 9])
+    src, dst, offset = torch.tensor([0, 1, 0]), torch.tensor([4, 5, 6]), torch.tensor([3, -2, 9])
     inv_freq = torch.tensor([0.3, 0.05])
 
     def layer(k, v):
         rows = pool.Pool(8, 1, 4, torch.float64, torch.device("cpu"))
         view = (torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([2]), None, None)
-        _, token = pool.attend(rows, torch.zeros(0), k, k, v, torch.tensor([0, 1]), view, scale=1.0, backend="reference")
-        token = pool.reposition(rows, token, src, dst, shift, inv_freq)
+        _, order = autograd.attend(rows, torch.zeros(0), k, k, v, torch.tensor([0, 1]), view, scale=1.0, backend="reference")
+        order = autograd.reposition(rows, order, (src, dst, offset, inv_freq))
         view = (torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([4]), torch.tensor([4]), None, None)
-        o, _ = pool.attend(rows, token, k[:1], k[:1], v[:1], torch.tensor([7]), view, scale=1.0, backend="reference")
+        o, _ = autograd.attend(rows, order, k[:1], k[:1], v[:1], torch.tensor([7]), view, scale=1.0, backend="reference")
         return o
 
     rand = lambda: torch.randn(2, 1, 4, dtype=torch.float64).requires_grad_()  # noqa: E731

@@ -176,7 +176,7 @@ def test_rotation_is_recognised_with_long_contexts(family):
     """Float32 angles at far positions are inexact; they must not hide what kind of rotation it is."""
     shape = dict(hidden_size=256, num_attention_heads=2, num_key_value_heads=1, head_dim=128)
     model = tiny(family, max_position_embeddings=131072, **shape)
-    layers = model._diffmas_patch.layers
+    layers = model.diffmas_patch.layers
     assert {layer.rope for layer in layers} == {"interleaved" if family == "cohere" else "half"}
 
 

@@ -11,7 +11,8 @@ import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace
 from diffmas.agents.realign import REALIGN
 from diffmas.models.patch import patch_of
-from diffmas.trace.pool import Pool
+from diffmas.agents import prompts
+from diffmas.trace import pool
 
 TIGHT = 1e-9  # everything is float64
 
@@ -113,13 +114,14 @@ def test_no_padding_is_stored():
 def test_a_training_step_allocates_the_rows_that_it_writes(options):
     store = system(**options)(QUESTIONS, ANSWERS).trace._store
     rounded = 15  # of this head size, to a multiple of 16
-    assert all(0 <= p.rows - store.used < len(QUESTIONS) + rounded for p in store.pools)
+    assert all(0 <= p.rows - store.top < len(QUESTIONS) + rounded for p in store.pools)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_generation_allocates_once(samples, monkeypatch):
     s, sizes = system(), []
-    monkeypatch.setattr(Pool, "_zeros", lambda self, rows, *a, run=Pool._zeros: sizes.append(rows) or run(self, rows, *a))
+    make = pool._rows_of_heads
+    monkeypatch.setattr(pool, "_rows_of_heads", lambda rows, *a: sizes.append(rows) or make(rows, *a))
     s.generate(QUESTIONS, max_new_tokens=4, samples=samples, seed=0)
     assert len(sizes) == 2 * len(patch_of(s.model).layers)  # K and V of each layer
 
@@ -317,8 +319,8 @@ def test_all_questions_are_checked_before_any_agent_runs(bad, message, monkeypat
 @pytest.mark.parametrize("trace_content", ["all", "latent_only"])
 def test_what_is_checked_is_where_agents_end_up(trace_content, positions, monkeypatch):
     s = system(trace_content=trace_content, positions=positions)
-    starts, prompt = [], s._prompt
-    monkeypatch.setattr(s, "_prompt", lambda *args: starts.append(args[3]) or prompt(*args))
+    starts, prompt = [], prompts.prompt_that_fits
+    monkeypatch.setattr(prompts, "prompt_that_fits", lambda *args: starts.append(args[4]) or prompt(*args))
     s.tokenize(s.fields_of(QUESTIONS), [0] * 3)
     assert starts[2::3] == s.communicate(s.fields_of(QUESTIONS)).next_positions
 

@@ -13,7 +13,7 @@ from systems import ANSWERS, QUESTIONS, system
 from diffmas import Agent, ops
 from diffmas.models.patch import patch_of
 from diffmas.ops import reference
-from diffmas.trace import plan, pool
+from diffmas.trace import autograd, pool, views
 
 pytestmark = pytest.mark.skipif(ops.available()["triton"] is not None, reason=str(ops.available()["triton"]))
 
@@ -311,7 +311,7 @@ def test_attention_is_deterministic():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
 def test_attention_gradcheck():
-    """The registered ops through autograd: rows written and read by pool.attend."""
+    """The registered ops through autograd: rows written and read by autograd.attend."""
     slots, one = torch.tensor([2, 0, 5]), lambda *x: torch.tensor(x)
     view = (one(0, 3), one(0, 3), one(0, 2, 5), one(1, 1, 1), one(0, 2, 0), torch.tensor([1.0, 0.1], dtype=torch.float64))
 
@@ -319,7 +319,7 @@ def test_attention_gradcheck():
         memory = pool.Pool(8, 1, 4, torch.float64, q.device)
         token = torch.zeros(0, dtype=torch.float64, requires_grad=True)
         norms = dict(q_weight=q_weight, k_weight=k_weight)
-        return pool.attend(memory, token, q, k, v, slots, view, scale=0.7, backend="triton", **norms)[0]
+        return autograd.attend(memory, token, q, k, v, slots, view, scale=0.7, backend="triton", **norms)[0]
 
     shapes = (3, 2, 4), (3, 1, 4), (3, 1, 4), (4,), (4,)
     args = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -335,7 +335,7 @@ def test_a_training_step_and_a_generation(monkeypatch):
     dtype = torch.float64 if DEVICE == "cpu" else torch.float32
     agents = [Agent("a", "w5 {question}", 2), Agent("b", "w7 {question}", 1), Agent("c", "w9 {question}")]
     s = system(agents=agents, dtype=dtype, realign="none").to(DEVICE)
-    monkeypatch.setattr(plan, "SAVED_ROWS", 1)
+    monkeypatch.setattr(views, "SAVED_ROWS", 1)
     results = []
     for backend in ("reference", "triton", *["cuda"] * (ops.available()["cuda"] is None)):
         patch_of(s.model).backend = backend

@@ -7,7 +7,7 @@ import torch
 from models import assert_close, body, gradients, latent_steps, loss_of, masked, pad, prefill, read, tiny, tokens, whole
 
 import diffmas
-from diffmas.ops.reference import rotate, shift_tables
+from diffmas.ops.reference import rotate, offset_tables
 
 
 @pytest.fixture(params=["qwen3", "cohere"])
@@ -21,9 +21,9 @@ def model(request):
 def test_forks_share_and_go_on_separately(model):
     a, b, c, d = tokens(5, 3, 4, 2)
     trace = prefill(model, a)
-    used = trace._store.used
+    used = trace.rows
     left, right, third = trace.fork(3)
-    assert trace._store.used == used
+    assert trace.rows == used
     prefill(model, b, trace=left)
     prefill(model, c, trace=right)
     for fork, text in ((left, [a, b]), (right, [a, c]), (third, [a]), (trace, [a])):
@@ -49,7 +49,7 @@ def test_a_deep_copy_is_a_fork(model):
     trace = prefill(model, a)
     twin = copy.deepcopy(trace)
     prefill(model, b, trace=twin)
-    assert (trace.lengths, twin.lengths) == ([5], [8]) and twin._patch is trace._patch
+    assert (trace.lengths, twin.lengths) == ([5], [8]) and twin.spec is trace.spec
 
 
 def test_select_reorders_and_repeats(model):
@@ -117,7 +117,7 @@ def test_join(model, positions):
         k, v = joined.keys_values(layer, 0)
         shift = joined.positions(0) - torch.tensor(READ["keep"][0] + READ["keep"][1] + READ["keep"][2])
         interleaved = type(body(model).layers[0].self_attn).__name__.startswith("Cohere")
-        tables = shift_tables(shift, body(model).rotary_emb.inv_freq, interleaved, k.dtype)
+        tables = offset_tables(shift, body(model).rotary_emb.inv_freq, interleaved, k.dtype)
         cache[layer] = (rotate(k, *tables, interleaved), v)
     assert_close(got, from_cache(model, cache, d, READ[positions][3]))
 
@@ -256,7 +256,7 @@ def test_keep(model, kind, agent, positions):
         assert kept.positions(b).tolist() == at.tolist()
         first = len(stored) if positions == "reindex" else len(rows)
         interleaved = type(body(model).layers[0].self_attn).__name__.startswith("Cohere")
-        tables = shift_tables(at - stored, body(model).rotary_emb.inv_freq, interleaved, torch.float64)
+        tables = offset_tables(at - stored, body(model).rotary_emb.inv_freq, interleaved, torch.float64)
         cache = {}
         for layer in range(3):
             k, v = trace.keys_values(layer, b)
@@ -286,7 +286,7 @@ def test_repack_changes_no_logit_and_no_gradient(model, positions):
         if pack:
             where = joined.positions(0)
             joined = joined.repack()
-            assert joined.positions(0).tolist() == where.tolist() and all(s.shift == 0 for s in joined.segments)
+            assert joined.positions(0).tolist() == where.tolist() and all(s.offset == 0 for s in joined.segments)
         logits = read(model, joined, parts[3])[0]
         loss_of(logits).backward()
         results.append((logits, gradients(model)))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffmas.agents.system import Agent, MultiAgentSystem
 from diffmas.models.identity import model_fingerprint
-from diffmas.models.patch import causal_lm_of
+from diffmas.models.parts import causal_lm_of
 
 __all__ = ["AGENTS_FILE", "load", "load_adapter", "load_weights", "read_agents", "read_json", "save", "write_json"]
 

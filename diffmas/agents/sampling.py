@@ -8,7 +8,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from diffmas.models.patch import patch_of, run
+from diffmas.models.forward import forward
+from diffmas.models.patch import patch_of
 from diffmas.trace import Trace
 
 __all__ = ["Sampling", "decode"]
@@ -75,12 +76,14 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, s
 
     first: the number of the first question, which seeds its samples.
     """
-    causal_lm, device = patch_of(system.model).causal_lm, system.device
-    ends = end_tokens(causal_lm, system.tokenizer)
+    patch, device = patch_of(system.model), system.device
+    ends = end_tokens(patch.causal_lm, system.tokenizer)
     longest_stop = max((len(s) for s in sampling.stop), default=0)
-    plan = trace.plan([len(p) for p in prompts], "prompt")
+    reserve = min(RESERVE, sampling.max_new_tokens)
+    forward_pass = trace.plan([len(p) for p in prompts], "prompt", reserve=reserve if samples == 1 else 0)
     ids = torch.tensor([t for p in prompts for t in p], device=device)[None]
-    logits = run(causal_lm, plan, input_ids=ids, logits_to_keep=plan.last_rows().tolist()).logits[0]  # [B, V]
+    keep = forward_pass.last_rows().tolist()
+    logits = forward(patch, trace, forward_pass, head=True, input_ids=ids, logits_to_keep=keep).logits[0]  # [B, V]
     owner = [b for b in range(len(prompts)) for _ in range(samples)]
     logits, trace = logits[owner], trace.select(owner)
     active = list(range(len(owner)))  # rows of `tokens` that the trace's sequences stand for
@@ -107,9 +110,9 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, s
                 break
             if len(going) < len(active):
                 trace, active = trace.select(going), [active[j] for j in going]
-            trace.reserve(min(RESERVE, sampling.max_new_tokens))
-            plan = trace.plan([1] * len(active), "text")
+            left = sampling.max_new_tokens - len(tokens[active[0]])  # all that go on have the same number of tokens
+            forward_pass = trace.plan([1] * len(active), "text", reserve=min(RESERVE, left))
             ids = torch.tensor([tokens[i][-1] for i in active], device=device)[None]
-            logits = run(causal_lm, plan, input_ids=ids).logits[0]
+            logits = forward(patch, trace, forward_pass, head=True, input_ids=ids).logits[0]
     rows = iter(tokens)
     return [[next(rows) for _ in range(samples)] for _ in prompts]

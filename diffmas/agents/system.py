@@ -7,54 +7,31 @@ the trace, which the next agent attends to. The last agent's forward gives the l
 """
 
 import contextlib
+import threading
+import weakref
 from dataclasses import asdict, dataclass
-from string import Formatter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from diffmas.agents import adapters, prompts
+from diffmas.agents.adapters import ADAPTER_SCOPES
 from diffmas.agents.latent import latent_steps
+from diffmas.agents.prompts import Agent
 from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling, decode, rows_ahead
-from diffmas.models.patch import patch_model, patch_of, run
+from diffmas.models.forward import forward
+from diffmas.models.parts import causal_lm_of
+from diffmas.models.patch import patch_model, patch_of
 from diffmas.trace import Trace
 
 __all__ = ["Agent", "MultiAgentSystem", "SystemOutput", "evaluating"]
 
 GRAD_SCOPES = ("full", "detach_trace", "last_k")
 TRACE_CONTENTS = ("all", "latent_only")
-ADAPTER_SCOPES = ("shared", "per_role", "final_only")
 NO_LATENTS = ("prompt", "skip")
-
-
-@dataclass(frozen=True)
-class Agent:
-    """A role. prompt: a format string, "{question}" or any fields of the question; latent_steps: T (the last agent's is
-    not used); system: an optional system message for chat templates. Raises ValueError for T < 0 and an empty name."""
-
-    name: str
-    prompt: str
-    latent_steps: int = 0
-    system: str | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.latent_steps, int) or self.latent_steps < 0:
-            raise ValueError(f"agent {self.name!r}: latent_steps: expected an integer >= 0, got {self.latent_steps!r}")
-        if not self.name:
-            raise ValueError("name: expected a name for every agent, got an empty one")
-        if not isinstance(self.prompt, str):
-            raise ValueError(f"agent {self.name!r}: prompt: expected a format string, got {type(self.prompt).__name__}")
-
-    def render(self, fields: dict) -> str:
-        """The prompt with the question's fields filled in; raises ValueError naming a field that is not there."""
-        for _, name, _, _ in Formatter().parse(self.prompt):
-            if name is not None and (not name or name.split(".")[0].split("[")[0] not in fields):
-                raise ValueError(
-                    f"agent {self.name!r}: its prompt needs the field {{{name}}}, the question has {sorted(fields)}"
-                )
-        return self.prompt.format_map(fields)
 
 
 @dataclass
@@ -69,16 +46,29 @@ class SystemOutput(ModelOutput):
     trace: Trace | None = None
 
 
+# Modules in eval mode for somebody: how many of them, and the mode of each submodule before.
+_EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list]] = weakref.WeakKeyDictionary()
+_EVALUATING_LOCK = threading.Lock()
+
+
 @contextlib.contextmanager
 def evaluating(module: nn.Module):
-    """`module` in eval mode; afterwards every submodule is back in its own."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
+    """`module` in eval mode; when the last of those who asked, in any thread, is done, every submodule is back in its own."""
+    with _EVALUATING_LOCK:
+        users, modes = _EVALUATING.get(module) or (0, [(m, m.training) for m in module.modules()])
+        _EVALUATING[module] = users + 1, modes
+        module.eval()
     try:
         yield
     finally:
-        for m, mode in modes:
-            m.training = mode
+        with _EVALUATING_LOCK:
+            users, modes = _EVALUATING[module]
+            if users > 1:
+                _EVALUATING[module] = users - 1, modes
+            else:
+                del _EVALUATING[module]
+                for m, mode in modes:
+                    m.training = mode
 
 
 class MultiAgentSystem(nn.Module):
@@ -119,7 +109,7 @@ class MultiAgentSystem(nn.Module):
             raise ValueError(f"adapter_scope: {adapter_scope!r} needs a PEFT model, got {type(model).__name__}")
         if adapter_scope == "per_role" and (missing := [n for n in names if n not in model.peft_config]):
             raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every agent, the model has none for {missing}")
-        if not hasattr(getattr(model, "get_base_model", lambda: model)(), "_diffmas_patch"):
+        if not hasattr(causal_lm_of(model), "diffmas_patch"):
             patch_model(model)
         self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
         self.grad_scope, self.last_k, self.trace_content = grad_scope, last_k, trace_content
@@ -127,47 +117,34 @@ class MultiAgentSystem(nn.Module):
         self.chat_template = bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.training = model.training
+        if adapter_scope != "shared":
+            adapters.will_switch(model)
         if adapter_scope == "per_role":
-            self._train_roles(names)
+            adapters.train_roles(model, names)
 
     # ---- text to tokens ----------------------------------------------------------------------------------------------
 
     def prompt_ids(self, agent: Agent, fields: dict) -> list[int]:
         """The token ids of an agent's prompt, chat template included."""
-        text = agent.render(fields)
-        if self.chat_template:
-            messages = [{"role": "system", "content": agent.system}] if agent.system else []
-            messages.append({"role": "user", "content": text})
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            ids = self.tokenizer(f"{agent.system}\n\n{text}" if agent.system else text)["input_ids"]
-        if not ids:
-            raise ValueError(f"agent {agent.name!r}: expected a prompt of at least one token, got {text!r}")
-        return list(ids)
+        return prompts.prompt_ids(self.tokenizer, agent, fields, self.chat_template)
 
     def answer_ids(self, answer: str) -> list[int]:
         """The token ids of an answer, closed by the end-of-sequence token."""
-        if not isinstance(answer, str):
-            raise ValueError(f"answers: expected strings, got {type(answer).__name__}")
-        ids = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
-        if self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
-        if not ids:
-            raise ValueError(f"answers: expected at least one token, got {answer!r}")
-        return ids
+        return prompts.answer_ids(self.tokenizer, answer)
 
-    @staticmethod
-    def fields_of(questions) -> list[dict]:
-        """Questions as dicts of prompt fields; a string is the field "question"."""
-        if isinstance(questions, (str, dict)):
-            raise ValueError(f"questions: expected a list, got one {type(questions).__name__}")
-        if not len(questions):
-            raise ValueError("questions: expected at least one question, got an empty list")
-        for q in questions:
-            if not isinstance(q, (str, dict)):
-                raise ValueError(f"questions: expected strings or dicts of prompt fields, got {type(q).__name__}")
-        return [dict(q) if isinstance(q, dict) else {"question": q} for q in questions]
+    def tokenize(self, questions: list[dict], room: list[int], what: str = "its prompt") -> list[list[list[int]]]:
+        """The prompt ids of all agents, [agent][question][token]; an agent that is skipped has empty ones.
+
+        room[b]: tokens that follow the last agent's prompt. Raises ValueError naming the question, before any agent runs,
+        for a field that is missing and for what will not fit in the context.
+        """
+        return prompts.tokenize(self, questions, room, what)
+
+    fields_of = staticmethod(prompts.fields_of)
+
+    def skips(self, agent: Agent) -> bool:
+        """Whether an agent does not run: it has no latent steps, and `no_latents` says so."""
+        return agent.latent_steps == 0 and self.no_latents == "skip"
 
     # ---- one agent ---------------------------------------------------------------------------------------------------
 
@@ -178,80 +155,41 @@ class MultiAgentSystem(nn.Module):
     def _pack(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor([t for row in rows for t in row], dtype=torch.long, device=self.device)[None]
 
-    def _skips(self, agent: Agent) -> bool:
-        return agent.latent_steps == 0 and self.no_latents == "skip"
-
-    def _prompt(self, agent: Agent, b: int, fields: dict, at: int, room: int, what: str) -> list[int]:
-        """Question b's prompt ids; it and `room` tokens after it must fit in the context that is left from `at` on."""
-        try:
-            ids = self.prompt_ids(agent, fields)
-        except ValueError as error:
-            raise ValueError(f"questions[{b}], {error}") from error
-        limit, n = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), len(ids) + room
-        if limit is not None and at + n > limit:
-            raise ValueError(
-                f"questions[{b}], agent {agent.name!r}: expected {what} to fit in the context of {limit} positions, "
-                f"got {at} before it and {n} of its own"
-            )
-        return ids
-
-    def tokenize(self, questions: list[dict], room: list[int], what: str = "its prompt") -> list[list[list[int]]]:
-        """The prompt ids of all agents, [agent][question][token]; an agent that is skipped has empty ones.
-
-        room[b]: tokens that follow the last agent's prompt. Raises ValueError naming the question, before any agent runs,
-        for a field that is missing and for what will not fit in the context.
-        """
-        prompts: list[list[list[int]]] = [[] for _ in self.agents]
-        for b, fields in enumerate(questions):
-            at = latents = 0  # positions and latent steps before the next agent
-            for i, agent in enumerate(self.agents[:-1]):
-                if self._skips(agent):
-                    prompts[i].append([])
-                    continue
-                T = agent.latent_steps
-                prompts[i].append(self._prompt(agent, b, fields, at, T, f"its prompt and {T} latent steps"))
-                at, latents = at + len(prompts[i][b]) + T, latents + T
-                if self.trace_content == "latent_only" and self.positions == "reindex":
-                    at = latents
-            prompts[-1].append(self._prompt(self.agents[-1], b, fields, at, room[b], what))
-        return prompts
-
-    def think(self, agent: Agent, questions: list[dict], trace: Trace, prompts: list[list[int]] | None = None) -> Trace:
+    def think(self, agent: Agent, questions: list[dict], trace: Trace, ids: list[list[int]] | None = None) -> Trace:
         """An agent's turn: one forward over its prompts on top of the trace, then T latent steps without logits.
 
-        prompts: what `tokenize` gave for this agent. Returns the trace that it hands on.
+        ids: what `tokenize` gave for this agent. Returns the trace that it hands on.
         """
         T = agent.latent_steps
-        if self._skips(agent):
+        if self.skips(agent):
             return trace
-        if prompts is None:
+        if ids is None:
             what = f"its prompt and {T} latent steps"
             starts = trace.next_positions
-            prompts = [self._prompt(agent, b, fields, starts[b], T, what) for b, fields in enumerate(questions)]
-        body = patch_of(self.model).body
+            ids = [prompts.prompt_that_fits(self, agent, b, row, starts[b], T, what) for b, row in enumerate(questions)]
+        patch = patch_of(self.model)
         trace.agent = agent.name
-        trace.reserve(T)
-        plan = trace.plan([len(p) for p in prompts], "prompt")
-        h = run(body, plan, input_ids=self._pack(prompts)).last_hidden_state[0]
-        h = h[plan.last_rows().to(h.device)]  # not always where the embeddings are
-        latent_steps(body, self.realign, trace, h, T)
+        forward_pass = trace.plan([len(row) for row in ids], "prompt", reserve=T)
+        h = forward(patch, trace, forward_pass, input_ids=self._pack(ids)).last_hidden_state[0]
+        h = h[forward_pass.last_rows().to(h.device)]  # not always where the embeddings are
+        latent_steps(patch, self.realign, trace, h, T)
         if self.trace_content == "latent_only":
             trace = trace.keep(kind="latent", positions=self.positions)
         return trace
 
-    def _trace_for(self, prompts: list[list[list[int]]], room: list[int]) -> Trace:
+    def _trace_for(self, ids: list[list[list[int]]], room: list[int]) -> Trace:
         """An empty trace with rows for all prompts and latent steps and room[b] tokens after them: it need not grow."""
-        rows = sum(room) + sum(len(p) for turn in prompts for p in turn)
+        rows = sum(room) + sum(len(row) for turn in ids for row in turn)
         rows += sum(agent.latent_steps for agent in self.agents[:-1]) * len(room)
         return Trace(self.model, len(room), capacity=max(1, -(-rows // len(room))))
 
-    def communicate(self, questions: list[dict], trace: Trace | None = None, prompts=None) -> Trace:
-        """All agents but the last take their turns; returns the trace that the last one reads. prompts: of `tokenize`."""
+    def communicate(self, questions: list[dict], trace: Trace | None = None, ids=None) -> Trace:
+        """All agents but the last take their turns; returns the trace that the last one reads. ids: of `tokenize`."""
         trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
         learning = {"full": 0, "detach_trace": len(self.agents) - 1}.get(self.grad_scope, len(self.agents) - (self.last_k or 0))
         for i, agent in enumerate(self.agents[:-1]):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= learning), self._adapter(i):
-                trace = self.think(agent, questions, trace, None if prompts is None else prompts[i])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= learning), adapters.of_agent(self, i):
+                trace = self.think(agent, questions, trace, None if ids is None else ids[i])
         return trace
 
     # ---- the last agent ----------------------------------------------------------------------------------------------
@@ -267,23 +205,25 @@ class MultiAgentSystem(nn.Module):
             raise ValueError("answers: expected a list, got one str")
         if answers is not None and len(answers) != len(questions):
             raise ValueError(f"answers: expected one for each of {len(questions)} questions, got {len(answers)}")
-        self._check_checkpointing()
+        adapters.check_checkpointing(self)
         targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
         what = "its prompt and answer" if answers is not None else "its prompt"
-        prompts = self.tokenize(questions, [len(t) for t in targets], what)
-        trace = self.communicate(questions, self._trace_for(prompts, [len(t) for t in targets]), prompts)
-        prompts = prompts[-1]
-        rows = [p + t for p, t in zip(prompts, targets)]
+        ids = self.tokenize(questions, [len(t) for t in targets], what)
+        trace = self.communicate(questions, self._trace_for(ids, [len(t) for t in targets]), ids)
+        rows = [p + t for p, t in zip(ids[-1], targets)]
         trace.agent = self.agents[-1].name
-        plan = trace.plan([len(r) for r in rows], "prompt")
+        forward_pass = trace.plan([len(r) for r in rows], "prompt")
         # The rows whose next token is an answer token: the last of the prompt and all of the answer but its end.
         first, predict = 0, []
-        for p, t in zip(prompts, targets):
+        for p, t in zip(ids[-1], targets):
             predict.append(torch.arange(max(len(t), 1)) + first + len(p) - 1)
             first += len(p) + len(t)
         keep = torch.cat(predict).tolist()  # a list: it goes to wherever the last hidden states are
-        with self._adapter(len(self.agents) - 1):
-            logits = run(patch_of(self.model).causal_lm, plan, input_ids=self._pack(rows), logits_to_keep=keep).logits[0]
+        with adapters.of_agent(self, len(self.agents) - 1):
+            output = forward(
+                patch_of(self.model), trace, forward_pass, head=True, input_ids=self._pack(rows), logits_to_keep=keep
+            )
+        logits = output.logits[0]
         if answers is None:
             return SystemOutput(logits=logits[:, None], trace=trace)
         labels = self._pack(targets)[0].to(logits.device)
@@ -325,15 +265,15 @@ class MultiAgentSystem(nn.Module):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop or [])
-        prompts = self.tokenize(questions, [max_new_tokens] * len(questions), "its prompt and answer")
+        ids = self.tokenize(questions, [max_new_tokens] * len(questions), "its prompt and answer")
         tokens, step = [], batch_size or len(questions)
         with evaluating(self):
             for first in range(0, len(questions), step):
-                batch = [rows[first : first + step] for rows in prompts]
+                batch = [rows[first : first + step] for rows in ids]
                 trace = self._trace_for(batch, [rows_ahead(sampling, samples)] * len(batch[0]))
                 trace = self.communicate(questions[first : first + step], trace, batch)
                 trace.agent = self.agents[-1].name
-                with self._adapter(len(self.agents) - 1):
+                with adapters.of_agent(self, len(self.agents) - 1):
                     tokens += decode(self, trace, batch[-1], sampling, samples, first, progress)
         return tokens
 
@@ -342,41 +282,6 @@ class MultiAgentSystem(nn.Module):
         for s in stop or []:
             text = text.split(s, 1)[0]
         return text
-
-    # ---- adapters ----------------------------------------------------------------------------------------------------
-
-    def _train_roles(self, names: list[str]) -> None:
-        """Makes every role's adapter trainable; PEFT trains the active one only."""
-        for name, p in self.model.named_parameters():
-            if any(f".{role}." in name for role in names) and "lora_" in name:
-                p.requires_grad_(True)
-
-    @contextlib.contextmanager
-    def _adapter(self, i: int):
-        """The adapter that agent i runs with."""
-        if self.adapter_scope == "final_only" and i < len(self.agents) - 1:
-            with self.model.disable_adapter():
-                yield
-        elif self.adapter_scope == "per_role":
-            trainable, before = [p for p in self.model.parameters() if p.requires_grad], self.model.active_adapter
-            try:
-                self.model.set_adapter(self.agents[i].name)
-                yield
-            finally:
-                self.model.set_adapter(before)
-                for p in trainable:  # set_adapter freezes the others, whose gradients are still to come
-                    p.requires_grad_(True)
-        else:
-            yield
-
-    def _check_checkpointing(self) -> None:
-        if self.adapter_scope == "shared" or not self.training:
-            return
-        if any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
-            raise RuntimeError(
-                f"adapter_scope {self.adapter_scope!r} does not go with activation checkpointing: layers would be "
-                "recomputed with another agent's adapter"
-            )
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

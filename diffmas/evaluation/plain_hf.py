@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from diffmas.agents.sampling import end_tokens
 from diffmas.agents.system import evaluating
-from diffmas.models.patch import causal_lm_of
+from diffmas.models.parts import causal_lm_of
 from diffmas.trace.cache import cache_argument
 
 __all__ = ["plain_generate", "plain_loss"]

@@ -15,19 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["FAMILIES", "Family", "Layer", "Unsupported", "install", "refuse", "uninstall"]
+from diffmas.models.support import refuse
+from diffmas.trace.spec import LayerSpec
 
-
-class Unsupported(ValueError):
-    """The model needs something that diffmas does not do."""
-
-
-def refuse(attention: nn.Module, features: list[str]) -> Unsupported:
-    return Unsupported(
-        f"diffmas cannot patch {type(attention).__name__} (layer {attention.layer_idx}): {'; '.join(features)}. "
-        "Supported: causal softmax attention over all K/V rows, multi-head or grouped, with RoPE that does not depend on "
-        "the sequence length"
-    )
+__all__ = ["FAMILIES", "Family", "Layer", "install", "uninstall"]
 
 
 # ---- the fused families ----------------------------------------------------------------------------------------------
@@ -79,13 +70,11 @@ FAMILIES = {
 
 
 @dataclass
-class Layer:
-    """How one attention layer is served. rope: half | interleaved | none | unknown (its keys cannot be moved)."""
+class Layer(LayerSpec):
+    """How one attention layer is served. family: None for the generic tier. config: the config object that it had."""
 
-    index: int
-    family: Family | None  # None: generic tier
-    rope: str
-    config: object = None  # the config object it had
+    family: Family | None = None
+    config: object = None
 
 
 # ---- attention with a trace ------------------------------------------------------------------------------------------
@@ -97,12 +86,12 @@ def _original(module: nn.Module):
 
 def fused_forward(self, *args, **kwargs):
     """An attention layer's forward: one op writes K/V and rotates q, one op attends. Without a trace: as it was."""
-    plan = kwargs.get("diffmas_trace")
-    if plan is None:
+    forward_pass = kwargs.get("diffmas_trace")
+    if forward_pass is None:
         return _original(self)(self, *args, **kwargs)
     x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # [1, n, hidden]
     cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]  # [1, n, Dr]
-    layer = self._diffmas_layer
+    layer = self.diffmas_layer
     family = layer.family
     q, k, v = family.project(self, x[0])
     if family.query_scale is not None:
@@ -112,14 +101,14 @@ def fused_forward(self, *args, **kwargs):
         if self.q_norm.weight.is_meta:
             raise RuntimeError(f"layer {layer.index}: q_norm and k_norm are offloaded; the fused tier needs them in memory")
         norms = dict(q_weight=self.q_norm.weight, k_weight=self.k_norm.weight, eps=self.q_norm.variance_epsilon)
-    o = plan.attend(layer, q, k, v, self.scaling, cos=cos[0], sin=sin[0], **norms)
+    o = forward_pass.attend(layer, q, k, v, self.scaling, cos=cos[0], sin=sin[0], **norms)
     return self.o_proj(o.flatten(1)[None]), None
 
 
 def generic_attention(module, query, key, value, attention_mask, *args, diffmas_trace=None, **kwargs):
     """The attention function of the generic tier; query [1, Hq, n, D], key, value [1, Hkv, n, D], rotated."""
     if diffmas_trace is None:
-        name = module._diffmas_layer.config._attn_implementation
+        name = module.diffmas_layer.config._attn_implementation
         eager = sys.modules[type(module).__module__].__dict__.get("eager_attention_forward")
         attention = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
@@ -131,7 +120,7 @@ def generic_attention(module, query, key, value, attention_mask, *args, diffmas_
     scale = kwargs.get("scaling")
     # Norms that stay in float32 under autocast leave q and k wider than v.
     o = diffmas_trace.attend(
-        module._diffmas_layer, *(x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)),
+        module.diffmas_layer, *(x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)),
         query.shape[-1] ** -0.5 if scale is None else scale,
     )  # fmt: skip
     return o[None], None
@@ -144,7 +133,7 @@ AttentionInterface.register(GENERIC, generic_attention)  # adds a name; a model 
 def install(attention: nn.Module, layer: Layer) -> None:
     """Puts an attention module on its tier."""
     layer.config = attention.config
-    attention._diffmas_layer = layer
+    attention.diffmas_layer = layer
     if layer.family is None:
         # The model's config stays, so transformers goes on building the right masks for calls without a trace.
         attention.config = copy.copy(attention.config)
@@ -161,7 +150,7 @@ def install(attention: nn.Module, layer: Layer) -> None:
 
 
 def uninstall(attention: nn.Module) -> None:
-    layer = attention.__dict__.pop("_diffmas_layer")
+    layer = attention.__dict__.pop("diffmas_layer")
     attention.config = layer.config
     if layer.family is None:
         return

@@ -1,12 +1,36 @@
 """transformers' generate on a trace: what stands in for the past, and what the trace holds afterwards."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from diffmas.trace import Trace
 from diffmas.trace.cache import cache_name
 
-__all__ = ["generate"]
+__all__ = ["Generation", "generate"]
+
+MOST_RESERVED = 512  # rows that a sequence reserves at once for what is generated
+
+
+@dataclass
+class Generation:
+    """What a generate that runs has to say to the forwards on its trace. past, new: tokens of its input that stand in for the
+    past, and that are new; reserve: tokens that it may generate, as far as it is known."""
+
+    past: int
+    new: int
+    reserve: int
+    kind: str = "prompt"
+
+    def next_forward(self, x: Tensor) -> tuple[Tensor, str, int]:
+        """x [B, S, ...], what transformers gives -> the new tokens of it, their kind, how many will follow."""
+        if self.kind == "text":
+            return x, "text", 0
+        self.kind = "text"  # the prompt is written by the first forward of a generate
+        if x.shape[1] >= self.past + self.new:
+            x = x[:, self.past :]  # assisted decoding begins with all of the input, what stands in for the past included
+        return x, "prompt", self.reserve
 
 
 def generate(self, inputs=None, *args, **kwargs):
@@ -22,6 +46,8 @@ def generate(self, inputs=None, *args, **kwargs):
     if argument is None:
         return original(self, inputs, *args, **kwargs)
     trace = kwargs[argument]
+    if trace.generation is not None:
+        raise ValueError(f"{argument}: expected a trace that no other generate is running on, got one; give each a fork of it")
     sources = [kwargs, *(vars(c) for c in (kwargs.get("generation_config"), self.generation_config) if c is not None)]
     option = lambda name: next((s[name] for s in sources if s.get(name) is not None), None)  # noqa: E731
     if option("use_cache") is False:
@@ -54,16 +80,18 @@ def generate(self, inputs=None, *args, **kwargs):
                 if option(f"{name}_new_tokens") is None:
                     kwargs[f"{name}_length"] = option(f"{name}_length") + past
     copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+    longest = min(option("max_new_tokens") or 0, MOST_RESERVED)
+    running = trace
     if copies > 1:
-        kwargs[argument] = trace.select([b for b in range(B) for _ in range(copies)])
+        running = kwargs[argument] = trace.select([b for b in range(B) for _ in range(copies)])
+        running.make_room(longest)  # for beams nobody knows whose rows they will be
     if ids is not None:
         kwargs["input_ids"] = ids
-    patch = self._diffmas_patch
-    patch.generating, patch.input_lengths = "prompt", (past, S)
+    running.generation = Generation(past, S, longest if copies == 1 else 0)
     try:
         output = original(self, *args, attention_mask=mask, **kwargs)
     finally:
-        patch.generating = None
+        running.generation = None
     sequences = output if isinstance(output, Tensor) else output.sequences
     if ids is not None:
         sequences = sequences[:, past:]

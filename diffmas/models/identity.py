@@ -1,13 +1,14 @@
 """Who wrote a file: fingerprints of a model and of its adapter, to refuse a trace or an adapter of another model."""
 
 import hashlib
+import json
 
 import torch
 from torch import nn
 
-from diffmas.models.patch import causal_lm_of
+from diffmas.models.parts import causal_lm_of
 
-__all__ = ["adapter_fingerprint", "model_fingerprint", "rope_of"]
+__all__ = ["adapter_fingerprint", "fingerprint_of", "model_fingerprint", "rope_of"]
 
 SAMPLES = 64  # values looked at per weight: enough to tell checkpoints apart, cheap for large models
 
@@ -58,3 +59,12 @@ def rope_of(model: nn.Module) -> dict:
     config = causal_lm_of(model).config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return {"theta": getattr(config, "rope_theta", None), **rope} if not rope.get("rope_theta") else dict(rope)
+
+
+def fingerprint_of(model: nn.Module) -> dict:
+    """What stored rows depend on, as plain data."""
+    return {
+        "model": model_fingerprint(model),
+        "adapter": adapter_fingerprint(model),
+        "rope": json.loads(json.dumps(rope_of(model), default=str)),
+    }

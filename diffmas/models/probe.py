@@ -12,9 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from diffmas.models.attention import FAMILIES, Layer, Unsupported, install, refuse, uninstall
+from diffmas.models.attention import FAMILIES, Layer, install, uninstall
+from diffmas.models.support import Unsupported, refuse
 from diffmas.ops import reference
-from diffmas.trace import pool
+from diffmas.trace.autograd import attend
+from diffmas.trace.pool import Pool
 
 __all__ = ["choose_tiers"]
 
@@ -23,8 +25,8 @@ SCALES = {1.0: 1e-4, 30.0: 5e-3}  # of the hidden states -> tolerated error, rel
 SENTINEL = "diffmas_trace"
 
 
-class ProbePlan:
-    """Stands in for a Plan: one sequence, one layer, a pool of its own, the reference backend."""
+class ProbePass:
+    """Stands in for a ForwardPass: one sequence, one layer, a pool of its own, the reference backend."""
 
     def __init__(self, n: int):
         self.n, self.keys = n, None
@@ -34,9 +36,9 @@ class ProbePlan:
             raise ValueError(f"q, k, v of shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} [head_dim]")
         index = lambda *x: torch.tensor(x, device=q.device)  # noqa: E731
         view = (index(0, self.n), index(0, 1), index(0), index(self.n), None, None)
-        rows = pool.Pool(self.n, *k.shape[1:], k.dtype, k.device)
+        rows = Pool(self.n, *k.shape[1:], k.dtype, k.device)
         slots = torch.arange(self.n, device=q.device)
-        o, _ = pool.attend(rows, torch.zeros(0), q, k, v, slots, view, scale=scale, backend="reference", **inject)
+        o, _ = attend(rows, torch.zeros(0), q, k, v, slots, view, scale=scale, backend="reference", **inject)
         self.keys = rows.k[: self.n]  # a pool may hold more rows than were asked for
         return o
 
@@ -94,28 +96,28 @@ def traced(attention: nn.Module, *args, **kwargs):
 
 def plain_copy(attention: nn.Module) -> nn.Module:
     """A float32 copy in eval mode whose plain forward uses an attention function that runs anywhere."""
-    twin = copy.deepcopy(attention).float().eval()
-    twin.config = copy.copy(attention.config)
-    if twin.config._attn_implementation not in ("eager", "sdpa"):
-        twin.config._attn_implementation_internal = "sdpa"
-    return twin
+    copied = copy.deepcopy(attention).float().eval()
+    copied.config = copy.copy(attention.config)
+    if copied.config._attn_implementation not in ("eager", "sdpa"):
+        copied.config._attn_implementation_internal = "sdpa"
+    return copied
 
 
-def mismatch(attention: nn.Module, twin: nn.Module, layer: Layer, calls: list[dict]) -> str | None:
+def mismatch(attention: nn.Module, copied: nn.Module, layer: Layer, calls: list[dict]) -> str | None:
     """None if the layer computes through diffmas what it computes by itself, else what differs."""
     own = type(attention).forward
     for call in calls:
         for scale, tolerance in SCALES.items():
-            want = replay(twin, call[layer.index], scale, own)
-            plan = ProbePlan(TOKENS)
-            install(twin, layer)
+            want = replay(copied, call[layer.index], scale, own)
+            probe = ProbePass(TOKENS)
+            install(copied, layer)
             try:
-                got = replay(twin, call[layer.index], scale, traced, **{SENTINEL: plan})
+                got = replay(copied, call[layer.index], scale, traced, **{SENTINEL: probe})
             except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
                 return f"{type(error).__name__}: {error}"
             finally:
-                uninstall(twin)
-            if plan.keys is None:
+                uninstall(copied)
+            if probe.keys is None:
                 return "its forward does not go through transformers' attention interface"
             error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
             if not error <= tolerance:
@@ -123,27 +125,27 @@ def mismatch(attention: nn.Module, twin: nn.Module, layer: Layer, calls: list[di
     return None
 
 
-def rotation(twin: nn.Module, layer: Layer, calls: list[dict], shift: int, inv_freq: Tensor | None) -> str:
+def rotation(copied: nn.Module, layer: Layer, calls: list[dict], offset: int, inv_freq: Tensor | None) -> str:
     """How the layer rotates its keys, from the same hidden states at two positions: half | interleaved | none | unknown."""
     near, moved = (call[layer.index][1].get("position_embeddings") for call in calls)
     if near is None or inv_freq is None:
         return "unknown"
     keys = []
-    install(twin, layer)
+    install(copied, layer)
     try:
         for tables in (near, moved):
-            plan = ProbePlan(TOKENS)
-            replay(twin, calls[0][layer.index], 1.0, traced,
-                   position_embeddings=to_float32(tables), **{SENTINEL: plan})  # fmt: skip
-            keys.append(plan.keys.double())
+            probe = ProbePass(TOKENS)
+            replay(copied, calls[0][layer.index], 1.0, traced,
+                   position_embeddings=to_float32(tables), **{SENTINEL: probe})  # fmt: skip
+            keys.append(probe.keys.double())
     finally:
-        uninstall(twin)
-    shifts = torch.full((TOKENS,), shift, dtype=torch.int64, device=inv_freq.device)
+        uninstall(copied)
+    offsets = torch.full((TOKENS,), offset, dtype=torch.int64, device=inv_freq.device)
     limit = 1e-3 * keys[0].abs().max()
     if (keys[0] - keys[1]).abs().max() <= limit:
         return "none"
     for name in ("half", "interleaved"):
-        tables = reference.shift_tables(shifts, inv_freq, name == "interleaved", torch.float64)
+        tables = reference.offset_tables(offsets, inv_freq, name == "interleaved", torch.float64)
         if (reference.rotate(keys[0], *tables, name == "interleaved") - keys[1]).abs().max() <= limit:
             return name
     return "unknown"
@@ -176,15 +178,15 @@ def choose_tiers(body: nn.Module, attentions: list[nn.Module]) -> list[Layer]:
     for attention in attentions:
         if SENTINEL not in calls[0].get(attention.layer_idx, ((), {}))[1]:
             raise refuse(attention, [f"the keyword argument {SENTINEL} does not reach it"])
-        twin = plain_copy(attention)
+        copied = plain_copy(attention)
         family = FAMILIES.get(type(attention).__name__)
         reasons = []
         for candidate in (family, None) if family else (None,):
-            layer = Layer(attention.layer_idx, candidate, "half" if candidate else "unknown")
-            reason = mismatch(attention, twin, layer, calls)
+            layer = Layer(attention.layer_idx, "half" if candidate else "unknown", candidate)
+            reason = mismatch(attention, copied, layer, calls)
             if reason is None:
                 if candidate is None:
-                    layer.rope = rotation(twin, layer, [first, moved], near, inv_freq)
+                    layer.rope = rotation(copied, layer, [first, moved], near, inv_freq)
                 break
             reasons.append(f"{'fused' if candidate else 'generic'}: {reason}")
         else:

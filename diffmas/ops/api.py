@@ -73,14 +73,14 @@ def inject(
 
 def cross_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, q_indptr: Tensor, seg_indptr: Tensor, seg_start: Tensor,
-    seg_len: Tensor, seg_shift: Tensor | None = None, inv_freq: Tensor | None = None, *, scale: float | None = None,
+    seg_len: Tensor, seg_offset: Tensor | None = None, inv_freq: Tensor | None = None, *, scale: float | None = None,
     causal: bool = True, interleaved: bool = False, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of n packed queries of B sequences, each over its own view of the pools, without a concatenation.
 
     q [n, Hq, D], rotated; k_pool, v_pool [R, Hkv, D]; q_indptr, seg_indptr [B + 1]: where each sequence's queries and
     segments begin; seg_start, seg_len [S]: pool rows of each segment in the order they are read, at least one, disjoint
-    within a sequence; seg_shift [S]: read the segment as if its keys stood that many positions later (needs inv_freq
+    within a sequence; seg_offset [S]: read the segment as if its keys stood that many positions later (needs inv_freq
     [Dr/2]); all of these int64 or int32; scale defaults to D ** -0.5. Causal is bottom-right aligned: the newest tokens of
     a view are its queries' own.
     Returns o [n, Hq, D] and lse [n, Hq] (natural log, float32). Nothing visible: o = 0, lse = -inf.
@@ -101,15 +101,15 @@ def cross_attention(
     check_segments(seg_indptr, seg_start, seg_len, k_pool.shape[0])
     scale = D**-0.5 if scale is None else scale
     expect(abs(scale) <= FLOAT_MAX, "scale", "a finite float32", scale)
-    if seg_shift is not None:
-        check_shape("seg_shift", seg_shift, (S,))
-        seg_shift = check_index("seg_shift", seg_shift, q)
-        expect(inv_freq is not None, "inv_freq", "the rotary frequencies that seg_shift needs", None)
+    if seg_offset is not None:
+        check_shape("seg_offset", seg_offset, (S,))
+        seg_offset = check_index("seg_offset", seg_offset, q)
+        expect(inv_freq is not None, "inv_freq", "the rotary frequencies that seg_offset needs", None)
     if inv_freq is not None:
         check_shape("inv_freq", inv_freq, ("Dr/2",))
         expect(2 * inv_freq.shape[0] <= D, "inv_freq", f"at most {D // 2} frequencies", inv_freq.shape[0])
     return torch.ops.diffmas.cross_attention(
-        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, frequencies_of(inv_freq, q),
+        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, frequencies_of(inv_freq, q),
         scale, causal, interleaved, check_backend(backend),
     )  # fmt: skip
 
@@ -131,12 +131,12 @@ def merge_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor, *, back
 
 
 def reposition(
-    src: Tensor, dst: Tensor, shift: Tensor, inv_freq: Tensor, k_pool: Tensor, v_pool: Tensor, *,
+    src: Tensor, dst: Tensor, offset: Tensor, inv_freq: Tensor, k_pool: Tensor, v_pool: Tensor, *,
     interleaved: bool = False, backend: str = "auto",
 ) -> None:  # fmt: skip
-    """Copies pool rows `src` to rows `dst`, their keys rotated on by `shift` positions.
+    """Copies pool rows `src` to rows `dst`, their keys rotated on by `offset` positions.
 
-    src, dst, shift [m] int64 or int32 (dst distinct, none of them also in src); inv_freq [Dr/2]: a pure rotation, without the
+    src, dst, offset [m] int64 or int32 (dst distinct, none of them also in src); inv_freq [Dr/2]: a pure rotation, without the
     attention factor that some models scale cos and sin by; k_pool, v_pool [R, Hkv, D], mutated.
     Raises ValueError naming the argument.
     """
@@ -148,9 +148,9 @@ def reposition(
     )
     R = k_pool.shape[0]
     src = check_index("src", src, k_pool, 0, R)
-    for name, x in (("dst", dst), ("shift", shift)):
+    for name, x in (("dst", dst), ("offset", offset)):
         check_shape(name, x, tuple(src.shape))
-    dst, shift = check_index("dst", dst, k_pool, 0, R), check_index("shift", shift, k_pool)
+    dst, offset = check_index("dst", dst, k_pool, 0, R), check_index("offset", offset, k_pool)
     check_distinct("dst", dst)
     if dst.device.type == "cpu":
         expect(not np.isin(values_of(dst), values_of(src)).any(), "dst", "rows that are not read", "rows that are also in src")
@@ -158,4 +158,4 @@ def reposition(
     expect(2 * inv_freq.shape[0] <= D, "inv_freq", f"at most {D // 2} frequencies", inv_freq.shape[0])
     check_written(k_pool, v_pool)
     inv_freq = frequencies_of(inv_freq, k_pool)
-    torch.ops.diffmas.reposition(src, dst, shift, inv_freq, interleaved, k_pool, v_pool, check_backend(backend))
+    torch.ops.diffmas.reposition(src, dst, offset, inv_freq, interleaved, k_pool, v_pool, check_backend(backend))

@@ -66,55 +66,57 @@ class TritonBackend(Backend):
 
 
 class CudaOps:
-    """torch.ops.diffmas_cuda. Its attention is made for few queries a sequence, as it reads a view again for every 16 of their
+    """torch.ops.diffmas_cuda. Its attention is made for small-q calls, since it reads a view again for every 16 of their
     rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only. The
     rest is Triton's, or the reference's where there is no Triton: o and dq of many queries, pools of another dtype than q, and
     rotated halves whose padding makes a head longer than 256."""
 
-    FEW_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
+    SMALL_Q_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
 
     def __getattr__(self, op):
         return getattr(torch.ops.diffmas_cuda, op)
 
-    def _few(self, q, k_pool, q_indptr):
-        return q.shape[0] * q.shape[1] // k_pool.shape[1] <= self.FEW_ROWS * (q_indptr.shape[0] - 1)
+    def _small_q(self, q, k_pool, q_indptr):
+        return q.shape[0] * q.shape[1] // k_pool.shape[1] <= self.SMALL_Q_ROWS * (q_indptr.shape[0] - 1)
 
     @staticmethod
-    def _slots(q, seg_shift, inv_freq, interleaved):
-        """The length of a row as the kernels keep it: halves that are turned into each other are padded to eights."""
-        padding = 0 if seg_shift is None or interleaved else -inv_freq.shape[0] % 8
+    def _slots(q, seg_offset, inv_freq, interleaved):
+        """The length of a row as the kernels keep it: halves that are rotated into each other are padded to eights."""
+        padding = 0 if seg_offset is None or interleaved else -inv_freq.shape[0] % 8
         return q.shape[2] + 2 * padding
 
-    def _served(self, q, k_pool, seg_shift, inv_freq, interleaved):
-        return k_pool.dtype == q.dtype and self._slots(q, seg_shift, inv_freq, interleaved) <= 256
+    def _served(self, q, k_pool, seg_offset, inv_freq, interleaved):
+        return k_pool.dtype == q.dtype and self._slots(q, seg_offset, inv_freq, interleaved) <= 256
 
     def cross_attention(
-        self, q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved
+        self, q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved
     ):
-        ours = self._few(q, k_pool, q_indptr) and self._served(q, k_pool, seg_shift, inv_freq, interleaved)
+        ours = self._small_q(q, k_pool, q_indptr) and self._served(q, k_pool, seg_offset, inv_freq, interleaved)
         run = torch.ops.diffmas_cuda.cross_attention if ours else _triton_or_reference("cross_attention", q)
-        return run(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved)
+        return run(
+            q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved
+        )
 
     def cross_attention_backward(
-        self, do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq,
-        scale, causal, interleaved, dk_pool, dv_pool, newest=None, want_dq=True,
+        self, do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
+        scale, causal, interleaved, dk_pool, dv_pool, grad_tail=None, want_dq=True,
     ):  # fmt: skip
         args = (
-            do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale,
+            do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale,
             causal, interleaved, dk_pool, dv_pool,
         )  # fmt: skip
         ours = torch.ops.diffmas_cuda.cross_attention_backward
-        served = self._served(q, k_pool, seg_shift, inv_freq, interleaved)
-        if served and self._few(q, k_pool, q_indptr):
-            return ours(*args, newest, want_dq)
+        served = self._served(q, k_pool, seg_offset, inv_freq, interleaved)
+        if served and self._small_q(q, k_pool, q_indptr):
+            return ours(*args, grad_tail, want_dq)
         other = _triton_or_reference("cross_attention_backward", q)
         # Other than in whole packs of 16 bytes they would go element by element.
-        packs = q.shape[2] % 8 == 0 and self._slots(q, seg_shift, inv_freq, interleaved) == q.shape[2]
+        packs = q.shape[2] % 8 == 0 and self._slots(q, seg_offset, inv_freq, interleaved) == q.shape[2]
         if not served or not packs or q.dtype == torch.float32:
-            return other(*args, newest, want_dq)
-        nobody = q_indptr.new_zeros(q_indptr.shape[0] - 1)  # learns there
-        dq = other(*args, nobody, True) if want_dq else None
-        none = ours(*args, newest, False)
+            return other(*args, grad_tail, want_dq)
+        nothing = q_indptr.new_zeros(q_indptr.shape[0] - 1)  # gets dK and dV there
+        dq = other(*args, nothing, True) if want_dq else None
+        none = ours(*args, grad_tail, False)
         return dq if want_dq else none
 
 

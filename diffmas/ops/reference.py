@@ -62,9 +62,9 @@ def rotate_transposed(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -
     return torch.cat((head * cos - rotate_half(head * sin, interleaved), rest), dim=-1)
 
 
-def shift_tables(shift: Tensor, inv_freq: Tensor, interleaved: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin [n, Dr] of a pure rotation by `shift` positions. Angles in float64: shifts reach 1e5 and more."""
-    angle = shift.double()[:, None] * inv_freq.double()
+def offset_tables(offset: Tensor, inv_freq: Tensor, interleaved: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin [n, Dr] of a pure rotation by `offset` positions. Angles in float64: offsets reach 1e5 and more."""
+    angle = offset.double()[:, None] * inv_freq.double()
     angle = angle.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angle, angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -131,30 +131,30 @@ def inject_backward(dq_rot, q, k, cos, sin, slots, q_weight, k_weight, eps, inte
 # ---- cross-agent attention -------------------------------------------------------------------------------------------
 
 
-def view_rows(segments, seg_start: Tensor, seg_len: Tensor, seg_shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pool row and shift of every token of one sequence's view: two [N] int64 tensors."""
+def view_rows(segments, seg_start: Tensor, seg_len: Tensor, seg_offset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Pool row and offset of every token of one sequence's view: two [N] int64 tensors."""
     empty = seg_start.new_zeros(0)
-    rows, shifts = [empty], [empty]
+    rows, offsets = [empty], [empty]
     for s in segments:
         rows.append(torch.arange(int(seg_len[s]), device=seg_start.device) + seg_start[s])
-        shift = seg_shift[s] if seg_shift is not None else seg_start.new_zeros(())
-        shifts.append(shift.expand(rows[-1].shape[0]))
-    return torch.cat(rows), torch.cat(shifts)
+        offset = seg_offset[s] if seg_offset is not None else seg_start.new_zeros(())
+        offsets.append(offset.expand(rows[-1].shape[0]))
+    return torch.cat(rows), torch.cat(offsets)
 
 
-def sequences(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, causal, interleaved):
-    """For each sequence with queries: number, query range, pool rows, K as read (shifted) and V [N, Hkv, D], mask, tables."""
+def sequences(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, causal, interleaved):
+    """For each sequence with queries: number, query range, pool rows, K as read (at its position offset) and V [N, Hkv, D], mask, tables."""
     acc = accumulator(q.dtype)
     for b in range(q_indptr.shape[0] - 1):
         first, last = int(q_indptr[b]), int(q_indptr[b + 1])
         if first == last:
             continue
-        rows, shifts = view_rows(range(int(seg_indptr[b]), int(seg_indptr[b + 1])), seg_start, seg_len, seg_shift)
+        rows, offsets = view_rows(range(int(seg_indptr[b]), int(seg_indptr[b + 1])), seg_start, seg_len, seg_offset)
         keys, values = k_pool[rows].to(acc), v_pool[rows].to(acc)
         tables = None
-        if inv_freq is not None and shifts.any():
-            # q rotated by -shift against k equals q against k rotated by +shift; the oracle takes the plain form.
-            tables = shift_tables(shifts, inv_freq, interleaved, acc)
+        if inv_freq is not None and offsets.any():
+            # q rotated by -offset against k equals q against k rotated by +offset; the oracle takes the plain form.
+            tables = offset_tables(offsets, inv_freq, interleaved, acc)
             keys = rotate(keys, *tables, interleaved)
         L, N = last - first, rows.shape[0]
         visible = torch.ones(L, N, dtype=torch.bool, device=q.device)
@@ -164,12 +164,12 @@ def sequences(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_s
 
 
 def cross_attention(
-    q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved
+    q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved
 ) -> tuple[Tensor, Tensor]:
     """Attention of ragged queries over their views, without building a concatenation; -> o [n, Hq, D], lse [n, Hq].
 
     q [n, Hq, D] already rotated; q_indptr [B + 1]; sequence b has segments seg_indptr[b]:seg_indptr[b + 1] with rows
-    seg_start[s] .. seg_start[s] + seg_len[s], read seg_shift[s] positions later than they were stored (inv_freq [Dr/2]
+    seg_start[s] .. seg_start[s] + seg_len[s], read seg_offset[s] positions later than they were stored (inv_freq [Dr/2]
     gives the rotation). Causal is bottom-right aligned. lse is the natural log-sum-exp of the scaled scores, float32.
     A query that sees nothing gets o = 0 and lse = -inf.
     """
@@ -178,7 +178,7 @@ def cross_attention(
     lse = torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
     G = q.shape[1] // k_pool.shape[1]
     for _, span, _, keys, values, visible, _ in sequences(
-        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, causal, interleaved
+        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, causal, interleaved
     ):
         queries = q[span].to(acc).unflatten(1, (-1, G))  # [L, Hkv, G, D]
         scores = torch.einsum("lhgd,nhd->hgln", queries, keys) * scale
@@ -191,12 +191,12 @@ def cross_attention(
 
 
 def cross_attention_backward(
-    do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq,
-    scale, causal, interleaved, dk_pool, dv_pool, newest=None, want_dq=True,
+    do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
+    scale, causal, interleaved, dk_pool, dv_pool, grad_tail=None, want_dq=True,
 ) -> Tensor:  # fmt: skip
     """Adds dK and dV of the rows read into the gradient pools; -> dq [n, Hq, D], or [0] if it is not wanted.
 
-    newest [B]: only the last newest[b] tokens of view b get their dK and dV (the rest are constants, or wait for a later
+    grad_tail [B]: only the last grad_tail[b] tokens of view b get their dK and dV (the rest are constants, or wait for a later
     call: o and lse may be those of a larger view than the one given); None: all of them.
 
     With p = exp(s - lse) and delta = rowsum(do * o) - dlse:  dV = p' do,  ds = p * (do v' - delta) * scale,  dq = ds k.
@@ -208,7 +208,7 @@ def cross_attention_backward(
     if dlse is not None:
         delta = delta - dlse.to(acc)
     for b, span, rows, keys, values, visible, tables in sequences(
-        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, causal, interleaved
+        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, causal, interleaved
     ):
         queries = q[span].to(acc).unflatten(1, (-1, G))
         grads = do[span].to(acc).unflatten(1, (-1, G))
@@ -223,9 +223,9 @@ def cross_attention_backward(
         if tables is not None:
             dkeys = rotate_transposed(dkeys, *tables, interleaved)
         dvalues = torch.einsum("hgln,lhgd->nhd", p, grads)
-        learn = slice(0 if newest is None else max(0, rows.shape[0] - int(newest[b])), None)
-        dk_pool.index_add_(0, rows[learn], dkeys[learn].to(dk_pool.dtype))
-        dv_pool.index_add_(0, rows[learn], dvalues[learn].to(dv_pool.dtype))
+        needs_grad = slice(0 if grad_tail is None else max(0, rows.shape[0] - int(grad_tail[b])), None)
+        dk_pool.index_add_(0, rows[needs_grad], dkeys[needs_grad].to(dk_pool.dtype))
+        dv_pool.index_add_(0, rows[needs_grad], dvalues[needs_grad].to(dv_pool.dtype))
     return dq
 
 
@@ -260,17 +260,17 @@ def merge_states_backward(do, dlse, o_a, lse_a, o_b, lse_b, o, lse):
 # ---- reposition ------------------------------------------------------------------------------------------------------
 
 
-def reposition(src, dst, shift, inv_freq, interleaved, k_pool, v_pool) -> None:
-    """Copies rows `src` [m] to rows `dst` [m], keys rotated on by `shift` [m] positions; a pure rotation by inv_freq [Dr/2]."""
+def reposition(src, dst, offset, inv_freq, interleaved, k_pool, v_pool) -> None:
+    """Copies rows `src` [m] to rows `dst` [m], keys rotated on by `offset` [m] positions; a pure rotation by inv_freq [Dr/2]."""
     acc = accumulator(k_pool.dtype)
-    tables = shift_tables(shift, inv_freq, interleaved, acc)
+    tables = offset_tables(offset, inv_freq, interleaved, acc)
     k_pool[dst] = rotate(k_pool[src].to(acc), *tables, interleaved).to(k_pool.dtype)
     v_pool[dst] = v_pool[src]
 
 
-def reposition_backward(src, dst, shift, inv_freq, interleaved, dk_pool, dv_pool) -> None:
+def reposition_backward(src, dst, offset, inv_freq, interleaved, dk_pool, dv_pool) -> None:
     """Moves the gradient of rows `dst` back to rows `src`: added there, zeroed in `dst`."""
-    tables = shift_tables(shift, inv_freq, interleaved, dk_pool.dtype)
+    tables = offset_tables(offset, inv_freq, interleaved, dk_pool.dtype)
     dk, dv = rotate_transposed(dk_pool[dst], *tables, interleaved), dv_pool[dst]
     dk_pool[dst] = 0
     dv_pool[dst] = 0

@@ -4,10 +4,10 @@ __all__ = ["LEAD", "SCHEMAS"]
 
 ROPE = "Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved"
 VIEW = (
-    "Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_shift, Tensor? inv_freq, "
+    "Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_offset, Tensor? inv_freq, "
     "float scale, bool causal, bool interleaved"
 )
-MOVE = "Tensor src, Tensor dst, Tensor shift, Tensor inv_freq, bool interleaved"
+MOVE = "Tensor src, Tensor dst, Tensor offset, Tensor inv_freq, bool interleaved"
 POOLS, GRADS = "Tensor(a!) k_pool, Tensor(b!) v_pool", "Tensor(a!) dk_pool, Tensor(b!) dv_pool"
 SCHEMAS = {
     "inject": f"(Tensor q, Tensor k, Tensor v, {ROPE}, {POOLS}, str backend='auto') -> Tensor",
@@ -15,7 +15,7 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "cross_attention": f"(Tensor q, Tensor k_pool, Tensor v_pool, {VIEW}, str backend='auto') -> (Tensor, Tensor)",
     "cross_attention_backward": "(Tensor do, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, "
-    f"Tensor v_pool, {VIEW}, {GRADS}, Tensor? newest=None, bool want_dq=True, str backend='auto') -> Tensor",
+    f"Tensor v_pool, {VIEW}, {GRADS}, Tensor? grad_tail=None, bool want_dq=True, str backend='auto') -> Tensor",
     "merge_states": "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, str backend='auto') -> (Tensor, Tensor)",
     "merge_states_backward": "(Tensor do, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor o, "
     "Tensor lse, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor)",

@@ -5,15 +5,13 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from diffmas.models.identity import adapter_fingerprint, model_fingerprint, rope_of
-from diffmas.trace import Trace
-from diffmas.trace.plan import Segment
-from diffmas.trace.pool import Pool
+from diffmas.trace.spec import spec_of
+from diffmas.trace.trace import Trace
+from diffmas.trace.views import Segment
 
 __all__ = ["load", "save"]
 
@@ -30,14 +28,6 @@ def _checksum(header: dict, tensors: dict) -> str:
     return digest.hexdigest()
 
 
-def _identity(patch) -> dict:
-    return {
-        "model": model_fingerprint(patch.causal_lm),
-        "adapter": adapter_fingerprint(patch.causal_lm),
-        "rope": json.loads(json.dumps(rope_of(patch.causal_lm), default=str)),
-    }
-
-
 def save(trace: Trace, path) -> None:
     """Writes to a temporary file first: a crash leaves the old file, never half a new one."""
     if not any(trace.lengths):
@@ -49,9 +39,9 @@ def save(trace: Trace, path) -> None:
             tensors[f"{i}.{name}"] = torch.cat(column).detach().cpu().contiguous()
     header = {
         "format": FORMAT,
-        **_identity(trace._patch),
+        **trace.spec.fingerprint(),
         "batch_size": trace.batch_size,
-        "segments": [[s.sequence, s.agent, s.kind, s.length, s.shift] for s in trace.segments],
+        "segments": [[s.sequence, s.agent, s.kind, s.length, s.offset] for s in trace.segments],
         "next": trace.next_positions,
     }
     header["checksum"] = _checksum(header, tensors)
@@ -64,8 +54,7 @@ def save(trace: Trace, path) -> None:
 
 def load(path, model) -> Trace:
     """A trace of `model` from a file; raises ValueError for a file that is damaged or of another model or adapter."""
-    trace = Trace(model)
-    path = Path(path)
+    spec, path = spec_of(model), Path(path)
     if not path.is_file():
         raise ValueError(f"path: expected a trace file, got {path}, which does not exist")
     try:
@@ -79,26 +68,21 @@ def load(path, model) -> Trace:
         raise ValueError(f"{path}: expected a trace file of format {FORMAT}, got {found}")
     if header.get("checksum") != _checksum(header, tensors):
         raise ValueError(f"{path}: expected the checksum {header.get('checksum')}, got another: the file is damaged")
-    for what, mine in _identity(trace._patch).items():
+    for what, mine in spec.fingerprint().items():
         if header[what] != mine:
             raise ValueError(f"{path}: expected a trace of this {what} ({mine}), got one of another ({header[what]})")
-    return _rebuild(trace, header, tensors)
+    kv = [(tensors[f"{layer.index}.k"], tensors[f"{layer.index}.v"]) for layer in spec.layers]
+    return Trace.of_rows(spec, _segments(header, tensors["positions"]), header["next"], kv)
 
 
-def _rebuild(trace: Trace, header: dict, tensors: dict) -> Trace:
-    patch, store = trace._patch, trace._store
-    positions = tensors["positions"].numpy()
-    store.allocate(len(positions))
+def _segments(header: dict, positions: torch.Tensor) -> list[list[Segment]]:
+    """positions: that rows are read at. A segment whose positions are not consecutive becomes several."""
     rows, at = [[] for _ in range(header["batch_size"])], 0
-    for sequence, agent, kind, length, shift in header["segments"]:
-        # Positions in the file are the ones rows are read at; the pool keeps the ones they were written at.
-        store.positions[at : at + length] = positions[at : at + length] - shift
-        rows[sequence].append(Segment(sequence, agent, kind, at, length, int(positions[at]) - shift, shift))
+    for sequence, agent, kind, length, offset in header["segments"]:
+        where = positions[at : at + length]
+        gaps = (where.diff() != 1).nonzero()[:, 0] + 1
+        for first, last in zip([0, *gaps.tolist()], [*gaps.tolist(), length]):
+            position = int(where[first]) - offset
+            rows[sequence].append(Segment(sequence, agent, kind, at + first, last - first, position, offset))
         at += length
-    for layer in patch.layers:
-        k, v = tensors[f"{layer.index}.k"], tensors[f"{layer.index}.v"]
-        device = next(patch.attention(layer.index).parameters()).device
-        pool = Pool(at, *k.shape[1:], k.dtype, device)
-        pool.k[:at], pool.v[:at] = k.to(device), v.to(device)
-        store.pools[layer.index] = pool
-    return trace._view(rows, None, np.asarray(header["next"]).tolist())
+    return rows

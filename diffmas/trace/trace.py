@@ -1,17 +1,22 @@
 """The trace: the K/V memory that the agents of a batch of episodes share, append-only, as a transformers Cache.
 
-Storage and view are two things. A store (`diffmas.trace.plan`) owns the rows of every layer; a `Trace` owns, per sequence, the
-ordered list of *segments* (runs of rows) that it sees. Forks, joins and `keep` make new views over the same rows and copy
-nothing.
+Storage and view are two things. A store (diffmas.trace.store) owns the rows of every layer; a `Trace` owns, per sequence, the
+ordered list of *segments* that it sees. Forks, joins and `keep` make new views over the same rows and copy nothing. A trace
+changes in one place, `commit`, which makes the tokens of a forward pass part of it; and where transformers asks a cache to change
+in place, it becomes another view of its store (`_become`).
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffmas.trace.autograd import held_by_graph, inherit, reposition
 from diffmas.trace.cache import CacheFace
-from diffmas.trace.plan import KINDS, LONGEST_RUN, SPARE_ROWS, Extent, Plan, Segment, Store
-from diffmas.trace.pool import LatentRun, inherit, reposition
+from diffmas.trace.forward_pass import ForwardPass, Table
+from diffmas.trace.pool import DeferredKVGrad
+from diffmas.trace.spec import spec_of
+from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold, Store
+from diffmas.trace.views import KINDS, Segment, common_prefix, length_of, ranges_of, without_first
 
 __all__ = ["Trace"]
 
@@ -21,32 +26,43 @@ JOINS = ("keep", "shift", "reindex", "same_branch")
 class Trace(CacheFace):
     """The shared K/V memory of `batch_size` episodes over all layers of a patched model.
 
-    model: a model that `diffmas.patch_model` was called on. capacity: tokens per sequence to make room for at once; the
-    trace grows beyond it by itself. Pass it as `past_key_values` (`cache` since transformers 5.24) to the model's forward and
-    generate. Padded tokens never enter it; the sequences of a batch may differ in length.
+    model: a model that `diffmas.patch_model` was called on, or its `ModelSpec`. capacity: tokens per sequence to make room for at
+    once; the trace grows beyond it by itself. Pass it as `past_key_values` (`cache` since transformers 5.24) to the model's
+    forward and generate. Padded tokens never enter it; the sequences of a batch may differ in length.
 
     Raises ValueError for a model that is not patched, a batch_size or capacity that is not positive.
     """
 
     def __init__(self, model, batch_size: int = 1, capacity: int | None = None):
-        from diffmas.models.patch import patch_of
-
         super().__init__(layers=[])
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity: expected at least 1 token per sequence, got {capacity}")
-        self._patch = patch_of(model)
-        layers = len(self._patch.layers)
+        self.spec = spec_of(model)
+        layers = len(self.spec.layers)
         self._store = Store(layers, batch_size * (capacity or 0))
-        self._segments: list[list[Segment]] = [[] for _ in range(batch_size)]
-        self._extents: list[Extent | None] = [None] * batch_size
-        self._next = [0] * batch_size  # the position of each sequence's next token
-        self._tokens = [torch.zeros(0) for _ in range(layers)]  # see diffmas.trace.pool
-        self._lineage = 0
-        self._spare = [0] * batch_size
-        self._latent: tuple[LatentRun | None, int] = (None, 0)  # the run that the last forward was a step of, its steps
+        self._see([[] for _ in range(batch_size)], [torch.zeros(0) for _ in range(layers)])
         self.agent: str | None = None  # who writes next: recorded with every segment
+
+    def _see(self, segments, order, extents=None, next_positions=None, lineage: int = 0) -> None:
+        """All that a view is, in one place; the store asks it which rows it needs."""
+        self._segments: list[list[Segment]] = segments
+        self._order: list[Tensor] = order  # the order token of each layer
+        self._extents: list[Extent | None] = extents or [None] * len(segments)
+        self._next: list[int] = next_positions or [0] * len(segments)  # the position of each sequence's next token
+        self._lineage = lineage
+        self._deferred: tuple[DeferredKVGrad | None, int] = (None, 0)  # the run that the last forward was a step of, its steps
+        self.generation = None  # of the generate that it was given to (diffmas.models.generate), while that runs
+        self._store.add_holder(self)
+
+    def held(self) -> list[tuple[int, int]]:
+        """The rows it needs: what it sees, and the room of the extents that it can go on in."""
+        held = [(s.start, s.end) for row in self._segments for s in row]
+        for row, extent in zip(self._segments, self._extents):
+            if extent is not None and row and row[-1].end == extent.filled:
+                held.append((extent.filled, extent.end))
+        return held
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
 
@@ -57,12 +73,12 @@ class Trace(CacheFace):
     @property
     def lengths(self) -> list[int]:
         """Tokens per sequence."""
-        return [sum(s.length for s in segments) for segments in self._segments]
+        return [length_of(row) for row in self._segments]
 
     @property
     def segments(self) -> list[Segment]:
         """The table of segments, sequence by sequence in the order they are read."""
-        return [s for segments in self._segments for s in segments]
+        return [s for row in self._segments for s in row]
 
     @property
     def next_positions(self) -> list[int]:
@@ -71,114 +87,164 @@ class Trace(CacheFace):
 
     def positions(self, sequence: int) -> Tensor:
         """The positions that a sequence's tokens are read at, in order; [length] int64."""
-        parts = [self._store.positions[s.start : s.end] + s.shift for s in self._segments[sequence]]
-        return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
+        parts = [torch.arange(s.position + s.offset, s.next_position) for s in self._segments[sequence]]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     def keys_values(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """A copy of one sequence's K and V rows as they were written (shifts are not applied); [length, Hkv, D] each."""
+        """A copy of one sequence's K and V rows as they were written (position offsets are not applied); [length, Hkv, D] each."""
         pool = self._store.pools[layer]
         if pool is None:
             raise ValueError("keys_values: expected a trace that holds tokens, got an empty one")
-        runs = [slice(s.start, s.end) for s in self._segments[sequence]]
-        return tuple(torch.cat([x[run] for run in runs]) if runs else x[:0].clone() for x in (pool.k, pool.v))
+        ranges = [slice(s.start, s.end) for s in self._segments[sequence]]
+        return tuple(torch.cat([x[r] for r in ranges]) if ranges else x[:0].clone() for x in pool.kv)
+
+    @property
+    def rows(self) -> int:
+        """Rows of each layer that this trace, its forks, and the forward passes and graphs over them need, spare room included."""
+        return self._store.rows_held
 
     def memory(self) -> int:
         """Bytes that the pools of all layers occupy, spare room and forks included."""
-        return sum(x.numel() * x.element_size() for p in self._store.pools if p for x in (p.k, p.v))
+        return sum(x.numel() * x.element_size() for p in self._store.pools if p for x in p.kv)
 
     def __repr__(self):
-        return f"Trace(batch_size={self.batch_size}, lengths={self.lengths}, layers={len(self._tokens)})"
+        return f"Trace(batch_size={self.batch_size}, lengths={self.lengths}, layers={len(self)})"
 
     def __len__(self):
-        return len(self._tokens)
+        return len(self._order)
 
     # ---- appending ---------------------------------------------------------------------------------------------------
 
-    def reserve(self, tokens: int | list[int]) -> None:
-        """Says how many tokens each sequence will write after its next forward, so that they extend the same segment."""
-        self._spare = list(tokens) if isinstance(tokens, (list, tuple)) else [int(tokens)] * self.batch_size
+    def plan(self, lengths: list[int], kind: str, positions: Tensor | None = None, reserve: int | list[int] = 0) -> ForwardPass:
+        """A forward pass that appends lengths[b] tokens to sequence b, at positions [n] or the next ones.
 
-    def plan(self, lengths: list[int], kind: str, positions: Tensor | None = None) -> Plan:
-        """The plan of a forward pass that appends lengths[b] tokens to sequence b; positions [n] or the next ones."""
+        reserve: how many more tokens (of each sequence) will follow, so that their rows follow too. Nothing is part of the trace
+        before `commit`; a forward pass that is dropped gives its rows back. Raises ValueError naming what does not fit.
+        """
         if len(lengths) != self.batch_size:
             raise ValueError(f"trace: expected a batch of {self.batch_size} sequences, got {len(lengths)}")
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
         if positions is None:
-            steps = [np.arange(n, dtype=np.int64) + self._next[b] for b, n in enumerate(lengths)]
-            positions = np.concatenate(steps) if steps else np.zeros(0, dtype=np.int64)
+            positions = np.concatenate([np.arange(n, dtype=np.int64) + after for n, after in zip(lengths, self._next)])
         else:
             positions = positions.cpu().numpy().astype(np.int64)
         if len(positions) != sum(lengths):
             raise ValueError(f"positions: expected {sum(lengths)} of them, got {len(positions)}")
         self._check_limits(lengths, positions)
-        segments, extents, rows, done = [list(s) for s in self._segments], list(self._extents), [], 0
-        for b, n in enumerate(lengths):
-            left = n
-            while left:
-                extent = self._extent_for(b, left, segments[b], extents[b])
-                take = min(left, extent.end - extent.filled)
-                start, where = extent.filled, positions[done : done + take]
-                extent.filled += take  # claimed: nobody else writes here, even if this forward fails
-                self._store.positions[start : start + take] = where
-                self._store.writers[start : start + take] = self._lineage
-                rows.append(np.arange(start, start + take))
-                self._append(segments[b], Segment(b, self.agent, kind, start, take, int(where[0])))
-                extents[b], left, done = extent, left - take, done + take
-        rows = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-        self._spare = [0] * self.batch_size
-        run, step = None, 0
+        reserve = list(reserve) if isinstance(reserve, (list, tuple)) else [int(reserve)] * self.batch_size
+        segments, extents, slots, done = [list(row) for row in self._segments], list(self._extents), [], 0
+        hold = Hold(self._store)
+        with self._store.lock:
+            for b, n in enumerate(lengths):
+                while n:
+                    extents[b] = self._extent_for(n, segments[b], extents[b], reserve[b], hold)
+                    rows = min(n, extents[b].end - extents[b].filled)
+                    start = self._store.write(extents[b], rows, self._lineage)
+                    hold.ranges.append((start, start + rows))
+                    slots.append(np.arange(start, start + rows))
+                    self._append(segments[b], b, kind, start, positions[done : done + rows])
+                    n, done = n - rows, done + rows
+        deferred, step = None, 0
         if kind == "latent" and all(n == 1 for n in lengths):
-            run, step = self._latent if 0 < self._latent[1] < LONGEST_RUN else (LatentRun(), 0)
+            deferred, step = self._deferred
+            if not 0 < step < DeferredKVGrad.LONGEST:
+                deferred, step = DeferredKVGrad(), 0
             step += 1
-        return Plan(self, list(lengths), positions, rows, segments, extents, run, step)
+        older = [ranges_of(row) for row in self._segments] if step == 1 else None
+        return ForwardPass(
+            self.spec, self._store, list(lengths), positions, np.concatenate(slots or [positions]),
+            [ranges_of(row) for row in segments], self._order, self._lineage, deferred, step, older,
+            Table(self._segments, segments, extents), hold,
+        )  # fmt: skip
+
+    def make_room(self, tokens: int) -> None:
+        """Lets the pools grow at once for that many more tokens of each sequence, when they next have to."""
+        self._store.rows = max(self._store.rows, self._store.top + tokens * self.batch_size)
+
+    def commit(self, forward_pass: ForwardPass) -> None:
+        """Makes the new tokens part of the trace; raises RuntimeError if a layer did not write its rows."""
+        if forward_pass.table is None or forward_pass.table.before is not self._segments:
+            raise RuntimeError("this forward pass was planned on another trace, or the trace has changed since")
+        missing = [i for i, order in enumerate(forward_pass.order_after) if order is None]
+        if missing:
+            raise RuntimeError(
+                f"layers {missing} did not write to the trace: the keyword argument diffmas_trace did not reach them"
+            )
+        _, self._segments, self._extents = forward_pass.table
+        self._order = forward_pass.order_after
+        self._deferred = (forward_pass.deferred, forward_pass.step)
+        done = 0
+        for b, n in enumerate(forward_pass.lengths):
+            if n:
+                self._next[b] = max(self._next[b], int(forward_pass.positions[done : done + n].max()) + 1)
+            done += n
+        forward_pass.finish()
+
+    def commit_repeated(self, forward_pass: ForwardPass) -> None:
+        """Commits a forward pass whose rows were written, without gradients, by another one that repeated itself."""
+        forward_pass.order_after = list(forward_pass.order)
+        self.commit(forward_pass)
 
     def _check_limits(self, lengths, positions) -> None:
-        limit, why = self._patch.limit
+        limit = self.spec.max_length
         if limit is not None:
             longest = max(have + new for have, new in zip(self.lengths, lengths))
             if longest > limit:
-                raise ValueError(f"trace: expected at most {limit} tokens a sequence ({why}), got {longest}")
+                raise ValueError(f"trace: expected at most {limit} tokens a sequence ({self.spec.why}), got {longest}")
         if len(positions) and positions.min() < 0:
             raise ValueError(f"position_ids: expected positions >= 0, got {int(positions.min())}")
 
-    def _extent_for(self, b: int, tokens: int, segments: list[Segment], extent: Extent | None) -> Extent:
-        """Where sequence b writes next: on in its open extent, unless that is full or another fork has gone on there."""
-        if extent is not None and extent.filled < extent.end and segments and segments[-1].end == extent.filled:
-            return extent
-        spare = self._spare[b] or (SPARE_ROWS - 1 if tokens == 1 else 0)
-        return self._store.allocate(tokens + spare)
+    def _extent_for(self, tokens: int, row: list[Segment], extent: Extent | None, reserve: int, hold: Hold) -> Extent:
+        """Where a sequence writes next: on in its extent, unless that is full or another fork has gone on there."""
+        end = row[-1].end if row else None
+        if extent is not None and end is not None and (extent.filled == end or self._store.rewind(extent, end)):
+            self._store.lengthen(extent, tokens + reserve)
+            if extent.filled < extent.end:
+                hold.extents.append(extent)
+                return extent
+        spare = least = reserve
+        if not reserve and tokens == 1:  # nobody said what comes: more tokens one by one, most likely
+            spare, least = min(max(length_of(row) // 2, LEAST_SPARE), MOST_SPARE), LEAST_SPARE
+        extent = self._store.allocate(tokens, spare, end, least)
+        hold.extents.append(extent)
+        return extent
 
-    @staticmethod
-    def _append(segments: list[Segment], new: Segment) -> None:
-        last = segments[-1] if segments else None
-        if (
-            last is not None
-            and (last.agent, last.kind, last.end, last.shift) == (new.agent, new.kind, new.start, 0)
-            and last.position + last.length == new.position
-        ):
-            segments[-1] = last._replace(length=last.length + new.length)
-        else:
-            segments.append(new)
+    def _append(self, row: list[Segment], sequence: int, kind: str, start: int, positions: np.ndarray) -> None:
+        """Adds new rows to a sequence's segments, one for each run of consecutive positions."""
+        bounds = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
+        for first, last in zip(bounds, bounds[1:]):
+            new = Segment(sequence, self.agent, kind, start + first, last - first, int(positions[first]))
+            longer = row[-1].extended_by(new) if row else None
+            if longer is None:
+                row.append(new)
+            else:
+                row[-1] = longer
 
     # ---- views: nothing is copied ------------------------------------------------------------------------------------
 
-    def _view(self, segments, extents=None, next_positions=None, tokens=None) -> "Trace":
-        view = object.__new__(Trace)
+    def _view(self, segments, extents=None, next_positions=None, order=None, lineage: int | None = None) -> "Trace":
+        view = object.__new__(type(self))
         CacheFace.__init__(view, layers=[])
-        view._patch, view._store, view.agent = self._patch, self._store, self.agent
-        view._segments = [[s._replace(sequence=b) for s in row] for b, row in enumerate(segments)]
-        view._extents = list(extents) if extents is not None else [None] * len(segments)
-        view._next = list(self._next if next_positions is None else next_positions)
-        view._tokens = list(self._tokens if tokens is None else tokens)
-        view._lineage = self._lineage
-        view._spare = [0] * len(segments)
-        view._latent = (None, 0)
+        view.spec, view._store, view.agent = self.spec, self._store, self.agent
+        view._see(
+            [[s._replace(sequence=b) for s in row] for b, row in enumerate(segments)],
+            list(self._order if order is None else order), None if extents is None else list(extents),
+            list(self._next if next_positions is None else next_positions), self._lineage if lineage is None else lineage,
+        )  # fmt: skip
         return view
+
+    def _become(self, other: "Trace") -> None:
+        """In place, the other view of the same store."""
+        generation = self.generation
+        self._see(other._segments, other._order, other._extents, other._next, other._lineage)
+        self.generation = generation
 
     def __deepcopy__(self, memo) -> "Trace":
         """What a deep copy of a cache is for, to go on from it more than once, is a fork."""
-        return self.fork(1)[0]
+        fork = self.fork(1)[0]
+        fork.generation = self.generation
+        return fork
 
     def fork(self, n: int) -> list["Trace"]:
         """n traces that share everything written so far and go on separately."""
@@ -196,9 +262,8 @@ class Trace(CacheFace):
 
     def detach(self) -> "Trace":
         """The same view as a constant: no gradient reaches what was written so far."""
-        view = self._view(self._segments, self._extents, tokens=[t.detach() for t in self._tokens])
-        view._lineage = self._store.new_lineage()
-        return view
+        lineage = self._store.new_lineage()
+        return self._view(self._segments, self._extents, order=[t.detach() for t in self._order], lineage=lineage)
 
     def keep(self, kind: str | None = None, agent: str | None = None, positions: str = "keep") -> "Trace":
         """A view of the segments of one kind and/or one agent. positions: keep, or reindex (renumbered from 0).
@@ -222,14 +287,29 @@ class Trace(CacheFace):
         for segments in self._segments:
             row, at = [], 0
             for s in segments:
-                where = self._store.positions[s.start : s.end]
-                for run in np.split(np.arange(s.length), np.flatnonzero(np.diff(where) != 1) + 1):
-                    position = int(where[run[0]])
-                    row.append(s._replace(start=s.start + int(run[0]), length=len(run), position=position, shift=at - position))
-                    at += len(run)
+                row.append(s._replace(offset=at - s.position))
+                at += s.length
             rows.append(row)
             ends.append(at)
         return self._view(rows, self._extents, ends)
+
+    def drop_newest(self, counts: list[int]) -> None:
+        """Forgets the newest counts[b] tokens of sequence b."""
+        rows, nexts = [], []
+        for segments, after, count in zip(self._segments, self._next, counts):
+            row, left = list(segments), count
+            while row and left > 0:
+                cut = min(left, row[-1].length)
+                left -= cut
+                if cut == row[-1].length:
+                    row.pop()
+                else:
+                    row[-1] = row[-1]._replace(length=row[-1].length - cut)
+            rows.append(row)
+            nexts.append(max((s.next_position for s in row), default=0) if count > 0 else after)
+        self._become(self._view(rows, self._extents, nexts))
+
+    # ---- several branches ---------------------------------------------------------------------------------------------
 
     @staticmethod
     def join(traces: list["Trace"], positions: str = "shift") -> "Trace":
@@ -239,7 +319,7 @@ class Trace(CacheFace):
         `a, b = Trace(model, batch_size).fork(2)`. `positions` of what each wrote after the common part:
         keep: as written (branches overlap). shift: each branch is moved, as a block, behind the one before it.
         reindex: all tokens are renumbered 0, 1, 2, ... same_branch: all branches are moved to start where the common
-        part ends. A shifted segment is served by rotating the queries that read it: no key is rewritten.
+        part ends. A segment read at a position offset is served by rotating the queries that read it: no key is rewritten.
         """
         if not traces:
             raise ValueError("traces: expected at least one, got an empty list")
@@ -256,120 +336,72 @@ class Trace(CacheFace):
                 raise ValueError(f"traces: expected batch size {first.batch_size} in all, got {t.batch_size}")
         rows, nexts = [], []
         for b in range(first.batch_size):
-            row, end = Trace._join_sequence([t._segments[b] for t in traces], first._store.positions, positions)
+            row, end = _joined([t._segments[b] for t in traces], positions)
             rows.append(row)
             nexts.append(max([end, *(t._next[b] for t in traces)]) if positions == "keep" else end)
-        joined = first._view(rows, None, nexts)
-        joined._order_after(traces)
+        lineage, order = first._ordered_after(traces)
+        joined = first._view(rows, None, nexts, order, lineage)
         return joined._reindexed() if positions == "reindex" else joined
 
     @torch.enable_grad()  # a view, like fork and keep: that it was made under no_grad detaches nothing
-    def _order_after(self, traces: list["Trace"]) -> None:
-        """The next reader of the joined rows waits for the writers of every branch."""
+    def _ordered_after(self, traces: list["Trace"]) -> tuple[int, list[Tensor]]:
+        """The lineage and the order tokens of a reader of all branches, who waits for the writers of each."""
         store, lineages = self._store, {t._lineage for t in traces}
         if len(lineages) == 1:
-            self._tokens = [torch.cat(column) for column in zip(*(t._tokens for t in traces))]
-            return
-        # Some branch is detached from rows that another learns: the gradient of each row goes to the lineage that wrote it,
-        # if a branch that sees the row learns it.
-        writers = sorted(frozenset.union(*(store.learns[x] for x in lineages)))
-        self._lineage = store.new_lineage(writers)
-        columns = [[] for _ in self._tokens]
+            return self._lineage, [torch.cat(column) for column in zip(*(t._order for t in traces))]
+        # Some branch is detached from rows that another gives a gradient: the gradient of each row goes to the lineage that wrote
+        # it, if a branch that sees the row needs it.
+        writers = sorted(frozenset.union(*(store.needs_grad[x] for x in lineages)))
+        lineage = store.new_lineage(writers)
+        columns = [[] for _ in self._order]
         for writer in writers:
-            learners = [t for t in traces if writer in store.learns[t._lineage]]
-            runs = [np.arange(s.start, s.end) for t in learners for s in t.segments]
-            rows = np.unique(np.concatenate(runs or [[]])).astype(np.int64)
-            rows = torch.from_numpy(rows[store.writers[rows] == writer])
+            branches = [t for t in traces if writer in store.needs_grad[t._lineage]]
+            seen = [np.arange(s.start, s.end) for t in branches for s in t.segments]
+            rows = np.unique(np.concatenate(seen or [[]])).astype(np.int64)
+            rows = torch.from_numpy(store.written_by(rows, writer))
+            hold = held_by_graph(Hold(store, [(s.start, s.end) for t in branches for s in t.segments]))
             for i, pool in enumerate(store.pools):
-                token = torch.cat([t._tokens[i] for t in learners])
+                order = torch.cat([t._order[i] for t in branches])
                 if pool is not None and len(rows):
-                    token = inherit(pool, token, rows.to(pool.k.device), self._lineage, writer)
-                columns[i].append(token)
-        self._tokens = [torch.cat(column) for column in columns]
-
-    @staticmethod
-    def _join_sequence(branches, stored, positions) -> tuple[list[Segment], int]:
-        """The segments of one joined sequence, and the position after the last one."""
-        where = lambda s: stored[s.start : s.end] + s.shift  # noqa: E731
-        row = list(branches[0])
-        for branch in branches[1:]:
-            row = Trace._common(row, branch)
-        shared = sum(s.length for s in row)
-        base = max((int(where(s).max()) + 1 for s in row), default=0)
-        end = base
-        for branch in branches:
-            own = Trace._without_first(branch, shared, stored)
-            if not own:
-                continue
-            low = min(int(where(s).min()) for s in own)
-            move = {"keep": 0, "reindex": 0, "shift": end - low, "same_branch": base - low}[positions]
-            row += [s._replace(shift=s.shift + move) for s in own]
-            end = max(end, max(int(where(s).max()) + 1 for s in own) + move)
-        return row, end
-
-    @staticmethod
-    def _common(a: list[Segment], b: list[Segment]) -> list[Segment]:
-        """The tokens that two branches both begin with; one of them may have gone on within the last common segment."""
-        common = []
-        for x, y in zip(a, b):
-            n = min(x.length, y.length)
-            if x._replace(length=n) != y._replace(length=n):
-                break
-            common.append(x._replace(length=n))
-            if x.length != y.length:
-                break
-        return common
-
-    @staticmethod
-    def _without_first(segments: list[Segment], tokens: int, stored) -> list[Segment]:
-        rest = []
-        for s in segments:
-            skip = min(tokens, s.length)
-            tokens -= skip
-            if skip < s.length:
-                start = s.start + skip
-                rest.append(s._replace(start=start, length=s.length - skip, position=int(stored[start])))
-        return rest
+                    order = inherit(pool, order, rows.to(pool.device), lineage, writer, hold)
+                columns[i].append(order)
+        return lineage, [torch.cat(column) for column in columns]
 
     def repack(self) -> "Trace":
-        """A copy of what it sees in fresh rows, one run per sequence, with shifts applied to the keys; differentiable.
+        """A copy of what it sees in fresh rows, one run per sequence, with position offsets applied to the keys; differentiable.
 
-        Worth it before a long decode over many or shifted segments. Positions become the ones they were read at.
+        Worth it before a long decode over many segments or offsets. Positions become the ones they were read at.
         """
-        lengths = self.lengths
-        src, shift, rows, done = [], [], [], self._store.allocate(sum(lengths)).filled
+        total = sum(self.lengths)
+        hold = Hold(self._store, [(s.start, s.end) for s in self.segments])
+        src, offset, rows = [], [], []
+        with self._store.lock:
+            extent = self._store.allocate(total) if total else Extent(0, 0)
+            first = done = self._store.write(extent, total, self._lineage)
+            hold.ranges.append((first, first + total))
         for segments in self._segments:
             row = []
             for s in segments:
-                src.append(np.arange(s.start, s.end))
-                shift.append(np.full(s.length, s.shift))
-                self._store.positions[done : done + s.length] = self._store.positions[s.start : s.end] + s.shift
-                self._store.writers[done : done + s.length] = self._lineage
-                row.append(s._replace(start=done, position=s.position + s.shift, shift=0))
+                src.append(torch.arange(s.start, s.end))
+                offset.append(torch.full((s.length,), s.offset))
+                row.append(s._replace(start=done, position=s.position + s.offset, offset=0))
                 done += s.length
             rows.append(row)
-        src = torch.from_numpy(np.concatenate(src) if src else np.zeros(0, dtype=np.int64))
-        shift = torch.from_numpy(np.concatenate(shift) if shift else np.zeros(0, dtype=np.int64))
-        dst = torch.arange(done - len(src), done)
-        tokens = list(self._tokens)
-        for layer in self._patch.layers:
-            pool = self._store.pools[layer.index]
-            if pool is None or not len(src):
-                continue
-            pool.reserve(self._store.used)
-            at = pool.k.device
-            turn = shift if layer.rope != "none" else torch.zeros_like(shift)
-            inv_freq = self._inv_freq(layer, at) if turn.any() else torch.zeros(0, device=at)
-            index = (src.to(at), dst.to(at), turn.to(at))
-            tokens[layer.index] = reposition(
-                pool, tokens[layer.index], *index, inv_freq, layer.rope == "interleaved", self._lineage, self._patch.backend
-            )
-        return self._view(rows, None, self._next, tokens)
-
-    def _inv_freq(self, layer, device) -> Tensor:
-        if layer.rope not in ("half", "interleaved"):
-            raise ValueError(f"layer {layer.index}: cannot move keys: how it rotates them ({layer.rope}) is not known")
-        return self._patch.inv_freq(device)
+        order = list(self._order)
+        if total:
+            src, offset, dst = torch.cat(src), torch.cat(offset), torch.arange(first, done)
+            held = held_by_graph(hold)
+            for layer, pool in zip(self.spec.layers, self._store.pools):
+                if pool is None:
+                    continue
+                pool.reserve(self._store.top, self._store.rows)
+                turn = offset if layer.rope != "none" else torch.zeros_like(offset)
+                inv_freq = self.spec.frequencies(layer, pool.device) if turn.any() else torch.zeros(0, device=pool.device)
+                move = (*(x.to(pool.device) for x in (src, dst, turn)), inv_freq)
+                order[layer.index] = reposition(
+                    pool, order[layer.index], move, layer.rope == "interleaved", self._lineage, self.spec.backend, held
+                )
+        return self._view(rows, None, self._next, order)
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -386,23 +418,34 @@ class Trace(CacheFace):
 
         return load(path, model)
 
-    def drop_newest(self, counts: list[int]) -> None:
-        """Forgets the newest counts[b] tokens of sequence b."""
-        rows, nexts = [], []
-        for segments, after, count in zip(self._segments, self._next, counts):
-            row, left = list(segments), count
-            while row and left > 0:
-                cut = min(left, row[-1].length)
-                left -= cut
-                if cut == row[-1].length:
-                    row.pop()
-                else:
-                    row[-1] = row[-1]._replace(length=row[-1].length - cut)
-            ends = [int(self._store.positions[s.start : s.end].max()) + s.shift + 1 for s in row]
-            rows.append(row)
-            nexts.append(max(ends, default=0) if count > 0 else after)
-        self._become(self._view(rows, self._extents, nexts))
+    @classmethod
+    def of_rows(
+        cls, model, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]]
+    ) -> "Trace":
+        """A trace with rows that were written before: kv, by layer, k and v [rows, Hkv, D]; segments of these rows."""
+        trace = cls(model, batch_size=len(segments))
+        rows = kv[0][0].shape[0] if kv else 0
+        trace._store.write(trace._store.allocate(rows), rows, 0)
+        for layer, (k, v) in zip(trace.spec.layers, kv):
+            device = trace.spec.device(layer.index)
+            pool = trace._store.pool(layer.index, k.to(device), v.to(device))
+            pool.k[:rows], pool.v[:rows] = k.to(device), v.to(device)
+        return trace._view(segments, None, next_positions)
 
-    def _become(self, other: "Trace") -> None:
-        for name in ("_segments", "_extents", "_next", "_tokens", "_lineage", "_spare", "_latent"):
-            setattr(self, name, getattr(other, name))
+
+def _joined(branches: list[list[Segment]], positions: str) -> tuple[list[Segment], int]:
+    """The segments of one joined sequence, and the position after the last one."""
+    row = branches[0]
+    for branch in branches[1:]:
+        row = common_prefix(row, branch)
+    row, shared = list(row), length_of(row)
+    base = end = max((s.next_position for s in row), default=0)
+    for branch in branches:
+        own = without_first(branch, shared)
+        if not own:
+            continue
+        low = min(s.position + s.offset for s in own)
+        move = {"keep": 0, "reindex": 0, "shift": end - low, "same_branch": base - low}[positions]
+        row += [s._replace(offset=s.offset + move) for s in own]
+        end = max(end, max(s.next_position for s in own) + move)
+    return row, end

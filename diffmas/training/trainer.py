@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
 from transformers import TrainingArguments
 
+from diffmas.agents.adapters import add_lora, lora_config
 from diffmas.agents.file import AGENTS_FILE, load_weights, read_json, write_json
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.training.data import Collator, check_row
@@ -61,29 +61,6 @@ def default_arguments(output_dir, **overrides) -> TrainingArguments:
         if str(overrides.get("save_strategy", evaluating)) == "no":
             options["load_best_model_at_end"] = False
     return TrainingArguments(output_dir=str(output_dir), **{**options, **overrides})
-
-
-def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_modules="all-linear"):
-    """PEFT's LoraConfig with the paper's settings: all linear layers of attention and MLP."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
-    )  # fmt: skip
-
-
-def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=None) -> nn.Module:
-    """A PEFT model around `model`: one adapter, or with adapter_scope "per_role" one for each agent, of its name."""
-    from peft import get_peft_model
-
-    config = config or lora_config()
-    if adapter_scope != "per_role":
-        return get_peft_model(model, config)
-    first, *others = [agent.name for agent in agents]
-    model = get_peft_model(model, config, adapter_name=first)
-    for name in others:
-        model.add_adapter(name, config)
-    return model
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

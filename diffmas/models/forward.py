@@ -1,0 +1,144 @@
+"""One forward of a patched model: padded batches in, packed tokens through the layers, the trace told at the end.
+
+Two callers: `forward`, for those who pack and plan themselves (the agents), and the hooks on the body, for whoever passes a Trace
+as `past_key_values` (`cache` since transformers 5.24). Both hand the forward pass down to the attention layers as the keyword
+argument `diffmas_trace`.
+"""
+
+import inspect
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffmas.trace import Trace
+from diffmas.trace.cache import cache_name
+from diffmas.trace.forward_pass import ForwardPass
+
+__all__ = ["after_body", "before_body", "forward"]
+
+
+class PaddedBatch(NamedTuple):
+    """How the caller's batch [B, S] was packed, and the trace that its tokens go to. valid: None where nothing was padded."""
+
+    trace: Trace
+    valid: Tensor | None
+    B: int
+    S: int
+
+    def restore(self, h: Tensor) -> Tensor:
+        """[1, n, hidden] -> [B, S, hidden], zeros where there was padding."""
+        if self.valid is None:
+            return h.view(self.B, self.S, -1)
+        return h.new_zeros(self.B, self.S, h.shape[-1]).masked_scatter(self.valid[..., None], h[0])
+
+
+def forward(patch, trace: Trace, forward_pass: ForwardPass, *, head: bool = False, commit: bool = True, **inputs):
+    """The body's output, or with `head` the causal LM's, over packed tokens (input_ids [1, n] or inputs_embeds [1, n, hidden])."""
+    _check_forward(patch)
+    x = next(iter(inputs.values()))
+    module = patch.causal_lm if head else patch.body
+    output = module(
+        **inputs, attention_mask=skip_mask(x), position_ids=forward_pass.position_ids(x.device), use_cache=False,
+        return_dict=True, diffmas_trace=forward_pass,
+    )  # fmt: skip
+    if commit:
+        trace.commit(forward_pass)
+    return output
+
+
+def skip_mask(like: Tensor) -> Tensor:
+    """A 4-D mask is passed on untouched by transformers' mask builders; ours is never read."""
+    return like.new_empty((1, 1, 1, 1), dtype=torch.float32)
+
+
+def _check_forward(patch) -> None:
+    """Refuses the ways of checkpointing that would give wrong gradients without a word."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError("a forward with a trace ran inside backward: checkpoint layers, not the whole model")
+    if not (patch.body.training and torch.is_grad_enabled()):
+        return
+    for module in patch.checkpointed:
+        if module.gradient_checkpointing:
+            how = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if how.get("use_reentrant", False):
+                raise RuntimeError(
+                    "re-entrant activation checkpointing gives wrong gradients with a trace; call "
+                    'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+                )
+
+
+# ---- the hooks on the body -------------------------------------------------------------------------------------------
+
+
+def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
+    """Drops the padding and plans the forward pass, where there is a trace."""
+    if args:
+        names = list(inspect.signature(type(body).forward).parameters)[1:]
+        kwargs = {**dict(zip(names, args)), **kwargs}
+    argument = cache_name(kwargs, Trace)
+    if argument is None:
+        return None
+    trace = kwargs[argument]
+    if trace.spec is not patch.spec:
+        raise ValueError(
+            f"{argument}: expected a trace of this model as it is patched now, got a trace of another model, or one from before "
+            "it was patched again; make a new trace"
+        )
+    if kwargs.get("output_attentions", body.config.output_attentions):
+        raise ValueError("output_attentions: expected False with a trace, whose attention keeps no weights, got True")
+    _check_forward(patch)
+    kwargs = {name: x for name, x in kwargs.items() if name not in (argument, "cache_position")}
+    name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
+    x = kwargs.get(name)
+    if x is None or x.shape[1] == 0:
+        raise ValueError("input_ids: expected input_ids or inputs_embeds of at least one token")
+    kind, reserve, positions = "latent" if name == "inputs_embeds" else "prompt", 0, kwargs.get("position_ids")
+    if trace.generation is not None:  # transformers derives positions from the mask, which knows no gaps; the trace knows them
+        x, kind, reserve, positions = *trace.generation.next_forward(x), None
+    B, S = x.shape[:2]
+    valid = _new_token_mask(kwargs.get("attention_mask"), B, S)
+    if valid is not None and not valid.any():
+        raise ValueError("attention_mask: expected at least one token that is not padding, got none")
+    if positions is not None:
+        if positions.shape[-1] != S or positions.numel() not in (S, B * S):
+            raise ValueError(f"position_ids: expected [{B}, {S}], one per new token, got {list(positions.shape)}")
+        positions = positions.expand(B, S).cpu()
+        positions = positions.flatten() if valid is None else positions[valid]
+    forward_pass = trace.plan([S] * B if valid is None else valid.sum(1).tolist(), kind, positions, reserve)
+    valid = None if valid is None else valid.to(x.device)
+    forward_pass.batch = PaddedBatch(trace, valid, B, S)
+    kwargs[name] = (x.flatten(0, 1) if valid is None else x[valid])[None]
+    kwargs.update(
+        attention_mask=skip_mask(x), position_ids=forward_pass.position_ids(x.device), use_cache=False,
+        diffmas_trace=forward_pass,
+    )  # fmt: skip
+    return (), kwargs
+
+
+def _new_token_mask(mask, B: int, S: int) -> Tensor | None:
+    """The last S columns of a 2-D attention mask, as bool [B, S] on the CPU; None when nothing is padded."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] < S:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: expected a 2-D mask [{B}, at least {S}] with a trace, got {shape}")
+    mask = mask[:, -S:].bool().cpu()
+    return None if bool(mask.all()) else mask
+
+
+def after_body(body: nn.Module, args: tuple, kwargs: dict, output):
+    """Commits the forward pass and restores the padded shape, where `before_body` planned it."""
+    forward_pass = kwargs.get("diffmas_trace")
+    batch = getattr(forward_pass, "batch", None)
+    if batch is None:
+        return output
+    batch.trace.commit(forward_pass)
+    if isinstance(output, tuple):  # the states of all layers, if asked for, are a tuple in it
+        rest = (tuple(map(batch.restore, x)) if isinstance(x, tuple) else x for x in output[1:])
+        return (batch.restore(output[0]), *rest)
+    output.last_hidden_state = batch.restore(output.last_hidden_state)
+    if getattr(output, "hidden_states", None):
+        output.hidden_states = tuple(map(batch.restore, output.hidden_states))
+    setattr(output, "cache" if hasattr(output, "cache") else "past_key_values", batch.trace)
+    return output

@@ -1,0 +1,48 @@
+"""What a trace needs to know of its model, and nothing of transformers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LayerSpec", "ModelSpec", "spec_of"]
+
+ATTRIBUTE = "diffmas_spec"  # where `patch_model` leaves it on the causal LM; PEFT's wrappers pass attributes on
+
+
+@dataclass
+class LayerSpec:
+    """One attention layer. rope: how it rotates its keys: half | interleaved | none | unknown (they cannot be moved)."""
+
+    index: int
+    rope: str
+
+
+@dataclass
+class ModelSpec:
+    """layers: by index. backend: of the ops. max_length, why: the most tokens a sequence may hold, and what sets that limit.
+    inv_freq: rotary frequencies on a device, [Dr / 2] float32. device: where a layer's rows live. fingerprint: what a file
+    of this model's rows depends on, as plain data."""
+
+    layers: list[LayerSpec]
+    backend: str = "auto"
+    max_length: int | None = None
+    why: str = ""
+    inv_freq: Callable[[torch.device], Tensor] | None = None
+    device: Callable[[int], torch.device] | None = None
+    fingerprint: Callable[[], dict] | None = None
+
+    def frequencies(self, layer: LayerSpec, device: torch.device) -> Tensor:
+        """What turns a layer's keys; raises ValueError where it is not known."""
+        if layer.rope not in ("half", "interleaved"):
+            raise ValueError(f"layer {layer.index}: cannot move keys: how it rotates them ({layer.rope}) is not known")
+        return self.inv_freq(device)
+
+
+def spec_of(model) -> ModelSpec:
+    """The spec of a patched model, or `model` if it is one; raises ValueError for a model that is not patched."""
+    spec = model if isinstance(model, ModelSpec) else getattr(model, ATTRIBUTE, None)
+    if spec is None:
+        raise ValueError(f"model: expected a patched model, got a plain {type(model).__name__}; call diffmas.patch_model first")
+    return spec

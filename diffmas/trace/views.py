@@ -1,0 +1,122 @@
+"""What a sequence sees: segments of a trace, and the ranges of pool rows that they come to.
+
+A `Segment` says who wrote which rows at which positions; a `KVRange` is what the ops read. Both are runs of consecutive rows, so
+cutting and comparing them is one piece of code.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+__all__ = ["KINDS", "KVRange", "Segment", "common_prefix", "length_of", "ranges_of", "share", "table_of", "without_first"]
+
+KINDS = ("prompt", "latent", "text")
+SAVED_ROWS = 2048  # a pass over shared rows must save reading this many, or its two more calls cost more
+
+
+class Segment(NamedTuple):
+    """Consecutive rows that one agent wrote for one sequence, at consecutive positions."""
+
+    sequence: int
+    agent: str | None
+    kind: str  # prompt | latent | text
+    start: int  # first row
+    length: int  # rows
+    position: int  # where its first token was written
+    offset: int = 0  # it is read this many positions later
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def next_position(self) -> int:
+        """The position after its last token, as it is read."""
+        return self.position + self.offset + self.length
+
+    def skip(self, rows: int) -> "Segment":
+        return self._replace(start=self.start + rows, length=self.length - rows, position=self.position + rows)
+
+    def extended_by(self, new: "Segment") -> "Segment | None":
+        """The two as one, where `new` goes on in the next row, at the next position, by the same writer; else None."""
+        mine = (self.agent, self.kind, self.end, self.position + self.length, self.offset)
+        if mine != (new.agent, new.kind, new.start, new.position, new.offset):
+            return None
+        return self._replace(length=self.length + new.length)
+
+
+class KVRange(NamedTuple):
+    """Rows [start, start + length) of a pool, read `offset` positions later than they were written."""
+
+    start: int
+    length: int
+    offset: int
+
+    def skip(self, rows: int) -> "KVRange":
+        return self._replace(start=self.start + rows, length=self.length - rows)
+
+
+Rows = TypeVar("Rows", Segment, KVRange)
+
+
+def length_of(view: Sequence[Rows]) -> int:
+    return sum(x.length for x in view)
+
+
+def common_prefix(a: Sequence[Rows], b: Sequence[Rows]) -> list[Rows]:
+    """The rows that two views both begin with; one of them may have gone on within the last common element."""
+    common = []
+    for x, y in zip(a, b):
+        n = min(x.length, y.length)
+        if x._replace(length=n) != y._replace(length=n):
+            break
+        common.append(x._replace(length=n))
+        if x.length != y.length:
+            break
+    return common
+
+
+def without_first(view: Sequence[Rows], rows: int) -> list[Rows]:
+    rest = []
+    for x in view:
+        skipped = min(rows, x.length)
+        rows -= skipped
+        if skipped < x.length:
+            rest.append(x.skip(skipped) if skipped else x)
+    return rest
+
+
+def ranges_of(segments: Sequence[Segment]) -> list[KVRange]:
+    """The ranges of one sequence's view; neighbours in the pool are read as one."""
+    ranges: list[KVRange] = []
+    for s in segments:
+        if ranges and (s.start, s.offset) == (ranges[-1].start + ranges[-1].length, ranges[-1].offset):
+            ranges[-1] = ranges[-1]._replace(length=ranges[-1].length + s.length)
+        else:
+            ranges.append(KVRange(s.start, s.length, s.offset))
+    return ranges
+
+
+def table_of(views: Sequence[Sequence[KVRange]]) -> tuple[list[int], ...]:
+    """indptr, start, length and offset of the views, as the ops take them."""
+    indptr = np.cumsum([0, *map(len, views)]).tolist()
+    return indptr, *([x[i] for view in views for x in view] for i in range(3))
+
+
+def share(views: Sequence[Sequence[KVRange]]) -> tuple[list[int], list[list[KVRange]], list[list[KVRange]]] | None:
+    """Groups neighbouring sequences whose views begin with the same rows: the size of each group, what its sequences share,
+    what is left of each sequence's view. None where that would not save reading SAVED_ROWS rows."""
+    sizes, shared = [], []
+    for view in views:
+        common = common_prefix(shared[-1], view) if shared else []
+        if common and sizes[-1] * length_of(common) >= (sizes[-1] - 1) * length_of(shared[-1]):
+            sizes[-1], shared[-1] = sizes[-1] + 1, common
+        else:
+            sizes.append(1)
+            shared.append(list(view))
+    if sum((size - 1) * length_of(ranges) for size, ranges in zip(sizes, shared)) < SAVED_ROWS:
+        return None
+    shared = [ranges if size > 1 else [] for size, ranges in zip(sizes, shared)]
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return sizes, shared, [without_first(view, length_of(shared[g])) for view, g in zip(views, group)]

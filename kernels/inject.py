@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from diffmas.kernels.blocks import blocks
-from diffmas.kernels.launch import accumulator, on, power_of_two, rows_of
+from diffmas.kernels.launch import accumulator, ceil_div, on, once_per_shape, power_of_two, rows_of
 
 __all__ = ["inject", "inject_backward"]
 
@@ -201,17 +201,20 @@ def inject_bwd_kernel(
         store_span(p_dv, m_s, b_zero, 0, D, BLOCK_D)
 
 
-def sizes(op, q, k, cos, interleaved) -> tuple[int, int, dict]:
+@once_per_shape
+def sizes(op, n, Hq, D, Hkv, Dr, interleaved, dtype) -> tuple[int, int, dict]:
     """How many programs for q, how many for k and v, and the constants of the launch."""
-    (n, Hq, D), Hkv = q.shape, k.shape[1]
-    Dr = 0 if cos is None else cos.shape[1]
-    table = blocks(op, D, q.device)
-    programs = (triton.cdiv(n * heads, table["BLOCK_R"]) for heads in (Hq, Hkv))
+    block = blocks(op)
+    programs = (ceil_div(n * heads, block["BLOCK_R"]) for heads in (Hq, Hkv))
     constants = dict(
         Hq=Hq, Hkv=Hkv, D=D, Dr=Dr, INTERLEAVED=interleaved, BLOCK_D=power_of_two(D), BLOCK_P=power_of_two(Dr // 2),
-        BLOCK_TAIL=power_of_two(D - Dr), ACC=accumulator(q.dtype),
+        BLOCK_TAIL=power_of_two(D - Dr), ACC=accumulator(dtype),
     )  # fmt: skip
-    return *programs, constants | table
+    return *programs, constants | block
+
+
+def shape_of(q, k, cos) -> tuple[int, ...]:
+    return *q.shape, k.shape[1], 0 if cos is None else cos.shape[1]
 
 
 def row_strides(cos, sin) -> tuple[int, int]:
@@ -222,7 +225,7 @@ def inject(q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_poo
     q_rot = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not q.shape[0]:
         return q_rot
-    programs_q, programs_kv, constants = sizes("inject", q, k, cos, interleaved)
+    programs_q, programs_kv, constants = sizes("inject", *shape_of(q, k, cos), interleaved, q.dtype)
     with on(q):
         inject_fwd_kernel[(programs_q + programs_kv,)](
             q, k, v, cos, sin, slots.contiguous(), q_weight, k_weight, q_rot, k_pool, v_pool, q.shape[0], eps,
@@ -233,7 +236,7 @@ def inject(q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_poo
 
 
 def inject_backward(dq_rot, q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, dk_pool, dv_pool):
-    programs_q, programs_kv, constants = sizes("inject_backward", q, k, cos, interleaved)
+    programs_q, programs_kv, constants = sizes("inject_backward", *shape_of(q, k, cos), interleaved, q.dtype)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     empty = lambda *shape, dtype=q.dtype: torch.empty(shape, dtype=dtype, device=q.device)
     dq, dk, dv = empty(*q.shape), empty(*k.shape), empty(*k.shape)

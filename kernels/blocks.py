@@ -31,14 +31,14 @@ BLOCKS = {
     "cross_attention_merge": dict(BLOCK_R=16, num_warps=4, maxnreg=255),  # 40, as ptxas likes, spills at D = 80
     "cross_attention_delta": dict(BLOCK_R=16, num_warps=4),
 }
-FUSION = dict(enable_fp_fusion=True)  # said aloud: Triton's default is about to change
+FUSION = dict(enable_fp_fusion=True)  # explicit, because Triton's default is about to change
 
 TABLE = Path(__file__).with_name("blocks.csv")
-ARCHITECTURES = (80, 86, 90, 100, 120)  # 86: also 8.7 and 8.9, which have no more shared memory
+ARCHITECTURES = (80, 86, 90, 100, 120)  # 86 serves 8.7 and 8.9 too: no more shared memory there
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
 HEAD_DIMS = (64, 128, 256)
-NARROW = 96  # heads of 65 to 96 have a line of their own where that of 128 does not hold with their masks
-ROWS = {"fwd": (16, 64, 128), "dq": (16, 64), "dkv": (64,)}  # query rows of a sequence: up to this many, or more than the last
+NARROW = 96  # heads of 65 to 96 have their own line where the tile of 128 spills with their masks
+ROWS = {"fwd": (16, 64, 128), "dq": (16, 64), "dkv": (64,)}  # query rows of a sequence, up to; the last serves more too
 
 
 @functools.cache
@@ -51,13 +51,13 @@ def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, offset: 
     """As `blocks`, for the kernels fwd, dq and dkv of cross_attention. rows: query rows of a sequence, on average; wide:
     products in float32; offset: a segment may be read at a position offset. Launchers take another function in its place."""
     arch = architecture(device)
-    if arch is None:  # the interpreter: several tiles of small inputs
+    if arch is None:  # the interpreter: small inputs still have several tiles
         return dict(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32)
     return launch_options(table()[line_of(kernel, rows, head_dim, wide, offset, arch)])
 
 
 def line_of(kernel: str, rows: int, head_dim: int, wide: bool, offset: bool, arch: int) -> tuple:
-    """The key in `table` of the tiles for a call of these."""
+    """The key in `table`; arguments as in `attention_blocks`, arch one of ARCHITECTURES."""
     rows = next((size for size in ROWS[kernel] if rows <= size), ROWS[kernel][-1])
     # float32 is the exception: one tile for all architectures
     key = lambda size: (kernel, rows, size, wide, offset, 0 if wide else arch)
@@ -72,7 +72,7 @@ def launch_options(line: dict) -> dict:
 
 @functools.cache
 def table() -> dict[tuple, dict]:
-    """The lines of blocks.csv by (kernel, rows, head_dim, wide, offset, arch); arch 0 is every one."""
+    """The lines of blocks.csv by (kernel, rows, head_dim, wide, offset, arch); arch 0 serves all."""
     with TABLE.open(newline="") as file:
         lines = [{name: int(x) if x.isdecimal() else x for name, x in line.items()} for line in csv.DictReader(file)]
     key = lambda line: (

@@ -21,10 +21,8 @@ __all__ = ["cross_attention", "cross_attention_backward"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 64
-INDEX = ("q_indptr", "seg_indptr", "seg_start", "seg_len", "seg_offset")  # parts of one tensor: their alignment means nothing
-SCAN = tl.constexpr(128)  # entries of an index that are looked at at once
-
-# ---- where a program works -------------------------------------------------------------------------------------------
+INDEX = ("q_indptr", "seg_indptr", "seg_start", "seg_len", "seg_offset")  # slices of one tensor: alignment varies
+SCAN = tl.constexpr(128)  # entries of an index that are read at once
 
 
 @triton.jit
@@ -62,7 +60,7 @@ def _sequence_of_tile(i_tile, q_indptr, B, TOKENS: tl.constexpr):
 
 @triton.jit
 def _skip_segments(seg_len, s_first, s_last, n_first):
-    """The first segment of [s_first, s_last) that reaches beyond view position n_first, and the position it starts at."""
+    """The first segment of [s_first, s_last) that reaches beyond view position n_first, and its start in the view."""
     skipped, start, end = 0, 0, 0
     for i in range(s_first, s_last, SCAN):
         o_s = i + tl.arange(0, SCAN)
@@ -76,7 +74,7 @@ def _skip_segments(seg_len, s_first, s_last, n_first):
 
 @triton.jit
 def _rows_of_tile(i_h, q_first, L, t_first, G: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of a tile's rows: packed query, query head, token of the sequence, and whether there is such a row; all [BLOCK_M]."""
+    """-> packed query, query head and token of the sequence for each row of a tile, and which rows exist; all [BLOCK_M]."""
     o_m = tl.arange(0, BLOCK_M)
     b_token, b_head = t_first + o_m // G, (i_h * G + o_m % G).to(tl.int64)
     return (q_first + b_token).to(tl.int64), b_head, b_token, (o_m < BLOCK_M // G * G) & (b_token < L)
@@ -87,8 +85,8 @@ def _keys_of_tile(
     i_b, seg_indptr, seg_len, L, t_first, b_token, i_split,
     TOKENS: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What a tile reads of its view. -> its segments [s_first, s_last), the view position n_seg where the first one starts,
-    its positions [n_first, n_end), the end n_all of those that every row sees, the last one b_last [BLOCK_M] of each row."""
+    """What a tile reads of its view. -> segments [s_first, s_last), the view position n_seg where the first of them starts,
+    view positions [n_first, n_end), the end n_all of those that every row sees, the last of each row b_last [BLOCK_M]."""
     s_first, s_last = tl.load(seg_indptr + i_b).to(tl.int32), tl.load(seg_indptr + i_b + 1).to(tl.int32)
     N = _total(seg_len, s_first, s_last)
     b_last, n_all, n_end = N - 1 + 0 * b_token, N, N
@@ -102,9 +100,6 @@ def _keys_of_tile(
         n_end = tl.minimum(n_first + part, n_end)
         s_first, n_seg = _skip_segments(seg_len, s_first, s_last, n_first)
     return s_first, s_last, n_seg, n_first, n_end, n_all, b_last
-
-
-# ---- rotation --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -131,8 +126,8 @@ def _load_at_offset(
     b_sin = tl.load(sin + o_s + o_d, mask=rotated, other=0.0) * tl.where(first, -SIGN, SIGN)
     x = tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0).to(ACC)
     other = tl.load(p_rows[:, None] + partner[None, :], mask=m_row[:, None] & rotated[None, :], other=0).to(ACC)
-    # A sum that the compiler does not see through: a plain one it would do in the layout of a product's operand, several times
-    # over and with twice the registers.
+    # Join and sum, because the compiler would compute a plain addition in the layout of a product's operand: several times over
+    # and with twice the registers.
     return tl.sum(tl.join(x * b_cos[None, :], other * b_sin[None, :]), 2)
 
 
@@ -147,11 +142,8 @@ def _rotate(
         tl.store(p_rows[:, None] + o_d[None, :], x, mask=m_row[:, None] & (o_d < D)[None, :])
         tl.debug_barrier()
         x = _load_at_offset(p_rows, m_row, cos, sin, s, SIGN, D, BLOCK_D, HALF, INTERLEAVED, ACC)
-        tl.debug_barrier()  # before anybody writes there again
+        tl.debug_barrier()  # nobody writes there before all have read
     return x
-
-
-# ---- one tile of scores ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -170,7 +162,7 @@ def _forward_tile(
     acc, m, total, q, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over BLOCK_N keys from pool row `row`, at view position n_tile; n_end ends the segment's part."""
+    """Online softmax over BLOCK_N keys from pool row `row`, at view position n_tile; the segment's part ends at n_end."""
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
     k = _load_rows(p_k, stride_kr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
@@ -205,9 +197,6 @@ def _dq_tile(
     return tl.dot(ds.to(DOT), k, acc, input_precision="ieee", out_dtype=ACC)
 
 
-# ---- forward ---------------------------------------------------------------------------------------------------------
-
-
 @triton.jit(do_not_specialize=[*INDEX, "B", "n"])
 def cross_attention_fwd_kernel(
     q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, o, lse,
@@ -216,7 +205,7 @@ def cross_attention_fwd_kernel(
     OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; of every split if SPLIT, one behind the other."""
+    """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; if SPLIT, one for every split."""
     # The last tiles of a causal sequence see most: they start first.
     i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, q_first, L, t_first = _sequence_of_tile(i_tile, q_indptr, B, BLOCK_M // G)
@@ -269,7 +258,7 @@ def cross_attention_fwd_kernel_merge(
     o_parts, lse_parts, o, lse, rows, splits,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The splits' states become one; rows are (token, query head) pairs."""
+    """Merges the states of the splits. A row is one (token, query head)."""
     o_r, o_d = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     m_r = o_r < rows
     m_o = m_r[:, None] & (o_d < D)[None, :]
@@ -285,9 +274,6 @@ def cross_attention_fwd_kernel_merge(
     total = tl.where(total == 0, 1.0, total)
     tl.store(o + o_r[:, None] * D + o_d[None, :], acc / total[:, None], mask=m_o)
     tl.store(lse + o_r, m + tl.log2(total) / LOG2E, mask=m_r)
-
-
-# ---- backward --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -315,7 +301,7 @@ def cross_attention_bwd_kernel_dq(
     OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid as in the forward. dq [n, Hq, D]; of every split if SPLIT; in ACC if SPLIT or OFFSET."""
+    """Grid as in the forward. dq [n, Hq, D]; if SPLIT, one for every split; in ACC if SPLIT or OFFSET."""
     i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, q_first, L, t_first = _sequence_of_tile(i_tile, q_indptr, B, BLOCK_M // G)
     if t_first >= L:
@@ -446,11 +432,8 @@ def cross_attention_bwd_kernel_dkv(
     tl.store(p_dv, tl.load(p_dv, mask=m_d, other=0) + acc_v, mask=m_d)
 
 
-# ---- launchers -------------------------------------------------------------------------------------------------------
-
-
 def _shape(q, k_pool, q_indptr, seg_offset, inv_freq) -> tuple:
-    """What `sizes` needs to know of the tensors; the last one is how many pairs of dimensions an offset rotates."""
+    """The arguments of `sizes` that the tensors decide. The last is how many pairs of dimensions an offset rotates."""
     rotated = None if seg_offset is None else inv_freq.shape[0]
     return *q.shape, *k_pool.shape[:2], q_indptr.shape[0] - 1, q.dtype, k_pool.dtype, q.device, rotated
 
@@ -478,13 +461,13 @@ def sizes(
 
 @once_per_shape
 def row_sizes(op, rows, D, dtype) -> tuple[tuple[int], dict]:
-    """As `sizes`, for the kernels merge and delta, whose tiles are rows of one (token, query head) each."""
+    """As `sizes`, for the kernels merge and delta. A row is one (token, query head)."""
     block = blocks(op)
     return (ceil_div(rows, block["BLOCK_R"]),), dict(D=D, BLOCK_D=max(16, power_of_two(D)), ACC=accumulator(dtype)) | block
 
 
 def _offsets(q, seg_offset, inv_freq, interleaved) -> tuple:
-    """seg_offset with cos and sin [S, Dr] of each segment's rotation; nothing where no segment is read at an offset."""
+    """seg_offset, and cos and sin [S, Dr] of each segment's rotation; None where no segment is read at an offset."""
     if seg_offset is None:
         return None, None, None
     return seg_offset, *reference.shift_tables(seg_offset, inv_freq, interleaved, reference.accumulator(q.dtype))

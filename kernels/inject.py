@@ -16,7 +16,7 @@ __all__ = ["inject", "inject_backward"]
 
 @triton.jit
 def load_pairs(p_row, m_row, Dr: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr):
-    """Both halves of the pairs of the rows at p_row [BLOCK_R, 1], or of a scalar pointer's one row."""
+    """Both halves of the rotary pairs of the rows at p_row [BLOCK_R, 1], or of one row if p_row is a scalar."""
     if INTERLEAVED:
         o_d = tl.arange(0, 2 * BLOCK_P)[None, :]
         b_x = tl.load(p_row + o_d, mask=m_row & (o_d < Dr), other=0.0).to(ACC)
@@ -61,7 +61,7 @@ def norm_and_rotate(
     D: tl.constexpr, Dr: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Rows p_x, where m_x, through the norm and the rotation to p_y, where m_y."""
+    """Loads rows p_x where m_x, applies norm and rotation, stores to p_y where m_y."""
     b_square = tl.zeros([BLOCK_R], ACC)
     if Dr > 0:
         b_1, b_2 = load_pairs(p_x, m_x, Dr, INTERLEAVED, BLOCK_P, ACC)
@@ -90,7 +90,8 @@ def norm_and_rotate_backward(
     D: tl.constexpr, Dr: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradient rows p_dy, zero where not m_dy, back to p_dx; this program's part of the weight's gradient to p_dw."""
+    """From gradient rows p_dy, zero where not m_dy: stores the gradient of rows p_x to p_dx, and this program's share of the
+    weight's gradient to p_dw."""
     if Dr > 0:
         b_y1, b_y2 = load_pairs(p_dy, m_dy, Dr, INTERLEAVED, BLOCK_P, ACC)
         b_c1, b_c2 = load_pairs(cos + i_t * stride_cos, m_x, Dr, INTERLEAVED, BLOCK_P, ACC)
@@ -195,7 +196,7 @@ def inject_bwd_kernel(
             dk_weight + i_p * D, cos, sin, i_t, stride_cos, stride_sin, k_weight, eps,
             D, Dr, INTERLEAVED, BLOCK_R, BLOCK_P, BLOCK_TAIL, ACC,
         )  # fmt: skip
-        tl.debug_barrier()  # every thread has read its elements, and the copies it holds of others', before they are zeroed
+        tl.debug_barrier()  # all have read what they need before it is zeroed
         b_zero = tl.zeros([BLOCK_R, BLOCK_D], ACC)
         store_span(p_dk, m_s, b_zero, 0, D, BLOCK_D)
         store_span(p_dv, m_s, b_zero, 0, D, BLOCK_D)
@@ -240,7 +241,7 @@ def inject_backward(dq_rot, q, k, cos, sin, slots, q_weight, k_weight, eps, inte
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     empty = lambda *shape, dtype=q.dtype: torch.empty(shape, dtype=dtype, device=q.device)
     dq, dk, dv = empty(*q.shape), empty(*k.shape), empty(*k.shape)
-    # One row of the weights' gradients per program; their sum has one order, so the same bits every time.
+    # One row of the weights' gradients per program, summed in one order: the same bits every time.
     dq_weight, dk_weight = (
         empty(0, 0, dtype=wide) if weight is None else empty(programs, q.shape[2], dtype=wide)
         for weight, programs in ((q_weight, programs_q), (k_weight, programs_kv))

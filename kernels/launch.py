@@ -38,14 +38,14 @@ def accumulator(dtype: torch.dtype):
 
 
 def dot_dtype(*operands: torch.dtype):
-    """The dtype that products of these are taken in: the widest. The interpreter has bfloat16 as storage only."""
+    """The dtype of products: the widest of the operands'. The interpreter cannot compute in bfloat16."""
     widest = functools.reduce(torch.promote_types, operands)
     return tl.float32 if widest == torch.bfloat16 and interpreting() else TYPES[widest]
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; without a GPU a few, so that the interpreter takes splits."""
+    """Streaming multiprocessors; a few without a GPU, so that the interpreter runs splits."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -55,10 +55,10 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest one that holds n, at least 1: sizes of tiles."""
+    """The smallest power of two that is at least n and 1."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """`x` with the last stride that the kernels take for granted; a gradient that autograd expanded has none."""
+    """`x` with a last stride of 1, as the kernels expect. A gradient that autograd expanded has stride 0."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -12,7 +12,7 @@ __all__ = ["merge_states", "merge_states_backward"]
 
 @triton.jit
 def base_of(lse):
-    """What a state's weight is taken relative to: an empty union would be -inf - -inf, which is NaN."""
+    """What weights are relative to. For an empty union -inf - -inf would be NaN."""
     return tl.where(lse == -float("inf"), 0.0, lse)
 
 

@@ -86,7 +86,7 @@ def reposition_bwd_kernel(
     o_x = i_t * stride_m + i_h * stride_h
     store_span(dv + o_x, m_r, load_span(p_dv, m_r, 0, D, BLOCK_D, ACC), 0, D, BLOCK_D)
     rotate_keys(p_dk, dk + o_x, m_r, -b_offset, inv_freq, D, Dr, INTERLEAVED, BLOCK_P, BLOCK_TAIL, ACC)
-    tl.debug_barrier()  # every thread has read its elements, and the copies it holds of others', before they are zeroed
+    tl.debug_barrier()  # all have read what they need before it is zeroed
     b_zero = tl.zeros([BLOCK_R, BLOCK_D], ACC)
     store_span(p_dk, m_r, b_zero, 0, D, BLOCK_D)
     store_span(p_dv, m_r, b_zero, 0, D, BLOCK_D)
@@ -104,8 +104,8 @@ def sizes(op, m, H, D, Dr, interleaved, dtype) -> tuple[tuple[int], dict]:
 
 
 def add_rows(pool, rows, values) -> None:
-    """pool[rows] += values, rows that repeat too, always in the same order."""
-    if pool.stride(0) < pool.stride(1):  # head-major: taken as it lies, index_put_ does not copy the pool
+    """pool[rows] += values, always in the same order; rows may repeat."""
+    if pool.stride(0) < pool.stride(1):  # head-major: index_put_ would copy the pool otherwise
         torch.ops.aten.index_put_(pool.transpose(0, 1), [None, rows], values.transpose(0, 1), True)
     else:
         pool.index_put_((rows,), values, accumulate=True)

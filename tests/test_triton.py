@@ -188,9 +188,6 @@ def test_opcheck():
     torch.library.opcheck(raw.reposition_backward.default, (*move, *grads, "triton"))
 
 
-# ---- who runs what ---------------------------------------------------------------------------------------------------
-
-
 def test_what_the_backend_takes():
     def chosen(head_dim, backend, dtype=torch.float32):
         return ops.implementation("inject", torch.empty(1, 1, head_dim, dtype=dtype, device=DEVICE), backend)
@@ -207,8 +204,6 @@ def test_what_the_backend_takes():
         assert chosen(64, "auto") is ops.BACKENDS["cpu" if ops.available()["cpu"] is None else "reference"].ops.inject
         assert chosen(64, "auto", torch.float64) is reference.inject
 
-
-# ---- attention -------------------------------------------------------------------------------------------------------
 
 POOL = 704  # rows: the program of a tile that nobody reads costs time in the interpreter
 SMALL = [name for name, v in VIEWS.items() if sum(v.queries) < 100 and all(s[0] + s[1] <= POOL for r in v.segments for s in r)]
@@ -361,9 +356,6 @@ def test_attention_gradcheck():
     shapes = (3, 2, 4), (3, 1, 4), (3, 1, 4), (4,), (4,)
     args = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
     assert torch.autograd.gradcheck(attend, args)
-
-
-# ---- a whole system --------------------------------------------------------------------------------------------------
 
 
 def test_a_training_step_and_a_generation(monkeypatch):

@@ -40,8 +40,6 @@ TYPES = {
     torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
-# ---- one small call of every op --------------------------------------------------------------------------------------
-
 
 def inject_call(n, D, dtype, backward=False, interleaved=False):
     q, k, v = torch.zeros(n, 16, D, dtype=dtype).split((8, 4, 4), 1)
@@ -106,8 +104,6 @@ OPS = {
     "attention_backward, step, offset": (cross_attention, attention_call, dict(backward=True, grad_tail=True, offset=True)),
     "attention_backward, flush": (cross_attention, attention_call, dict(tokens=16, backward=True, causal=False)),
 }
-
-# ---- recording and compiling -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -217,9 +213,6 @@ def compiled(launch: Launch, arch: int = 90, listing: bool = True) -> dict[str, 
 def fits(cost: dict[str, int], arch: int) -> bool:
     """Nothing spilled, and the shared memory is there; Triton compiles all the same where it is not."""
     return not cost["stack"] and not cost["spills"] and cost["shared"] <= SHARED[arch]
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def cases():

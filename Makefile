@@ -44,7 +44,7 @@ test-asan: $(INSTALLED)
 # allocation of its own, so that what lies beyond it is nobody's.
 GPU_TESTS := tests/test_triton.py tests/test_cuda.py tests/test_gpu.py tests/test_latent.py tests/test_ops.py
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
-SMALL_TRITON := tests/test_triton.py -k "ragged or shifted or one_row or scatter or merge or one_token"
+SMALL_TRITON := tests/test_triton.py -k "ragged or shifted or offset or one_row or scatter or merge or one_token"
 SMALL_CUDA := tests/test_cuda.py -k "test_inject or (test_attention and (ragged or shifted or gqa3 or d80 or odd or d256))"
 test-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a GPU that torch sees'"
@@ -60,13 +60,13 @@ bench-gpu: $(INSTALLED)
 	$(PY) -m diffmas bench $(if $(QUICK),--quick)
 
 kernel-report: $(INSTALLED)
-	TRITON_INTERPRET=0 $(PY) -m diffmas.kernels.report
+	TRITON_INTERPRET=0 $(PY) -m tools.triton_report
 
 cuda-report:
 	$(firstword $(wildcard $(PY)) $(PYTHON)) csrc/cuda/report.py
 
 tune: $(INSTALLED)
-	TRITON_INTERPRET=0 $(PY) -m diffmas.kernels.tune
+	TRITON_INTERPRET=0 $(PY) -m tools.triton_tune
 
 bench: $(INSTALLED)
 	$(PY) -m diffmas bench $(if $(QUICK),--quick)

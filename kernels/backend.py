@@ -1,4 +1,4 @@
-"""The op functions of the Triton backend, by the names of their twins in `diffmas.ops.reference`."""
+"""The op functions of the Triton backend, by the names of their counterparts in `diffmas.ops.reference`."""
 
 from diffmas.kernels.cross_attention import cross_attention, cross_attention_backward
 from diffmas.kernels.inject import inject, inject_backward

@@ -1,16 +1,15 @@
-"""Tile sizes and warps of every kernel: found offline (tune.py), never in a user's first call.
+"""Tile sizes and warps of every kernel: found offline (tools/triton_tune.py), never in a user's first call.
 
-inject, merge_states and reposition move bytes and compute next to nothing: what binds is memory, or the launch when there is
-one token. A tile is BLOCK_R rows of one (token, head) each. 16 rows of 128 16-bit numbers over 4 warps are two 16-byte accesses
-a thread and tensor, registers for five or more programs on a multiprocessor, and all 16 heads of a single token in one program.
+inject, merge_states and reposition move bytes and compute next to nothing: memory binds, or the launch when there is one token.
+A tile is BLOCK_R rows of one (token, head) each. 16 rows of 128 16-bit numbers over 4 warps are two 16-byte accesses a thread
+and tensor, registers for five or more programs on a multiprocessor, and all 16 heads of a single token in one program.
 
-The attention kernels are bound by registers: the table in blocks.csv has, by head size, dtype and architecture, the first
-candidate of tune.py that holds its tiles without a spill in every case of report.py. maxnreg, the most registers a thread may
-have, is one of its columns, 0 for as many as ptxas likes: Triton 3.9's would rather spill a few than have one program less on a
-multiprocessor, and is talked out of it by 255; other tiles fit without that and spill with it.
+Registers bind the attention kernels. For each head size, dtype and architecture, blocks.csv has the first candidate of
+tools/triton_tune.py that holds its tiles without a spill in every case of tools/triton_report.py. Its column maxnreg is the
+most registers a thread may have, 0 for as many as ptxas likes: Triton 3.9's would rather spill a few than have one program less
+on a multiprocessor, and is talked out of it by 255; other tiles fit without that and spill with it.
 """
 
-import contextlib
 import csv
 import functools
 from pathlib import Path
@@ -18,7 +17,8 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "ARCHITECTURES", "HEAD_DIMS", "NARROW", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks", "compiling_for", "table",
+    "ARCHITECTURES", "HEAD_DIMS", "NARROW", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks", "launch_options", "line_of",
+    "table",
 ]  # fmt: skip
 
 BLOCKS = {
@@ -31,45 +31,54 @@ BLOCKS = {
     "cross_attention_merge": dict(BLOCK_R=16, num_warps=4, maxnreg=255),  # 40, as ptxas likes, spills at D = 80
     "cross_attention_delta": dict(BLOCK_R=16, num_warps=4),
 }
-FUSION = dict(enable_fp_fusion=True)  # said aloud: Triton's default is about to change
+FUSION = dict(enable_fp_fusion=True)  # explicit, because Triton's default is about to change
 
 TABLE = Path(__file__).with_name("blocks.csv")
-ARCHITECTURES = (80, 86, 90, 100, 120)  # 86: also 8.7 and 8.9, which have no more shared memory
+ARCHITECTURES = (80, 86, 90, 100, 120)  # 86 serves 8.7 and 8.9 too: no more shared memory there
 TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
 HEAD_DIMS = (64, 128, 256)
-NARROW = 96  # heads of 65 to 96 have a line of their own where that of 128 does not hold with their masks
-ROWS = {"fwd": (16, 64, 128), "dq": (16, 64), "dkv": (64,)}  # query rows of a sequence: up to this many, or more than the last
+NARROW = 96  # heads of 65 to 96 have their own line where the tile of 128 spills with their masks
+ROWS = {"fwd": (16, 64, 128), "dq": (16, 64), "dkv": (64,)}  # query rows of a sequence, up to; the last serves more too
 
 
-def blocks(op: str, head_dim: int, device: torch.device) -> dict:
-    """The keyword arguments of the op's launch for this head size and device."""
+@functools.cache
+def blocks(op: str) -> dict:
+    """The keyword arguments of the op's launch."""
     return BLOCKS[op] | FUSION
 
 
-def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, device: torch.device) -> dict:
+def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, offset: bool, device: torch.device) -> dict:
     """As `blocks`, for the kernels fwd, dq and dkv of cross_attention. rows: query rows of a sequence, on average; wide:
-    products in float32; shifted: a segment may be read at a shifted position."""
-    arch, forced, used = _compiling_for or (architecture(device), {}, [])
-    if arch is None:  # the interpreter: several tiles of small inputs
+    products in float32; offset: a segment may be read at a position offset. Launchers take another function in its place."""
+    arch = architecture(device)
+    if arch is None:  # the interpreter: small inputs still have several tiles
         return dict(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32)
+    return launch_options(table()[line_of(kernel, rows, head_dim, wide, offset, arch)])
+
+
+def line_of(kernel: str, rows: int, head_dim: int, wide: bool, offset: bool, arch: int) -> tuple:
+    """The key in `table`; arguments as in `attention_blocks`, arch one of ARCHITECTURES."""
     rows = next((size for size in ROWS[kernel] if rows <= size), ROWS[kernel][-1])
     # float32 is the exception: one tile for all architectures
-    key = lambda size: (kernel, rows, size, wide, shifted, 0 if wide else arch)
-    size = next(size for size in HEAD_DIMS if head_dim <= size)
-    used.append(key(NARROW) if 64 < head_dim <= NARROW and key(NARROW) in table() else key(size))
-    line = forced.get(kernel) or table()[used[-1]]
+    key = lambda size: (kernel, rows, size, wide, offset, 0 if wide else arch)
+    narrow = key(NARROW)
+    return narrow if 64 < head_dim <= NARROW and narrow in table() else key(next(d for d in HEAD_DIMS if head_dim <= d))
+
+
+def launch_options(line: dict) -> dict:
+    """The keyword arguments that a line of the table asks for."""
     return {name: line[name] or None for name in TILE} | FUSION
 
 
 @functools.cache
 def table() -> dict[tuple, dict]:
-    """The lines of blocks.csv by (kernel, rows, head_dim, wide, shifted, arch); arch 0 is every one."""
+    """The lines of blocks.csv by (kernel, rows, head_dim, wide, offset, arch); arch 0 serves all."""
     with TABLE.open(newline="") as file:
         lines = [{name: int(x) if x.isdecimal() else x for name, x in line.items()} for line in csv.DictReader(file)]
     key = lambda line: (
         *(line[c] for c in ("kernel", "rows", "head_dim")),
         bool(line["wide"]),
-        bool(line["shifted"]),
+        bool(line["offset"]),
         line["arch"],
     )
     return {key(line): line for line in lines}
@@ -82,18 +91,3 @@ def architecture(device: torch.device) -> int | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
-
-
-_compiling_for: tuple[int, dict, list] | None = None
-
-
-@contextlib.contextmanager
-def compiling_for(arch: int, forced: dict[str, dict] | None = None):
-    """Tiles of an architecture, whatever device there is; forced: those of some kernels, in the place of the table's. The lines
-    of the table that are asked for are added to the list that this is."""
-    global _compiling_for
-    before, _compiling_for = _compiling_for, (arch, forced or {}, [])
-    try:
-        yield _compiling_for[2]
-    finally:
-        _compiling_for = before

@@ -4,29 +4,25 @@ A tile is BLOCK_M query rows, (token, head of the GQA group) pairs of one sequen
 each K/V row once. It walks the segments of its sequence's view where they lie: tiles that it cannot see cost nothing, those
 that all of its rows see need no mask. Short queries over a long view are split over the view's keys; the parts are merged
 by a second kernel. dK and dV belong to the program that owns a tile of pool rows and loops over the tile's readers: no
-atomics, the same bits on every run. A segment that is read at a shifted position rotates q, never the keys.
+atomics, the same bits on every run. Where a segment is read at a position offset, q is rotated, never the keys.
 
 Nothing is read back from the device: tiles, splits and grids follow from shapes, programs find their sequence themselves.
 """
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from diffmas.kernels.blocks import attention_blocks, blocks
-from diffmas.kernels.launch import accumulator, dot_dtype, on, power_of_two, processors, rows_of
+from diffmas.kernels.launch import accumulator, ceil_div, dot_dtype, on, once_per_shape, power_of_two, processors, rows_of
 from diffmas.ops import reference
 
 __all__ = ["cross_attention", "cross_attention_backward"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 64
-INDEX = ("q_indptr", "seg_indptr", "seg_start", "seg_len", "seg_shift")  # parts of one tensor: their alignment means nothing
-SCAN = tl.constexpr(128)  # entries of an index that are looked at at once
-
-# ---- where a program works -------------------------------------------------------------------------------------------
+INDEX = ("q_indptr", "seg_indptr", "seg_start", "seg_len", "seg_offset")  # slices of one tensor: alignment varies
+SCAN = tl.constexpr(128)  # entries of an index that are read at once
 
 
 @triton.jit
@@ -64,7 +60,7 @@ def _sequence_of_tile(i_tile, q_indptr, B, TOKENS: tl.constexpr):
 
 @triton.jit
 def _skip_segments(seg_len, s_first, s_last, n_first):
-    """The first segment of [s_first, s_last) that reaches beyond view position n_first, and the position it starts at."""
+    """The first segment of [s_first, s_last) that reaches beyond view position n_first, and its start in the view."""
     skipped, start, end = 0, 0, 0
     for i in range(s_first, s_last, SCAN):
         o_s = i + tl.arange(0, SCAN)
@@ -78,7 +74,7 @@ def _skip_segments(seg_len, s_first, s_last, n_first):
 
 @triton.jit
 def _rows_of_tile(i_h, q_first, L, t_first, G: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of a tile's rows: packed query, query head, token of the sequence, and whether there is such a row; all [BLOCK_M]."""
+    """-> packed query, query head and token of the sequence for each row of a tile, and which rows exist; all [BLOCK_M]."""
     o_m = tl.arange(0, BLOCK_M)
     b_token, b_head = t_first + o_m // G, (i_h * G + o_m % G).to(tl.int64)
     return (q_first + b_token).to(tl.int64), b_head, b_token, (o_m < BLOCK_M // G * G) & (b_token < L)
@@ -89,8 +85,8 @@ def _keys_of_tile(
     i_b, seg_indptr, seg_len, L, t_first, b_token, i_split,
     TOKENS: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What a tile reads of its view. -> its segments [s_first, s_last), the view position n_seg where the first one starts,
-    its positions [n_first, n_end), the end n_all of those that every row sees, the last one b_last [BLOCK_M] of each row."""
+    """What a tile reads of its view. -> segments [s_first, s_last), the view position n_seg where the first of them starts,
+    view positions [n_first, n_end), the end n_all of those that every row sees, the last of each row b_last [BLOCK_M]."""
     s_first, s_last = tl.load(seg_indptr + i_b).to(tl.int32), tl.load(seg_indptr + i_b + 1).to(tl.int32)
     N = _total(seg_len, s_first, s_last)
     b_last, n_all, n_end = N - 1 + 0 * b_token, N, N
@@ -106,20 +102,18 @@ def _keys_of_tile(
     return s_first, s_last, n_seg, n_first, n_end, n_all, b_last
 
 
-# ---- rotation --------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
-def _load_turned(
+def _load_at_offset(
     p_rows, m_row, cos, sin, s, SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The rows at p_rows [M] as what segment s reads (SIGN -1) or back from that (SIGN 1): turned by SIGN * its shift in their
-    first 2 * HALF dimensions. cos, sin [S, 2 * HALF] of the shifts. -> [M, BLOCK_D] in ACC.
+    """Loads the rows at p_rows [M] and rotates them by SIGN * the offset of segment s in their first 2 * HALF dimensions:
+    SIGN -1 makes of q what the segment's keys are multiplied with, SIGN 1 undoes that. cos, sin [S, 2 * HALF] of the offsets.
+    -> [M, BLOCK_D] in ACC.
 
-    The dimension that one is turned with is read from memory: in registers it is another thread's."""
+    The other dimension of a pair is read from memory: in registers it is another thread's."""
     o_d = tl.arange(0, BLOCK_D)
-    turned = o_d < 2 * HALF
+    rotated = o_d < 2 * HALF
     if INTERLEAVED:
         first, partner = o_d % 2 == 0, o_d ^ 1
     else:
@@ -128,31 +122,28 @@ def _load_turned(
         if HALF % 8 == 0:
             partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
     o_s = tl.cast(s, tl.int64) * (2 * HALF)
-    b_cos = tl.load(cos + o_s + o_d, mask=turned, other=1.0)
-    b_sin = tl.load(sin + o_s + o_d, mask=turned, other=0.0) * tl.where(first, -SIGN, SIGN)
+    b_cos = tl.load(cos + o_s + o_d, mask=rotated, other=1.0)
+    b_sin = tl.load(sin + o_s + o_d, mask=rotated, other=0.0) * tl.where(first, -SIGN, SIGN)
     x = tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0).to(ACC)
-    other = tl.load(p_rows[:, None] + partner[None, :], mask=m_row[:, None] & turned[None, :], other=0).to(ACC)
-    # A sum that the compiler does not see through: a plain one it would do in the layout of a product's operand, several times
-    # over and with twice the registers.
+    other = tl.load(p_rows[:, None] + partner[None, :], mask=m_row[:, None] & rotated[None, :], other=0).to(ACC)
+    # Join and sum, because the compiler would compute a plain addition in the layout of a product's operand: several times over
+    # and with twice the registers.
     return tl.sum(tl.join(x * b_cos[None, :], other * b_sin[None, :]), 2)
 
 
 @triton.jit
-def _turn(
-    x, p_rows, m_row, shift, cos, sin, s, SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+def _rotate(
+    x, p_rows, m_row, offset, cos, sin, s, SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """As `_load_turned`, of x [M, BLOCK_D] in ACC; p_rows [M]: memory of this program's, for any use."""
-    if shift != 0:
+    """As `_load_at_offset`, for x [M, BLOCK_D] in ACC; p_rows [M]: memory that only this program uses, overwritten."""
+    if offset != 0:
         o_d = tl.arange(0, BLOCK_D)
         tl.store(p_rows[:, None] + o_d[None, :], x, mask=m_row[:, None] & (o_d < D)[None, :])
         tl.debug_barrier()
-        x = _load_turned(p_rows, m_row, cos, sin, s, SIGN, D, BLOCK_D, HALF, INTERLEAVED, ACC)
-        tl.debug_barrier()  # before anybody writes there again
+        x = _load_at_offset(p_rows, m_row, cos, sin, s, SIGN, D, BLOCK_D, HALF, INTERLEAVED, ACC)
+        tl.debug_barrier()  # nobody writes there before all have read
     return x
-
-
-# ---- one tile of scores ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -171,7 +162,7 @@ def _forward_tile(
     acc, m, total, q, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over BLOCK_N keys from pool row `row`, at view position n_tile; n_end ends the segment's part."""
+    """Online softmax over BLOCK_N keys from pool row `row`, at view position n_tile; the segment's part ends at n_end."""
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
     k = _load_rows(p_k, stride_kr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
@@ -206,18 +197,15 @@ def _dq_tile(
     return tl.dot(ds.to(DOT), k, acc, input_precision="ieee", out_dtype=ACC)
 
 
-# ---- forward ---------------------------------------------------------------------------------------------------------
-
-
 @triton.jit(do_not_specialize=[*INDEX, "B", "n"])
 def cross_attention_fwd_kernel(
-    q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, cos, sin, o, lse,
+    q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, o, lse,
     n, B, stride_qn, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
     Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
-    SHIFTED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; of every split if SPLIT, one behind the other."""
+    """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; if SPLIT, one for every split."""
     # The last tiles of a causal sequence see most: they start first.
     i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, q_first, L, t_first = _sequence_of_tile(i_tile, q_indptr, B, BLOCK_M // G)
@@ -241,9 +229,9 @@ def cross_attention_fwd_kernel(
         n_from, n_to = tl.maximum(n_seg, n_first), tl.minimum(n_seg + length, n_end)
         n_full = n_from + tl.maximum(tl.minimum(n_to, n_all) - n_from, 0) // BLOCK_N * BLOCK_N
         b_qs = b_q
-        if SHIFTED:
+        if OFFSET:
             here = m_row & (b_token < tl.where(n_from < n_to, L, 0))
-            b_qs = _load_turned(p_q, here, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
+            b_qs = _load_at_offset(p_q, here, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
         to_row = start - n_seg
         for i in range(n_from, n_full, BLOCK_N):
             acc, m, total = _forward_tile(
@@ -270,7 +258,7 @@ def cross_attention_fwd_kernel_merge(
     o_parts, lse_parts, o, lse, rows, splits,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The splits' states become one; rows are (token, query head) pairs."""
+    """Merges the states of the splits. A row is one (token, query head)."""
     o_r, o_d = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     m_r = o_r < rows
     m_o = m_r[:, None] & (o_d < D)[None, :]
@@ -286,9 +274,6 @@ def cross_attention_fwd_kernel_merge(
     total = tl.where(total == 0, 1.0, total)
     tl.store(o + o_r[:, None] * D + o_d[None, :], acc / total[:, None], mask=m_o)
     tl.store(lse + o_r, m + tl.log2(total) / LOG2E, mask=m_r)
-
-
-# ---- backward --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -310,13 +295,13 @@ def cross_attention_bwd_kernel_delta(
 
 @triton.jit(do_not_specialize=[*INDEX, "B", "n"])
 def cross_attention_bwd_kernel_dq(
-    q, do, lse, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, cos, sin, dq,
+    q, do, lse, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, dq,
     n, B, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
     Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
-    SHIFTED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid as in the forward. dq [n, Hq, D]; of every split if SPLIT; in ACC if SPLIT or SHIFTED."""
+    """Grid as in the forward. dq [n, Hq, D]; if SPLIT, one for every split; in ACC if SPLIT or OFFSET."""
     i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, q_first, L, t_first = _sequence_of_tile(i_tile, q_indptr, B, BLOCK_M // G)
     if t_first >= L:
@@ -336,22 +321,22 @@ def cross_attention_bwd_kernel_dq(
 
     p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
     p_dq = dq + ((b_n + i_split.to(tl.int64) * n) * Hq + b_head) * D
-    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)  # dq / scale, turned like the q of the segment at hand
-    turned, s_turned = tl.full((), 0, tl.int64), s_first
+    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)  # dq / scale, rotated as q is for the segment at hand
+    acc_offset, s_acc = tl.full((), 0, tl.int64), s_first
     scale_log2: tl.constexpr = scale * LOG2E
     for s in range(s_first, s_last):
         start, length = tl.load(seg_start + s).to(tl.int32), tl.load(seg_len + s).to(tl.int32)
         n_from, n_to = tl.maximum(n_seg, n_first), tl.minimum(n_seg + length, n_end)
         n_full = n_from + tl.maximum(tl.minimum(n_to, n_all) - n_from, 0) // BLOCK_N * BLOCK_N
         b_qs = b_q
-        if SHIFTED:
+        if OFFSET:
             here = m_row & (b_token < tl.where(n_from < n_to, L, 0))
-            b_qs = _load_turned(p_q, here, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
-            shift = tl.load(seg_shift + s)
-            if (n_from < n_to) & (shift != turned):
-                acc = _turn(acc, p_dq, m_row, turned, cos, sin, s_turned, 1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
-                acc = _turn(acc, p_dq, m_row, shift, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
-                turned, s_turned = shift, s
+            b_qs = _load_at_offset(p_q, here, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
+            offset = tl.load(seg_offset + s)
+            if (n_from < n_to) & (offset != acc_offset):
+                acc = _rotate(acc, p_dq, m_row, acc_offset, cos, sin, s_acc, 1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
+                acc = _rotate(acc, p_dq, m_row, offset, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
+                acc_offset, s_acc = offset, s
         to_row = start - n_seg
         for i in range(n_from, n_full, BLOCK_N):
             acc = _dq_tile(
@@ -364,18 +349,18 @@ def cross_attention_bwd_kernel_dq(
                 D, BLOCK_D, BLOCK_N, True, DOT, ACC,
             )  # fmt: skip
         n_seg += length
-    if SHIFTED:
-        acc = _turn(acc, p_dq, m_row, turned, cos, sin, s_turned, 1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
+    if OFFSET:
+        acc = _rotate(acc, p_dq, m_row, acc_offset, cos, sin, s_acc, 1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
     tl.store(p_dq[:, None] + o_d[None, :], acc * scale, mask=m_q)
 
 
-@triton.jit(do_not_specialize=[*INDEX, "newest", "B", "S"])
+@triton.jit(do_not_specialize=[*INDEX, "grad_tail", "B", "S"])
 def cross_attention_bwd_kernel_dkv(
-    q, do, lse, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, cos, sin, newest, dk_pool, dv_pool,
-    B, S, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh,
+    q, do, lse, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, grad_tail,
+    dk_pool, dv_pool, B, S, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh,
     stride_dkr, stride_dkh, stride_dvr, stride_dvh, scale: tl.constexpr,
     Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
-    SHIFTED: tl.constexpr, NEWEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSET: tl.constexpr, GRAD_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of pool rows, K/V heads). Scores are held transposed, [BLOCK_N keys, BLOCK_M query rows]."""
@@ -384,7 +369,7 @@ def cross_attention_bwd_kernel_dkv(
     b_rows = r_first + o_n
     p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
     acc_k, acc_v = tl.zeros((BLOCK_N, BLOCK_D), ACC), tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    learns = tl.zeros((BLOCK_N,), tl.int32)
+    needs_grad = tl.zeros((BLOCK_N,), tl.int32)
     scale_log2: tl.constexpr = scale * LOG2E
     for i_scan in range(0, S, SCAN):
         o_s = i_scan + tl.arange(0, SCAN)
@@ -402,34 +387,34 @@ def cross_attention_bwd_kernel_dkv(
             n_seg = _total(seg_len, s_first, s)
             N = n_seg + _total(seg_len, s, s_last)
             b_pos = n_seg + b_rows - start  # view position of the tile's rows
-            learn = (b_rows >= start) & (b_rows < start + length)
+            m_grad = (b_rows >= start) & (b_rows < start + length)
             n_low = n_seg + tl.maximum(r_first - start, 0)
-            if NEWEST:
-                n_old = N - tl.load(newest + i_b).to(tl.int32)
-                learn = learn & (b_pos >= n_old)
+            if GRAD_TAIL:
+                n_old = N - tl.load(grad_tail + i_b).to(tl.int32)
+                m_grad = m_grad & (b_pos >= n_old)
                 n_low = tl.maximum(n_low, n_old)
             t_first = 0
             if CAUSAL:
                 t_first = tl.maximum(n_low - (N - L), 0)
-            if NEWEST:
-                t_first = tl.where(tl.sum(learn.to(tl.int32)) > 0, t_first, L)
-            learns = learns | learn.to(tl.int32)
-            k = _load_rows(p_k, stride_kr, b_rows, D, BLOCK_D, learn, True).to(DOT)
-            v = _load_rows(p_v, stride_vr, b_rows, D, BLOCK_D, learn, True).to(DOT)
+            if GRAD_TAIL:
+                t_first = tl.where(tl.sum(m_grad.to(tl.int32)) > 0, t_first, L)
+            needs_grad = needs_grad | m_grad.to(tl.int32)
+            k = _load_rows(p_k, stride_kr, b_rows, D, BLOCK_D, m_grad, True).to(DOT)
+            v = _load_rows(p_v, stride_vr, b_rows, D, BLOCK_D, m_grad, True).to(DOT)
             for i_m in range(t_first * G, L * G, BLOCK_M):
                 b_token, b_head = (i_m + o_m) // G, (i_h * G + (i_m + o_m) % G).to(tl.int64)
                 m_row = b_token < L
                 m_q = m_row[:, None] & (o_d < D)[None, :]
                 b_n = (q_first + b_token).to(tl.int64)
                 p_q = q + b_n * stride_qn + b_head * stride_qh
-                if SHIFTED:
-                    b_q = _load_turned(p_q, m_row, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
+                if OFFSET:
+                    b_q = _load_at_offset(p_q, m_row, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
                 else:
                     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
                 b_lse = tl.load(lse + b_n * Hq + b_head, mask=m_row, other=0).to(ACC)
                 b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse) * LOG2E
                 s_t = tl.dot(k, tl.trans(b_q), input_precision="ieee", out_dtype=ACC) * scale_log2
-                seen = learn[:, None] & m_row[None, :]
+                seen = m_grad[:, None] & m_row[None, :]
                 if CAUSAL:
                     seen = seen & (b_pos[:, None] <= (N - L + b_token)[None, :])
                 p_t = tl.where(seen, tl.exp2(s_t - b_lse[None, :]), 0.0)
@@ -439,7 +424,7 @@ def cross_attention_bwd_kernel_dkv(
                 b_delta = tl.load(delta + b_n * Hq + b_head, mask=m_row, other=0)
                 ds_t = p_t * (tl.dot(v, tl.trans(b_do), input_precision="ieee", out_dtype=ACC) - b_delta[None, :])
                 acc_k = tl.dot(ds_t.to(DOT), b_q, acc_k, input_precision="ieee", out_dtype=ACC)
-    m_d = (learns > 0)[:, None] & (o_d < D)[None, :]
+    m_d = (needs_grad > 0)[:, None] & (o_d < D)[None, :]
     b_rows = b_rows.to(tl.int64)
     p_dk = dk_pool + i_h.to(tl.int64) * stride_dkh + b_rows[:, None] * stride_dkr + o_d[None, :]
     p_dv = dv_pool + i_h.to(tl.int64) * stride_dvh + b_rows[:, None] * stride_dvr + o_d[None, :]
@@ -447,87 +432,77 @@ def cross_attention_bwd_kernel_dkv(
     tl.store(p_dv, tl.load(p_dv, mask=m_d, other=0) + acc_v, mask=m_d)
 
 
-# ---- launchers -------------------------------------------------------------------------------------------------------
+def _shape(q, k_pool, q_indptr, seg_offset, inv_freq) -> tuple:
+    """The arguments of `sizes` that the tensors decide. The last is how many pairs of dimensions an offset rotates."""
+    rotated = None if seg_offset is None else inv_freq.shape[0]
+    return *q.shape, *k_pool.shape[:2], q_indptr.shape[0] - 1, q.dtype, k_pool.dtype, q.device, rotated
 
 
-def _tables(q, seg_shift, inv_freq, interleaved) -> tuple:
-    """seg_shift with cos and sin [S, Dr] of each segment's rotation; nothing where no segment is shifted."""
-    if seg_shift is None:
-        return None, None, None
-    make = functools.partial(reference.offset_tables, seg_shift, inv_freq, interleaved, reference.accumulator(q.dtype))
-    # The layers of a model share their index: tables are made by the first of them, and kept with it. Not where nobody sees
-    # whether they are still right: inference tensors have no version, and what a graph captures is not computed yet.
-    if seg_shift.is_inference() or inv_freq.is_inference() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return seg_shift, *make()
-    key = (seg_shift._version, inv_freq.data_ptr(), inv_freq._version, interleaved, q.dtype == torch.float64)
-    kept = getattr(seg_shift, "_diffmas_tables", None)
-    if kept is None or kept[0] != key:
-        kept = seg_shift._diffmas_tables = (key, inv_freq, make())
-    return seg_shift, *kept[2]
-
-
-def _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved) -> dict:
-    """What all attention kernels are compiled for."""
-    _, Hq, D = q.shape
-    shifted = seg_shift is not None
-    return dict(
-        scale=float(scale), Hq=Hq, G=Hq // k_pool.shape[1], D=D, HALF=inv_freq.shape[0] if shifted else 0, CAUSAL=causal,
-        INTERLEAVED=interleaved, SHIFTED=shifted, BLOCK_D=max(16, power_of_two(D)), DOT=dot_dtype(q, k_pool),
-        ACC=accumulator(q.dtype),
+@once_per_shape
+def sizes(
+    kernel, n, Hq, D, R, Hkv, B, dtype, pool_dtype, device, rotated, scale, causal, interleaved, tiles
+) -> tuple[tuple[int, ...], dict]:
+    """The grid of fwd, dq or dkv, and the constants of its launch. From shapes alone: a split's share of the view is found on
+    the device."""
+    G, offset, dot = Hq // Hkv, rotated is not None, dot_dtype(dtype, pool_dtype)
+    block = tiles(kernel, ceil_div(n, B) * G, D, dot.primitive_bitwidth > 16, offset, device)
+    constants = block | dict(
+        scale=float(scale), Hq=Hq, G=G, D=D, HALF=rotated or 0, CAUSAL=causal, INTERLEAVED=interleaved, OFFSET=offset,
+        BLOCK_D=max(16, power_of_two(D)), DOT=dot, ACC=accumulator(dtype),
     )  # fmt: skip
-
-
-def _blocks(kernel: str, q, q_indptr, constants: dict) -> dict:
-    rows = triton.cdiv(q.shape[0], q_indptr.shape[0] - 1) * constants["G"]
-    wide = constants["DOT"].primitive_bitwidth > 16
-    block = attention_blocks(kernel, rows, constants["D"], wide, constants["SHIFTED"], q.device)
     if kernel == "dkv":
-        return block
-    return block | {"BLOCK_M": max(block["BLOCK_M"], power_of_two(constants["G"]))}  # a tile holds a group
+        return (ceil_div(R, block["BLOCK_N"]), Hkv), constants
+    BLOCK_M = max(block["BLOCK_M"], power_of_two(G))  # a tile holds a group
+    count = n // (BLOCK_M // G) + B
+    wanted = ceil_div(2 * processors(device), count * Hkv)
+    splits = max(1, min(wanted, MAX_SPLITS, ceil_div(R, 4 * block["BLOCK_N"])))
+    return (count, Hkv, splits), constants | dict(BLOCK_M=BLOCK_M, SPLIT=splits > 1)
 
 
-def _grid(q, k_pool, q_indptr, block: dict) -> tuple[int, int, int]:
-    """Tiles, K/V heads, splits; from shapes alone: a split's share of the view is found on the device."""
-    n, Hq, _ = q.shape
-    R, Hkv = k_pool.shape[:2]
-    B, G = q_indptr.shape[0] - 1, Hq // Hkv
-    tiles = n // (block["BLOCK_M"] // G) + B
-    wanted = triton.cdiv(2 * processors(q.device), tiles * Hkv)
-    return tiles, Hkv, max(1, min(wanted, MAX_SPLITS, triton.cdiv(R, 4 * block["BLOCK_N"])))
+@once_per_shape
+def row_sizes(op, rows, D, dtype) -> tuple[tuple[int], dict]:
+    """As `sizes`, for the kernels merge and delta. A row is one (token, query head)."""
+    block = blocks(op)
+    return (ceil_div(rows, block["BLOCK_R"]),), dict(D=D, BLOCK_D=max(16, power_of_two(D)), ACC=accumulator(dtype)) | block
+
+
+def _offsets(q, seg_offset, inv_freq, interleaved) -> tuple:
+    """seg_offset, and cos and sin [S, Dr] of each segment's rotation; None where no segment is read at an offset."""
+    if seg_offset is None:
+        return None, None, None
+    return seg_offset, *reference.offset_tables(seg_offset, inv_freq, interleaved, reference.accumulator(q.dtype))
 
 
 def cross_attention(
-    q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved
-):
+    q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved,
+    *, tiles=attention_blocks,
+):  # fmt: skip
     n, Hq, D = q.shape
     q, acc = rows_of(q), reference.accumulator(q.dtype)
     o, lse = q.new_empty(q.shape), q.new_empty((n, Hq), dtype=acc)
     if not n:
         return o, lse
-    constants = _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved)
-    block = _blocks("fwd", q, q_indptr, constants)
-    grid = _grid(q, k_pool, q_indptr, block)
+    shape = _shape(q, k_pool, q_indptr, seg_offset, inv_freq)
+    grid, constants = sizes("fwd", *shape, scale, causal, interleaved, tiles)
     splits = grid[2]
-    view = (q_indptr, seg_indptr, seg_start, seg_len, *_tables(q, seg_shift, inv_freq, interleaved))
+    view = q_indptr, seg_indptr, seg_start, seg_len, *_offsets(q, seg_offset, inv_freq, interleaved)
     parts = (o, lse)
     if splits > 1:
         parts = q.new_empty((splits, n, Hq, D), dtype=acc), q.new_empty((splits, n, Hq), dtype=acc)
     with on(q):
         cross_attention_fwd_kernel[grid](
             q, k_pool, v_pool, *view, *parts, n, q_indptr.shape[0] - 1, *q.stride()[:2], *k_pool.stride()[:2],
-            *v_pool.stride()[:2], **constants, SPLIT=splits > 1, **block,
+            *v_pool.stride()[:2], **constants,
         )  # fmt: skip
         if splits > 1:
-            block = blocks("cross_attention_merge", D, q.device)
-            cross_attention_fwd_kernel_merge[(triton.cdiv(n * Hq, block["BLOCK_R"]),)](
-                *parts, o, lse, n * Hq, splits, D=D, BLOCK_D=constants["BLOCK_D"], ACC=constants["ACC"], **block
-            )
+            grid, constants = row_sizes("cross_attention_merge", n * Hq, D, q.dtype)
+            cross_attention_fwd_kernel_merge[grid](*parts, o, lse, n * Hq, splits, **constants)
     return o, lse
 
 
 def cross_attention_backward(
-    do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq,
-    scale, causal, interleaved, dk_pool, dv_pool, newest=None, want_dq=True,
+    do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
+    scale, causal, interleaved, dk_pool, dv_pool, grad_tail=None, want_dq=True, *, tiles=attention_blocks,
 ):  # fmt: skip
     n, Hq, D = q.shape
     q, do, o, lse, acc = rows_of(q), rows_of(do), o.contiguous(), lse.contiguous(), reference.accumulator(q.dtype)
@@ -535,30 +510,27 @@ def cross_attention_backward(
     if not n:
         return dq
     B, S = q_indptr.shape[0] - 1, seg_start.shape[0]
-    constants = _constants(q, k_pool, seg_shift, inv_freq, scale, causal, interleaved)
+    shape = _shape(q, k_pool, q_indptr, seg_offset, inv_freq)
     delta = torch.empty_like(lse)
-    view = (q_indptr, seg_indptr, seg_start, seg_len, *_tables(q, seg_shift, inv_freq, interleaved))
-    strides = (*q.stride()[:2], *do.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2])
     with on(q):
-        block = blocks("cross_attention_delta", D, q.device)
-        cross_attention_bwd_kernel_delta[(triton.cdiv(n * Hq, block["BLOCK_R"]),)](
-            do, o, None if dlse is None else dlse.contiguous(), delta, n * Hq, *do.stride()[:2], Hq=Hq, D=D,
-            DLSE=dlse is not None, BLOCK_D=constants["BLOCK_D"], ACC=constants["ACC"], **block,
+        grid, constants = row_sizes("cross_attention_delta", n * Hq, D, q.dtype)
+        cross_attention_bwd_kernel_delta[grid](
+            do, o, None if dlse is None else dlse.contiguous(), delta, n * Hq, *do.stride()[:2], Hq=Hq, DLSE=dlse is not None,
+            **constants,
         )  # fmt: skip
+        view = q_indptr, seg_indptr, seg_start, seg_len, *_offsets(q, seg_offset, inv_freq, interleaved)
+        strides = *q.stride()[:2], *do.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2]
         if want_dq:
-            block = _blocks("dq", q, q_indptr, constants)
-            grid = _grid(q, k_pool, q_indptr, block)
+            grid, constants = sizes("dq", *shape, scale, causal, interleaved, tiles)
             splits = grid[2]
-            whole = splits == 1 and (seg_shift is None or q.dtype == acc)
+            whole = splits == 1 and (seg_offset is None or q.dtype == acc)
             part = dq if whole else q.new_empty((splits, n, Hq, D), dtype=acc)
-            cross_attention_bwd_kernel_dq[grid](
-                q, do, lse, delta, k_pool, v_pool, *view, part, n, B, *strides, **constants, SPLIT=splits > 1, **block
-            )
+            cross_attention_bwd_kernel_dq[grid](q, do, lse, delta, k_pool, v_pool, *view, part, n, B, *strides, **constants)
             if not whole:
                 dq = part.sum(0).to(q.dtype)
-        block = _blocks("dkv", q, q_indptr, constants)
-        cross_attention_bwd_kernel_dkv[(triton.cdiv(k_pool.shape[0], block["BLOCK_N"]), k_pool.shape[1])](
-            q, do, lse, delta, k_pool, v_pool, *view, newest, dk_pool, dv_pool, B, S, *strides, *dk_pool.stride()[:2],
-            *dv_pool.stride()[:2], **constants, NEWEST=newest is not None, **block,
+        grid, constants = sizes("dkv", *shape, scale, causal, interleaved, tiles)
+        cross_attention_bwd_kernel_dkv[grid](
+            q, do, lse, delta, k_pool, v_pool, *view, grad_tail, dk_pool, dv_pool, B, S, *strides, *dk_pool.stride()[:2],
+            *dv_pool.stride()[:2], GRAD_TAIL=grad_tail is not None, **constants,
         )  # fmt: skip
     return dq

@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 from diffmas.kernels.blocks import blocks
-from diffmas.kernels.launch import accumulator, on, power_of_two, rows_of
+from diffmas.kernels.launch import accumulator, ceil_div, on, once_per_shape, power_of_two, rows_of
 
 __all__ = ["inject", "inject_backward"]
 
 
 @triton.jit
 def load_pairs(p_row, m_row, Dr: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr):
-    """Both halves of the pairs of the rows at p_row [BLOCK_R, 1], or of a scalar pointer's one row."""
+    """Both halves of the rotary pairs of the rows at p_row [BLOCK_R, 1], or of one row if p_row is a scalar."""
     if INTERLEAVED:
         o_d = tl.arange(0, 2 * BLOCK_P)[None, :]
         b_x = tl.load(p_row + o_d, mask=m_row & (o_d < Dr), other=0.0).to(ACC)
@@ -61,7 +61,7 @@ def norm_and_rotate(
     D: tl.constexpr, Dr: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Rows p_x, where m_x, through the norm and the rotation to p_y, where m_y."""
+    """Loads rows p_x where m_x, applies norm and rotation, stores to p_y where m_y."""
     b_square = tl.zeros([BLOCK_R], ACC)
     if Dr > 0:
         b_1, b_2 = load_pairs(p_x, m_x, Dr, INTERLEAVED, BLOCK_P, ACC)
@@ -90,7 +90,8 @@ def norm_and_rotate_backward(
     D: tl.constexpr, Dr: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradient rows p_dy, zero where not m_dy, back to p_dx; this program's part of the weight's gradient to p_dw."""
+    """From gradient rows p_dy, zero where not m_dy: stores the gradient of rows p_x to p_dx, and this program's share of the
+    weight's gradient to p_dw."""
     if Dr > 0:
         b_y1, b_y2 = load_pairs(p_dy, m_dy, Dr, INTERLEAVED, BLOCK_P, ACC)
         b_c1, b_c2 = load_pairs(cos + i_t * stride_cos, m_x, Dr, INTERLEAVED, BLOCK_P, ACC)
@@ -195,23 +196,26 @@ def inject_bwd_kernel(
             dk_weight + i_p * D, cos, sin, i_t, stride_cos, stride_sin, k_weight, eps,
             D, Dr, INTERLEAVED, BLOCK_R, BLOCK_P, BLOCK_TAIL, ACC,
         )  # fmt: skip
-        tl.debug_barrier()  # every thread has read its elements, and the copies it holds of others', before they are zeroed
+        tl.debug_barrier()  # all have read what they need before it is zeroed
         b_zero = tl.zeros([BLOCK_R, BLOCK_D], ACC)
         store_span(p_dk, m_s, b_zero, 0, D, BLOCK_D)
         store_span(p_dv, m_s, b_zero, 0, D, BLOCK_D)
 
 
-def sizes(op, q, k, cos, interleaved) -> tuple[int, int, dict]:
+@once_per_shape
+def sizes(op, n, Hq, D, Hkv, Dr, interleaved, dtype) -> tuple[int, int, dict]:
     """How many programs for q, how many for k and v, and the constants of the launch."""
-    (n, Hq, D), Hkv = q.shape, k.shape[1]
-    Dr = 0 if cos is None else cos.shape[1]
-    table = blocks(op, D, q.device)
-    programs = (triton.cdiv(n * heads, table["BLOCK_R"]) for heads in (Hq, Hkv))
+    block = blocks(op)
+    programs = (ceil_div(n * heads, block["BLOCK_R"]) for heads in (Hq, Hkv))
     constants = dict(
         Hq=Hq, Hkv=Hkv, D=D, Dr=Dr, INTERLEAVED=interleaved, BLOCK_D=power_of_two(D), BLOCK_P=power_of_two(Dr // 2),
-        BLOCK_TAIL=power_of_two(D - Dr), ACC=accumulator(q.dtype),
+        BLOCK_TAIL=power_of_two(D - Dr), ACC=accumulator(dtype),
     )  # fmt: skip
-    return *programs, constants | table
+    return *programs, constants | block
+
+
+def shape_of(q, k, cos) -> tuple[int, ...]:
+    return *q.shape, k.shape[1], 0 if cos is None else cos.shape[1]
 
 
 def row_strides(cos, sin) -> tuple[int, int]:
@@ -222,7 +226,7 @@ def inject(q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_poo
     q_rot = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not q.shape[0]:
         return q_rot
-    programs_q, programs_kv, constants = sizes("inject", q, k, cos, interleaved)
+    programs_q, programs_kv, constants = sizes("inject", *shape_of(q, k, cos), interleaved, q.dtype)
     with on(q):
         inject_fwd_kernel[(programs_q + programs_kv,)](
             q, k, v, cos, sin, slots.contiguous(), q_weight, k_weight, q_rot, k_pool, v_pool, q.shape[0], eps,
@@ -233,11 +237,11 @@ def inject(q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_poo
 
 
 def inject_backward(dq_rot, q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, dk_pool, dv_pool):
-    programs_q, programs_kv, constants = sizes("inject_backward", q, k, cos, interleaved)
+    programs_q, programs_kv, constants = sizes("inject_backward", *shape_of(q, k, cos), interleaved, q.dtype)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     empty = lambda *shape, dtype=q.dtype: torch.empty(shape, dtype=dtype, device=q.device)
     dq, dk, dv = empty(*q.shape), empty(*k.shape), empty(*k.shape)
-    # One row of the weights' gradients per program; their sum has one order, so the same bits every time.
+    # One row of the weights' gradients per program, summed in one order: the same bits every time.
     dq_weight, dk_weight = (
         empty(0, 0, dtype=wide) if weight is None else empty(programs, q.shape[2], dtype=wide)
         for weight, programs in ((q_weight, programs_q), (k_weight, programs_kv))

@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 
 from diffmas.kernels.blocks import blocks
-from diffmas.kernels.launch import accumulator, on, power_of_two, rows_of
+from diffmas.kernels.launch import accumulator, ceil_div, on, once_per_shape, power_of_two, rows_of
 
 __all__ = ["merge_states", "merge_states_backward"]
 
 
 @triton.jit
 def base_of(lse):
-    """What a state's weight is taken relative to: an empty union would be -inf - -inf, which is NaN."""
+    """What weights are relative to. For an empty union -inf - -inf would be NaN."""
     return tl.where(lse == -float("inf"), 0.0, lse)
 
 
@@ -76,19 +76,19 @@ def merge_states_bwd_kernel(
     side_backward(p_b, lse_b, do_b, dlse_b, i_r, m_r, m_x, b_do, b_dlse, b_o, b_base, D, BLOCK_D, ACC)
 
 
-def sizes(op, o) -> tuple[int, tuple[int], dict]:
+@once_per_shape
+def sizes(op, n, H, D, dtype) -> tuple[int, tuple[int], dict]:
     """Rows, the grid, and the constants of the launch."""
-    n, H, D = o.shape
-    table = blocks(op, D, o.device)
-    constants = dict(H=H, D=D, BLOCK_D=power_of_two(D), ACC=accumulator(o.dtype))
-    return n * H, (triton.cdiv(n * H, table["BLOCK_R"]),), constants | table
+    block = blocks(op)
+    constants = dict(H=H, D=D, BLOCK_D=power_of_two(D), ACC=accumulator(dtype))
+    return n * H, (ceil_div(n * H, block["BLOCK_R"]),), constants | block
 
 
 def merge_states(o_a, lse_a, o_b, lse_b):
     o = torch.empty(o_a.shape, dtype=o_a.dtype, device=o_a.device)
     wide = torch.float64 if o.dtype == torch.float64 else torch.float32
     lse = torch.empty(o_a.shape[:2], dtype=wide, device=o_a.device)
-    rows, grid, constants = sizes("merge_states", o)
+    rows, grid, constants = sizes("merge_states", *o.shape, o.dtype)
     if rows:
         with on(o):
             merge_states_fwd_kernel[grid](
@@ -100,7 +100,7 @@ def merge_states(o_a, lse_a, o_b, lse_b):
 
 def merge_states_backward(do, dlse, o_a, lse_a, o_b, lse_b, o, lse):
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (o_a, lse_a, o_b, lse_b))
-    rows, grid, constants = sizes("merge_states_backward", o_a)
+    rows, grid, constants = sizes("merge_states_backward", *o_a.shape, o_a.dtype)
     if rows:
         do = rows_of(do)
         with on(o):

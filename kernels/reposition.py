@@ -1,6 +1,6 @@
-"""reposition: copies pool rows, keys rotated on by a shift, and its backward. A row is one (token, head).
+"""reposition: copies pool rows, keys rotated by a position offset, and its backward. A row is one (token, head).
 
-The angle shift * inv_freq is taken in float64 and reduced to a quarter turn there: shifts reach 1e5 and more.
+The angle offset * inv_freq is computed in float64 and reduced to a quarter turn there: offsets reach 1e5 and more.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from diffmas.kernels.blocks import blocks
 from diffmas.kernels.inject import load_pairs, load_span, store_pairs, store_span
-from diffmas.kernels.launch import accumulator, on, power_of_two
+from diffmas.kernels.launch import accumulator, ceil_div, on, once_per_shape, power_of_two
 
 __all__ = ["reposition", "reposition_backward"]
 
@@ -18,7 +18,7 @@ HALF_PI = tl.constexpr(1.5707963267948966)
 
 @triton.jit
 def cos_sin(b_angle, ACC: tl.constexpr):
-    """Of float64 angles."""
+    """Cosine and sine of float64 angles, in ACC."""
     b_turns = b_angle * (1.0 / HALF_PI)
     b_quarter = tl.floor(b_turns + 0.5)
     b_x = ((b_turns - b_quarter) * HALF_PI).to(ACC)  # [-pi/4, pi/4]
@@ -36,16 +36,16 @@ def cos_sin(b_angle, ACC: tl.constexpr):
 
 
 @triton.jit
-def turn_keys(
-    p_x, p_y, m_r, b_shift, inv_freq,
+def rotate_keys(
+    p_x, p_y, m_r, b_offset, inv_freq,
     D: tl.constexpr, Dr: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Rows p_x, rotated on by b_shift [BLOCK_R, 1], to p_y."""
+    """Rows p_x, rotated by b_offset [BLOCK_R, 1] positions, to p_y."""
     if Dr > 0:
         o_p = tl.arange(0, BLOCK_P)[None, :]
         b_freq = tl.load(inv_freq + o_p, mask=o_p < Dr // 2, other=0.0).to(tl.float64)
-        b_cos, b_sin = cos_sin(b_shift.to(tl.float64) * b_freq, ACC)
+        b_cos, b_sin = cos_sin(b_offset.to(tl.float64) * b_freq, ACC)
         b_1, b_2 = load_pairs(p_x, m_r, Dr, INTERLEAVED, BLOCK_P, ACC)
         store_pairs(p_y, m_r, b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin, Dr, INTERLEAVED, BLOCK_P)
     if Dr < D:
@@ -54,26 +54,26 @@ def turn_keys(
 
 @triton.jit(do_not_specialize=["m"])
 def reposition_fwd_kernel(
-    src, dst, shift, inv_freq, k_pool, v_pool, m, stride_kr, stride_kh, stride_vr, stride_vh,
+    src, dst, offset, inv_freq, k_pool, v_pool, m, stride_kr, stride_kh, stride_vr, stride_vh,
     H: tl.constexpr, D: tl.constexpr, Dr: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     i_t, i_h, m_r = i_r // H, i_r % H, i_r < m.to(tl.int64) * H
     i_src, i_dst = tl.load(src + i_t, mask=m_r, other=0), tl.load(dst + i_t, mask=m_r, other=0)
-    b_shift = tl.load(shift + i_t, mask=m_r, other=0)
+    b_offset = tl.load(offset + i_t, mask=m_r, other=0)
     o_k, o_v = i_h * stride_kh, i_h * stride_vh
     b_v = load_span(v_pool + i_src * stride_vr + o_v, m_r, 0, D, BLOCK_D, ACC)
     store_span(v_pool + i_dst * stride_vr + o_v, m_r, b_v, 0, D, BLOCK_D)
-    turn_keys(
-        k_pool + i_src * stride_kr + o_k, k_pool + i_dst * stride_kr + o_k, m_r, b_shift, inv_freq,
+    rotate_keys(
+        k_pool + i_src * stride_kr + o_k, k_pool + i_dst * stride_kr + o_k, m_r, b_offset, inv_freq,
         D, Dr, INTERLEAVED, BLOCK_P, BLOCK_TAIL, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["m"])
 def reposition_bwd_kernel(
-    dst, shift, inv_freq, dk_pool, dv_pool, dk, dv, m, stride_kr, stride_kh, stride_vr, stride_vh, stride_m, stride_h,
+    dst, offset, inv_freq, dk_pool, dv_pool, dk, dv, m, stride_kr, stride_kh, stride_vr, stride_vh, stride_m, stride_h,
     H: tl.constexpr, D: tl.constexpr, Dr: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -81,59 +81,58 @@ def reposition_bwd_kernel(
     i_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     i_t, i_h, m_r = i_r // H, i_r % H, i_r < m.to(tl.int64) * H
     i_dst = tl.load(dst + i_t, mask=m_r, other=0)
-    b_shift = tl.load(shift + i_t, mask=m_r, other=0)
+    b_offset = tl.load(offset + i_t, mask=m_r, other=0)
     p_dk, p_dv = dk_pool + i_dst * stride_kr + i_h * stride_kh, dv_pool + i_dst * stride_vr + i_h * stride_vh
     o_x = i_t * stride_m + i_h * stride_h
     store_span(dv + o_x, m_r, load_span(p_dv, m_r, 0, D, BLOCK_D, ACC), 0, D, BLOCK_D)
-    turn_keys(p_dk, dk + o_x, m_r, -b_shift, inv_freq, D, Dr, INTERLEAVED, BLOCK_P, BLOCK_TAIL, ACC)
-    tl.debug_barrier()  # every thread has read its elements, and the copies it holds of others', before they are zeroed
+    rotate_keys(p_dk, dk + o_x, m_r, -b_offset, inv_freq, D, Dr, INTERLEAVED, BLOCK_P, BLOCK_TAIL, ACC)
+    tl.debug_barrier()  # all have read what they need before it is zeroed
     b_zero = tl.zeros([BLOCK_R, BLOCK_D], ACC)
     store_span(p_dk, m_r, b_zero, 0, D, BLOCK_D)
     store_span(p_dv, m_r, b_zero, 0, D, BLOCK_D)
 
 
-def sizes(op, pool, m, inv_freq, interleaved) -> tuple[tuple[int], dict]:
+@once_per_shape
+def sizes(op, m, H, D, Dr, interleaved, dtype) -> tuple[tuple[int], dict]:
     """The grid and the constants of the launch."""
-    _, H, D = pool.shape
-    Dr = 2 * inv_freq.shape[0]
-    table = blocks(op, D, pool.device)
+    block = blocks(op)
     constants = dict(
         H=H, D=D, Dr=Dr, INTERLEAVED=interleaved, BLOCK_D=power_of_two(D), BLOCK_P=power_of_two(Dr // 2),
-        BLOCK_TAIL=power_of_two(D - Dr), ACC=accumulator(pool.dtype),
+        BLOCK_TAIL=power_of_two(D - Dr), ACC=accumulator(dtype),
     )  # fmt: skip
-    return (triton.cdiv(m * H, table["BLOCK_R"]),), constants | table
+    return (ceil_div(m * H, block["BLOCK_R"]),), constants | block
 
 
 def add_rows(pool, rows, values) -> None:
-    """pool[rows] += values, rows that repeat too, always in the same order."""
-    if pool.stride(0) < pool.stride(1):  # head-major: taken as it lies, index_put_ does not copy the pool
+    """pool[rows] += values, always in the same order; rows may repeat."""
+    if pool.stride(0) < pool.stride(1):  # head-major: index_put_ would copy the pool otherwise
         torch.ops.aten.index_put_(pool.transpose(0, 1), [None, rows], values.transpose(0, 1), True)
     else:
         pool.index_put_((rows,), values, accumulate=True)
 
 
-def reposition(src, dst, shift, inv_freq, interleaved, k_pool, v_pool) -> None:
+def reposition(src, dst, offset, inv_freq, interleaved, k_pool, v_pool) -> None:
     m = src.shape[0]
     if not m:
         return
-    grid, constants = sizes("reposition", k_pool, m, inv_freq, interleaved)
+    grid, constants = sizes("reposition", m, *k_pool.shape[1:], 2 * inv_freq.shape[0], interleaved, k_pool.dtype)
     with on(k_pool):
         reposition_fwd_kernel[grid](
-            src.contiguous(), dst.contiguous(), shift.contiguous(), inv_freq.contiguous(), k_pool, v_pool, m,
+            src.contiguous(), dst.contiguous(), offset.contiguous(), inv_freq.contiguous(), k_pool, v_pool, m,
             *k_pool.stride()[:2], *v_pool.stride()[:2], **constants,
         )  # fmt: skip
 
 
-def reposition_backward(src, dst, shift, inv_freq, interleaved, dk_pool, dv_pool) -> None:
+def reposition_backward(src, dst, offset, inv_freq, interleaved, dk_pool, dv_pool) -> None:
     m = src.shape[0]
     if not m:
         return
-    grid, constants = sizes("reposition_backward", dk_pool, m, inv_freq, interleaved)
     _, H, D = dk_pool.shape
+    grid, constants = sizes("reposition_backward", m, H, D, 2 * inv_freq.shape[0], interleaved, dk_pool.dtype)
     dk, dv = (torch.empty(H, m, D, dtype=dk_pool.dtype, device=dk_pool.device).transpose(0, 1) for _ in "kv")
     with on(dk_pool):
         reposition_bwd_kernel[grid](
-            dst.contiguous(), shift.contiguous(), inv_freq.contiguous(), dk_pool, dv_pool, dk, dv, m,
+            dst.contiguous(), offset.contiguous(), inv_freq.contiguous(), dk_pool, dv_pool, dk, dv, m,
             *dk_pool.stride()[:2], *dv_pool.stride()[:2], *dk.stride()[:2], **constants,
         )  # fmt: skip
     add_rows(dk_pool, src, dk)

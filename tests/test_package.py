@@ -74,8 +74,10 @@ def test_wheel_without_a_compiler_works_and_says_so(source, tmp_path):
         "diffmas/build_info.json", "diffmas/benchmarks/bench_attention.py", "diffmas/benchmarks/page.html",
     ):  # fmt: skip
         assert wanted in names
+    data = {name for name in names if name.startswith("diffmas/kernels/") and not name.endswith(".py")}
+    assert data == {"diffmas/kernels/blocks.csv", "diffmas/kernels/README.md"}
     assert not any("benchmarks/results" in name or name.startswith("benchmarks") for name in names)
-    assert "diffmas/libdiffmas.so" not in names and not any(name.startswith("tests/") for name in names)
+    assert "diffmas/libdiffmas.so" not in names and not any(name.startswith(("tests/", "tools/")) for name in names)
     code = (
         "import torch, diffmas; print(diffmas.__file__); print(diffmas.ops.available()['cpu']);"
         "o, _ = diffmas.ops.cross_attention(torch.ones(1, 2, 8), torch.ones(4, 1, 8), torch.ones(4, 1, 8),"

@@ -160,7 +160,6 @@ def test_segments_record_agent_kind_and_positions():
     model = tiny("qwen3")
     trace = diffmas.Trace(model, batch_size=2)
     trace.agent = "planner"
-    trace.reserve(2)
     h = body(model)(*pad(tokens(3, 1)), past_key_values=trace).last_hidden_state[:, -1:]
     latent_steps(model, trace, h, 2)
     rows = [(s.sequence, s.agent, s.kind, s.length, s.position) for s in trace.segments]

@@ -126,7 +126,7 @@ def test_merge_states_gradcheck():
 
 
 def moves(m, Dr, interleaved=False):
-    """Rows, some of them copied more than once, and far shifts."""
+    """Rows, some of them copied more than once, and far offsets."""
     rows = torch.randperm(ROWS)
     inv_freq = 1e4 ** (-torch.arange(0, Dr, 2).float() / max(Dr, 1))
     return (
@@ -152,11 +152,11 @@ def test_reposition(m, H, D, Dr, interleaved, dtype):
 def test_reposition_leaves_other_rows_alone():
     """Rows-major pools, and NaN in all rows that are not named."""
     src, dst, *rest = moves(9, 64)
-    for op, twin in ((raw.reposition, reference.reposition), (raw.reposition_backward, reference.reposition_backward)):
+    for op, counterpart in ((raw.reposition, reference.reposition), (raw.reposition_backward, reference.reposition_backward)):
         pools = torch.full((2, ROWS, 2, 64), torch.nan)
         pools[:, src], pools[:, dst] = torch.randn(2, 2, 9, 2, 64)
         want = pools.clone()
-        twin(src, dst, *rest, *want)
+        counterpart(src, dst, *rest, *want)
         got = pools.to(DEVICE)
         op(*(x.to(DEVICE) for x in (src, dst, *rest[:2])), rest[2], *got, "triton")
         torch.testing.assert_close(got.cpu(), want, equal_nan=True)
@@ -190,9 +190,6 @@ def test_opcheck():
     torch.library.opcheck(raw.reposition_backward.default, (*move, *grads, "triton"))
 
 
-# ---- who runs what ---------------------------------------------------------------------------------------------------
-
-
 def test_what_the_backend_takes():
     def chosen(head_dim, backend, dtype=torch.float32):
         return ops.implementation("inject", torch.empty(1, 1, head_dim, dtype=dtype, device=DEVICE), backend)
@@ -210,17 +207,15 @@ def test_what_the_backend_takes():
         assert chosen(64, "auto", torch.float64) is reference.inject
 
 
-# ---- attention -------------------------------------------------------------------------------------------------------
-
 POOL = 704  # rows: the program of a tile that nobody reads costs time in the interpreter
 SMALL = [name for name, v in VIEWS.items() if sum(v.queries) < 100 and all(s[0] + s[1] <= POOL for r in v.segments for s in r)]
 
 
-def attending(inputs, newest=None, want_dq=True):
+def attending(inputs, grad_tail=None, want_dq=True):
     do, dlse = exact_in_half(*inputs.q.shape), exact_in_half(*inputs.q.shape[:2])
     wide = lambda dtype: torch.float64 if dtype == torch.float64 else torch.float32
     return lambda dtype, backend, device: attention_all(
-        inputs.to(dtype, device), backend, do, dlse.to(wide(dtype)), newest, want_dq
+        inputs.to(dtype, device), backend, do, dlse.to(wide(dtype)), grad_tail, want_dq
     )
 
 
@@ -240,19 +235,19 @@ def test_attention_heads(heads, D, Dr, interleaved):
         agree(attending(inputs), torch.float32, D * (heads[0] / heads[1]) ** 0.5)
 
 
-@pytest.mark.parametrize("shift", [0, 9])
-def test_attention_over_three_agents(shift, dtype):
+@pytest.mark.parametrize("offset", [0, 9])
+def test_attention_over_three_agents(offset, dtype):
     """Of 1, 63 and 130 rows, that lie in another order than they are read in."""
-    view = View([5, 1], [[(650, 1, shift), (400, 63, 0), (20, 130, -shift)], [(20, 130, 0)]])
+    view = View([5, 1], [[(650, 1, offset), (400, 63, 0), (20, 130, -offset)], [(20, 130, 0)]])
     agree(attending(attention_inputs(view, (8, 1), 80, rows=POOL)), dtype, 80 * 8**0.5, products=dtype)
 
 
 @pytest.mark.parametrize("name", ["prefill_on_trace", "ragged", "one_row_segments", "shifted", "not_causal"])
-def test_attention_backward_of_the_newest_tokens(name):
+def test_attention_backward_of_the_last_tokens(name):
     view = VIEWS[name]
-    newest = torch.arange(1, len(view.queries) + 1)
-    agree(attending(attention_inputs(view, rows=POOL), newest), torch.float32, 64 * 2**0.5)
-    agree(attending(attention_inputs(view, rows=POOL), newest, want_dq=False), torch.float32, 64 * 2**0.5)
+    grad_tail = torch.arange(1, len(view.queries) + 1)
+    agree(attending(attention_inputs(view, rows=POOL), grad_tail), torch.float32, 64 * 2**0.5)
+    agree(attending(attention_inputs(view, rows=POOL), grad_tail, want_dq=False), torch.float32, 64 * 2**0.5)
 
 
 @pytest.mark.parametrize("seed", range(60 if DEVICE == "cuda" else 4))
@@ -261,8 +256,8 @@ def test_attention_of_random_views(seed, dtype):
     agree(attending(inputs), dtype, inputs.q.shape[2] * 2**0.5, products=dtype)
 
 
-def test_shifted_views_in_inference_mode_and_after_a_change():
-    """Tables of the shifts are kept with the index, as long as it is seen that they are of it."""
+def test_attention_at_offsets_in_inference_mode_and_after_a_change():
+    """Offsets may be inference tensors, and may change in place between two calls."""
     inputs = attention_inputs(VIEWS["shifted"], rows=POOL)
     do = exact_in_half(*inputs.q.shape)
     want = attention_all(inputs.to(torch.float64), "reference", do)
@@ -270,11 +265,11 @@ def test_shifted_views_in_inference_mode_and_after_a_change():
         for got, exact in zip(attention_all(inputs.to(torch.float32, DEVICE), "triton", do), want):
             torch.testing.assert_close(got.double().cpu(), exact, atol=1e-4, rtol=0)
     args = inputs.to(torch.float32, DEVICE).args()
-    shift, run = args[7], lambda: raw.cross_attention(*args, "triton")[0]
+    offset, run = args[7], lambda: raw.cross_attention(*args, "triton")[0]
     before = run()
-    shift += 3
+    offset += 3
     assert not torch.equal(run(), before)
-    shift -= 3
+    offset -= 3
     assert torch.equal(run(), before)
 
 
@@ -291,6 +286,45 @@ def test_attention_of_a_split_over_many_segments():
     """Splits that begin in the second scan over the index; a group of seven; rows one by one, in any order."""
     segments = [(2 * (i * 67 % 150), 1 + i % 2, 0) for i in range(150)]
     agree(attending(attention_inputs(View([1], [segments]), (7, 1), 24, rows=POOL)), torch.float32, 64)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tiles of the GPU's architecture are in the table")
+@pytest.mark.parametrize("block", [dict(BLOCK_M=16, BLOCK_N=64), dict(BLOCK_M=64, BLOCK_N=16)], ids=str)
+def test_attention_in_tiles_that_the_caller_chooses(block, dtype):
+    """Launchers take their tiles from an argument, and do not remember one caller's for another."""
+    from diffmas.kernels import backend
+
+    asked = []
+    tiles = lambda kernel, *_: asked.append(kernel) or block
+    inputs = attention_inputs(VIEWS["ragged"], rows=POOL)
+    do, dlse = (exact_in_half(*shape) for shape in (inputs.q.shape, inputs.q.shape[:2]))
+
+    def run(dtype, name, device):
+        x = inputs.to(dtype, device)
+        if name == "reference":
+            return attention_all(x, name, do, dlse.to(reference.accumulator(dtype)))
+        args = x.args()
+        backend.cross_attention(*args)
+        o, lse = backend.cross_attention(*args, tiles=tiles)
+        grads = [torch.full_like(p, 0.5, dtype=torch.float32) for p in args[1:3]]
+        dq = backend.cross_attention_backward(do.to(o), dlse.to(lse), args[0], o, lse, *args[1:], *grads, tiles=tiles)
+        return o, lse.masked_fill(lse == -torch.inf, -1e30), dq, *grads
+
+    agree(run, dtype, 64 * 2**0.5, products=dtype)
+    assert asked == ["fwd", "dq", "dkv"]
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_launch_enters_its_device_only_where_another_is_current(current, monkeypatch):
+    from diffmas.kernels import launch
+
+    class OnDevice1:
+        is_cuda, device = True, torch.device("cuda", 1)
+        get_device = staticmethod(lambda: 1)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    entered = launch.on(OnDevice1)
+    assert entered.idx == 1 if current == 0 else entered is launch.NOTHING
 
 
 def test_attention_gradient_whose_strides_are_zero():
@@ -317,16 +351,13 @@ def test_attention_gradcheck():
 
     def attend(q, k, v, q_weight, k_weight):
         memory = pool.Pool(8, 1, 4, torch.float64, q.device)
-        token = torch.zeros(0, dtype=torch.float64, requires_grad=True)
+        order = torch.zeros(0, dtype=torch.float64, requires_grad=True)
         norms = dict(q_weight=q_weight, k_weight=k_weight)
-        return autograd.attend(memory, token, q, k, v, slots, view, scale=0.7, backend="triton", **norms)[0]
+        return autograd.attend(memory, order, q, k, v, slots, view, scale=0.7, backend="triton", **norms)[0]
 
     shapes = (3, 2, 4), (3, 1, 4), (3, 1, 4), (4,), (4,)
     args = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
     assert torch.autograd.gradcheck(attend, args)
-
-
-# ---- a whole system --------------------------------------------------------------------------------------------------
 
 
 def test_a_training_step_and_a_generation(monkeypatch):

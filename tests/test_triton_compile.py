@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).parent.parent  # tools/ is imported from here
+
 # In a process of its own: kernels that were imported under TRITON_INTERPRET=1 cannot be compiled.
 CODE = """
 import json
-ATTENTION = ["attention", "attention, latent step, shifted", "attention_backward"]
-from diffmas.kernels.report import OPS, binary, compiled, launches
+ATTENTION = ["attention", "attention, latent step, offset", "attention_backward"]
+from tools.triton_report import OPS, binary, compiled, launches
 for op in OPS:
     if op.startswith("attention") and op not in ATTENTION:
         continue  # make kernel-report has them all
@@ -30,7 +33,7 @@ SHARED = 232448  # bytes a program can have on sm_90; compiling does not check i
 def test_every_tile_is_in_the_table():
     from diffmas.kernels.blocks import ARCHITECTURES, HEAD_DIMS, NARROW, ROWS, table
 
-    kinds = [(not arch, shifted, arch) for shifted in (False, True) for arch in (0, *ARCHITECTURES)]
+    kinds = [(not arch, offset, arch) for offset in (False, True) for arch in (0, *ARCHITECTURES)]
     keys = {(k, rows, D, *kind) for k in ROWS for rows in ROWS[k] for D in HEAD_DIMS for kind in kinds}
     lines = {key for key in keys if key[-1] or key[2] <= 128}  # longer heads in float32 are not Triton's
     assert {key for key in table() if key[2] != NARROW} == lines
@@ -38,7 +41,7 @@ def test_every_tile_is_in_the_table():
 
 def printed_by(code: str) -> list:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
     return list(map(json.loads, run.stdout.splitlines()))
 
@@ -55,22 +58,22 @@ def test_kernels_compile_for_sm_90():
 REPORTED = """
 import json
 from diffmas.kernels.blocks import table
-from diffmas.kernels.report import planned, read_table, wrong
-rows, plan = read_table(), planned()
+from tools.triton_report import expected_rows, read_table, wrong
+rows, expected = read_table(), expected_rows()
 print(json.dumps([row for row in rows if wrong(row)]))
 what = lambda row: [row[name] for name in ("op", "kernel", "dtype", "head_dim", "arch", "tile")]
 by_version = {}
 for row in rows:
     by_version.setdefault(row["triton"], []).append(what(row))
 print(json.dumps(by_version))
-print(json.dumps([what(row) for row, _ in plan]))
-print(json.dumps([line for line in table() if line not in {launch.line for _, launch in plan}]))
+print(json.dumps([what(row) for row, _ in expected]))
+print(json.dumps([line for line in table() if line not in {launch.line for _, launch in expected}]))
 """
 
 
 def test_the_committed_report_is_of_these_kernels():
-    wrong, by_version, plan, not_shown = printed_by(REPORTED)
+    wrong, by_version, expected, not_shown = printed_by(REPORTED)
     assert not wrong and not not_shown
     assert {"3.6.0"} < set(by_version)  # torch 2.10's, and a newer one
     for version, rows in by_version.items():
-        assert sorted(rows) == sorted(plan), f"Triton {version}: make kernel-report"
+        assert sorted(rows) == sorted(expected), f"Triton {version}: make kernel-report"

@@ -1,18 +1,18 @@
 """Writes blocks.csv, the tiles of the attention kernels: make tune.
 
-    python -m diffmas.kernels.tune [--arch 80 90 100 120 0] [--kernel fwd dq dkv] [--missing]
+    python -m tools.triton_tune [--arch 80 90 100 120 0] [--kernel fwd dq dkv] [--missing]
 
 --arch 0: the lines that all architectures share, those of float32.
 
 For each kernel, number of query rows, head size, dtype and architecture: the candidates in order of preference, compiled with
-the installed Triton for every case of report.py that uses the line, those that spill or do not fit in shared memory left out.
-Without a GPU the first one that is left is taken, from the line that is already there on: run with one version of Triton and
-another in turns until nothing changes, it ends at the first candidate that all of them hold. On a GPU the first few that are
-left, the line that is there in front, are timed on its own architecture and the fastest is taken; what was measured is printed,
-and written beside the tile.
+the installed Triton for every case of triton_report.py that uses the line. Those that spill or do not fit in shared memory are
+left out. Without a GPU the search starts at the tile that the line already has and takes the first that is left: run with two
+versions of Triton in turns until nothing changes, it ends at the first candidate that holds with both. On a GPU the first few
+that are left, the tile that the line has among them, are timed on the GPU's architecture and the fastest is taken. The times
+are printed, and the best is written beside the tile.
 
-A line that is taken out of blocks.csv is looked for anew (--missing: only such). Where heads of 65 to 96, for their masks, need
-a smaller tile than those of 128, they get a line of head size 96: put it there by hand.
+A line that is removed from blocks.csv is searched anew (--missing: only those). Where heads of 65 to 96 need a smaller tile
+than those of 128, because of their masks, they get a line of head size 96: add it by hand.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from tqdm import tqdm
 from diffmas.kernels import blocks, cross_attention
 from diffmas.kernels.blocks import ARCHITECTURES, HEAD_DIMS, NARROW, ROWS, TABLE, TILE
 from diffmas.kernels.launch import interpreting
-from diffmas.kernels.report import cases, compiled, fits, launches
+from tools.triton_report import cases, compiled, fits, launches, tiles_for
 
 TIMED = 6  # candidates
-COLUMNS = ("kernel", "rows", "head_dim", "wide", "shifted", "arch", *TILE, "microseconds")
+COLUMNS = ("kernel", "rows", "head_dim", "wide", "offset", "arch", *TILE, "microseconds")
 # (BLOCK_M, BLOCK_N, warps, stages)
 LONG = {
     ("fwd", 64): [(128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 4, 3), (64, 64, 4, 3)],
@@ -55,11 +55,11 @@ LAST = [
 ANY = dict(zip(TILE, (*LAST[-1], 0)))
 
 
-def candidates(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool) -> list[tuple[int, ...]]:
-    few = kernel != "dkv" and rows == 16
+def candidates(kernel: str, rows: int, head_dim: int, wide: bool, offset: bool) -> list[tuple[int, ...]]:
+    small_q = kernel != "dkv" and rows == 16
     if wide:
-        order = [(16, 32, 8, 2), *LAST[4:]] if few else [(32, 32, 8, 2), (16, 32, 8, 2), *LAST[3:]]
-    elif few:  # bound by memory: many bytes in flight
+        order = [(16, 32, 8, 2), *LAST[4:]] if small_q else [(32, 32, 8, 2), (16, 32, 8, 2), *LAST[3:]]
+    elif small_q:  # bound by memory: many bytes in flight
         order = ((128, 4, 3), (128, 4, 2), (64, 4, 4), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 8, 2), (16, 8, 1))
         order = [(16, *rest) for rest in order]
     elif kernel == "fwd" and rows == 64:
@@ -67,9 +67,9 @@ def candidates(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool)
         order += LAST
     else:
         order = [*LONG[kernel, 128 if head_dim == NARROW else head_dim], *LAST]
-    # A tile that is turned is in registers for a while.
-    order = [c for c in order if not shifted or wide or c[0] * head_dim <= 8192]
-    return [(*c, most) for c in order for most in ((255, 0) if shifted or wide else (0, 255))]
+    # A tile that is rotated is in registers for a while.
+    order = [c for c in order if not offset or wide or c[0] * head_dim <= 8192]
+    return [(*c, most) for c in order for most in ((255, 0) if offset or wide else (0, 255))]
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def users() -> dict[tuple, list[tuple]]:
 def shown(key: tuple, block: dict) -> bool:
     """Whether the kernel fits with these tiles wherever the report shows it with this line of the table."""
     if key not in users():
-        raise SystemExit(f"{key}: no case of report.py uses this line of {TABLE.name}; give cases() one")
+        raise SystemExit(f"{key}: no case of triton_report.py uses this line of {TABLE.name}; give cases() one")
     for op, D, dtype, arch in users()[key]:
         for one in launches(op, D, dtype, arch=arch, forced=dict.fromkeys(ROWS, block)):
             if one.line == key and not fits(compiled(one, arch, listing=False), arch):  # what spills has a stack
@@ -94,7 +94,7 @@ def shown(key: tuple, block: dict) -> bool:
     return True
 
 
-def seconds(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, here: int, block: dict) -> float:
+def seconds(kernel: str, rows: int, head_dim: int, wide: bool, offset: bool, here: int, block: dict) -> float:
     """The time of the op on this GPU, in the shape that the tile is for: a latent step over 32k rows, or 4k queries."""
     dtype, G = torch.float32 if wide else torch.bfloat16, 4
     tokens = {16: 2, 64: 12 if kernel == "fwd" else 4096, 128: 4096}[rows]
@@ -103,15 +103,15 @@ def seconds(kernel: str, rows: int, head_dim: int, wide: bool, shifted: bool, he
     pools = torch.randn(2, 8, N, head_dim, device="cuda", dtype=dtype).transpose(1, 2).unbind()
     grads = torch.zeros(2, 8, N, head_dim, device="cuda").transpose(1, 2).unbind()
     index = lambda *x: torch.tensor(x, device="cuda")
-    shift = (index(7), torch.rand(head_dim // 2, device="cuda")) if shifted else (None, None)
-    view = index(0, tokens), index(0, 1), index(0), index(N), *shift, head_dim**-0.5, True, False
-    with blocks.compiling_for(here, dict.fromkeys(ROWS, ANY) | {kernel: block}):
-        o, lse = cross_attention.cross_attention(q, *pools, *view)
-        if kernel == "fwd":
-            run = lambda: cross_attention.cross_attention(q, *pools, *view)
-        else:
-            run = lambda: cross_attention.cross_attention_backward(do, None, q, o, lse, *pools, *view, *grads)
-        return triton.testing.do_bench(run, return_mode="median") / 1e3
+    offsets = (index(7), torch.rand(head_dim // 2, device="cuda")) if offset else (None, None)
+    view = index(0, tokens), index(0, 1), index(0), index(N), *offsets, head_dim**-0.5, True, False
+    tiles, _ = tiles_for(here, dict.fromkeys(ROWS, ANY) | {kernel: block})
+    forward = functools.partial(cross_attention.cross_attention, q, *pools, *view, tiles=tiles)
+    o, lse = forward()
+    backward = functools.partial(
+        cross_attention.cross_attention_backward, do, None, q, o, lse, *pools, *view, *grads, tiles=tiles
+    )
+    return triton.testing.do_bench(forward if kernel == "fwd" else backward, return_mode="median") / 1e3
 
 
 def choose(key: tuple, before: dict | None, here: int | None = None) -> dict:
@@ -132,7 +132,7 @@ def choose(key: tuple, before: dict | None, here: int | None = None) -> dict:
         took = round(times[best] * 1e6, 1)
         print(*key, {c: f"{t * 1e6:.1f} us" for c, t in times.items()}, flush=True)
     if best is None:
-        raise SystemExit(f"{key}: no candidate fits; give tune.py a smaller one")
+        raise SystemExit(f"{key}: no candidate fits; give triton_tune.py a smaller one")
     return dict(zip(COLUMNS, (*key[:3], int(key[3]), int(key[4]), arch, *best, took)))
 
 
@@ -148,8 +148,8 @@ def main() -> None:
     before = blocks.table() if TABLE.exists() else {}
     here = blocks.architecture(torch.device("cuda", 0)) if torch.cuda.is_available() else None
     keys = [
-        (kernel, rows, head_dim, not arch, shifted, arch)
-        for shifted in (False, True) for arch in args.arch
+        (kernel, rows, head_dim, not arch, offset, arch)
+        for offset in (False, True) for arch in args.arch
         for kernel in args.kernel for rows in ROWS[kernel] for head_dim in HEAD_DIMS if arch or head_dim <= 128
     ]  # fmt: skip
     keys += [key for key in before if key[2] == NARROW and key[0] in args.kernel and key[-1] in args.arch]

@@ -1,7 +1,7 @@
 """Compiles the kernels for a GPU that need not be there, and says what they cost: registers, shared memory, stack, spills.
 
-    python -m diffmas.kernels.report                      # all of them, into report.csv beside this file (make kernel-report)
-    python -m diffmas.kernels.report "attention" --arch 80 90 100 120 --dtype float32 --head-dim 64        # printed
+    python -m tools.triton_report                         # all of them, into triton_report.csv (make kernel-report)
+    python -m tools.triton_report "attention" --arch 80 90 100 120 --dtype float32 --head-dim 64        # printed
 
 What is compiled is what the launchers ask for: they run on small CPU tensors with the kernels replaced by recorders. Not under
 TRITON_INTERPRET=1, where kernels cannot be compiled.
@@ -26,12 +26,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from diffmas.kernels import cross_attention, inject, merge_states, reposition
-from diffmas.kernels.blocks import ARCHITECTURES, compiling_for
+from diffmas.kernels.blocks import ARCHITECTURES, launch_options, line_of, table
 from diffmas.kernels.launch import interpreting
 
-__all__ = ["OPS", "Launch", "binary", "compiled", "fits", "launches"]
+__all__ = ["OPS", "Launch", "binary", "compiled", "fits", "launches", "tiles_for"]
 
-TABLE = Path(__file__).with_name("report.csv")
+TABLE = Path(__file__).with_name("triton_report.csv")
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,8 +39,6 @@ TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-
-# ---- one small call of every op --------------------------------------------------------------------------------------
 
 
 def inject_call(n, D, dtype, backward=False, interleaved=False):
@@ -66,20 +64,21 @@ def reposition_call(n, D, dtype, backward=False, interleaved=False):
     return op(src, src + n, src, torch.zeros(D // 2), interleaved, *pools)
 
 
-def attention_call(n, D, dtype, tokens=2, groups=4, backward=False, shifted=False, causal=True, newest=False):
+def attention_call(n, D, dtype, tiles, tokens=2, groups=4, backward=False, offset=False, causal=True, grad_tail=False):
     """`tokens` new tokens of one sequence over a view of n + 4096 rows; groups: query heads of a K/V head."""
     rows = n + 4096
     q, lse = torch.zeros(tokens, 2 * groups, D, dtype=dtype), torch.zeros(tokens, 2 * groups)
     pools, grads = (torch.zeros(2, 2, rows, D, dtype=t).transpose(1, 2).unbind() for t in (dtype, torch.float32))
     one = lambda *x: torch.tensor(x)
-    shift = (one(5, 0), torch.zeros(D // 2)) if shifted else (None, None)
-    view = one(0, tokens), one(0, 2), one(0, 1000), one(1000, rows - 1000), *shift, 0.1, causal, False
+    offsets = (one(5, 0), torch.zeros(D // 2)) if offset else (None, None)
+    view = one(0, tokens), one(0, 2), one(0, 1000), one(1000, rows - 1000), *offsets, 0.1, causal, False
     if not backward:
-        return cross_attention.cross_attention(q, *pools, *view)
-    return cross_attention.cross_attention_backward(q, lse, q, q, lse, *pools, *view, *grads, one(1) if newest else None)
+        return cross_attention.cross_attention(q, *pools, *view, tiles=tiles)
+    tail = one(1) if grad_tail else None
+    return cross_attention.cross_attention_backward(q, lse, q, q, lse, *pools, *view, *grads, tail, tiles=tiles)
 
 
-# call(n, D, dtype, **flags) of n tokens or rows
+# call(n, D, dtype, **flags) of n tokens or rows; attention is called with tiles too
 OPS = {
     "inject": (inject, inject_call, {}),
     "inject, interleaved": (inject, inject_call, dict(interleaved=True)),
@@ -92,21 +91,19 @@ OPS = {
     "reposition_backward": (reposition, reposition_call, dict(backward=True)),
     "attention": (cross_attention, attention_call, dict(tokens=128)),
     "attention, no group": (cross_attention, attention_call, dict(tokens=128, groups=1)),
-    "attention, shifted": (cross_attention, attention_call, dict(tokens=128, shifted=True)),
+    "attention, offset": (cross_attention, attention_call, dict(tokens=128, offset=True)),
     "attention, not causal": (cross_attention, attention_call, dict(tokens=128, causal=False)),
-    "attention, few queries": (cross_attention, attention_call, dict(tokens=12)),
-    "attention, few queries, shifted": (cross_attention, attention_call, dict(tokens=12, shifted=True)),
+    "attention, small-q": (cross_attention, attention_call, dict(tokens=12)),
+    "attention, small-q, offset": (cross_attention, attention_call, dict(tokens=12, offset=True)),
     "attention, latent step": (cross_attention, attention_call, {}),
-    "attention, latent step, shifted": (cross_attention, attention_call, dict(shifted=True)),
+    "attention, latent step, offset": (cross_attention, attention_call, dict(offset=True)),
     "attention_backward": (cross_attention, attention_call, dict(tokens=128, backward=True)),
     "attention_backward, no group": (cross_attention, attention_call, dict(tokens=128, groups=1, backward=True)),
-    "attention_backward, shifted": (cross_attention, attention_call, dict(tokens=128, backward=True, shifted=True)),
-    "attention_backward, latent step": (cross_attention, attention_call, dict(backward=True, newest=True)),
-    "attention_backward, step, shifted": (cross_attention, attention_call, dict(backward=True, newest=True, shifted=True)),
+    "attention_backward, offset": (cross_attention, attention_call, dict(tokens=128, backward=True, offset=True)),
+    "attention_backward, latent step": (cross_attention, attention_call, dict(backward=True, grad_tail=True)),
+    "attention_backward, step, offset": (cross_attention, attention_call, dict(backward=True, grad_tail=True, offset=True)),
     "attention_backward, flush": (cross_attention, attention_call, dict(tokens=16, backward=True, causal=False)),
 }
-
-# ---- recording and compiling -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -156,6 +153,18 @@ class Recorder:
             launch.attributes[at] = [["tt.divisibility", 16]]
 
 
+def tiles_for(arch: int, forced: dict[str, dict] | None = None):
+    """The `tiles` of attention launchers for an architecture, whatever device there is, and the list of the lines of blocks.csv
+    that were asked for. forced: lines for some kernels, in the place of the table's."""
+    lines = []
+
+    def tiles(kernel, rows, head_dim, wide, offset, device):
+        lines.append(line_of(kernel, rows, head_dim, wide, offset, arch))
+        return launch_options((forced or {}).get(kernel) or table()[lines[-1]])
+
+    return tiles, lines
+
+
 def launches(
     op: str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, n: int = 48, arch: int = 90, forced: dict | None = None,
     **more,
@@ -167,8 +176,10 @@ def launches(
     seen = []
     try:
         vars(module).update({name: Recorder(kernel, seen) for name, kernel in kernels.items()})
-        with compiling_for(arch, forced) as lines:
-            call(n, head_dim, dtype, **flags | more)
+        tiles, lines = tiles_for(arch, forced)
+        if module is cross_attention:
+            flags = flags | {"tiles": tiles}
+        call(n, head_dim, dtype, **flags | more)
         for launch, line in zip((one for one in seen if "BLOCK_N" in one.constants), lines, strict=True):
             launch.line = line
     finally:
@@ -204,9 +215,6 @@ def fits(cost: dict[str, int], arch: int) -> bool:
     return not cost["stack"] and not cost["spills"] and cost["shared"] <= SHARED[arch]
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
-
-
 def cases():
     """(op, dtype, head_dim, arch) of the table: together they ask for every line of blocks.csv."""
     for op in OPS:
@@ -216,7 +224,7 @@ def cases():
         yield op, "float16", 128, 90
 
 
-def planned() -> list[tuple[dict, Launch]]:
+def expected_rows() -> list[tuple[dict, Launch]]:
     """What the table says of every kernel before it is compiled, and the launch; those that several ops share once."""
     found = {}
     for op, dtype, D, arch in cases():
@@ -243,11 +251,11 @@ def _tile(launch: Launch) -> str:
     return " x ".join(sizes) + f", {launch.options['num_warps']} warps, {launch.options.get('num_stages', 3)} stages{at_most}"
 
 
-_plan = functools.cache(planned)  # a process that compiles makes it once: kernels cannot be sent there
+_expected = functools.cache(expected_rows)  # a process that compiles makes it once: kernels cannot be sent there
 
 
 def _row(i: int) -> dict:
-    row, launch = _plan()[i]
+    row, launch = _expected()[i]
     return {"triton": triton.__version__, **row, **compiled(launch, row["arch"])}
 
 
@@ -269,7 +277,7 @@ def main() -> None:
                     print("  ".join(f"{name} {value}" for name, value in what.items()), flush=True)
         return
     kept = [one for one in read_table() if one["triton"] != triton.__version__] if TABLE.exists() else []
-    count = len(_plan())
+    count = len(_expected())
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as workers:
         rows = list(tqdm(workers.map(_row, range(count)), total=count, desc="compile"))
     with TABLE.open("w", newline="") as file:

@@ -70,8 +70,8 @@ def test_steps_that_repeat_beyond_the_room_of_a_segment(repeating):
 
 
 def _one_by_one(patch, realign, trace, h, T):
-    for _ in range(T):
-        h = latent._step(patch, realign, trace, trace.plan([1] * trace.batch_size, "latent"), h)
+    for left in reversed(range(T)):
+        h = latent._step(patch, realign, trace, trace.plan([1] * trace.batch_size, "latent", reserve=left), h)
     return h
 
 

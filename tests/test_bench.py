@@ -27,6 +27,8 @@ from diffmas.benchmarks import (
     machine,
     measure,
     ours,
+    plots,
+    readme,
     report,
     run,
     store,
@@ -35,6 +37,7 @@ from diffmas.benchmarks.attention import libraries, sdpa
 from diffmas.benchmarks.goals import GOALS, SDPA, Goal
 from diffmas.benchmarks.machine import Machine, peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Senseless, Trial
+from diffmas.benchmarks.result import results
 from diffmas.cli import app
 from diffmas.ops import backends, reference, schemas
 
@@ -190,7 +193,7 @@ def test_a_ratio_pairs_samples_of_one_round():
 
 
 def test_fit_finds_the_power():
-    assert report.fit([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx((3, 2))
+    assert plots.fit([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx((3, 2))
 
 
 # ---- rows, report, README --------------------------------------------------------------------------------------------
@@ -219,7 +222,7 @@ def training(N, scale):
 
 ROWS = [
     row(OURS, 0.001), row("sdpa", 0.004), row("cat + sdpa", 0.008, peak_bytes=9000),
-    row("flex", None, why="no <compiler> here"), *training(1024, 1), *training(4096, 4),
+    row("flex", None, why="no <compiler> here"), *training(512, 1), *training(8192, 4),
 ]  # fmt: skip
 
 
@@ -265,17 +268,17 @@ def test_another_csv_is_refused(tmp_path):
 
 
 def test_results_name_the_best_peer_and_the_plain_way():
-    first = report.results([r | {"device": "cpu"} for r in ROWS])[-1]  # whole systems come first
+    first = results([r | {"device": "cpu"} for r in ROWS])[-1]  # whole systems come first
     assert first.best == ("sdpa", pytest.approx(4)) and first.plain == ("cat + sdpa", pytest.approx(8))
     assert first.memory == 9 and first.judgement[0] is True
-    slow = report.results([row(OURS, 0.001, device="cpu"), row("sdpa", 0.0009, device="cpu")])[0]
+    slow = results([row(OURS, 0.001, device="cpu"), row("sdpa", 0.0009, device="cpu")])[0]
     assert slow.judgement == (False, "below 0.95x of sdpa: 0.90x")
     assert report.shortfalls([row(OURS, 0.001, device="cpu"), row("sdpa", 0.0015, device="cpu")])[0].startswith("·")
 
 
 def test_a_goal_asks_for_time_and_memory():
     goal = Goal("cross_attention", "latent step", "forward", "cat + sdpa", times=3, memory=10)
-    result = report.results([r | {"device": "cpu"} for r in ROWS])[-1]
+    result = results([r | {"device": "cpu"} for r in ROWS])[-1]
     assert goal.fits(result) and not goal.met(result)
     assert goal.measured(result) == "8.00x as fast and 9.00x smaller"
     assert dataclasses.replace(goal, memory=9).met(result) and not dataclasses.replace(goal, memory=9, times=9).met(result)
@@ -283,7 +286,7 @@ def test_a_goal_asks_for_time_and_memory():
 
 def test_a_goal_asks_for_a_part_of_the_roofline():
     goal = Goal("cross_attention", "latent step", "forward", roofline=85)
-    result = lambda percent: report.results([row(OURS, 0.001, device="cpu", roofline_percent=percent)])[0]
+    result = lambda percent: results([row(OURS, 0.001, device="cpu", roofline_percent=percent)])[0]
     assert goal.met(result(85)) and not goal.met(result(84)) and goal.measured(result(84)) == "84 %"
     assert goal.fits(result(84)) and not goal.fits(result(None))
 
@@ -291,7 +294,7 @@ def test_a_goal_asks_for_a_part_of_the_roofline():
 def test_a_goal_asks_for_microseconds_a_peak_or_the_best_of_torch():
     step = dict(device="cuda", dtype="bfloat16", N=16384)
     goal = Goal("cross_attention", "latent step", "forward", device="cuda", dtype="bfloat16", micros=7.5)
-    result = lambda *rows: report.results([r | step for r in rows])[0]
+    result = lambda *rows: results([r | step for r in rows])[0]
     assert goal.met(result(row(OURS, 7.4e-6))) and not goal.met(result(row(OURS, 7.6e-6)))
     assert goal.measured(result(row(OURS, 7.4e-6))) == "7.4 µs" and not goal.fits(result(row(OURS, None)))
     peak = dataclasses.replace(goal, micros=0, peak=1.05)
@@ -318,7 +321,7 @@ def test_every_goal_has_its_case():
             for m, c in cases
             if not peer or peer in m.PROVIDERS
         ]
-        assert any(goal.fits(result) for group in rows for result in report.results(group)), goal
+        assert any(goal.fits(result) for group in rows for result in results(group)), goal
 
 
 GPU_ONLY = {"flex", "flashinfer", "compiled + static"}
@@ -652,7 +655,7 @@ def test_a_graph_takes_the_emptying_of_the_cache_off(monkeypatch):
 
 
 def test_another_way_of_ours_is_no_peer():
-    result = report.results([row(OURS, 0.001), row(f"{OURS}, not deferred", 0.0005), row("sdpa", 0.002)])[0]
+    result = results([row(OURS, 0.001), row(f"{OURS}, not deferred", 0.0005), row("sdpa", 0.002)])[0]
     assert result.best == ("sdpa", pytest.approx(2)) and f"{OURS}, not deferred" in result.peers
 
 
@@ -677,27 +680,46 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 
 def test_the_readme_block_is_rewritten_and_stays_as_it_is(tmp_path):
-    from diffmas.benchmarks.readme import BEGIN, END, update
-
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert update(stored(tmp_path, ROWS), readme) is True
-    text = readme.read_text()
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    assert readme.update(stored(tmp_path, ROWS), page) is True
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| training step of 3 agents, 4 layers of small shape, N = 4096, T = 16 |" in text and "3.00x" in text
-    assert update(tmp_path, readme) is False and readme.read_text() == text
+    assert "| training step of 3 agents, 4 layers of small shape, N = 8192, T = 16 |" in text and "3.00x" in text
+    assert readme.update(tmp_path, page) is False and page.read_text() == text
     (tmp_path / "growth.png").touch()  # beside the README, wherever the command runs
-    assert update(tmp_path, readme) is True and "(./growth.png)" in readme.read_text()
-    readme.write_text("no comments")
+    assert readme.update(tmp_path, page) is True and "(./growth.png)" in page.read_text()
+    page.write_text("no comments")
     with pytest.raises(ValueError, match="once each"):
-        update(tmp_path, readme)
+        readme.update(tmp_path, page)
 
 
-def test_the_projects_readme_has_its_place_for_results():
-    from diffmas.benchmarks.readme import BEGIN, END
+def test_the_projects_readme_tells_what_is_stored():
+    root = run.HERE.parent
+    text = (root / "README.md").read_text()
+    assert text.count(readme.BEGIN) == 1 and text.count(readme.END) == 1
+    between = text.split(readme.BEGIN)[1].split(readme.END)[0].strip()
+    kept = root / "benchmarks/results/cpu"
+    rows = store.read(kept / store.FILE)
+    if not all(r["commit"] in between for r in rows):
+        pytest.skip("measured again since: make bench-readme")
+    assert between == readme.block(rows, "benchmarks/results/cpu", (kept / "growth.png").exists())
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (root / target).exists(), target
 
-    text = (run.HERE.parent / "README.md").read_text()
-    assert text.count(BEGIN) == 1 and text.count(END) == 1
+
+def test_every_row_of_the_readme_has_one_case():
+    cases = [c for m in MODULES.values() for c in getattr(m, "CPU_CASES", m.CASES)]
+    for wanted in readme.STORY:
+        assert len([c for c in cases if all(getattr(c, k) == v for k, v in wanted.items())]) == 1, wanted
+
+
+def test_the_names_of_stored_rows_are_those_of_the_cases():
+    """A case that is renamed takes its stored rows along. Parts of a whole system's call have phases of their own."""
+    cases = {(c.op, c.regime) for m in MODULES.values() for c in getattr(m, "CPU_CASES", m.CASES)}
+    providers = {name for m in MODULES.values() for name in m.PROVIDERS}
+    for stored_row in store.read(run.HERE / "results/cpu" / store.FILE):
+        assert (stored_row["op"], stored_row["regime"]) in cases and stored_row["provider"] in providers, stored_row
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -75,13 +75,18 @@ class Case:
 
 @dataclass
 class Trial:
-    """One provider's work on one problem. call: what is timed. read: its result -> the outputs that the gate compares, in the
-    problem's layout. reset: run before each sample, untimed. seconds: filled by the call itself with the time of its parts."""
+    """One provider's work on one problem.
+
+    call: what is timed. read: its result -> the outputs that the gate compares, in the problem's layout. reset: run before each
+    sample, untimed. seconds: filled by the call itself with the time of its parts. answer: compared with in the place of the
+    problem's reference; only for a part of ours left out on purpose ("diffmas, ..."), which has another result.
+    """
 
     call: Callable
     read: Callable[[object], dict[str, Tensor]]
     reset: Callable[[], None] | None = None
     seconds: dict[str, list[float]] | None = None
+    answer: Callable[[torch.dtype], dict[str, Tensor]] | None = None
 
 
 @dataclass
@@ -91,7 +96,8 @@ class Problem:
     The gate's budget is 4 x the error of the same-precision reference, at least 256 float32 eps or 2.5 of a shorter dtype's:
     more than our own tests allow, because peers round intermediate results. `tolerance` replaces it where the reference is not
     of the same precision. peers_lack: outputs that a peer may leave out, but not diffmas.
-    flops, read and copied bytes: the least an implementation can do; 0: no roofline is given.
+    flops, read and copied bytes: the least an implementation can do; 0: no roofline is given. units: how often a call does what
+    is reported (layers x steps, say). The time of a call and of its parts is divided by it, memory is not.
     """
 
     case: Case
@@ -102,6 +108,7 @@ class Problem:
     copied: float = 0
     tolerance: float | None = None
     peers_lack: tuple[str, ...] = ()
+    units: int = 1
 
     @property
     def graph(self) -> bool:
@@ -170,6 +177,9 @@ class Contest:
             result, peak = peak_bytes(trial.call, self.device)
             self._once[name] = time.perf_counter() - start
             got = trial.read(result)
+            if trial.answer and not name.startswith(f"{OURS},"):
+                raise ValueError("an answer of its own, which only a part of ours left out may have")
+            want = trial.answer(torch.float64) if trial.answer else want
         except Senseless:
             return
         except Cannot as reason:
@@ -231,10 +241,10 @@ class Contest:
         return self._once[name] > HOPELESS * min(self._once[right] for right in self.trials)
 
     def sample(self, name: str, turn: int) -> float | None:
-        """Seconds per call of one sample in round `turn`; None where a provider far behind sits out."""
+        """Seconds per unit of one sample in round `turn`; None where a provider far behind sits out."""
         if turn >= HOPELESS_ROUNDS and self._hopeless(name):
             return None
-        return self._sample(name, self._repeats[name])
+        return self._sample(name, self._repeats[name]) / self.problem.units
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
@@ -245,7 +255,7 @@ class Contest:
         spread: median absolute deviation / median.
         """
         problem, out = self.problem, []
-        roof = machine.seconds(problem.flops, problem.read, problem.copied, problem.case.dtype)
+        roof = machine.seconds(problem.flops, problem.read, problem.copied, problem.case.dtype) / problem.units
         noise = {name for name in self._graphs if name in samples and drowned(samples[name])}
         right = samples.get(OURS) if OURS not in noise else None
         for name in (*self.trials, *self.notes):
@@ -260,10 +270,14 @@ class Contest:
             if roof:
                 row["roofline_percent"] = 100 * roof / row["seconds"]
             out.append(row)
-            ours = self.trials[OURS].seconds if OURS in self.trials else None
-            for phase, parts in (self.trials[name].seconds or {}).items():
-                out.append(row | {"phase": phase, "peak_bytes": None} | _summary(parts, (ours or {}).get(phase)))
+            ours = self._parts(OURS) if OURS in self.trials else {}
+            for phase, parts in self._parts(name).items():
+                out.append(row | {"phase": phase, "peak_bytes": None} | _summary(parts, ours.get(phase)))
         return out
+
+    def _parts(self, name: str) -> dict[str, list[float]]:
+        """Seconds per unit of the parts of each call."""
+        return {part: [t / self.problem.units for t in times] for part, times in (self.trials[name].seconds or {}).items()}
 
 
 def _summary(times: list[float], ours: list[float] | None) -> dict:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diffmas.benchmarks import store
+from diffmas.benchmarks.measure import OURS
 from diffmas.benchmarks.page import page
 from diffmas.benchmarks.plots import plot
 from diffmas.benchmarks.result import COLOUR, MARK, ratio_text, results, time_text
@@ -23,8 +24,11 @@ def line(rows: list[dict]) -> Text:
     good, words = result.judgement
     best = f"{ratio_text(result.best[1])} of {result.best[0]}" if result.best else ""
     head = f"{result.op} · {result.regime} · {result.phase} · {result.shape}"
-    return Text.assemble((MARK[good] + " ", COLOUR[good]), f"{head}  {time_text(result.ours.get('seconds'))}  ", (best, "bold"),
-                         ("" if words == "ok" else f"  {words}", "dim"))  # fmt: skip
+    left_out = {name: r for name, r in result.peers.items() if name.startswith(f"{OURS},")}
+    own = "".join(f"  {name.removeprefix(f'{OURS}, ')} {ratio_text(r['ratio'])}" for name, r in left_out.items())
+    time = time_text(result.ours.get("seconds"))
+    rest = own if words == "ok" else f"{own}  {words}"
+    return Text.assemble((MARK[good] + " ", COLOUR[good]), f"{head}  {time}  ", (best, "bold"), (rest, "dim"))
 
 
 def table(rows: list[dict], title: str) -> Table:

@@ -146,7 +146,7 @@ def test_peers_of_attention_agree_on_every_regime():
         assert not contest.notes and "sdpa" in contest.trials and "eager" in contest.trials, (case.key, contest.notes)
 
 
-@pytest.mark.parametrize("name", ["inject", "merge", "reposition", "deferred", "latent_step"])
+@pytest.mark.parametrize("name", ["inject", "merge", "reposition", "deferred", "latent_step", "host"])
 def test_the_smallest_case_of_every_phase_runs_right(name):
     module = importlib.import_module(f"diffmas.benchmarks.bench_{name}")
     for phase in {case.phase for case in module.CASES}:
@@ -154,6 +154,28 @@ def test_the_smallest_case_of_every_phase_runs_right(name):
         contest = Contest(module.problem(case), module.PROVIDERS)
         assert OURS in contest.trials and len(contest.trials) > 1, contest.notes
         contest.warm_up()
+
+
+def test_only_a_part_of_ours_left_out_may_have_an_answer_of_its_own():
+    """It is compared with that answer, and with nothing else."""
+    half = lambda factor: (
+        lambda p: Trial(lambda: factor * p.inputs, lambda y: {"y": y}, answer=lambda dtype: {"y": p.inputs.to(dtype) / 2})
+    )
+    ways = {OURS: way(lambda x: 2 * x), f"{OURS}, half": half(0.5), f"{OURS}, wrong": half(0.6), "peer": half(0.5)}
+    contest = Contest(doubling(), ways)
+    assert set(contest.trials) == {OURS, f"{OURS}, half"} and "wrong result" in contest.notes[f"{OURS}, wrong"]
+    assert "only a part of ours" in contest.notes["peer"]
+
+
+def test_without_attention_the_result_is_another():
+    """So the gate of host time sees an attention that is left out."""
+    module = MODULES["bench_host"]
+    for case in module.CASES:
+        p = module.problem(case)
+        alone = module.PROVIDERS[f"{OURS}, layers alone"](p)
+        if alone.reset:
+            alone.reset()
+        assert measure.error(alone.read(alone.call()), p.reference(torch.float64)) > 0.1
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -190,6 +212,17 @@ def test_a_ratio_pairs_samples_of_one_round():
     assert (peer["seconds"], peer["ratio"], peer["rounds"]) == (4.0, 2.0, 3)
     assert peer["spread"] == pytest.approx(0.5)
     assert rows[0]["roofline_percent"] == pytest.approx(100 * 800 / 32e9 / 2.0)
+
+
+def test_times_are_of_one_unit(monkeypatch):
+    monkeypatch.setattr(measure, "sample", lambda call, repeats, device: 6.0)
+    p = dataclasses.replace(doubling(), units=4)
+    parts = lambda p: Trial(lambda: 2 * p.inputs, lambda y: {"y": y}, seconds={"part": [2.0]})
+    contest = Contest(p, {OURS: parts})
+    contest._repeats = {OURS: 1}
+    whole, part = contest.rows({OURS: [contest.sample(OURS, 0)]}, MACHINE)
+    assert whole["seconds"] == 1.5 and part["seconds"] == 0.5 and part["phase"] == "part"
+    assert whole["roofline_percent"] == pytest.approx(100 * 800 / 32e9 / 6)
 
 
 def test_fit_finds_the_power():
@@ -657,6 +690,8 @@ def test_a_graph_takes_the_emptying_of_the_cache_off(monkeypatch):
 def test_another_way_of_ours_is_no_peer():
     result = results([row(OURS, 0.001), row(f"{OURS}, not deferred", 0.0005), row("sdpa", 0.002)])[0]
     assert result.best == ("sdpa", pytest.approx(2)) and f"{OURS}, not deferred" in result.peers
+    rows = [row(OURS, 0.001, device="cpu"), row(f"{OURS}, not deferred", 0.0005), row("sdpa", 0.002)]
+    assert "2.00x of sdpa  not deferred 0.50x" in report.line(rows).plain
 
 
 def test_brackets_are_text_and_no_markup():

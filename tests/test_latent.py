@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
+from models import assert_close, latent_steps, prefill, read, tiny, tokens
 from systems import QUESTIONS, system
 
 from diffmas import Agent, Trace
@@ -142,7 +142,9 @@ def test_shared_rows_are_read_once(positions, monkeypatch):
     monkeypatch.setattr(views, "SAVED_ROWS", 8)
     called = []
     call = layer_work.call
-    monkeypatch.setattr("diffmas.trace.layer_work.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw))
+    monkeypatch.setattr(
+        "diffmas.trace.layer_work.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw)
+    )
     with torch.no_grad():
         got = read(model, joined.select(owners), *tokens(1, 2, 1, 1, 3, 1, seed=3))
     assert "merge_states" in called

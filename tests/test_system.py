@@ -9,9 +9,9 @@ from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer, 
 
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace
+from diffmas.agents import prompts
 from diffmas.agents.realign import REALIGN
 from diffmas.models.patch import patch_of
-from diffmas.agents import prompts
 from diffmas.trace import pool
 
 TIGHT = 1e-9  # everything is float64

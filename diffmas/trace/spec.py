@@ -17,7 +17,9 @@ class LayerSpec:
 
     index: int
     rope: str
-    records: bool = field(default=False, init=False, compare=False)  # a gradient was recorded in it once: below the first trained weight never
+    records: bool = field(
+        default=False, init=False, compare=False
+    )  # a gradient was recorded in it once: below the first trained weight never
 
     def __post_init__(self):
         self.number = torch.tensor(self.index)  # for compiled graphs, which specialize on an int

@@ -416,10 +416,11 @@ class Trace(CacheFace):
 
     @classmethod
     def of_rows(
-        cls, model, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]]
-    ) -> "Trace":
+        cls, model, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]],
+        capacity: int | None = None,
+    ) -> "Trace":  # fmt: skip
         """A trace with rows that were written before: kv, by layer, k and v [rows, Hkv, D]; segments of these rows."""
-        trace = cls(model, batch_size=len(segments))
+        trace = cls(model, len(segments), capacity)
         rows = kv[0][0].shape[0] if kv else 0
         trace._store.write(trace._store.allocate(rows), rows, 0)
         for layer, (k, v) in zip(trace.spec.layers, kv):

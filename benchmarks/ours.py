@@ -55,7 +55,7 @@ def twins(op: str, make) -> dict[str, Provider]:
             if backend == "cuda":
                 with _Seen() as seen:
                     make(p, run).call()
-                if "diffmas_cuda" not in seen.libraries:
+                if "diffmas_native" not in seen.libraries:
                     raise Senseless
             return make(p, run)
 

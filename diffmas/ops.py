@@ -39,31 +39,9 @@ from diffmas.checks import (
     refuse,
     values_of,
 )  # fmt: skip
+from diffmas.schemas import SCHEMAS, with_backend
 
 __all__ = ["BACKENDS", "available", "inject", "cross_attention", "merge_states", "reposition"]
-
-# ---- schemas ---------------------------------------------------------------------------------------------------------
-
-ROPE = "Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved"
-VIEW = (
-    "Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_shift, Tensor? inv_freq, "
-    "float scale, bool causal, bool interleaved"
-)
-MOVE = "Tensor src, Tensor dst, Tensor shift, Tensor inv_freq, bool interleaved"
-POOLS, GRADS = "Tensor(a!) k_pool, Tensor(b!) v_pool", "Tensor(a!) dk_pool, Tensor(b!) dv_pool"
-SCHEMAS = {
-    "inject": f"(Tensor q, Tensor k, Tensor v, {ROPE}, {POOLS}, str backend='auto') -> Tensor",
-    "inject_backward": f"(Tensor dq_rot, Tensor q, Tensor k, {ROPE}, {GRADS}, str backend='auto')"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "cross_attention": f"(Tensor q, Tensor k_pool, Tensor v_pool, {VIEW}, str backend='auto') -> (Tensor, Tensor)",
-    "cross_attention_backward": "(Tensor do, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, "
-    f"Tensor v_pool, {VIEW}, {GRADS}, Tensor? newest=None, bool want_dq=True, str backend='auto') -> Tensor",
-    "merge_states": "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, str backend='auto') -> (Tensor, Tensor)",
-    "merge_states_backward": "(Tensor do, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor o, "
-    "Tensor lse, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor)",
-    "reposition": f"({MOVE}, {POOLS}, str backend='auto') -> ()",
-    "reposition_backward": f"({MOVE}, {GRADS}, str backend='auto') -> ()",
-}
 
 # ---- backends --------------------------------------------------------------------------------------------------------
 
@@ -114,7 +92,7 @@ class TritonBackend(Backend):
 
 
 class CudaOps:
-    """torch.ops.diffmas_cuda. Its attention is made for few queries a sequence, as it reads a view again for every 16 of their
+    """torch.ops.diffmas_native on a GPU. Its attention is made for few queries a sequence, as it reads a view again for every 16 of their
     rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only. The
     rest is Triton's, or the reference's where there is no Triton: o and dq of many queries, pools of another dtype than q, and
     rotated halves whose padding makes a head longer than 256."""
@@ -122,7 +100,7 @@ class CudaOps:
     FEW_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
 
     def __getattr__(self, op):
-        return getattr(torch.ops.diffmas_cuda, op)
+        return getattr(torch.ops.diffmas_native, op)
 
     def _few(self, q, k_pool, q_indptr):
         return q.shape[0] * q.shape[1] // k_pool.shape[1] <= self.FEW_ROWS * (q_indptr.shape[0] - 1)
@@ -140,7 +118,7 @@ class CudaOps:
         self, q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved
     ):
         ours = self._few(q, k_pool, q_indptr) and self._served(q, k_pool, seg_shift, inv_freq, interleaved)
-        run = torch.ops.diffmas_cuda.cross_attention if ours else _triton_or_reference("cross_attention", q)
+        run = torch.ops.diffmas_native.cross_attention if ours else _triton_or_reference("cross_attention", q)
         return run(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale, causal, interleaved)
 
     def cross_attention_backward(
@@ -151,7 +129,7 @@ class CudaOps:
             do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, inv_freq, scale,
             causal, interleaved, dk_pool, dv_pool,
         )  # fmt: skip
-        ours = torch.ops.diffmas_cuda.cross_attention_backward
+        ours = torch.ops.diffmas_native.cross_attention_backward
         served = self._served(q, k_pool, seg_shift, inv_freq, interleaved)
         if served and self._few(q, k_pool, q_indptr):
             return ours(*args, newest, want_dq)
@@ -175,12 +153,14 @@ def _triton_or_reference(op: str, lead: Tensor):
 class CudaBackend(Backend):
     """The CUDA kernels of the extension. Devices are looked for when it is first needed."""
 
+    OPS = ("inject", "inject_backward", "cross_attention", "cross_attention_backward")
+
     def __init__(self):
         self.name, self.ops, self.devices, self.dtypes = "cuda", CudaOps(), ("cuda",), FLOATS
 
     def has(self, op: str, dtype: torch.dtype, head_dim: int) -> bool:
         most = 256 if op.startswith("cross_attention") else MAX_HEAD_DIM
-        return head_dim <= most and hasattr(torch.ops.diffmas_cuda, op)
+        return head_dim <= most and op in self.OPS
 
     @functools.cached_property
     def why_missing(self) -> str | None:
@@ -188,7 +168,7 @@ class CudaBackend(Backend):
             return _extension.cuda_error
         if not torch.cuda.is_available():
             return "there is no CUDA device"
-        driver, runtime = (version // 1000 for version in torch.ops.diffmas_cuda.versions())
+        driver, runtime = (version // 1000 for version in torch.ops.diffmas_native.versions())
         if driver < runtime:  # torch's own runtime may be an older one
             return f"it was built with CUDA {runtime}, which this machine's driver, of CUDA {driver}, does not run"
         # A target's code runs on its generation's later members too, unless it ends with "a".
@@ -202,7 +182,7 @@ class CudaBackend(Backend):
 BACKENDS = {
     "triton": TritonBackend(),
     "cuda": CudaBackend(),
-    "cpu": Backend("cpu", torch.ops.diffmas_cpu, ("cpu",), FLOATS, _extension.error),
+    "cpu": Backend("cpu", torch.ops.diffmas_native, ("cpu",), FLOATS, _extension.error),
     "reference": Backend("reference", reference, None, None, None),
 }
 
@@ -264,7 +244,7 @@ def _register(name: str, lead: int) -> None:
             )
         return implementation(name, args[lead], backend)(*args)
 
-    _library.define(name + SCHEMAS[name])
+    _library.define(name + with_backend(SCHEMAS[name]))
     count = len(getattr(torch.ops.diffmas, name).default._schema.arguments) - 1
     _library.impl(name, run, "CompositeExplicitAutograd")
 
@@ -372,14 +352,14 @@ def inject(
 
 def cross_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, q_indptr: Tensor, seg_indptr: Tensor, seg_start: Tensor,
-    seg_len: Tensor, seg_shift: Tensor | None = None, inv_freq: Tensor | None = None, *, scale: float | None = None,
+    seg_len: Tensor, seg_offset: Tensor | None = None, inv_freq: Tensor | None = None, *, scale: float | None = None,
     causal: bool = True, interleaved: bool = False, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of n packed queries of B sequences, each over its own view of the pools, without a concatenation.
 
     q [n, Hq, D], rotated; k_pool, v_pool [R, Hkv, D]; q_indptr, seg_indptr [B + 1]: where each sequence's queries and
     segments begin; seg_start, seg_len [S]: pool rows of each segment in the order they are read, at least one, disjoint
-    within a sequence; seg_shift [S]: read the segment as if its keys stood that many positions later (needs inv_freq
+    within a sequence; seg_offset [S]: read the segment as if its keys stood that many positions later (needs inv_freq
     [Dr/2]); all of these int64 or int32; scale defaults to D ** -0.5. Causal is bottom-right aligned: the newest tokens of
     a view are its queries' own.
     Returns o [n, Hq, D] and lse [n, Hq] (natural log, float32). Nothing visible: o = 0, lse = -inf.
@@ -400,15 +380,15 @@ def cross_attention(
     check_segments(seg_indptr, seg_start, seg_len, k_pool.shape[0])
     scale = D**-0.5 if scale is None else scale
     expect(abs(scale) <= FLOAT_MAX, "scale", "a finite float32", scale)
-    if seg_shift is not None:
-        check_shape("seg_shift", seg_shift, (S,))
-        seg_shift = check_index("seg_shift", seg_shift, q)
-        expect(inv_freq is not None, "inv_freq", "the rotary frequencies that seg_shift needs", None)
+    if seg_offset is not None:
+        check_shape("seg_offset", seg_offset, (S,))
+        seg_offset = check_index("seg_offset", seg_offset, q)
+        expect(inv_freq is not None, "inv_freq", "the rotary frequencies that seg_offset needs", None)
     if inv_freq is not None:
         check_shape("inv_freq", inv_freq, ("Dr/2",))
         expect(2 * inv_freq.shape[0] <= D, "inv_freq", f"at most {D // 2} frequencies", inv_freq.shape[0])
     return torch.ops.diffmas.cross_attention(
-        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_shift, frequencies_of(inv_freq, q),
+        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, frequencies_of(inv_freq, q),
         scale, causal, interleaved, check_backend(backend),
     )  # fmt: skip
 
@@ -430,12 +410,12 @@ def merge_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor, *, back
 
 
 def reposition(
-    src: Tensor, dst: Tensor, shift: Tensor, inv_freq: Tensor, k_pool: Tensor, v_pool: Tensor, *,
+    src: Tensor, dst: Tensor, offset: Tensor, inv_freq: Tensor, k_pool: Tensor, v_pool: Tensor, *,
     interleaved: bool = False, backend: str = "auto",
 ) -> None:  # fmt: skip
-    """Copies pool rows `src` to rows `dst`, their keys rotated on by `shift` positions.
+    """Copies pool rows `src` to rows `dst`, their keys rotated on by `offset` positions.
 
-    src, dst, shift [m] int64 or int32 (dst distinct, none of them also in src); inv_freq [Dr/2]: a pure rotation, without the
+    src, dst, offset [m] int64 or int32 (dst distinct, none of them also in src); inv_freq [Dr/2]: a pure rotation, without the
     attention factor that some models scale cos and sin by; k_pool, v_pool [R, Hkv, D], mutated.
     Raises ValueError naming the argument.
     """
@@ -447,9 +427,9 @@ def reposition(
     )
     R = k_pool.shape[0]
     src = check_index("src", src, k_pool, 0, R)
-    for name, x in (("dst", dst), ("shift", shift)):
+    for name, x in (("dst", dst), ("offset", offset)):
         check_shape(name, x, tuple(src.shape))
-    dst, shift = check_index("dst", dst, k_pool, 0, R), check_index("shift", shift, k_pool)
+    dst, offset = check_index("dst", dst, k_pool, 0, R), check_index("offset", offset, k_pool)
     check_distinct("dst", dst)
     if dst.device.type == "cpu":
         expect(not np.isin(values_of(dst), values_of(src)).any(), "dst", "rows that are not read", "rows that are also in src")
@@ -457,4 +437,4 @@ def reposition(
     expect(2 * inv_freq.shape[0] <= D, "inv_freq", f"at most {D // 2} frequencies", inv_freq.shape[0])
     check_written(k_pool, v_pool)
     inv_freq = frequencies_of(inv_freq, k_pool)
-    torch.ops.diffmas.reposition(src, dst, shift, inv_freq, interleaved, k_pool, v_pool, check_backend(backend))
+    torch.ops.diffmas.reposition(src, dst, offset, inv_freq, interleaved, k_pool, v_pool, check_backend(backend))

@@ -1,5 +1,5 @@
-// The launch of attention_sm90.cuh; compiled for sm_90a only.
-#include "attention_sm90.cuh"
+// The launch of attention/dkv_sm90.cuh; compiled for sm_90a only.
+#include "attention/dkv_sm90.cuh"
 
 namespace diffmas::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // Kernels that are right and kernels that are wrong, to see that host execution tells them apart.
-#include "../../csrc/cuda/sm90.h"
+#include "cuda/sm90.h"
 #include "tensors.h"
 
 namespace {

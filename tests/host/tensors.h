@@ -8,7 +8,7 @@
 #include <sstream>
 #include <string>
 
-#include "../../csrc/cuda/device.h"
+#include "cuda/device.h"
 
 namespace diffmas::host {
 

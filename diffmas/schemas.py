@@ -1,0 +1,25 @@
+"""The schema of every op. torch.ops.diffmas_native (csrc/binding) has them as they are, torch.ops.diffmas with a backend argument."""
+
+ROPE = "Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved"
+VIEW = (
+    "Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_offset, Tensor? inv_freq, "
+    "float scale, bool causal, bool interleaved"
+)
+MOVE = "Tensor src, Tensor dst, Tensor offset, Tensor inv_freq, bool interleaved"
+POOLS, GRADS = "Tensor(a!) k_pool, Tensor(b!) v_pool", "Tensor(a!) dk_pool, Tensor(b!) dv_pool"
+SCHEMAS = {
+    "inject": f"(Tensor q, Tensor k, Tensor v, {ROPE}, {POOLS}) -> Tensor",
+    "inject_backward": f"(Tensor dq_rot, Tensor q, Tensor k, {ROPE}, {GRADS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "cross_attention": f"(Tensor q, Tensor k_pool, Tensor v_pool, {VIEW}) -> (Tensor, Tensor)",
+    "cross_attention_backward": "(Tensor do, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, "
+    f"{VIEW}, {GRADS}, Tensor? grad_tail=None, bool want_dq=True) -> Tensor",
+    "merge_states": "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor, Tensor)",
+    "merge_states_backward": "(Tensor do, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor o, "
+    "Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+    "reposition": f"({MOVE}, {POOLS}) -> ()",
+    "reposition_backward": f"({MOVE}, {GRADS}) -> ()",
+}
+
+
+def with_backend(schema: str) -> str:
+    return schema.replace(") -> ", ", str backend='auto') -> ")

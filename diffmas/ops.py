@@ -92,7 +92,7 @@ class TritonBackend(Backend):
 
 
 class CudaOps:
-    """torch.ops.diffmas_native on a GPU. Its attention is made for few queries a sequence, as it reads a view again for every 16 of their
+    """torch.ops.diffmas_native. Its attention is for few queries a sequence, as it reads a view again for every 16 of their
     rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only. The
     rest is Triton's, or the reference's where there is no Triton: o and dq of many queries, pools of another dtype than q, and
     rotated halves whose padding makes a head longer than 256."""

@@ -1,4 +1,4 @@
-"""The schema of every op. torch.ops.diffmas_native (csrc/binding) has them as they are, torch.ops.diffmas with a backend argument."""
+"""The schemas of the ops: torch.ops.diffmas_native (csrc/binding) has them as they are, torch.ops.diffmas with a backend."""
 
 ROPE = "Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved"
 VIEW = (

@@ -13,7 +13,9 @@ spec.loader.exec_module(report)
 
 def test_the_table_is_whole_and_without_fault():
     rows = report.table().values()
-    assert {(row["source"], row["target"]) for row in rows} == {(s.name, t) for s in report.SOURCES for t in report.targets_of(s)}
+    assert {(row["source"], row["target"]) for row in rows} == {
+        (s.name, t) for s in report.SOURCES for t in report.targets_of(s)
+    }
     assert not [(row, report.faults(row)) for row in rows if report.faults(row)]
 
 

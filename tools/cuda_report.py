@@ -80,7 +80,8 @@ def compiled(source: Path, target: str) -> list[dict]:
     ptx = target if targets_of(source) == (target,) else "80"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
-        command = [nvcc(), "-O3", "-std=c++17", f"-gencode=arch=compute_{ptx},code=sm_{target}", "-Xptxas", "-v", "-cubin", f"-I{CSRC}"]
+        command = [nvcc(), "-O3", "-std=c++17", f"-I{CSRC}", f"-gencode=arch=compute_{ptx},code=sm_{target}"]
+        command += ["-Xptxas", "-v", "-cubin"]
         run = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
         if run.returncode or "wgmma.mma_async instructions are serialized" in run.stderr:
             raise SystemExit(run.stderr)

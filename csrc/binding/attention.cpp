@@ -82,7 +82,8 @@ struct Partials {
 #ifdef DIFFMAS_CUDA
 void attention_on_cuda(const AttentionArgs& args, const Tensor& q, const Tensor& k_pool, bool backward) {
   check_dtype("k_pool", k_pool, q.scalar_type());
-  STD_TORCH_CHECK(args.head_dim <= cuda::kMaxAttentionDim, "q: expected a head size up to ", cuda::kMaxAttentionDim, ", got ", args.head_dim);
+  STD_TORCH_CHECK(args.head_dim <= cuda::kMaxAttentionDim, "q: expected a head size up to ", cuda::kMaxAttentionDim, ", got ",
+                  args.head_dim);
   check_rows_fit("q", args.n * args.q_heads);
   check_rows_fit("k_pool", args.pool_rows);
   const Device device = device_of(q);

@@ -32,7 +32,8 @@ DType dtype_of(const char* name, const Tensor& t) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, name, ": expected dtype float32, bfloat16 or float16, got ", torch::headeronly::toString(t.scalar_type()));
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype float32, bfloat16 or float16, got ", torch::headeronly::toString(t.scalar_type()));
   }
   return DType::f32;
 }

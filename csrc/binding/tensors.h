@@ -52,7 +52,8 @@ struct Pools {
   Rows k, v;
   int64_t rows, kv_heads, head_dim;
 };
-Pools pools(const char* k_name, const Tensor& k_pool, const char* v_name, const Tensor& v_pool, int64_t kv_heads, int64_t head_dim, Device device);
+Pools pools(const char* k_name, const Tensor& k_pool, const char* v_name, const Tensor& v_pool, int64_t kv_heads, int64_t head_dim,
+            Device device);
 
 // cos, sin [n, Dr] or a norm weight [D]; null when absent.
 Table table(const char* name, const Optional& t, std::initializer_list<int64_t> shape, Device device);

@@ -27,9 +27,8 @@ void attention_forward(const AttentionArgs& args, const Threads& threads, const 
   if (schedule.partials) s.partials = workspace.take(workspace.context, schedule.partials * s.forward_partial_size());
 
   const Threads used = schedule.pairs * args.head_dim < kSerialWork ? Threads{1, nullptr} : threads;
-  for_each_task(used, int64_t(schedule.tasks.size()), [&](int64_t i) {
-    kernels().attention_forward(s, schedule.tasks[i], scratch(forward_scratch_size(s.padded_dim)));
-  });
+  for_each_task(used, int64_t(schedule.tasks.size()),
+                [&](int64_t i) { kernels().attention_forward(s, schedule.tasks[i], scratch(forward_scratch_size(s.padded_dim))); });
   for_each_task(used, int64_t(schedule.merges.size()), [&](int64_t i) { kernels().attention_merge(s, schedule.merges[i]); });
 }
 

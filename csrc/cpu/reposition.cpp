@@ -19,8 +19,7 @@ struct OffsetTables {
     std::vector<int64_t> offsets(args.offset, args.offset + args.m);
     std::sort(offsets.begin(), offsets.end());
     offsets.erase(std::unique(offsets.begin(), offsets.end()), offsets.end());
-    for (int64_t i = 0; i < args.m; ++i)
-      rotation[i] = std::lower_bound(offsets.begin(), offsets.end(), args.offset[i]) - offsets.begin();
+    for (int64_t i = 0; i < args.m; ++i) rotation[i] = std::lower_bound(offsets.begin(), offsets.end(), args.offset[i]) - offsets.begin();
     const int64_t half = args.half_rotary, step = args.interleaved ? 2 : 1, other = args.interleaved ? 1 : half;
     cos.resize(offsets.size() * 2 * half), sin.resize(cos.size());
     for (size_t s = 0; s < offsets.size(); ++s)

@@ -62,7 +62,8 @@ std::vector<int32_t> append_tiles(const std::vector<Piece>& pieces, int64_t tile
     int64_t done = 0;  // of pieces[p]
     while (first.length - done >= kLeastInPlace) {
       const int64_t count = std::min(tile_keys, first.length - done);
-      tiles.push_back({first.view + done, first.row + done, first.skip + done, first.segment, int32_t(count), first.rotation, first.needs_grad});
+      tiles.push_back(
+          {first.view + done, first.row + done, first.skip + done, first.segment, int32_t(count), first.rotation, first.needs_grad});
       chunks.push_back(first.chunk);
       done += count;
     }
@@ -70,8 +71,8 @@ std::vector<int32_t> append_tiles(const std::vector<Piece>& pieces, int64_t tile
       ++p;
       continue;
     }
-    Tile tile{first.view + done, first.row + done, first.skip + done, first.segment, int32_t(first.length - done), first.rotation,
-              first.needs_grad};
+    Tile tile{first.view + done, first.row + done, first.skip + done, first.segment, int32_t(first.length - done),
+              first.rotation,    first.needs_grad};
     chunks.push_back(first.chunk);
     for (++p; p < pieces.size(); ++p) {
       const Piece& next = pieces[p];
@@ -101,7 +102,8 @@ void append_blocks(const Segments& s, int64_t b, int64_t group, std::vector<Bloc
 int64_t visible_end(const Block& block, int64_t group, const std::vector<Tile>& tiles, int64_t begin, int64_t end) {
   if (!block.causal) return end;
   const int64_t last = block.limit + (block.row + block.rows - 1) / group;
-  return std::partition_point(tiles.begin() + begin, tiles.begin() + end, [&](const Tile& tile) { return tile.view <= last; }) - tiles.begin();
+  return std::partition_point(tiles.begin() + begin, tiles.begin() + end, [&](const Tile& tile) { return tile.view <= last; }) -
+         tiles.begin();
 }
 
 // Pool rows where the covered rows are cut into chunks: rows shared by several sequences lie in the same chunk for all of them.
@@ -116,10 +118,8 @@ std::vector<int64_t> chunk_bounds(const Segments& s, int64_t kv_heads) {
     if (!merged.empty() && begin <= merged.back().second) begin = merged.back().second;
     if (begin >= end) continue;
     covered += end - begin;
-    if (!merged.empty() && begin == merged.back().second)
-      merged.back().second = end;
-    else
-      merged.push_back({begin, end});
+    if (!merged.empty() && begin == merged.back().second) merged.back().second = end;
+    else merged.push_back({begin, end});
   }
   const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(kWantedTasks, kv_heads), covered / kLeastKeys));
   std::vector<int64_t> bounds;
@@ -166,7 +166,8 @@ ForwardSchedule::ForwardSchedule(const Segments& s, const Rotations& rotations, 
     append_blocks(s, b, group, blocks);
     if (block == int64_t(blocks.size())) continue;
     append_tiles(pieces_of(s, rotations, b, {}), tile_keys(s, b, group), tiles);
-    for (size_t i = block; i < blocks.size(); ++i) ranges.push_back({begin, visible_end(blocks[i], group, tiles, begin, int64_t(tiles.size()))});
+    for (size_t i = block; i < blocks.size(); ++i)
+      ranges.push_back({begin, visible_end(blocks[i], group, tiles, begin, int64_t(tiles.size()))});
   }
   const int64_t whole = int64_t(blocks.size()) * kv_heads;
   // The longest tasks first: the threads finish together.
@@ -187,15 +188,18 @@ ForwardSchedule::ForwardSchedule(const Segments& s, const Rotations& rotations, 
         continue;
       }
       merges.push_back({i, head, partials, splits});
-      for (int64_t j = 0; j < splits; ++j) tasks.push_back({i, head, begin + count * j / splits, begin + count * (j + 1) / splits, partials++});
+      for (int64_t j = 0; j < splits; ++j)
+        tasks.push_back({i, head, begin + count * j / splits, begin + count * (j + 1) / splits, partials++});
     }
   }
 }
 
-BackwardSchedule::BackwardSchedule(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim, bool want_dq) {
+BackwardSchedule::BackwardSchedule(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim,
+                                   bool want_dq) {
   const std::vector<int64_t> bounds = chunk_bounds(s, kv_heads);
   const int64_t chunks = int64_t(bounds.size()) + 1;
-  const int64_t partial_budget = std::max<int64_t>(1, kPartialBudget / std::max<int64_t>(1, kv_heads * largest_block(s, group) * padded_dim));
+  const int64_t partial_budget =
+      std::max<int64_t>(1, kPartialBudget / std::max<int64_t>(1, kv_heads * largest_block(s, group) * padded_dim));
   std::vector<std::vector<BackwardUnit>> by_chunk(chunks);
   BackwardPhase phase;
   const auto end_phase = [&] {

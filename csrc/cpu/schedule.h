@@ -44,8 +44,7 @@ struct BackwardSchedule {
   std::vector<Block> blocks;
   std::vector<BackwardPhase> phases;
 
-  BackwardSchedule(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim,
-               bool want_dq);
+  BackwardSchedule(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim, bool want_dq);
 };
 
 }  // namespace diffmas::cpu

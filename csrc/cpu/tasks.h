@@ -15,8 +15,8 @@ inline constexpr int64_t kSmallQKeys = 256;
 
 // Up to kTileKeys (small-q: kSmallQKeys) consecutive tokens of one view, all read at the same position offset.
 struct Tile {
-  int64_t view;    // index of its first token in the view
-  int64_t row;     // first pool row when the rows are consecutive, else -1: gather them, beginning with token `skip` of the segment
+  int64_t view;  // index of its first token in the view
+  int64_t row;   // first pool row when the rows are consecutive, else -1: gather them, beginning with token `skip` of the segment
   int64_t skip;
   int32_t segment;
   int32_t count;
@@ -72,9 +72,7 @@ inline int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 15) / 16 *
 
 // Floats of scratch that a thread needs for one task. The K and V buffers of a large-q task fit where a small-q task has one.
 static_assert(2 * kTileKeys <= kSmallQKeys && kSmallQRows * kSmallQKeys <= kBlockRows * kTileKeys);
-inline int64_t forward_scratch_size(int64_t d) {
-  return 4 * kBlockRows * d + kSmallQKeys * d + kBlockRows * kTileKeys + 8 * kBlockRows;
-}
+inline int64_t forward_scratch_size(int64_t d) { return 4 * kBlockRows * d + kSmallQKeys * d + kBlockRows * kTileKeys + 8 * kBlockRows; }
 inline int64_t backward_scratch_size(int64_t d) {
   return 7 * kBlockRows * d + 2 * kSmallQKeys * d + 2 * kBlockRows * kTileKeys + 8 * kBlockRows;
 }

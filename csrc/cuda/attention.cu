@@ -14,7 +14,8 @@ constexpr int64_t kManyRows = 64;  // of a sequence on average: from there on a 
 
 bool aligned(const Rows& rows) {
   const int64_t elements = rows.dtype == DType::f32 ? 4 : 8;
-  return !rows.data || (reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_row % elements == 0 && rows.stride_head % elements == 0);
+  return !rows.data ||
+         (reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_row % elements == 0 && rows.stride_head % elements == 0);
 }
 
 AttentionLaunch launch_of(const AttentionArgs& a) {
@@ -59,7 +60,8 @@ int pick_form(const AttentionLaunch& l, const Visit& visit) {
 // each at least a tile per warp if the view were all of the pool.
 template <class T, int D>
 dim3 grid_of(const AttentionLaunch& l, int device) {
-  const int64_t tiles = l.a.n * l.group / kTileRows + l.a.view.batch, work = tiles * l.a.kv_heads, places = Form<T, D>::kBlocks * processors(device);
+  const int64_t tiles = l.a.n * l.group / kTileRows + l.a.view.batch, work = tiles * l.a.kv_heads,
+                places = Form<T, D>::kBlocks * processors(device);
   const int64_t keys = Form<T, D>::kWarps * kTileKeys, most = max(int64_t(1), min(int64_t(kMaxParts), l.a.pool_rows / keys));
   int64_t parts = 1;
   const auto fill = [&](int64_t p) { return double(work * p) / double((work * p + places - 1) / places * places); };
@@ -116,7 +118,8 @@ int diffmas_cuda_attention_backward(const AttentionArgs* args, AttentionMemory m
     if (args->dq.data) {
       using F = Form<T, d.value>;
       const dim3 threads(32 * F::kWarps);
-      if (const int error = launch(attention_bwd_kernel_dq<T, d.value, v.value>, parts, threads, F::kBackwardBytes, stream, l)) return error;
+      if (const int error = launch(attention_bwd_kernel_dq<T, d.value, v.value>, parts, threads, F::kBackwardBytes, stream, l))
+        return error;
     }
     const int64_t rows = args->n * args->q_heads + args->view.batch;
     const dim3 rows_grid(unsigned((rows + kRangesWarps - 1) / kRangesWarps));
@@ -128,7 +131,8 @@ int diffmas_cuda_attention_backward(const AttentionArgs* args, AttentionMemory m
     using F = PoolForm<T, d.value>;
     // One wave of blocks looks for the rows that need gradients. Older rows have more queries; with many of them up to eight waves even
     // it out.
-    const int64_t tiles = (args->pool_rows + F::kRows - 1) / F::kRows, waves = min(int64_t(8), 1 + args->n * l.group / args->view.batch / 64);
+    const int64_t tiles = (args->pool_rows + F::kRows - 1) / F::kRows,
+                  waves = min(int64_t(8), 1 + args->n * l.group / args->view.batch / 64);
     const int64_t blocks = (waves * F::kBlocks * processors(device) + args->kv_heads - 1) / args->kv_heads;
     const dim3 grid(unsigned(min(tiles, blocks)), unsigned(args->kv_heads));
     return launch(attention_bwd_kernel_dkv<T, d.value, v.value>, grid, dim3(32 * F::kWarps), F::kBytes, stream, l);

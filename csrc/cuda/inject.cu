@@ -22,9 +22,11 @@ bool in_vectors(const InjectArgs& a, bool backward) {
   const int64_t v = a.q.dtype == DType::f32 ? 4 : 8;
   const bool fits = a.head_dim % v == 0 && a.rotary_dim % (2 * v) == 0;
   const bool rows = aligned(a.q, a.q.dtype) && aligned(a.k, a.q.dtype) && aligned(a.q_out, a.q.dtype);
-  const bool tables = (aligned(a.cos, a.q.dtype) && aligned(a.sin, a.q.dtype)) || (aligned(a.cos, DType::f32) && aligned(a.sin, DType::f32));
+  const bool tables =
+      (aligned(a.cos, a.q.dtype) && aligned(a.sin, a.q.dtype)) || (aligned(a.cos, DType::f32) && aligned(a.sin, DType::f32));
   const DType pool = backward ? DType::f32 : a.q.dtype;
-  const bool others = backward ? aligned(a.dq_rot, a.q.dtype) && aligned(a.dk, a.q.dtype) && aligned(a.dv, a.q.dtype) : aligned(a.v, a.q.dtype);
+  const bool others =
+      backward ? aligned(a.dq_rot, a.q.dtype) && aligned(a.dk, a.q.dtype) && aligned(a.dv, a.q.dtype) : aligned(a.v, a.q.dtype);
   return fits && rows && tables && others && aligned(a.k_pool, pool) && aligned(a.v_pool, pool) && aligned(a.q_weight, a.q.dtype) &&
          aligned(a.k_weight, a.q.dtype);
 }

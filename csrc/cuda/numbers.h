@@ -24,8 +24,7 @@ template <class T>
 __device__ __forceinline__ uint32_t two_from_floats(float low, float high) {
   if constexpr (std::is_same_v<T, bf16>)
     return __bfloat16_as_ushort(from_float<bf16>(low)) | uint32_t(__bfloat16_as_ushort(from_float<bf16>(high))) << 16;
-  else
-    return __half_as_ushort(from_float<f16>(low)) | uint32_t(__half_as_ushort(from_float<f16>(high))) << 16;
+  else return __half_as_ushort(from_float<f16>(low)) | uint32_t(__half_as_ushort(from_float<f16>(high))) << 16;
 }
 
 // x, hidden from the compiler: it computes what depends on x where that is needed, instead of keeping it in registers.

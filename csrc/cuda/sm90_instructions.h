@@ -6,9 +6,7 @@
 namespace diffmas::cuda {
 
 // The 32-bit address of shared memory.
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return unsigned(__cvta_generic_to_shared(p));
-}
+__device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
 // ---- barriers that count bytes
 
@@ -16,9 +14,7 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 __device__ __forceinline__ void init_barrier(Barrier* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
-__device__ __forceinline__ void barriers_ready() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -36,13 +32,13 @@ __device__ __forceinline__ void wait_for(Barrier* barrier, int parity) {
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
 }
 
 // Makes this thread's ordinary stores to shared memory visible to products and copies that are issued after a barrier.
-__device__ __forceinline__ void publish_to_async() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ __forceinline__ void publish_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- boxes of tensors into panels
 
@@ -73,14 +69,15 @@ inline int make_tensor_map(TensorMap& map, bool is_bf16, const BoxOf& of) {
 
 // By one thread, into a panel; 128 bytes a row count for the barrier's phase.
 __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int x, int y, int z, Barrier* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+                   shared_address(to)),
+               "l"(&map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+               : "memory");
 }
 
 // ---- products of a warpgroup
 
+// clang-format off
 // Registers of an accumulator as operands of an instruction.
 #define DIFFMAS_FOUR(x, j) "+f"(x[j][0]), "+f"(x[j][1]), "+f"(x[j][2]), "+f"(x[j][3])
 #define DIFFMAS_32(x, j) \
@@ -104,6 +101,7 @@ __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int x, 
 #define DIFFMAS_PRODUCT_OF_REGISTERS(type) \
   if constexpr (N == 8) DIFFMAS_PRODUCT_REGISTERS("64", type, DIFFMAS_NAMES_32, "%32, %33, %34, %35", "36", DIFFMAS_32(x, 0)); \
   else DIFFMAS_PRODUCT_REGISTERS("128", type, DIFFMAS_NAMES_64, "%64, %65, %66, %67", "68", DIFFMAS_32(x, 0), DIFFMAS_32(x, 8))
+// clang-format on
 
 // x [64 x 64] = (adds ? x : 0) + a [64 x 16] b' [16 x 64], in the background; of warp w of the warpgroup the rows from 16 w on, as
 // multiply_add's. By all four warps. Between begin_products and wait_for_products nobody looks at x, nor changes what a and b name.
@@ -116,8 +114,11 @@ __device__ __forceinline__ void add_product_async(float (&x)[8][4], Operand a, O
 template <class T, int N>
 __device__ __forceinline__ void add_product_async(float (&x)[N][4], const uint32_t (&a)[4], Operand b) {
   static_assert(N == 8 || N == 16);
-  if constexpr (std::is_same_v<T, bf16>) { DIFFMAS_PRODUCT_OF_REGISTERS("bf16"); }
-  else { DIFFMAS_PRODUCT_OF_REGISTERS("f16"); }
+  if constexpr (std::is_same_v<T, bf16>) {
+    DIFFMAS_PRODUCT_OF_REGISTERS("bf16");
+  } else {
+    DIFFMAS_PRODUCT_OF_REGISTERS("f16");
+  }
 }
 
 // Keeps the compiler from moving accesses of these registers across this point.
@@ -139,9 +140,7 @@ __device__ __forceinline__ void begin_products(Registers&... registers) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 // Makes a group of the products that were issued since the last group.
-__device__ __forceinline__ void commit_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most kGroupsLeft groups are under way; the sums named here are then valid.
 template <int kGroupsLeft, class... Sums>
 __device__ __forceinline__ void wait_for_products(Sums&... sums) {

@@ -12,7 +12,10 @@ using diffmas::host::Tensors;
 Rows rows(const Tensors& t, const char* name) {
   if (!t.has(name)) return {};
   const std::string& dtype = t.dtype(name);
-  return {t.data(name), t.stride(name, 0), t.stride(name, 1), dtype == "float32" ? DType::f32 : dtype == "bfloat16" ? DType::bf16 : DType::f16};
+  return {t.data(name), t.stride(name, 0), t.stride(name, 1),
+          dtype == "float32"    ? DType::f32
+          : dtype == "bfloat16" ? DType::bf16
+                                : DType::f16};
 }
 
 }  // namespace

@@ -24,9 +24,7 @@ inline const char* error_text(int error) { return error ? "failed" : "no error";
 
 // ---- csrc/cuda/instructions.h
 
-__device__ __forceinline__ float exp2_approximate(float x) {
-  return exp2f(x);
-}
+__device__ __forceinline__ float exp2_approximate(float x) { return exp2f(x); }
 
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool valid = true) {
   host::copy_async(to, valid ? from : nullptr, 16);
@@ -36,9 +34,7 @@ __device__ __forceinline__ void copy_async_8(void* to, const void* from, bool va
   host::copy_async(to, valid ? from : nullptr, 8);
 }
 
-__device__ __forceinline__ void copy_async_commit() {
-  host::copy_async_commit();
-}
+__device__ __forceinline__ void copy_async_commit() { host::copy_async_commit(); }
 
 template <int kGroupsLeft>
 __device__ __forceinline__ void copy_async_wait() {
@@ -65,7 +61,8 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a
   const int r = host::self->lane / 4, c = host::self->lane % 4 * 2;
   for (int i = 0; i < 4; ++i)
     for (int k = 0; k < 16; ++k)
-      sum[i] += half((k < 8 ? low : high)->value[4 * r + k % 8 / 2], i / 2 * 2 + k % 2) * half(right->value[4 * (c + i % 2) + k % 8 / 2], k / 8 * 2 + k % 2);
+      sum[i] += half((k < 8 ? low : high)->value[4 * r + k % 8 / 2], i / 2 * 2 + k % 2) *
+                half(right->value[4 * (c + i % 2) + k % 8 / 2], k / 8 * 2 + k % 2);
 }
 
 __device__ __forceinline__ void barrier_sync(int id, int threads) {

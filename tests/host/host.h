@@ -57,10 +57,18 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -71,11 +79,23 @@ using std::min;
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 inline constexpr int warpSize = 32;
 
-struct __nv_bfloat16 { uint16_t bits; };
-struct __half { uint16_t bits; };
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  uint16_t bits;
+};
 
-inline float __uint_as_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
-inline uint32_t __float_as_uint(float x) { uint32_t y; std::memcpy(&y, &x, 4); return y; }
+inline float __uint_as_float(uint32_t x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const uint32_t u = __float_as_uint(x);
@@ -84,7 +104,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 inline float __half2float(__half x) {
   const uint32_t exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  float y = exponent == 31 ? (fraction ? NAN : INFINITY) : std::ldexp(float(exponent ? fraction | 1024 : fraction), int(exponent ? exponent : 1) - 25);
+  float y = exponent == 31 ? (fraction ? NAN : INFINITY)
+                           : std::ldexp(float(exponent ? fraction | 1024 : fraction), int(exponent ? exponent : 1) - 25);
   return x.bits >> 15 ? -y : y;
 }
 inline __half __float2half_rn(float x) {
@@ -92,7 +113,7 @@ inline __half __float2half_rn(float x) {
   if (x != x) return {0x7FFF};
   const float a = std::fabs(x);
   if (a >= 65520) return {uint16_t(sign | 0x7C00)};
-  const int exponent = std::max(a == 0 ? -14 : std::ilogb(a), -14);  // of the units that the fraction counts
+  const int exponent = std::max(a == 0 ? -14 : std::ilogb(a), -14);               // of the units that the fraction counts
   const uint32_t units = uint32_t(std::nearbyint(std::ldexp(a, 10 - exponent)));  // a carry into the exponent is as it should be
   return {uint16_t(sign | (uint32_t(exponent + 14) * 1024 + units))};
 }
@@ -108,7 +129,10 @@ inline float __fdividef(float x, float y) { return x / y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
-template <class T> T __ldg(const T* p) { return *p; }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
 [[noreturn]] inline void __trap() { std::fprintf(stderr, "trap\n"), std::_Exit(70); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
@@ -198,7 +222,7 @@ struct Product {
   uint64_t left, right;       // descriptors
   bool add;
   void (*multiply)(const Product&, Place);
-  std::vector<float> before;  // of the first that is under way to these sums
+  std::vector<float> before;   // of the first that is under way to these sums
   std::vector<uint16_t> read;  // operands that were read when it was issued
   uint32_t left_read[4];
   bool registers_read = false;
@@ -212,8 +236,8 @@ struct Thread {
   int group = 0;             // of copies, not committed yet
   std::vector<Product> products;
   int product_group = 0;
-  size_t issued = 0;  // products
-  const uint64_t* counter;   // runs on once *counter != seen
+  size_t issued = 0;        // products
+  const uint64_t* counter;  // runs on once *counter != seen
   uint64_t seen;
   Place place;  // where it waits
   bool done;
@@ -226,11 +250,11 @@ struct ByteBarrier;  // sm90_emulation.h
 
 struct Block {
   std::vector<Thread> threads;
-  Slot barriers[16];                  // by id, 0: __syncthreads
-  std::vector<Slot> warps;            // 32 a warp, by the lowest lane of the mask
-  std::vector<std::vector<uint64_t>> products;  // of each warpgroup, in order: their operands
+  Slot barriers[16];                                                  // by id, 0: __syncthreads
+  std::vector<Slot> warps;                                            // 32 a warp, by the lowest lane of the mask
+  std::vector<std::vector<uint64_t>> products;                        // of each warpgroup, in order: their operands
   std::map<const void*, std::shared_ptr<ByteBarrier>> byte_barriers;  // by address
-  std::map<const void*, void*> shared;  // by declaration
+  std::map<const void*, void*> shared;                                // by declaration
   size_t shared_bytes;
 };
 inline Block block;
@@ -306,10 +330,8 @@ inline Slot meet(Slot& slot, int expected, uint64_t value, Place place, bool sam
   exchange->value[self->lane] = value;
   exchange->sum += value;
   exchange->lanes |= 1u << self->lane;
-  if (++exchange->arrived == expected)
-    exchange->complete = 1, slot.reset();
-  else if (stay)
-    wait(exchange->complete, 0, place);
+  if (++exchange->arrived == expected) exchange->complete = 1, slot.reset();
+  else if (stay) wait(exchange->complete, 0, place);
   return exchange;
 }
 
@@ -318,19 +340,23 @@ inline Slot meet_block(uint64_t value, Place place) { return meet(block.barriers
 inline Slot meet_warp(uint32_t mask, uint64_t value, Place place) {
   if (!(mask >> self->lane & 1)) fail("lane %d at %s:%d is not in its mask %08x", self->lane, place.file, place.line, mask);
   const Slot exchange = meet(block.warps[size_t(self->warp * 32 + __builtin_ctz(mask))], __builtin_popcount(mask), value, place);
-  if (exchange->lanes != mask) fail("lanes %08x met at %s:%d, lane %d expected %08x", exchange->lanes, place.file, place.line, self->lane, mask);
+  if (exchange->lanes != mask)
+    fail("lanes %08x met at %s:%d, lane %d expected %08x", exchange->lanes, place.file, place.line, self->lane, mask);
   return exchange;
 }
 
-template <class T> uint64_t to_bits(T x) {
+template <class T>
+uint64_t to_bits(T x) {
   static_assert(sizeof(T) <= 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &x, sizeof x);
   return bits;
 }
-template <class T> T shuffle(uint32_t mask, T x, int from, Place place) {
+template <class T>
+T shuffle(uint32_t mask, T x, int from, Place place) {
   const Slot exchange = meet_warp(mask, to_bits(x), place);
-  if (!(mask >> from & 1)) fail("lane %d at %s:%d reads lane %d, which is not in the mask %08x", self->lane, place.file, place.line, from, mask);
+  if (!(mask >> from & 1))
+    fail("lane %d at %s:%d reads lane %d, which is not in the mask %08x", self->lane, place.file, place.line, from, mask);
   T y;
   std::memcpy(static_cast<void*>(&y), &exchange->value[from], sizeof y);
   return y;
@@ -344,11 +370,13 @@ inline void* poisoned(size_t bytes) {
 }
 
 inline void check_shared(size_t more) {
-  if ((block.shared_bytes += more) > options.max_shared) fail("%zu bytes of shared memory, at most %zu", block.shared_bytes, options.max_shared);
+  if ((block.shared_bytes += more) > options.max_shared)
+    fail("%zu bytes of shared memory, at most %zu", block.shared_bytes, options.max_shared);
 }
 
 // Every declaration in the source has a lambda type of its own, hence a key of its own.
-template <class T, class Declaration> T& shared(Declaration) {
+template <class T, class Declaration>
+T& shared(Declaration) {
   static const char key = 0;
   void*& p = block.shared[&key];
   if (!p) check_shared(sizeof(T)), p = poisoned(sizeof(T));
@@ -363,10 +391,11 @@ template <class T, class Declaration> T& shared(Declaration) {
     if (t.done) continue;
     if (!first) first = &t;
     waiting += t.place == first->place;
-    if (!(t.place == first->place)) std::fprintf(stderr, "thread %d waits at %s:%d\n", int(&t - block.threads.data()), t.place.file, t.place.line);
+    if (!(t.place == first->place))
+      std::fprintf(stderr, "thread %d waits at %s:%d\n", int(&t - block.threads.data()), t.place.file, t.place.line);
   }
-  fail("barrier divergence: %d threads wait at %s:%d for others; %d of %zu have returned", waiting, first->place.file, first->place.line, done,
-       block.threads.size());
+  fail("barrier divergence: %d threads wait at %s:%d for others; %d of %zu have returned", waiting, first->place.file, first->place.line,
+       done, block.threads.size());
 }
 
 inline char* stack(size_t i) {
@@ -473,29 +502,55 @@ inline unsigned __ballot_sync(unsigned mask, int x, DIFFMAS_PLACE) {
 inline int __any_sync(unsigned mask, int x, DIFFMAS_PLACE) { return __ballot_sync(mask, x, place) != 0; }
 inline int __all_sync(unsigned mask, int x, DIFFMAS_PLACE) { return __ballot_sync(mask, x, place) == mask; }
 
-template <class T> T __shfl_sync(unsigned mask, T x, int from, int width = 32, DIFFMAS_PLACE) {
+template <class T>
+T __shfl_sync(unsigned mask, T x, int from, int width = 32, DIFFMAS_PLACE) {
   const int first = diffmas::host::self->lane & ~(width - 1);
   return diffmas::host::shuffle(mask, x, first | (from & (width - 1)), place);
 }
-template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32, DIFFMAS_PLACE) {
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32, DIFFMAS_PLACE) {
   const int lane = diffmas::host::self->lane, from = lane ^ bits;
   return diffmas::host::shuffle(mask, x, (from & ~(width - 1)) > (lane & ~(width - 1)) ? lane : from, place);
 }
-template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width = 32, DIFFMAS_PLACE) {
+template <class T>
+T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width = 32, DIFFMAS_PLACE) {
   const int lane = diffmas::host::self->lane, from = lane + int(delta);
   return diffmas::host::shuffle(mask, x, (lane & (width - 1)) + int(delta) < width ? from : lane, place);
 }
-template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = 32, DIFFMAS_PLACE) {
+template <class T>
+T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = 32, DIFFMAS_PLACE) {
   const int lane = diffmas::host::self->lane, from = lane - int(delta);
   return diffmas::host::shuffle(mask, x, from >= (lane & ~(width - 1)) ? from : lane, place);
 }
 
 // Threads change only where they wait, so plain reads and writes are atomic.
-template <class T> T atomicExch(T* p, T x) { std::swap(*p, x); return x; }
-template <class T> T atomicAdd(T* p, T x) { return atomicExch(p, T(*p + x)); }
-template <class T> T atomicMax(T* p, T x) { return atomicExch(p, std::max(*p, x)); }
-template <class T> T atomicMin(T* p, T x) { return atomicExch(p, std::min(*p, x)); }
-template <class T> T atomicOr(T* p, T x) { return atomicExch(p, T(*p | x)); }
-template <class T> T atomicAnd(T* p, T x) { return atomicExch(p, T(*p & x)); }
-template <class T> T atomicCAS(T* p, T expected, T x) { return atomicExch(p, *p == expected ? x : *p); }
+template <class T>
+T atomicExch(T* p, T x) {
+  std::swap(*p, x);
+  return x;
+}
+template <class T>
+T atomicAdd(T* p, T x) {
+  return atomicExch(p, T(*p + x));
+}
+template <class T>
+T atomicMax(T* p, T x) {
+  return atomicExch(p, std::max(*p, x));
+}
+template <class T>
+T atomicMin(T* p, T x) {
+  return atomicExch(p, std::min(*p, x));
+}
+template <class T>
+T atomicOr(T* p, T x) {
+  return atomicExch(p, T(*p | x));
+}
+template <class T>
+T atomicAnd(T* p, T x) {
+  return atomicExch(p, T(*p & x));
+}
+template <class T>
+T atomicCAS(T* p, T expected, T x) {
+  return atomicExch(p, *p == expected ? x : *p);
+}
 inline unsigned atomicInc(unsigned* p, unsigned last) { return atomicExch(p, *p >= last ? 0 : *p + 1); }

@@ -7,9 +7,7 @@
 
 namespace diffmas::cuda {
 
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return unsigned(static_cast<const char*>(p) - host::dynamic_shared);
-}
+__device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(static_cast<const char*>(p) - host::dynamic_shared); }
 
 // ---- barriers that count bytes
 
@@ -62,12 +60,8 @@ __device__ __forceinline__ void init_barrier(Barrier* barrier, int count) {
 }
 __device__ __forceinline__ void barriers_ready() {}
 
-__device__ __forceinline__ void arrive(Barrier* barrier) {
-  host::byte_barrier(barrier).arrive(0);
-}
-__device__ __forceinline__ void arrive_expecting(Barrier* barrier, int bytes) {
-  host::byte_barrier(barrier).arrive(bytes);
-}
+__device__ __forceinline__ void arrive(Barrier* barrier) { host::byte_barrier(barrier).arrive(0); }
+__device__ __forceinline__ void arrive_expecting(Barrier* barrier, int bytes) { host::byte_barrier(barrier).arrive(bytes); }
 
 __device__ __forceinline__ void wait_for(Barrier* barrier, int parity) {
   host::byte_barrier(barrier).wait_for(parity, {__FILE__, __LINE__});
@@ -130,10 +124,12 @@ namespace diffmas::host {
 
 // Element [index][k] of an operand, k < 16: what the descriptor says, for the 128-byte swizzle.
 inline uint16_t operand_element(uint64_t descriptor, bool across, int index, int k) {
-  if (descriptor >> 62 != 1 || descriptor >> 49 & 7) fail("descriptor %016llx: expected the 128-byte swizzle without an offset", (unsigned long long)descriptor);
+  if (descriptor >> 62 != 1 || descriptor >> 49 & 7)
+    fail("descriptor %016llx: expected the 128-byte swizzle without an offset", (unsigned long long)descriptor);
   const auto bytes = [&](int bit) { return unsigned(descriptor >> bit & 0x3FFF) << 4; };
-  const unsigned eights = bytes(32), at = across ? bytes(16) * unsigned(index / 64) + eights * unsigned(k / 8) + unsigned(k % 8 * 128 + index % 64 * 2)
-                                                 : eights * unsigned(index / 8) + unsigned(index % 8 * 128 + k * 2);
+  const unsigned eights = bytes(32),
+                 at = across ? bytes(16) * unsigned(index / 64) + eights * unsigned(k / 8) + unsigned(k % 8 * 128 + index % 64 * 2)
+                             : eights * unsigned(index / 8) + unsigned(index % 8 * 128 + k * 2);
   uint16_t element;
   std::memcpy(&element, dynamic_shared + swizzled(bytes(0) + at), 2);
   return element;
@@ -172,7 +168,8 @@ inline void issue(Product product, Place place) {
   self->products.push_back(product);
 }
 
-template <class T> void multiply(const Product& product, Place place) {
+template <class T>
+void multiply(const Product& product, Place place) {
   const auto sum = static_cast<float*>(product.sum);
   const auto number = [](uint16_t bits) { return cuda::to_float(T{bits}); };
   const std::vector<uint16_t> elements = product.read.empty() ? operands_of(product) : product.read;
@@ -222,9 +219,7 @@ template <class... Registers>
 __device__ __forceinline__ void begin_products(Registers&... registers) {
   (settle(registers), ...);
 }
-__device__ __forceinline__ void commit_products() {
-  ++host::self->product_group;
-}
+__device__ __forceinline__ void commit_products() { ++host::self->product_group; }
 template <int kGroupsLeft, class... Sums>
 __device__ __forceinline__ void wait_for_products(Sums&... sums) {
   std::vector<host::Product> left;

@@ -1,23 +1,23 @@
 // cross_attention backward: one query block against the tiles of one chunk of the pool. The caller gives each (chunk, kv head) to
 // one thread, which therefore owns these rows of dK and dV; dq is left as one partial per chunk and summed in order.
-#include "small_q.h"
 #include "kernels.h"
+#include "small_q.h"
 #include "tile.h"
 
 namespace diffmas::cpu::DIFFMAS_ISA {
 namespace {
 
 struct Queries {
-  const float* x;          // [rows, d], at the tile's offset
-  const float* x_packed;   // [panels, d, kPanel]
-  const float* d_o;        // [rows, d]
+  const float* x;         // [rows, d], at the tile's offset
+  const float* x_packed;  // [panels, d, kPanel]
+  const float* d_o;       // [rows, d]
   const float* d_o_packed;
-  const float* lse;        // [rows]; +inf for rows that saw nothing and for idle lanes, so that p = 0
-  const float* delta;      // [rows] sum(do * o) - dlse
+  const float* lse;    // [rows]; +inf for rows that saw nothing and for idle lanes, so that p = 0
+  const float* delta;  // [rows] sum(do * o) - dlse
 };
 
 struct Products {
-  float* p;   // probabilities, then ds in dp's place: [kTileKeys, kBlockRows] or, for few rows, [rows, kSmallQKeys]
+  float* p;  // probabilities, then ds in dp's place: [kTileKeys, kBlockRows] or, small-q, [rows, kSmallQKeys]
   float* dp;
 };
 
@@ -34,8 +34,8 @@ void probabilities(float* p, float* dp, int64_t count, const float* lse, const f
 
 // P, dS and dQ of the rows of panel p against the first `seen` tokens of a tile; dq [d, kPanel] of the panel. Meanwhile the rows of
 // the gradient pools and the next tile are asked for.
-void panel_gradients(const QueryBlock& q, int64_t p, const Queries& in, const Tile& tile, FloatRows k, FloatRows v, int64_t seen, Products t, float* dq, Ahead* grads,
-                     Ahead* next) {
+void panel_gradients(const QueryBlock& q, int64_t p, const Queries& in, const Tile& tile, FloatRows k, FloatRows v, int64_t seen,
+                     Products t, float* dq, Ahead* grads, Ahead* next) {
   const int64_t d = q.d, r0 = p * kPanel;
   float* probability = t.p + r0;
   float* ds = t.dp + r0;
@@ -50,7 +50,8 @@ void panel_gradients(const QueryBlock& q, int64_t p, const Queries& in, const Ti
   if (dq) q.panel_product<Into::add>(p, d, seen, {k.data, 1, k.stride}, ds, kBlockRows, dq, kPanel);
 }
 
-void small_q_tile(const QueryBlock& q, const Queries& in, const Tile& tile, int64_t count, float* dq, float* k_buffer, float* v_buffer, Products t) {
+void small_q_tile(const QueryBlock& q, const Queries& in, const Tile& tile, int64_t count, float* dq, float* k_buffer, float* v_buffer,
+                  Products t) {
   const ScheduledAttention& args = q.args;
   const int64_t rows = q.rows(), d = q.d;
   RowTable k, v, dk, dv;
@@ -151,7 +152,7 @@ void small_q_unit(const QueryBlock& q, const BackwardUnit& unit, float* dq, floa
 void large_q_unit(const QueryBlock& q, const BackwardUnit& unit, float* dq, float* scratch) {
   const ScheduledAttention& args = q.args;
   const int64_t d = q.d;
-  float* plain = take(scratch, kBlockRows * d);   // queries times the scale of the scores: ds needs no scale for dk, dq gets it at the end
+  float* plain = take(scratch, kBlockRows * d);    // queries times the scale of the scores: ds needs no scale for dk, dq gets it at the end
   float* rotated = take(scratch, kBlockRows * d);  // and at the current offset
   float* x_packed = take(scratch, kBlockRows * d);
   float* d_o = take(scratch, kBlockRows * d);
@@ -216,10 +217,8 @@ void attention_backward_unit(const ScheduledAttention& args, const BackwardUnit&
     dq = args.partials + unit.partial * args.backward_partial_size() + head * args.block_rows * args.padded_dim;
     for (int64_t i = 0; i < q.rows() * q.d; ++i) dq[i] = 0;
   }
-  if (q.rows() <= kSmallQRows)
-    small_q_unit(q, unit, dq, scratch);
-  else
-    large_q_unit(q, unit, dq, scratch);
+  if (q.rows() <= kSmallQRows) small_q_unit(q, unit, dq, scratch);
+  else large_q_unit(q, unit, dq, scratch);
 }
 
 void attention_backward_reduce_task(const ScheduledAttention& args, const MergeTask& task) {

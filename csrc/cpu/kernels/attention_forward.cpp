@@ -1,6 +1,6 @@
 // cross_attention forward: online softmax of one query block over its tiles (FlashAttention), segments instead of a copy.
-#include "small_q.h"
 #include "kernels.h"
+#include "small_q.h"
 #include "tile.h"
 
 extern "C" float logf(float);
@@ -74,7 +74,7 @@ void finish(const QueryBlock& q, const ForwardTask& task, State state) {
 void small_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) {
   const ScheduledAttention& args = q.args;
   const int64_t d = q.d;
-  float* plain = take(scratch, kSmallQRows * d);   // queries times the scale of the scores
+  float* plain = take(scratch, kSmallQRows * d);    // queries times the scale of the scores
   float* rotated = take(scratch, kSmallQRows * d);  // and at the current offset
   float* buffer = take(scratch, kSmallQKeys * d);
   float* s = take(scratch, kSmallQRows * kSmallQKeys);
@@ -85,7 +85,8 @@ void small_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) 
   q.load_rows(plain, args.q, args.scale);
   for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
     const Tile& tile = args.tiles[t];
-    if (tile.rotation >= 0 && (t == task.tile_begin || tile.rotation != args.tiles[t - 1].rotation)) q.rotate(rotated, plain, tile.rotation, false);
+    if (tile.rotation >= 0 && (t == task.tile_begin || tile.rotation != args.tiles[t - 1].rotation))
+      q.rotate(rotated, plain, tile.rotation, false);
     small_q_tile(q, tile.rotation >= 0 ? rotated : plain, tile, q.visible(tile), buffer, s, state);
   }
   finish(q, task, state);
@@ -125,7 +126,7 @@ void softmax(int vectors, float* s, int64_t count, float* row_max, float* row_su
 void large_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) {
   const ScheduledAttention& args = q.args;
   const int64_t d = q.d;
-  float* plain = take(scratch, kBlockRows * d);   // queries times the scale of the scores
+  float* plain = take(scratch, kBlockRows * d);    // queries times the scale of the scores
   float* rotated = take(scratch, kBlockRows * d);  // and at the current offset
   float* packed = take(scratch, kBlockRows * d);
   float* k_buffer = take(scratch, kTileKeys * d);
@@ -166,10 +167,8 @@ void large_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) 
 
 void attention_forward_task(const ScheduledAttention& args, const ForwardTask& task, float* scratch) {
   const QueryBlock q(args, args.blocks[task.block], task.head);
-  if (q.rows() <= kSmallQRows)
-    small_q_task(q, task, scratch);
-  else
-    large_q_task(q, task, scratch);
+  if (q.rows() <= kSmallQRows) small_q_task(q, task, scratch);
+  else large_q_task(q, task, scratch);
 }
 
 // Joins the states of a block's splits, in order.

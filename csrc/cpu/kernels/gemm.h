@@ -64,7 +64,8 @@ DIFFMAS_INLINE void micro_rest(int64_t m, int64_t depth, Left a, const float* b,
 
 // One strip of NV vectors, m rows.
 template <int NV, Into kInto>
-static void strip(int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha = nullptr, Ahead* ahead = nullptr) {
+static void strip(int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha = nullptr,
+                  Ahead* ahead = nullptr) {
   constexpr int MR = block_rows(NV);
   for (; m >= MR; m -= MR, a.data += MR * a.stride_i, c += MR * ldc) {
     if (ahead) ahead->step(MR);

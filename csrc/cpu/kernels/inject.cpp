@@ -38,7 +38,8 @@ void inverse_rms(float* r, int64_t d, float eps) {
 }
 
 // dst = src, rotated and normed, for all heads of a token.
-void rotate_rows(const Rows& dst, int64_t dst_row, const Rows& src, int64_t token, int64_t heads, const Rotation& rotation, bool norm, float eps) {
+void rotate_rows(const Rows& dst, int64_t dst_row, const Rows& src, int64_t token, int64_t heads, const Rotation& rotation, bool norm,
+                 float eps) {
   const int64_t d = rotation.size;
   alignas(64) float from[kHeads * kMaxHeadDim], to[kMaxHeadDim];
   const float* x[kHeads];
@@ -111,7 +112,7 @@ void norm_sums_row(const float* u, const float* x, const float* w, int64_t d, fl
 
 // dx = gradient of the rows of a token from that of their rotated norm. weight is null without a norm.
 void rotate_rows_backward(const Rows& dx, int64_t token, const Rows& dy, int64_t dy_row, const Rows& x, int64_t heads, const Rotation& back,
-                        const float* weight, float* d_weight, float eps) {
+                          const float* weight, float* d_weight, float eps) {
   const int64_t d = back.size;
   alignas(64) float from[kHeads * kMaxHeadDim], u[kHeads * kMaxHeadDim], to[kMaxHeadDim];
   for (int64_t first = 0; first < heads; first += kHeads) {

@@ -27,18 +27,18 @@ struct Kernels {
 // Of this CPU.
 const Kernels& kernels();
 
-#define DIFFMAS_DECLARE_KERNELS(isa)                                                             \
-  namespace isa {                                                                                \
-  void inject_forward_range(const InjectArgs&, int64_t token_begin, int64_t token_end);          \
-  void inject_backward_block(const InjectArgs&, int64_t block);                                  \
-  void merge_states_range(const MergeArgs&, int64_t token_begin, int64_t token_end);             \
-  void merge_states_backward_range(const MergeArgs&, int64_t token_begin, int64_t token_end);    \
-  void reposition_range(const RepositionArgs&, int64_t begin, int64_t end);                      \
-  void reposition_backward_head(const RepositionArgs&, int64_t head);                            \
-  void attention_forward_task(const ScheduledAttention&, const ForwardTask&, float* scratch);         \
-  void attention_merge_task(const ScheduledAttention&, const MergeTask&);                             \
+#define DIFFMAS_DECLARE_KERNELS(isa)                                                                          \
+  namespace isa {                                                                                             \
+  void inject_forward_range(const InjectArgs&, int64_t token_begin, int64_t token_end);                       \
+  void inject_backward_block(const InjectArgs&, int64_t block);                                               \
+  void merge_states_range(const MergeArgs&, int64_t token_begin, int64_t token_end);                          \
+  void merge_states_backward_range(const MergeArgs&, int64_t token_begin, int64_t token_end);                 \
+  void reposition_range(const RepositionArgs&, int64_t begin, int64_t end);                                   \
+  void reposition_backward_head(const RepositionArgs&, int64_t head);                                         \
+  void attention_forward_task(const ScheduledAttention&, const ForwardTask&, float* scratch);                 \
+  void attention_merge_task(const ScheduledAttention&, const MergeTask&);                                     \
   void attention_backward_unit(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch); \
-  void attention_backward_reduce_task(const ScheduledAttention&, const MergeTask&);                   \
+  void attention_backward_reduce_task(const ScheduledAttention&, const MergeTask&);                           \
   }
 DIFFMAS_DECLARE_KERNELS(generic)
 #ifdef DIFFMAS_X86

@@ -132,9 +132,7 @@ DIFFMAS_INLINE uint16_t float_to_bfloat(float f) {
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-DIFFMAS_INLINE vf load_bfloats(const uint16_t* p) {
-  return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu) << 16);
-}
+DIFFMAS_INLINE vf load_bfloats(const uint16_t* p) { return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu) << 16); }
 
 DIFFMAS_INLINE vf load_halves(const uint16_t* p) {
 #if defined(__AVX512F__)

@@ -29,7 +29,8 @@ static void find_rows(RowTable& table, const ScheduledAttention& args, const Til
 }
 
 // The same for rows that are read as whole vectors: others go through the buffer [kSmallQKeys, d], padded with zeros.
-static void find_whole_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head, float* buffer) {
+static void find_whole_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool,
+                            int64_t head, float* buffer) {
   if (args.head_dim % W == 0) return find_rows(table, args, tile, count, pool, head);
   const FloatRows padded = tile_rows(args, tile, count, pool, head, buffer);
   table.dtype = DType::f32;
@@ -211,7 +212,8 @@ DIFFMAS_INLINE void add_scaled(float* out, int64_t n, const float* weights, cons
 }
 
 // The tile's rows of a gradient pool [count, n] += weights^T . x: weights [rows, kSmallQKeys], x [rows, d].
-static inline void outer_sum(const RowTable& pool, int64_t count, int64_t n, const float* weights, const float* x, int64_t rows, int64_t d) {
+static inline void outer_sum(const RowTable& pool, int64_t count, int64_t n, const float* weights, const float* x, int64_t rows,
+                             int64_t d) {
   for (int64_t i = 0; i < count; ++i) {
     float* out = reinterpret_cast<float*>(const_cast<char*>(pool.row[i]));
     if (rows == 1 && n == 128) {

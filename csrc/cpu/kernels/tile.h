@@ -102,7 +102,8 @@ struct QueryBlock {
 
   // C [m, lanes of panel p] (Into) A [m, depth] B [depth, lanes].
   template <Into kInto>
-  void panel_product(int64_t p, int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha = nullptr, Ahead* ahead = nullptr) const {
+  void panel_product(int64_t p, int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc,
+                     const float* alpha = nullptr, Ahead* ahead = nullptr) const {
     switch (panel_vectors(p)) {
       case 1: return strip<1, kInto>(m, depth, a, b, ldb, c, ldc, alpha, ahead);
       case 2: return strip<2, kInto>(m, depth, a, b, ldb, c, ldc, alpha, ahead);
@@ -164,8 +165,14 @@ DIFFMAS_INLINE bool in_place(const ScheduledAttention& args, const Tile& tile, c
 DIFFMAS_INLINE Ahead ahead_of(const Tile& tile, const Rows& k, const Rows& v, const QueryBlock& q) {
   if (tile.row < 0) return {};
   const int64_t size = element_size(k.dtype);
-  return {row_of(k, tile.row, q.head), row_of(v, tile.row, q.head), k.stride_row * size, v.stride_row * size,
-          q.args.head_dim * size, tile.count, (8 + q.panels() - 1) / q.panels(), 0};
+  return {row_of(k, tile.row, q.head),
+          row_of(v, tile.row, q.head),
+          k.stride_row * size,
+          v.stride_row * size,
+          q.args.head_dim * size,
+          tile.count,
+          (8 + q.panels() - 1) / q.panels(),
+          0};
 }
 
 static FloatRows tile_rows(const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head, float* buffer) {

@@ -25,7 +25,7 @@ __device__ __forceinline__ void for_each_vote(bool yes, unsigned* votes, Visit v
 // in a latent step only one or two in the whole pool do. Products are transposed: their rows are keys.
 template <class T, int D, bool kVectors>
 __global__ void __launch_bounds__(32 * PoolForm<T, D>::kWarps, PoolForm<T, D>::kBlocks)
-attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
+    attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
   using F = PoolForm<T, D>;
   using Keys = typename F::Keys;
   DIFFMAS_DYNAMIC_SHARED(shared);
@@ -35,7 +35,9 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
   float2* const table = reinterpret_cast<float2*>(shared + F::kTable);
   unsigned* const votes = reinterpret_cast<unsigned*>(shared + F::kVotes);
   const float scale = a.scale * kLog2e;
-  const auto meets = [&](const KVRange& range, int tile) { return range.row < (tile + 1) * F::kRows && range.end > max(range.row, tile * F::kRows); };
+  const auto meets = [&](const KVRange& range, int tile) {
+    return range.row < (tile + 1) * F::kRows && range.end > max(range.row, tile * F::kRows);
+  };
   const auto owned = [&](int i) { return Keys{shared + (i * F::kGroups + group) * Keys::kBytes}; };
 
   const auto compute = [&](int tile) {
@@ -64,7 +66,8 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
         const int rows = queries * launch.group;
         // The first query row that sees a pool row.
         const auto sees = [&](int row) { return !a.view.causal ? 0 : (row + range.to_view - (range.length - queries)) * launch.group; };
-        const int warp_first = max(warp_row, range.row), warp_from = warp_first < min(warp_row + 16, range.end) ? sees(warp_first) : INT32_MAX;
+        const int warp_first = max(warp_row, range.row),
+                  warp_from = warp_first < min(warp_row + 16, range.end) ? sees(warp_first) : INT32_MAX;
         int from[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -127,7 +130,7 @@ attention_bwd_kernel_dkv(const __grid_constant__ AttentionLaunch launch) {
     copy_async_wait<0>();
 
     const int to_slot = first_slot + hidden(lane_id()) % 4 * 2;
-    const auto add = [&](const Rows& rows, const float(&x)[F::kSlots / 8][4], float factor) {
+    const auto add = [&](const Rows& rows, const float (&x)[F::kSlots / 8][4], float factor) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         if (!has_grad[h]) continue;

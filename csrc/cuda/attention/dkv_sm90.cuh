@@ -35,10 +35,10 @@ struct Sm90Form {
 };
 
 struct Sm90Launch {
-  TensorMap q, d_o;            // [n, Hq, D] in boxes of `tokens` tokens of a group
-  TensorMap k_pool, v_pool;    // [Hkv, R, D] in boxes of a block's rows
+  TensorMap q, d_o;          // [n, Hq, D] in boxes of `tokens` tokens of a group
+  TensorMap k_pool, v_pool;  // [Hkv, R, D] in boxes of a block's rows
   AttentionLaunch attention;
-  int tokens;                  // of a tile: as many whole groups as fit
+  int tokens;  // of a tile: as many whole groups as fit
 };
 
 // Query tokens [first, first + tokens) of a sequence that reads a range of pool rows.
@@ -69,7 +69,8 @@ __device__ __forceinline__ void for_each_query_tile(const Sm90Launch& launch, in
       const int segment = s0 + __ffs(int(left)) - 1;
       const QueryTile any(l, segment, 0);
       // A tile's range is read again for every tile: there are no registers left to keep it.
-      for (int first = max(any.sees(max(row, any.range.row), l.a.view.causal), 0); first < QueryTile(l, hidden(segment), 0).queries; first += launch.tokens)
+      for (int first = max(any.sees(max(row, any.range.row), l.a.view.causal), 0); first < QueryTile(l, hidden(segment), 0).queries;
+           first += launch.tokens)
         visit(QueryTile(l, hidden(segment), first));
     }
   }
@@ -108,7 +109,8 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
   };
 
   bool needs_grad = false;  // any row of this block; in a long trace most blocks have none
-  for (int s = lane_id(); s - lane_id() < l.a.segments; s += 32) needs_grad = needs_grad || (s < l.a.segments && meets<F::kKeys>(l.ranges[s], row));
+  for (int s = lane_id(); s - lane_id() < l.a.segments; s += 32)
+    needs_grad = needs_grad || (s < l.a.segments && meets<F::kKeys>(l.ranges[s], row));
   if (!__any_sync(~0u, needs_grad)) return;
   if (threadIdx.x == 0) {
     if (shared_address(shared) % kPanelEight) __trap();
@@ -165,7 +167,10 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
 
   setmaxnreg_inc<240>();
   const int lane = lane_id(), first_key = row + 64 * warpgroup;
-  const auto mine = [](int h) { const int thread = hidden(int(threadIdx.x)); return (thread >> 5) * 16 + thread % 32 / 4 + 8 * h; };  // the lane's two keys
+  const auto mine = [](int h) {
+    const int thread = hidden(int(threadIdx.x));
+    return (thread >> 5) * 16 + thread % 32 / 4 + 8 * h;
+  };  // the lane's two keys
   const float scale = a.scale * kLog2e;
   float dk[D / 8][4] = {}, dv[D / 8][4] = {};
   int has_grad = 0;  // a bit for each of my keys
@@ -192,10 +197,11 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
         float p[8][4], ds[8][4];
         uint32_t p16[4][4], ds16[4][4];
         begin_products(p, ds);
-        const auto scores = [](float(&x)[8][4], Operand left, Operand right) {
+        const auto scores = [](float (&x)[8][4], Operand left, Operand right) {
 #pragma unroll
           for (int unit = 0; unit < D / 16; ++unit)
-            add_product_async<T>(x, left + (unit / 4 * F::kKeyPanel + unit % 4 * 32), right + (unit / 4 * F::kQueryPanel + unit % 4 * 32), unit > 0);
+            add_product_async<T>(x, left + (unit / 4 * F::kKeyPanel + unit % 4 * 32), right + (unit / 4 * F::kQueryPanel + unit % 4 * 32),
+                                 unit > 0);
           commit_products();
         };
         scores(p, Operand(keys), Operand(q));
@@ -217,7 +223,8 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
             for (int j = 0; j < 8; ++j)
 #pragma unroll
               for (int e = 0; e < 2; ++e)
-                if (8 * j + lane % 4 * 2 + e < from) p[j][2 * h + e] = 0;  // ds becomes 0 too; rows of K and V that hold NaN are never written
+                if (8 * j + lane % 4 * 2 + e < from)
+                  p[j][2 * h + e] = 0;  // ds becomes 0 too; rows of K and V that hold NaN are never written
           }
         }
         as_left_side<T>(p16, p);
@@ -245,7 +252,7 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
     if (lane == 0) arrive(empty + stage);
   });
 
-  const auto add = [&](const Rows& rows, const float(&x)[D / 8][4], float factor) {
+  const auto add = [&](const Rows& rows, const float (&x)[D / 8][4], float factor) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (!(has_grad >> h & 1)) continue;
@@ -256,7 +263,8 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
         if (8 * j < l.slots.head_dim) old[j] = load<2>(to + 8 * j);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
-        if (8 * j < l.slots.head_dim) store<2>(to + 8 * j, pack<float>({old[j][0] + factor * x[j][2 * h], old[j][1] + factor * x[j][2 * h + 1]}));
+        if (8 * j < l.slots.head_dim)
+          store<2>(to + 8 * j, pack<float>({old[j][0] + factor * x[j][2 * h], old[j][1] + factor * x[j][2 * h + 1]}));
     }
   };
   add(a.dk_pool, dk, a.scale);

@@ -7,7 +7,8 @@ namespace diffmas::cuda {
 
 // dq is summed in the frame of the current segment's position offset, and rotated when that changes.
 template <class T, int D, bool kVectors>
-__global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) attention_bwd_kernel_dq(const __grid_constant__ AttentionLaunch launch) {
+__global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks)
+    attention_bwd_kernel_dq(const __grid_constant__ AttentionLaunch launch) {
   using F = Form<T, D>;
   DIFFMAS_DYNAMIC_SHARED(shared);
   const Work work = find_work(launch, F::kWarps * kTileKeys);

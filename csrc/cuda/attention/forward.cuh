@@ -18,7 +18,8 @@
 namespace diffmas::cuda {
 
 template <class T, int D, bool kVectors>
-__global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks) attention_fwd_kernel(const __grid_constant__ AttentionLaunch launch) {
+__global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks)
+    attention_fwd_kernel(const __grid_constant__ AttentionLaunch launch) {
   using F = Form<T, D>;
   DIFFMAS_DYNAMIC_SHARED(shared);
   const Work work = find_work(launch, F::kWarps * kTileKeys);

@@ -93,9 +93,14 @@ struct KeyStream {
   int offsets[F::kStages];  // of key lane % 16 of the tiles under way
 
   __device__ __forceinline__ KeyStream(const AttentionLaunch& launch, const Work& work, char* shared)
-      : launch(launch), end(work.n_end), first(work.n_first + warp_id() * kTileKeys), count(max(end - first + kStep - 1, 0) / kStep),
-        ring(shared + warp_id() * F::kStages * 2 * Keys::kBytes), k_rows(row_of<T, kVectors>(launch.a.k_pool, 0, blockIdx.y)),
-        v_rows(row_of<T, kVectors>(launch.a.v_pool, 0, blockIdx.y)), cursor(launch.a.view, work) {
+      : launch(launch),
+        end(work.n_end),
+        first(work.n_first + warp_id() * kTileKeys),
+        count(max(end - first + kStep - 1, 0) / kStep),
+        ring(shared + warp_id() * F::kStages * 2 * Keys::kBytes),
+        k_rows(row_of<T, kVectors>(launch.a.k_pool, 0, blockIdx.y)),
+        v_rows(row_of<T, kVectors>(launch.a.v_pool, 0, blockIdx.y)),
+        cursor(launch.a.view, work) {
 #pragma unroll
     for (int i = 0; i < F::kStages - 1; ++i) offsets[i] = copy(i);
   }

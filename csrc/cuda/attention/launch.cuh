@@ -10,7 +10,7 @@
 namespace diffmas::cuda {
 
 constexpr int kTileRows = 16, kTileKeys = 16;  // the shape of mma.sync
-constexpr int kMaxShared = 101376;  // bytes of a block on sm_120, which has least
+constexpr int kMaxShared = 101376;             // bytes of a block on sm_120, which has least
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // The order of dimensions (slots) within a row of shared memory. Where the rotation pairs dimensions i and i + half, eight of the first
@@ -39,12 +39,12 @@ struct alignas(8) KVRange {
 struct AttentionLaunch {
   AttentionArgs a;
   Slots slots;
-  int group;     // G
+  int group;           // G
   float* parts;        // of every (tile, K/V head): [parts, 16, D], and behind all of them softmax states [parts, 16, 2]
   unsigned* counters;  // of every (tile, K/V head): how many parts are here
   // For dK and dV, from attention_bwd_kernel_ranges.
-  KVRange* ranges;      // [S]
-  float2* bases;  // [Hkv, n, G]: base and delta of RowNumbers
+  KVRange* ranges;  // [S]
+  float2* bases;    // [Hkv, n, G]: base and delta of RowNumbers
 
   // Of the query rows of a K/V head: token * G + head of the group.
   __device__ __forceinline__ float2* bases_of(int kv_head) const { return bases + kv_head * a.n * group; }

@@ -115,7 +115,8 @@ struct QueryCopies {
 
 // The same as QueryCopies without asynchronous copies.
 template <class T, int D, bool kVectors>
-__device__ __forceinline__ void put_queries(char* shared, const AttentionLaunch& launch, int q_first, int row, int rows, const float2* table) {
+__device__ __forceinline__ void put_queries(char* shared, const AttentionLaunch& launch, int q_first, int row, int rows,
+                                            const float2* table) {
   using F = PoolForm<T, D>;
   Work work;
   work.q_first = q_first, work.row_first = row, work.rows = min(F::kQueries, rows - row);

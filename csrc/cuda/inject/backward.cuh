@@ -34,9 +34,9 @@ struct WeightGradient {
 // The gradient dx of a row from the gradient dy of y = rotated(x r w), r = 1 / rms(x). With u = dy rotated back:
 // dx = r w u - x r^3 mean(u w x), dw = sum of u x r.
 template <class T, class C, class G, int V, int N>
-__device__ __forceinline__ void rotate_row_back(const InjectLaunch& launch, const Place (&places)[N], const Rows& dx, const Unit<G, V> (&dy)[N],
-                                              const Unit<T, V> (&x)[N], const Table& weight, int64_t token, int head,
-                                              WeightGradient<V, N>& gradient) {
+__device__ __forceinline__ void rotate_row_back(const InjectLaunch& launch, const Place (&places)[N], const Rows& dx,
+                                                const Unit<G, V> (&dy)[N], const Unit<T, V> (&x)[N], const Table& weight, int64_t token,
+                                                int head, WeightGradient<V, N>& gradient) {
   const InjectArgs& a = launch.args;
   Unit<T, V> w[N];
   if (weight.data)
@@ -77,7 +77,8 @@ __device__ __forceinline__ void rotate_row_back(const InjectLaunch& launch, cons
 }
 
 template <class T, class C, int V, int N>
-__global__ void __launch_bounds__(kInjectThreads, V == 1 || N > 1 ? 1 : kInjectBackwardBlocks) inject_bwd_kernel(const __grid_constant__ InjectLaunch launch) {
+__global__ void __launch_bounds__(kInjectThreads, V == 1 || N > 1 ? 1 : kInjectBackwardBlocks)
+    inject_bwd_kernel(const __grid_constant__ InjectLaunch launch) {
   DIFFMAS_DYNAMIC_SHARED(shared);
   const InjectArgs& a = launch.args;
   const Group group(launch.lanes);

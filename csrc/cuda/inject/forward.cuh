@@ -6,8 +6,8 @@ namespace diffmas::cuda {
 
 // to = from, normed and rotated.
 template <class T, class C, int V, int N>
-__device__ __forceinline__ void rotate_row(const InjectLaunch& launch, const Place (&places)[N], const Rows& to, int64_t to_row, const Rows& from,
-                                         int64_t token, int head, const Table& weight) {
+__device__ __forceinline__ void rotate_row(const InjectLaunch& launch, const Place (&places)[N], const Rows& to, int64_t to_row,
+                                           const Rows& from, int64_t token, int head, const Table& weight) {
   const InjectArgs& a = launch.args;
   Unit<T, V> x[N], w[N];
 #pragma unroll
@@ -38,7 +38,10 @@ __device__ __forceinline__ void rotate_row(const InjectLaunch& launch, const Pla
 }
 
 template <class T, class C, int V, int N>
-__global__ void __launch_bounds__(kInjectThreads, V == 1 || N > 1 ? 1 : sizeof(Raw<C>) > sizeof(Raw<T>) ? 3 : 4) inject_fwd_kernel(const __grid_constant__ InjectLaunch launch) {
+__global__ void __launch_bounds__(kInjectThreads, V == 1 || N > 1                   ? 1
+                                                  : sizeof(Raw<C>) > sizeof(Raw<T>) ? 3
+                                                                                    : 4)
+    inject_fwd_kernel(const __grid_constant__ InjectLaunch launch) {
   const InjectArgs& a = launch.args;
   const Group group(launch.lanes);
   const bool is_q = blockIdx.x < launch.q_blocks;

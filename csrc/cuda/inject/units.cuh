@@ -18,18 +18,25 @@ constexpr int kInjectBackwardBlocks = 2;
 
 struct InjectLaunch {
   InjectArgs args;
-  int lanes;                    // of a row
-  int units, rotated_units;     // of a row; the rotated ones come first
-  unsigned q_blocks, kv_blocks; // the first ones do rows of q, the others of k and v
-  float *dq_weight, *dk_weight; // backward: [blocks, D] each
+  int lanes;                     // of a row
+  int units, rotated_units;      // of a row; the rotated ones come first
+  unsigned q_blocks, kv_blocks;  // the first ones do rows of q, the others of k and v
+  float *dq_weight, *dk_weight;  // backward: [blocks, D] each
 };
 
 // ---- elements of type T, or of any dtype (Any)
 
 struct Any {};
-template <class T> struct RawOf { using type = T; };
-template <> struct RawOf<Any> { using type = float; };
-template <class T> using Raw = typename RawOf<T>::type;
+template <class T>
+struct RawOf {
+  using type = T;
+};
+template <>
+struct RawOf<Any> {
+  using type = float;
+};
+template <class T>
+using Raw = typename RawOf<T>::type;
 
 template <class T>
 __device__ __forceinline__ int64_t bytes_of(DType dtype) {

@@ -6,7 +6,7 @@
 namespace diffmas::cpu {
 namespace {
 
-// Enough tasks for the widest CPU that a split still helps.
+// Enough tasks for the widest CPU on which a split still helps.
 constexpr int64_t kWantedTasks = 32;
 // A split or a chunk shorter than this costs more to join than it gains.
 constexpr int64_t kLeastKeys = 512;
@@ -106,7 +106,7 @@ int64_t visible_end(const Block& block, int64_t group, const std::vector<Tile>& 
          tiles.begin();
 }
 
-// Pool rows where the covered rows are cut into chunks: rows shared by several sequences lie in the same chunk for all of them.
+// The pool rows at which the covered rows are cut into chunks. A row that several sequences share is in one chunk for all of them.
 std::vector<int64_t> chunk_bounds(const Segments& s, int64_t kv_heads) {
   std::vector<std::pair<int64_t, int64_t>> ranges;
   for (int64_t i = s.seg_indptr[0]; i < s.seg_indptr[s.batch]; ++i)

@@ -33,7 +33,7 @@ void probabilities(float* p, float* dp, int64_t count, const float* lse, const f
 }
 
 // P, dS and dQ of the rows of panel p against the first `seen` tokens of a tile; dq [d, kPanel] of the panel. Meanwhile the rows of
-// the gradient pools and the next tile are asked for.
+// the gradient pools and the next tile are prefetched.
 void panel_gradients(const QueryBlock& q, int64_t p, const Queries& in, const Tile& tile, FloatRows k, FloatRows v, int64_t seen,
                      Products t, float* dq, Ahead* grads, Ahead* next) {
   const int64_t d = q.d, r0 = p * kPanel;
@@ -62,7 +62,7 @@ void small_q_tile(const QueryBlock& q, const Queries& in, const Tile& tile, int6
   for (int64_t r = 0; r < rows; ++r) {
     float* p = t.p + r * kSmallQKeys;
     float* dp = t.dp + r * kSmallQKeys;
-    for (int64_t i = 0; i < count; i += W) {  // the last vector's lanes past the scores are nobody's
+    for (int64_t i = 0; i < count; i += W) {  // lanes of the last vector past the scores are never read
       const vf w = exp(load(p + i) * args.scale - in.lse[r]);
       store(p + i, w);
       store(dp + i, w * (load(dp + i) - in.delta[r]) * args.scale);
@@ -77,7 +77,7 @@ void small_q_tile(const QueryBlock& q, const Queries& in, const Tile& tile, int6
   outer_sum(dk, count, args.head_dim, t.dp, in.x, rows, d);
 }
 
-// pool rows of the tile += what add(out, row length) adds.
+// Has add(out, row length) add to the tile's pool rows: where they lie, or by way of the buffer.
 template <class F>
 void add_to_pool(const QueryBlock& q, const Tile& tile, int64_t count, const Rows& pool, float* buffer, const F& add) {
   const ScheduledAttention& args = q.args;

@@ -1,4 +1,4 @@
-// cross_attention forward: online softmax of one query block over its tiles (FlashAttention), segments instead of a copy.
+// cross_attention forward: online softmax of one query block over its tiles (FlashAttention). Reads segments where they lie.
 #include "kernels.h"
 #include "small_q.h"
 #include "tile.h"
@@ -8,9 +8,9 @@ extern "C" float logf(float);
 namespace diffmas::cpu::DIFFMAS_ISA {
 namespace {
 
-// Of a block's rows: o is not yet divided by the sum.
+// The running softmax of a block's rows; o is not yet divided by the sum.
 struct State {
-  float* o;    // [rows, d], or [panels, d, kPanel] while many rows are under way
+  float* o;    // [rows, d], or [panels, d, kPanel] while a large-q task runs
   float* max;  // [rows] of the scaled scores
   float* sum;  // [rows]
 };
@@ -57,7 +57,7 @@ void finish_row(const QueryBlock& q, int64_t r, float* o, float max, float sum) 
   args.lse[q.token(r) * args.q_heads + q.query_head(r)] = sum == 0 ? -kInf : max + logf(sum);
 }
 
-// The rows of a finished task go out, those of a split to its partial.
+// Writes the rows of a task that saw all keys to o and lse, those of a split to its partial.
 void finish(const QueryBlock& q, const ForwardTask& task, State state) {
   const ScheduledAttention& args = q.args;
   const int64_t d = q.d;
@@ -92,7 +92,7 @@ void small_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) 
   finish(q, task, state);
 }
 
-// Turns the scores [count, NV * W] (row length kPanel) of a panel into exp(score - max) and moves the running state of its lanes;
+// Replaces the scores [count, NV * W] (row length kPanel) of a panel by exp(score - max) and updates the running state of its lanes;
 // alpha gets the rescale factors of o. Before a lane has seen a token its max is -inf: 0 stands in, or -inf - -inf would give NaN.
 template <int NV>
 void softmax_lanes(float* s, int64_t count, float* row_max, float* row_sum, float* alpha) {

@@ -1,4 +1,4 @@
-// inject and its backward, token by token: a head is one pass for its sums and one from source to destination.
+// inject and its backward, token by token. A head takes one pass for its sums and one from source to destination.
 #include "../inject.h"
 #include "kernels.h"
 #include "rotary.h"
@@ -60,7 +60,7 @@ void rotate_rows(const Rows& dst, int64_t dst_row, const Rows& src, int64_t toke
   }
 }
 
-// The tables of the token at hand, and the norm weights (ones without a norm).
+// The tables of the current token, and the norm weights (ones without a norm).
 struct Tables {
   alignas(64) float cos[kMaxHeadDim], sin[kMaxHeadDim], q_weight[kMaxHeadDim], k_weight[kMaxHeadDim];
   const InjectArgs& args;
@@ -82,7 +82,7 @@ struct Tables {
   }
 };
 
-// u: gradient of the normed row -> of x; d_weight += u * xhat. With r = 1/rms: dx = r w u - x r^3 mean(w u x).
+// From the gradient u of the normed row to dx, the gradient of x; d_weight += u * xhat. With r = 1/rms: dx = r w u - x r^3 mean(w u x).
 template <class V>
 DIFFMAS_INLINE void norm_sums(const float* u, const float* x, const float* w, V& squares, V& dot) {
   const V xi = get<V>(x);
@@ -110,7 +110,7 @@ void norm_sums_row(const float* u, const float* x, const float* w, int64_t d, fl
   for (; i < d; ++i) norm_sums(u + i, x + i, w + i, squares, dot);
 }
 
-// dx = gradient of the rows of a token from that of their rotated norm. weight is null without a norm.
+// dx = gradient of a token's rows, from the gradient dy of their rotated norm. weight is null without a norm.
 void rotate_rows_backward(const Rows& dx, int64_t token, const Rows& dy, int64_t dy_row, const Rows& x, int64_t heads, const Rotation& back,
                           const float* weight, float* d_weight, float eps) {
   const int64_t d = back.size;
@@ -181,7 +181,7 @@ void inject_backward_block(const InjectArgs& args, int64_t block) {
     }
     rotate_rows_backward(args.q_out, t, args.dq_rot, t, args.q, args.q_heads, back, q_weight, dq_weight, args.eps);
     const int64_t slot = args.slots[t];
-    // The gradient pools are float32; their rows are taken out.
+    // Takes rows out of the gradient pools, which are float32.
     if (slot >= 0) rotate_rows_backward(args.dk, t, args.k_pool, slot, args.k, args.kv_heads, back, k_weight, dk_weight, args.eps);
     for (int64_t h = 0; h < args.kv_heads; ++h) {
       if (slot < 0) {

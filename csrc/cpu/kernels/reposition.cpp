@@ -51,7 +51,7 @@ void reposition_range(const RepositionArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-// One head: a row of src may occur many times, its sum is taken by one thread, in order.
+// One head. A row may occur in src many times; one thread adds up its sum, in order.
 void reposition_backward_head(const RepositionArgs& args, int64_t head) {
   const int64_t d = args.head_dim;
   alignas(64) float rotated_back[kMaxHeadDim];

@@ -342,16 +342,16 @@ def test_a_checkpoint_without_its_manifest_is_not_whole(run, tmp_path, text):
 
 
 def test_an_older_checkpoint_goes_only_when_the_newest_is_whole(tmp_path, monkeypatch):
-    from diffmas.training import trainer as training
+    from diffmas.training import trainer
 
-    write = training._write_manifest
+    write = trainer.write_manifest
 
     def killed(path):
         if path.name == "checkpoint-3":
             raise KeyboardInterrupt
         write(path)
 
-    monkeypatch.setattr(training, "_write_manifest", killed)
+    monkeypatch.setattr(trainer, "write_manifest", killed)
     args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1)
     with pytest.raises(KeyboardInterrupt):
         Trainer(tiny.system(), args, train_dataset=tiny.rows(8)).train()
@@ -383,13 +383,11 @@ def test_a_missing_adapter_is_not_the_untrained_model(tmp_path, scope, gone):
 
 
 def test_an_adapter_of_another_scale_is_refused(tmp_path):
-    from diffmas.agents.file import load_weights
-
     tiny.system(alpha=4).save_pretrained(tmp_path)
     other = tiny.system(alpha=400)
     before = tiny.trainable(other)
     with pytest.raises(ValueError, match="agents.json: expected adapters .*'lora_alpha': 400.*, got .*'lora_alpha': 4,"):
-        load_weights(other, tmp_path)
+        other.load_weights(tmp_path)
     assert all(torch.equal(before[n], p) for n, p in tiny.trainable(other).items())
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 400}))

@@ -67,7 +67,7 @@ def _batches(n: int, size: int | None):
 def _generate(system, questions, **options) -> tuple[list[list[str]], int]:
     """Texts [question][sample] and the number of tokens decoded."""
     tokens = system.generate_tokens(questions, **options)
-    texts = [[system._text(sample, options.get("stop")) for sample in row] for row in tokens]
+    texts = [[system.text_of(sample, options.get("stop")) for sample in row] for row in tokens]
     return texts, sum(len(sample) for row in tokens for sample in row)
 
 

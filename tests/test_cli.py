@@ -180,6 +180,7 @@ def test_an_adapter_of_another_model_is_refused(project, trained, tmp_path):
         ),
         ({"agents": [{"name": "a", "prompt": "b", "steps": 1}]}, r"agents\[0\].steps: expected one of .*unknown key"),
         ({"system": {"last_k": "two"}}, "system.last_k: expected int or null, got 'two'"),
+        ({"system": {"positions": "shift"}}, r"positions: expected one of \('keep', 'reindex'\), got 'shift'"),
         ({"training": {"learning_rat": 1}}, "training.learning_rat: expected one of .*did you mean 'learning_rate'"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate: expected float, got 'fast'"),
         ({"training": {"output_dir": "x"}}, "training.output_dir: expected it at the top level"),

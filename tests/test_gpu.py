@@ -45,7 +45,6 @@ def test_steps_do_not_wait_for_the_device(backend):
     """A latent step, a decoded token and a step with gradients; everything is on the device or goes there unasked."""
     model = gpu_model()
     patch_of(model).backend = backend
-    body = body_of(patch_of(model).causal_lm)
     trace = diffmas.Trace(model, batch_size=2, capacity=256)
     ids = [x.cuda() for x in tokens(5, 3)]
     forward(patch_of(model), trace, trace.plan([5, 3], "prompt"), input_ids=torch.cat(ids)[None])
@@ -228,7 +227,7 @@ def test_latent_steps_as_a_graph(batch, monkeypatch):
 def test_a_model_that_waits_for_the_device_is_not_captured():
     """Experts that are chosen on the host: the steps run one by one, and the device is as it was."""
     model = tiny("qwen3_moe", torch.float32, experts_implementation="eager").cuda()
-    body, stream = body_of(patch_of(model).causal_lm), torch.cuda.current_stream()
+    stream = torch.cuda.current_stream()
     trace = diffmas.Trace(model, batch_size=1, capacity=64)
     with torch.no_grad():
         forward(patch_of(model), trace, trace.plan([5], "prompt"), input_ids=tokens(5)[0][None].cuda())

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
+from models import assert_close, latent_steps, prefill, read, tiny, tokens
 from systems import QUESTIONS, system
 
 from diffmas import Agent, Trace

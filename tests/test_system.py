@@ -1,6 +1,8 @@
 """A system of agents against a cache-free unroll, single runs, finite differences and the unpatched model."""
 
 import contextlib
+import inspect
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer, 
 
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace
+from diffmas.agents import prompts
+from diffmas.agents.options import Options
 from diffmas.agents.realign import REALIGN
 from diffmas.models.patch import patch_of
-from diffmas.agents import prompts
 from diffmas.trace import pool
 
 TIGHT = 1e-9  # everything is float64
@@ -403,3 +406,10 @@ def test_plain_hugging_face_agrees(trace_content):
     loss.backward()
     assert_close(out.loss, loss, TIGHT)
     assert_close(got, gradients(s), TIGHT)
+
+
+def test_options_have_one_list_of_names_and_defaults():
+    parameters = inspect.signature(MultiAgentSystem).parameters
+    assert {n: parameters[n].default for n in list(parameters)[3:]} == asdict(Options())
+    described = system().describe()
+    assert {"agents": described["agents"], **asdict(Options(chat_template=False))} == described

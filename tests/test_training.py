@@ -369,6 +369,17 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     assert check_checkpoint(tmp_path / "checkpoint-1") and not (tmp_path / "checkpoint-2").exists()
 
 
+@pytest.mark.parametrize("scope", ["shared", "per_role"])
+def test_a_loaded_adapter_is_trained_on_if_asked(tmp_path, scope):
+    tiny.system(adapter_scope=scope).save_pretrained(tmp_path)
+    frozen = MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer())
+    assert scope == "per_role" or not tiny.trainable(frozen)
+    loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer(), trainable=True)
+    before = tiny.trainable(loaded)
+    Trainer(loaded, arguments(tmp_path / "out", max_steps=1, save_strategy="no"), train_dataset=tiny.rows(4)).train()
+    assert before and all(not torch.equal(before[name], p) for name, p in tiny.trainable(loaded).items())
+
+
 @pytest.mark.parametrize("scope, gone", [("shared", "adapter_config.json"), ("per_role", "critic/adapter_model.safetensors")])
 def test_a_missing_adapter_is_not_the_untrained_model(tmp_path, scope, gone):
     tiny.system(adapter_scope=scope).save_pretrained(tmp_path)

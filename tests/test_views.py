@@ -7,7 +7,7 @@ import torch
 from models import assert_close, body, gradients, latent_steps, loss_of, masked, pad, prefill, read, tiny, tokens, whole
 
 import diffmas
-from diffmas.ops.reference import rotate, offset_tables
+from diffmas.ops.reference import offset_tables, rotate
 
 
 @pytest.fixture(params=["qwen3", "cohere"])

@@ -52,7 +52,9 @@ class Trainer(transformers.Trainer):
     length is read once), and for options that do not apply. Rows too long for the context are found when they are reached.
 
         >>> args = default_arguments(directory, max_steps=1, report_to=[])
-        >>> steps = Trainer(system, args, train_dataset=rows).train().global_step
+        >>> Trainer(system, args, train_dataset=rows).train().global_step
+        {'loss': ...}
+        1
         >>> system.save_pretrained(directory)
     """
 

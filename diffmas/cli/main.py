@@ -25,11 +25,9 @@ def explained(command):
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
-        from diffmas.training import NonFiniteLoss
-
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError, NonFiniteLoss) as error:
+        except (ValueError, OSError, FloatingPointError) as error:  # the last is diffmas.training.NonFiniteLoss
             errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers import StaticCache
 
-from diffmas.benchmarks.measure import OURS, Case, Problem, Run
+from diffmas.benchmarks.measure import OURS, Case, Problem, Trial
 from diffmas.benchmarks.systems import Stopwatch, eager_attention, end_to_end, make_system
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
@@ -45,11 +45,11 @@ def _tokens(rows: list[list[int]]) -> torch.Tensor:
 
 
 def _way(generate):
-    def provider(p: Problem) -> Run:
+    def provider(p: Problem) -> Trial:
         system, questions = p.inputs
         watch = Stopwatch(system, p.case.batch)
         call = lambda: watch.measure(handoff=lambda _: generate(system, questions))
-        return Run(call, lambda rows: {"tokens": _tokens(rows)}, seconds=watch.seconds)
+        return Trial(call, lambda rows: {"tokens": _tokens(rows)}, seconds=watch.seconds)
 
     return provider
 

@@ -9,8 +9,8 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from diffmas.benchmarks import ours
-from diffmas.benchmarks.measure import OURS, Case, Problem, Run, Senseless
-from diffmas.benchmarks.ours import run_op, twins
+from diffmas.benchmarks.measure import OURS, Case, Problem, Senseless, Trial
+from diffmas.benchmarks.ours import run_op, variants
 from diffmas.ops import reference
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
@@ -67,7 +67,7 @@ def problem(case: Case) -> Problem:
     return Problem(case, x, answer, copied=tokens * D * n)
 
 
-def diffmas(p: Problem, run_op=run_op) -> Run:
+def diffmas(p: Problem, run_op=run_op) -> Trial:
     x, case = p.inputs, p.case
     rest = (x["cos"], x["sin"], x["slots"], x["q_weight"], x["k_weight"], EPS, False)
     heads, rows = x["k"].shape[1], case.N + case.n
@@ -75,7 +75,7 @@ def diffmas(p: Problem, run_op=run_op) -> Run:
     if case.phase == "forward":
         k, v = pool(x["k"].dtype), pool(x["k"].dtype)
         call = lambda: run_op("inject", x["q"], x["q"], x["k"], x["v"], *rest, k, v)
-        return Run(call, lambda q: {"q": q, "k": k[case.N :], "v": v[case.N :]})
+        return Trial(call, lambda q: {"q": q, "k": k[case.N :], "v": v[case.N :]})
     dk, dv = (pool(reference.accumulator(x["k"].dtype)) for _ in range(2))
 
     def refill():  # the op takes the rows out
@@ -83,13 +83,13 @@ def diffmas(p: Problem, run_op=run_op) -> Run:
 
     names = ("dq", "dk", "dv", "dq_weight", "dk_weight")
     call = lambda: run_op("inject_backward", x["q"], x["dq"], x["q"], x["k"], *rest, dk, dv)
-    return Run(call, lambda grads: dict(zip(names, grads)), refill)
+    return Trial(call, lambda grads: dict(zip(names, grads)), refill)
 
 
 def eager(store: str, compiled=False):
     """store: none | cat | cat into a buffer | static."""
 
-    def provider(p: Problem) -> Run:
+    def provider(p: Problem) -> Trial:
         if compiled and not ours.on_gpu():
             raise Senseless
         x, case = p.inputs, p.case
@@ -125,7 +125,7 @@ def eager(store: str, compiled=False):
             return {name: t.detach()[0].transpose(0, 1)[-case.n :] for name, t in zip("qkv", result)}
 
         if not train:
-            return Run(torch.no_grad()(forward), outputs)
+            return Trial(torch.no_grad()(forward), outputs)
         leaves = (q, k, v, norms[0].weight, norms[1].weight)
         kept = forward()
         grads = []
@@ -135,13 +135,13 @@ def eager(store: str, compiled=False):
             grads.append(grad)
         names = ("dq", "dk", "dv", "dq_weight", "dk_weight")
         call = lambda: torch.autograd.grad(kept, leaves, grads, retain_graph=True)
-        return Run(call, lambda g: {n: t[0] if t.dim() == 4 else t for n, t in zip(names, g)})
+        return Trial(call, lambda g: {n: t[0] if t.dim() == 4 else t for n, t in zip(names, g)})
 
     return provider
 
 
 STORES = ("cat", "cat into a buffer", "static")
-PROVIDERS = {OURS: diffmas, "eager": eager("none"), **twins("inject", diffmas)}
+PROVIDERS = {OURS: diffmas, "eager": eager("none"), **variants("inject", diffmas)}
 PROVIDERS |= {f"eager + {store}": eager(store) for store in STORES}
 PROVIDERS |= {"compiled": eager("none", compiled=True), "compiled + static": eager("static", compiled=True)}
 SLOW = {"compiled", "compiled + static"}

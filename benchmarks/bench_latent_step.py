@@ -7,8 +7,8 @@ The caches hold the same random rows, so that a long trace needs no long prefill
 import torch
 from transformers import DynamicCache, StaticCache
 
-from diffmas import Trace, patch_model
-from diffmas.benchmarks.measure import OURS, Case, Problem, Run
+from diffmas import Segment, Trace, patch_model
+from diffmas.benchmarks.measure import OURS, Case, Problem, Trial
 from diffmas.benchmarks.systems import DEVICE, end_to_end, make_model
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
@@ -53,26 +53,21 @@ def dynamic(rows, dtype=None) -> DynamicCache:
     return cache
 
 
-def diffmas(p: Problem) -> Run:
+def diffmas(p: Problem) -> Trial:
     model, rows, x = p.inputs
-    base = Trace(model, capacity=p.case.N + 32 * ROOM)
-    plan = base.plan([p.case.N], "prompt")
-    for i, (k, v) in enumerate(rows):  # what a forward pass would leave
-        pool = base._store.pool(i, k, v)
-        pool.k[: p.case.N], pool.v[: p.case.N] = k, v
-        plan._tokens_out[i] = base._tokens[i]
-    plan.commit()
-    body, traces = patch_of(model).body, []
+    past = [[Segment(0, None, "prompt", 0, p.case.N, 0)]]
+    base = Trace.of_rows(model, past, [p.case.N], rows, capacity=p.case.N + 32 * ROOM)
+    patch, traces = patch_of(model), []
 
     def reset():
         traces[:] = base.fork(1)
-        traces[0].reserve(ROOM)
 
     @torch.no_grad()
     def call():
-        return run(body, traces[0].plan([1], "latent"), inputs_embeds=x[None]).last_hidden_state
+        forward_pass = traces[0].plan([1], "latent", reserve=ROOM)
+        return forward(patch, traces[0], forward_pass, inputs_embeds=x[None]).last_hidden_state
 
-    return Run(call, lambda h: {"hidden": h[0]}, reset)
+    return Trial(call, lambda h: {"hidden": h[0]}, reset)
 
 
 def _body_alone(model, past, embeds):
@@ -86,7 +81,7 @@ def _whole_model(model, past, embeds):
 
 
 def _peer(cache, rewind, step=_body_alone):
-    def provider(p: Problem) -> Run:
+    def provider(p: Problem) -> Trial:
         model, rows, x = p.inputs
         past = cache(model, rows, p.case.N)
 
@@ -94,7 +89,7 @@ def _peer(cache, rewind, step=_body_alone):
         def call():
             return step(model, past, x[None])
 
-        return Run(call, lambda h: {"hidden": h[0]}, lambda: rewind(past, p.case.N))
+        return Trial(call, lambda h: {"hidden": h[0]}, lambda: rewind(past, p.case.N))
 
     return provider
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from diffmas.benchmarks.measure import OURS, Case, Problem, Run
+from diffmas.benchmarks.measure import OURS, Case, Problem, Trial
 from diffmas.benchmarks.ours import run_op
 from diffmas.ops import reference
 
@@ -35,17 +35,17 @@ def problem(case: Case) -> Problem:
     return Problem(case, (states, grads), answer, copied=copies * n * H * (D * dtype.itemsize + 4))
 
 
-def diffmas(p: Problem) -> Run:
+def diffmas(p: Problem) -> Trial:
     states, grads = p.inputs
     with torch.no_grad():
         o, lse = run_op("merge_states", states[0], *states)
     if p.case.phase == "forward":
-        return Run(torch.no_grad()(lambda: run_op("merge_states", states[0], *states)), lambda r: {"o": r[0], "lse": r[1]})
+        return Trial(torch.no_grad()(lambda: run_op("merge_states", states[0], *states)), lambda r: {"o": r[0], "lse": r[1]})
     names = ("do_a", "dlse_a", "do_b", "dlse_b")
-    return Run(lambda: run_op("merge_states_backward", o, *grads, *states, o, lse), lambda r: dict(zip(names, r)))
+    return Trial(lambda: run_op("merge_states_backward", o, *grads, *states, o, lse), lambda r: dict(zip(names, r)))
 
 
-def eager(p: Problem) -> Run:
+def eager(p: Problem) -> Trial:
     train = p.case.phase == "backward"
     states, grads = [x.clone().requires_grad_(train) for x in p.inputs[0]], p.inputs[1]
 
@@ -56,9 +56,9 @@ def eager(p: Problem) -> Run:
         return o.to(o_a.dtype), lse
 
     if not train:
-        return Run(torch.no_grad()(merge), lambda r: {"o": r[0], "lse": r[1]})
+        return Trial(torch.no_grad()(merge), lambda r: {"o": r[0], "lse": r[1]})
     kept, names = merge(), ("do_a", "dlse_a", "do_b", "dlse_b")
-    return Run(lambda: torch.autograd.grad(kept, states, grads, retain_graph=True), lambda r: dict(zip(names, r)))
+    return Trial(lambda: torch.autograd.grad(kept, states, grads, retain_graph=True), lambda r: dict(zip(names, r)))
 
 
 PROVIDERS = {OURS: diffmas, "eager": eager}

@@ -1,7 +1,7 @@
 """Samples of one question, a token each: all of them read the rows of the prompt. Once for all, or each for itself.
 
-The answer is that of `cross_attention`; ours is what the package does for such a batch (`diffmas.trace.plan.share`): one pass over
-the shared rows with all queries, one over each reader's own, merged. N counts a reader's rows, its own included.
+The answer is that of `cross_attention`. Ours is what the package does for such a batch: one pass over the shared rows with all
+queries, one over each reader's own rows, and a merge. N counts a reader's rows, its own included.
 """
 
 from dataclasses import replace
@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 
 from diffmas.benchmarks import bench_attention
-from diffmas.benchmarks.bench_attention import Inputs
-from diffmas.benchmarks.measure import OURS, Case, Problem, Run
-from diffmas.benchmarks.ours import run_op, twins
+from diffmas.benchmarks.attention.problem import Inputs
+from diffmas.benchmarks.measure import OURS, Case, Problem, Trial
+from diffmas.benchmarks.ours import run_op, variants
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -39,7 +39,7 @@ def problem(case: Case) -> Problem:
     return replace(p, peers_lack=("lse",))
 
 
-def diffmas(p: Problem, run_op=run_op) -> Run:
+def diffmas(p: Problem, run_op=run_op) -> Trial:
     x: Inputs = p.inputs
     R, prefix = p.case.batch, p.case.N - 1
     index = lambda *xs: torch.tensor(xs, device=x.q.device)
@@ -47,12 +47,13 @@ def diffmas(p: Problem, run_op=run_op) -> Run:
     shared = index(0, R), index(0, 1), index(0), index(prefix)
     own = each, each, prefix + each[:-1], torch.ones_like(each[:-1])
     read = lambda view, causal: run_op("cross_attention", x.q, x.q, x.k, x.v, *view, None, None, x.scale, causal, False)
-    return Run(lambda: run_op("merge_states", x.q, *read(shared, False), *read(own, True)), lambda r: {"o": r[0], "lse": r[1]})
+    call = lambda: run_op("merge_states", x.q, *read(shared, False), *read(own, True))
+    return Trial(call, lambda r: {"o": r[0], "lse": r[1]})
 
 
 PROVIDERS = {
     OURS: diffmas,
-    **twins("cross_attention", diffmas),
+    **variants("cross_attention", diffmas),
     f"{OURS}, each for itself": bench_attention.diffmas,
     **{
         name: bench_attention.PROVIDERS[name]

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from diffmas.benchmarks.measure import OURS, Case, Problem, Run
+from diffmas.benchmarks.measure import OURS, Case, Problem, Trial
 from diffmas.benchmarks.ours import run_op
 from diffmas.ops import reference
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
-SHIFT = 777
+OFFSET = 777
 
 CASES = [
     Case("reposition", "segment", phase, n=n, heads=f"{Hkv}/{Hkv}", D=128, dtype=dtype, quick=(n, dtype) == (1024, "float32"))
@@ -30,7 +30,7 @@ def problem(case: Case) -> Problem:
     move = (
         index,
         index + n,
-        torch.full((n,), SHIFT, device=device),
+        torch.full((n,), OFFSET, device=device),
         1e6 ** (-torch.arange(0, D, 2, device=device).float() / D),
     )
 
@@ -43,44 +43,44 @@ def problem(case: Case) -> Problem:
     return Problem(case, (k, v, move), answer, copied=(4 if case.phase == "forward" else 8) * Hkv * D * n * dtype.itemsize)
 
 
-def diffmas(p: Problem) -> Run:
+def diffmas(p: Problem) -> Trial:
     k, v, move = p.inputs
     mine, n = [x.transpose(0, 1).clone().transpose(0, 1) for x in (k, v)], p.case.n
     if p.case.phase == "forward":
         call = lambda: run_op("reposition", mine[0], *move, False, *mine)
-        return Run(call, lambda _: {"k": mine[0][n:], "v": mine[1][n:]})
+        return Trial(call, lambda _: {"k": mine[0][n:], "v": mine[1][n:]})
     call = lambda: run_op("reposition_backward", mine[0], *move, False, *mine)
-    return Run(call, lambda _: {"k": mine[0][:n], "v": mine[1][:n]})
+    return Trial(call, lambda _: {"k": mine[0][:n], "v": mine[1][:n]})
 
 
-def _turned(x: Tensor) -> Tensor:
+def _rotated_half(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return torch.cat((-x[..., half:], x[..., :half]), -1)
 
 
-def eager(p: Problem) -> Run:
-    """One shift for the whole segment: cos and sin are one row."""
-    k, v, (_, _, shift, inv_freq) = p.inputs
+def eager(p: Problem) -> Trial:
+    """One offset for the whole segment: cos and sin are one row."""
+    k, v, (_, _, offset, inv_freq) = p.inputs
     n, train = p.case.n, p.case.phase == "backward"
-    angle = shift[:1].double()[:, None] * inv_freq.double()
+    angle = offset[:1].double()[:, None] * inv_freq.double()
     cos, sin = (torch.cat((f(angle), f(angle)), -1).float() for f in (torch.cos, torch.sin))
     old = [x[:n].transpose(0, 1)[None].clone().requires_grad_(train) for x in (k, v)]
     grads = [x[n:].transpose(0, 1)[None].clone() for x in (k, v)]
     pooled = lambda x: x[0].transpose(0, 1)
 
     def move():
-        moved = (old[0].float() * cos + _turned(old[0].float()) * sin).to(old[0].dtype)
+        moved = (old[0].float() * cos + _rotated_half(old[0].float()) * sin).to(old[0].dtype)
         return moved, old[1].clone()
 
     if not train:
-        return Run(torch.no_grad()(move), lambda r: {"k": pooled(r[0]), "v": pooled(r[1])})
+        return Trial(torch.no_grad()(move), lambda r: {"k": pooled(r[0]), "v": pooled(r[1])})
     kept, sums = move(), [x.detach().clone() for x in old]
 
     def backward():
         for total, grad in zip(sums, torch.autograd.grad(kept, old, grads, retain_graph=True)):
             total.add_(grad)
 
-    return Run(backward, lambda _: {"k": pooled(sums[0]), "v": pooled(sums[1])})
+    return Trial(backward, lambda _: {"k": pooled(sums[0]), "v": pooled(sums[1])})
 
 
 PROVIDERS = {OURS: diffmas, "eager": eager}

@@ -11,9 +11,10 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from diffmas.benchmarks.measure import OURS, Case, Problem, Run
+from diffmas.benchmarks.measure import OURS, Case, Problem, Trial
 from diffmas.benchmarks.systems import DEVICE, SHAPES
-from diffmas.trace.pool import LatentRun, Pool, attend
+from diffmas.trace import Trace
+from diffmas.trace.spec import LayerSpec, ModelSpec
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -75,35 +76,27 @@ def _clear(leaves) -> None:
             t.grad = None
 
 
-def diffmas(p: Problem) -> Run:
-    """As a trace in a system does it: rows for all passes from the start, latent steps in runs."""
+def diffmas(p: Problem) -> Trial:
+    """As a trace in a system does it: rows for all passes from the start, the gradients of latent steps deferred."""
     leaves, grads, cos, sin = _fresh(p.inputs, torch.float32)
     total, scale = sum(len(q) for q, _, _ in leaves), p.case.D**-0.5
-    index = lambda *xs: torch.tensor(xs, device=DEVICE)
+    layer = LayerSpec(0, "half")
+    spec = ModelSpec([layer])
 
     def call():
         _clear(leaves)
-        _, k, _ = leaves[0]
-        pool, token, first, step, outs = Pool(total, *k.shape[1:], k.dtype, k.device), torch.zeros(0), 0, 0, []
-        run = None
+        trace, first, outs = Trace(spec, capacity=total), 0, []
         for q, k, v in leaves:
-            n = len(q)
-            step = step + 1 if n == 1 else 0
-            if step < 2:
-                run = LatentRun() if step else None
-            older = (index(0, 1), index(0), index(first), None, None) if step == 1 else None
-            slots = torch.arange(first, first + n, device=q.device)
-            first += n
-            view = (index(0, n), index(0, 1), index(0), index(first), None, None)
-            o, token = attend(
-                pool, token, q, k, v, slots, view, scale=scale, cos=cos[slots], sin=sin[slots],
-                newest=index(step or n), run=run, older=older,
-            )  # fmt: skip
-            outs.append(o)
+            forward_pass = trace.plan([len(q)], "latent" if len(q) == 1 else "prompt", reserve=total - first - len(q))
+            rows = slice(first, first + len(q))
+            outs.append(forward_pass.attend(layer, q, k, v, scale, cos=cos[rows], sin=sin[rows]))
+            forward_pass.end(outs[-1])
+            trace.commit(forward_pass)
+            first += len(q)
         torch.autograd.backward(outs, grads)
         return outs
 
-    return Run(call, lambda outs: _outputs(leaves, outs))
+    return Trial(call, lambda outs: _outputs(leaves, outs))
 
 
 def _plain(inputs, dtype):
@@ -131,8 +124,8 @@ def _plain(inputs, dtype):
     return call, lambda outs: _outputs(leaves, outs)
 
 
-def plain(p: Problem) -> Run:
-    return Run(*_plain(p.inputs, torch.float32))
+def plain(p: Problem) -> Trial:
+    return Trial(*_plain(p.inputs, torch.float32))
 
 
 PROVIDERS = {OURS: diffmas, "DynamicCache": plain}

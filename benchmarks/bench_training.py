@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import torch
 
-from diffmas.benchmarks.measure import OURS, Case, Problem, Run, Senseless
+from diffmas.benchmarks.measure import OURS, Case, Problem, Senseless, Trial
 from diffmas.benchmarks.systems import Stopwatch, eager_attention, end_to_end, make_system
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
@@ -55,7 +55,7 @@ def _outputs(system, loss) -> dict:
 
 
 def _way(loss_of):
-    def provider(p: Problem) -> Run:
+    def provider(p: Problem) -> Trial:
         system, questions, answers = p.inputs
         optimizer = torch.optim.AdamW([w for w in system.parameters() if w.requires_grad], lr=0.0)
         watch = Stopwatch(system, p.case.batch)
@@ -72,7 +72,7 @@ def _way(loss_of):
             system.zero_grad(set_to_none=True)
             return watch.measure(handoff=lambda _: loss_of(system, questions, answers), backward=backward, optimizer=step)
 
-        return Run(call, lambda loss: _outputs(system, loss), seconds=watch.seconds)
+        return Trial(call, lambda loss: _outputs(system, loss), seconds=watch.seconds)
 
     return provider
 
@@ -91,7 +91,7 @@ def _eager(system, *args):
 def where(fits, provider):
     """For the cases that fit: elsewhere it takes minutes and teaches nothing more."""
 
-    def limited(p: Problem) -> Run:
+    def limited(p: Problem) -> Trial:
         if not fits(p.case):
             raise Senseless
         return provider(p)

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diffmas.benchmarks.measure import NOISE, drowned
-from diffmas.benchmarks.report import results
+from diffmas.benchmarks.result import results
 from diffmas.benchmarks.run import HERE, modules, selected
 
 __all__ = ["compare"]

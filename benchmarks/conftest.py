@@ -111,12 +111,12 @@ def bench(benchmark, request):
                 if seconds is not None:
                     samples[name].append(seconds)
 
-        others = [name for name in contest.runs if name != OURS]
-        ours = [name for name in contest.runs if name == OURS]
+        others = [name for name in contest.trials if name != OURS]
+        ours = [name for name in contest.trials if name == OURS]
         gc.collect()
         gc.disable()
         try:
-            rounds = session.rounds(contest) if contest.runs else 1
+            rounds = session.rounds(contest) if contest.trials else 1
 
             def take_others():
                 """Each round begins with another one: none is always the one that finds the caches in its favour."""

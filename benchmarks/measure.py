@@ -1,9 +1,10 @@
 """The core of the suite: cases, providers, the correctness gate, interleaved timing. It knows no op and no pytest.
 
 A *case* says what is measured (op, phase, regime, shape). A *problem* is a case with its inputs, its float64 answer, and its
-least possible work. A *provider* is one way to do that work: a function from a problem to a `Run`, which raises `Cannot` with
-the reason where it does not apply. A *contest* holds all runs of one problem: each is checked against the float64 answer,
-and the ones that are right are timed in turns (A B C A B C ...), so that a noisy machine disturbs all of them alike.
+least possible work. A *provider* is one way to do that work. It makes a *trial* of a problem: the call to be timed, and how to
+read its result; where it does not apply it raises `Cannot` with the reason. A *contest* holds the trials of one problem. It
+checks each against the float64 answer and times the right ones in turns (A B C A B C ...), so that a noisy machine disturbs all
+of them alike.
 """
 
 import gc
@@ -19,13 +20,13 @@ from torch import Tensor
 
 from diffmas.benchmarks.machine import Graph, Machine, peak_bytes, sample
 
-__all__ = ["OURS", "Cannot", "Case", "Contest", "Problem", "Provider", "Run", "Senseless", "drowned", "error"]
+__all__ = ["OURS", "Cannot", "Case", "Contest", "Problem", "Provider", "Senseless", "Trial", "drowned", "error"]
 
 OURS = "diffmas"
 SAMPLE_SECONDS = 2e-3  # a sample lasts at least this long, so that the clock's own step does not count
 GPU_REPEATS = 10  # calls of a sample at most: events are exact, and each call waits for a cold cache
 LONG = 2.0  # seconds of a call that is warm after its gate, on a CPU: on a GPU it may have been a compiler's
-FEW_TOKENS = 64  # up to so many an op on a GPU is bound by its launches
+LAUNCH_BOUND_TOKENS = 64  # up to so many tokens, launches bound an op on a GPU
 LEAST = 1e-6  # seconds of a call in a graph: what a first sample says below is noise, and would make all others hopeless
 NOISE = "no number: it takes less than the spread of its samples"
 HOPELESS, HOPELESS_ROUNDS = 10, 2  # a provider this many times slower than the fastest takes part in this many rounds only
@@ -73,14 +74,19 @@ class Case:
 
 
 @dataclass
-class Run:
-    """One provider's work on one problem. call: what is timed. read: its result -> the outputs that the gate compares, in the
-    problem's layout. reset: run before each sample, untimed. seconds: filled by the call itself with the time of its parts."""
+class Trial:
+    """One provider's work on one problem.
+
+    call: what is timed. read: its result -> the outputs that the gate compares, in the problem's layout. reset: run before each
+    sample, untimed. seconds: filled by the call itself with the time of its parts. answer: compared with in the place of the
+    problem's reference; only for a part of ours left out on purpose ("diffmas, ..."), which has another result.
+    """
 
     call: Callable
     read: Callable[[object], dict[str, Tensor]]
     reset: Callable[[], None] | None = None
     seconds: dict[str, list[float]] | None = None
+    answer: Callable[[torch.dtype], dict[str, Tensor]] | None = None
 
 
 @dataclass
@@ -90,7 +96,8 @@ class Problem:
     The gate's budget is 4 x the error of the same-precision reference, at least 256 float32 eps or 2.5 of a shorter dtype's:
     more than our own tests allow, because peers round intermediate results. `tolerance` replaces it where the reference is not
     of the same precision. peers_lack: outputs that a peer may leave out, but not diffmas.
-    flops, read and copied bytes: the least an implementation can do; 0: no roofline is given.
+    flops, read and copied bytes: the least an implementation can do; 0: no roofline is given. units: how often a call does what
+    is reported (layers x steps, say). The time of a call and of its parts is divided by it, memory is not.
     """
 
     case: Case
@@ -101,14 +108,15 @@ class Problem:
     copied: float = 0
     tolerance: float | None = None
     peers_lack: tuple[str, ...] = ()
+    units: int = 1
 
     @property
     def graph(self) -> bool:
         """Whether calls are timed in a CUDA graph."""
-        return not self.case.model and 0 < self.case.n <= FEW_TOKENS
+        return not self.case.model and 0 < self.case.n <= LAUNCH_BOUND_TOKENS
 
 
-Provider = Callable[[Problem], Run]
+Provider = Callable[[Problem], Trial]
 
 
 def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
@@ -133,12 +141,12 @@ def drowned(times: list[float]) -> bool:
 class Contest:
     """All providers of one problem, gated.
 
-    runs: the right ones by name. errors: of everything that ran. notes: why a provider has no number.
+    trials: the right ones by name. errors: of everything that ran. notes: why a provider has no number.
     """
 
     def __init__(self, problem: Problem, providers: dict[str, Provider], device: str = "cpu"):
         self.problem, self.device = problem, device
-        self.runs: dict[str, Run] = {}
+        self.trials: dict[str, Trial] = {}
         self.errors: dict[str, float] = {}
         self.notes: dict[str, str] = {}
         self.peaks: dict[str, int] = {}
@@ -161,14 +169,17 @@ class Contest:
     def _enter(self, name: str, provider: Provider, want: dict[str, Tensor]) -> None:
         """One call: its peak memory is measured, its result is compared."""
         try:
-            run = provider(self.problem)
-            if run.reset:
-                run.reset()
+            trial = provider(self.problem)
+            if trial.reset:
+                trial.reset()
             gc.disable()  # earlier garbage, freed in the middle of the call, would count as its own
             start = time.perf_counter()
-            result, peak = peak_bytes(run.call, self.device)
+            result, peak = peak_bytes(trial.call, self.device)
             self._once[name] = time.perf_counter() - start
-            got = run.read(result)
+            got = trial.read(result)
+            if trial.answer and not name.startswith(f"{OURS},"):
+                raise ValueError("an answer of its own, which only a part of ours left out may have")
+            want = trial.answer(torch.float64) if trial.answer else want
         except Senseless:
             return
         except Cannot as reason:
@@ -184,31 +195,31 @@ class Contest:
         lacks = () if name == OURS else [output for output in self.problem.peers_lack if output not in got]
         self.errors[name] = error(got, {output: right for output, right in want.items() if output not in lacks})
         if self.errors[name] <= self.budget:
-            self.runs[name], self.peaks[name] = run, peak
+            self.trials[name], self.peaks[name] = trial, peak
         else:
             self.notes[name] = f"wrong result: error {self.errors[name]:.1e}, budget {self.budget:.1e}"
 
     # ---- time --------------------------------------------------------------------------------------------------------
 
     def _sample(self, name: str, repeats: int) -> float:
-        run = self.runs[name]
-        if run.reset:
-            run.reset()
-        return self._graphs[name].sample() if name in self._graphs else sample(run.call, repeats, self.device)
+        trial = self.trials[name]
+        if trial.reset:
+            trial.reset()
+        return self._graphs[name].sample() if name in self._graphs else sample(trial.call, repeats, self.device)
 
     def _capture(self, name: str) -> None:
-        run = self.runs[name]
-        if run.reset:
-            run.reset()
+        trial = self.trials[name]
+        if trial.reset:
+            trial.reset()
         try:
-            self._graphs[name] = Graph(run.call, self.device)
+            self._graphs[name] = Graph(trial.call, self.device)
         except Exception as reason:
             self._uncaptured[name] = f"timed with its launches, as it is not captured: {reason}".splitlines()[0][:160]
 
     def warm_up(self) -> None:
         """Warms every provider up, decides how many calls make a sample, and forgets the parts measured so far."""
         gpu = self.device != "cpu"
-        for name, run in self.runs.items():
+        for name, trial in self.trials.items():
             if gpu and self.problem.graph:
                 self._capture(name)
             if gpu or self._once[name] < LONG:
@@ -216,24 +227,24 @@ class Contest:
                 self._once[name] = max(min(self._sample(name, 1) for _ in range(2)), least)
             repeats = max(1, math.ceil(SAMPLE_SECONDS / self._once[name]))
             self._repeats[name] = Graph.CALLS if name in self._graphs else min(repeats, GPU_REPEATS) if gpu else repeats
-            if run.seconds is not None:
-                run.seconds.clear()
+            if trial.seconds is not None:
+                trial.seconds.clear()
 
     def round_seconds(self) -> float:
-        return sum(self._once[name] * self._repeats[name] for name in self.runs if not self._hopeless(name))
+        return sum(self._once[name] * self._repeats[name] for name in self.trials if not self._hopeless(name))
 
     def rounds(self, seconds: float, least: int, most: int) -> int:
         """How many rounds fit `seconds`, within [least, most]."""
         return min(most, max(least, int(seconds / self.round_seconds())))
 
     def _hopeless(self, name: str) -> bool:
-        return self._once[name] > HOPELESS * min(self._once[right] for right in self.runs)
+        return self._once[name] > HOPELESS * min(self._once[right] for right in self.trials)
 
     def sample(self, name: str, turn: int) -> float | None:
-        """Seconds per call of one sample in round `turn`; None where a provider far behind sits out."""
+        """Seconds per unit of one sample in round `turn`; None where a provider far behind sits out."""
         if turn >= HOPELESS_ROUNDS and self._hopeless(name):
             return None
-        return self._sample(name, self._repeats[name])
+        return self._sample(name, self._repeats[name]) / self.problem.units
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
@@ -244,10 +255,10 @@ class Contest:
         spread: median absolute deviation / median.
         """
         problem, out = self.problem, []
-        roof = machine.seconds(problem.flops, problem.read, problem.copied, problem.case.dtype)
+        roof = machine.seconds(problem.flops, problem.read, problem.copied, problem.case.dtype) / problem.units
         noise = {name for name in self._graphs if name in samples and drowned(samples[name])}
         right = samples.get(OURS) if OURS not in noise else None
-        for name in (*self.runs, *self.notes):
+        for name in (*self.trials, *self.notes):
             row = problem.case.columns() | {"provider": name, "error": self.errors.get(name), "budget": self.budget}
             if name in self.notes:
                 out.append(row | {"why": self.notes[name]})
@@ -259,10 +270,14 @@ class Contest:
             if roof:
                 row["roofline_percent"] = 100 * roof / row["seconds"]
             out.append(row)
-            ours = self.runs[OURS].seconds if OURS in self.runs else None
-            for phase, parts in (self.runs[name].seconds or {}).items():
-                out.append(row | {"phase": phase, "peak_bytes": None} | _summary(parts, (ours or {}).get(phase)))
+            ours = self._parts(OURS) if OURS in self.trials else {}
+            for phase, parts in self._parts(name).items():
+                out.append(row | {"phase": phase, "peak_bytes": None} | _summary(parts, ours.get(phase)))
         return out
+
+    def _parts(self, name: str) -> dict[str, list[float]]:
+        """Seconds per unit of the parts of each call."""
+        return {part: [t / self.problem.units for t in times] for part, times in (self.trials[name].seconds or {}).items()}
 
 
 def _summary(times: list[float], ours: list[float] | None) -> dict:

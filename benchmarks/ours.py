@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmas import ops
-from diffmas.benchmarks.measure import OURS, Cannot, Problem, Provider, Run, Senseless
+from diffmas.benchmarks.measure import OURS, Cannot, Problem, Provider, Senseless, Trial
 
-__all__ = ["on_gpu", "run_op", "twins"]
+__all__ = ["on_gpu", "run_op", "variants"]
 
 
 def _through_the_dispatcher(name: str, lead, *args):
@@ -15,6 +15,8 @@ def _through_the_dispatcher(name: str, lead, *args):
 
 
 run_op = getattr(ops, "call", _through_the_dispatcher)
+
+NATIVE = {"diffmas_native", "diffmas_cuda"}  # libraries of compiled CUDA kernels; the second is that of older commits
 
 
 class _Seen(TorchDispatchMode):
@@ -34,16 +36,16 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def twins(op: str, make) -> dict[str, Provider]:
-    """Providers "diffmas, triton" and "diffmas, cuda" from make(problem, run), which does its work by run(name, lead, *args).
+def variants(op: str, make) -> dict[str, Provider]:
+    """Providers "diffmas, triton" and "diffmas, cuda" from make(problem, run_op), which works by run_op(name, lead, *args).
     Only the backends that "auto" does not take for `op`, and "cuda" not where it leaves all of the work to Triton."""
 
-    def twin(backend: str) -> Provider:
-        def run(name, lead, *args):
+    def variant(backend: str) -> Provider:
+        def run_op(name, lead, *args):
             has = ops.BACKENDS[backend].has(name, lead.dtype, lead.shape[-1])
             return ops.implementation(name, lead, backend if has else "auto")(*args)
 
-        def provider(p: Problem) -> Run:
+        def provider(p: Problem) -> Trial:
             if not on_gpu():
                 raise Senseless
             if ops.BACKENDS[backend].why_missing:
@@ -54,11 +56,11 @@ def twins(op: str, make) -> dict[str, Provider]:
                 raise Senseless
             if backend == "cuda":
                 with _Seen() as seen:
-                    make(p, run).call()
-                if "diffmas_cuda" not in seen.libraries:
+                    make(p, run_op).call()
+                if not seen.libraries & NATIVE:
                     raise Senseless
-            return make(p, run)
+            return make(p, run_op)
 
         return provider
 
-    return {f"{OURS}, {backend}": twin(backend) for backend in ("triton", "cuda")}
+    return {f"{OURS}, {backend}": variant(backend) for backend in ("triton", "cuda")}

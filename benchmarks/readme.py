@@ -1,78 +1,97 @@
-"""README.md's headline: a table and a plot between two HTML comments, written from the stored rows and from nothing else."""
+"""README.md's results: a few rows and a plot between two HTML comments, written from the stored rows and from nothing else."""
 
 import os
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
+from diffmas.benchmarks import store
+from diffmas.benchmarks.result import Result, ratio_text, results, time_text
 
-from diffmas.benchmarks import report, store
-
-__all__ = ["BEGIN", "END", "block", "update"]
+__all__ = ["BEGIN", "END", "STORY", "block", "update"]
 
 BEGIN, END = "<!-- bench: begin, written by `make bench-readme` -->", "<!-- bench: end -->"
+# The cases that tell what to expect: short and long, even and ragged, attention alone, and one that is not won.
+STORY = (
+    dict(op="training_step", model="small", agents=3, N=512, T=16, batch=1),
+    dict(op="training_step", model="small", agents=3, N=8192, T=16, batch=1),
+    dict(op="training_step", model="small", agents=3, N=4096, T=16, batch=8),
+    dict(op="training_step", model="8B"),
+    dict(op="attention_schedule", heads="4/2", agents=3, N=4096, T=16),
+    dict(op="generation", model="small", N=4096, T=10),
+    dict(op="latent_step", model="small", N=1024),
+    dict(op="latent_step", model="0.6B", N=32768),
+)
 WORDS = {
-    "training_step": "training step of {agents} agents, {layers} layers of {model} shape, N = {N}, T = {T}",
-    "attention_schedule": "its attention part alone, {agents} agents, {heads} heads, N = {N}, T = {T}",
-    "generation": "generation by {agents} agents, {layers} layers of {model} shape, N = {N}, T = {T}",
-    "latent_step": "latent step, {layers} layers of {model} shape, over {N} rows",
+    "training_step": "training step of {agents} agents, {model}, N = {N}, T = {T}",
+    "attention_schedule": "attention of a training step, {agents} agents, {heads} heads, N = {N}, T = {T}",
+    "generation": "generation by {agents} agents, {model}, N = {N}, T = {T}",
+    "latent_step": "one latent step, {model}, N = {N}",
 }
 
 
 def block(rows: list[dict], results_dir: str, growth: bool) -> str:
     """What stands between the comments. results_dir: as the README reaches it; growth: whether its growth.png is there."""
-    first, done = rows[0], [r for r in report.results(rows) if r.whole and r.best]
+    first, done = rows[0], [r for r in results(rows) if r.whole and r.best]
     commits = " and ".join(dict.fromkeys(r["commit"] for r in rows))  # parts of the suite may have been measured again
+    ahead = sum(r.best[1] >= 1 for r in done)
     lines = [
-        f"Measured by `diffmas bench` on {first['machine']}, {first['threads']} thread, torch {first['torch']}, transformers "
-        f"{first['transformers']}, commit {commits}. Ratios are medians of interleaved runs against the plain Hugging "
-        "Face way (DynamicCache, torch.cat, autograd); no row without an equal result. All rows, peers and shapes: "
-        f"`{results_dir}/index.html`.",
+        f"diffmas is faster than every peer in {ahead} of {len(done)} cases of `diffmas bench`. Measured on "
+        + f"{first['machine']}, {first['threads']} thread, torch {first['torch']}, transformers {first['transformers']}, "
+        + f"commit {commits}: medians of interleaved runs, no number without an equal result.",
+        "The plain way is DynamicCache, torch.cat and autograd; models have random weights; a trace gets N rows, an agent "
+        + "takes T latent steps.",
         "",
-        f"![times faster than the best peer and the plain way]({results_dir}/headline.png)",
-        "",
-        "| random weights, vocabulary of 4096 | diffmas | faster | smaller | against the best peer |",
+        "| | diffmas | speed, plain way | peak memory, plain way | speed, best peer |",
         "|---|---|---|---|---|",
     ]
-    for op, words in WORDS.items():
+    for wanted in STORY:
         for r in done:
-            if r.op == op and r.plain:
-                best = f"{report._times(r.best[1])} {r.best[0]}"
-                cells = (words.format(**r.first) + _batch(r), report._time(r.ours["seconds"]), report._times(r.plain[1]))
-                lines.append(f"| {' | '.join((*cells, report._times(r.memory), best))} |")
-    lines += ["", "Single ops against the best of all peers, lowest to highest over the shapes:", ""]
-    lines += ["| op | regime | shapes | against the best peer |", "|---|---|---|---|"]
-    groups = defaultdict(list)
-    for r in done:
-        if r.op not in WORDS:
-            groups[r.op, f"{r.regime}, {r.phase}"].append(r.best[1])
-    for (op, regime), ratios in groups.items():
-        mean = float(np.exp(np.mean(np.log(ratios))))
-        span = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
-        lines.append(f"| {op} | {regime} | {len(ratios)} | {mean:.2f}x{span} |")
-    if growth:
-        lines += ["", f"![growth of time and memory with N, T and the number of agents]({results_dir}/growth.png)"]
+            if r.plain and all(r.first[k] == v for k, v in wanted.items()):
+                best = f"{ratio_text(r.best[1])} {r.best[0]}"
+                cells = (_words(r), time_text(r.ours["seconds"]), ratio_text(r.plain[1]), ratio_text(r.memory), best)
+                lines.append(f"| {' | '.join(cells)} |")
+                break
+    ops = _ops(done)
+    lines += ["", *([f"Single ops against their best peer, over all shapes: {ops}."] if ops else [])]
+    links = [f"[{store.FILE}]({results_dir}/{store.FILE})"]
+    links += [f"[growth with N, T and the number of agents]({results_dir}/growth.png)"] if growth else []
+    lines.append(f"Every row: {', '.join(links)}. `make bench` writes a page with sortable tables.")
+    lines += ["", f"![times faster than the best peer and the plain way]({results_dir}/headline.png)"]
     return "\n".join(lines)
 
 
-def _batch(r: report.Result) -> str:
-    return f", batch {r.first['batch']} of different lengths" if r.first["batch"] > 1 else ""
+def _words(r: Result) -> str:
+    layers = f"{r.first['layers']} layer{'s' if r.first['layers'] > 1 else ''} of {r.first['model']} shape"
+    text = WORDS[r.op].format(**r.first | {"model": layers})
+    return text + (f", batch {r.first['batch']} of different lengths" if r.first["batch"] > 1 else "")
 
 
-def update(results: Path, readme: Path) -> bool:
+def _ops(done: list[Result]) -> str:
+    """The lowest and the highest ratio of each op and phase."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for r in done:
+        if r.op not in WORDS and not r.first["model"]:
+            groups[r.op][r.phase].append(r.best[1])
+    spans = lambda xs: f"{min(xs):.2f} to {max(xs):.2f}x" if len(xs) > 1 else f"{xs[0]:.2f}x"
+    return "; ".join(
+        f"{op} " + ", ".join(f"{phase} {spans(ratios)}" for phase, ratios in phases.items()) for op, phases in groups.items()
+    )
+
+
+def update(results_dir: Path, readme: Path) -> bool:
     """Rewrites the block; -> whether it changed. ValueError for a README without the comments or a CSV without rows."""
-    if not (results / store.FILE).exists():
-        raise ValueError(f"{results / store.FILE}: expected the rows of a run of `diffmas bench`, found no file")
-    rows = store.read(results / store.FILE)
+    if not (results_dir / store.FILE).exists():
+        raise ValueError(f"{results_dir / store.FILE}: expected the rows of a run of `diffmas bench`, found no file")
+    rows = store.read(results_dir / store.FILE)
     if not rows:
-        raise ValueError(f"{results / store.FILE}: expected rows, found none")
+        raise ValueError(f"{results_dir / store.FILE}: expected rows, found none")
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{readme}: expected the comments {BEGIN!r} and {END!r} once each")
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    place = Path(os.path.relpath(results.resolve(), readme.resolve().parent)).as_posix()
-    new = f"{head}{BEGIN}\n{block(rows, place, (results / 'growth.png').exists())}\n{END}{tail}"
+    place = Path(os.path.relpath(results_dir.resolve(), readme.resolve().parent)).as_posix()
+    new = f"{head}{BEGIN}\n{block(rows, place, (results_dir / 'growth.png').exists())}\n{END}{tail}"
     if new != text:
         readme.write_text(new, encoding="utf-8")
     return new != text

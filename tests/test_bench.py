@@ -27,13 +27,17 @@ from diffmas.benchmarks import (
     machine,
     measure,
     ours,
+    plots,
+    readme,
     report,
     run,
     store,
 )
+from diffmas.benchmarks.attention import libraries, sdpa
 from diffmas.benchmarks.goals import GOALS, SDPA, Goal
 from diffmas.benchmarks.machine import Machine, peak_bytes
-from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Run, Senseless
+from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Senseless, Trial
+from diffmas.benchmarks.result import results
 from diffmas.cli import app
 from diffmas.ops import backends, reference, schemas
 
@@ -48,7 +52,7 @@ def doubling() -> Problem:
 
 
 def way(function):
-    return lambda p: Run(lambda: function(p.inputs), lambda y: {"y": y})
+    return lambda p: Trial(lambda: function(p.inputs), lambda y: {"y": y})
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
@@ -75,16 +79,16 @@ def test_a_provider_that_cannot_says_why_and_a_senseless_one_is_left_out():
         raise Senseless
 
     contest = Contest(doubling(), {OURS: way(lambda x: 2 * x), "gpu": cannot, "other": senseless})
-    assert contest.notes == {"gpu": "needs a GPU"} and set(contest.runs) == {OURS}
+    assert contest.notes == {"gpu": "needs a GPU"} and set(contest.trials) == {OURS}
 
 
 def test_only_a_peer_may_leave_an_output_out_and_only_one_that_the_problem_names():
     twice = lambda dtype: {"y": 2 * x.to(dtype), "sum": x.to(dtype).sum(0, keepdim=True)}
     x = torch.linspace(1, 2, 100)
     p = Problem(Case("double", "any", n=100), x, twice, peers_lack=("sum",))
-    some = lambda *names: lambda p: Run(lambda: twice(torch.float32), lambda out: {name: out[name] for name in names})
+    some = lambda *names: lambda p: Trial(lambda: twice(torch.float32), lambda out: {name: out[name] for name in names})
     contest = Contest(p, {OURS: some("y"), "y": some("y"), "sum": some("sum"), "both": some("y", "sum")})
-    assert set(contest.runs) == {"y", "both"} and all("wrong result" in contest.notes[name] for name in (OURS, "sum"))
+    assert set(contest.trials) == {"y", "both"} and all("wrong result" in contest.notes[name] for name in (OURS, "sum"))
 
 
 def spoiled(provider, name: str, at, by: float = 1.01):
@@ -96,7 +100,7 @@ def spoiled(provider, name: str, at, by: float = 1.01):
             out[name][at] *= by
             return out
 
-        return Run(right.call, read)
+        return Trial(right.call, read)
 
     return wrong
 
@@ -110,7 +114,7 @@ def test_the_gate_of_attention_sees_one_wrong_row_or_head(phase, name, at):
     small = dataclasses.replace(case, N=96, n=32, heads="6/3", D=64, phase=phase)
     providers = {OURS: bench_attention.diffmas, "spoiled": spoiled(bench_attention.diffmas, name, at)}
     contest = Contest(bench_attention.problem(small), providers)
-    assert set(contest.runs) == {OURS} and "wrong result" in contest.notes["spoiled"]
+    assert set(contest.trials) == {OURS} and "wrong result" in contest.notes["spoiled"]
 
 
 def test_the_gate_of_training_sees_one_small_wrong_gradient():
@@ -121,13 +125,13 @@ def test_the_gate_of_training_sees_one_small_wrong_gradient():
     assert grads[smallest] < max(grads.values()) / 5  # in a single vector of all of them nobody would see it
     ways = bench_training.PROVIDERS
     contest = Contest(p, ways | {"spoiled": spoiled(ways[OURS], smallest, ..., by=1.0005)})
-    assert set(contest.runs) == set(ways) and "wrong result" in contest.notes["spoiled"]
+    assert set(contest.trials) == set(ways) and "wrong result" in contest.notes["spoiled"]
 
 
 def test_all_ways_of_a_generation_give_the_same_tokens():
     case = dataclasses.replace(bench_generation.CASES[0], N=60, T=2, layers=1, batch=3)
     contest = Contest(bench_generation.problem(case), bench_generation.PROVIDERS)
-    assert set(contest.runs) == set(bench_generation.PROVIDERS), contest.notes
+    assert set(contest.trials) == set(bench_generation.PROVIDERS), contest.notes
 
 
 def test_peers_of_attention_agree_on_every_regime():
@@ -139,17 +143,39 @@ def test_peers_of_attention_agree_on_every_regime():
         seen.add((case.regime, case.phase, case.dtype))
         providers = {k: v for k, v in bench_attention.PROVIDERS.items() if k not in bench_attention.SLOW}
         contest = Contest(bench_attention.problem(shape), providers)
-        assert not contest.notes and "sdpa" in contest.runs and "eager" in contest.runs, (case.key, contest.notes)
+        assert not contest.notes and "sdpa" in contest.trials and "eager" in contest.trials, (case.key, contest.notes)
 
 
-@pytest.mark.parametrize("name", ["inject", "merge", "reposition", "latent_run", "latent_step"])
+@pytest.mark.parametrize("name", ["inject", "merge", "reposition", "deferred", "latent_step", "host"])
 def test_the_smallest_case_of_every_phase_runs_right(name):
     module = importlib.import_module(f"diffmas.benchmarks.bench_{name}")
     for phase in {case.phase for case in module.CASES}:
         case = min((c for c in module.CASES if c.phase == phase), key=lambda c: c.n)
         contest = Contest(module.problem(case), module.PROVIDERS)
-        assert OURS in contest.runs and len(contest.runs) > 1, contest.notes
+        assert OURS in contest.trials and len(contest.trials) > 1, contest.notes
         contest.warm_up()
+
+
+def test_only_a_part_of_ours_left_out_may_have_an_answer_of_its_own():
+    """It is compared with that answer, and with nothing else."""
+    half = lambda factor: (
+        lambda p: Trial(lambda: factor * p.inputs, lambda y: {"y": y}, answer=lambda dtype: {"y": p.inputs.to(dtype) / 2})
+    )
+    ways = {OURS: way(lambda x: 2 * x), f"{OURS}, half": half(0.5), f"{OURS}, wrong": half(0.6), "peer": half(0.5)}
+    contest = Contest(doubling(), ways)
+    assert set(contest.trials) == {OURS, f"{OURS}, half"} and "wrong result" in contest.notes[f"{OURS}, wrong"]
+    assert "only a part of ours" in contest.notes["peer"]
+
+
+def test_without_attention_the_result_is_another():
+    """So the gate of host time sees an attention that is left out."""
+    module = MODULES["bench_host"]
+    for case in module.CASES:
+        p = module.problem(case)
+        alone = module.PROVIDERS[f"{OURS}, layers alone"](p)
+        if alone.reset:
+            alone.reset()
+        assert measure.error(alone.read(alone.call()), p.reference(torch.float64)) > 0.1
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -188,8 +214,19 @@ def test_a_ratio_pairs_samples_of_one_round():
     assert rows[0]["roofline_percent"] == pytest.approx(100 * 800 / 32e9 / 2.0)
 
 
+def test_times_are_of_one_unit(monkeypatch):
+    monkeypatch.setattr(measure, "sample", lambda call, repeats, device: 6.0)
+    p = dataclasses.replace(doubling(), units=4)
+    parts = lambda p: Trial(lambda: 2 * p.inputs, lambda y: {"y": y}, seconds={"part": [2.0]})
+    contest = Contest(p, {OURS: parts})
+    contest._repeats = {OURS: 1}
+    whole, part = contest.rows({OURS: [contest.sample(OURS, 0)]}, MACHINE)
+    assert whole["seconds"] == 1.5 and part["seconds"] == 0.5 and part["phase"] == "part"
+    assert whole["roofline_percent"] == pytest.approx(100 * 800 / 32e9 / 6)
+
+
 def test_fit_finds_the_power():
-    assert report.fit([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx((3, 2))
+    assert plots.fit([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx((3, 2))
 
 
 # ---- rows, report, README --------------------------------------------------------------------------------------------
@@ -218,7 +255,7 @@ def training(N, scale):
 
 ROWS = [
     row(OURS, 0.001), row("sdpa", 0.004), row("cat + sdpa", 0.008, peak_bytes=9000),
-    row("flex", None, why="no <compiler> here"), *training(1024, 1), *training(4096, 4),
+    row("flex", None, why="no <compiler> here"), *training(512, 1), *training(8192, 4),
 ]  # fmt: skip
 
 
@@ -254,7 +291,7 @@ def test_a_peer_that_fails_costs_no_other_row():
 
     case = next(c for c in bench_attention.CASES if c.regime == "prompt" and c.n == 64 and c.phase == "forward")
     contest = Contest(bench_attention.problem(case), {OURS: bench_attention.PROVIDERS[OURS], "broken": broken})
-    assert list(contest.runs) == [OURS] and contest.notes == {"broken": "failed: RuntimeError: out of luck"}
+    assert list(contest.trials) == [OURS] and contest.notes == {"broken": "failed: RuntimeError: out of luck"}
 
 
 def test_another_csv_is_refused(tmp_path):
@@ -264,17 +301,17 @@ def test_another_csv_is_refused(tmp_path):
 
 
 def test_results_name_the_best_peer_and_the_plain_way():
-    first = report.results([r | {"device": "cpu"} for r in ROWS])[-1]  # whole systems come first
+    first = results([r | {"device": "cpu"} for r in ROWS])[-1]  # whole systems come first
     assert first.best == ("sdpa", pytest.approx(4)) and first.plain == ("cat + sdpa", pytest.approx(8))
     assert first.memory == 9 and first.judgement[0] is True
-    slow = report.results([row(OURS, 0.001, device="cpu"), row("sdpa", 0.0009, device="cpu")])[0]
+    slow = results([row(OURS, 0.001, device="cpu"), row("sdpa", 0.0009, device="cpu")])[0]
     assert slow.judgement == (False, "below 0.95x of sdpa: 0.90x")
     assert report.shortfalls([row(OURS, 0.001, device="cpu"), row("sdpa", 0.0015, device="cpu")])[0].startswith("·")
 
 
 def test_a_goal_asks_for_time_and_memory():
     goal = Goal("cross_attention", "latent step", "forward", "cat + sdpa", times=3, memory=10)
-    result = report.results([r | {"device": "cpu"} for r in ROWS])[-1]
+    result = results([r | {"device": "cpu"} for r in ROWS])[-1]
     assert goal.fits(result) and not goal.met(result)
     assert goal.measured(result) == "8.00x as fast and 9.00x smaller"
     assert dataclasses.replace(goal, memory=9).met(result) and not dataclasses.replace(goal, memory=9, times=9).met(result)
@@ -282,7 +319,7 @@ def test_a_goal_asks_for_time_and_memory():
 
 def test_a_goal_asks_for_a_part_of_the_roofline():
     goal = Goal("cross_attention", "latent step", "forward", roofline=85)
-    result = lambda percent: report.results([row(OURS, 0.001, device="cpu", roofline_percent=percent)])[0]
+    result = lambda percent: results([row(OURS, 0.001, device="cpu", roofline_percent=percent)])[0]
     assert goal.met(result(85)) and not goal.met(result(84)) and goal.measured(result(84)) == "84 %"
     assert goal.fits(result(84)) and not goal.fits(result(None))
 
@@ -290,7 +327,7 @@ def test_a_goal_asks_for_a_part_of_the_roofline():
 def test_a_goal_asks_for_microseconds_a_peak_or_the_best_of_torch():
     step = dict(device="cuda", dtype="bfloat16", N=16384)
     goal = Goal("cross_attention", "latent step", "forward", device="cuda", dtype="bfloat16", micros=7.5)
-    result = lambda *rows: report.results([r | step for r in rows])[0]
+    result = lambda *rows: results([r | step for r in rows])[0]
     assert goal.met(result(row(OURS, 7.4e-6))) and not goal.met(result(row(OURS, 7.6e-6)))
     assert goal.measured(result(row(OURS, 7.4e-6))) == "7.4 µs" and not goal.fits(result(row(OURS, None)))
     peak = dataclasses.replace(goal, micros=0, peak=1.05)
@@ -317,7 +354,7 @@ def test_every_goal_has_its_case():
             for m, c in cases
             if not peer or peer in m.PROVIDERS
         ]
-        assert any(goal.fits(result) for group in rows for result in report.results(group)), goal
+        assert any(goal.fits(result) for group in rows for result in results(group)), goal
 
 
 GPU_ONLY = {"flex", "flashinfer", "compiled + static"}
@@ -337,9 +374,10 @@ def test_cases_for_a_gpu_run_right(name):
             continue
         seen.add((case.regime, case.phase))
         contest = Contest(module.problem(dataclasses.replace(case, **small)), providers)
-        assert OURS in contest.runs and not contest.notes, (case.key, contest.notes)
+        assert OURS in contest.trials and not contest.notes, (case.key, contest.notes)
         wanted = {g.peer for g in GOALS if (g.op, g.regime, g.phase, g.device) == (case.op, case.regime, case.phase, "cuda")}
-        assert wanted - GPU_ONLY - {"", SDPA} <= set(contest.runs) and (SDPA not in wanted or "sdpa" in contest.runs), case.key
+        assert wanted - GPU_ONLY - {"", SDPA} <= set(contest.trials), case.key
+        assert SDPA not in wanted or "sdpa" in contest.trials, case.key
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
@@ -351,11 +389,12 @@ def test_compiled_peers_of_inject(phase, monkeypatch):
     small = dataclasses.replace(case, N=32, n=16, heads="4/2", D=32, dtype="float32")
     compiled = {name: module.PROVIDERS[name] for name in ("compiled", "compiled + static")}
     contest = Contest(module.problem(small), {OURS: module.diffmas} | compiled)
-    assert not contest.notes and set(contest.runs) == {OURS, "compiled", *(["compiled + static"] if phase == "forward" else [])}
+    assert not contest.notes
+    assert set(contest.trials) == {OURS, "compiled", *(["compiled + static"] if phase == "forward" else [])}
     try:
         with torch.compiler.set_stance("fail_on_recompile"):
-            for run_ in contest.runs.values():
-                run_.call()
+            for trial in contest.trials.values():
+                trial.call()
     finally:
         torch._dynamo.reset()
 
@@ -386,12 +425,12 @@ def test_sdpa_on_a_backend(grouped, regime, phase, as_on_a_gpu, monkeypatch):
     asked = []
     can = lambda params: asked.append(params) or (grouped or not params.enable_gqa)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", can)
-    contest = contest_of(regime, phase, flash=bench_attention.on_backend("flash"))
-    assert "flash" in contest.runs, contest.notes
+    contest = contest_of(regime, phase, flash=sdpa.on_backend("flash"))
+    assert "flash" in contest.trials, contest.notes
     assert [p.enable_gqa for p in asked] == ([True] if grouped else [True, False])
     assert (asked[0].attn_mask is None) == (regime != "short prompts")
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: False)
-    contest = contest_of(regime, phase, flash=bench_attention.on_backend("flash"))
+    contest = contest_of(regime, phase, flash=sdpa.on_backend("flash"))
     assert contest.notes == {"flash": "torch's flash attention does not serve it"}
 
 
@@ -421,8 +460,8 @@ def test_torch_varlen(new, regime, phase, as_on_a_gpu, monkeypatch):
         return old_attn(q, k, v, cu_q, cu_k, max_q, max_k, True)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_attn if new else old_attn)
-    contest = contest_of(regime, phase, varlen=bench_attention.varlen)
-    assert "varlen" in contest.runs, contest.notes
+    contest = contest_of(regime, phase, varlen=libraries.varlen)
+    assert "varlen" in contest.trials, contest.notes
 
 
 class Ragged:
@@ -487,10 +526,10 @@ def test_optional_libraries(regime, as_on_a_gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=XFORMERS))
     monkeypatch.setitem(sys.modules, "xformers.ops", XFORMERS)
     contest = contest_of(regime, "forward", **peers)
-    assert set(peers) <= set(contest.runs), contest.notes
+    assert set(peers) <= set(contest.trials), contest.notes
 
 
-def test_twins_stand_beside_what_auto_takes(as_on_a_gpu, monkeypatch):
+def test_variants_stand_beside_what_auto_takes(as_on_a_gpu, monkeypatch):
     """Not where a backend is the one of "auto", and not where "cuda" leaves the work to another."""
 
     class Forward(types.SimpleNamespace):
@@ -503,27 +542,28 @@ def test_twins_stand_beside_what_auto_takes(as_on_a_gpu, monkeypatch):
         monkeypatch.setitem(ops.BACKENDS, name, backends.Backend(name, Forward(run), ("cpu",), backends.FLOATS, missing))
         backends._choose.cache_clear()
 
-    twins = {name: bench_attention.PROVIDERS[name] for name in ("diffmas, triton", "diffmas, cuda")}
-    library = torch.library.Library("diffmas_cuda", "FRAGMENT")
-    if not hasattr(torch.ops.diffmas_cuda, "cross_attention"):
+    variants = {name: bench_attention.PROVIDERS[name] for name in ("diffmas, triton", "diffmas, cuda")}
+    library = torch.library.Library("diffmas_native", "FRAGMENT")
+    if not hasattr(torch.ops.diffmas_native, "cross_attention"):
         library.define("cross_attention" + schemas.SCHEMAS["cross_attention"].replace(", str backend='auto'", ""))
-    library.impl("cross_attention", torch.ops.diffmas_cpu.cross_attention.default, "CPU")
+        library.impl("cross_attention", reference.cross_attention, "CPU")
+    other = lambda *args: reference.cross_attention(*args)
     try:
-        backend("triton", torch.ops.diffmas_cpu.cross_attention)
-        backend("cuda", torch.ops.diffmas_cuda.cross_attention)
-        contest = contest_of("latent step", "forward", **twins)
-        assert set(contest.runs) == {OURS, "diffmas, cuda"} and not contest.notes  # "auto" takes triton
-        backend("cuda", torch.ops.diffmas_cpu.cross_attention)
+        backend("triton", other)
+        backend("cuda", torch.ops.diffmas_native.cross_attention)
+        contest = contest_of("latent step", "forward", **variants)
+        assert set(contest.trials) == {OURS, "diffmas, cuda"} and not contest.notes  # "auto" takes triton
+        backend("cuda", other)
         backend("triton", reference.cross_attention)
-        assert set(contest_of("latent step", "forward", **twins).runs) == {OURS}
+        assert set(contest_of("latent step", "forward", **variants).trials) == {OURS}
         backend("triton", reference.cross_attention, "not here")
-        assert contest_of("latent step", "forward", **twins).notes == {"diffmas, triton": "triton: not here"}
+        assert contest_of("latent step", "forward", **variants).notes == {"diffmas, triton": "triton: not here"}
     finally:
         library._destroy()
         backends._choose.cache_clear()
 
 
-def test_few_tokens_are_timed_in_a_graph(monkeypatch):
+def test_up_to_64_tokens_are_timed_in_a_graph(monkeypatch):
     """Whoever cannot be captured is timed with its launches, and says so; a first call may have been a compiler's."""
 
     class Graph:
@@ -537,7 +577,7 @@ def test_few_tokens_are_timed_in_a_graph(monkeypatch):
             return next(noise)
 
     noise = itertools.repeat(1e-6)
-    broken = Run(lambda: torch.ones(1), lambda y: {"y": 2 * torch.linspace(-1, 1, 64)})
+    broken = Trial(lambda: torch.ones(1), lambda y: {"y": 2 * torch.linspace(-1, 1, 64)})
     monkeypatch.setattr(measure, "Graph", Graph)
     monkeypatch.setattr(measure, "sample", lambda call, repeats, device: 1e-5)
     monkeypatch.setattr(measure, "peak_bytes", lambda call, device: (call(), 0))
@@ -549,7 +589,7 @@ def test_few_tokens_are_timed_in_a_graph(monkeypatch):
         contest._once[OURS] = 100.0
         contest.warm_up()
         assert contest._repeats == {OURS: 20 if captured else 10, "broken": 10}
-        samples = {name: [contest.sample(name, 0)] for name in contest.runs}
+        samples = {name: [contest.sample(name, 0)] for name in contest.trials}
         assert samples == {OURS: [1e-6 if captured else 1e-5], "broken": [1e-5]}
         whys = [r["why"] for r in contest.rows(samples, MACHINE)]
         assert whys == [None, "timed with its launches, as it is not captured: it waits" if captured else None]
@@ -570,13 +610,13 @@ def test_what_drowns_in_noise_has_no_number(monkeypatch):
     first, noise, clear = [-1e-6] * 2, [3e-6, -2e-6, 1e-7, -3e-6, 4e-6], [5e-6, 6e-6, 5e-6, 4e-6, 5e-6]
     assert measure.drowned(noise) and measure.drowned([-1.0]) and not measure.drowned(clear) and not measure.drowned([1.0])
     ways = {OURS: first + clear, "noise": first + noise, "peer": first + clear}
-    provider = lambda x: lambda p: Run(lambda: x, lambda _: {"y": 2 * p.inputs})
+    provider = lambda x: lambda p: Trial(lambda: x, lambda _: {"y": 2 * p.inputs})
     for own in ({}, {OURS: first + noise}):
         p = doubling()
         p.case = dataclasses.replace(p.case, n=1)
         contest = Contest(p, {name: provider(x) for name, x in (ways | own).items()}, "cuda")
         contest.warm_up()
-        samples = {name: [contest.sample(name, turn) for turn in range(5)] for name in contest.runs}
+        samples = {name: [contest.sample(name, turn) for turn in range(5)] for name in contest.trials}
         rows = {r["provider"]: r for r in contest.rows(samples, MACHINE)}
         assert rows["noise"]["why"] == measure.NOISE and "seconds" not in rows["noise"]
         assert rows["peer"]["seconds"] == 5e-6 and rows["peer"]["why"] is None
@@ -648,8 +688,10 @@ def test_a_graph_takes_the_emptying_of_the_cache_off(monkeypatch):
 
 
 def test_another_way_of_ours_is_no_peer():
-    result = report.results([row(OURS, 0.001), row(f"{OURS}, pushing", 0.0005), row("sdpa", 0.002)])[0]
-    assert result.best == ("sdpa", pytest.approx(2)) and f"{OURS}, pushing" in result.peers
+    result = results([row(OURS, 0.001), row(f"{OURS}, not deferred", 0.0005), row("sdpa", 0.002)])[0]
+    assert result.best == ("sdpa", pytest.approx(2)) and f"{OURS}, not deferred" in result.peers
+    rows = [row(OURS, 0.001, device="cpu"), row(f"{OURS}, not deferred", 0.0005), row("sdpa", 0.002)]
+    assert "2.00x of sdpa  not deferred 0.50x" in report.line(rows).plain
 
 
 def test_brackets_are_text_and_no_markup():
@@ -673,27 +715,46 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 
 def test_the_readme_block_is_rewritten_and_stays_as_it_is(tmp_path):
-    from diffmas.benchmarks.readme import BEGIN, END, update
-
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert update(stored(tmp_path, ROWS), readme) is True
-    text = readme.read_text()
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    assert readme.update(stored(tmp_path, ROWS), page) is True
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| training step of 3 agents, 4 layers of small shape, N = 4096, T = 16 |" in text and "3.00x" in text
-    assert update(tmp_path, readme) is False and readme.read_text() == text
+    assert "| training step of 3 agents, 4 layers of small shape, N = 8192, T = 16 |" in text and "3.00x" in text
+    assert readme.update(tmp_path, page) is False and page.read_text() == text
     (tmp_path / "growth.png").touch()  # beside the README, wherever the command runs
-    assert update(tmp_path, readme) is True and "(./growth.png)" in readme.read_text()
-    readme.write_text("no comments")
+    assert readme.update(tmp_path, page) is True and "(./growth.png)" in page.read_text()
+    page.write_text("no comments")
     with pytest.raises(ValueError, match="once each"):
-        update(tmp_path, readme)
+        readme.update(tmp_path, page)
 
 
-def test_the_projects_readme_has_its_place_for_results():
-    from diffmas.benchmarks.readme import BEGIN, END
+def test_the_projects_readme_tells_what_is_stored():
+    root = run.HERE.parent
+    text = (root / "README.md").read_text()
+    assert text.count(readme.BEGIN) == 1 and text.count(readme.END) == 1
+    between = text.split(readme.BEGIN)[1].split(readme.END)[0].strip()
+    kept = root / "benchmarks/results/cpu"
+    rows = store.read(kept / store.FILE)
+    if not all(r["commit"] in between for r in rows):
+        pytest.skip("measured again since: make bench-readme")
+    assert between == readme.block(rows, "benchmarks/results/cpu", (kept / "growth.png").exists())
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (root / target).exists(), target
 
-    text = (run.HERE.parent / "README.md").read_text()
-    assert text.count(BEGIN) == 1 and text.count(END) == 1
+
+def test_every_row_of_the_readme_has_one_case():
+    cases = [c for m in MODULES.values() for c in getattr(m, "CPU_CASES", m.CASES)]
+    for wanted in readme.STORY:
+        assert len([c for c in cases if all(getattr(c, k) == v for k, v in wanted.items())]) == 1, wanted
+
+
+def test_the_names_of_stored_rows_are_those_of_the_cases():
+    """A case that is renamed takes its stored rows along. Parts of a whole system's call have phases of their own."""
+    cases = {(c.op, c.regime) for m in MODULES.values() for c in getattr(m, "CPU_CASES", m.CASES)}
+    providers = {name for m in MODULES.values() for name in m.PROVIDERS}
+    for stored_row in store.read(run.HERE / "results/cpu" / store.FILE):
+        assert (stored_row["op"], stored_row["regime"]) in cases and stored_row["provider"] in providers, stored_row
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import diffmas
 from diffmas.ops import reference
-from diffmas.trace import autograd, pool
+from diffmas.trace import autograd, layer_work, pool
 
 
 @pytest.fixture
@@ -77,9 +77,10 @@ def test_nodes_of_order_tokens_run_where_their_forward_did(monkeypatch):
     grads = pool.Pool.grads
     spy = lambda self: (now.node and seen.append((now.node, now.stream))) or grads(self)
     monkeypatch.setattr(pool.Pool, "grads", spy)
-    monkeypatch.setattr(autograd, "_stream", lambda x: now.stream)
+    for module in (autograd, layer_work):
+        monkeypatch.setattr(module, "stream_of", lambda x: now.stream)
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    for node in (autograd.Flush, autograd.Reposition, autograd.Inherit):
+    for node in (autograd.Begin, autograd.Reposition, autograd.Inherit):
         monkeypatch.setattr(node, "backward", watched(node.__name__, node.backward))
     model = tiny("qwen3")  # 3 layers
     a, b, c, d = tokens(4, 3, 5, 2)
@@ -96,7 +97,7 @@ def test_nodes_of_order_tokens_run_where_their_forward_did(monkeypatch):
     loss = loss_of(read(model, joined, d)[0])
     with stream("another"):
         loss.backward()
-    assert Counter(seen) == {("Flush", "run"): 3, ("Inherit", "join"): 3, ("Reposition", "move"): 3}
+    assert Counter(seen) == {("Begin", "run"): 3, ("Inherit", "join"): 3, ("Reposition", "move"): 3}
 
 
 def test_a_long_run_is_flushed_in_parts(calls, monkeypatch):

@@ -13,7 +13,7 @@ import diffmas
 from diffmas import Agent, ops
 from diffmas.agents import latent
 from diffmas.benchmarks.machine import own_stream
-from diffmas.benchmarks.measure import OURS, Case, Contest, Problem, Run
+from diffmas.benchmarks.measure import OURS, Case, Contest, Problem, Trial
 from diffmas.models.forward import forward
 from diffmas.models.parts import body_of
 from diffmas.models.patch import patch_of
@@ -44,7 +44,7 @@ def test_auto_takes_triton():
 def test_steps_do_not_wait_for_the_device(backend):
     """A latent step, a decoded token and a step with gradients; everything is on the device or goes there unasked."""
     model = gpu_model()
-    patch_of(model).backend = backend
+    patch_of(model).spec.backend = backend
     trace = diffmas.Trace(model, batch_size=2, capacity=256)
     ids = [x.cuda() for x in tokens(5, 3)]
     forward(patch_of(model), trace, trace.plan([5, 3], "prompt"), input_ids=torch.cat(ids)[None])
@@ -242,7 +242,7 @@ def test_a_model_that_waits_for_the_device_is_not_captured():
 def test_a_benchmark_that_is_not_captured_spoils_no_other():
     """One waits for the device, one does so only when it is captured, and ours comes last."""
     x = torch.linspace(-1, 1, 1000, device="cuda")
-    double = lambda wait: lambda p: Run(lambda: 2 * x + (0 * x.sum().item() if wait() else 0), lambda y: {"y": y})
+    double = lambda wait: lambda p: Trial(lambda: 2 * x + (0 * x.sum().item() if wait() else 0), lambda y: {"y": y})
     ways = {"waits": lambda: True, "fails": torch.cuda.is_current_stream_capturing, OURS: lambda: False}
     problem = Problem(Case("double", "any", n=1), x, lambda dtype: {"y": 2 * x.to(dtype)})
     with own_stream("cuda"):

@@ -12,7 +12,7 @@ from diffmas import Agent, Trace
 from diffmas.agents import latent
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
-from diffmas.trace import autograd, views
+from diffmas.trace import layer_work, views
 from diffmas.trace.views import KVRange, share
 
 # ---- steps without the host ------------------------------------------------------------------------------------------
@@ -141,8 +141,10 @@ def test_shared_rows_are_read_once(positions, monkeypatch):
     want = read(model, joined.select(owners), *tokens(1, 2, 1, 1, 3, 1, seed=3))
     monkeypatch.setattr(views, "SAVED_ROWS", 8)
     called = []
-    call = autograd.call
-    monkeypatch.setattr("diffmas.trace.autograd.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw))
+    call = layer_work.call
+    monkeypatch.setattr(
+        "diffmas.trace.layer_work.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw)
+    )
     with torch.no_grad():
         got = read(model, joined.select(owners), *tokens(1, 2, 1, 1, 3, 1, seed=3))
     assert "merge_states" in called

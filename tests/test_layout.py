@@ -20,13 +20,17 @@ CIRCLES = [
 FOREIGN = {
     "_C": "torch: the graph task of a backward pass, dispatch modes",
     "_autograd": "torch._C",
+    "_cuda_endAllocateToPool": "torch._C: memory pools of captured graphs",
+    "_cuda_releasePool": "torch._C",
     "_current_graph_task_id": "torch._C",
+    "_dynamo": "torch: settings of torch.compile",
     "_execution_engine": "torch: callbacks at the end of a backward pass",
     "_foreach_norm": "torch: the norms of all gradients in a few launches",
     "_forward_hooks": "torch.nn.Module: a hook that is removed by its id, since handles cannot be pickled or copied",
     "_forward_hooks_with_kwargs": "torch.nn.Module",
     "_forward_pre_hooks": "torch.nn.Module",
     "_forward_pre_hooks_with_kwargs": "torch.nn.Module",
+    "_functorch": "torch: settings of torch.compile's autograd",
     "_len_torch_dispatch_stack": "torch._C",
     "_schema": "torch: the argument names of a registered op",
     "_top_saved_tensors_default_hooks": "torch._C._autograd: whether saved tensors are packed",
@@ -93,11 +97,10 @@ def test_no_circles(graph):
 
 
 def test_no_file_uses_the_privates_of_another(texts):
-    checked = {name: text for name, text in texts.items() if room(name) != "benchmarks"}
-    found = {name: [r for r in private_reaches(text) if r[1] not in FOREIGN] for name, text in checked.items()}
-    assert not {name: reaches for name, reaches in found.items() if reaches}
-    used = {name for text in checked.values() for _, name in private_reaches(text)}
-    assert FOREIGN.keys() <= used, FOREIGN.keys() - used
+    found = {module: private_reaches(text) for module, text in texts.items()}
+    assert not [(module, line, name) for module, reaches in found.items() for line, name in reaches if name not in FOREIGN]
+    used = {name for reaches in found.values() for _, name in reaches}
+    assert FOREIGN.keys() <= used, f"names that nobody uses any more: {sorted(FOREIGN.keys() - used)}"
 
 
 # ---- the checker -----------------------------------------------------------------------------------------------------

@@ -7,13 +7,18 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
 from op_runs import attention_all, exact_in_half, inject_all, merge_all, reposition_all, within_budget
 
 from diffmas import ops
-from diffmas.trace import autograd, pool
+from diffmas.trace import autograd
+from diffmas.trace.forward_pass import ForwardPass
+from diffmas.trace.spec import LayerSpec, ModelSpec
+from diffmas.trace.store import Hold, Store
+from diffmas.trace.views import KVRange
 
 BACKENDS = [name for name in ("cpu",) if ops.available()[name] is None]  # test_triton.py has the kernels for GPUs
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -309,33 +314,31 @@ def test_shift_equals_rotated_keys():
 
 
 def test_gradcheck_of_a_layer():
-    """Two writes and two reads of one pool, with norm and partial RoPE, through the token."""
+    """Two writes and two reads of one pool, with norm and partial RoPE, through the order token."""
     D, heads = 4, (2, 1)
     g = torch.Generator().manual_seed(0)
     rand = lambda *s: torch.randn(*s, dtype=torch.float64, generator=g).requires_grad_()  # noqa: E731
-    tables = torch.randn(2, 5, 2, dtype=torch.float64, generator=g)
-    view = lambda q, *segments: (  # noqa: E731
-        torch.tensor([0, q]), torch.tensor([0, len(segments)]), torch.tensor([s[0] for s in segments]),
-        torch.tensor([s[1] for s in segments]), torch.tensor([s[2] for s in segments]), torch.tensor([0.7]),
-    )  # fmt: skip
+    tables_of = torch.randn(2, 5, 2, dtype=torch.float64, generator=g)
+    layer = LayerSpec(0, "half")
+    spec = ModelSpec([layer], "reference", inv_freq=lambda device: torch.tensor([0.7]))
 
-    def layer(q, k, v, qw, kw):
-        rows = pool.Pool(1, heads[1], D, torch.float64, torch.device("cpu"))
-        rows.reserve(8)
-        order, out = torch.zeros(0), []
+    def two_passes(q, k, v, qw, kw):
+        store, past, out = Store(1), torch.zeros(0), []
         for part, slots, seen in (
-            (slice(0, 3), torch.tensor([4, 5, 6]), view(3, (4, 3, 0))),
-            (slice(3, 5), torch.tensor([0, 1]), view(2, (4, 3, 2), (0, 2, 0))),
+            (slice(0, 3), [4, 5, 6], [KVRange(4, 3, 0)]),
+            (slice(3, 5), [0, 1], [KVRange(4, 3, 2), KVRange(0, 2, 0)]),
         ):
-            o, order = autograd.attend(
-                rows, order, q[part], k[part], v[part], slots, seen, scale=0.6,
-                cos=tables[0, part], sin=tables[1, part], q_weight=qw, k_weight=kw, backend="reference",
-            )  # fmt: skip
+            store.top = 8
+            forward_pass = ForwardPass(spec, store, [len(slots)], np.arange(len(slots)), np.array(slots), [seen], past)
+            tables = dict(cos=tables_of[0, part], sin=tables_of[1, part])
+            o = forward_pass.attend(layer, q[part], k[part], v[part], 0.6, **tables, q_weight=qw, k_weight=kw)
+            forward_pass.end(o)
+            past = forward_pass.after
             out.append(o)
         return torch.cat(out)
 
     inputs = (rand(5, 2, D), rand(5, 1, D), rand(5, 1, D), rand(D), rand(D))
-    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradcheck(two_passes, inputs)
 
 
 def test_gradcheck_merge_states():
@@ -345,20 +348,21 @@ def test_gradcheck_merge_states():
 
 def test_gradcheck_reposition():
     """A row that two copies are made of gets both gradients."""
-    src, dst, offset = torch.tensor([0, 1, 0]), torch.tensor([4, 5, 6]), torch.tensor([3, -2, 9])
-    inv_freq = torch.tensor([0.3, 0.05])
+    layer, inv_freq = LayerSpec(0, "half"), torch.tensor([0.3, 0.05])
+    move = torch.tensor([0, 1, 0]), torch.tensor([4, 5, 6]), torch.tensor([3, -2, 9]), inv_freq, False
+    spec = ModelSpec([layer], "reference")
 
-    def layer(k, v):
-        rows = pool.Pool(8, 1, 4, torch.float64, torch.device("cpu"))
-        view = (torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([2]), None, None)
-        _, order = autograd.attend(rows, torch.zeros(0), k, k, v, torch.tensor([0, 1]), view, scale=1.0, backend="reference")
-        order = autograd.reposition(rows, order, (src, dst, offset, inv_freq))
-        view = (torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([4]), torch.tensor([4]), None, None)
-        o, _ = autograd.attend(rows, order, k[:1], k[:1], v[:1], torch.tensor([7]), view, scale=1.0, backend="reference")
-        return o
+    def read_copies(k, v):
+        store = Store(1)
+        store.top = 8
+        first = ForwardPass(spec, store, [2], np.arange(2), np.arange(2), [[KVRange(0, 2, 0)]], torch.zeros(0))
+        first.end(first.attend(layer, k, k, v, 1.0))
+        past = autograd.reposition(first.after, [(store.pools[0], move)], 0, "reference", Hold(store))
+        second = ForwardPass(spec, store, [1], np.arange(1), np.array([7]), [[KVRange(4, 4, 0)]], past)
+        return second.attend(layer, k[:1], k[:1], v[:1], 1.0)
 
     rand = lambda: torch.randn(2, 1, 4, dtype=torch.float64).requires_grad_()  # noqa: E731
-    assert torch.autograd.gradcheck(layer, (rand(), rand()))
+    assert torch.autograd.gradcheck(read_copies, (rand(), rand()))
 
 
 def test_merge_states_is_attention_over_the_union():

@@ -3,6 +3,7 @@ dtypes; else in Triton's interpreter, which cannot do bfloat16."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from models import assert_close, gradients
@@ -13,7 +14,11 @@ from systems import ANSWERS, QUESTIONS, system
 from diffmas import Agent, ops
 from diffmas.models.patch import patch_of
 from diffmas.ops import reference
-from diffmas.trace import autograd, pool, views
+from diffmas.trace import views
+from diffmas.trace.forward_pass import ForwardPass
+from diffmas.trace.spec import LayerSpec, ModelSpec
+from diffmas.trace.store import Store
+from diffmas.trace.views import KVRange
 
 pytestmark = pytest.mark.skipif(ops.available()["triton"] is not None, reason=str(ops.available()["triton"]))
 
@@ -345,15 +350,16 @@ def test_attention_is_deterministic():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
 def test_attention_gradcheck():
-    """The registered ops through autograd: rows written and read by autograd.attend."""
-    slots, one = torch.tensor([2, 0, 5]), lambda *x: torch.tensor(x)
-    view = (one(0, 3), one(0, 3), one(0, 2, 5), one(1, 1, 1), one(0, 2, 0), torch.tensor([1.0, 0.1], dtype=torch.float64))
+    """The registered ops through autograd: rows written and read by a forward pass."""
+    layer = LayerSpec(0, "half")
+    spec = ModelSpec([layer], "triton", inv_freq=lambda device: torch.tensor([1.0, 0.1], dtype=torch.float64))
+    view = [KVRange(0, 1, 0), KVRange(2, 1, 2), KVRange(5, 1, 0)]
 
     def attend(q, k, v, q_weight, k_weight):
-        memory = pool.Pool(8, 1, 4, torch.float64, q.device)
-        order = torch.zeros(0, dtype=torch.float64, requires_grad=True)
-        norms = dict(q_weight=q_weight, k_weight=k_weight)
-        return autograd.attend(memory, order, q, k, v, slots, view, scale=0.7, backend="triton", **norms)[0]
+        store = Store(1)
+        store.top = 8
+        forward_pass = ForwardPass(spec, store, [3], np.arange(3), np.array([2, 0, 5]), [view], torch.zeros(0))
+        return forward_pass.attend(layer, q, k, v, 0.7, q_weight=q_weight, k_weight=k_weight)
 
     shapes = (3, 2, 4), (3, 1, 4), (3, 1, 4), (4,), (4,)
     args = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]

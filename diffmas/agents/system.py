@@ -5,9 +5,6 @@ forward; the last hidden state of each sequence is realigned and fed back T time
 next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.sampling`) the text.
 """
 
-import contextlib
-import threading
-import weakref
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from diffmas.agents import adapters, file, prompts
+from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
@@ -27,7 +25,7 @@ from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_model, patch_of
 from diffmas.trace import Trace
 
-__all__ = ["Agent", "MultiAgentSystem", "SystemOutput", "evaluating"]
+__all__ = ["Agent", "MultiAgentSystem", "SystemOutput"]
 
 
 @dataclass
@@ -43,31 +41,6 @@ class SystemOutput(ModelOutput):
     logits: Tensor | None = None
     labels: Tensor | None = None
     trace: Trace | None = None
-
-
-# Modules in eval mode: how many callers want that, and the mode of each submodule before the first of them.
-_EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list]] = weakref.WeakKeyDictionary()
-_EVALUATING_LOCK = threading.Lock()
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module):
-    """`module` in eval mode. Callers may overlap, in several threads: after the last one every submodule has its mode back."""
-    with _EVALUATING_LOCK:
-        users, modes = _EVALUATING.get(module) or (0, [(m, m.training) for m in module.modules()])
-        _EVALUATING[module] = users + 1, modes
-        module.eval()
-    try:
-        yield
-    finally:
-        with _EVALUATING_LOCK:
-            users, modes = _EVALUATING[module]
-            if users > 1:
-                _EVALUATING[module] = users - 1, modes
-            else:
-                del _EVALUATING[module]
-                for m, mode in modes:
-                    m.training = mode
 
 
 class MultiAgentSystem(nn.Module):

@@ -14,7 +14,8 @@ from typing import Protocol
 
 import torch
 
-from diffmas.agents.system import Agent, MultiAgentSystem, evaluating
+from diffmas.agents.eval_mode import evaluating
+from diffmas.agents.system import Agent, MultiAgentSystem
 
 __all__ = ["Answers", "Latent", "Method", "TextAgents", "latent_mas", "single_agent"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.sampling import end_tokens
-from diffmas.agents.system import evaluating
 from diffmas.models.parts import causal_lm_of
 from diffmas.trace.cache import cache_argument
 

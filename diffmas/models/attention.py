@@ -5,7 +5,6 @@ computes q, k and v its own way and only its attention function is replaced. Bot
 """
 
 import copy
-import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,6 +104,17 @@ def fused_forward(self, *args, **kwargs):
     return self.o_proj(o.flatten(1)[None]), None
 
 
+class FusedForward:
+    """The forward of one attention module. As a method of an object of its own it is copied and pickled with the module, while
+    torch.compile knows it by its code: all layers share what is compiled, which no partial or closure allows."""
+
+    def __init__(self, attention: nn.Module):
+        self.attention = attention
+
+    def forward(self, *args, **kwargs):
+        return fused_forward(self.attention, *args, **kwargs)
+
+
 def generic_attention(module, query, key, value, attention_mask, *args, diffmas_trace=None, **kwargs):
     """The attention function of the generic tier; query [1, Hq, n, D], key, value [1, Hkv, n, D], rotated."""
     if diffmas_trace is None:
@@ -139,10 +149,7 @@ def install(attention: nn.Module, layer: Layer) -> None:
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation_internal = GENERIC
         return
-    # A module-level function that finds the original through the class: a captured bound method would call the original
-    # model's weights after copy.deepcopy.
-    # A partial, since a method is pickled by its name, which would find the class's own.
-    method = functools.partial(fused_forward, attention)
+    method = FusedForward(attention).forward
     if hasattr(attention, "_hf_hook"):  # accelerate wrapped forward: go inside its wrapper
         attention._old_forward = method
     else:

@@ -71,6 +71,7 @@ def _check_forward(patch) -> None:
 # ---- the hooks on the body -------------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
     """Drops the padding and plans the forward pass, where there is a trace."""
     if args:
@@ -127,10 +128,14 @@ def _new_token_mask(mask, B: int, S: int) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
+@torch.compiler.disable
 def after_body(body: nn.Module, args: tuple, kwargs: dict, output):
-    """Commits the forward pass and restores the padded shape, where `before_body` planned it."""
+    """Ends the forward pass; where `before_body` planned it, commits it and restores the padded shape."""
     forward_pass = kwargs.get("diffmas_trace")
-    batch = getattr(forward_pass, "batch", None)
+    if forward_pass is None:
+        return output
+    forward_pass.end(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+    batch = forward_pass.batch
     if batch is None:
         return output
     batch.trace.commit(forward_pass)

@@ -148,8 +148,14 @@ def _install(record: Patch) -> None:
     record.hook_ids = (before.id, after.id)
     if hasattr(type(record.causal_lm), "generate"):
         record.causal_lm.generate = functools.partial(generate, record.causal_lm)
+    record.body.compile = functools.partial(compile_body, record.body)
     record.causal_lm.diffmas_patch = record
     setattr(record.causal_lm, ATTRIBUTE, record.spec)
+
+
+def compile_body(body: nn.Module, *args, **kwargs) -> None:
+    """In the place of a patched body's `compile`: the hooks, which plan and commit a forward pass, stay outside of the graph."""
+    body.forward = torch.compile(body.forward, *args, **kwargs)
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -168,6 +174,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         (record.body._forward_hooks, after), (record.body._forward_hooks_with_kwargs, after),
     ):  # fmt: skip
         hooks.pop(hook, None)
-    for name in ("generate", "diffmas_patch", ATTRIBUTE):
-        record.causal_lm.__dict__.pop(name, None)
+    for module, names in ((record.causal_lm, ("generate", "diffmas_patch", ATTRIBUTE)), (record.body, ("compile",))):
+        for name in names:
+            module.__dict__.pop(name, None)
     return model

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from diffmas.models.attention import FAMILIES, Layer, install, uninstall
 from diffmas.models.support import Unsupported, refuse
 from diffmas.ops import reference
-from diffmas.trace.autograd import attend
-from diffmas.trace.pool import Pool
 
 __all__ = ["choose_tiers"]
 
@@ -31,16 +29,17 @@ class ProbePass:
     def __init__(self, n: int):
         self.n, self.keys = n, None
 
-    def attend(self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float, **inject) -> Tensor:
+    def attend(
+        self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float, cos=None, sin=None, q_weight=None, k_weight=None, eps=1e-6
+    ) -> Tensor:
         if k.shape != v.shape or q.shape[2] != k.shape[2]:
             raise ValueError(f"q, k, v of shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} [head_dim]")
         index = lambda *x: torch.tensor(x, device=q.device)  # noqa: E731
         view = (index(0, self.n), index(0, 1), index(0), index(self.n), None, None)
-        rows = Pool(self.n, *k.shape[1:], k.dtype, k.device)
-        slots = torch.arange(self.n, device=q.device)
-        o, _ = attend(rows, torch.zeros(0), q, k, v, slots, view, scale=scale, backend="reference", **inject)
-        self.keys = rows.k[: self.n]  # a pool may hold more rows than were asked for
-        return o
+        slots, pools = torch.arange(self.n, device=q.device), (torch.zeros_like(k), torch.zeros_like(v))
+        q = reference.inject(q, k, v, cos, sin, slots, q_weight, k_weight, eps, False, *pools)
+        self.keys = pools[0]
+        return reference.cross_attention(q, *pools, *view, scale, True, False)[0]
 
 
 @contextmanager

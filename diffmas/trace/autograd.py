@@ -1,222 +1,250 @@
-"""The autograd of writing and reading a pool.
+"""The autograd graph of a trace: in which order the backward of its forward passes runs.
 
-Rows are written once and never move, so attention saves nothing of K and V: its backward reads the pool again. The order that
-this needs is carried by an *order token*, a zero-size tensor that threads through the forward passes of a layer:
+A row's gradient is complete when everybody who read it has run backward. So the backward of a pass must wait for that of all later
+passes over its rows; autograd does not know that, as no tensor of K and V goes from one to the other. *Order tokens* tell it,
+zero-size tensors, one for each pass:
 
-    attend(order, q, k, v) -> o, order'
+    order = Begin(past);   every layer: o = attend(order, q, k, v);   after = End(last hidden state)
 
-Autograd runs the backward of an attend only after that of everything that used its order', which is every later reader of its
-rows. So an attend's backward adds dK and dV of the rows it read to the pass's gradient pools, and then takes out those of the rows
-it wrote, which are complete.
+The next pass's `past` is this one's `after`. A pass's layers wait for each other by the hidden states, the last hidden state waits
+for `End`, and `End` for the `Begin` of every later pass, which waits for the attends that took its token.
 
-A run of latent steps reads the same earlier rows T times, and nobody needs their gradient before the first step has been undone.
-So the backward of a step adds dK and dV of the run's own rows only and keeps (do, q, o, lse); a `Flush` that stands before the run
-on the order token adds those of the earlier rows in one matrix-shaped pass: the gradient pool is read and written once, not T times.
-
-A node needs the rows of its view until its backward has run: the `Hold` of its forward pass rides on a saved tensor, which
-autograd lets go with the others.
+`Begin` also owns the work of its pass in the graph: on a saved tensor, which autograd lets go when backward has run. Then the rows
+that it held are free (diffmas.trace.store).
 """
 
-import contextlib
+import weakref
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from diffmas.ops import reference
 from diffmas.ops.register import call
-from diffmas.trace.pool import DeferredKVGrad, Pool
+from diffmas.trace.layer_work import LayerWork, on_stream, stream_of, work_of
+from diffmas.trace.pool import Pool
+from diffmas.trace.spec import LayerSpec
+from diffmas.trace.store import Hold
 
-__all__ = ["attend", "held_by_graph", "inherit", "reposition"]
+__all__ = ["attend", "begin", "end", "inherit", "reposition"]
 
 
-def held_by_graph(hold) -> Tensor:
-    """A tensor that keeps `hold` alive for as long as a graph may need it."""
+def _carrier(owned) -> Tensor:
+    """A tensor to save, that keeps what it carries alive."""
     tensor = torch.empty(0)
-    tensor.hold = hold
+    tensor.owned = owned
     return tensor
 
 
-def _save(ctx, hold: Tensor | None, *tensors: Tensor | None) -> None:
-    ctx.save_for_backward(*tensors, hold)
-    if hold is not None and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        ctx.hold = hold  # what the hooks keep in a saved tensor's place need not keep it alive
+def _save(ctx, carrier: Tensor) -> None:
+    ctx.save_for_backward(carrier)
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        ctx.owned = carrier.owned  # what hooks keep in the saved tensor's place does not carry it
 
 
-class Attend(torch.autograd.Function):
-    """grad_tail [B]: how many rows at the end of each view get a gradient here, None for all; deferred: who flushes the rest."""
-
+class Begin(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, q, k, v, order, q_weight, k_weight, pool, lineage, tables, kind, view, scale, grad_tail, deferred, backend, hold
-    ):
-        q_rot, o, lse = _write_and_read(pool, q, k, v, q_weight, k_weight, tables, kind, view, scale, backend)
-        normed = q_weight is not None or k_weight is not None
-        _save(ctx, hold, q_rot, o, lse, q_weight, k_weight, *((q, k) if normed else (None, None)))
-        ctx.pool, ctx.lineage, ctx.tables, ctx.kind, ctx.view = pool, lineage, tables, kind, view
-        ctx.scale, ctx.grad_tail, ctx.deferred, ctx.backend, ctx.k_shape = scale, grad_tail, deferred, backend, k.shape
-        ctx.set_materialize_grads(False)
-        return o, order.new_empty(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, _):
-        q_rot, o, lse, q_weight, k_weight, q, k, _ = ctx.saved_tensors
-        grads = ctx.pool.grads()
-        dk_pool, dv_pool = grads.of(ctx.lineage)
-        eps, interleaved = ctx.kind
-        if do is None:  # nobody used o, only the rows
-            dq_rot = torch.zeros_like(q_rot)
-        else:
-            dq_rot = call(
-                "cross_attention_backward", q_rot, do, None, q_rot, o, lse, grads.k, grads.v, *ctx.view, ctx.scale, True,
-                interleaved, dk_pool, dv_pool, ctx.grad_tail, True, backend=ctx.backend,
-            )  # fmt: skip
-            if ctx.deferred is not None:
-                grads.steps(ctx.lineage, ctx.deferred).append((do, q_rot, o, lse))
-        if q is None:  # without a norm the backward is linear: q and k only tell shape and dtype
-            q, k = dq_rot, dq_rot.new_empty(ctx.k_shape)
-        dq, dk, dv, dq_weight, dk_weight = call(
-            "inject_backward", q, dq_rot, q, k, *ctx.tables, q_weight, k_weight, eps, interleaved, dk_pool, dv_pool,
-            backend=ctx.backend,
-        )  # fmt: skip
-        weights = (None if w is None else dw.to(w.dtype) for w, dw in ((q_weight, dq_weight), (k_weight, dk_weight)))
-        return dq, dk, dv, None, *weights, *(None,) * 10
-
-
-def _write_and_read(pool: Pool, q, k, v, q_weight, k_weight, tables, kind, view, scale, backend):
-    """-> q_rot, o, lse. tables: cos, sin, slots; kind: eps, interleaved; view: as `cross_attention` takes it, causal."""
-    with pool.lock:
-        q_rot = call("inject", q, q, k, v, *tables, q_weight, k_weight, *kind, *pool.kv, backend=backend)
-    o, lse = call("cross_attention", q_rot, q_rot, *pool.kv, *view, scale, True, kind[1], backend=backend)
-    return q_rot, o, lse
-
-
-def _stream(x: Tensor):
-    return torch.cuda.current_stream(x.device) if x.is_cuda else None
-
-
-def _on(stream):
-    """For a node that gives nothing but an order token. These lie on the CPU, so autograd would run it on the stream of whoever
-    calls backward(), and not on that of its forward, where its neighbours run."""
-    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
-
-
-class Flush(torch.autograd.Function):
-    """Stands before a run of latent steps: its backward adds dK and dV of the older rows for all steps of the run at once."""
-
-    @staticmethod
-    def forward(ctx, order, pool, lineage, deferred, older, scale, interleaved, backend, hold):
-        _save(ctx, hold)
-        ctx.pool, ctx.lineage, ctx.deferred, ctx.older, ctx.stream = pool, lineage, deferred, older, _stream(pool.k)
-        ctx.rest, ctx.backend = (scale, False, interleaved), backend  # every step sees all of the older rows
-        return order.new_empty(0)
+    def forward(ctx, carrier, leaf, past):
+        _save(ctx, carrier)
+        ctx.work = weakref.ref(carrier.owned)
+        return torch.zeros(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        with _on(ctx.stream):
-            grads = ctx.pool.grads()
-            steps = grads.steps(ctx.lineage, ctx.deferred)
-            if steps:
-                do, q, o, lse = (torch.stack(x, 1).flatten(0, 1) for x in zip(*steps))  # [B * steps, ...], by sequence
-                q_indptr = torch.arange(0, q.shape[0] + 1, len(steps), device=q.device)
-                call(
-                    "cross_attention_backward", q, do, None, q, o, lse, grads.k, grads.v, q_indptr, *ctx.older, *ctx.rest,
-                    *grads.of(ctx.lineage), None, False, backend=ctx.backend,
-                )  # fmt: skip
-                steps.clear()
-        return (None,) * 9
+        ctx.saved_tensors  # noqa: B018  raises after the backward that let go of the work
+        ctx.work().flush()
+        return None, None, None
+
+
+class End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return torch.zeros(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+def begin(work: LayerWork, past: Tensor) -> Tensor:
+    """The order token of a pass, which stands behind `past`. It always needs a gradient, so that a graph compiled for one pass
+    serves all; a layer that records nothing does not take it."""
+    return Begin.apply(_carrier(work), torch.zeros(0, requires_grad=True), past)
+
+
+def end(h: Tensor) -> Tensor:
+    """What the next pass stands behind; h: the last hidden state of this one."""
+    return End.apply(h)
+
+
+# ---- a layer ---------------------------------------------------------------------------------------------------------
+
+
+def attend(
+    work: LayerWork, order: Tensor | None, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, scale: float,
+    cos: Tensor | None = None, sin: Tensor | None = None, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """Writes the K/V of a pass's n tokens in one layer and attends over their views; differentiable.
+
+    q [n, Hq, D]; k, v [n, Hkv, D]; cos, sin, q_weight, k_weight, eps: as `diffmas.ops.inject` takes them. -> o [n, Hq, D].
+    torch.compile traces this function: it reads flags and tensors, and everything else happens inside of the op.
+    """
+    recording = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad
+        or (q_weight is not None and q_weight.requires_grad) or (k_weight is not None and k_weight.requires_grad)
+        or (work.older_needs_grad and layer.records)
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        order = order if recording else None
+        args = (q, k, v, order, cos, sin, q_weight, k_weight, eps, scale, work.ticket, layer.number)
+        return torch.ops.diffmas.attend(*args)[0]
+    if recording:
+        return Attend.apply(q, k, v, order, q_weight, k_weight, work, layer, cos, sin, eps, scale)
+    return work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, False)[0]
+
+
+class Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, order, q_weight, k_weight, work, layer, cos, sin, eps, scale):
+        if order is None:
+            raise RuntimeError("this forward pass was planned without gradients, and its layers run with them")
+        o, q_rot, lse = work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, True)
+        normed = q_weight is not None or k_weight is not None
+        ctx.save_for_backward(q_rot, o, lse, q_weight, k_weight, *((q, k) if normed else (None, None)))
+        ctx.work, ctx.layer, ctx.rest = weakref.ref(work), layer, (cos, sin, eps, scale, k.shape[1])
+        ctx.set_materialize_grads(False)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q_rot, o, lse, q_weight, k_weight, q, k = ctx.saved_tensors
+        cos, sin, *rest = ctx.rest
+        dq, dk, dv, dq_weight, dk_weight = ctx.work().attend_backward(
+            ctx.layer, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, *rest
+        )
+        weights = (None if w is None else dw.to(w.dtype) for w, dw in ((q_weight, dq_weight), (k_weight, dk_weight)))
+        return dq, dk, dv, None, *weights, *(None,) * 6
+
+
+# ---- the same as an op, for torch.compile -----------------------------------------------------------------------------
+
+_library = torch.library.Library("diffmas", "FRAGMENT")
+_TABLES = "Tensor? cos, Tensor? sin, Tensor? q_weight, Tensor? k_weight, float eps, float scale, Tensor ticket, Tensor layer"
+_library.define(f"attend(Tensor q, Tensor k, Tensor v, Tensor? order, {_TABLES}) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"attend_backward(Tensor do, Tensor q_rot, Tensor o, Tensor lse, Tensor? q, Tensor? k, {_TABLES}, SymInt kv_heads)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _attend_op(q, k, v, order, cos, sin, q_weight, k_weight, eps, scale, ticket, layer):
+    work = work_of(ticket)
+    layer = work.spec.layers[layer.item()]
+    o, q_rot, lse = work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, order is not None)
+    # An op's output must not be its input, which it is where nothing rotates.
+    return o.contiguous(), q_rot.clone() if q_rot.data_ptr() == q.data_ptr() else q_rot.contiguous(), lse.contiguous()
+
+
+def _attend_backward_op(do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps, scale, ticket, layer, kv_heads):
+    work = work_of(ticket)
+    layer = work.spec.layers[layer.item()]
+    # Inductor uses the memory of do and of saved tensors again: what outlives the op is a copy.
+    dq, dk, dv, *weights = work.attend_backward(
+        layer, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps, scale, kv_heads, copy=True
+    )
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), *weights, torch.zeros(0)
+
+
+def _attend_fake(q, *_):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=reference.accumulator(q.dtype))
+
+
+def _attend_backward_fake(do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps, scale, ticket, layer, kv_heads):
+    acc, kv = reference.accumulator(q_rot.dtype), (q_rot.shape[0], kv_heads, q_rot.shape[2])
+    weights = (do.new_empty(0 if w is None else w.shape, dtype=acc) for w in (q_weight, k_weight))
+    return do.new_empty(q_rot.shape), do.new_empty(kv), do.new_empty(kv), *weights, ticket.new_empty(0, dtype=torch.float32)
+
+
+def _attend_setup(ctx, inputs, output):
+    q, k, _, _, cos, sin, q_weight, k_weight, eps, scale, ticket, layer = inputs
+    o, q_rot, lse = output
+    q, ctx.kv_heads = (q, k) if q_weight is not None or k_weight is not None else (None, None), k.shape[1]
+    ctx.save_for_backward(q_rot, o, lse, *q, cos, sin, q_weight, k_weight, ticket, layer)
+    ctx.rest = eps, scale
+    ctx.mark_non_differentiable(q_rot, lse)
+
+
+def _attend_op_backward(ctx, do, *_):
+    *tensors, ticket, layer = ctx.saved_tensors
+    dq, dk, dv, dq_weight, dk_weight, dorder = torch.ops.diffmas.attend_backward(
+        do.contiguous(), *tensors, *ctx.rest, ticket, layer, ctx.kv_heads
+    )
+    weights = [None if w is None else dw.to(w.dtype) for w, dw in zip(tensors[7:9], (dq_weight, dk_weight))]
+    return dq, dk, dv, dorder, None, None, *weights, None, None, None, None
+
+
+_library.impl("attend", _attend_op, "CompositeExplicitAutograd")
+_library.impl("attend_backward", _attend_backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("diffmas::attend", _attend_fake)
+torch.library.register_fake("diffmas::attend_backward", _attend_backward_fake)
+torch.library.register_autograd("diffmas::attend", _attend_op_backward, setup_context=_attend_setup)
+
+
+# ---- between passes ---------------------------------------------------------------------------------------------------
 
 
 class Reposition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, order, pool, lineage, move, interleaved, backend, hold):
-        with pool.lock:
-            call("reposition", pool.k, *move, interleaved, *pool.kv, backend=backend)
-        _save(ctx, hold)
-        ctx.pool, ctx.lineage, ctx.rest, ctx.backend, ctx.stream = pool, lineage, (*move, interleaved), backend, _stream(pool.k)
-        return order.new_empty(0)
+    def forward(ctx, past, carrier, moves, lineage, backend):
+        _save(ctx, carrier)
+        ctx.moves, ctx.lineage, ctx.backend = [(pool, move, stream_of(pool.k)) for pool, move in moves], lineage, backend
+        return torch.zeros(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        with _on(ctx.stream):
-            grads = ctx.pool.grads().of(ctx.lineage)
-            call("reposition_backward", grads[0], *ctx.rest, *grads, backend=ctx.backend)
-        return (None,) * 7
+        ctx.saved_tensors  # noqa: B018  raises where the rows may be gone
+        for pool, move, stream in ctx.moves:
+            with on_stream(stream):
+                grads = pool.grads().of(ctx.lineage)
+                call("reposition_backward", grads[0], *move, *grads, backend=ctx.backend)
+        return (None,) * 5
+
+
+def reposition(past: Tensor, moves: list[tuple[Pool, tuple]], lineage: int, backend: str, hold: Hold) -> Tensor:
+    """Copies rows with their keys rotated on, in each layer; differentiable through the order token that it returns.
+
+    moves: a pool, and (src, dst, offset, inv_freq, interleaved) as the op takes them. hold: of all rows that take part.
+    """
+    for pool, move in moves:
+        with pool.lock:
+            call("reposition", pool.k, *move, *pool.kv, backend=backend)
+    return Reposition.apply(past, _carrier(hold), moves, lineage, backend) if torch.is_grad_enabled() else past
 
 
 class Inherit(torch.autograd.Function):
-    """Hands the gradient that readers of one lineage left in `rows` on to the lineage of the rows' writers."""
-
     @staticmethod
-    def forward(ctx, order, pool, rows, readers, writers, hold):
-        _save(ctx, hold)
-        ctx.pool, ctx.rest, ctx.stream = pool, (rows, readers, writers), _stream(pool.k)
-        return order.new_empty(0)
+    def forward(ctx, past, carrier, rows, readers, writers):
+        _save(ctx, carrier)
+        ctx.rows, ctx.readers, ctx.writers = [(pool, x, stream_of(pool.k)) for pool, x in rows], readers, writers
+        return torch.zeros(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        rows, readers, writers = ctx.rest
-        with _on(ctx.stream):
-            grads = ctx.pool.grads()
-            for taken, given in zip(grads.of(readers), grads.of(writers)):
-                given[rows] += taken[rows]
-        return (None,) * 6
+        ctx.saved_tensors  # noqa: B018  raises where the rows may be gone
+        for pool, rows, stream in ctx.rows:
+            with on_stream(stream):
+                grads = pool.grads()
+                for taken, given in zip(grads.of(ctx.readers), grads.of(ctx.writers)):
+                    given[rows] += taken[rows]
+        return (None,) * 5
 
 
-def attend(
-    pool: Pool, order: Tensor, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, view: tuple, *, scale: float,
-    cos: Tensor | None = None, sin: Tensor | None = None, q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None, eps: float = 1e-6, interleaved: bool = False, lineage: int = 0, backend: str = "auto",
-    grad_tail: Tensor | None = None, deferred: DeferredKVGrad | None = None, older: tuple | None = None,
-    shared: tuple[tuple, tuple] | None = None, hold: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes n new tokens' K/V into the pool and attends from them over their views; differentiable.
-
-    q [n, Hq, D]; k, v [n, Hkv, D]; slots [n]; view: (q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq) as
-    in `diffmas.ops.cross_attention`; the new rows are the newest of each view; lineage: which gradient pools it uses.
-    grad_tail [B]: how many rows at the end of each view were written by this call (and, in a run of latent steps, by the run so
-    far); deferred, and older with its first step: the views before the run, without q_indptr. shared: the same views as two, the
-    rows that neighbouring sequences share, in one pass for all of them, and each sequence's rest; where no gradient is wanted.
-    hold: see `held_by_graph`. -> o [n, Hq, D], the next order token.
-    """
-    tables, kind = (cos, sin, slots), (eps, interleaved)
-    if not torch.is_grad_enabled():
-        # These rows are constants; readers to come still order themselves behind the earlier writers: the same token.
-        if shared is None:
-            return _write_and_read(pool, q, k, v, q_weight, k_weight, tables, kind, view, scale, backend)[1], order
-        with pool.lock:
-            q_rot = call("inject", q, q, k, v, *tables, q_weight, k_weight, *kind, *pool.kv, backend=backend)
-        read = lambda view, causal: call(
-            "cross_attention", q_rot, q_rot, *pool.kv, *view, scale, causal, interleaved, backend=backend
-        )
-        prefix, rest = shared
-        return call("merge_states", q_rot, *read(prefix, False), *read(rest, True), backend=backend)[0], order
-    if older is not None:
-        deferred.flushed[pool] = order.requires_grad
-        order = Flush.apply(order, pool, lineage, deferred, older, scale, interleaved, backend, hold)
-    in_run = deferred is not None and pool in deferred.flushed
-    if not in_run and order.requires_grad:
-        grad_tail = None  # older rows get their gradient too, and at once
-    if not in_run or not deferred.flushed[pool]:
-        deferred = None
-    return Attend.apply(
-        q, k, v, order, q_weight, k_weight, pool, lineage, tables, kind, view, scale, grad_tail, deferred, backend, hold
-    )
-
-
-def reposition(
-    pool: Pool, order: Tensor, move: tuple[Tensor, Tensor, Tensor, Tensor], interleaved: bool = False, lineage: int = 0,
-    backend: str = "auto", hold: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Copies rows with their keys rotated on; move: src, dst, offset, inv_freq as `diffmas.ops.reposition` takes them.
-    Differentiable through the order token that it returns."""
-    after = Reposition.apply(order, pool, lineage, move, interleaved, backend, hold)
-    return after if torch.is_grad_enabled() else order
-
-
-def inherit(pool: Pool, order: Tensor, rows: Tensor, readers: int, writers: int, hold: Tensor | None = None) -> Tensor:
-    """The order token for readers of lineage `readers` of the distinct `rows` that were written in lineage `writers`."""
-    return Inherit.apply(order, pool, rows, readers, writers, hold)
+def inherit(past: Tensor, rows: list[tuple[Pool, Tensor]], readers: int, writers: int, hold: Hold) -> Tensor:
+    """The order token for readers of lineage `readers` of rows that were written in lineage `writers`: hands the gradient that they
+    leave on to that of the writers. rows: of each pool, distinct."""
+    return Inherit.apply(past, _carrier(hold), rows, readers, writers)

@@ -80,7 +80,7 @@ class CacheFace(Cache):
 
     def reset(self) -> None:
         empty = [[] for _ in self._segments]
-        self._become(self._view(empty, None, [0] * self.batch_size, [zeros(0) for _ in self._order]))
+        self._become(self._view(empty, None, [0] * self.batch_size, zeros(0)))
 
     def activate_past_recording(self, *args, **kwargs) -> None:
         """Assisted decoding asks for it before it crops; nothing to record, rows stay where they are."""

@@ -1,7 +1,7 @@
 """What a trace needs to know of its model, and nothing of transformers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ class LayerSpec:
 
     index: int
     rope: str
+    records: bool = field(
+        default=False, init=False, compare=False
+    )  # a gradient was recorded in it once: below the first trained weight never
+
+    def __post_init__(self):
+        self.number = torch.tensor(self.index)  # for compiled graphs, which specialize on an int
 
 
 @dataclass

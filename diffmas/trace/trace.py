@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmas.trace.autograd import held_by_graph, inherit, reposition
+from diffmas.trace.autograd import inherit, reposition
 from diffmas.trace.cache import CacheFace
 from diffmas.trace.forward_pass import ForwardPass, Table
 from diffmas.trace.pool import DeferredKVGrad
@@ -40,15 +40,14 @@ class Trace(CacheFace):
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity: expected at least 1 token per sequence, got {capacity}")
         self.spec = spec_of(model)
-        layers = len(self.spec.layers)
-        self._store = Store(layers, batch_size * (capacity or 0))
-        self._see([[] for _ in range(batch_size)], [torch.zeros(0) for _ in range(layers)])
+        self._store = Store(len(self.spec.layers), batch_size * (capacity or 0))
+        self._see([[] for _ in range(batch_size)], torch.zeros(0))
         self.agent: str | None = None  # who writes next: recorded with every segment
 
     def _see(self, segments, order, extents=None, next_positions=None, lineage: int = 0) -> None:
         """All that a view is, in one place; the store asks it which rows it needs."""
         self._segments: list[list[Segment]] = segments
-        self._order: list[Tensor] = order  # the order token of each layer
+        self._order: Tensor = order  # the order token of the last forward pass (diffmas.trace.autograd)
         self._extents: list[Extent | None] = extents or [None] * len(segments)
         self._next: list[int] = next_positions or [0] * len(segments)  # the position of each sequence's next token
         self._lineage = lineage
@@ -111,7 +110,7 @@ class Trace(CacheFace):
         return f"Trace(batch_size={self.batch_size}, lengths={self.lengths}, layers={len(self)})"
 
     def __len__(self):
-        return len(self._order)
+        return len(self.spec.layers)
 
     # ---- appending ---------------------------------------------------------------------------------------------------
 
@@ -154,8 +153,8 @@ class Trace(CacheFace):
         older = [ranges_of(row) for row in self._segments] if step == 1 else None
         return ForwardPass(
             self.spec, self._store, list(lengths), positions, np.concatenate(slots or [positions]),
-            [ranges_of(row) for row in segments], self._order, self._lineage, deferred, step, older,
-            Table(self._segments, segments, extents), hold,
+            [ranges_of(row) for row in segments], self._order, Table(self._segments, segments, extents),
+            lineage=self._lineage, deferred=deferred, step=step, older=older, hold=hold,
         )  # fmt: skip
 
     def make_room(self, tokens: int) -> None:
@@ -166,14 +165,14 @@ class Trace(CacheFace):
         """Makes the new tokens part of the trace; raises RuntimeError if a layer did not write its rows."""
         if forward_pass.table is None or forward_pass.table.before is not self._segments:
             raise RuntimeError("this forward pass was planned on another trace, or the trace has changed since")
-        missing = [i for i, order in enumerate(forward_pass.order_after) if order is None]
+        missing = [i for i, ran in enumerate(forward_pass.work.ran) if not ran]
         if missing:
             raise RuntimeError(
                 f"layers {missing} did not write to the trace: the keyword argument diffmas_trace did not reach them"
             )
         _, self._segments, self._extents = forward_pass.table
-        self._order = forward_pass.order_after
-        self._deferred = (forward_pass.deferred, forward_pass.step)
+        self._order = forward_pass.after
+        self._deferred = (forward_pass.work.deferred, forward_pass.work.step)
         done = 0
         for b, n in enumerate(forward_pass.lengths):
             if n:
@@ -183,7 +182,7 @@ class Trace(CacheFace):
 
     def commit_repeated(self, forward_pass: ForwardPass) -> None:
         """Commits a forward pass whose rows were written, without gradients, by another one that repeated itself."""
-        forward_pass.order_after = list(forward_pass.order)
+        forward_pass.repeated()
         self.commit(forward_pass)
 
     def _check_limits(self, lengths, positions) -> None:
@@ -229,7 +228,7 @@ class Trace(CacheFace):
         view.spec, view._store, view.agent = self.spec, self._store, self.agent
         view._see(
             [[s._replace(sequence=b) for s in row] for b, row in enumerate(segments)],
-            list(self._order if order is None else order), None if extents is None else list(extents),
+            self._order if order is None else order, None if extents is None else list(extents),
             list(self._next if next_positions is None else next_positions), self._lineage if lineage is None else lineage,
         )  # fmt: skip
         return view
@@ -263,7 +262,7 @@ class Trace(CacheFace):
     def detach(self) -> "Trace":
         """The same view as a constant: no gradient reaches what was written so far."""
         lineage = self._store.new_lineage()
-        return self._view(self._segments, self._extents, order=[t.detach() for t in self._order], lineage=lineage)
+        return self._view(self._segments, self._extents, order=self._order.detach(), lineage=lineage)
 
     def keep(self, kind: str | None = None, agent: str | None = None, positions: str = "keep") -> "Trace":
         """A view of the segments of one kind and/or one agent. positions: keep, or reindex (renumbered from 0).
@@ -344,28 +343,27 @@ class Trace(CacheFace):
         return joined._reindexed() if positions == "reindex" else joined
 
     @torch.enable_grad()  # a view, like fork and keep: that it was made under no_grad detaches nothing
-    def _ordered_after(self, traces: list["Trace"]) -> tuple[int, list[Tensor]]:
-        """The lineage and the order tokens of a reader of all branches, who waits for the writers of each."""
+    def _ordered_after(self, traces: list["Trace"]) -> tuple[int, Tensor]:
+        """The lineage and the order token of a reader of all branches, who waits for the writers of each."""
         store, lineages = self._store, {t._lineage for t in traces}
         if len(lineages) == 1:
-            return self._lineage, [torch.cat(column) for column in zip(*(t._order for t in traces))]
+            return self._lineage, torch.cat([t._order for t in traces])
         # Some branch is detached from rows that another gives a gradient: the gradient of each row goes to the lineage that wrote
         # it, if a branch that sees the row needs it.
         writers = sorted(frozenset.union(*(store.needs_grad[x] for x in lineages)))
         lineage = store.new_lineage(writers)
-        columns = [[] for _ in self._order]
+        orders = []
         for writer in writers:
             branches = [t for t in traces if writer in store.needs_grad[t._lineage]]
             seen = [np.arange(s.start, s.end) for t in branches for s in t.segments]
             rows = np.unique(np.concatenate(seen or [[]])).astype(np.int64)
             rows = torch.from_numpy(store.written_by(rows, writer))
-            hold = held_by_graph(Hold(store, [(s.start, s.end) for t in branches for s in t.segments]))
-            for i, pool in enumerate(store.pools):
-                order = torch.cat([t._order[i] for t in branches])
-                if pool is not None and len(rows):
-                    order = inherit(pool, order, rows.to(pool.device), lineage, writer, hold)
-                columns[i].append(order)
-        return lineage, [torch.cat(column) for column in columns]
+            order = torch.cat([t._order for t in branches])
+            if len(rows):
+                hold = Hold(store, [(s.start, s.end) for t in branches for s in t.segments])
+                order = inherit(order, [(p, rows.to(p.device)) for p in store.pools if p], lineage, writer, hold)
+            orders.append(order)
+        return lineage, torch.cat(orders)
 
     def repack(self) -> "Trace":
         """A copy of what it sees in fresh rows, one run per sequence, with position offsets applied to the keys; differentiable.
@@ -387,20 +385,18 @@ class Trace(CacheFace):
                 row.append(s._replace(start=done, position=s.position + s.offset, offset=0))
                 done += s.length
             rows.append(row)
-        order = list(self._order)
+        order = self._order
         if total:
             src, offset, dst = torch.cat(src), torch.cat(offset), torch.arange(first, done)
-            held = held_by_graph(hold)
+            moves = []
             for layer, pool in zip(self.spec.layers, self._store.pools):
                 if pool is None:
                     continue
                 pool.reserve(self._store.top, self._store.rows)
                 turn = offset if layer.rope != "none" else torch.zeros_like(offset)
                 inv_freq = self.spec.frequencies(layer, pool.device) if turn.any() else torch.zeros(0, device=pool.device)
-                move = (*(x.to(pool.device) for x in (src, dst, turn)), inv_freq)
-                order[layer.index] = reposition(
-                    pool, order[layer.index], move, layer.rope == "interleaved", self._lineage, self.spec.backend, held
-                )
+                moves.append((pool, (*(x.to(pool.device) for x in (src, dst, turn)), inv_freq, layer.rope == "interleaved")))
+            order = reposition(order, moves, self._lineage, self.spec.backend, hold)
         return self._view(rows, None, self._next, order)
 
     # ---- files -------------------------------------------------------------------------------------------------------
@@ -420,10 +416,11 @@ class Trace(CacheFace):
 
     @classmethod
     def of_rows(
-        cls, model, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]]
-    ) -> "Trace":
+        cls, model, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]],
+        capacity: int | None = None,
+    ) -> "Trace":  # fmt: skip
         """A trace with rows that were written before: kv, by layer, k and v [rows, Hkv, D]; segments of these rows."""
-        trace = cls(model, batch_size=len(segments))
+        trace = cls(model, len(segments), capacity)
         rows = kv[0][0].shape[0] if kv else 0
         trace._store.write(trace._store.allocate(rows), rows, 0)
         for layer, (k, v) in zip(trace.spec.layers, kv):

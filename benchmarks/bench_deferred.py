@@ -1,6 +1,6 @@
-"""The backward of a run of latent steps in one layer: dK and dV of the older rows by one flush, or pushed by every step.
+"""The backward of T latent steps in one layer: dK and dV of the older rows in one deferred pass, or added by every step.
 
-The steps are undone one after the other, the last first: a step's dO is known only when all later ones have been undone.
+The steps run backward one after the other, the last first: a step's dO is known only after the backward of all later steps.
 N counts the rows of the steps themselves.
 """
 
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from diffmas.benchmarks import bench_attention
-from diffmas.benchmarks.bench_attention import Inputs
-from diffmas.benchmarks.measure import OURS, Case, Problem, Run
-from diffmas.benchmarks.ours import run_op, twins
+from diffmas.benchmarks.attention.problem import Inputs
+from diffmas.benchmarks.measure import OURS, Case, Problem, Trial
+from diffmas.benchmarks.ours import run_op, variants
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
 CPU_CASES = [
-    Case("latent_run", "latent run", "backward", N=N, n=T, T=T, heads="16/8", D=128, quick=(N, T) == (2048, 16))
+    Case("deferred_kv_grad", "latent steps", "backward", N=N, n=T, T=T, heads="16/8", D=128, quick=(N, T) == (2048, 16))
     for N, T in ((2048, 16), (8192, 16), (8192, 40))
 ]
 GPU_CASES = [replace(CPU_CASES[0], N=N, n=32, T=32, dtype="bfloat16", quick=True) for N in (16384, 65536)]
@@ -33,13 +33,13 @@ def problem(case: Case) -> Problem:
 
 
 def diffmas(deferred: bool):
-    def provider(p: Problem, run_op=run_op) -> Run:
+    def provider(p: Problem, run_op=run_op) -> Trial:
         x: Inputs = p.inputs
         T, older = len(x.q), len(x.k) - len(x.q)
         index = lambda *xs: torch.tensor(xs, device=x.q.device)
         o, lse = run_op("cross_attention", x.q, x.q, x.k, x.v, *x.args())
         dk, dv = (torch.zeros_like(t, dtype=torch.float32) for t in (x.k, x.v))
-        # (index, view, tokens that learn at once) of each step
+        # (tokens, view, grad_tail) of each step
         steps = [
             (slice(t, t + 1), (index(0, 1), index(0, 1), index(0), index(older + t + 1)), index(t + 1) if deferred else None)
             for t in reversed(range(T))
@@ -51,17 +51,17 @@ def diffmas(deferred: bool):
             return run_op("cross_attention_backward", x.q, *given, *view, None, None, x.scale, causal, False, dk, dv, *rest)
 
         def call():
-            dq = [backward(at, view, True, newest) for at, view, newest in steps]
+            dq = [backward(at, view, True, grad_tail) for at, view, grad_tail in steps]
             if deferred:
                 backward(slice(None), before, False, None, False)
             return dq
 
-        return Run(call, lambda dq: {"dq": torch.cat(dq[::-1]), "dk": dk, "dv": dv})
+        return Trial(call, lambda dq: {"dq": torch.cat(dq[::-1]), "dk": dk, "dv": dv})
 
     return provider
 
 
-def sdpa(p: Problem) -> Run:
+def sdpa(p: Problem) -> Trial:
     """Under autograd, K and V as long as they were at each step."""
     x: Inputs = p.inputs
     older, grouped = len(x.k) - len(x.q), x.q.shape[1] != x.k.shape[1]
@@ -82,12 +82,12 @@ def sdpa(p: Problem) -> Run:
             dqs.append(dq[0].transpose(0, 1))
         return dqs
 
-    return Run(call, lambda dq: {"dq": torch.cat(dq[::-1]), "dk": dk, "dv": dv})
+    return Trial(call, lambda dq: {"dq": torch.cat(dq[::-1]), "dk": dk, "dv": dv})
 
 
-OWN = {OURS: diffmas(deferred=True), f"{OURS}, pushing": diffmas(deferred=False)}
-PROVIDERS = OWN | twins("cross_attention", OWN[OURS]) | {"sdpa": sdpa}
+OWN = {OURS: diffmas(deferred=True), f"{OURS}, not deferred": diffmas(deferred=False)}
+PROVIDERS = OWN | variants("cross_attention", OWN[OURS]) | {"sdpa": sdpa}
 
 
-def test_latent_run(bench, case):
+def test_deferred(bench, case):
     bench(case, problem, PROVIDERS)

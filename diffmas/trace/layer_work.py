@@ -1,0 +1,198 @@
+"""What a forward pass does in its layers: write K/V and attend, and the backward of both.
+
+Rows are written once and never move, so attention saves nothing of K and V: its backward reads the pool again, adds dK and dV of
+the rows that it read to the gradient pools of the backward pass, and takes out those of the rows that this pass wrote, which are
+complete by then (diffmas.trace.autograd says why).
+
+A run of latent steps reads the same earlier rows T times, and nobody needs their gradient before the first step has been undone. So
+the backward of a step adds dK and dV of the run's own rows only and keeps (do, q, o, lse), and a `flush` before the run adds those
+of the earlier rows for all steps in one matrix-shaped pass: the gradient pool is read and written once instead of T times.
+
+The autograd graph holds this object, so it must not reach a trace, or a tensor that has a graph: such a circle is never freed.
+"""
+
+import contextlib
+import itertools
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmas.ops.register import call
+from diffmas.trace.pool import DeferredKVGrad, Pool
+from diffmas.trace.spec import LayerSpec, ModelSpec
+from diffmas.trace.store import Hold, Store
+from diffmas.trace.tables import Tables
+from diffmas.trace.views import KVRange
+
+__all__ = ["LayerWork", "work_of"]
+
+_numbers = itertools.count()
+_alive: "weakref.WeakValueDictionary[int, LayerWork]" = weakref.WeakValueDictionary()
+
+
+def work_of(ticket: Tensor) -> "LayerWork":
+    """By its number, a 0-d int64 CPU tensor: a compiled graph takes it as an input, and specializes on nothing."""
+    work = _alive.get(ticket.item())
+    if work is None:
+        raise RuntimeError("this forward pass of a trace is over: no graph and no checkpoint holds it")
+    return work
+
+
+def stream_of(x: Tensor):
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None
+
+
+def on_stream(stream):
+    """For the backward of a node that gives nothing but an order token. These lie on the CPU, so autograd would run it on the
+    stream of whoever calls backward(), and not on that of its forward, where its neighbours run."""
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+@dataclass(eq=False)
+class LayerWork:
+    """n packed new tokens of B sequences. Fields: see `ForwardPass`."""
+
+    spec: ModelSpec
+    store: Store
+    lengths: list[int]
+    positions: np.ndarray
+    slots: np.ndarray
+    views: list[list[KVRange]]
+    older_needs_grad: bool = False  # of rows that were written before, some do
+    lineage: int = 0
+    deferred: DeferredKVGrad | None = None
+    step: int = 0
+    older: list[list[KVRange]] | None = None
+    hold: Hold | None = None
+
+    def __post_init__(self):
+        self.hold = self.hold or Hold(self.store)
+        self.hold.ranges = [(r.start, r.start + r.length) for view in self.views for r in view]
+        self.committed = False  # its tokens are part of the trace: from now on layers can only be recomputed
+        self.forget()
+        self._flushes: dict[int, tuple] = {}  # by layer, for the pass that begins a run
+        self._offsets = any(r.offset for view in self.views for r in view)
+        self._tables: dict[torch.device, Tables] = {}
+        number = next(_numbers)
+        self.ticket = torch.tensor(number)
+        _alive[number] = self
+
+    def forget(self) -> None:
+        """As if no layer had attended yet."""
+        layers = len(self.spec.layers)
+        self.ran, self.recorded = [False] * layers, [False] * layers
+        self._choices: list[tuple[bool, DeferredKVGrad | None]] = [(False, None)] * layers
+
+    def on(self, device: torch.device) -> Tables:
+        """What layers on a device read."""
+        tables = self._tables.get(device)
+        if tables is None:
+            grad_tail = [self.step] * len(self.lengths) if self.deferred else self.lengths
+            tables = self._tables[device] = Tables(
+                device, self.lengths, self.slots, self.positions, grad_tail, self.views, self.older
+            )
+        return tables
+
+    def _views(self, tables: Tables, layer: LayerSpec, device: torch.device) -> dict:
+        if self._offsets and layer.rope != "none":
+            return tables.at_offsets(self.spec.frequencies(layer, device))
+        return tables.as_written
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def attend(self, layer: LayerSpec, q, k, v, cos, sin, q_weight, k_weight, eps: float, scale: float, recording: bool):
+        """q [n, Hq, D], k, v [n, Hkv, D] -> o [n, Hq, D], and where it is recorded q_rot [n, Hq, D] and lse [n, Hq], else None."""
+        i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
+        if self.committed:
+            self._check_recompute(i, recording)
+        elif self.ran[i]:
+            raise RuntimeError(f"layer {i} attended twice in one forward pass; a trace holds one K/V row per token and layer")
+        pool, tables = self.store.pool(i, k, v), self.on(k.device)
+        views = self._views(tables, layer, k.device)
+        if recording and not self.committed:
+            self._choose(layer, pool, views["older"], scale)
+        with pool.lock:
+            q_rot = call(
+                "inject", q, q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *pool.kv, backend=backend
+            )
+        read = lambda view, causal: call(
+            "cross_attention", q_rot, q_rot, *pool.kv, *view, scale, causal, interleaved, backend=backend
+        )
+        if recording or views["shared"] is None:
+            o, lse = read(views["all"], True)
+        else:
+            prefix, rest = views["shared"]
+            o, lse = call("merge_states", q_rot, *read(prefix, False), *read(rest, True), backend=backend)
+        self.ran[i] = True
+        return o, q_rot, lse
+
+    def _check_recompute(self, i: int, recording: bool) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            raise RuntimeError("this forward pass is over: it can be used again by activation checkpointing only")
+        if recording and not self.recorded[i]:
+            raise RuntimeError(
+                f"layer {i} is recomputed with gradients that its first run did not record: re-entrant activation "
+                "checkpointing gives wrong gradients with a trace; use use_reentrant=False"
+            )
+
+    def _choose(self, layer: LayerSpec, pool: Pool, older: tuple | None, scale: float) -> None:
+        """Which rows this layer's backward gives a gradient: all of the view, or its own and its run's, and who adds the rest."""
+        i, older_needs_grad = layer.index, self.older_needs_grad and layer.records
+        self.recorded[i] = layer.records = True
+        deferred = self.deferred
+        if older is not None:
+            deferred.flushed[i] = older_needs_grad
+            if older_needs_grad:
+                self._flushes[i] = (pool, older, scale, layer.rope == "interleaved", stream_of(pool.k))
+        if deferred is None or i not in deferred.flushed:  # not in a run, or in one whose first step was not recorded
+            self._choices[i] = (not older_needs_grad, None)
+        else:
+            self._choices[i] = (True, deferred if deferred.flushed[i] else None)
+
+    # ---- backward ----------------------------------------------------------------------------------------------------
+
+    def attend_backward(
+        self, layer: LayerSpec, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps: float, scale: float, kv_heads: int,
+        copy: bool = False,
+    ):  # fmt: skip
+        """-> dq, dk, dv, dq_weight, dk_weight. do: None where nobody used o, only the rows. q, k: None without a norm. copy: what is
+        kept for the flush is a copy, since the caller's memory is used again."""
+        i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
+        grads, tables = self.store.pools[i].grads(), self.on(q_rot.device)
+        dk_pool, dv_pool = grads.of(self.lineage)
+        own_rows_only, deferred = self._choices[i]
+        if do is None:
+            dq_rot = torch.zeros_like(q_rot)
+        else:
+            view = self._views(tables, layer, q_rot.device)["all"]
+            dq_rot = call(
+                "cross_attention_backward", q_rot, do, None, q_rot, o, lse, grads.k, grads.v, *view, scale, True, interleaved,
+                dk_pool, dv_pool, tables.grad_tail if own_rows_only else None, True, backend=backend,
+            )  # fmt: skip
+            if deferred is not None:
+                kept = (do, q_rot, o, lse)
+                grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
+        if q is None:  # the backward is linear: q and k only tell shape and dtype
+            q, k = dq_rot, dq_rot.new_empty((dq_rot.shape[0], kv_heads, dq_rot.shape[2]))
+        return call(
+            "inject_backward", q, dq_rot, q, k, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, dk_pool, dv_pool,
+            backend=backend,
+        )  # fmt: skip
+
+    def flush(self) -> None:
+        """Adds dK and dV of the rows before a run of latent steps, for all steps that this backward pass has been through."""
+        for pool, older, scale, interleaved, stream in self._flushes.values():
+            with on_stream(stream):
+                grads = pool.grads()
+                steps = grads.steps(self.lineage, self.deferred)
+                if steps:
+                    do, q, o, lse = (torch.stack(x, 1).flatten(0, 1) for x in zip(*steps))  # [B * steps, ...], by sequence
+                    q_indptr = torch.arange(0, q.shape[0] + 1, len(steps), device=q.device)
+                    call(  # every step sees all of the older rows
+                        "cross_attention_backward", q, do, None, q, o, lse, grads.k, grads.v, q_indptr, *older, scale, False,
+                        interleaved, *grads.of(self.lineage), None, False, backend=self.spec.backend,
+                    )  # fmt: skip
+                steps.clear()

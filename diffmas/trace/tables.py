@@ -1,0 +1,71 @@
+"""A forward pass as int64 tensors on one device: where its tokens go, and the tables of segments that they see."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmas.trace.views import KVRange, share, table_of
+
+__all__ = ["Tables"]
+
+DECODE_TOKENS = 8  # up to this many a sequence, reading K and V costs more than the products
+
+
+class Tables:
+    """slots, positions [n]; q_indptr [B + 1]; grad_tail [B]; and for each view the arguments of `cross_attention`. One copy to the
+    device for all of them, without a wait."""
+
+    def __init__(
+        self, device: torch.device, lengths: list[int], slots: np.ndarray, positions: np.ndarray, grad_tail: list[int],
+        views: list[list[KVRange]], older: list[list[KVRange]] | None,
+    ):  # fmt: skip
+        q_indptr = np.cumsum([0, *lengths])
+        parts = [slots, positions, q_indptr, grad_tail, *table_of(views)]
+        if older is not None:
+            parts += table_of(older)
+        # Few queries of several sequences are served faster by one pass over the rows that all of them read.
+        groups = share(views) if 1 < len(lengths) and max(lengths) <= DECODE_TOKENS else None
+        if groups is not None:
+            sizes, shared, rest = groups
+            tokens = np.add.reduceat(lengths, np.cumsum([0, *sizes[:-1]]))
+            parts += [np.cumsum([0, *tokens]), *table_of(shared), *table_of(rest)]
+        packed = _upload(np.concatenate([np.asarray(p, dtype=np.int64) for p in parts]), device)
+        self.slots, positions, self.q_indptr, self.grad_tail, *tables = packed.split([len(p) for p in parts])
+        self.position_ids = positions[None]
+        self._all, tables = tables[:4], tables[4:]
+        self._older = self._groups = self._shared = self._rest = None
+        if older is not None:
+            self._older, tables = tables[:4], tables[4:]
+        if groups is not None:
+            self._groups, self._shared, self._rest = tables[0], tables[1:5], tables[5:]
+        self._at_offsets: dict | None = None
+        self.as_written = self._views(None)
+
+    def _views(self, inv_freq: Tensor | None) -> dict[str, tuple | None]:
+        """By name: q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq. older: without q_indptr; shared: two views."""
+        read = lambda table: (*table[:3], table[3] if inv_freq is not None else None, inv_freq)
+        shared = None
+        if self._groups is not None:
+            shared = (self._groups, *read(self._shared)), (self.q_indptr, *read(self._rest))
+        older = None if self._older is None else read(self._older)
+        return {"all": (self.q_indptr, *read(self._all)), "older": older, "shared": shared}
+
+    def at_offsets(self, inv_freq: Tensor) -> dict[str, tuple | None]:
+        """The views for layers that rotate, where a segment is read at a position offset."""
+        if self._at_offsets is None:
+            self._at_offsets = self._views(inv_freq)
+        return self._at_offsets
+
+    def step_on(self) -> None:
+        """One row and one position on, the newest range of each view a row longer."""
+        self.slots.add_(1)
+        self.position_ids.add_(1)
+        for table in (self._all, self._rest):
+            if table is not None:
+                indptr, _, length, _ = table
+                length[indptr[1:] - 1] += 1
+
+
+def _upload(x: np.ndarray, device: torch.device) -> Tensor:
+    x = torch.from_numpy(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -63,7 +63,7 @@ kernel-report: $(INSTALLED)
 	TRITON_INTERPRET=0 $(PY) -m tools.triton_report
 
 cuda-report:
-	$(firstword $(wildcard $(PY)) $(PYTHON)) csrc/cuda/report.py
+	$(firstword $(wildcard $(PY)) $(PYTHON)) tools/cuda_report.py
 
 tune: $(INSTALLED)
 	TRITON_INTERPRET=0 $(PY) -m tools.triton_tune
@@ -95,7 +95,7 @@ test-cuda-torch: $(INSTALLED)
 
 install: $(INSTALLED)
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel ninja
 	$(VENV)/bin/python -m pip install -q $(TORCH)

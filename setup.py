@@ -36,8 +36,7 @@ FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 SANITIZE = []
 if os.environ.get("DIFFMAS_SANITIZE") == "1":
     SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-# Kernels are compiled once per instruction set; csrc/cpu/dispatch.cpp picks one when the library is loaded.
-KERNELS = ["inject.cpp", "states.cpp", "attention_forward.cpp", "attention_backward.cpp"]
+# csrc/cpu/kernels/ is compiled once per instruction set; csrc/cpu/dispatch.cpp picks one when the library is loaded.
 # Where a loop starts within a line of code is worth up to 3 %: no kernel may lose that because another one has changed.
 KERNEL_FLAGS = ["-falign-loops=64"]
 ISAS = {"generic": []}
@@ -134,10 +133,10 @@ def compile_library(target, build_dir):
     if torch is None:
         raise BuildError("torch was not installed when diffmas was built")
     command = [*compiler, *FLAGS, *SANITIZE, f"-I{CSRC}"] + (["-DDIFFMAS_X86"] if X86 else [])
-    jobs = [(CSRC / "cpu" / f"{name}.cpp", f"{name}.o", command) for name in ("plan", "dispatch")]
+    jobs = [(source, f"{source.stem}.cpu.o", command) for source in sorted(CSRC.glob("cpu/*.cpp"))]
     jobs += [
-        (CSRC / "cpu" / name, f"{Path(name).stem}.{isa}.o", [*command, f"-DDIFFMAS_ISA={isa}", *KERNEL_FLAGS, *more])
-        for name in KERNELS
+        (source, f"{source.stem}.{isa}.o", [*command, f"-DDIFFMAS_ISA={isa}", *KERNEL_FLAGS, *more])
+        for source in sorted(CSRC.glob("cpu/kernels/*.cpp"))
         for isa, more in ISAS.items()
     ]
     objects = compile_all(jobs, build_dir)
@@ -148,7 +147,9 @@ def compile_library(target, build_dir):
     except (BuildError, OSError) as error:
         why_no_cuda = str(error)
     binding = [*command, *cuda, "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch / 'include'}"]
-    objects += compile_all([(CSRC / "binding.cpp", f"binding{'.with_cuda' if cuda else ''}.o", binding)], build_dir)
+    kind = "binding.with_cuda" if cuda else "binding"
+    sources = [s for s in sorted(CSRC.glob("binding/*.cpp")) if cuda or s.stem != "cuda"]
+    objects += compile_all([(s, f"{s.stem}.{kind}.o", binding) for s in sources], build_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     link = [*compiler, *SANITIZE, "-shared", *objects, *links, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)]
     run(link, compiler[0])

@@ -1,4 +1,4 @@
-"""Runs CUDA kernels on the CPU (csrc/cuda/host.h): compiles tests/host/<program>.cpp with the sanitizers and drives it.
+"""Runs CUDA kernels on the CPU (tests/host/host.h): compiles tests/host/<program>.cpp with the sanitizers and drives it.
 
 y = torch.full((64,), torch.nan)
 run("program", dict(n=64), dict(x=x), dict(y=y), seed=1)      # y is written in place; x must not be
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "host"
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
+    "-fno-sanitize-recover=all", "-DDIFFMAS_HOST_EMULATION", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'host'}",
 ]  # fmt: skip
 COMPILER = shutil.which("g++")
 
@@ -30,14 +30,14 @@ class Failed(Exception):
 @functools.cache
 def compiled(program: str) -> Path:
     """The executable of tests/host/<program>.cpp, compiled anew when a source has changed."""
-    sources = [ROOT / "tests" / "host" / f"{program}.cpp", ROOT / "tests" / "host" / "tensors.h", Path(__file__)]
-    sources += (ROOT / "csrc").rglob("*.*")
+    source = ROOT / "tests" / "host" / f"{program}.cpp"
+    sources = [source, Path(__file__), *(ROOT / "tests" / "host").glob("*.h"), *(ROOT / "csrc").rglob("*.*")]
     target = BUILD / program
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / f"{program}.lock", "w") as lock:  # files of tests run side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists() or target.stat().st_mtime < max(s.stat().st_mtime for s in sources):
-            run = subprocess.run([COMPILER, *FLAGS, str(sources[0]), "-o", str(target)], capture_output=True, text=True)
+            run = subprocess.run([COMPILER, *FLAGS, str(source), "-o", str(target)], capture_output=True, text=True)
             assert run.returncode == 0, run.stderr[-4000:]
     return target
 

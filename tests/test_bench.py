@@ -39,7 +39,7 @@ from diffmas.benchmarks.machine import Machine, peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Senseless, Trial
 from diffmas.benchmarks.result import results
 from diffmas.cli import app
-from diffmas.ops import backends, reference, schemas
+from diffmas.ops import backends, reference
 
 MACHINE = Machine(
     "cpu", "a machine", 1, 32 << 20, read=10e9, read_cached=40e9, copy=8e9, copy_cached=32e9, matmul=50e9, matmul_16bit=1e9
@@ -543,10 +543,6 @@ def test_variants_stand_beside_what_auto_takes(as_on_a_gpu, monkeypatch):
         backends._choose.cache_clear()
 
     variants = {name: bench_attention.PROVIDERS[name] for name in ("diffmas, triton", "diffmas, cuda")}
-    library = torch.library.Library("diffmas_native", "FRAGMENT")
-    if not hasattr(torch.ops.diffmas_native, "cross_attention"):
-        library.define("cross_attention" + schemas.SCHEMAS["cross_attention"].replace(", str backend='auto'", ""))
-        library.impl("cross_attention", reference.cross_attention, "CPU")
     other = lambda *args: reference.cross_attention(*args)
     try:
         backend("triton", other)
@@ -559,7 +555,6 @@ def test_variants_stand_beside_what_auto_takes(as_on_a_gpu, monkeypatch):
         backend("triton", reference.cross_attention, "not here")
         assert contest_of("latent step", "forward", **variants).notes == {"diffmas, triton": "triton: not here"}
     finally:
-        library._destroy()
         backends._choose.cache_clear()
 
 

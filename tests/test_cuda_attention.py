@@ -16,12 +16,12 @@ pytestmark = pytest.mark.skipif(not on_host.COMPILER, reason="no g++ here")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MAX_SHARED = {False: 101376, True: 232448}  # bytes of a block on sm_120, the least of our targets, and on sm_90
-INPUTS = "q k_pool v_pool q_indptr seg_indptr seg_start seg_len seg_shift inv_freq".split()
+INPUTS = "q k_pool v_pool q_indptr seg_indptr seg_start seg_len seg_offset inv_freq".split()
 NUMBERS = "scale causal interleaved".split()
 
 
 class Kernels:
-    """What diffmas.ops sees in the place of torch.ops.diffmas_cuda. processors: decides how many parts a view is cut into."""
+    """What diffmas.ops sees in the place of torch.ops.diffmas_native. processors: decides how many parts a view is cut into."""
 
     def __init__(self):
         self.seed, self.processors, self.vectors = 0, 1, True
@@ -36,7 +36,7 @@ class Kernels:
     def cross_attention_backward(self, do, dlse, q, o, lse, *args):
         args, (dk_pool, dv_pool, newest, want_dq) = (q, *args[:-4]), args[-4:]
         outputs = dict(dk_pool=dk_pool, dv_pool=dv_pool) | (dict(dq=torch.full_like(q, torch.nan)) if want_dq else {})
-        self.run(True, args, {"do": do.contiguous(), "dlse": dlse, "o": o, "lse": lse, "newest": newest}, outputs)
+        self.run(True, args, {"do": do.contiguous(), "dlse": dlse, "o": o, "lse": lse, "grad_tail": newest}, outputs)
         return outputs["dq"] if want_dq else q.new_empty(0)
 
     def run(self, backward, args, more, outputs):
@@ -192,7 +192,7 @@ def test_pools_of_many_queries_that_learn_the_newest(kernels):
 
 def test_many_queries_go_two_ways(kernels, monkeypatch):
     """o and dq to Triton, which must leave the pools alone."""
-    monkeypatch.setattr(torch.ops, "diffmas_cuda", kernels)
+    monkeypatch.setattr(torch.ops, "diffmas_native", kernels)
     monkeypatch.setitem(ops.BACKENDS, "cuda", backends.Backend("cuda", backends.CudaOps(), ("cpu",), backends.FLOATS, None))
     inputs = attention_inputs(View([40, 35], [[(60, 20, 0), (0, 40, 0)], [(50, 30, 7), (100, 35, 0)]]), rows=150)
     for newest in (None, torch.tensor([50, 3])):
@@ -259,7 +259,7 @@ def test_who_runs_it(missing, monkeypatch):
     recorders = {name: Recorder(name, calls) for name in ("cuda", "triton", "reference")}
     monkeypatch.setitem(ops.BACKENDS, "triton", backends.Backend("triton", recorders["triton"], None, None, missing))
     monkeypatch.setattr(ops, "reference", recorders["reference"])
-    monkeypatch.setattr(torch.ops, "diffmas_cuda", recorders["cuda"])
+    monkeypatch.setattr(torch.ops, "diffmas_native", recorders["cuda"])
 
     def who(tokens, D=64, dtype=torch.bfloat16, pool=None, half=None, interleaved=False, B=1):
         q, kv, indptr = torch.empty(tokens, 8, D, dtype=dtype), torch.empty(9, 4, D, dtype=pool or dtype), torch.empty(B + 1)

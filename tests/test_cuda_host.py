@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU, under the sanitizers (csrc/cuda/host.h), and that this finds what is wrong with a kernel."""
+"""The CUDA kernels on the CPU, under the sanitizers (tests/host), and that this finds what is wrong with a kernel."""
 
 from dataclasses import replace
 
@@ -88,7 +88,7 @@ def test_products_of_boxes():
 
 
 @pytest.mark.parametrize("mistake, message", [
-    (9, "a barrier that was not initialised"), (10, "barrier divergence: 128 threads wait at .*sm90.h"),
+    (9, "a barrier that was not initialised"), (10, "barrier divergence: 128 threads wait at .*sm90_emulation.h"),
     (11, "a panel at 128, which 1024 does not divide"), (14, "multiplies by other operands than its warpgroup"),
     (15, "warp 3 took part in 0 products of its warpgroup, of 2"),
 ])  # fmt: skip
@@ -114,7 +114,7 @@ def test_inputs_must_not_be_written():
 
 
 class Kernels:
-    """The ops of csrc/cuda, on CPU tensors: what diffmas.ops sees in the place of torch.ops.diffmas_cuda."""
+    """The ops of csrc/cuda, on CPU tensors: what diffmas.ops sees in the place of torch.ops.diffmas_native."""
 
     def __init__(self):
         self.seed, self.processors, self.vectors = 0, 1, True

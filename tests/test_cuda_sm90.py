@@ -1,4 +1,4 @@
-"""csrc/cuda/attention_sm90.cu on the CPU: dK and dV of many queries as Hopper computes them, with the twins of sm90.h."""
+"""csrc/cuda/attention_sm90.cu on the CPU: dK and dV of many queries as Hopper computes them, its instructions emulated."""
 
 from dataclasses import replace
 

@@ -20,20 +20,22 @@ OPS = ["inject", "inject_backward", "cross_attention", "cross_attention_backward
 
 @needs_cuda_torch
 def test_torchs_current_stream_is_found():
-    """Where csrc/binding.cpp looks for it: in a library that torch has loaded already."""
+    """Where csrc/binding/cuda.cpp looks for it: in a library that torch has loaded already."""
     library = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     assert library.aoti_torch_get_current_cuda_stream
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_ops_are_registered_for_cuda_alone(op):
-    has = lambda key: torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmas_cuda::{op}", key)
-    assert has("CUDA") and not has("CPU") and not has("CompositeExplicitAutograd")
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_every_op_has_an_implementation_per_device(op):
+    """merge_states and reposition have none for CUDA."""
+    has = lambda key: torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmas_native::{op}", key)
+    assert has("CPU") and has("CUDA") == (op in ops.CudaBackend.OPS) and not has("CompositeExplicitAutograd")
 
 
-def test_tensors_on_the_cpu_are_refused():
-    with pytest.raises(NotImplementedError, match="diffmas_cuda::cross_attention.*CPU"):
-        torch.ops.diffmas_cuda.cross_attention(*attention_inputs(VIEWS["ragged"]).to(torch.float32).args())
+def test_tensors_on_another_device_are_refused():
+    meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in attention_inputs(VIEWS["ragged"]).args()]
+    with pytest.raises(NotImplementedError, match="diffmas_native::cross_attention.*Meta"):
+        torch.ops.diffmas_native.cross_attention(*meta)
 
 
 @no_gpu
@@ -44,11 +46,11 @@ def test_without_a_gpu_everything_runs_on_the_cpu():
     args = attention_inputs(VIEWS["ragged"]).to(torch.float32).args()
     with pytest.raises(ValueError, match="'cuda' is not usable here: there is no CUDA device"):
         diffmas.ops.cross_attention(*args[:7], backend="cuda")
-    assert ops.implementation("cross_attention", args[0], "auto") is torch.ops.diffmas_cpu.cross_attention
+    assert ops.implementation("cross_attention", args[0], "auto") is torch.ops.diffmas_native.cross_attention
 
 
 def test_versions_of_the_runtime_and_the_driver():
-    driver, runtime = torch.ops.diffmas_cuda.versions()
+    driver, runtime = torch.ops.diffmas_native.versions()
     assert runtime // 1000 >= 12 and (driver >= 12000 if torch.cuda.is_available() else driver >= 0)
 
 
@@ -63,5 +65,5 @@ def test_what_a_gpu_needs(capability, versions, why, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.ops.diffmas_cuda, "versions", lambda: versions)
+    monkeypatch.setattr(torch.ops.diffmas_native, "versions", lambda: versions)
     assert backends.CudaBackend().why_missing == why

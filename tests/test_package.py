@@ -56,10 +56,12 @@ def test_sdist_holds_the_sources(source, tmp_path):
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     for wanted in (
         "setup.py",
-        "csrc/binding.cpp",
+        "csrc/common/rows.h",
+        "csrc/binding/library.cpp",
         "csrc/cpu/inject.cpp",
-        "csrc/cpu/simd.h",
-        "csrc/cuda/inject.cuh",
+        "csrc/cpu/kernels/simd.h",
+        "csrc/cuda/inject.cu",
+        "csrc/cuda/inject/forward.cuh",
         "kernels/inject.py",
     ):
         assert wanted in names

@@ -1,24 +1,28 @@
-// Launches of cross_attention: which form, how many parts a view is cut into.
+// Launches the kernels of cross_attention: picks the instantiation, and the number of parts that a view is cut into.
 #include "attention.h"
 
-#include "attention.cuh"
+#include "attention/dkv.cuh"
+#include "attention/dq.cuh"
+#include "attention/forward.cuh"
+#include "attention/kv_ranges.cuh"
 
 namespace diffmas::cuda {
 namespace {
 
 constexpr int kMaxParts = 64;
-constexpr int64_t kManyRows = 64;  // of a sequence on average: from there on a tile of attention_sm90.cuh is full
+constexpr int64_t kManyRows = 64;  // of a sequence on average: from there on a tile of attention/dkv_sm90.cuh is full
 
 bool aligned(const Rows& rows) {
   const int64_t elements = rows.dtype == DType::f32 ? 4 : 8;
-  return !rows.data || (reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_row % elements == 0 && rows.stride_head % elements == 0);
+  return !rows.data ||
+         (reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_row % elements == 0 && rows.stride_head % elements == 0);
 }
 
 AttentionLaunch launch_of(const AttentionArgs& a) {
   AttentionLaunch l{};
   l.a = a;
   l.group = int(a.q_heads / a.kv_heads);
-  if (!a.view.shift) l.a.view.half_rotary = 0;
+  if (!a.view.offset) l.a.view.half_rotary = 0;
   l.slots = {int(a.head_dim), a.interleaved ? 0 : int(l.a.view.half_rotary)};
   return l;
 }
@@ -31,7 +35,7 @@ bool in_vectors(const AttentionLaunch& l) {
   return fits;
 }
 
-// visit(T, D, kVectors): type, slots and way of reading of the form that serves the arguments.
+// Calls visit(T, D, kVectors) with the instantiation that serves the arguments.
 template <int D, bool kVectors, class T, class Visit>
 int with(const Visit& visit) {
   return visit(T{}, std::integral_constant<int, D>{}, std::bool_constant<kVectors>{});
@@ -45,18 +49,19 @@ template <class Visit>
 int pick_form(const AttentionLaunch& l, const Visit& visit) {
   const AttentionArgs& a = l.a;
   if (l.slots.count() > kMaxAttentionDim || a.k_pool.dtype != a.q.dtype || a.v_pool.dtype != a.q.dtype) return 1;  // cudaErrorInvalidValue
-  // Few forms of float32, which is for tests and small models: each takes seconds to compile.
+  // float32 is for tests and small models, and each instantiation takes seconds to compile: there are few.
   const bool wide = a.q.dtype == DType::f32;
   if (!in_vectors(l) || (wide && l.slots.count() > 128)) return with<kMaxAttentionDim, false, float>(visit);
   if (wide) return with<128, true, float>(visit);
   return a.q.dtype == DType::bf16 ? pick_size<bf16>(l, visit) : pick_size<f16>(l, visit);
 }
 
-// Tiles, K/V heads, parts; from shapes alone: nothing is read from the device. Parts are as few as fill whole waves of blocks, and
-// not shorter than a tile of each warp if the view were all of the pool.
+// Tiles, K/V heads, parts. Follows from shapes alone, nothing is read from the device: the fewest parts that fill whole waves of blocks,
+// each at least a tile per warp if the view were all of the pool.
 template <class T, int D>
 dim3 grid_of(const AttentionLaunch& l, int device) {
-  const int64_t tiles = l.a.n * l.group / kTileRows + l.a.view.batch, work = tiles * l.a.kv_heads, places = Form<T, D>::kBlocks * processors(device);
+  const int64_t tiles = l.a.n * l.group / kTileRows + l.a.view.batch, work = tiles * l.a.kv_heads,
+                places = Form<T, D>::kBlocks * processors(device);
   const int64_t keys = Form<T, D>::kWarps * kTileKeys, most = max(int64_t(1), min(int64_t(kMaxParts), l.a.pool_rows / keys));
   int64_t parts = 1;
   const auto fill = [&](int64_t p) { return double(work * p) / double((work * p + places - 1) / places * places); };
@@ -65,8 +70,8 @@ dim3 grid_of(const AttentionLaunch& l, int device) {
   return dim3(unsigned(tiles), unsigned(l.a.kv_heads), unsigned(parts));
 }
 
-// Of merge_all. Parts are stored 16 bytes at a time, so they lie first in the workspace.
-AttentionMemory memory_of(dim3 grid, int slots) {
+// The memory that merge_all needs. Parts are stored 16 bytes at a time, so they come first.
+AttentionSizes sizes_of(dim3 grid, int slots) {
   const int64_t tiles = int64_t(grid.x) * grid.y;
   return {grid.z == 1 ? 0 : tiles * grid.z * kTileRows * (slots + 2), grid.z == 1 ? 0 : tiles};
 }
@@ -74,24 +79,25 @@ AttentionMemory memory_of(dim3 grid, int slots) {
 }  // namespace
 }  // namespace diffmas::cuda
 
+using diffmas::AttentionArgs;
 using namespace diffmas::cuda;
 
-AttentionMemory diffmas_cuda_attention_memory(const AttentionArgs* args, bool backward, int device) {
+AttentionSizes diffmas_cuda_attention_memory(const AttentionArgs* args, bool backward, int device) {
   const AttentionLaunch l = launch_of(*args);
-  AttentionMemory memory{};
+  AttentionSizes sizes{};
   pick_form(l, [&](auto t, auto d, auto) {
-    memory = memory_of(grid_of<decltype(t), d.value>(l, device), d.value);
+    sizes = sizes_of(grid_of<decltype(t), d.value>(l, device), d.value);
     return 0;
   });
-  if (backward) memory.floats += 2 * args->n * args->q_heads + int64_t(sizeof(Run) / sizeof(float)) * args->segments;
-  return memory;
+  if (backward) sizes.floats += 2 * args->n * args->q_heads + int64_t(sizeof(KVRange) / sizeof(float)) * args->segments;
+  return sizes;
 }
 
-int diffmas_cuda_attention_forward(const AttentionArgs* args, int device, void* stream) {
+int diffmas_cuda_attention_forward(const AttentionArgs* args, AttentionMemory memory, int device, void* stream) {
   if (!args->n) return 0;
   if (const int error = set_device(device)) return error;
   AttentionLaunch l = launch_of(*args);
-  l.parts = args->workspace;
+  l.parts = memory.floats, l.counters = memory.counters;
   return pick_form(l, [&](auto t, auto d, auto v) {
     using F = Form<decltype(t), d.value>;
     const dim3 grid = grid_of<decltype(t), d.value>(l, device);
@@ -99,31 +105,34 @@ int diffmas_cuda_attention_forward(const AttentionArgs* args, int device, void* 
   });
 }
 
-int diffmas_cuda_attention_backward(const AttentionArgs* args, int device, void* stream) {
+int diffmas_cuda_attention_backward(const AttentionArgs* args, AttentionMemory memory, int device, void* stream) {
   if (!args->n) return 0;
   if (const int error = set_device(device)) return error;
   AttentionLaunch l = launch_of(*args);
-  l.parts = args->workspace;
+  l.parts = memory.floats, l.counters = memory.counters;
   return pick_form(l, [&](auto t, auto d, auto v) {
     using T = decltype(t);
     const dim3 parts = grid_of<T, d.value>(l, device);
-    l.bases = reinterpret_cast<float2*>(l.parts + memory_of(parts, d.value).floats);
-    l.runs = reinterpret_cast<Run*>(l.bases + args->n * args->q_heads);
+    l.bases = reinterpret_cast<float2*>(l.parts + sizes_of(parts, d.value).floats);
+    l.ranges = reinterpret_cast<KVRange*>(l.bases + args->n * args->q_heads);
     if (args->dq.data) {
       using F = Form<T, d.value>;
       const dim3 threads(32 * F::kWarps);
-      if (const int error = launch(attention_bwd_kernel_dq<T, d.value, v.value>, parts, threads, F::kBackwardBytes, stream, l)) return error;
+      if (const int error = launch(attention_bwd_kernel_dq<T, d.value, v.value>, parts, threads, F::kBackwardBytes, stream, l))
+        return error;
     }
     const int64_t rows = args->n * args->q_heads + args->view.batch;
-    const dim3 rows_grid(unsigned((rows + kRunsWarps - 1) / kRunsWarps));
-    if (const int error = launch(attention_bwd_kernel_runs<T, v.value>, rows_grid, dim3(32 * kRunsWarps), 0, stream, l)) return error;
-    // 16-bit types in whole packs, read where they are, and more query rows than a tile.
+    const dim3 rows_grid(unsigned((rows + kRangesWarps - 1) / kRangesWarps));
+    if (const int error = launch(attention_bwd_kernel_ranges<T, v.value>, rows_grid, dim3(32 * kRangesWarps), 0, stream, l)) return error;
+    // The sm_90 kernel takes 16-bit types in whole packs, without position offsets, with more query rows than a tile.
     const bool many = args->n * l.group > kManyRows * args->view.batch;
-    if (v.value && sizeof(T) == 2 && !args->view.shift && many && is_sm90(device))
+    if (v.value && sizeof(T) == 2 && !args->view.offset && many && is_sm90(device))
       if (const int error = dkv_on_sm90(l, stream); error != kNotServed) return error;
     using F = PoolForm<T, d.value>;
-    // One wave of blocks looks for the rows that learn. With many queries, which older rows have more of, up to eight even it out.
-    const int64_t tiles = (args->pool_rows + F::kRows - 1) / F::kRows, waves = min(int64_t(8), 1 + args->n * l.group / args->view.batch / 64);
+    // One wave of blocks looks for the rows that need gradients. Older rows have more queries; with many of them up to eight waves even
+    // it out.
+    const int64_t tiles = (args->pool_rows + F::kRows - 1) / F::kRows,
+                  waves = min(int64_t(8), 1 + args->n * l.group / args->view.batch / 64);
     const int64_t blocks = (waves * F::kBlocks * processors(device) + args->kv_heads - 1) / args->kv_heads;
     const dim3 grid(unsigned(min(tiles, blocks)), unsigned(args->kv_heads));
     return launch(attention_bwd_kernel_dkv<T, d.value, v.value>, grid, dim3(32 * F::kWarps), F::kBytes, stream, l);

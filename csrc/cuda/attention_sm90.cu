@@ -1,5 +1,5 @@
-// The launch of attention_sm90.cuh; compiled for sm_90a only.
-#include "attention_sm90.cuh"
+// The launch of attention/dkv_sm90.cuh; compiled for sm_90a only.
+#include "attention/dkv_sm90.cuh"
 
 namespace diffmas::cuda {
 namespace {
@@ -11,10 +11,12 @@ int start(const AttentionLaunch& l, void* stream) {
   Sm90Launch s{};
   s.attention = l, s.tokens = F::kQueries / l.group;
   const auto of_queries = [&](TensorMap& map, const Rows& x) {
-    return make_tensor_map(map, std::is_same_v<T, bf16>, {x.data, a.head_dim, a.q_heads, a.n, x.stride_head, x.stride_row, l.group, s.tokens});
+    return make_tensor_map(map, std::is_same_v<T, bf16>,
+                           {x.data, a.head_dim, a.q_heads, a.n, x.stride_head, x.stride_row, l.group, s.tokens});
   };
   const auto of_pool = [&](TensorMap& map, const Rows& x) {
-    return make_tensor_map(map, std::is_same_v<T, bf16>, {x.data, a.head_dim, a.pool_rows, a.kv_heads, x.stride_row, x.stride_head, F::kKeys, 1});
+    return make_tensor_map(map, std::is_same_v<T, bf16>,
+                           {x.data, a.head_dim, a.pool_rows, a.kv_heads, x.stride_row, x.stride_head, F::kKeys, 1});
   };
   if (of_queries(s.q, a.q) || of_queries(s.d_o, a.d_o) || of_pool(s.k_pool, a.k_pool) || of_pool(s.v_pool, a.v_pool)) return kNotServed;
   const dim3 grid(unsigned((a.pool_rows + F::kKeys - 1) / F::kKeys), unsigned(a.kv_heads));

@@ -1,7 +1,8 @@
-// Launches of inject: which form, how many blocks.
+// Launches the kernels of inject: picks the instantiation and the number of blocks.
 #include "inject.h"
 
-#include "inject.cuh"
+#include "inject/backward.cuh"
+#include "inject/forward.cuh"
 
 namespace diffmas::cuda {
 namespace {
@@ -16,14 +17,16 @@ bool aligned(const Table& table, DType dtype) {
   return !table.data || (table.dtype == dtype && reinterpret_cast<uintptr_t>(table.data) % 16 == 0 && table.stride % elements == 0);
 }
 
-// Whether every row can be read and written 16 bytes at a time, by a form of ours.
+// Whether every row can be read and written 16 bytes at a time, in dtypes that have an instantiation.
 bool in_vectors(const InjectArgs& a, bool backward) {
   const int64_t v = a.q.dtype == DType::f32 ? 4 : 8;
   const bool fits = a.head_dim % v == 0 && a.rotary_dim % (2 * v) == 0;
   const bool rows = aligned(a.q, a.q.dtype) && aligned(a.k, a.q.dtype) && aligned(a.q_out, a.q.dtype);
-  const bool tables = (aligned(a.cos, a.q.dtype) && aligned(a.sin, a.q.dtype)) || (aligned(a.cos, DType::f32) && aligned(a.sin, DType::f32));
+  const bool tables =
+      (aligned(a.cos, a.q.dtype) && aligned(a.sin, a.q.dtype)) || (aligned(a.cos, DType::f32) && aligned(a.sin, DType::f32));
   const DType pool = backward ? DType::f32 : a.q.dtype;
-  const bool others = backward ? aligned(a.dq_rot, a.q.dtype) && aligned(a.dk, a.q.dtype) && aligned(a.dv, a.q.dtype) : aligned(a.v, a.q.dtype);
+  const bool others =
+      backward ? aligned(a.dq_rot, a.q.dtype) && aligned(a.dk, a.q.dtype) && aligned(a.dv, a.q.dtype) : aligned(a.v, a.q.dtype);
   return fits && rows && tables && others && aligned(a.k_pool, pool) && aligned(a.v_pool, pool) && aligned(a.q_weight, a.q.dtype) &&
          aligned(a.k_weight, a.q.dtype);
 }
@@ -44,7 +47,7 @@ InjectLaunch launch_of(const InjectArgs& a, int v) {
   return launch;
 }
 
-// Few blocks that loop over rows, shared out by the bytes of a row; the sums of the weights' gradients depend on their number.
+// Few blocks that loop over rows, divided between q and k by the bytes of a row. The bits of the weights' gradients depend on their number.
 InjectLaunch backward_launch_of(const InjectArgs& a, int v, int device) {
   InjectLaunch launch = launch_of(a, v);
   const int64_t element = a.q.dtype == DType::f32 ? 4 : 2;
@@ -55,7 +58,7 @@ InjectLaunch backward_launch_of(const InjectArgs& a, int v, int device) {
   return launch;
 }
 
-// visit(T, C, V, N, launch) with the form that serves the arguments; T, C: types of the rows and of cos and sin.
+// Calls visit(T, C, V, N) with the instantiation that serves the arguments; T, C: types of the rows and of cos and sin.
 template <int V, int N, class T, class C, class Visit>
 int with(const Visit& visit) {
   return visit(T{}, C{}, std::integral_constant<int, V>{}, std::integral_constant<int, N>{});
@@ -76,6 +79,7 @@ int vector_size(const InjectArgs& a, bool backward) { return !in_vectors(a, back
 }  // namespace
 }  // namespace diffmas::cuda
 
+using diffmas::InjectArgs;
 using namespace diffmas::cuda;
 
 const char* diffmas_cuda_error(int error) { return error_text(error); }

@@ -43,15 +43,27 @@ class Family:
     query_scale: Callable | None = None
 
     def project(self, attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [n, hidden] -> q [n, Hq, D], k, v [n, Hkv, D]."""
-        D = attention.head_dim
+        """x [1, n, hidden] -> q [n, Hq, D], k, v [n, Hkv, D]."""
+        D, n, modules = attention.head_dim, x.shape[1], attention._modules
         if self.qkv is None:
-            projections = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+            q, k, v = modules["q_proj"](x), modules["k_proj"](x), modules["v_proj"](x)
         else:
             config = attention.config
             Hq, Hkv = config.num_attention_heads, config.num_key_value_heads
-            projections = getattr(attention, self.qkv)(x).split((Hq * D, Hkv * D, Hkv * D), dim=-1)
-        return tuple(y.unflatten(-1, (-1, D)) for y in projections)
+            q, k, v = modules[self.qkv](x).split((Hq * D, Hkv * D, Hkv * D), dim=-1)
+        return q.view(n, -1, D), k.view(n, -1, D), v.view(n, -1, D)
+
+    def norms(self, attention: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
+        """q_weight, k_weight [D] and eps of the norms before RoPE; raises RuntimeError where they are offloaded."""
+        if not self.norm:
+            return None, None, 0.0
+        q_norm, k_norm = attention._modules["q_norm"], attention._modules["k_norm"]
+        q_weight, k_weight = q_norm._parameters["weight"], k_norm._parameters["weight"]
+        if q_weight.is_meta:
+            raise RuntimeError(
+                f"layer {attention.layer_idx}: q_norm and k_norm are offloaded; the fused tier needs them in memory"
+            )
+        return q_weight, k_weight, q_norm.variance_epsilon
 
 
 # A new family is a line here; the probe says at patch time whether the line is right.
@@ -79,40 +91,32 @@ class Layer(LayerSpec):
 # ---- attention with a trace ------------------------------------------------------------------------------------------
 
 
-def _original(module: nn.Module):
-    return type(module).forward
-
-
-def fused_forward(self, *args, **kwargs):
-    """An attention layer's forward: one op writes K/V and rotates q, one op attends. Without a trace: as it was."""
-    forward_pass = kwargs.get("diffmas_trace")
-    if forward_pass is None:
-        return _original(self)(self, *args, **kwargs)
-    x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # [1, n, hidden]
-    cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]  # [1, n, Dr]
-    layer = self.diffmas_layer
-    family = layer.family
-    q, k, v = family.project(self, x[0])
-    if family.query_scale is not None:
-        q = q * family.query_scale(self, kwargs["position_ids"]).to(q.dtype)
-    norms = {}
-    if family.norm:
-        if self.q_norm.weight.is_meta:
-            raise RuntimeError(f"layer {layer.index}: q_norm and k_norm are offloaded; the fused tier needs them in memory")
-        norms = dict(q_weight=self.q_norm.weight, k_weight=self.k_norm.weight, eps=self.q_norm.variance_epsilon)
-    o = forward_pass.attend(layer, q, k, v, self.scaling, cos=cos[0], sin=sin[0], **norms)
-    return self.o_proj(o.flatten(1)[None]), None
-
-
 class FusedForward:
     """The forward of one attention module. As a method of an object of its own it is copied and pickled with the module, while
-    torch.compile knows it by its code: all layers share what is compiled, which no partial or closure allows."""
+    torch.compile knows it by its code: all layers share what is compiled, which no partial or closure allows.
+
+    The host's time counts here: parts are taken from `_modules` and `_parameters`, since a Module's attributes are looked up in
+    Python, each of them for as long as a small product takes.
+    """
 
     def __init__(self, attention: nn.Module):
         self.attention = attention
 
     def forward(self, *args, **kwargs):
-        return fused_forward(self.attention, *args, **kwargs)
+        """One op writes K/V and rotates q, one op attends. Without a trace: as it was."""
+        attention, forward_pass = self.attention, kwargs.get("diffmas_trace")
+        if forward_pass is None:
+            return type(attention).forward(attention, *args, **kwargs)
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # [1, n, hidden]
+        cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]  # [1, n, Dr]
+        layer = attention.diffmas_layer
+        family = layer.family
+        q, k, v = family.project(attention, x)
+        if family.query_scale is not None:
+            q = q * family.query_scale(attention, kwargs["position_ids"]).to(q.dtype)
+        norms = family.norms(attention)
+        o = forward_pass.attend(layer, q, k, v, attention.scaling, cos.squeeze(0), sin.squeeze(0), *norms)
+        return attention._modules["o_proj"](o.view(1, x.shape[1], -1)), None
 
 
 def generic_attention(module, query, key, value, attention_mask, *args, diffmas_trace=None, **kwargs):
@@ -162,6 +166,6 @@ def uninstall(attention: nn.Module) -> None:
     if layer.family is None:
         return
     if hasattr(attention, "_hf_hook"):
-        attention._old_forward = _original(attention).__get__(attention)
+        attention._old_forward = type(attention).forward.__get__(attention)
     else:
         attention.__dict__.pop("forward", None)

@@ -66,7 +66,7 @@ class TritonBackend(Backend):
 
 
 class CudaOps:
-    """torch.ops.diffmas_cuda. Its attention is made for small-q calls, since it reads a view again for every 16 of their
+    """torch.ops.diffmas_native. Its attention is made for small-q calls, since it reads a view again for every 16 of their
     rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only. The
     rest is Triton's, or the reference's where there is no Triton: o and dq of many queries, pools of another dtype than q, and
     rotated halves whose padding makes a head longer than 256."""
@@ -74,7 +74,7 @@ class CudaOps:
     SMALL_Q_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
 
     def __getattr__(self, op):
-        return getattr(torch.ops.diffmas_cuda, op)
+        return getattr(torch.ops.diffmas_native, op)
 
     def _small_q(self, q, k_pool, q_indptr):
         return q.shape[0] * q.shape[1] // k_pool.shape[1] <= self.SMALL_Q_ROWS * (q_indptr.shape[0] - 1)
@@ -92,7 +92,7 @@ class CudaOps:
         self, q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved
     ):
         ours = self._small_q(q, k_pool, q_indptr) and self._served(q, k_pool, seg_offset, inv_freq, interleaved)
-        run = torch.ops.diffmas_cuda.cross_attention if ours else _triton_or_reference("cross_attention", q)
+        run = torch.ops.diffmas_native.cross_attention if ours else _triton_or_reference("cross_attention", q)
         return run(
             q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved
         )
@@ -105,7 +105,7 @@ class CudaOps:
             do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale,
             causal, interleaved, dk_pool, dv_pool,
         )  # fmt: skip
-        ours = torch.ops.diffmas_cuda.cross_attention_backward
+        ours = torch.ops.diffmas_native.cross_attention_backward
         served = self._served(q, k_pool, seg_offset, inv_freq, interleaved)
         if served and self._small_q(q, k_pool, q_indptr):
             return ours(*args, grad_tail, want_dq)
@@ -129,12 +129,14 @@ def _triton_or_reference(op: str, lead: Tensor):
 class CudaBackend(Backend):
     """The CUDA kernels of the extension. Devices are looked for when it is first needed."""
 
+    OPS = ("inject", "inject_backward", "cross_attention", "cross_attention_backward")
+
     def __init__(self):
         self.name, self.ops, self.devices, self.dtypes = "cuda", CudaOps(), ("cuda",), FLOATS
 
     def has(self, op: str, dtype: torch.dtype, head_dim: int) -> bool:
         most = 256 if op.startswith("cross_attention") else MAX_HEAD_DIM
-        return head_dim <= most and hasattr(torch.ops.diffmas_cuda, op)
+        return head_dim <= most and op in self.OPS
 
     @functools.cached_property
     def why_missing(self) -> str | None:
@@ -142,7 +144,7 @@ class CudaBackend(Backend):
             return extension.cuda_error
         if not torch.cuda.is_available():
             return "there is no CUDA device"
-        driver, runtime = (version // 1000 for version in torch.ops.diffmas_cuda.versions())
+        driver, runtime = (version // 1000 for version in torch.ops.diffmas_native.versions())
         if driver < runtime:  # torch's own runtime may be an older one
             return f"it was built with CUDA {runtime}, which this machine's driver, of CUDA {driver}, does not run"
         # A target's code runs on its generation's later members too, unless it ends with "a".
@@ -156,7 +158,7 @@ class CudaBackend(Backend):
 BACKENDS = {
     "triton": TritonBackend(),
     "cuda": CudaBackend(),
-    "cpu": Backend("cpu", torch.ops.diffmas_cpu, ("cpu",), FLOATS, extension.error),
+    "cpu": Backend("cpu", torch.ops.diffmas_native, ("cpu",), FLOATS, extension.error),
     "reference": Backend("reference", reference, None, None, None),
 }
 

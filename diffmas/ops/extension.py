@@ -1,5 +1,5 @@
-"""Loads the compiled kernels (torch.ops.diffmas_cpu, torch.ops.diffmas_cuda). Never raises: without them diffmas runs on its
-other backends.
+"""Defines torch.ops.diffmas_native and loads its compiled kernels, for CPU and CUDA tensors. Never raises: without them diffmas
+runs on its other backends.
 
 loaded        whether the library is in this process
 error         why not, as one line for a person; None when loaded
@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 
+from diffmas.ops.schemas import SCHEMAS
+
 _PACKAGE = Path(__file__).parent.parent
+
+_library = torch.library.Library("diffmas_native", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+_library.define("versions() -> (int driver, int runtime)")  # of CUDA
 
 
 def _build_info() -> dict:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffmas.ops import reference
 from diffmas.ops.backends import implementation
-from diffmas.ops.schemas import LEAD, SCHEMAS
+from diffmas.ops.schemas import LEAD, SCHEMAS, with_backend
 
 __all__ = ["call"]
 
@@ -30,7 +30,7 @@ def _register(name: str, lead: int) -> None:
             )
         return implementation(name, args[lead], backend)(*args)
 
-    _library.define(name + SCHEMAS[name])
+    _library.define(name + with_backend(SCHEMAS[name]))
     count = len(getattr(torch.ops.diffmas, name).default._schema.arguments) - 1
     _library.impl(name, run, "CompositeExplicitAutograd")
 

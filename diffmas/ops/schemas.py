@@ -1,6 +1,6 @@
-"""The schemas of the ops: argument names, types, what is mutated. Every implementation takes the arguments in this order."""
+"""The schemas of the ops: torch.ops.diffmas_native (csrc/binding) has them as they are, torch.ops.diffmas with a backend."""
 
-__all__ = ["LEAD", "SCHEMAS"]
+__all__ = ["LEAD", "SCHEMAS", "with_backend"]
 
 ROPE = "Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved"
 VIEW = (
@@ -10,18 +10,22 @@ VIEW = (
 MOVE = "Tensor src, Tensor dst, Tensor offset, Tensor inv_freq, bool interleaved"
 POOLS, GRADS = "Tensor(a!) k_pool, Tensor(b!) v_pool", "Tensor(a!) dk_pool, Tensor(b!) dv_pool"
 SCHEMAS = {
-    "inject": f"(Tensor q, Tensor k, Tensor v, {ROPE}, {POOLS}, str backend='auto') -> Tensor",
-    "inject_backward": f"(Tensor dq_rot, Tensor q, Tensor k, {ROPE}, {GRADS}, str backend='auto')"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "cross_attention": f"(Tensor q, Tensor k_pool, Tensor v_pool, {VIEW}, str backend='auto') -> (Tensor, Tensor)",
-    "cross_attention_backward": "(Tensor do, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, "
-    f"Tensor v_pool, {VIEW}, {GRADS}, Tensor? grad_tail=None, bool want_dq=True, str backend='auto') -> Tensor",
-    "merge_states": "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, str backend='auto') -> (Tensor, Tensor)",
+    "inject": f"(Tensor q, Tensor k, Tensor v, {ROPE}, {POOLS}) -> Tensor",
+    "inject_backward": f"(Tensor dq_rot, Tensor q, Tensor k, {ROPE}, {GRADS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "cross_attention": f"(Tensor q, Tensor k_pool, Tensor v_pool, {VIEW}) -> (Tensor, Tensor)",
+    "cross_attention_backward": "(Tensor do, Tensor? dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, "
+    f"{VIEW}, {GRADS}, Tensor? grad_tail=None, bool want_dq=True) -> Tensor",
+    "merge_states": "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor, Tensor)",
     "merge_states_backward": "(Tensor do, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor o, "
-    "Tensor lse, str backend='auto') -> (Tensor, Tensor, Tensor, Tensor)",
-    "reposition": f"({MOVE}, {POOLS}, str backend='auto') -> ()",
-    "reposition_backward": f"({MOVE}, {GRADS}, str backend='auto') -> ()",
+    "Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+    "reposition": f"({MOVE}, {POOLS}) -> ()",
+    "reposition_backward": f"({MOVE}, {GRADS}) -> ()",
 }
+
+
+def with_backend(schema: str) -> str:
+    return schema.replace(") -> ", ", str backend='auto') -> ")
+
 
 # The number of the argument whose device, dtype and head size decide which backend runs the op.
 LEAD = {

@@ -23,10 +23,9 @@ from diffmas.ops import reference
 from diffmas.ops.register import call
 from diffmas.trace.layer_work import LayerWork, on_stream, stream_of, work_of
 from diffmas.trace.pool import Pool
-from diffmas.trace.spec import LayerSpec
 from diffmas.trace.store import Hold
 
-__all__ = ["attend", "begin", "end", "inherit", "reposition"]
+__all__ = ["Attend", "begin", "end", "inherit", "reposition"]
 
 
 def _carrier(owned) -> Tensor:
@@ -81,31 +80,9 @@ def end(h: Tensor) -> Tensor:
 # ---- a layer ---------------------------------------------------------------------------------------------------------
 
 
-def attend(
-    work: LayerWork, order: Tensor | None, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, scale: float,
-    cos: Tensor | None = None, sin: Tensor | None = None, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:  # fmt: skip
-    """Writes the K/V of a pass's n tokens in one layer and attends over their views; differentiable.
-
-    q [n, Hq, D]; k, v [n, Hkv, D]; cos, sin, q_weight, k_weight, eps: as `diffmas.ops.inject` takes them. -> o [n, Hq, D].
-    torch.compile traces this function: it reads flags and tensors, and everything else happens inside of the op.
-    """
-    recording = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad
-        or (q_weight is not None and q_weight.requires_grad) or (k_weight is not None and k_weight.requires_grad)
-        or (work.older_needs_grad and layer.records)
-    )  # fmt: skip
-    if torch.compiler.is_compiling():
-        order = order if recording else None
-        args = (q, k, v, order, cos, sin, q_weight, k_weight, eps, scale, work.ticket, layer.number)
-        return torch.ops.diffmas.attend(*args)[0]
-    if recording:
-        return Attend.apply(q, k, v, order, q_weight, k_weight, work, layer, cos, sin, eps, scale)
-    return work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, False)[0]
-
-
 class Attend(torch.autograd.Function):
+    """The attention of a pass's layer, where it is recorded; arguments: see `ForwardPass.attend`."""
+
     @staticmethod
     def forward(ctx, q, k, v, order, q_weight, k_weight, work, layer, cos, sin, eps, scale):
         if order is None:

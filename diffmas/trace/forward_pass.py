@@ -62,12 +62,28 @@ class ForwardPass:
         """Packed index of each sequence's last new token; [B] int64 on the CPU."""
         return torch.from_numpy(np.cumsum(self.lengths) - 1)
 
-    def attend(self, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, scale: float, **inject) -> Tensor:
-        """Writes this pass's K and V of one layer and attends; q [n, Hq, D], k, v [n, Hkv, D] -> o [n, Hq, D].
+    def attend(
+        self, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, scale: float, cos: Tensor | None = None,
+        sin: Tensor | None = None, q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
+    ) -> Tensor:  # fmt: skip
+        """Writes this pass's K/V of one layer and attends over their views; differentiable.
 
-        inject: cos, sin, q_weight, k_weight, eps, as `diffmas.ops.inject` takes them.
+        q [n, Hq, D]; k, v [n, Hkv, D]; cos, sin, q_weight, k_weight, eps: as `diffmas.ops.inject` takes them. -> o [n, Hq, D].
+        torch.compile traces this method: it reads flags and tensors, and everything else happens inside of the op.
         """
-        return autograd.attend(self.work, self.order, layer, q, k, v, scale, **inject)
+        work = self.work
+        recording = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad
+            or (q_weight is not None and q_weight.requires_grad) or (k_weight is not None and k_weight.requires_grad)
+            or (work.older_needs_grad and layer.records)
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            order = self.order if recording else None
+            args = (q, k, v, order, cos, sin, q_weight, k_weight, eps, scale, work.ticket, layer.number)
+            return torch.ops.diffmas.attend(*args)[0]
+        if recording:
+            return autograd.Attend.apply(q, k, v, self.order, q_weight, k_weight, work, layer, cos, sin, eps, scale)
+        return work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, False)[0]
 
     def end(self, h: Tensor) -> None:
         """After the last layer; h: the last hidden state, in any shape."""

@@ -1,5 +1,7 @@
 """A forward pass as int64 tensors on one device: where its tokens go, and the tables of segments that they see."""
 
+from itertools import accumulate, chain
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,18 +21,18 @@ class Tables:
         self, device: torch.device, lengths: list[int], slots: np.ndarray, positions: np.ndarray, grad_tail: list[int],
         views: list[list[KVRange]], older: list[list[KVRange]] | None,
     ):  # fmt: skip
-        q_indptr = np.cumsum([0, *lengths])
-        parts = [slots, positions, q_indptr, grad_tail, *table_of(views)]
+        parts = [list(accumulate(lengths, initial=0)), grad_tail, *table_of(views)]
         if older is not None:
             parts += table_of(older)
         # Few queries of several sequences are served faster by one pass over the rows that all of them read.
         groups = share(views) if 1 < len(lengths) and max(lengths) <= DECODE_TOKENS else None
         if groups is not None:
             sizes, shared, rest = groups
-            tokens = np.add.reduceat(lengths, np.cumsum([0, *sizes[:-1]]))
-            parts += [np.cumsum([0, *tokens]), *table_of(shared), *table_of(rest)]
-        packed = _upload(np.concatenate([np.asarray(p, dtype=np.int64) for p in parts]), device)
-        self.slots, positions, self.q_indptr, self.grad_tail, *tables = packed.split([len(p) for p in parts])
+            ends = [0, *(end for end, last in zip(accumulate(lengths), _last_of_each(sizes)) if last)]
+            parts += [ends, *table_of(shared), *table_of(rest)]
+        packed = _upload(np.concatenate((slots, positions, list(chain.from_iterable(parts)))), device)
+        sizes = [len(slots), len(positions), *map(len, parts)]
+        self.slots, positions, self.q_indptr, self.grad_tail, *tables = packed.split_with_sizes(sizes)
         self.position_ids = positions[None]
         self._all, tables = tables[:4], tables[4:]
         self._older = self._groups = self._shared = self._rest = None
@@ -64,6 +66,11 @@ class Tables:
             if table is not None:
                 indptr, _, length, _ = table
                 length[indptr[1:] - 1] += 1
+
+
+def _last_of_each(sizes: list[int]) -> list[bool]:
+    """Whether a sequence is the last of its group."""
+    return [i == size - 1 for size in sizes for i in range(size)]
 
 
 def _upload(x: np.ndarray, device: torch.device) -> Tensor:

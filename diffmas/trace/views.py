@@ -5,6 +5,7 @@ cutting and comparing them is one piece of code.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -100,8 +101,7 @@ def ranges_of(segments: Sequence[Segment]) -> list[KVRange]:
 
 def table_of(views: Sequence[Sequence[KVRange]]) -> tuple[list[int], ...]:
     """indptr, start, length and offset of the views, as the ops take them."""
-    indptr = np.cumsum([0, *map(len, views)]).tolist()
-    return indptr, *([x[i] for view in views for x in view] for i in range(3))
+    return list(accumulate(map(len, views), initial=0)), *([x[i] for view in views for x in view] for i in range(3))
 
 
 def share(views: Sequence[Sequence[KVRange]]) -> tuple[list[int], list[list[KVRange]], list[list[KVRange]]] | None:

@@ -1,10 +1,11 @@
 // inject and its backward as csrc/cuda/inject.cu launches them.
-#include "../../csrc/cuda/inject.cu"
+#include "cuda/inject.cu"
 
 #include "tensors.h"
 
 namespace {
 
+using diffmas::DType, diffmas::Rows, diffmas::Table;
 using diffmas::host::Tensors;
 
 DType dtype_of(const Tensors& t, const char* name) {

@@ -1,5 +1,5 @@
 // Kernels that are right and kernels that are wrong, to see that host execution tells them apart.
-#include "../../csrc/cuda/sm90.h"
+#include "cuda/sm90.h"
 #include "tensors.h"
 
 namespace {
@@ -19,19 +19,19 @@ __global__ void turn_kernel(const Args args) {
   float* copied = reinterpret_cast<float*>(bytes);
   const int i = int(threadIdx.x), from = int(blockIdx.x) * 64;
   tile[i] = float(from + i);
-  if (args.mistake == 1 && i == 5) return;                        // a thread that exits
-  if (args.mistake == 2 && i >= 32) __syncthreads();              // a barrier at two places
-  else if (args.mistake != 3) __syncthreads();                    // no barrier: reads what is not written
+  if (args.mistake == 1 && i == 5) return;            // a thread that exits
+  if (args.mistake == 2 && i >= 32) __syncthreads();  // a barrier at two places
+  else if (args.mistake != 3) __syncthreads();        // no barrier: reads what is not written
   const float x = tile[63 - i];
   if (i % 4 == 0) copy_async_16(copied + i, args.y + from + i);
   copy_async_commit();
   if (args.mistake != 4) copy_async_wait<0>();
   __syncthreads();
-  float y = copied[i] + __shfl_xor_sync(~0u, x, 31);              // back in order, the other half of the block
+  float y = copied[i] + __shfl_xor_sync(~0u, x, 31);                  // back in order, the other half of the block
   if (args.mistake == 5 && i == 40) y += __shfl_sync(1u << 8, y, 9);  // of a lane that is not in the mask
   if (args.mistake == 6 && i == 63) args.y[from + 64 + args.n] = 0;   // out of bounds
   if (args.mistake == 7) y += tile[i + (i == 63)];                    // out of bounds in shared memory
-  if (args.mistake == 8) tile[i] = load<4>(args.y + i % 2)[0];      // off its alignment
+  if (args.mistake == 8) tile[i] = load<4>(args.y + i % 2)[0];        // off its alignment
   __syncthreads();
   args.y[from + (i ^ 32)] = y;
 }
@@ -80,8 +80,8 @@ __global__ void pipe_kernel(const Args args) {
 
 struct BoxArgs {
   int mistake;
-  float* y;            // [64, 64] and then once more
-  TensorMap a, b, c;   // [64, 16], [64, 16], [16, 64]
+  float* y;           // [64, 64] and then once more
+  TensorMap a, b, c;  // [64, 16], [64, 16], [16, 64]
 };
 
 // a b' and a c, bf16, of boxes that the copy engine brings; `mistake` leaves something out.
@@ -106,13 +106,14 @@ __global__ void product_kernel(const __grid_constant__ BoxArgs args) {
   const unsigned a = shared_address(shared), b = a + kPanel, c = b + kPanel;
   float x[8][4] = {}, z[8][4];
   uint32_t left[1][4];
-  load_tiles<false>(left[0], shared + diffmas::host::swizzled(unsigned((thread / 32 * 16 + thread % 16) * kPanelRow + thread % 32 / 16 * 16)));
+  load_tiles<false>(left[0],
+                    shared + diffmas::host::swizzled(unsigned((thread / 32 * 16 + thread % 16) * kPanelRow + thread % 32 / 16 * 16)));
   begin_products(x, left);
   add_product_async<bf16>(x, left[0], Operand(c));
   commit_products();
   add_product_async<bf16>(z, Operand(a), Operand(args.mistake == 14 && thread == 70 ? a : b), false);
   commit_products();
-  if (args.mistake == 13) left[0][1] = 0x7FC0;  // which the first product may still read
+  if (args.mistake == 13) left[0][1] = 0x7FC0;                                     // which the first product may still read
   if (args.mistake == 17) *reinterpret_cast<uint16_t*>(shared + kPanel) = 0x7FC0;  // as the second one this
   wait_for_products<1>(x);
   if (args.mistake != 16) wait_for_products<0>(z);

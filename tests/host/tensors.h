@@ -8,7 +8,7 @@
 #include <sstream>
 #include <string>
 
-#include "../../csrc/cuda/device.h"
+#include "cuda/device.h"
 
 namespace diffmas::host {
 
@@ -85,7 +85,10 @@ class Tensors {
   }
 
   double number(const std::string& name) const { return numbers.at(name); }
-  template <class T = void> T* data(const std::string& name) const { return find(name) ? reinterpret_cast<T*>(find(name)->data) : nullptr; }
+  template <class T = void>
+  T* data(const std::string& name) const {
+    return find(name) ? reinterpret_cast<T*>(find(name)->data) : nullptr;
+  }
   const std::string& dtype(const std::string& name) const { return find(name)->dtype; }
   int64_t size(const std::string& name, size_t dim) const { return find(name)->sizes[dim]; }
   int64_t stride(const std::string& name, size_t dim) const { return find(name)->strides[dim]; }
@@ -95,7 +98,8 @@ class Tensors {
   void finish() {
     for (const Tensor& t : tensors) {
       unguard(t);
-      if (t.access == "in" && !std::equal(t.before.begin(), t.before.end(), t.data)) fail("%s was written, which is an input", t.name.c_str());
+      if (t.access == "in" && !std::equal(t.before.begin(), t.before.end(), t.data))
+        fail("%s was written, which is an input", t.name.c_str());
       if (t.access == "out") std::cout.write(t.data, t.bytes);
       std::free(t.block);
     }

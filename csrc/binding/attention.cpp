@@ -1,0 +1,160 @@
+#include "common/attention.h"
+
+#include "cpu/attention.h"
+#include "ops.h"
+#ifdef DIFFMAS_CUDA
+#include "cuda.h"
+#include "cuda/attention.h"
+#endif
+
+namespace diffmas::binding {
+namespace {
+
+const int64_t* indptr(const char* name, const Tensor& t, int64_t batch, int64_t end, Device device) {
+  STD_TORCH_CHECK(batch > 0 || end == 0, name, ": expected 0 and ", end, ", got one element");
+  return indices(name, t, batch + 1, device);
+}
+
+// Memory safety, not validation: one look at every index of a view on the CPU, so that kernels stay inside of q and the pools.
+void check_inside(const AttentionArgs& a) {
+  const Segments& view = a.view;
+  const auto check_rising = [&](const char* name, const int64_t* p, int64_t end) {
+    STD_TORCH_CHECK(p[0] == 0 && p[view.batch] == end, name, ": expected values from 0 to ", end, ", got ", p[0], " to ", p[view.batch]);
+    for (int64_t b = 0; b < view.batch; ++b)
+      STD_TORCH_CHECK(p[b] <= p[b + 1], name, ": expected rising values, got ", p[b], " then ", p[b + 1], " at ", b + 1);
+  };
+  check_rising("q_indptr", view.q_indptr, a.n);
+  check_rising("seg_indptr", view.seg_indptr, a.segments);
+  for (int64_t s = 0; s < a.segments; ++s) {
+    const int64_t start = view.start[s], length = view.length[s];
+    STD_TORCH_CHECK(start >= 0 && length >= 0 && start <= a.pool_rows && length <= a.pool_rows - start,
+                    "seg_start, seg_len: expected rows inside the pool's ", a.pool_rows, ", got ", start, " + ", length, " at ", s);
+  }
+}
+
+// What both directions take.
+AttentionArgs attention_args(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr,
+                             const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq,
+                             double scale, bool causal, bool interleaved) {
+  const Device device = device_of(q);
+  AttentionArgs a{};
+  a.q = rows("q", q, device);
+  a.n = q.size(0), a.q_heads = q.size(1), a.head_dim = q.size(2);
+  const Pools p = pools("k_pool", k_pool, "v_pool", v_pool, -1, a.head_dim, device);
+  a.k_pool = p.k, a.v_pool = p.v, a.pool_rows = p.rows, a.kv_heads = p.kv_heads;
+  check_heads(q, "k_pool", a.kv_heads, a.head_dim);
+  a.scale = float(scale);
+  a.interleaved = interleaved;
+
+  Segments& view = a.view;
+  view.batch = length_of("q_indptr", q_indptr) - 1;
+  STD_TORCH_CHECK(view.batch >= 0, "q_indptr: expected at least one element, got none");
+  a.segments = length_of("seg_start", seg_start);
+  view.q_indptr = indptr("q_indptr", q_indptr, view.batch, a.n, device);
+  view.seg_indptr = indptr("seg_indptr", seg_indptr, view.batch, a.segments, device);
+  view.start = indices("seg_start", seg_start, a.segments, device);
+  view.length = indices("seg_len", seg_len, a.segments, device);
+  STD_TORCH_CHECK(!seg_offset || inv_freq, "inv_freq: expected the frequencies that seg_offset needs, got none");
+  if (seg_offset) view.offset = indices("seg_offset", *seg_offset, a.segments, device);
+  if (inv_freq) {
+    view.inv_freq = frequencies(*inv_freq, a.head_dim, device);
+    view.half_rotary = inv_freq->size(0);
+  }
+  view.causal = causal;
+  if (!device.cuda) check_inside(a);
+  return a;
+}
+
+// The partial results of the CPU kernels, in a tensor.
+struct Partials {
+  const Tensor& like;
+  Optional held;
+
+  cpu::Workspace workspace() {
+    return {this, [](void* context, int64_t floats) {
+              Partials& self = *static_cast<Partials*>(context);
+              self.held = empty(self.like, {floats}, ScalarType::Float);
+              return floats_of_own(*self.held);
+            }};
+  }
+};
+
+#ifdef DIFFMAS_CUDA
+void attention_on_cuda(const AttentionArgs& args, const Tensor& q, const Tensor& k_pool, bool backward) {
+  check_dtype("k_pool", k_pool, q.scalar_type());
+  STD_TORCH_CHECK(args.head_dim <= cuda::kMaxAttentionDim, "q: expected a head size up to ", cuda::kMaxAttentionDim, ", got ",
+                  args.head_dim);
+  check_rows_fit("q", args.n * args.q_heads);
+  check_rows_fit("k_pool", args.pool_rows);
+  const Device device = device_of(q);
+  const cuda::AttentionSizes sizes = diffmas_cuda_attention_memory(&args, backward, device.index);
+  Tensor memory = empty(q, {sizes.floats}, ScalarType::Float), counters = empty(q, {sizes.counters}, ScalarType::Int);
+  if (sizes.counters) torch::stable::zero_(counters);
+  const auto launch = backward ? diffmas_cuda_attention_backward : diffmas_cuda_attention_forward;
+  check_cuda(launch(&args, {floats_of_own(memory), static_cast<unsigned*>(counters.data_ptr())}, device.index, current_stream(device)));
+}
+#endif
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> cross_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor q_indptr, Tensor seg_indptr, Tensor seg_start,
+                                           Tensor seg_len, Optional seg_offset, Optional inv_freq, double scale, bool causal,
+                                           bool interleaved) {
+  const OnDevice on(q);
+  AttentionArgs a =
+      attention_args(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved);
+  Tensor o = empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type());
+  Tensor lse = empty(q, {a.n, a.q_heads}, ScalarType::Float);
+  a.o = rows_of_own(o, a.q.dtype);
+  a.lse = floats_of_own(lse);
+#ifdef DIFFMAS_CUDA
+  if (q.is_cuda()) {
+    attention_on_cuda(a, q, k_pool, false);
+    return {o, lse};
+  }
+#endif
+  Partials partials{q, {}};
+  cpu::attention_forward(a, threads(), partials.workspace());
+  return {o, lse};
+}
+
+Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor q_indptr,
+                                Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Optional seg_offset, Optional inv_freq, double scale,
+                                bool causal, bool interleaved, Tensor dk_pool, Tensor dv_pool, Optional grad_tail, bool want_dq) {
+  const OnDevice on(q);
+  const Device device = device_of(q);
+  AttentionArgs a =
+      attention_args(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved);
+  check_shape("do", d_o, {a.n, a.q_heads, a.head_dim});
+  d_o = torch::stable::contiguous(d_o);  // autograd may hand over an expanded tensor
+  if (dlse) {
+    check_shape("dlse", *dlse, {a.n, a.q_heads});
+    dlse = torch::stable::contiguous(*dlse);
+  }
+  if (device.cuda) {
+    check_dtype("do", d_o, q.scalar_type());
+    check_dtype("o", o, q.scalar_type());
+  }
+  a.d_o = rows("do", d_o, device);
+  a.dlse = floats("dlse", dlse, {a.n, a.q_heads}, device);
+  a.o = rows("o", o, a.n, a.q_heads, a.head_dim, device);
+  a.lse = const_cast<float*>(floats("lse", lse, {a.n, a.q_heads}, device));
+  check_dtype("dk_pool", dk_pool, ScalarType::Float);
+  check_shape("dk_pool", dk_pool, {a.pool_rows, a.kv_heads, a.head_dim});
+  const Pools grads = pools("dk_pool", dk_pool, "dv_pool", dv_pool, a.kv_heads, a.head_dim, device);
+  a.dk_pool = grads.k, a.dv_pool = grads.v;
+  if (grad_tail) a.view.grad_tail = indices("grad_tail", *grad_tail, a.view.batch, device);
+  Tensor dq = want_dq ? empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type()) : empty(q, {0}, q.scalar_type());
+  if (want_dq) a.dq = rows_of_own(dq, a.q.dtype);
+#ifdef DIFFMAS_CUDA
+  if (device.cuda) {
+    attention_on_cuda(a, q, k_pool, true);
+    return dq;
+  }
+#endif
+  Partials partials{q, {}};
+  cpu::attention_backward(a, threads(), partials.workspace());
+  return dq;
+}
+
+}  // namespace diffmas::binding

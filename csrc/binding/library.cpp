@@ -1,0 +1,30 @@
+// Registers the ops of torch.ops.diffmas_native, an implementation per device. LibTorch stable ABI: one binary for torch 2.10 and
+// newer. Python defines their schemas, from the dictionary that also has those of torch.ops.diffmas, before it loads this library.
+#include "ops.h"
+#ifdef DIFFMAS_CUDA
+#include "cuda.h"
+#endif
+
+using namespace diffmas::binding;
+
+STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CPU, m) {
+  m.impl("inject", TORCH_BOX(&inject));
+  m.impl("inject_backward", TORCH_BOX(&inject_backward));
+  m.impl("cross_attention", TORCH_BOX(&cross_attention));
+  m.impl("cross_attention_backward", TORCH_BOX(&cross_attention_backward));
+  m.impl("merge_states", TORCH_BOX(&merge_states));
+  m.impl("merge_states_backward", TORCH_BOX(&merge_states_backward));
+  m.impl("reposition", TORCH_BOX(&reposition));
+  m.impl("reposition_backward", TORCH_BOX(&reposition_backward));
+}
+
+#ifdef DIFFMAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CUDA, m) {
+  m.impl("inject", TORCH_BOX(&inject));
+  m.impl("inject_backward", TORCH_BOX(&inject_backward));
+  m.impl("cross_attention", TORCH_BOX(&cross_attention));
+  m.impl("cross_attention_backward", TORCH_BOX(&cross_attention_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CompositeExplicitAutograd, m) { m.impl("versions", TORCH_BOX(&cuda_versions)); }
+#endif

@@ -1,0 +1,50 @@
+// The kernels as one instruction set provides them. The .cpp files of this folder are compiled once per instruction set, each into its
+// own namespace; dispatch.cpp picks one at load time.
+//
+// Those files must not use inline functions from outside that namespace (the standard library's too): the linker keeps one copy of
+// such a function, and it could be the one compiled for a CPU that this is not.
+#pragma once
+#include "../merge_states.h"
+#include "../reposition.h"
+#include "../tasks.h"
+#include "common/inject.h"
+
+namespace diffmas::cpu {
+
+struct Kernels {
+  void (*inject_forward)(const InjectArgs&, int64_t token_begin, int64_t token_end);
+  void (*inject_backward)(const InjectArgs&, int64_t block);
+  void (*merge_states)(const MergeArgs&, int64_t token_begin, int64_t token_end);
+  void (*merge_states_backward)(const MergeArgs&, int64_t token_begin, int64_t token_end);
+  void (*reposition)(const RepositionArgs&, int64_t begin, int64_t end);
+  void (*reposition_backward)(const RepositionArgs&, int64_t head);
+  void (*attention_forward)(const ScheduledAttention&, const ForwardTask&, float* scratch);
+  void (*attention_merge)(const ScheduledAttention&, const MergeTask&);
+  void (*attention_backward)(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch);
+  void (*attention_backward_reduce)(const ScheduledAttention&, const MergeTask&);
+};
+
+// Of this CPU.
+const Kernels& kernels();
+
+#define DIFFMAS_DECLARE_KERNELS(isa)                                                                          \
+  namespace isa {                                                                                             \
+  void inject_forward_range(const InjectArgs&, int64_t token_begin, int64_t token_end);                       \
+  void inject_backward_block(const InjectArgs&, int64_t block);                                               \
+  void merge_states_range(const MergeArgs&, int64_t token_begin, int64_t token_end);                          \
+  void merge_states_backward_range(const MergeArgs&, int64_t token_begin, int64_t token_end);                 \
+  void reposition_range(const RepositionArgs&, int64_t begin, int64_t end);                                   \
+  void reposition_backward_head(const RepositionArgs&, int64_t head);                                         \
+  void attention_forward_task(const ScheduledAttention&, const ForwardTask&, float* scratch);                 \
+  void attention_merge_task(const ScheduledAttention&, const MergeTask&);                                     \
+  void attention_backward_unit(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch); \
+  void attention_backward_reduce_task(const ScheduledAttention&, const MergeTask&);                           \
+  }
+DIFFMAS_DECLARE_KERNELS(generic)
+#ifdef DIFFMAS_X86
+DIFFMAS_DECLARE_KERNELS(avx2)
+DIFFMAS_DECLARE_KERNELS(avx512)
+#endif
+#undef DIFFMAS_DECLARE_KERNELS
+
+}  // namespace diffmas::cpu

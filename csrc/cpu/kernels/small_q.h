@@ -1,0 +1,235 @@
+// Products of small-q tasks (decoding, latent steps), which are bound by the speed at which memory delivers K and V.
+//
+// Measured: one core reads memory at full speed only when it asks for it strictly in address order. So K and V are read one row
+// after another, each row once for all query rows, converted from its stored dtype on the way.
+#pragma once
+#include "tile.h"
+
+namespace diffmas::cpu::DIFFMAS_ISA {
+
+// Query rows that share the registers in one pass over a row of K or V; more rows make more passes, over L1.
+constexpr int kPass = 4;
+// Rows fetched ahead, only where that pays: two rows of V at a time, scattered rows, and 2-byte rows, whose many instructions per
+// line leave few loads in flight.
+constexpr int64_t kAhead = 8;
+constexpr int64_t kPast = kAhead + 4;  // keys are taken by fours
+
+// The rows of a tile where they lie.
+struct RowTable {
+  const char* row[kSmallQKeys + kPast];  // past the count the last row again
+  DType dtype;
+  bool fetch;  // ask for rows ahead
+};
+
+static void find_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head) {
+  table.dtype = pool.dtype;
+  table.fetch = tile.row < 0 || pool.dtype != DType::f32;
+  for_rows(args, tile, count, [&](int64_t i, int64_t row) { table.row[i] = row_of(pool, row, head); });
+  for (int64_t i = 0; i < kPast; ++i) table.row[count + i] = table.row[count - 1];
+}
+
+// The same for rows that are read as whole vectors: others go through the buffer [kSmallQKeys, d], padded with zeros.
+static void find_whole_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool,
+                            int64_t head, float* buffer) {
+  if (args.head_dim % W == 0) return find_rows(table, args, tile, count, pool, head);
+  const FloatRows padded = tile_rows(args, tile, count, pool, head, buffer);
+  table.dtype = DType::f32;
+  table.fetch = false;
+  for (int64_t i = 0; i < count + kPast; ++i) table.row[i] = reinterpret_cast<const char*>(padded.data + min(i, count - 1) * padded.stride);
+}
+
+template <int N>
+DIFFMAS_INLINE void fetch(const char* const* row, int64_t bytes) {
+  for (int i = 0; i < N; ++i)
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row[i] + b);
+}
+
+// Asks for the first rows of the table.
+DIFFMAS_INLINE void fetch_first(const RowTable& table, int64_t d) { fetch<kAhead>(table.row, d * element_size(table.dtype)); }
+
+// Calls pass(first row, size) for passes of up to kPass of the rows, as even as they go.
+template <class F>
+DIFFMAS_INLINE void for_passes(int64_t rows, const F& pass) {
+  for (int64_t passes = (rows + kPass - 1) / kPass, r = 0; passes > 0; --passes) {
+    const int64_t size = (rows - r + passes - 1) / passes;
+    pass(r, size);
+    r += size;
+  }
+}
+
+// s[r, i] = x[r, :] . k[i, :] for 4 keys i: x [R, d], s row length kSmallQKeys.
+template <DType kType, int R>
+DIFFMAS_INLINE void dots(const char* const* k, int64_t d, const float* x, float* s) {
+  vf products[R][4];
+  for (int j = 0; j < 4; ++j) {
+    vf even[R] = {}, odd[R] = {};
+    int64_t c = 0;
+    for (; c + 2 * W <= d; c += 2 * W) {
+      const vf k0 = load_as<kType>(k[j], c), k1 = load_as<kType>(k[j], c + W);
+      for (int r = 0; r < R; ++r) {
+        even[r] += k0 * load(x + r * d + c);
+        odd[r] += k1 * load(x + r * d + c + W);
+      }
+    }
+    if (c < d) {
+      const vf k0 = load_as<kType>(k[j], c);
+      for (int r = 0; r < R; ++r) even[r] += k0 * load(x + r * d + c);
+    }
+    for (int r = 0; r < R; ++r) products[r][j] = even[r] + odd[r];
+  }
+  for (int r = 0; r < R; ++r)
+    *reinterpret_cast<f4_any*>(s + r * kSmallQKeys) = sums(products[r][0], products[r][1], products[r][2], products[r][3]);
+}
+
+// kD is the row length where it is known: fewer instructions, so more lines of K on their way from memory.
+template <DType kType, int64_t kD>
+static void scores_of(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
+  if (kD) d = kD;
+  for (int64_t i = 0; i < count; i += 4) {
+    if (k.fetch) fetch<4>(k.row + i + kAhead, d * element_size(kType));
+    for_passes(rows, [&](int64_t r, int64_t size) __attribute__((always_inline)) {
+      switch (size) {
+        case 1: return dots<kType, 1>(k.row + i, d, x + r * d, s + r * kSmallQKeys + i);
+        case 2: return dots<kType, 2>(k.row + i, d, x + r * d, s + r * kSmallQKeys + i);
+        case 3: return dots<kType, 3>(k.row + i, d, x + r * d, s + r * kSmallQKeys + i);
+        default: return dots<kType, 4>(k.row + i, d, x + r * d, s + r * kSmallQKeys + i);
+      }
+    });
+  }
+}
+
+template <DType kType>
+static void scores_as(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
+  if (d == 128) return scores_of<kType, 128>(k, count, d, x, rows, s);
+  if (d == 64) return scores_of<kType, 64>(k, count, d, x, rows, s);
+  scores_of<kType, 0>(k, count, d, x, rows, s);
+}
+
+// s [rows, kSmallQKeys] = x [rows, d] . k [count, d]; writes s up to the next multiple of 4 keys.
+static void scores(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
+  switch (k.dtype) {
+    case DType::f32: return scores_as<DType::f32>(k, count, d, x, rows, s);
+    case DType::bf16: return scores_as<DType::bf16>(k, count, d, x, rows, s);
+    case DType::f16: return scores_as<DType::f16>(k, count, d, x, rows, s);
+  }
+}
+
+// y [d] += p [count] . v [count, d] for one query row: N vectors of y stay in registers, the rest goes through L1.
+template <DType kType, int N, int64_t kD = 0>
+static void add_one(const RowTable& v, int64_t count, int64_t d, const float* p, float* y) {
+  if (kD) d = kD;
+  vf sum[N];
+  for (int j = 0; j < N; ++j) sum[j] = load(y + j * W);
+  for (int64_t i = 0; i < count; ++i) {
+    const char* row = v.row[i];
+    const vf weight = splat(p[i]);
+    if (v.fetch) fetch<1>(v.row + i + kAhead, d * element_size(kType));
+    for (int j = 0; j < N; ++j) sum[j] += weight * load_as<kType>(row, j * W);
+    for (int64_t c = N * W; c < d; c += W) store(y + c, load(y + c) + weight * load_as<kType>(row, c));
+  }
+  for (int j = 0; j < N; ++j) store(y + j * W, sum[j]);
+}
+
+// Asks for the vector at element 2c of the 2 rows [2 d] that start at v[0]: over c in [0, d) all their lines, in address order.
+template <DType kType>
+DIFFMAS_INLINE void fetch_rows(const char* const* v, int64_t d, int64_t c) {
+  constexpr int kSize = kType == DType::f32 ? 4 : 2;
+  const char* p = 2 * c < d ? v[0] + 2 * c * kSize : v[1] + (2 * c - d) * kSize;
+  for (int i = 0; i < 2 * W * kSize; i += 64) __builtin_prefetch(p + i);
+}
+
+// y[r, :] += p[r, j] v[j, :] for B rows of v: y [R, d], p row length kSmallQKeys.
+template <DType kType, int R, int B>
+DIFFMAS_INLINE void axpys(const char* const* v, int64_t d, const float* p, float* y, bool fetch) {
+  vf weight[R][B];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < B; ++j) weight[r][j] = splat(p[r * kSmallQKeys + j]);
+  for (int64_t c = 0; c < d; c += W) {
+    if (fetch) fetch_rows<kType>(v + kAhead, d, c);
+    vf row[B];
+    for (int j = 0; j < B; ++j) row[j] = load_as<kType>(v[j], c);
+    for (int r = 0; r < R; ++r) {
+      vf sum = load(y + r * d + c);
+      for (int j = 0; j < B; ++j) sum += weight[r][j] * row[j];
+      store(y + r * d + c, sum);
+    }
+  }
+}
+
+template <DType kType, int B>
+DIFFMAS_INLINE void add_some(const char* const* v, int64_t d, const float* p, float* y, int64_t rows) {
+  for_passes(rows, [&](int64_t r, int64_t size) __attribute__((always_inline)) {
+    const bool fetch = B == 2 && r == 0;
+    switch (size) {
+      case 1: return axpys<kType, 1, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
+      case 2: return axpys<kType, 2, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
+      case 3: return axpys<kType, 3, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
+      default: return axpys<kType, 4, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
+    }
+  });
+}
+
+template <DType kType>
+static void weighted_sum_of(const RowTable& v, int64_t count, int64_t d, const float* p, float* y, int64_t rows) {
+  if (rows == 1) {
+    constexpr int kMost = W == 16 ? 16 : 12;
+    constexpr int k128 = 128 / W < kMost ? 128 / W : kMost;
+    if (d == 128) return add_one<kType, k128, 128>(v, count, d, p, y);
+    if (d >= kMost * W) return add_one<kType, kMost>(v, count, d, p, y);
+    if (d >= 8 * W) return add_one<kType, 8>(v, count, d, p, y);
+    if (d >= 4 * W) return add_one<kType, 4>(v, count, d, p, y);
+    return add_one<kType, 1>(v, count, d, p, y);
+  }
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2) add_some<kType, 2>(v.row + i, d, p + i, y, rows);
+  if (i < count) add_some<kType, 1>(v.row + i, d, p + i, y, rows);
+}
+
+// y [rows, d] += p [rows, kSmallQKeys] . v [count, d]
+static void weighted_sum(const RowTable& v, int64_t count, int64_t d, const float* p, float* y, int64_t rows) {
+  switch (v.dtype) {
+    case DType::f32: return weighted_sum_of<DType::f32>(v, count, d, p, y, rows);
+    case DType::bf16: return weighted_sum_of<DType::bf16>(v, count, d, p, y, rows);
+    case DType::f16: return weighted_sum_of<DType::f16>(v, count, d, p, y, rows);
+  }
+}
+
+// out [n] += sum_r weights[r * kSmallQKeys] x[r, 0:n], x row length d. kN is n where it is known.
+template <int R, int64_t kN = 0>
+DIFFMAS_INLINE void add_scaled(float* out, int64_t n, const float* weights, const float* x, int64_t d) {
+  if (kN) n = kN;
+  vf weight[R];
+  for (int r = 0; r < R; ++r) weight[r] = splat(weights[r * kSmallQKeys]);
+  int64_t c = 0;
+  for (; c + W <= n; c += W) {
+    vf sum = load(out + c);
+    for (int r = 0; r < R; ++r) sum += weight[r] * load(x + r * d + c);
+    store(out + c, sum);
+  }
+  if constexpr (kN % W != 0 || kN == 0)
+    for (; c < n; ++c)
+      for (int r = 0; r < R; ++r) out[c] += weights[r * kSmallQKeys] * x[r * d + c];
+}
+
+// The tile's rows of a gradient pool [count, n] += weights^T . x: weights [rows, kSmallQKeys], x [rows, d].
+static inline void outer_sum(const RowTable& pool, int64_t count, int64_t n, const float* weights, const float* x, int64_t rows,
+                             int64_t d) {
+  for (int64_t i = 0; i < count; ++i) {
+    float* out = reinterpret_cast<float*>(const_cast<char*>(pool.row[i]));
+    if (rows == 1 && n == 128) {
+      add_scaled<1, 128>(out, n, weights + i, x, d);
+      continue;
+    }
+    for_passes(rows, [&](int64_t r, int64_t size) __attribute__((always_inline)) {
+      const float* w = weights + r * kSmallQKeys + i;
+      switch (size) {
+        case 1: return add_scaled<1>(out, n, w, x + r * d, d);
+        case 2: return add_scaled<2>(out, n, w, x + r * d, d);
+        case 3: return add_scaled<3>(out, n, w, x + r * d, d);
+        default: return add_scaled<4>(out, n, w, x + r * d, d);
+      }
+    });
+  }
+}
+
+}  // namespace diffmas::cpu::DIFFMAS_ISA

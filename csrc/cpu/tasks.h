@@ -1,0 +1,80 @@
+// The tasks that a call of attention is cut into (schedule.h cuts it), as the kernels see them. No STL.
+#pragma once
+#include "common/attention.h"
+
+namespace diffmas::cpu {
+
+// Rows of a query block are (token, head of the GQA group) pairs, token-major: the whole group reads each K/V row once.
+// 96 is a multiple of every instruction set's panel (12, 24, 48 lanes).
+inline constexpr int64_t kBlockRows = 96;
+inline constexpr int64_t kTileKeys = 64;
+// A sequence of up to this many query rows takes the small-q kernels (small_q.h). They like longer tiles: every change between K
+// and V stops the stream from memory.
+inline constexpr int64_t kSmallQRows = 12;
+inline constexpr int64_t kSmallQKeys = 256;
+
+// Up to kTileKeys (small-q: kSmallQKeys) consecutive tokens of one view, all read at the same position offset.
+struct Tile {
+  int64_t view;  // index of its first token in the view
+  int64_t row;   // first pool row when the rows are consecutive, else -1: gather them, beginning with token `skip` of the segment
+  int64_t skip;
+  int32_t segment;
+  int32_t count;
+  int32_t rotation;  // row of the rotation tables, -1: no offset
+  bool needs_grad;   // backward: its rows get dK and dV
+};
+
+// Query rows [row, row + rows) of one sequence, for one kv head.
+struct Block {
+  int64_t token;  // the sequence's first packed token
+  int64_t row;
+  int64_t limit;  // last view token that the sequence's first query sees; it grows by one per query (causal)
+  int32_t rows;
+  bool causal;
+};
+
+struct ForwardTask {
+  int64_t block;
+  int64_t head;  // kv head
+  int64_t tile_begin, tile_end;
+  int64_t partial;  // where an unfinished state goes; -1: the task finishes its rows itself
+};
+
+struct MergeTask {
+  int64_t block, head, partial, count;
+};
+
+// A block against its tiles of one chunk of the pool.
+struct BackwardUnit {
+  int64_t block;
+  int64_t tile_begin, tile_end;
+  int64_t partial;
+};
+
+// A call of attention with what its tasks refer to.
+struct ScheduledAttention : AttentionArgs {
+  const float* rotation_cos;  // [rotations, Dr/2], of the angle -offset * inv_freq
+  const float* rotation_sin;
+  const Tile* tiles;
+  const Block* blocks;
+  float* partials;
+  int64_t padded_dim;  // row length of partials and scratch rows, a multiple of 16
+  int64_t block_rows;  // of the largest block: room for rows in a partial
+
+  // always_inline: no copy compiled for one instruction set may be shared with another (kernels.h).
+  __attribute__((always_inline)) int64_t group() const { return q_heads / kv_heads; }
+  // Forward: o [rows, D], maximum [rows], sum [rows]. Backward: dq [kv_heads, rows, D].
+  __attribute__((always_inline)) int64_t forward_partial_size() const { return block_rows * (padded_dim + 2); }
+  __attribute__((always_inline)) int64_t backward_partial_size() const { return kv_heads * block_rows * padded_dim; }
+};
+
+inline int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+// Floats of scratch that a thread needs for one task. The K and V buffers of a large-q task fit where a small-q task has one.
+static_assert(2 * kTileKeys <= kSmallQKeys && kSmallQRows * kSmallQKeys <= kBlockRows * kTileKeys);
+inline int64_t forward_scratch_size(int64_t d) { return 4 * kBlockRows * d + kSmallQKeys * d + kBlockRows * kTileKeys + 8 * kBlockRows; }
+inline int64_t backward_scratch_size(int64_t d) {
+  return 7 * kBlockRows * d + 2 * kSmallQKeys * d + 2 * kBlockRows * kTileKeys + 8 * kBlockRows;
+}
+
+}  // namespace diffmas::cpu

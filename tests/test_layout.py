@@ -32,6 +32,8 @@ FOREIGN = {
     "_forward_pre_hooks_with_kwargs": "torch.nn.Module",
     "_functorch": "torch: settings of torch.compile's autograd",
     "_len_torch_dispatch_stack": "torch._C",
+    "_modules": "torch.nn.Module: a submodule at the cost of a dict's lookup, for every layer of every step",
+    "_parameters": "torch.nn.Module: a parameter likewise",
     "_schema": "torch: the argument names of a registered op",
     "_top_saved_tensors_default_hooks": "torch._C._autograd: whether saved tensors are packed",
     "_attn_implementation": "transformers: the attention that a config asks for",

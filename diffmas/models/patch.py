@@ -154,7 +154,7 @@ def _install(record: Patch) -> None:
 
 
 def compile_body(body: nn.Module, *args, **kwargs) -> None:
-    """In the place of a patched body's `compile`: the hooks, which plan and commit a forward pass, stay outside of the graph."""
+    """A patched body's `compile`: the hooks, which plan and commit a forward pass, stay outside of the graph."""
     body.forward = torch.compile(body.forward, *args, **kwargs)
 
 

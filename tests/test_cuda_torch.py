@@ -11,11 +11,11 @@ from op_cases import VIEWS, attention_inputs
 import diffmas
 from diffmas import ops
 from diffmas.ops import backends, extension
+from diffmas.ops.schemas import SCHEMAS
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 pytestmark = pytest.mark.skipif(not extension.cuda_targets, reason=str(extension.cuda_error))
-OPS = ["inject", "inject_backward", "cross_attention", "cross_attention_backward"]
 
 
 @needs_cuda_torch
@@ -29,7 +29,7 @@ def test_torchs_current_stream_is_found():
 def test_every_op_has_an_implementation_per_device(op):
     """merge_states and reposition have none for CUDA."""
     has = lambda key: torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmas_native::{op}", key)
-    assert has("CPU") and has("CUDA") == (op in ops.CudaBackend.OPS) and not has("CompositeExplicitAutograd")
+    assert has("CPU") and has("CUDA") == (op in backends.CudaBackend.OPS) and not has("CompositeExplicitAutograd")
 
 
 def test_tensors_on_another_device_are_refused():

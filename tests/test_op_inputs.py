@@ -286,7 +286,7 @@ def test_float64_is_for_the_reference():
 def test_environment_variable_picks_the_backend(name):
     """Read when diffmas is imported; a wrong one is refused by the first op that needs it."""
     code = (
-        "import torch; from diffmas import ops, reference\n"
+        "import torch; from diffmas import ops; from diffmas.ops import reference\n"
         "found = ops.implementation('merge_states', torch.zeros(1, 1, 4), 'auto')\n"
         "assert found is reference.merge_states"
     )

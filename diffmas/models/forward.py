@@ -109,7 +109,9 @@ def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
     forward_pass = trace.plan([S] * B if valid is None else valid.sum(1).tolist(), kind, positions, reserve)
     valid = None if valid is None else valid.to(x.device)
     forward_pass.batch = PaddedBatch(trace, valid, B, S)
-    kwargs[name] = (x.flatten(0, 1) if valid is None else x[valid])[None]
+    # Not a view of the caller's tensor: torch.compile would compile anew for other strides, and for what it is a view of.
+    x = x.flatten(0, 1).clone(memory_format=torch.contiguous_format) if valid is None else x[valid]
+    kwargs[name] = x[None]
     kwargs.update(
         attention_mask=skip_mask(x), position_ids=forward_pass.position_ids(x.device), use_cache=False,
         diffmas_trace=forward_pass,

@@ -67,6 +67,9 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     max_length: the most tokens per sequence that a trace of this model may hold. A sliding window must be at least that long;
     without max_length it must be as long as the model's context, and then limits traces itself.
 
+    With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
+    without its head). With inductor, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
+
     Raises Unsupported (a ValueError) naming layer and feature for a model that needs a feature diffmas lacks, and leaves the
     model as it was. Patching again with the same arguments does nothing.
 
@@ -153,9 +156,37 @@ def _install(record: Patch) -> None:
     setattr(record.causal_lm, ATTRIBUTE, record.spec)
 
 
+class CompiledForward:
+    """A body's forward, compiled. A copy of the body gets one of its own, and so does one that is unpickled."""
+
+    def __init__(self, body: nn.Module, args: tuple, kwargs: dict):
+        self.body, self.args, self.kwargs = body, args, kwargs
+        self.replaced = body.__dict__.get("forward")  # accelerate's
+
+    @functools.cached_property
+    def compiled(self):
+        original = type(self.body).forward.__get__(self.body) if self.replaced is None else self.replaced
+        return torch.compile(original, *self.args, **self.kwargs)
+
+    def __getstate__(self) -> dict:
+        return {name: x for name, x in vars(self).items() if name != "compiled"}
+
+    def forward(self, *args, **kwargs):
+        return self.compiled(*args, **kwargs)
+
+
 def compile_body(body: nn.Module, *args, **kwargs) -> None:
     """A patched body's `compile`: the hooks, which plan and commit a forward pass, stay outside of the graph."""
-    body.forward = torch.compile(body.forward, *args, **kwargs)
+    uncompile_body(body)
+    body.forward = CompiledForward(body, args, kwargs).forward
+
+
+def uncompile_body(body: nn.Module) -> None:
+    compiled = getattr(body.__dict__.get("forward"), "__self__", None)
+    if isinstance(compiled, CompiledForward):
+        del body.forward
+        if compiled.replaced is not None:
+            body.forward = compiled.replaced
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -174,6 +205,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         (record.body._forward_hooks, after), (record.body._forward_hooks_with_kwargs, after),
     ):  # fmt: skip
         hooks.pop(hook, None)
+    uncompile_body(record.body)
     for module, names in ((record.causal_lm, ("generate", "diffmas_patch", ATTRIBUTE)), (record.body, ("compile",))):
         for name in names:
             module.__dict__.pop(name, None)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import tiny_systems as tiny
@@ -120,6 +122,30 @@ def test_an_earlier_runs_checkpoints_are_not_lost(project, tmp_path):
     assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys; from importlib.metadata import EntryPoint; from typer.testing import CliRunner\n"
+        "app = EntryPoint('diffmas', 'diffmas.cli:app', 'console_scripts').load()\n"
+        "for arguments in (['--help'], ['train', '--help']):\n"
+        "    result = CliRunner().invoke(app, arguments); assert result.exit_code == 0; print(result.output)\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "evaluate" in done.stdout and "--overwrite" in done.stdout
+
+
+def test_a_loss_that_is_nan_is_one_line(project, tmp_path, monkeypatch):
+    from diffmas.training import NonFiniteLoss, Trainer
+
+    def train(self, **_):
+        raise NonFiniteLoss("step 1: expected a finite loss")
+
+    monkeypatch.setattr(Trainer, "train", train)
+    output = call("train", settings_of(project, tmp_path), code=1).output
+    assert "error: step 1: expected a finite loss" in output and "Traceback" not in output
+
+
 def test_env_says_what_is_there():
     from diffmas import ops
 
@@ -180,6 +206,7 @@ def test_an_adapter_of_another_model_is_refused(project, trained, tmp_path):
         ),
         ({"agents": [{"name": "a", "prompt": "b", "steps": 1}]}, r"agents\[0\].steps: expected one of .*unknown key"),
         ({"system": {"last_k": "two"}}, "system.last_k: expected int or null, got 'two'"),
+        ({"system": {"positions": "shift"}}, r"positions: expected one of \('keep', 'reindex'\), got 'shift'"),
         ({"training": {"learning_rat": 1}}, "training.learning_rat: expected one of .*did you mean 'learning_rate'"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate: expected float, got 'fast'"),
         ({"training": {"output_dir": "x"}}, "training.output_dir: expected it at the top level"),

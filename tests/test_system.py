@@ -1,6 +1,8 @@
-"""A system of agents against a cache-free unroll, single runs, finite differences and the unpatched model."""
+"""A system of agents against a cache-free unroll, single questions, finite differences and the unpatched model."""
 
 import contextlib
+import inspect
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer, 
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace
 from diffmas.agents import prompts
+from diffmas.agents.options import Options
 from diffmas.agents.realign import REALIGN
 from diffmas.models.patch import patch_of
 from diffmas.trace import pool
@@ -138,34 +141,34 @@ def test_one_agent_without_latent_steps_is_the_model():
         assert_close(out.loss, torch.nn.functional.cross_entropy(want, ids[0, -count:]))
 
 
-# ---- who learns ------------------------------------------------------------------------------------------------------
+# ---- which agents get gradients --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options, learning",
+    "options, needs_grad",
     [
         (dict(grad_scope="full"), {"planner", "critic", "solver"}),
         (dict(grad_scope="detach_trace"), {"solver"}),
         (dict(grad_scope="last_k", last_k=2), {"critic", "solver"}),
     ],
 )
-def test_grad_scope(options, learning):
+def test_grad_scope(options, needs_grad):
     s = MultiAgentSystem(roles_model(), tokenizer(), AGENTS, adapter_scope="per_role", **options)
     out = s(QUESTIONS, ANSWERS)
     out.loss.backward()
     grads = gradients(s)
     roles = {r for r in ("planner", "critic", "solver") if any(f".{r}." in n and g.abs().max() > 0 for n, g in grads.items())}
-    assert roles == learning
+    assert roles == needs_grad
     shared = system()
     full = shared(QUESTIONS, ANSWERS)
     assert_close(out.loss, full.loss)  # the scope changes gradients, never the loss
-    if learning == {"planner", "critic", "solver"}:  # the shared adapter's gradient is the sum of the roles'
+    if needs_grad == {"planner", "critic", "solver"}:  # the shared adapter's gradient is the sum of the roles'
         full.loss.backward()
         for name, g in gradients(shared).items():
-            assert_close(sum(grads[name.replace("default", role)] for role in learning), g)
+            assert_close(sum(grads[name.replace("default", role)] for role in needs_grad), g)
 
 
-def test_final_only_runs_the_others_without_adapter():
+def test_final_only_leaves_the_others_without_adapter():
     s = MultiAgentSystem(with_lora(tiny("qwen3", patch=False)), tokenizer(), AGENTS, adapter_scope="final_only")
     trace = s(QUESTIONS, ANSWERS).trace
     plain = MultiAgentSystem(tiny("qwen3", patch=False), tokenizer(), AGENTS)
@@ -250,10 +253,10 @@ def test_greedy_equals_a_loop_by_hand(family):
 
 def test_sampling_depends_on_seed_not_on_batching():
     s = system()
-    run = lambda **kw: s.generate(QUESTIONS, max_new_tokens=8, temperature=1.0, samples=3, **kw)  # noqa: E731
-    together = run(seed=3)
-    assert together == run(seed=3, batch_size=1) == run(seed=3, batch_size=2)
-    assert together != run(seed=4)
+    sample = lambda **kw: s.generate(QUESTIONS, max_new_tokens=8, temperature=1.0, samples=3, **kw)  # noqa: E731
+    together = sample(seed=3)
+    assert together == sample(seed=3, batch_size=1) == sample(seed=3, batch_size=2)
+    assert together != sample(seed=4)
     assert len({t for row in together for t in row}) > 3
     assert s.generate(QUESTIONS, max_new_tokens=8, temperature=1.0, seed=3) == [row[0] for row in together]
 
@@ -403,3 +406,10 @@ def test_plain_hugging_face_agrees(trace_content):
     loss.backward()
     assert_close(out.loss, loss, TIGHT)
     assert_close(got, gradients(s), TIGHT)
+
+
+def test_options_have_one_list_of_names_and_defaults():
+    parameters = inspect.signature(MultiAgentSystem).parameters
+    assert {n: parameters[n].default for n in list(parameters)[3:]} == asdict(Options())
+    described = system().describe()
+    assert {"agents": described["agents"], **asdict(Options(chat_template=False))} == described

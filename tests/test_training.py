@@ -342,16 +342,16 @@ def test_a_checkpoint_without_its_manifest_is_not_whole(run, tmp_path, text):
 
 
 def test_an_older_checkpoint_goes_only_when_the_newest_is_whole(tmp_path, monkeypatch):
-    from diffmas.training import trainer as training
+    from diffmas.training import trainer
 
-    write = training._write_manifest
+    write = trainer.write_manifest
 
     def killed(path):
         if path.name == "checkpoint-3":
             raise KeyboardInterrupt
         write(path)
 
-    monkeypatch.setattr(training, "_write_manifest", killed)
+    monkeypatch.setattr(trainer, "write_manifest", killed)
     args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1)
     with pytest.raises(KeyboardInterrupt):
         Trainer(tiny.system(), args, train_dataset=tiny.rows(8)).train()
@@ -369,6 +369,17 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     assert check_checkpoint(tmp_path / "checkpoint-1") and not (tmp_path / "checkpoint-2").exists()
 
 
+@pytest.mark.parametrize("scope", ["shared", "per_role"])
+def test_a_loaded_adapter_is_trained_on_if_asked(tmp_path, scope):
+    tiny.system(adapter_scope=scope).save_pretrained(tmp_path)
+    frozen = MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer())
+    assert scope == "per_role" or not tiny.trainable(frozen)
+    loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer(), trainable=True)
+    before = tiny.trainable(loaded)
+    Trainer(loaded, arguments(tmp_path / "out", max_steps=1, save_strategy="no"), train_dataset=tiny.rows(4)).train()
+    assert before and all(not torch.equal(before[name], p) for name, p in tiny.trainable(loaded).items())
+
+
 @pytest.mark.parametrize("scope, gone", [("shared", "adapter_config.json"), ("per_role", "critic/adapter_model.safetensors")])
 def test_a_missing_adapter_is_not_the_untrained_model(tmp_path, scope, gone):
     tiny.system(adapter_scope=scope).save_pretrained(tmp_path)
@@ -383,13 +394,11 @@ def test_a_missing_adapter_is_not_the_untrained_model(tmp_path, scope, gone):
 
 
 def test_an_adapter_of_another_scale_is_refused(tmp_path):
-    from diffmas.agents.file import load_weights
-
     tiny.system(alpha=4).save_pretrained(tmp_path)
     other = tiny.system(alpha=400)
     before = tiny.trainable(other)
     with pytest.raises(ValueError, match="agents.json: expected adapters .*'lora_alpha': 400.*, got .*'lora_alpha': 4,"):
-        load_weights(other, tmp_path)
+        other.load_weights(tmp_path)
     assert all(torch.equal(before[n], p) for n, p in tiny.trainable(other).items())
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 400}))

@@ -1,7 +1,7 @@
-"""Which PEFT adapter an agent runs with.
+"""LoRA adapters: making them, and switching to the one that an agent uses.
 
-A model has its adapters once, for everybody: who switches them holds the model's lock for as long as they are switched, so that
-another thread's forward waits.
+The active adapter is state of the model, which threads may share: whoever switches it holds the model's lock until it is
+switched back, and other threads' forwards wait.
 """
 
 import contextlib
@@ -16,7 +16,10 @@ ADAPTER_SCOPES = ("shared", "per_role", "final_only")
 
 
 def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_modules="all-linear"):
-    """PEFT's LoraConfig with the paper's settings: all linear layers of attention and MLP."""
+    """PEFT's LoraConfig, by default with the paper's settings (arXiv 2604.21794): all linear layers of attention and MLP.
+
+    r: rank. alpha: the update is scaled by alpha / r. dropout: probability. target_modules: "all-linear" or names.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
@@ -25,7 +28,10 @@ def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_module
 
 
 def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=None) -> nn.Module:
-    """A PEFT model around `model`: one adapter, or with adapter_scope "per_role" one for each agent, of its name."""
+    """A PEFT model around `model`, with one adapter, or with adapter_scope "per_role" one for each agent.
+
+    agents: only needed for "per_role": the adapters get their names. config: a PEFT config, by default `lora_config()`.
+    """
     from peft import get_peft_model
 
     config = config or lora_config()
@@ -39,24 +45,24 @@ def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=
 
 
 def train_roles(model: nn.Module, names: list[str]) -> None:
-    """Makes every role's adapter trainable; PEFT trains the active one only."""
+    """Makes the adapters of all roles trainable; PEFT makes only the active one so."""
     for name, p in model.named_parameters():
         if any(f".{role}." in name for role in names) and "lora_" in name:
             p.requires_grad_(True)
 
 
-# Of the models whose adapters some system switches. A lock on the model itself could not be copied or pickled with it.
+# By model, for those whose adapters a system switches. As an attribute, a lock would keep the model from being copied.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 def will_switch(model: nn.Module) -> None:
-    """From now on everybody who runs this model with an adapter takes turns."""
+    """Gives the model a lock: from now on forwards that need one of its adapters take turns."""
     _LOCKS.setdefault(model, threading.RLock())
 
 
 @contextlib.contextmanager
 def of_agent(system, i: int):
-    """The adapter that agent i runs with."""
+    """Inside, the system's model has the adapter of agent i."""
     model = system.model
     with _LOCKS.get(model) or contextlib.nullcontext():
         if system.adapter_scope == "final_only" and i < len(system.agents) - 1:

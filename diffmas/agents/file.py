@@ -1,4 +1,7 @@
-"""A trained system on disk: a plain PEFT adapter, and `agents.json` beside it with the agents and whose adapter it is."""
+"""A trained system on disk: a plain PEFT adapter, and `agents.json` beside it with the agents and the adapter's base model.
+
+Only plain data goes in and out: paths, models, dicts. `MultiAgentSystem` writes and builds itself with these functions.
+"""
 
 import json
 import os
@@ -9,22 +12,24 @@ from typing import get_type_hints
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from diffmas.agents.system import Agent, MultiAgentSystem
+from diffmas.agents.options import Options
+from diffmas.agents.prompts import Agent
 from diffmas.models.identity import model_fingerprint
 from diffmas.models.parts import causal_lm_of
 
-__all__ = ["AGENTS_FILE", "load", "load_adapter", "load_weights", "read_agents", "read_json", "save", "write_json"]
+__all__ = ["AGENTS_FILE", "load_model", "load_weights", "read_agents", "read_json", "read_map", "save", "write_json"]
 
 AGENTS_FILE = "agents.json"
-REALIGN_FILE = "realign.safetensors"  # only for a learned map
+MAP_FILE = "realign.safetensors"  # only for a learned map
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = "diffmas-agents-1"
-SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what the same weights are scaled by
+SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what PEFT multiplies the weights by
 
 
 def read_json(file: Path):
-    """What is in a file of JSON; raises ValueError naming it if it is missing or damaged."""
+    """The contents of a JSON file; raises ValueError naming the file if it is missing or damaged."""
     if not file.is_file():
         raise ValueError(f"{file}: expected this file, found none")
     try:
@@ -34,37 +39,41 @@ def read_json(file: Path):
 
 
 def write_json(file: Path, data) -> None:
-    """In one step: the file is whole or not there."""
+    """Writes JSON in one step: a crash leaves the whole file or none."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, file)
 
 
-def adapters_of(model) -> dict[str, dict]:
-    """Every PEFT adapter of a model by name, with what scales its weights."""
+def adapters_of(model: nn.Module) -> dict[str, dict]:
+    """The SCALE settings of every PEFT adapter of a model, by the adapter's name."""
     configs = getattr(model, "peft_config", {})
     return {name: {key: getattr(config, key, None) for key in SCALE} for name, config in configs.items()}
 
 
-def adapter_place(path: Path, name: str) -> Path:
-    """Where PEFT writes an adapter of this name."""
+def adapter_directory(path: Path, name: str) -> Path:
+    """The directory that PEFT writes an adapter of this name to."""
     return path if name == "default" else path / name
 
 
-def save(system, path) -> None:
-    """Adapter first, agents.json last and in one step: a directory with agents.json is complete."""
+def save(path, model: nn.Module, description: dict, learned_map: Tensor | None = None) -> None:
+    """Writes a directory that `read_agents` and `load_model` read.
+
+    model: with or without PEFT adapters. description: `MultiAgentSystem.describe()`. learned_map: [hidden, hidden] or None.
+    agents.json comes last and in one step: a directory that has it is complete.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    if hasattr(system.model, "peft_config"):
-        system.model.save_pretrained(str(path))
-    if system.realign.mode == "learned":
-        save_file({"weight": system.realign.weight.detach().cpu().contiguous()}, path / REALIGN_FILE)
-    base = causal_lm_of(system.model)
-    described = {
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(str(path))
+    if learned_map is not None:
+        save_file({"weight": learned_map.detach().cpu().contiguous()}, path / MAP_FILE)
+    base = causal_lm_of(model)
+    head = {
         "format": FORMAT, "base_model": base.config._name_or_path, "base_fingerprint": model_fingerprint(base),
-        "adapters": adapters_of(system.model), **system.describe(),
+        "adapters": adapters_of(model),
     }  # fmt: skip
-    write_json(path / AGENTS_FILE, described)
+    write_json(path / AGENTS_FILE, {**head, **description})
 
 
 def _check(data, kinds: dict, where: str) -> None:
@@ -89,15 +98,15 @@ def read_agents(path) -> dict:
         found = described.get("format") if isinstance(described, dict) else type(described).__name__
         raise ValueError(f"{file}: expected format {FORMAT}, got {found}")
     head = {"format": str, "base_model": str | None, "base_fingerprint": str, "adapters": dict, "agents": list}
-    options = {k: v for k, v in get_type_hints(MultiAgentSystem.__init__).items() if k not in ("model", "tokenizer", "return")}
-    _check(described, {**options, **head}, str(file))
+    _check(described, {**head, **get_type_hints(Options)}, str(file))
     kinds = get_type_hints(Agent)
     for i, agent in enumerate(described["agents"]):
         _check(agent, {f.name: kinds[f.name] for f in fields(Agent)}, f"{file}: agents[{i}]")
     return described
 
 
-def check_base(described: dict, model, path) -> None:
+def check_base(described: dict, model: nn.Module, path) -> None:
+    """Raises ValueError unless agents.json was written for this base model."""
     mine = model_fingerprint(model)
     if described["base_fingerprint"] != mine:
         raise ValueError(
@@ -106,7 +115,7 @@ def check_base(described: dict, model, path) -> None:
         )
 
 
-def read_weights(file: Path) -> dict[str, torch.Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; raises ValueError naming it if it is missing or damaged."""
     if not file.is_file():
         raise ValueError(f"{file}: expected a file of weights, found none")
@@ -116,9 +125,9 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{file}: expected a whole safetensors file, got a damaged one ({error})") from error
 
 
-def read_map(system, path: Path) -> torch.Tensor:
-    """The learned map of a directory; raises ValueError if it is not of this system's shape."""
-    file, shape = path / REALIGN_FILE, list(system.realign.weight.shape)
+def read_map(path, shape) -> Tensor:
+    """The learned realignment map of a directory; raises ValueError if it is not of this shape."""
+    file, shape = Path(path) / MAP_FILE, list(shape)
     read = read_weights(file)
     found = {key: list(value.shape) for key, value in read.items()}
     if found != {"weight": shape}:
@@ -126,62 +135,70 @@ def read_map(system, path: Path) -> torch.Tensor:
     return read["weight"]
 
 
-def load_weights(system, path) -> None:
-    """Puts the adapter (and learned map) of a directory into a system that has them already, in place.
+def load_weights(path, model: nn.Module, description: dict, learned_map: nn.Parameter | None = None) -> None:
+    """Copies the adapters (and learned map) of a directory into a model that has such adapters already, in place.
 
-    Raises ValueError, before anything is changed, for a directory of another base model, other agents or options, or
-    damaged weights.
+    description: `MultiAgentSystem.describe()`, which agents.json must agree with. Raises ValueError, before anything is
+    changed, for a directory of another base model, other agents or options, or damaged weights.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     path = Path(path)
-    described, mine = read_agents(path), json.loads(json.dumps(system.describe()))
-    check_base(described, system.model, path)
-    for key, value in mine.items():
+    described = read_agents(path)
+    check_base(described, model, path)
+    for key, value in json.loads(json.dumps(description)).items():
         if described.get(key) != value:
             raise ValueError(f"{path / AGENTS_FILE}: expected {key} {value!r}, got {described.get(key)!r}")
-    adapters = adapters_of(system.model)
+    adapters = adapters_of(model)
     if described["adapters"] != adapters:
         raise ValueError(f"{path / AGENTS_FILE}: expected adapters {adapters}, got {described['adapters']}")
     read = {}
     for name in adapters:
-        file = adapter_place(path, name) / WEIGHTS_FILE
+        file = adapter_directory(path, name) / WEIGHTS_FILE
         read[name] = read_weights(file)
-        expected = get_peft_model_state_dict(system.model, adapter_name=name)
+        expected = get_peft_model_state_dict(model, adapter_name=name)
         shapes, found = ({k: list(v.shape) for k, v in d.items()} for d in (expected, read[name]))
         if shapes != found:
             key = sorted(k for k in shapes.keys() | found.keys() if shapes.get(k) != found.get(k))[0]
             raise ValueError(f"{file}: expected {key} of shape {shapes.get(key)}, got {found.get(key)}")
-    learned = read_map(system, path) if system.realign.mode == "learned" else None
+    new_map = None if learned_map is None else read_map(path, learned_map.shape)
     for name, weights in read.items():
-        set_peft_model_state_dict(system.model, weights, adapter_name=name)
-    if learned is not None:
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+    if new_map is not None:
         with torch.no_grad():
-            system.realign.weight.copy_(learned)
+            learned_map.copy_(new_map)
 
 
-def load_adapter(path, model, trainable: bool = False):
-    """`model` with the PEFT adapters that agents.json names; raises ValueError if one is missing, damaged or another."""
+def load_adapters(path, model: nn.Module, adapters: dict[str, dict], trainable: bool = False) -> nn.Module:
+    """A PEFT model around `model` with the adapters that agents.json names.
+
+    Raises ValueError if one is missing, damaged, or not scaled as agents.json says.
+    """
     from peft import PeftModel
 
-    path, adapters = Path(path), read_agents(path)["adapters"]
+    path = Path(path)
     for name, expected in adapters.items():
-        place = adapter_place(path, name)
-        config = read_json(place / CONFIG_FILE)
+        directory = adapter_directory(path, name)
+        config = read_json(directory / CONFIG_FILE)
         if (found := {key: config.get(key) for key in SCALE}) != expected:
-            raise ValueError(f"{place / CONFIG_FILE}: expected the adapter of {AGENTS_FILE}, {expected}, got {found}")
-        read_weights(place / WEIGHTS_FILE)  # PEFT's error for a damaged file does not name it
+            raise ValueError(f"{directory / CONFIG_FILE}: expected the adapter of {AGENTS_FILE}, {expected}, got {found}")
+        read_weights(directory / WEIGHTS_FILE)  # PEFT's error for a damaged file does not name it
     for name in adapters:
-        place = str(adapter_place(path, name))
+        directory = str(adapter_directory(path, name))
         if hasattr(model, "peft_config"):
-            model.load_adapter(place, name, is_trainable=trainable)
+            model.load_adapter(directory, name, is_trainable=trainable)
         else:
-            model = PeftModel.from_pretrained(model, place, adapter_name=name, is_trainable=trainable)
+            model = PeftModel.from_pretrained(model, directory, adapter_name=name, is_trainable=trainable)
     return model
 
 
-def load(cls, path, model=None, tokenizer=None, **model_options):
-    """See `MultiAgentSystem.from_pretrained`."""
+def load_model(path, model=None, tokenizer=None, trainable: bool = False, **model_options) -> tuple[dict, nn.Module, object]:
+    """The contents of a directory's agents.json, its base model with the directory's adapters, and the tokenizer.
+
+    model: a loaded base model, a directory or hub name, or None for the one that agents.json names. trainable: whether the
+    adapters are. model_options: of `AutoModelForCausalLM.from_pretrained`. Raises ValueError for a file of another model, and
+    for a model that has adapters.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     described = read_agents(path)
@@ -195,14 +212,4 @@ def load(cls, path, model=None, tokenizer=None, **model_options):
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(name)
     check_base(described, model, path)
-    model = load_adapter(path, model)
-    head = ("format", "base_model", "base_fingerprint", "adapters", "agents")
-    options = {k: v for k, v in described.items() if k not in head}
-    try:
-        system = cls(model, tokenizer, [Agent(**agent) for agent in described["agents"]], **options)
-    except ValueError as error:
-        raise ValueError(f"{Path(path) / AGENTS_FILE}: {error}") from error
-    if system.realign.mode == "learned":
-        with torch.no_grad():
-            system.realign.weight.copy_(read_map(system, Path(path)))
-    return system
+    return described, load_adapters(path, model, described["adapters"], trainable), tokenizer

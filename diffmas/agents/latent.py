@@ -1,7 +1,7 @@
-"""Latent steps in a row: realign, one token's forward, no logits; T times.
+"""Latent steps: T times, realign the last hidden state and forward one token per sequence, without logits.
 
-On a GPU a step is bound by the launches of its kernels rather than by their work. Where no gradient is wanted, a step is
-captured as a CUDA graph that moves its own forward pass on, and replayed: the host does nothing in between.
+On a GPU, launching a step's kernels takes longer than running them. Without gradients a step is therefore captured as a CUDA
+graph, which advances its own forward pass, and replayed: the host does nothing in between.
 """
 
 import functools
@@ -21,16 +21,19 @@ LEAST_REPLAYS = 3  # a capture costs about as much as a step
 
 
 def latent_steps(patch: Patch, realign: nn.Module, trace: Trace, h: Tensor, T: int) -> Tensor:
-    """Appends T latent tokens to each sequence. h [B, hidden], the last hidden states -> those after the steps."""
+    """Appends T latent tokens to each sequence of the trace.
+
+    h [B, hidden]: the last hidden state of each sequence. Returns the last hidden states after the steps, [B, hidden].
+    """
     graphs = _graphs(patch, realign, h)
     for done in range(T):
         forward_pass = trace.plan([1] * trace.batch_size, "latent", reserve=T - done - 1)
         if graphs and done and T - done > LEAST_REPLAYS and forward_pass.repeatable(T - done):
             repeat = Repeat(patch, realign, trace, forward_pass, h)
             if repeat.capture():
-                return repeat.run(T - done)
+                return repeat.take(T - done)
             graphs = False
-        if graphs and not done:  # warm: what is compiled, cached or allocated once is not part of a capture
+        if graphs and not done:  # warms up: compilation, caches and lasting allocations must not be part of a capture
             h, graphs = _watched_step(patch, realign, trace, forward_pass, h)
         else:
             h = _step(patch, realign, trace, forward_pass, h)
@@ -42,7 +45,7 @@ def _step(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Ten
 
 
 def _graphs(patch: Patch, realign: nn.Module, h: Tensor) -> bool:
-    """Whether steps may be captured: on one GPU, without gradients, outside of a capture, not where the model forbids it."""
+    """Whether steps may be captured: on one GPU, without gradients, outside of a capture, by a model that allows it."""
     if torch.is_grad_enabled() or not h.is_cuda or patch.capture is False:
         return False
     weights = [*patch.body.parameters(), *realign.parameters(), *realign.buffers()]
@@ -50,8 +53,11 @@ def _graphs(patch: Patch, realign: nn.Module, h: Tensor) -> bool:
 
 
 def _watched_step(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Tensor) -> tuple[Tensor, bool]:
-    """A step, and whether it can be captured: a model that waits for the device (routing of experts) cannot, and a capture
-    that fails half-way leaves torch's allocator and generators in its state."""
+    """Takes a step and finds out whether it can be captured; returns the hidden states and the answer.
+
+    A model that waits for the device, for example to route experts, cannot be captured. That must be known beforehand: a
+    capture that fails half-way leaves torch's allocator and generators in the capturing state.
+    """
     if patch.capture:
         return _step(patch, realign, trace, forward_pass, h), True
     mode = torch.cuda.get_sync_debug_mode()
@@ -77,15 +83,15 @@ def _forbid(patch: Patch, error: Exception) -> None:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: a stream that products are captured on keeps their workspace, 32 MB, for good."""
+    """The stream of all captures. One, because a stream keeps the workspace of captured matrix products, 32 MB, for good."""
     return torch.cuda.Stream(device)
 
 
 class Repeat:
-    """A latent step that repeats without the host: hidden states and forward pass move on in place."""
+    """A latent step that repeats without the host: hidden states and forward pass advance in place."""
 
     def __init__(self, patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Tensor):
-        """forward_pass: of the first step; the extents it goes to have room for all the steps."""
+        """forward_pass: of the first step; its extents have room for all the steps."""
         self.patch, self.realign, self.trace, self.forward_pass, self.h = patch, realign, trace, forward_pass, h.clone()
         self.graph: torch.cuda.CUDAGraph | None = None  # without one, steps run as they are
 
@@ -94,12 +100,12 @@ class Repeat:
         self.forward_pass.step_on(self.h.device)
 
     def capture(self) -> bool:
-        """From now on steps are replays of a CUDA graph; False, and nothing has changed, if the model cannot be captured."""
-        self.forward_pass.on(self.h.device)  # its tables are not part of what is repeated
+        """Makes later steps replays of a CUDA graph. Returns False, with nothing changed, if the model cannot be captured."""
+        self.forward_pass.on(self.h.device)  # uploads its tables, which must not be part of the capture
         graph, device = torch.cuda.CUDAGraph(), self.h.device
         try:
-            # The model's device, whichever is current: launches elsewhere would run at once, and the graph would be empty. The
-            # outer stream is where torch's own context ends when a capture fails; other threads may allocate meanwhile.
+            # The model's device must be the current one: launches on another would run at once and leave the graph empty. The
+            # outer stream context is restored when a capture fails. "thread_local": other threads may allocate meanwhile.
             with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
                 with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
                     self.step()
@@ -113,8 +119,8 @@ class Repeat:
         self.graph = graph
         return True
 
-    def run(self, steps: int) -> Tensor:
-        """Runs the steps, and tells the trace."""
+    def take(self, steps: int) -> Tensor:
+        """Takes the steps and commits them to the trace; returns the last hidden states, [B, hidden]."""
         for _ in range(steps):
             self.graph.replay() if self.graph else self.step()
         self.trace.commit_repeated(self.forward_pass)

@@ -8,8 +8,15 @@ __all__ = ["Agent", "answer_ids", "fields_of", "prompt_ids", "tokenize"]
 
 @dataclass(frozen=True)
 class Agent:
-    """A role. prompt: a format string, "{question}" or any fields of the question; latent_steps: T (the last agent's is
-    not used); system: an optional system message for chat templates. Raises ValueError for T < 0 and an empty name."""
+    """A role in a system.
+
+    name: unique in the system. prompt: a format string with fields of the question, such as "{question}". latent_steps: T,
+    how many latent steps follow the prompt; the last agent decodes text instead. system: a system message. Raises ValueError
+    for T < 0, an empty name or a prompt that is no string.
+
+        >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
+        'Plan how to answer: 2 + 2?'
+    """
 
     name: str
     prompt: str
@@ -35,7 +42,7 @@ class Agent:
 
 
 def fields_of(questions) -> list[dict]:
-    """Questions as dicts of prompt fields; a string is the field "question"."""
+    """Questions as dicts of prompt fields; a string becomes the field "question". Raises ValueError for other kinds."""
     if isinstance(questions, (str, dict)):
         raise ValueError(f"questions: expected a list, got one {type(questions).__name__}")
     if not len(questions):
@@ -74,7 +81,8 @@ def answer_ids(tokenizer, answer: str) -> list[int]:
 
 
 def prompt_that_fits(system, agent: Agent, b: int, fields: dict, at: int, room: int, what: str) -> list[int]:
-    """Question b's prompt ids; it and `room` tokens after it must fit in the context that is left from `at` on."""
+    """The prompt ids of question b. Raises ValueError unless they and `room` more tokens fit between position `at` and the
+    end of the model's context; what: names them in the error."""
     try:
         ids = system.prompt_ids(agent, fields)
     except ValueError as error:
@@ -92,7 +100,7 @@ def tokenize(system, questions: list[dict], room: list[int], what: str) -> list[
     """See `MultiAgentSystem.tokenize`."""
     prompts: list[list[list[int]]] = [[] for _ in system.agents]
     for b, fields in enumerate(questions):
-        at = latents = 0  # positions and latent steps before the next agent
+        at = latents = 0  # the next agent's first position, and the latent steps before it
         for i, agent in enumerate(system.agents[:-1]):
             if system.skips(agent):
                 prompts[i].append([])

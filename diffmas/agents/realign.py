@@ -1,7 +1,8 @@
 """Realign: the map from a model's last hidden state to its input-embedding space, applied at every latent step.
 
-A latent step feeds the post-final-norm hidden state h of the last position back as an input embedding, but h lives where
-the output embedding reads, not where the input embedding writes (LatentMAS, arXiv 2511.20639; DiffMAS, arXiv 2604.21794).
+A latent step feeds the hidden state h of the last position, after the final norm, back as an input embedding. But h is in
+the space that the output embedding reads, not in the one that the input embedding writes (LatentMAS, arXiv 2511.20639;
+DiffMAS, arXiv 2604.21794).
 """
 
 import torch
@@ -13,14 +14,17 @@ REALIGN = ("none", "norm", "ridge", "soft_token", "learned")
 
 
 class Realign(nn.Module):
-    """h [n, hidden] -> input embeddings [n, hidden].
+    """Maps h [n, hidden] to input embeddings [n, hidden], on the input embedding's device.
 
-    none: h. norm: h, rescaled to the mean norm of the input embeddings. ridge: h W with
-    W = (E_out' E_out + ridge I)^-1 E_out' E_in, rescaled alike (W is close to the identity for tied embeddings).
-    soft_token: softmax(h E_out' / temperature) E_in, the expected token embedding. learned: a linear map that starts as
-    ridge's W and is trained and saved with the adapter, rescaled alike.
+    mode:
+        none: h as it is.
+        norm: h, rescaled to the mean norm of the input embeddings.
+        ridge: h W with W = (E_out' E_out + ridge I)^-1 E_out' E_in (LatentMAS), rescaled likewise. W is close to the
+            identity for tied embeddings.
+        soft_token: softmax(h E_out' / temperature) E_in, the expected token embedding.
+        learned: ridge, but W is a parameter that is trained and saved with the adapter.
+    ridge: relative to the mean of the diagonal of E_out' E_out.
 
-    The result is on the input embedding's device: the layers that gave h may be on another.
     Raises ValueError for an unknown mode, and for a model without an output embedding where one is needed.
     """
 
@@ -47,7 +51,7 @@ class Realign(nn.Module):
                     self.register_buffer("weight", W, persistent=False)
 
     def _solve(self) -> Tensor:
-        """W [hidden, hidden], float32; solved in float64. The ridge is relative to the mean of the Gram's diagonal."""
+        """W [hidden, hidden], float32; solved in float64."""
         e_in = self._embeddings[0].weight.double()
         e_out = self._embeddings[1].weight.to(e_in)
         gram = e_out.T @ e_out
@@ -63,7 +67,7 @@ class Realign(nn.Module):
         h = h.to(e_in.weight.device)
         if self.mode == "none":
             return h
-        # In float32, autocast or not: it is one small product, and every later latent step builds on its rounding.
+        # In float32, autocast or not: one small product, and its rounding enters every later latent step.
         with torch.autocast(h.device.type, enabled=False):
             x = h if h.dtype == torch.float64 else h.float()
             if self.mode != "norm":

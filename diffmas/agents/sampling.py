@@ -1,4 +1,4 @@
-"""Decoding on a trace: packed, one token per unfinished sequence and step; finished sequences leave the batch."""
+"""Decoding on a trace: each step forwards one token per unfinished sequence, packed; finished sequences leave the batch."""
 
 import secrets
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ RESERVE = 512  # rows a sequence reserves at once for what it decodes
 
 @dataclass
 class Sampling:
-    """How tokens are chosen. temperature 0: the likeliest. Raises ValueError for values out of range."""
+    """How tokens are chosen, by the names of `MultiAgentSystem.generate`. Raises ValueError for values out of range."""
 
     max_new_tokens: int
     temperature: float
@@ -40,12 +40,12 @@ class Sampling:
             self.seed = secrets.randbits(31)
 
     def generator(self, question: int, sample: int) -> torch.Generator:
-        """A stream of its own for every sample, so that a result does not depend on the batch it is in."""
+        """The random stream of one sample; with one each, a result does not depend on how questions are batched."""
         mixed = (self.seed * 1_000_003 + question) * 1_000_033 + sample
         return torch.Generator().manual_seed(mixed % (1 << 63))
 
     def choose(self, logits: Tensor, generators: list[torch.Generator]) -> list[int]:
-        """logits [n, V] -> n token ids."""
+        """One token id for each row of logits [n, V]."""
         if self.temperature == 0:
             return logits.argmax(-1).tolist()
         logits = logits.float()
@@ -59,12 +59,12 @@ class Sampling:
 
 
 def rows_ahead(sampling: Sampling, samples: int) -> int:
-    """Rows that `decode` reserves for one question with its first token."""
+    """Trace rows that `decode` needs at first for the answers to one question."""
     return samples * (1 + min(RESERVE, sampling.max_new_tokens))
 
 
 def end_tokens(model, tokenizer) -> set[int]:
-    """End-of-sequence ids of the generation config and of the tokenizer."""
+    """The end-of-sequence ids of the model's generation config and of the tokenizer."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
     return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}
@@ -72,9 +72,11 @@ def end_tokens(model, tokenizer) -> set[int]:
 
 @torch.no_grad()
 def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, samples: int, first: int, progress: bool):
-    """New token ids [question][sample][token]. Samples of one question share the rows of the trace and of the prompt.
+    """Decodes the last agent's answers; returns new token ids, [question][sample][token].
 
-    first: the number of the first question, which seeds its samples.
+    trace: one sequence for each question, with the rows of the other agents. prompts: the last agent's prompt ids. first: the
+    number of the first question, from which the samples' seeds follow. The samples of one question share the rows of the
+    trace and of the prompt.
     """
     patch, device = patch_of(system.model), system.device
     ends = end_tokens(patch.causal_lm, system.tokenizer)
@@ -86,7 +88,7 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, s
     logits = forward(patch, trace, forward_pass, head=True, input_ids=ids, logits_to_keep=keep).logits[0]  # [B, V]
     owner = [b for b in range(len(prompts)) for _ in range(samples)]
     logits, trace = logits[owner], trace.select(owner)
-    active = list(range(len(owner)))  # rows of `tokens` that the trace's sequences stand for
+    active = list(range(len(owner)))  # for each sequence of the trace, its index in `tokens`
     generators = [sampling.generator(first + b, s) for b in range(len(prompts)) for s in range(samples)]
     tokens: list[list[int]] = [[] for _ in owner]
 
@@ -110,7 +112,7 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, s
                 break
             if len(going) < len(active):
                 trace, active = trace.select(going), [active[j] for j in going]
-            left = sampling.max_new_tokens - len(tokens[active[0]])  # all that go on have the same number of tokens
+            left = sampling.max_new_tokens - len(tokens[active[0]])  # the same for all that are active
             forward_pass = trace.plan([1] * len(active), "text", reserve=min(RESERVE, left))
             ids = torch.tensor([tokens[i][-1] for i in active], device=device)[None]
             logits = forward(patch, trace, forward_pass, head=True, input_ids=ids).logits[0]

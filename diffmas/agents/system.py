@@ -1,24 +1,22 @@
 """MultiAgentSystem: agents that share one model and communicate through its K/V states (DiffMAS, arXiv 2604.21794).
 
-One token's way through an agent: its prompt is packed with the prompts of the batch (no padding) and run through the body
-in one forward; the last hidden state of each sequence is realigned and fed back T times (`think`); all K/V rows land on
-the trace, which the next agent attends to. The last agent's forward gives the loss, or its decoding loop the text
-(`diffmas.agents.sampling`).
+An agent's turn (`think`): the prompts of the batch are packed without padding and go through the model's body in one
+forward; the last hidden state of each sequence is realigned and fed back T times. All K/V rows land on the trace, which the
+next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.sampling`) the text.
 """
 
-import contextlib
-import threading
-import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from diffmas.agents import adapters, prompts
-from diffmas.agents.adapters import ADAPTER_SCOPES
+from diffmas.agents import adapters, file, prompts
+from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.latent import latent_steps
+from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
 from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling, decode, rows_ahead
@@ -27,18 +25,17 @@ from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_model, patch_of
 from diffmas.trace import Trace
 
-__all__ = ["Agent", "MultiAgentSystem", "SystemOutput", "evaluating"]
-
-GRAD_SCOPES = ("full", "detach_trace", "last_k")
-TRACE_CONTENTS = ("all", "latent_only")
-NO_LATENTS = ("prompt", "skip")
+__all__ = ["Agent", "MultiAgentSystem", "SystemOutput"]
 
 
 @dataclass
 class SystemOutput(ModelOutput):
-    """loss: mean (or sum / num_items_in_batch) negative log-likelihood of the answer tokens. logits [B, A, V]:
-    logits[b, t] predicts labels[b, t]. labels [B, A], -100 behind shorter answers. Without answers: loss and labels are
-    None, A is 1: the first token of the answer. trace: what the agents and the solver left."""
+    """The result of `MultiAgentSystem.forward`.
+
+    loss: mean (or sum / num_items_in_batch) negative log-likelihood of the answer tokens, in nats. logits [B, A, V]:
+    logits[b, t] predicts labels[b, t]. labels [B, A] int64, -100 behind shorter answers. trace: with the rows of all agents.
+    Without answers, loss and labels are None, and A is 1: the logits of the answer's first token.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -46,43 +43,29 @@ class SystemOutput(ModelOutput):
     trace: Trace | None = None
 
 
-# Modules in eval mode for somebody: how many of them, and the mode of each submodule before.
-_EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list]] = weakref.WeakKeyDictionary()
-_EVALUATING_LOCK = threading.Lock()
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module):
-    """`module` in eval mode; when the last of those who asked, in any thread, is done, every submodule is back in its own."""
-    with _EVALUATING_LOCK:
-        users, modes = _EVALUATING.get(module) or (0, [(m, m.training) for m in module.modules()])
-        _EVALUATING[module] = users + 1, modes
-        module.eval()
-    try:
-        yield
-    finally:
-        with _EVALUATING_LOCK:
-            users, modes = _EVALUATING[module]
-            if users > 1:
-                _EVALUATING[module] = users - 1, modes
-            else:
-                del _EVALUATING[module]
-                for m, mode in modes:
-                    m.training = mode
-
-
 class MultiAgentSystem(nn.Module):
-    """Agents over one patched model; the last agent answers.
+    """Agents over one patched model; the last agent answers (DiffMAS, arXiv 2604.21794).
 
-    model: a transformers causal LM or a PEFT model around one; it is patched if it is not yet. tokenizer: its tokenizer;
-    a chat template is used if it has one (chat_template=False: never). realign: see `diffmas.agents.realign`.
-    grad_scope: full | detach_trace (only the last agent learns) | last_k (the last `last_k` agents learn).
-    trace_content: all | latent_only (an agent's prompt is dropped when it hands on).
-    adapter_scope: shared | per_role (one PEFT adapter per agent, of the agent's name) | final_only (the others run the
-    bare model). no_latents: what an agent with T = 0 hands on: prompt (its prompt's K/V) | skip (it does not run).
-    positions: keep | reindex, how rows kept by latent_only are numbered. A new system is in the model's mode, train or eval.
+    model: a transformers causal LM or a PEFT model around one; it is patched if it is not yet. A new system is in its mode,
+        train or eval.
+    tokenizer: the model's. Its chat template is used if it has one, unless chat_template is False.
+    agents: in the order of their turns.
+    realign: none | norm | ridge | soft_token | learned, the map from hidden states to input embeddings
+        (`diffmas.agents.realign`); temperature is soft_token's.
+    grad_scope: full | detach_trace (gradients reach the last agent only) | last_k (the last `last_k` agents).
+    trace_content: all | latent_only (an agent hands on its latent steps without its prompt).
+    positions: keep | reindex (renumbered from 0), the positions of the rows that latent_only hands on.
+    adapter_scope: shared | per_role (one PEFT adapter per agent, named as the agent) | final_only (the last agent has the
+        adapter, the others the bare model).
+    no_latents: prompt | skip, whether an agent with latent_steps=0 hands on its prompt or has no turn.
 
-    Raises ValueError naming the argument for anything else, for no agents and for two agents of one name.
+    Raises ValueError naming the argument that does not fit, for no agents, and for two agents of one name.
+
+        >>> agents = [Agent("planner", "plan {question}", latent_steps=4), Agent("solver", "answer {question}")]
+        >>> system = MultiAgentSystem(model, tokenizer, agents)
+        >>> system(["where is the key"], ["in the garden"]).loss.backward()
+        >>> system.generate(["where is the key"], max_new_tokens=8, temperature=0)
+        ['...']
     """
 
     def __init__(
@@ -91,20 +74,15 @@ class MultiAgentSystem(nn.Module):
         no_latents: str = "prompt", positions: str = "keep", chat_template: bool | None = None, temperature: float = 1.0,
     ):  # fmt: skip
         super().__init__()
-        for name, value, allowed in (
-            ("grad_scope", grad_scope, GRAD_SCOPES), ("trace_content", trace_content, TRACE_CONTENTS),
-            ("adapter_scope", adapter_scope, ADAPTER_SCOPES), ("no_latents", no_latents, NO_LATENTS),
-            ("positions", positions, ("keep", "reindex")),
-        ):  # fmt: skip
-            if value not in allowed:
-                raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+        options = Options(
+            realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature
+        )
         if not agents:
             raise ValueError("agents: expected at least one agent, got an empty list")
         names = [agent.name for agent in agents]
         if len(set(names)) != len(names):
             raise ValueError(f"agents: expected distinct names, got {names}")
-        if (grad_scope == "last_k") != (last_k is not None) or (last_k is not None and not 1 <= last_k <= len(agents)):
-            raise ValueError(f"last_k: expected 1 to {len(agents)} with grad_scope='last_k' and None otherwise, got {last_k!r}")
+        self._without_grad = options.agents_without_grad(len(agents))
         if adapter_scope != "shared" and not hasattr(model, "peft_config"):
             raise ValueError(f"adapter_scope: {adapter_scope!r} needs a PEFT model, got {type(model).__name__}")
         if adapter_scope == "per_role" and (missing := [n for n in names if n not in model.peft_config]):
@@ -158,7 +136,8 @@ class MultiAgentSystem(nn.Module):
     def think(self, agent: Agent, questions: list[dict], trace: Trace, ids: list[list[int]] | None = None) -> Trace:
         """An agent's turn: one forward over its prompts on top of the trace, then T latent steps without logits.
 
-        ids: what `tokenize` gave for this agent. Returns the trace that it hands on.
+        questions: one dict of prompt fields for each sequence of the trace. ids: the agent's rows of `tokenize`, to save a
+        second tokenization. Returns the trace for the next agent.
         """
         T = agent.latent_steps
         if self.skips(agent):
@@ -178,27 +157,31 @@ class MultiAgentSystem(nn.Module):
         return trace
 
     def _trace_for(self, ids: list[list[list[int]]], room: list[int]) -> Trace:
-        """An empty trace with rows for all prompts and latent steps and room[b] tokens after them: it need not grow."""
+        """An empty trace with enough rows for all prompts, latent steps and room[b] tokens after them."""
         rows = sum(room) + sum(len(row) for turn in ids for row in turn)
         rows += sum(agent.latent_steps for agent in self.agents[:-1]) * len(room)
         return Trace(self.model, len(room), capacity=max(1, -(-rows // len(room))))
 
     def communicate(self, questions: list[dict], trace: Trace | None = None, ids=None) -> Trace:
-        """All agents but the last take their turns; returns the trace that the last one reads. ids: of `tokenize`."""
+        """All agents but the last take their turns; returns the trace that the last one reads.
+
+        questions: dicts of prompt fields. trace: to go on from; a new one by default. ids: the result of `tokenize`.
+        """
         trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
-        learning = {"full": 0, "detach_trace": len(self.agents) - 1}.get(self.grad_scope, len(self.agents) - (self.last_k or 0))
         for i, agent in enumerate(self.agents[:-1]):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= learning), adapters.of_agent(self, i):
+            needs_grad = torch.is_grad_enabled() and i >= self._without_grad
+            with torch.set_grad_enabled(needs_grad), adapters.of_agent(self, i):
                 trace = self.think(agent, questions, trace, None if ids is None else ids[i])
         return trace
 
     # ---- the last agent ----------------------------------------------------------------------------------------------
 
     def forward(self, questions, answers: list[str] | None = None, num_items_in_batch=None) -> SystemOutput:
-        """questions: list of str, or of dicts whose fields fill the agents' prompts; answers: list of str.
+        """The loss of a batch of answers, or without answers the logits of their first token.
 
-        num_items_in_batch: answer tokens over all accumulated micro-batches (Hugging Face Trainer); the loss is then the
-        sum over this batch divided by it. Raises ValueError naming what does not fit.
+        questions: list of str, or of dicts whose fields fill the agents' prompts. answers: list of str, one per question.
+        num_items_in_batch: answer tokens over all accumulated micro-batches, as Hugging Face's Trainer counts them; the loss
+        is then the sum over this batch divided by it. Returns a `SystemOutput`. Raises ValueError naming what does not fit.
         """
         questions = self.fields_of(questions)
         if isinstance(answers, str):
@@ -241,15 +224,21 @@ class MultiAgentSystem(nn.Module):
     ) -> list:  # fmt: skip
         """The last agent's text for each question: list[str], or list[list[str]] for samples > 1.
 
-        temperature 0 is greedy. A result depends on the seed and on the place of its question in the list, not on how
-        the list is batched. Decoding ends at an end-of-sequence token, at a `stop` string (cut off) or at max_new_tokens.
-        progress: show a bar. Raises ValueError naming what does not fit.
+        questions: as in `forward`. max_new_tokens: per sample. temperature: 0 takes the likeliest token. top_p: in (0, 1].
+        seed: None draws one. stop: strings that end an answer; they are cut off. samples: answers per question. batch_size:
+        questions at once, all by default. progress: show a bar.
+
+        A result depends on the seed and on the place of its question in the list, not on batch_size. Decoding ends at an
+        end-of-sequence token, a stop string or max_new_tokens. Raises ValueError naming what does not fit.
+
+            >>> system.generate(["where is the key"], max_new_tokens=4, seed=0, samples=2)
+            [['...', '...']]
         """
         tokens = self.generate_tokens(
             questions, max_new_tokens, temperature, top_p, seed, stop=stop, samples=samples, batch_size=batch_size,
             progress=progress,
         )  # fmt: skip
-        texts = [[self._text(t, stop) for t in row] for row in tokens]
+        texts = [[self.text_of(t, stop) for t in row] for row in tokens]
         return texts if samples > 1 else [row[0] for row in texts]
 
     @torch.no_grad()
@@ -258,7 +247,7 @@ class MultiAgentSystem(nn.Module):
         seed: int | None = None, *, stop: list[str] | None = None, samples: int = 1, batch_size: int | None = None,
         progress: bool = False,
     ) -> list[list[list[int]]]:  # fmt: skip
-        """As `generate`, but the new token ids (the end-of-sequence token included), [question][sample][token]."""
+        """Like `generate`, but returns token ids, [question][sample][token], with the end-of-sequence token."""
         questions = self.fields_of(questions)
         if samples < 1:
             raise ValueError(f"samples: expected at least 1, got {samples}")
@@ -277,7 +266,8 @@ class MultiAgentSystem(nn.Module):
                     tokens += decode(self, trace, batch[-1], sampling, samples, first, progress)
         return tokens
 
-    def _text(self, ids: list[int], stop: list[str] | None) -> str:
+    def text_of(self, ids: list[int], stop: list[str] | None = None) -> str:
+        """The text of new token ids, without special tokens, cut before the first `stop` string."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         for s in stop or []:
             text = text.split(s, 1)[0]
@@ -286,7 +276,7 @@ class MultiAgentSystem(nn.Module):
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict:
-        """The agents and options, as plain data."""
+        """The agents and the fields of `diffmas.agents.options.Options`, as plain data."""
         return {
             "agents": [asdict(agent) for agent in self.agents], "realign": self.realign.mode,
             "grad_scope": self.grad_scope, "last_k": self.last_k, "trace_content": self.trace_content,
@@ -294,19 +284,46 @@ class MultiAgentSystem(nn.Module):
             "chat_template": self.chat_template, "temperature": self.realign.temperature,
         }  # fmt: skip
 
-    def save_pretrained(self, path) -> None:
-        """Writes the PEFT adapter (if there is one) and `agents.json` to a directory."""
-        from diffmas.agents.file import save
+    @property
+    def _learned_map(self) -> nn.Parameter | None:
+        return self.realign.weight if self.realign.mode == "learned" else None
 
-        save(self, path)
+    def save_pretrained(self, path) -> None:
+        """Writes a directory with the PEFT adapters (if there are any), a learned realignment, and `agents.json`."""
+        file.save(path, self.model, self.describe(), self._learned_map)
+
+    def load_weights(self, path) -> None:
+        """Copies adapters and learned realignment of a directory that `save_pretrained` wrote into this system, in place.
+
+        Raises ValueError, before anything is changed, for a directory of another base model, other agents or options, or
+        damaged weights.
+        """
+        file.load_weights(path, self.model, self.describe(), self._learned_map)
 
     @classmethod
-    def from_pretrained(cls, path, model=None, tokenizer=None, **model_options) -> "MultiAgentSystem":
-        """Reads back what `save_pretrained` wrote. model: a loaded base model, a directory or hub name, or None for the
-        one named in the file. Raises ValueError for a file of another model."""
-        from diffmas.agents.file import load
+    def from_pretrained(
+        cls, path, model=None, tokenizer=None, *, trainable: bool = False, **model_options
+    ) -> "MultiAgentSystem":
+        """A system from a directory that `save_pretrained` wrote.
 
-        return load(cls, path, model, tokenizer, **model_options)
+        model: a loaded base model, a directory or hub name, or None for the one that agents.json names. trainable: whether
+        its adapters are. model_options: of `AutoModelForCausalLM.from_pretrained`. Raises ValueError naming the file that is
+        missing, damaged, or of another model.
+
+            >>> system.save_pretrained(directory)
+            >>> MultiAgentSystem.from_pretrained(directory, base_model, tokenizer).agents == system.agents
+            True
+        """
+        described, model, tokenizer = file.load_model(path, model, tokenizer, trainable, **model_options)
+        options = {option.name: described[option.name] for option in fields(Options)}
+        try:
+            system = cls(model, tokenizer, [Agent(**agent) for agent in described["agents"]], **options)
+        except ValueError as error:
+            raise ValueError(f"{Path(path) / file.AGENTS_FILE}: {error}") from error
+        if (learned_map := system._learned_map) is not None:
+            with torch.no_grad():
+                learned_map.copy_(file.read_map(path, learned_map.shape))
+        return system
 
 
 def _padded(packed: Tensor, counts: list[int], fill) -> Tensor:

@@ -1,4 +1,4 @@
-"""config.yaml: everything about a run, as dataclasses; what does not fit is refused by name.
+"""config.yaml: a whole experiment as dataclasses; a key or value that does not fit is refused by name.
 
     model: Qwen/Qwen3-0.6B
     agents:
@@ -6,7 +6,7 @@
       - {name: solver, prompt: "Answer: {question}"}
     data: {train: train.jsonl, validation_fraction: 0.1}
 
-`Config` lists the keys, `load` reads a file. Paths in a file are relative to the file.
+`Config` lists the keys, `load` reads a file. Relative paths start at the file's directory.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from diffmas.agents.system import Agent
+from diffmas.agents.options import Options
+from diffmas.agents.prompts import Agent
 
 __all__ = ["Config", "build_model", "build_system", "load", "read_data", "training_arguments"]
 
@@ -26,23 +27,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
-class System:
-    """Options of `MultiAgentSystem`, by its names and defaults; temperature is that of soft_token."""
-
-    realign: str = "ridge"
-    grad_scope: str = "full"
-    trace_content: str = "all"
-    last_k: int | None = None
-    adapter_scope: str = "shared"
-    no_latents: str = "prompt"
-    positions: str = "keep"
-    chat_template: bool | None = None
-    temperature: float = 1.0
-
-
-@dataclass
 class Lora:
-    """PEFT's LoraConfig; target_modules: "all-linear" or names."""
+    """LoRA, as `diffmas.training.lora_config` takes it."""
 
     r: int = 8
     alpha: int = 16
@@ -52,7 +38,10 @@ class Lora:
 
 @dataclass
 class Data:
-    """JSON lines. validation: a file; or validation_fraction of the training rows, drawn with seed."""
+    """Files of JSON lines (`diffmas.training.data`).
+
+    validation: a file; or instead validation_fraction, the share of the training rows that is held out, drawn with seed.
+    """
 
     train: str | None = None
     validation: str | None = None
@@ -62,7 +51,7 @@ class Data:
 
 @dataclass
 class Generation:
-    """Decoding, by the names of `MultiAgentSystem.generate`."""
+    """Decoding, as `MultiAgentSystem.generate` takes it."""
 
     max_new_tokens: int = 256
     temperature: float = 0.6
@@ -73,8 +62,12 @@ class Generation:
 
 @dataclass
 class Evaluation:
-    """data: JSON lines (data.validation by default). methods: of single, text, latent_mas, diffmas. extract, match: see
-    `diffmas.evaluation.Scorer`. limit: the first rows only."""
+    """`diffmas evaluate`.
+
+    data: a file of JSON lines, by default the validation rows. methods: some of METHODS. samples: answers per question.
+    batch_size: questions at once. max_message_tokens: of each message in the method "text". extract, match: see
+    `diffmas.evaluation.Scorer`. limit: only so many rows, from the first.
+    """
 
     data: str | None = None
     methods: list[str] = field(default_factory=lambda: ["single", "text", "latent_mas", "diffmas"])
@@ -91,14 +84,20 @@ METHODS = ("single", "text", "latent_mas", "diffmas")
 
 @dataclass
 class Config:
-    """model: a hub name or a directory. dtype: of the weights. training: any fields of transformers' TrainingArguments
-    but output_dir; what is not given is the paper's (`default_arguments`). early_stopping_patience: evaluations."""
+    """The keys of config.yaml.
+
+    model: a hub name or a directory. dtype: of the weights, one of DTYPES. system: options of `MultiAgentSystem`. training:
+    any fields of transformers' TrainingArguments but output_dir, over the paper's settings (`default_arguments`).
+    early_stopping_patience: how many evaluations without a better eval_loss end training.
+
+    Raises ValueError naming a key whose value does not fit.
+    """
 
     model: str
     agents: list[Agent]
     output_dir: str = "diffmas-output"
     dtype: str = "auto"
-    system: System = field(default_factory=System)
+    system: Options = field(default_factory=Options)
     lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     training: dict = field(default_factory=dict)
@@ -139,7 +138,7 @@ def _describe(kind) -> str:
 
 
 def _value(value, kind, where: str):
-    """`value` as `kind`; numbers written as 5e-5 are strings in YAML 1.1."""
+    """`value` as `kind`; a number written as 5e-5 is a string in YAML 1.1. Raises ValueError that starts with `where`."""
     origin = typing.get_origin(kind)
     options = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (kind,)
     for option in options:
@@ -171,8 +170,10 @@ def _build(cls, data: dict, where: str = ""):
 
 
 def load(path) -> Config:
-    """The config of a YAML file, its paths made relative to the file. Raises ValueError that starts with the file and
-    names the key, what was expected and what is there; FileNotFoundError without the file."""
+    """The config of a YAML file; its relative paths start at the file's directory.
+
+    Raises ValueError with the file, the key, what was expected and what was found; FileNotFoundError if there is no file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a config file, found none")
@@ -189,7 +190,7 @@ def load(path) -> Config:
     config.data.train, config.data.validation = near(config.data.train), near(config.data.validation)
     config.evaluation.data, config.output_dir = near(config.evaluation.data), near(config.output_dir)
     if (path.parent / config.model).is_dir():
-        config.model = str((path.parent / config.model).resolve())  # agents.json names it, to be found from anywhere
+        config.model = str((path.parent / config.model).resolve())  # absolute, as agents.json will name it
     return config
 
 
@@ -197,7 +198,10 @@ def load(path) -> Config:
 
 
 def training_fields(given: dict) -> dict:
-    """The `training` section, checked against TrainingArguments; numbers become what its fields are."""
+    """The `training` section, checked against TrainingArguments; numbers get the kinds of its fields.
+
+    Raises ValueError naming a key that is unknown or does not fit.
+    """
     from transformers import TrainingArguments
 
     kinds = typing.get_type_hints(TrainingArguments)
@@ -210,14 +214,14 @@ def training_fields(given: dict) -> dict:
             raise _unknown(key, known, "training.")
         kind = kinds[key]
         simple = [k for k in (typing.get_args(kind) or (kind,)) if k in (bool, int, float, str, dict, list, type(None))]
-        if len(simple) == len(typing.get_args(kind) or (kind,)):  # other kinds are transformers' to check
+        if len(simple) == len(typing.get_args(kind) or (kind,)):  # transformers checks the other kinds
             value = _value(value, kind, f"training.{key}") if value is not None or type(None) in simple else value
         checked[key] = value
     return checked
 
 
 def training_arguments(config: Config):
-    """TrainingArguments: the paper's settings, evaluation each epoch if there is validation data, and the given ones."""
+    """TrainingArguments: the paper's settings, an evaluation each epoch if there is validation data, then the config's."""
     from diffmas.training import default_arguments
 
     given = training_fields(config.training)
@@ -227,7 +231,7 @@ def training_arguments(config: Config):
 
 
 def build_model(config: Config, device: str | None = None):
-    """The base model and its tokenizer."""
+    """The base model on a device (by default the CPU), and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
@@ -235,9 +239,9 @@ def build_model(config: Config, device: str | None = None):
 
 
 def build_system(config: Config, adapter: bool = True, device: str | None = None):
-    """The system that a config describes; adapter: with a new LoRA adapter (one per role if it says so)."""
+    """The system that a config describes. adapter: whether it gets new LoRA adapters, else it is the bare model."""
+    from diffmas.agents.adapters import add_lora, lora_config
     from diffmas.agents.system import MultiAgentSystem
-    from diffmas.training import add_lora, lora_config
 
     model, tokenizer = build_model(config, device)
     options = dict(vars(config.system))
@@ -249,7 +253,7 @@ def build_system(config: Config, adapter: bool = True, device: str | None = None
 
 
 def read_data(config: Config) -> tuple[list[dict], list[dict] | None]:
-    """Training and validation rows; the latter None without any."""
+    """Training and validation rows; None for the latter if the config has none. Raises ValueError for rows that do not fit."""
     from diffmas.training.data import read_jsonl, split
 
     if not config.data.train:

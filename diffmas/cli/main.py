@@ -21,19 +21,17 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU 
 
 
 def explained(command):
-    """Errors about what the user gave are one line on stderr and exit status 1; others keep their traceback."""
+    """Decorates a command: the user's errors become one line on stderr and exit status 1; others keep their traceback."""
 
     @functools.wraps(command)
-    def run(*args, **kwargs):
-        from diffmas.training import NonFiniteLoss
-
+    def wrapped(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError, NonFiniteLoss) as error:
+        except (ValueError, OSError, FloatingPointError) as error:  # the last is diffmas.training.NonFiniteLoss
             errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
-    return run
+    return wrapped
 
 
 def _device(name: str | None) -> str:
@@ -49,7 +47,7 @@ def demo(
     model: Annotated[str | None, typer.Option(help="another causal LM, a directory or hub name")] = None,
     steps: Annotated[int | None, typer.Option(help="training steps; the demo's own number by default", min=1)] = None,
     questions: Annotated[int | None, typer.Option(help="held-out questions; the demo's own number by default", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="of the LoRA, the training questions and the order")] = 0,
+    seed: Annotated[int, typer.Option(help="of the LoRA's weights, the training questions and their order")] = 0,
 ):
     """Train and compare a small real system on this machine; ends with a table and a plot."""
     from diffmas.demo import run
@@ -244,7 +242,7 @@ def bench(
 
 @app.command()
 def env():
-    """What diffmas finds on this machine: backends, extension, versions, devices."""
+    """Show backends, extension, versions and devices as diffmas finds them."""
     import torch
 
     import diffmas

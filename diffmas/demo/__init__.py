@@ -1,4 +1,4 @@
-"""`diffmas demo`: three agents learn to communicate in latent vectors, on a CPU, in minutes. See `diffmas.demo.experiment`."""
+"""`diffmas demo`: agents that learn to communicate in latent vectors, on a CPU, in minutes. See `diffmas.demo.experiment`."""
 
 from diffmas.demo.experiment import run
 

@@ -1,9 +1,9 @@
-"""The demo: facts are split between three readers; the solver sees the question and their latent vectors, nothing else.
+"""The demo: facts are split between three readers; the solver sees only the question and the readers' latent vectors.
 
 1. The base model must answer by recall when it has all facts in its context.
-2. A LoRA is trained through the latent vectors by `diffmas.Trainer`, from the answers' loss alone.
-3. Single agent, text agents, untrained latent agents and trained ones answer the same held-out questions.
-4. One training step is compared with the plain Hugging Face way.
+2. `diffmas.Trainer` trains a LoRA adapter through the latent vectors, from the answers' loss alone.
+3. A single agent, text agents, untrained and trained latent agents answer the same held-out questions.
+4. One training step is compared with plain Hugging Face code.
 """
 
 import os
@@ -36,6 +36,7 @@ TRAINING = dict(
 
 
 def agents(latent_steps: int = LATENT_STEPS) -> list[Agent]:
+    """The readers, and the solver that answers."""
     readers = [
         Agent(f"reader{i}", facts.READER_PROMPT.format(facts=f"{{facts{i}}}"), latent_steps)
         for i in range(1, facts.READERS + 1)
@@ -44,6 +45,7 @@ def agents(latent_steps: int = LATENT_STEPS) -> list[Agent]:
 
 
 def load(model: str | None):
+    """A base model in float32 and its tokenizer; None: the one that comes with diffmas."""
     name = str(model or BASE)
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
 
@@ -54,18 +56,18 @@ def make_system(model: str | None = None, latent_steps: int = LATENT_STEPS) -> M
 
 
 def make_step(model: str | None, rows: int):
-    """What `compare_training_step` runs: a batch of the demo's own."""
+    """A system, questions and answers for `compare_training_step`."""
     batch = facts.make_rows(rows, seed=3)
     return make_system(model), [{k: v for k, v in r.items() if k != "answer"} for r in batch], [r["answer"] for r in batch]
 
 
 def answer_tokens(system: MultiAgentSystem, rows: list[dict]) -> int:
-    """Room for the longest answer and two tokens more."""
+    """How many tokens to decode: those of the longest answer and two more."""
     return 2 + max(len(system.answer_ids(row["answer"])) for row in rows)
 
 
 def recall(system: MultiAgentSystem, rows: list[dict]) -> evaluation.Result:
-    """The base model alone, all facts in its context, one random question."""
+    """The base model alone, with all facts in its context."""
     alone = evaluation.single_agent(system, Agent("base", facts.ALL_FACTS_PROMPT))
     return evaluation.evaluate(
         {"base, all facts": alone}, rows, max_new_tokens=answer_tokens(system, rows), temperature=0.0, batch_size=200
@@ -73,9 +75,9 @@ def recall(system: MultiAgentSystem, rows: list[dict]) -> evaluation.Result:
 
 
 def train(system: MultiAgentSystem, output: Path, seed: int, **overrides) -> float:
-    """Trains the LoRA from the answers' loss; seconds."""
+    """Trains the LoRA adapter and saves it to output/adapter; returns the seconds it took. overrides: TrainingArguments."""
     options = {**TRAINING, **overrides}
-    rows = facts.make_rows(options["max_steps"] * options["per_device_train_batch_size"], seed + 100)  # each seen once
+    rows = facts.make_rows(options["max_steps"] * options["per_device_train_batch_size"], seed + 100)  # each is used once
     arguments = TrainingArguments(
         output_dir=str(output / "training"), report_to=[], save_strategy="no", seed=seed,
         disable_tqdm=False, dataloader_pin_memory=False, **options,
@@ -87,7 +89,7 @@ def train(system: MultiAgentSystem, output: Path, seed: int, **overrides) -> flo
 
 
 def text_agents(system: MultiAgentSystem, rows: list[dict]) -> evaluation.TextAgents:
-    """The readers write notes, as the base model was taught to; the solver reads all of them."""
+    """Readers that write notes, as the base model was trained to, and a solver that reads all notes."""
     longest = max(len(system.tokenizer(row["facts1"])["input_ids"]) for row in rows)  # a note is shorter than its facts
     solver = Agent("solver", facts.NOTES_PROMPT.format(notes="{messages}", question="{question}"))
     writing = MultiAgentSystem(system.model, system.tokenizer, [*system.agents[:-1], solver], realign="none")
@@ -95,6 +97,7 @@ def text_agents(system: MultiAgentSystem, rows: list[dict]) -> evaluation.TextAg
 
 
 def compare(system: MultiAgentSystem, rows: list[dict], console: Console) -> list[evaluation.Result]:
+    """The results of four methods on the same rows."""
     methods = {
         "single agent": evaluation.single_agent(system),
         "text agents": text_agents(system, rows),
@@ -131,12 +134,14 @@ def show_step(model: str | None, console: Console) -> None:
 def run(
     output="runs/demo", model: str | None = None, seed: int = 0, max_steps: int | None = None, questions: int | None = None
 ):
-    """Runs the demo; writes results.csv, results.png, answers.jsonl and the adapter to `output`; returns the results.
+    """Runs the demo, prints tables, and returns the results.
 
-    model: a directory or hub name of another causal LM; the one that ships with diffmas by default.
+    output: a directory for results.csv, results.png, answers.jsonl and the adapter. model: a directory or hub name of a causal
+    LM, by default the one that comes with diffmas. seed: of the adapter, the training questions and their order. max_steps:
+    training steps. questions: how many are held out.
     """
     console, output, start = Console(), Path(output), time.perf_counter()
-    # Products this small gain little from threads, and lose everything when they wait for a busy core.
+    # Matrix products this small gain little from threads, and lose much when one waits for a busy core.
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # of loading weights; training keeps its own

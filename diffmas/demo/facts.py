@@ -1,8 +1,7 @@
 """The demo's task: who took which thing where, with the facts split between three readers.
 
 Every fact is a triple (name, thing, place). Names differ within an example; things and places are drawn independently
-with replacement, so that no answer can be found by elimination. A question asks for the thing or the place that goes with
-one name.
+with replacement, so that no answer can be found by elimination. A question asks for the thing or the place of one name.
 """
 
 import random
@@ -34,7 +33,7 @@ def sentence(fact: dict) -> str:
 
 
 def notes(facts: list[dict]) -> str:
-    """The short form of facts: what a text agent is taught to write, four tokens a fact."""
+    """The short form of facts that a text agent is trained to write, four tokens a fact."""
     return " ".join("{name} {thing} {place}.".format(**fact) for fact in facts)
 
 
@@ -46,7 +45,7 @@ def ask(rng: random.Random, fact: dict) -> tuple[str, str]:
 
 
 def make_row(rng: random.Random, facts_per_reader: int = FACTS_PER_READER) -> dict:
-    """One question whose answer one reader knows: facts1, facts2, ... (one text a reader), facts (all), question, answer."""
+    """A row whose answer one reader knows: facts1, facts2, ... (one text per reader), facts (all), question, answer."""
     facts = make_facts(rng, READERS * facts_per_reader)
     question, answer = ask(rng, rng.choice(facts))
     parts = [facts[i * facts_per_reader : (i + 1) * facts_per_reader] for i in range(READERS)]
@@ -55,5 +54,6 @@ def make_row(rng: random.Random, facts_per_reader: int = FACTS_PER_READER) -> di
 
 
 def make_rows(count: int, seed: int, facts_per_reader: int = FACTS_PER_READER) -> list[dict]:
+    """`count` rows of `make_row`, the same for the same seed."""
     rng = random.Random(seed)
     return [make_row(rng, facts_per_reader) for _ in range(count)]

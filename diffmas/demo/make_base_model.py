@@ -2,10 +2,10 @@
 
     python -m diffmas.demo.make_base_model --out base
 
-The corpus is generated (`diffmas.demo.facts`): notes in another order, facts written as notes, questions over facts and
-over notes. Values are drawn with replacement, so that no question of a text tells another's answer by elimination; the
-recall it prints is over held-out facts with exactly one random question. Later questions of a text come without facts, so
-that a bare question means: look at what came before.
+The corpus is generated (`diffmas.demo.facts`): notes in another order, facts written as notes, questions about facts and
+about notes. Values are drawn with replacement, so that no question in a text gives away another's answer by elimination. The
+printed recall is over held-out facts with one random question each. Later questions in a text come without facts, so that
+the model looks for them in the tokens before.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def make_text(rng: random.Random, kind: str, count: int, questions: int) -> list
 
 
 def encode(tokenizer, texts: list[list[tuple[str, str]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, (rows, length), padded on the right; only the assistant's words are labelled."""
+    """Token ids and labels, [rows, length] each, padded on the right; only the assistant's words have labels."""
     pieces = iter(tokenizer([part for turns in texts for turn in turns for part in turn])["input_ids"])
     user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -148,7 +148,7 @@ def make_batch(tokenizer, rng: random.Random, rows: int, kinds: dict, fewest: in
 
 @torch.no_grad()
 def recall(model, tokenizer, seed: int, count: int) -> float:
-    """Share of held-out examples answered with all the facts in the context, one random question each."""
+    """Share of right answers to held-out questions, with all facts in the context."""
     prompt = world.ALL_FACTS_PROMPT
     texts = [
         [(prompt.format(facts=example["facts"], question=example["question"]), example["answer"])]
@@ -188,7 +188,7 @@ def train(model, tokenizer, rows: int, rate: float, seed: int) -> None:
 
 
 def save(model, tokenizer, folder: Path) -> None:
-    """In a form that transformers 4.56 reads as well as 5, which renamed some entries."""
+    """Writes model and tokenizer in a form that both transformers 4.56 and 5 read; 5 has renamed some entries."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name, entries in (

@@ -1,9 +1,9 @@
 """Ways to answer the same questions with the same model, behind one interface: `Method`.
 
-Latent         a system as it is (DiffMAS when it is trained)
-latent_mas     the same agents and latent steps without the trained adapter (LatentMAS, arXiv 2511.20639)
+Latent         a system as it is: DiffMAS (arXiv 2604.21794) when it is trained
+latent_mas     the same agents and latent steps without the trained adapter: LatentMAS (arXiv 2511.20639)
 single_agent   the last agent alone
-TextAgents     the agents write text to each other instead of K/V states
+TextAgents     the agents exchange text instead of K/V states
 """
 
 import contextlib
@@ -14,16 +14,20 @@ from typing import Protocol
 
 import torch
 
-from diffmas.agents.system import Agent, MultiAgentSystem, evaluating
+from diffmas.agents.eval_mode import evaluating
+from diffmas.agents.system import Agent, MultiAgentSystem
 
 __all__ = ["Answers", "Latent", "Method", "TextAgents", "latent_mas", "single_agent"]
 
-MESSAGES = "messages"  # the field of a prompt that takes what the earlier agents wrote
+MESSAGES = "messages"  # the prompt field with the earlier agents' messages
 
 
 @dataclass
 class Answers:
-    """texts[question][sample]; tokens: decoded by all agents together; seconds: wall time of the whole run."""
+    """What a method answered.
+
+    texts[question][sample]. tokens: decoded by all agents together, for all samples. seconds: wall time of answering.
+    """
 
     texts: list[list[str]]
     tokens: int
@@ -31,12 +35,14 @@ class Answers:
 
 
 class Method(Protocol):
-    """questions: see `MultiAgentSystem.forward`; generation: as `MultiAgentSystem.generate` takes it."""
+    """A way to answer questions. questions: as in `MultiAgentSystem.forward`; batch_size: of them at once, by default all."""
 
-    def answer(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> Answers: ...
+    def answer(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> Answers:
+        """Answers every question `samples` times. generation: other arguments of `MultiAgentSystem.generate`."""
+        ...
 
     def loss(self, questions, answers: list[str], batch_size: int | None = None) -> tuple[float, int]:
-        """(sum of the answer tokens' negative log-likelihoods in nats, number of answer tokens)."""
+        """The sum of the answer tokens' negative log-likelihoods, in nats, and the number of these tokens."""
         ...
 
 
@@ -65,9 +71,9 @@ def _batches(n: int, size: int | None):
 
 
 def _generate(system, questions, **options) -> tuple[list[list[str]], int]:
-    """Texts [question][sample] and the number of tokens decoded."""
+    """Texts [question][sample], and the number of decoded tokens."""
     tokens = system.generate_tokens(questions, **options)
-    texts = [[system._text(sample, options.get("stop")) for sample in row] for row in tokens]
+    texts = [[system.text_of(sample, options.get("stop")) for sample in row] for row in tokens]
     return texts, sum(len(sample) for row in tokens for sample in row)
 
 
@@ -79,7 +85,7 @@ def _loss(system, questions, answers) -> tuple[float, int]:
 
 
 class Latent:
-    """A system as a method. adapter: False switches its adapter off while it runs."""
+    """A system as a method. adapter: False switches its adapter off while it answers."""
 
     def __init__(self, system: MultiAgentSystem, adapter: bool = True):
         self.system, self.adapter = system, adapter
@@ -100,14 +106,17 @@ class Latent:
 
 
 def _with_agents(system: MultiAgentSystem, agents: list[Agent], **options) -> MultiAgentSystem:
-    """Other agents on the same model, all of them with its active adapter (or none)."""
+    """A system of other agents on the same model, all of them with its active adapter, if there is one."""
     return MultiAgentSystem(
         system.model, system.tokenizer, agents, **{"realign": "none", "chat_template": system.chat_template, **options}
     )  # fmt: skip
 
 
 def latent_mas(system: MultiAgentSystem) -> Latent:
-    """The system's agents and latent steps on the bare model; a learned realignment is replaced by ridge's."""
+    """LatentMAS (arXiv 2511.20639): the system's agents and latent steps on the bare model, without training.
+
+    A learned realignment becomes "ridge"; other modes stay.
+    """
     learned = system.realign.mode == "learned"
     options = {k: v for k, v in system.describe().items() if k in ("trace_content", "no_latents", "positions", "temperature")}
     bare = _with_agents(system, system.agents, realign="ridge" if learned else "none", **options)
@@ -117,16 +126,19 @@ def latent_mas(system: MultiAgentSystem) -> Latent:
 
 
 def single_agent(system: MultiAgentSystem, agent: Agent | None = None, adapter: bool = False) -> Latent:
-    """One agent, the last one by default, without a trace to read."""
+    """One agent alone, by default the last one. adapter: whether the model has the system's adapter."""
     return Latent(_with_agents(system, [agent or system.agents[-1]]), adapter)
 
 
 class TextAgents:
     """Each agent but the last writes a message; the next ones read all messages so far.
 
-    A prompt takes them as its field {messages}; one without that field has them put before it. max_message_tokens: the
-    most tokens of a message. message, separator: how messages are written down. last_reads_only: only the last agent
-    reads messages. Samples of a question are whole runs of their own, messages included.
+    A prompt takes the messages as its field {messages}; without that field they stand before it. Every sample of a question
+    has messages of its own.
+
+    max_message_tokens: at most, of one message. adapter: whether the model has the system's adapter. message: a format string
+    of one message. separator: between messages. last_reads_only: only the last agent reads messages. Raises ValueError for
+    max_message_tokens < 1.
     """
 
     def __init__(
@@ -137,7 +149,7 @@ class TextAgents:
             raise ValueError(f"max_message_tokens: expected at least 1, got {max_message_tokens}")
         self.max_message_tokens = max_message_tokens
         self.message, self.separator, self.last_reads_only = message, separator, last_reads_only
-        # A turn with messages before it, and one without.
+        # (name, the agent before the first message, the agent after it)
         self._turns = []
         for agent in system.agents:
             takes = f"{{{MESSAGES}}}" in agent.prompt
@@ -152,7 +164,7 @@ class TextAgents:
         return (later if any(messages) else first), questions
 
     def _communicate(self, questions: list[dict], batch_size, generation) -> tuple[list[str], int]:
-        """What the agents before the last wrote, for each question, and the number of tokens it took."""
+        """The messages of all agents but the last, one text for each question, and the number of decoded tokens."""
         messages, total = [""] * len(questions), 0
         for i, turn in enumerate(self._turns[:-1]):
             method, read = self._read(turn, questions, [""] * len(questions) if self.last_reads_only else messages)
@@ -174,7 +186,7 @@ class TextAgents:
         return Answers([texts[i : i + samples] for i in range(0, len(texts), samples)], total + final.tokens, clock.seconds)
 
     def loss(self, questions, answers, batch_size: int | None = None) -> tuple[float, int]:
-        """Of the answers after messages that were decoded greedily."""
+        """As in `Method`; the messages are decoded greedily."""
         fields = MultiAgentSystem.fields_of(questions)
         messages, _ = self._communicate(fields, batch_size, {"temperature": 0.0, "seed": 0})
         method, read = self._read(self._turns[-1], fields, messages)

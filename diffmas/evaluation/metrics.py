@@ -1,6 +1,6 @@
-"""What answers are worth: accuracy with an interval, perplexity, self-consistency.
+"""Accuracy with an interval, perplexity, and self-consistency of answers.
 
-Several samples of one question are not independent: an interval counts questions, not samples.
+Samples of one question are not independent, so intervals count questions, not samples.
 """
 
 import math
@@ -20,13 +20,17 @@ Z95 = statistics.NormalDist().inv_cdf(0.975)
 
 
 def normalise(text: str) -> str:
-    """For comparison: compatibility form, lower case, single spaces, no punctuation, quotes or $ around it."""
+    """A text in the form that is compared: NFKC, lower case, single spaces, no punctuation, quotes or $ around it."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(text.split()).strip(" .,:;!?\"'`*$")
 
 
 def boxed(text: str) -> str | None:
-    r"""The contents of the last whole \boxed{...}, braces inside it included; None without one."""
+    r"""The contents of the last complete \boxed{...}, with the braces inside; None if there is none.
+
+    >>> boxed(r"so \boxed{\frac{1}{2}}")
+    '\\frac{1}{2}'
+    """
     for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
         for end in range(start, len(text)):
@@ -37,7 +41,7 @@ def boxed(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number, without thousands separators; None without one."""
+    """The last number in a text, without thousands separators; None if there is none."""
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return found[-1].replace(",", "") if found else None
 
@@ -71,7 +75,7 @@ def _exact(given: str, gold: str) -> bool:
 def _math(given: str, gold: str) -> bool:
     from math_verify import parse, verify
 
-    # As LaTeX, whatever the answer is written as; parse returns nothing for what is no mathematics.
+    # Both as LaTeX; parse returns nothing for a text that is no mathematics.
     return _exact(given, gold) or bool(verify(parse(f"${gold}$"), parse(f"${given}$")))
 
 
@@ -79,12 +83,16 @@ MATCHERS: dict[str, Callable[[str, str], bool]] = {"exact": _exact, "math": _mat
 
 
 class Scorer:
-    """Judges answers. extract: how a text's final answer is found: all | boxed | number, a regular expression (its last
-    match, its first group if it has one) or a function text -> str | None. match: exact (after `normalise`) | math
-    (with math-verify: equal as mathematics) or a function (given, gold) -> bool. A gold answer that is a text with a final
-    answer of its own is taken by that.
+    """Judges answers against gold answers.
 
-    Raises ValueError for anything else, and for "math" where math-verify is not installed.
+    extract: where the final answer is in a text: all | boxed | number, a regular expression (its last match, or the first
+        group of that), or a function text -> str | None. It also applies to a gold answer, if it finds something there.
+    match: exact (after `normalise`) | math (equal as mathematics, by math-verify), or a function (given, gold) -> bool.
+
+    Raises ValueError for other values, and for "math" if math-verify is not installed.
+
+        >>> Scorer(extract="number").correct("2 + 2 = 4.", "4")
+        True
     """
 
     def __init__(self, extract="all", match="exact"):
@@ -100,10 +108,11 @@ class Scorer:
         return given is not None and bool(self.match(given, gold if final is None else final))
 
     def correct(self, text: str, gold: str) -> bool:
+        """Whether a text's final answer is the gold answer."""
         return self._right(self.extract(text), gold)
 
     def accuracy(self, texts: list[list[str]], golds: list[str]) -> float:
-        """texts[question][sample] -> the mean over questions of the share of right samples."""
+        """The mean over questions of the share of right samples, in [0, 1]. texts[question][sample]."""
         _check(texts, golds)
         return statistics.fmean(statistics.fmean(self.correct(t, gold) for t in samples) for samples, gold in zip(texts, golds))
 
@@ -119,7 +128,8 @@ class Scorer:
         return next(a for a in answers if normalise(a) == form), count / len(samples)
 
     def self_consistency(self, texts: list[list[str]], golds: list[str]) -> tuple[float, float]:
-        """(accuracy of the majority's answer, mean share of samples that agree with it)."""
+        """Self-consistency (Wang et al., arXiv 2203.11171): the accuracy of the majority's answer, and the mean share of
+        samples that agree with it. texts[question][sample]."""
         _check(texts, golds)
         votes = [self.vote(samples) for samples in texts]
         right = [self._right(winner, gold) for (winner, _), gold in zip(votes, golds)]
@@ -135,17 +145,23 @@ def _check(texts, golds) -> None:
 
 
 def wilson(rate: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a rate measured on n questions; 95 % by default. Raises ValueError for n < 1."""
+    """Wilson's score interval (JASA 1927) of a rate in [0, 1] over n questions; z: 95 % by default.
+
+    Returns (low, high). Raises ValueError for n < 1 or a rate out of range.
+
+        >>> [round(x, 2) for x in wilson(0.5, 100)]
+        [0.4, 0.6]
+    """
     if n < 1 or not 0 <= rate <= 1:
         raise ValueError(f"wilson: expected a rate in [0, 1] and n >= 1, got {rate} and {n}")
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # Around the rate also where rounding would have it otherwise, at 0 and 1.
+    # min and max: at rates 0 and 1 rounding must not put the rate outside.
     return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
 def perplexity(nll: float, tokens: int) -> float:
-    """exp of the mean negative log-likelihood (nats) per answer token; infinity where that overflows."""
+    """exp(nll / tokens), infinity if that overflows. nll: the sum over answer tokens, in nats. Raises ValueError for none."""
     if tokens < 1:
         raise ValueError(f"perplexity: expected at least one token, got {tokens}")
     try:

@@ -1,6 +1,6 @@
-"""The plain Hugging Face way to run and train latent agents: DynamicCache, torch.cat, left padding, autograd.
+"""Latent agents in plain Hugging Face code: DynamicCache, torch.cat, left padding, autograd.
 
-What a careful user writes today, with correct masks and positions (the LatentMAS reference code passes no positions and
+Written as a careful user would today, with correct masks and positions (the LatentMAS reference code passes no positions and
 attends to padding). Autograd keeps every concatenated copy of the cache: memory grows with (steps x trace length).
 """
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.sampling import end_tokens
-from diffmas.agents.system import evaluating
 from diffmas.models.parts import causal_lm_of
 from diffmas.trace.cache import cache_argument
 
@@ -24,10 +24,11 @@ def _left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, to
 
 
 class _Plain:
-    """A batch of episodes on one cache: which cached columns each sequence sees, and its next position.
+    """A batch of episodes on one cache.
 
-    cache: (config, columns it must hold) -> an empty one; None: a DynamicCache. every_logit: as LatentMAS calls the model,
-    with the logits of all tokens and the hidden states of all layers; else the body alone, and the logits that are used.
+    past [B, columns]: which cached columns each sequence sees. at [B, 1]: each sequence's next position. cache: a function
+    (config, columns) -> an empty cache with room for them, by default a DynamicCache. every_logit: as LatentMAS does, compute
+    the logits of all tokens and the hidden states of all layers, instead of the body alone and the logits that are used.
     """
 
     def __init__(self, system, questions, new_tokens: int = 0, cache=None, every_logit: bool = False):
@@ -41,21 +42,22 @@ class _Plain:
         self.at = torch.zeros(len(self.questions), 1, dtype=torch.long, device=system.device)
 
     def forward(self, module, mask, **inputs):
-        """mask [B, n]: which of the new tokens are real."""
+        """A forward of the model or its body over n new tokens. mask [B, n]: 1 for tokens, 0 for padding."""
         positions = (self.at + mask.cumsum(1) - 1).clamp_min(0)
         self.past, self.at = torch.cat((self.past, mask), 1), self.at + mask.sum(1, keepdim=True)
         options = {"position_ids": positions, "use_cache": True, cache_argument(module): self.cache}
         return module(**inputs, attention_mask=self.past, **options)
 
     def hidden(self, mask, **inputs):
-        """The last hidden state of the newest token, [B, 1, d]."""
+        """The last hidden state of each sequence's last token, [B, 1, d]."""
         if self.every_logit:
             return self.forward(self.model, mask, output_hidden_states=True, **inputs).hidden_states[-1][:, -1:]
         return self.forward(self.model.base_model, mask, **inputs).last_hidden_state[:, -1:]
 
-    def logits(self, mask, ids, newest: int):
-        keep = {} if self.every_logit else {"logits_to_keep": newest}
-        return self.forward(self.model, mask, input_ids=ids, **keep).logits[:, -newest:]
+    def logits(self, mask, ids, count: int):
+        """The logits of the last `count` tokens, [B, count, V]."""
+        keep = {} if self.every_logit else {"logits_to_keep": count}
+        return self.forward(self.model, mask, input_ids=ids, **keep).logits[:, -count:]
 
     def communicate(self) -> None:
         """All agents but the last take their turns."""
@@ -73,9 +75,10 @@ class _Plain:
 
 
 def plain_loss(system, questions, answers, every_logit: bool = False) -> torch.Tensor:
-    """The loss of `MultiAgentSystem.forward` for trace_content all or latent_only, without a trace; a scalar.
+    """The loss of `MultiAgentSystem.forward` without a trace, a scalar.
 
-    Positions are those of the unpadded sequences. Rows that latent_only drops stay in the cache and are masked out.
+    questions, answers: as there. every_logit: as LatentMAS does, compute the logits of all tokens. Positions are those of the
+    unpadded sequences. Rows that trace_content="latent_only" drops stay in the cache and are masked out.
     """
     plain = _Plain(system, questions, every_logit=every_logit)
     plain.communicate()
@@ -93,7 +96,10 @@ def plain_loss(system, questions, answers, every_logit: bool = False) -> torch.T
 
 @torch.no_grad()
 def plain_generate(system, questions, max_new_tokens: int, cache=None, every_logit: bool = False) -> list[list[int]]:
-    """The greedy tokens of `MultiAgentSystem.generate_tokens`, end-of-sequence token included, [question][token]."""
+    """The greedy tokens of `MultiAgentSystem.generate_tokens` without a trace, [question][token].
+
+    cache: a function (config, columns) -> an empty cache with room for them, by default a DynamicCache.
+    """
     plain = _Plain(system, questions, max_new_tokens, cache, every_logit)
     ends = end_tokens(plain.model, system.tokenizer)
     with evaluating(system):

@@ -19,9 +19,9 @@ __all__ = ["MethodsFailed", "Result", "evaluate", "plot", "table", "write_answer
 class Result:
     """One method on one data set.
 
-    accuracy: share of right samples, [low, high] its 95 % Wilson interval over questions. perplexity of the gold answers,
-    per token. vote_accuracy, agreement: of the majority of the samples. seconds: wall time of answering; tokens: decoded
-    by all agents together, for all samples.
+    accuracy: share of right samples; [low, high]: its 95 % Wilson interval over questions. perplexity: of the gold answers,
+    per token. vote_accuracy, agreement: self-consistency (`Scorer.self_consistency`). seconds: wall time of answering.
+    tokens: decoded by all agents together, for all samples.
     """
 
     method: str
@@ -38,11 +38,12 @@ class Result:
     texts: list[list[str]] = field(default_factory=list, repr=False)  # [question][sample]; not in tables
 
     def row(self) -> dict:
+        """All but the texts, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "texts"}
 
 
 class MethodsFailed(RuntimeError):
-    """Some methods raised. errors: what, by method; results: of the methods that did not."""
+    """Some methods failed. errors: by the method's name; results: of the other methods."""
 
     def __init__(self, errors: dict[str, Exception], results: list[Result]):
         super().__init__("; ".join(f"{name}: {error}" for name, error in errors.items()))
@@ -54,12 +55,19 @@ def evaluate(
     batch_size: int | None = None, progress: Callable[[str], None] | None = None,
     save: Callable[[list[Result]], object] | None = None, **generation,
 ) -> list[Result]:  # fmt: skip
-    """Answers every row with every method; results in the order of `methods`.
+    """Answers every row with every method; returns results in the order of `methods`.
 
-    rows: see `diffmas.training.data`. batch_size: questions at once (all by default). progress: called with the name of the method
-    that is about to run; save: with all results so far, after each method. generation: max_new_tokens, temperature, top_p,
-    seed and stop, as `MultiAgentSystem.generate` takes them. Raises ValueError for no method, no row, or a bad one. A
-    method that fails does not stop the others: `MethodsFailed`, with their results, is raised at the end.
+    rows: of questions and answers (`diffmas.training.data`). samples: answers per question. scorer: by default `Scorer()`.
+    batch_size: questions at once, by default all. progress: called with each method's name before its turn. save: called with
+    all results so far, after each method. generation: max_new_tokens, temperature, top_p, seed and stop of
+    `MultiAgentSystem.generate`.
+
+    Raises ValueError for no method, no row, or a row that does not fit. A method that fails does not stop the others;
+    `MethodsFailed`, with their results, is raised at the end.
+
+        >>> methods = {"one agent": single_agent(system), "system": Latent(system)}
+        >>> [result.questions for result in evaluate(methods, rows, max_new_tokens=4, seed=0)]
+        [2, 2]
     """
     if not methods:
         raise ValueError("methods: expected at least one, got none")
@@ -92,7 +100,7 @@ def evaluate(
 
 
 def table(results: list[Result], title: str = "") -> Table:
-    """A rich table; rates in percent."""
+    """The results as a rich table, rates in percent."""
     out = Table(title=title or None)
     out.add_column("method", no_wrap=True)
     for head in ("accuracy %", "95 % interval", "perplexity", "majority %", "agreement %", "seconds", "tokens decoded"):
@@ -108,7 +116,7 @@ def table(results: list[Result], title: str = "") -> Table:
 
 
 def write_csv(results: list[Result], path) -> Path:
-    """One line per method, with a head line."""
+    """Writes a CSV file with a line per method, and returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -119,7 +127,7 @@ def write_csv(results: list[Result], path) -> Path:
 
 
 def write_answers(results: list[Result], rows: list[dict], path) -> Path:
-    """JSON lines of every row with what each method answered: {"fields", "answer", "given": {method: [samples]}}."""
+    """Writes a JSON line per row, {"fields", "answer", "given": {method: [samples]}}, and returns the file's path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -131,14 +139,14 @@ def write_answers(results: list[Result], rows: list[dict], path) -> Path:
 
 
 def plot(results: list[Result], path, title: str = "") -> Path:
-    """A PNG of the accuracies with their intervals, and of the perplexities beside them."""
+    """Writes a PNG of the accuracies with their intervals, and the perplexities beside them; returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     path, names = Path(path), [r.method for r in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(9, 1.2 + 0.5 * len(results)), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: no display and no global state
+    FigureCanvasAgg(figure)  # pyplot would need a display and keep global state
     left, right = figure.subplots(1, 2, sharey=True)
     errors = [[100 * (r.accuracy - r.low) for r in results], [100 * (r.high - r.accuracy) for r in results]]
     left.barh(names, [100 * r.accuracy for r in results], xerr=errors, capsize=3, color="tab:blue", alpha=0.8)

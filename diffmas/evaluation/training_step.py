@@ -1,7 +1,7 @@
-"""One training step of a system, through diffmas and the plain Hugging Face way: time, peak memory, and that they agree.
+"""One training step of a system, through diffmas and in plain Hugging Face code: time, peak memory, and agreement.
 
-Time is measured interleaved in one process. Memory is the growth of the resident set during one step, each way in a
-process of its own (spawned, so that nothing earlier is counted); on a GPU it is the allocator's peak.
+Times are measured interleaved in one process. Memory is the growth of the resident set during one step, or on a GPU the
+allocator's peak; each way is measured in a spawned process of its own, so that nothing earlier counts.
 """
 
 import gc
@@ -22,7 +22,7 @@ WAYS = ("diffmas", "plain")
 
 @dataclass
 class StepComparison:
-    """Seconds and bytes of one step (forward and backward) each way; the largest difference of loss and gradients."""
+    """Seconds and bytes of one step, forward and backward, by way; and the largest differences between the ways."""
 
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
@@ -39,6 +39,7 @@ class StepComparison:
 
 
 def step(way: str, system, questions, answers) -> torch.Tensor:
+    """A forward and backward; returns the loss."""
     system.zero_grad(set_to_none=True)
     loss = system(questions, answers).loss if way == "diffmas" else plain_loss(system, questions, answers)
     loss.backward()
@@ -71,7 +72,7 @@ def _measure_memory(way: str, make, args, pipe) -> None:
 
 
 def peak_bytes(way: str, make, args: tuple) -> int:
-    """Growth of memory during one step of `way` in a fresh process."""
+    """Bytes by which memory grows during one step, in a fresh process."""
     spawn = multiprocessing.get_context("spawn")
     receive, send = spawn.Pipe(duplex=False)
     # Freed blocks go back to the system at once, so that the resident set follows what is in use.
@@ -91,7 +92,11 @@ def peak_bytes(way: str, make, args: tuple) -> int:
 
 
 def compare_training_step(make, args: tuple = (), repeats: int = 5) -> StepComparison:
-    """make(*args) -> (system, questions, answers); a module-level function, as it is called in other processes too."""
+    """Measures one training step both ways, and compares losses and gradients.
+
+    make(*args) -> (system, questions, answers): a module-level function, since other processes call it too. repeats: steps
+    that are timed; seconds are their median.
+    """
     system, questions, answers = make(*args)
     system.train()
     losses, gradients = {}, {}

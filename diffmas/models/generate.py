@@ -1,4 +1,7 @@
-"""transformers' generate on a trace: what stands in for the past, and what the trace holds afterwards."""
+"""transformers' generate on a trace.
+
+transformers counts the past as part of the input. Tokens that no layer sees stand in for it, and are cut off afterwards.
+"""
 
 from dataclasses import dataclass
 
@@ -10,13 +13,16 @@ from diffmas.trace.cache import cache_name
 
 __all__ = ["Generation", "generate"]
 
-MOST_RESERVED = 512  # rows that a sequence reserves at once for what is generated
+MOST_RESERVED = 512  # rows that a sequence reserves at once for generated tokens
 
 
 @dataclass
 class Generation:
-    """What a generate that runs has to say to the forwards on its trace. past, new: tokens of its input that stand in for the
-    past, and that are new; reserve: tokens that it may generate, as far as it is known."""
+    """The state of a generate in progress, for the forwards on its trace.
+
+    past, new: how many tokens of its input stand in for the past, and how many are new. reserve: tokens that it may generate,
+    as far as that is known. kind: of the segments that the next forward writes.
+    """
 
     past: int
     new: int
@@ -24,22 +30,28 @@ class Generation:
     kind: str = "prompt"
 
     def next_forward(self, x: Tensor) -> tuple[Tensor, str, int]:
-        """x [B, S, ...], what transformers gives -> the new tokens of it, their kind, how many will follow."""
+        """The new tokens in transformers' input x [B, S, ...], their kind, and how many tokens will follow."""
         if self.kind == "text":
             return x, "text", 0
         self.kind = "text"  # the prompt is written by the first forward of a generate
         if x.shape[1] >= self.past + self.new:
-            x = x[:, self.past :]  # assisted decoding begins with all of the input, what stands in for the past included
+            x = x[:, self.past :]  # assisted decoding begins with the whole input, the stand-ins included
         return x, "prompt", self.reserve
 
 
 def generate(self, inputs=None, *args, **kwargs):
-    """transformers' generate; with a Trace, `input_ids` are the new tokens and no mask of the past is needed.
+    """transformers' generate; with a Trace as past_key_values, `input_ids` [B, S] are the new tokens only.
 
-    transformers counts the past as part of the input, so the past is stood in for by tokens that no layer sees, and cut
-    off again; max_length and min_length count as if there was no past. Afterwards the trace holds the prompt and all
-    generated tokens of each sequence but its last. Beams and several samples per prompt work on forks: the trace passed
-    in then stays as it was.
+    attention_mask: of the new tokens, padded on the left. max_length, min_length: counted without the past. Returns what
+    transformers returns, also without the past. The trace then holds the prompt and all generated tokens of each sequence but
+    its last. Beams and several samples per prompt work on forks, and leave the trace as it was. Raises ValueError naming the
+    argument that does not fit.
+
+        >>> trace = Trace(model, batch_size=1)
+        >>> model.generate(torch.tensor([[3, 4, 5]]), past_key_values=trace, max_new_tokens=2).shape
+        torch.Size([1, 5])
+        >>> trace.lengths
+        [4]
     """
     original = type(self).generate
     argument = cache_name(kwargs, Trace)
@@ -68,7 +80,7 @@ def generate(self, inputs=None, *args, **kwargs):
     if past:
         seen = torch.arange(past)[None] >= past - torch.tensor(trace.lengths)[:, None]
         if ids is not None:
-            # A token of the prompt stands in, so that penalties on what was seen hit nothing that they would not.
+            # A token of the prompt stands in, so that repetition penalties meet no token that they would not have met.
             seen_id = ids.gather(1, mask.argmax(1, keepdim=True).to(ids.device))
             ids = torch.cat((seen_id.expand(B, past), ids), dim=1)
         mask = torch.cat((seen.to(mask), mask), dim=1)
@@ -84,7 +96,7 @@ def generate(self, inputs=None, *args, **kwargs):
     running = trace
     if copies > 1:
         running = kwargs[argument] = trace.select([b for b in range(B) for _ in range(copies)])
-        running.make_room(longest)  # for beams nobody knows whose rows they will be
+        running.make_room(longest)  # which beam will write the rows is not known beforehand
     if ids is not None:
         kwargs["input_ids"] = ids
     running.generation = Generation(past, S, longest if copies == 1 else 0)
@@ -107,9 +119,9 @@ def generate(self, inputs=None, *args, **kwargs):
 
 
 def _ends(text: Tensor, eos, pad) -> list[int]:
-    """How many tokens each row of generated `text` has before the filling that follows a sequence that has ended."""
+    """How many tokens each row of `text` [B, new] has before the filling behind its end."""
     eos = torch.as_tensor([] if eos is None else eos, device=text.device).flatten()
     stops = torch.isin(text, eos)
-    # Rows that ended at a stop string, not at eos, are known by the filling alone.
+    # Only the filling tells where a row ended that ended at a stop string.
     filling = text.shape[1] if pad is None else (text != pad).long().cumsum(1).argmax(1) + 1
     return torch.where(stops.any(1), stops.long().argmax(1) + 1, filling).tolist()

@@ -1,4 +1,4 @@
-"""Who wrote a file: fingerprints of a model and of its adapter, to refuse a trace or an adapter of another model."""
+"""Fingerprints of a model and of its adapters, by which a file of another model is refused."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from diffmas.models.parts import causal_lm_of
 
 __all__ = ["adapter_fingerprint", "fingerprint_of", "model_fingerprint", "rope_of"]
 
-SAMPLES = 64  # values looked at per weight: enough to tell checkpoints apart, cheap for large models
+SAMPLES = 64  # values hashed per weight: enough to tell checkpoints apart, and cheap for large models
 
 
 def _is_adapter(name: str) -> bool:
@@ -29,7 +29,7 @@ def _digest(named) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Of the base weights: the same with and without a PEFT adapter around them, different once it is merged."""
+    """Hash of the base weights, 32 hex digits; the same with and without PEFT adapters, until one is merged."""
     weights = []
     for name, p in causal_lm_of(model).named_parameters():
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
@@ -39,10 +39,10 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def adapter_fingerprint(model: nn.Module) -> str | None:
-    """Of the active adapters' weights and scaling, whatever they are called; None without one, or with all disabled."""
+    """Hash of the active adapters' weights and scaling, whatever their names; None without an active adapter."""
     weights = []
     for name, module in causal_lm_of(model).named_modules():
-        if not hasattr(module, "adapter_layer_names") or module.disable_adapters:  # not a PEFT layer, or one without effect
+        if not hasattr(module, "adapter_layer_names") or module.disable_adapters:  # no PEFT layer, or one that is off
             continue
         for i, adapter in enumerate(module.active_adapters):
             scaling = getattr(module, "scaling", {}).get(adapter)
@@ -62,7 +62,7 @@ def rope_of(model: nn.Module) -> dict:
 
 
 def fingerprint_of(model: nn.Module) -> dict:
-    """What stored rows depend on, as plain data."""
+    """All that stored K/V rows depend on, as plain data: {"model", "adapter", "rope"}."""
     return {
         "model": model_fingerprint(model),
         "adapter": adapter_fingerprint(model),

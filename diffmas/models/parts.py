@@ -14,7 +14,7 @@ def causal_lm_of(model: nn.Module) -> nn.Module:
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """The stack of layers under the language-model head; raises Unsupported if it is not a transformers model."""
+    """The stack of layers under the language-model head; raises Unsupported for a model that is not transformers'."""
     causal_lm = causal_lm_of(model)
     if not isinstance(causal_lm, PreTrainedModel):
         raise Unsupported(f"diffmas cannot patch {type(model).__name__}: expected a transformers model, or PEFT around one")

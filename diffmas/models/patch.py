@@ -1,12 +1,12 @@
 """patch_model: the only door to transformers' internals.
 
-Per instance and reversible: nothing global, no class and no shared config is touched. A patched model behaves as before
-until a Trace is passed as `past_key_values` (`cache` since transformers 5.24). Then a hook on the body plans the forward
-(diffmas.models.forward), every attention layer writes and reads the trace (diffmas.models.attention), and a second hook
-commits it.
+A patch belongs to one instance and is reversible: classes, shared configs and globals stay as they are. A patched model
+behaves as before until a Trace is passed as `past_key_values` (`cache` since transformers 5.24). Then a hook on the body
+plans the forward pass (diffmas.models.forward), every attention layer writes and reads the trace (diffmas.models.attention),
+and a second hook commits it.
 
-What a model needs and diffmas does not do is refused here: by a static check (diffmas.models.support) and by a numeric probe of
-every layer against its own forward (diffmas.models.probe), since each alone misses cases.
+A model that needs a feature diffmas lacks is refused, by a static check of its attributes (diffmas.models.support) and by a
+numeric probe of every layer against its own forward (diffmas.models.probe); each alone misses cases.
 """
 
 import functools
@@ -33,10 +33,10 @@ logger = logging.getLogger("diffmas")
 
 @dataclass
 class Patch:
-    """The record of a patched model: everything that is known of it, gone with `unpatch_model`.
+    """All state of a patched model; `unpatch_model` drops it.
 
-    checkpointed: the modules that activation checkpointing can be switched on for. capture: whether latent steps may be captured
-    as a CUDA graph, None before it was tried (diffmas.agents.latent).
+    checkpointed: the modules that have an activation-checkpointing switch. capture: whether latent steps may be captured as a
+    CUDA graph (diffmas.agents.latent), None before the first attempt.
     """
 
     body: nn.Module
@@ -61,17 +61,24 @@ def patch_of(model: nn.Module) -> Patch:
 
 
 def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None = None) -> nn.Module:
-    """Makes `model` (transformers, or PEFT around one) take a `diffmas.Trace` as past_key_values. In place; returns it.
+    """Patches a model in place to take a `diffmas.Trace` as past_key_values, and returns it.
 
-    backend: "auto", or one of `diffmas.ops.BACKENDS`. max_length: the most tokens a trace of this model may hold per
-    sequence; with it, sliding windows at least that long are accepted. Without it, a window must be as long as the model's
-    context, and is what limits a trace.
+    model: a transformers causal LM, or a PEFT model around one. backend: "auto", or one of `diffmas.ops.BACKENDS`.
+    max_length: the most tokens per sequence that a trace of this model may hold. A sliding window must be at least that long;
+    without max_length it must be as long as the model's context, and then limits traces itself.
 
-    torch.compile, with fullgraph=True: `layer.compile()` for each decoder layer, or `compile()` of the body (the model without
-    its head). With inductor, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
+    With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
+    without its head). With inductor, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
 
-    Raises Unsupported (a ValueError) naming layer and feature for a model that needs what diffmas does not do; the model
-    is then as it was. Patching again with the same arguments does nothing.
+    Raises Unsupported (a ValueError) naming layer and feature for a model that needs a feature diffmas lacks, and leaves the
+    model as it was. Patching again with the same arguments does nothing.
+
+        >>> model = patch_model(model)
+        >>> trace = Trace(model, batch_size=1)
+        >>> ids = torch.tensor([[3, 4, 5]])
+        >>> logits = model(input_ids=ids, past_key_values=trace).logits
+        >>> trace.lengths
+        [3]
     """
     ops.check_backend(backend)
     if max_length is not None and max_length < 1:
@@ -120,7 +127,7 @@ def _examine(causal_lm: nn.Module, body: nn.Module, backend: str, max_length: in
 
 
 def _limit(max_length: int | None, window: int | None) -> tuple[int | None, str]:
-    """The most tokens that a trace may hold per sequence, and what sets that limit. window: the shortest sliding window."""
+    """The most tokens per sequence that a trace may hold, and what sets that limit. window: the shortest sliding window."""
     if window is None or (max_length is not None and max_length <= window):
         return max_length, "patch_model's max_length"
     return window, "the model's sliding window"
@@ -169,7 +176,7 @@ class CompiledForward:
 
 
 def compile_body(body: nn.Module, *args, **kwargs) -> None:
-    """In the place of a patched body's `compile`: the hooks, which plan and commit a forward pass, stay outside of the graph."""
+    """A patched body's `compile`: the hooks, which plan and commit a forward pass, stay outside of the graph."""
     uncompile_body(body)
     body.forward = CompiledForward(body, args, kwargs).forward
 
@@ -183,7 +190,12 @@ def uncompile_body(body: nn.Module) -> None:
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
-    """Undoes `patch_model`; returns the model. Raises ValueError if it is not patched."""
+    """Undoes `patch_model`.
+
+    Returns the model, in place. Raises ValueError if it is not patched.
+
+        >>> model = unpatch_model(patch_model(model))
+    """
     record = patch_of(model)
     for attention, _ in record.pairs():
         uninstall(attention)

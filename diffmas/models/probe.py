@@ -1,8 +1,8 @@
 """The numeric probe: every attention layer is replayed through diffmas and compared with its own forward.
 
-The body runs a few random tokens, unpatched, at small and at large positions, while hooks record what each attention
-layer was called with. A float32 copy of the layer then computes the same inputs both ways, plain and scaled up until the
-softmax saturates. This finds what no attribute reveals: another rotary layout, a norm in another place, a layer without
+The unpatched body forwards a few random tokens, at small and at large positions, while hooks record the arguments of each
+attention layer. A float32 copy of the layer then computes the same inputs both ways, plain and scaled up until the softmax
+saturates. This finds differences that no attribute reveals: another rotary layout, a norm in another place, a layer without
 rotation, positions that scale the query.
 """
 
@@ -58,7 +58,7 @@ def recorded_calls(attentions: list[nn.Module], calls: dict):
 
 
 def record_body(body: nn.Module, attentions: list[nn.Module], first_position: int) -> dict[int, tuple]:
-    """What each layer is called with when the body runs TOKENS random tokens from `first_position` on."""
+    """The (args, kwargs) of each layer when the body forwards TOKENS random tokens from `first_position` on."""
     weight = body.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, weight.shape[0], (1, TOKENS), generator=generator).to(weight.device)
@@ -67,7 +67,7 @@ def record_body(body: nn.Module, attentions: list[nn.Module], first_position: in
     with recorded_calls(attentions, calls):
         try:
             body(input_ids=ids, position_ids=positions, use_cache=False, **{SENTINEL: None})
-        except (TypeError, ValueError) as error:  # a forward that takes no other arguments than its own
+        except (TypeError, ValueError) as error:  # its forward takes no extra keyword arguments
             raise Unsupported(f"diffmas cannot patch {type(body).__name__}: {error} [{SENTINEL}]") from error
     return calls
 
@@ -94,7 +94,7 @@ def traced(attention: nn.Module, *args, **kwargs):
 
 
 def plain_copy(attention: nn.Module) -> nn.Module:
-    """A float32 copy in eval mode whose plain forward uses an attention function that runs anywhere."""
+    """A float32 copy in eval mode, with an attention function that works on any device."""
     copied = copy.deepcopy(attention).float().eval()
     copied.config = copy.copy(attention.config)
     if copied.config._attn_implementation not in ("eager", "sdpa"):
@@ -103,7 +103,7 @@ def plain_copy(attention: nn.Module) -> nn.Module:
 
 
 def mismatch(attention: nn.Module, copied: nn.Module, layer: Layer, calls: list[dict]) -> str | None:
-    """None if the layer computes through diffmas what it computes by itself, else what differs."""
+    """What differs between the layer through diffmas and by itself, as text; None if nothing does."""
     own = type(attention).forward
     for call in calls:
         for scale, tolerance in SCALES.items():
@@ -125,7 +125,7 @@ def mismatch(attention: nn.Module, copied: nn.Module, layer: Layer, calls: list[
 
 
 def rotation(copied: nn.Module, layer: Layer, calls: list[dict], offset: int, inv_freq: Tensor | None) -> str:
-    """How the layer rotates its keys, from the same hidden states at two positions: half | interleaved | none | unknown."""
+    """How the layer rotates its keys, half | interleaved | none | unknown: from the same hidden states at two positions."""
     near, moved = (call[layer.index][1].get("position_embeddings") for call in calls)
     if near is None or inv_freq is None:
         return "unknown"
@@ -162,7 +162,7 @@ def choose_tiers(body: nn.Module, attentions: list[nn.Module]) -> list[Layer]:
         raise refuse(meta[0], ["weights that are not in memory, so that the layer cannot be probed [device=meta]"])
     longest = getattr(config, "max_position_embeddings", 2048) or 2048
     far = max(0, min(longest, 50_000) - TOKENS)
-    near = min(far, 200)  # the float32 angles that layers rotate by are exact enough to tell what a rotation is
+    near = min(far, 200)  # up to here float32 angles are exact enough to tell rotations apart
     training = [m for m in body.modules() if m.training]
     body.eval()
     try:

@@ -1,5 +1,7 @@
-"""What a model may not need: features that the ops do not have, found in attributes. What no attribute reveals is left to the
-numeric probe (diffmas.models.probe)."""
+"""The static check: features of a model that the ops lack, as far as attributes reveal them.
+
+The numeric probe (diffmas.models.probe) finds the others.
+"""
 
 from torch import nn
 
@@ -7,10 +9,11 @@ __all__ = ["Unsupported", "refuse", "unsupported", "window_of"]
 
 
 class Unsupported(ValueError):
-    """The model needs something that diffmas does not do."""
+    """The model needs a feature that diffmas lacks; the message names layer and feature."""
 
 
 def refuse(attention: nn.Module, features: list[str]) -> Unsupported:
+    """The error for an attention layer with these features, to be raised."""
     return Unsupported(
         f"diffmas cannot patch {type(attention).__name__} (layer {attention.layer_idx}): {'; '.join(features)}. "
         "Supported: causal softmax attention over all K/V rows, multi-head or grouped, with RoPE that does not depend on "
@@ -19,7 +22,7 @@ def refuse(attention: nn.Module, features: list[str]) -> Unsupported:
 
 
 def window_of(attention: nn.Module, config) -> int | None:
-    """The sliding window of a layer, in tokens; None if it sees all of them."""
+    """The sliding window of a layer, in tokens; None if the layer sees all tokens."""
     window = getattr(attention, "sliding_window", None)
     types_ = getattr(config, "layer_types", None)
     slides = types_[attention.layer_idx] == "sliding_attention" if types_ else getattr(config, "use_sliding_window", True)
@@ -27,7 +30,7 @@ def window_of(attention: nn.Module, config) -> int | None:
 
 
 def unsupported(attention: nn.Module, config, max_length: int | None) -> list[str]:
-    """Features of one layer that the ops do not have, as text; what no attribute reveals is left to the probe."""
+    """Features of one layer that the ops lack, as text. max_length: as in `patch_model`."""
     found = []
     types_ = getattr(config, "layer_types", None)
     if types_ and types_[attention.layer_idx] not in ("full_attention", "sliding_attention"):

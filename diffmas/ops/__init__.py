@@ -1,4 +1,4 @@
-"""The four ops of diffmas on tensors: `inject`, `cross_attention`, `merge_states`, `reposition`; and the backends that run them."""
+"""The four ops of diffmas on tensors, `inject`, `cross_attention`, `merge_states` and `reposition`, and their backends."""
 
 from diffmas.ops import register  # noqa: F401  defines torch.ops.diffmas
 from diffmas.ops.api import cross_attention, inject, merge_states, reposition

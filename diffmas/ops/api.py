@@ -36,13 +36,24 @@ def inject(
     k_pool: Tensor, v_pool: Tensor, *, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
     eps: float = 1e-6, interleaved: bool = False, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Per-head RMSNorm, RoPE and the K/V scatter of n packed tokens, in one op.
+    """Per-head RMSNorm, RoPE (Su et al., arXiv 2104.09864) and the write of K and V to their pools, for n packed tokens.
 
-    q [n, Hq, D]; k, v [n, Hkv, D]; cos, sin [n, Dr] (Dr <= D even, Hugging Face's tables) or None for no rotation;
-    slots [n] (int64 or int32), the pool row of each token, -1 for a token that is not stored; k_pool, v_pool [R, Hkv, D],
-    mutated; q_weight, k_weight [D] or None for no norm. Returns the rotated q [n, Hq, D].
+    q [n, Hq, D]; k, v [n, Hkv, D]: projections, Hkv divides Hq.
+    cos, sin [n, Dr]: Hugging Face's rotary tables of each token's position, Dr <= D even; None for no rotation.
+    slots [n] int64 or int32: the pool row of each token; -1 for a token that is not stored.
+    k_pool, v_pool [R, Hkv, D]: mutated.
+    q_weight, k_weight [D]: of the norms; None for no norm. eps: of the norms.
+    interleaved: rotate neighbouring dimensions, instead of the halves of the first Dr.
 
-    Raises ValueError naming the argument for shapes, dtypes, devices and (on the CPU) rows that do not fit.
+    Returns the normed and rotated q, [n, Hq, D]. Raises ValueError naming the argument for shapes, dtypes, devices and (on the
+    CPU) rows that do not fit.
+
+        >>> q, k, v = torch.randn(2, 4, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
+        >>> k_pool, v_pool = torch.zeros(16, 1, 8), torch.zeros(16, 1, 8)
+        >>> inject(q, k, v, None, None, torch.tensor([5, 6]), k_pool, v_pool).shape
+        torch.Size([2, 4, 8])
+        >>> torch.equal(v_pool[5:7], v)
+        True
     """
     n, Hq, D = check_query(q)
     check_shape("k", k, (n, "Hkv", D))
@@ -76,16 +87,30 @@ def cross_attention(
     seg_len: Tensor, seg_offset: Tensor | None = None, inv_freq: Tensor | None = None, *, scale: float | None = None,
     causal: bool = True, interleaved: bool = False, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of n packed queries of B sequences, each over its own view of the pools, without a concatenation.
+    """Attention of n packed queries of B sequences, each over its own view of the pools, read in place.
 
-    q [n, Hq, D], rotated; k_pool, v_pool [R, Hkv, D]; q_indptr, seg_indptr [B + 1]: where each sequence's queries and
-    segments begin; seg_start, seg_len [S]: pool rows of each segment in the order they are read, at least one, disjoint
-    within a sequence; seg_offset [S]: read the segment as if its keys stood that many positions later (needs inv_freq
-    [Dr/2]); all of these int64 or int32; scale defaults to D ** -0.5. Causal is bottom-right aligned: the newest tokens of
-    a view are its queries' own.
-    Returns o [n, Hq, D] and lse [n, Hq] (natural log, float32). Nothing visible: o = 0, lse = -inf.
+    q [n, Hq, D]: rotated, as `inject` returns it. k_pool, v_pool [R, Hkv, D].
+    q_indptr, seg_indptr [B + 1]: where each sequence's queries and segments begin.
+    seg_start, seg_len [S]: the first pool row and the length (at least 1) of each segment, in the order of reading; disjoint
+        within a sequence.
+    seg_offset [S]: reads a segment as if its keys stood that many positions later; needs inv_freq [Dr/2], the rotary
+        frequencies. Index tensors are int64 or int32.
+    scale: of the scores, by default D ** -0.5.
+    causal: the queries are the last tokens of their view, and see no token behind themselves.
+    interleaved: as in `inject`.
 
-    Raises ValueError naming the argument for shapes, dtypes, devices and (on the CPU) rows that do not fit.
+    Returns o [n, Hq, D] and lse [n, Hq], the natural log of the softmax's denominator, in float32 (float64 for float64);
+    where a query sees nothing, o = 0 and lse = -inf. Raises ValueError naming the argument for shapes, dtypes, devices and
+    (on the CPU) rows that do not fit.
+
+    One sequence with two new tokens, which reads rows 0 to 3 and its own rows 8 and 9:
+
+        >>> q, k_pool, v_pool = torch.randn(2, 4, 8), torch.randn(16, 1, 8), torch.randn(16, 1, 8)
+        >>> q_indptr, seg_indptr = torch.tensor([0, 2]), torch.tensor([0, 2])
+        >>> seg_start, seg_len = torch.tensor([0, 8]), torch.tensor([4, 2])
+        >>> o, lse = cross_attention(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len)
+        >>> o.shape, lse.shape
+        (torch.Size([2, 4, 8]), torch.Size([2, 4]))
     """
     n, Hq, D = check_query(q)
     check_pools(k_pool, v_pool, "Hkv", D)
@@ -115,9 +140,16 @@ def cross_attention(
 
 
 def merge_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The attention state (o [n, H, D], lse [n, H]) over the union of two disjoint views; differentiable in all four.
+    """Attention over the union of two disjoint views, from the results over each; differentiable in all four.
 
-    Associative and commutative; (0, -inf) is the neutral element. Raises ValueError naming the argument.
+    o_a, o_b [n, H, D]; lse_a, lse_b [n, H]: as `cross_attention` returns them. Returns o and lse of the union. Associative and
+    commutative, with (0, -inf) as the neutral element (FlashInfer, arXiv 2501.01005). Raises ValueError naming the argument
+    that does not fit.
+
+        >>> o, lse = torch.randn(2, 4, 8), torch.randn(2, 4)
+        >>> merged, _ = merge_states(o, lse, torch.zeros_like(o), torch.full_like(lse, -torch.inf))
+        >>> torch.allclose(merged, o)
+        True
     """
     check_shape("o_a", o_a, ("n", "H", "D"))
     check_shape("o_b", o_b, tuple(o_a.shape))
@@ -134,11 +166,21 @@ def reposition(
     src: Tensor, dst: Tensor, offset: Tensor, inv_freq: Tensor, k_pool: Tensor, v_pool: Tensor, *,
     interleaved: bool = False, backend: str = "auto",
 ) -> None:  # fmt: skip
-    """Copies pool rows `src` to rows `dst`, their keys rotated on by `offset` positions.
+    """Copies pool rows, the keys rotated by `offset` positions more.
 
-    src, dst, offset [m] int64 or int32 (dst distinct, none of them also in src); inv_freq [Dr/2]: a pure rotation, without the
-    attention factor that some models scale cos and sin by; k_pool, v_pool [R, Hkv, D], mutated.
-    Raises ValueError naming the argument.
+    src, dst [m] int64 or int32: rows to read and to write; dst distinct, and none of them in src.
+    offset [m] int64 or int32: positions, may be negative.
+    inv_freq [Dr/2]: rotary frequencies; a pure rotation, without the attention factor by which some models scale cos and sin.
+    k_pool, v_pool [R, Hkv, D]: mutated.
+    interleaved: as in `inject`.
+
+    Raises ValueError naming the argument that does not fit.
+
+        >>> k_pool, v_pool = torch.randn(16, 1, 8), torch.randn(16, 1, 8)
+        >>> inv_freq = 10_000 ** (-torch.arange(4) / 4)
+        >>> reposition(torch.tensor([0]), torch.tensor([9]), torch.tensor([3]), inv_freq, k_pool, v_pool)
+        >>> torch.equal(v_pool[9], v_pool[0]), torch.equal(k_pool[9], k_pool[0])
+        (True, False)
     """
     check_pools(k_pool, v_pool, "Hkv", "D")
     check_floats(k_pool, k_pool=k_pool, v_pool=v_pool, inv_freq=inv_freq)

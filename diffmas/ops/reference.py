@@ -143,7 +143,8 @@ def view_rows(segments, seg_start: Tensor, seg_len: Tensor, seg_offset: Tensor |
 
 
 def sequences(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, causal, interleaved):
-    """For each sequence with queries: number, query range, pool rows, K as read (at its position offset) and V [N, Hkv, D], mask, tables."""
+    """For each sequence with queries: its number and query range, pool rows, K (at its position offset) and V [N, Hkv, D], the
+    mask, and the rotary tables of the offsets."""
     acc = accumulator(q.dtype)
     for b in range(q_indptr.shape[0] - 1):
         first, last = int(q_indptr[b]), int(q_indptr[b + 1])
@@ -261,7 +262,7 @@ def merge_states_backward(do, dlse, o_a, lse_a, o_b, lse_b, o, lse):
 
 
 def reposition(src, dst, offset, inv_freq, interleaved, k_pool, v_pool) -> None:
-    """Copies rows `src` [m] to rows `dst` [m], keys rotated on by `offset` [m] positions; a pure rotation by inv_freq [Dr/2]."""
+    """Copies rows `src` [m] to rows `dst` [m], the keys rotated by `offset` [m] positions more; inv_freq [Dr/2]."""
     acc = accumulator(k_pool.dtype)
     tables = offset_tables(offset, inv_freq, interleaved, acc)
     k_pool[dst] = rotate(k_pool[src].to(acc), *tables, interleaved).to(k_pool.dtype)

@@ -1,15 +1,9 @@
-"""transformers' Trainer driven by a team of agents: data, checkpoints."""
+"""transformers' Trainer driven by a team of agents: data, settings, checkpoints."""
 
-from diffmas.training.trainer import (
-    NonFiniteLoss,
-    Trainer,
-    add_lora,
-    check_checkpoint,
-    checkpoints,
-    default_arguments,
-    last_checkpoint,
-    lora_config,
-)  # fmt: skip
+from diffmas.agents.adapters import add_lora, lora_config
+from diffmas.training.checkpoint import check_checkpoint, checkpoints, last_checkpoint
+from diffmas.training.settings import default_arguments
+from diffmas.training.trainer import NonFiniteLoss, Trainer
 
 __all__ = [
     "NonFiniteLoss", "Trainer", "add_lora", "check_checkpoint", "checkpoints", "default_arguments", "last_checkpoint",

@@ -1,7 +1,7 @@
-"""Rows of questions and answers: JSON lines on disk, and the batches that training and evaluation take.
+"""Rows of questions and answers: JSON lines on disk, and the batches of training and evaluation.
 
-A row is {"question": "...", "answer": "..."}, or {"question": {"question": "...", "facts": "..."}, "answer": "..."} with
-the fields that the agents' prompts need, or the same flat: every column but the answer is then a field.
+A row is {"question": "...", "answer": "..."}; or with several fields for the agents' prompts, nested as in
+{"question": {"question": "...", "facts": "..."}, "answer": "..."} or flat, every column but the answer being a field.
 """
 
 import json
@@ -18,14 +18,18 @@ ANSWER = "answer"
 
 
 def question_and_answer(row, where: str = "row") -> tuple[dict, str]:
-    """The prompt fields and the answer of a row in any of its forms; raises ValueError that starts with `where`."""
+    """The prompt fields and the answer of a row in any form; raises ValueError that starts with `where` if it has none.
+
+    >>> question_and_answer({"facts": "the key is here", "question": "where", "answer": "here"})
+    ({'facts': 'the key is here', 'question': 'where'}, 'here')
+    """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with a question and an answer, got {type(row).__name__}")
     answer = row.get(ANSWER)
     if not isinstance(answer, str):
         found = f"one of type {type(answer).__name__}" if ANSWER in row else f"only {sorted(row)}"
         raise ValueError(f"{where}: expected a string {ANSWER!r}, got {found}")
-    # A datasets.Dataset fills the columns that a row does not have with None.
+    # A datasets.Dataset fills columns that a row lacks with None.
     fields = {k: v for k, v in row.items() if k != ANSWER and v is not None}
     if isinstance(fields.get("question"), dict):
         nested = {k: v for k, v in fields.pop("question").items() if v is not None}
@@ -36,7 +40,7 @@ def question_and_answer(row, where: str = "row") -> tuple[dict, str]:
 
 
 def check_row(row, where: str, agents=()) -> None:
-    """Raises ValueError that starts with `where` unless a row has an answer and the fields of the agents' prompts."""
+    """Raises ValueError that starts with `where` if a row lacks the answer or a field of the agents' prompts."""
     fields, _ = question_and_answer(row, where)
     for agent in agents:
         try:
@@ -48,8 +52,8 @@ def check_row(row, where: str, agents=()) -> None:
 def read_jsonl(path, agents=()) -> list[dict]:
     """The rows of a JSON-lines file; blank lines are skipped.
 
-    agents: every row must have the fields of their prompts. Raises ValueError naming file and line for a bad row, naming
-    the file when it holds no row, FileNotFoundError when there is none.
+    agents: every row must have the fields of their prompts. Raises ValueError naming file and line of a row that does not fit,
+    or the file if it has no rows; FileNotFoundError if there is no file.
     """
     path, rows = Path(path), []
     if not path.is_file():
@@ -71,7 +75,11 @@ def read_jsonl(path, agents=()) -> list[dict]:
 
 
 def split(rows: list, fraction: float, seed: int = 0) -> tuple[list, list]:
-    """Train and validation rows, drawn at random: both keep at least one row. Raises ValueError if that cannot be."""
+    """Training and validation rows, drawn at random.
+
+    fraction: of the rows, for validation, in (0, 1); both parts get at least one row. Raises ValueError for a fraction out of
+    range or fewer than two rows.
+    """
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction: expected a number between 0 and 1, got {fraction}")
     if len(rows) < 2:
@@ -82,13 +90,13 @@ def split(rows: list, fraction: float, seed: int = 0) -> tuple[list, list]:
 
 
 class Collator:
-    """Rows to a batch: labels int64 [B, 1 + A], questions [B] and answers [B].
+    """Makes a batch of rows: {"labels": int64 [B, 1 + A], "questions": [B], "answers": [B]}.
 
-    labels are there to be counted: transformers' Trainer takes the tokens that are not -100 behind the first column as
-    num_items_in_batch. They come first because accelerate reads the batch size off the first value.
+    transformers' Trainer counts the labels that are not -100, without the first column, as num_items_in_batch. They come first
+    in the batch because accelerate takes the batch size from the first value.
     """
 
-    answer_ids = MultiAgentSystem.answer_ids  # needs the tokenizer only: workers of a DataLoader get no model
+    answer_ids = MultiAgentSystem.answer_ids  # needs the tokenizer only, so that workers of a DataLoader get no model
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

@@ -1,139 +1,38 @@
-"""Training: transformers' Trainer with a multi-agent system as its model, and PEFT LoRA as what learns.
+"""Training: transformers' Trainer with a multi-agent system as its model; a PEFT LoRA adapter is what it trains.
 
-The whole episode of a batch (all agents, the answer's loss) is one forward of the system. That is what makes
-DistributedDataParallel right, also when ranks take different numbers of latent steps, and lets accumulation, schedules,
-logging, evaluation, checkpoints and early stopping be transformers' own.
-
-A checkpoint is a directory `checkpoint-N`: the PEFT adapter and agents.json as `MultiAgentSystem.save_pretrained` writes
-them, transformers' optimizer.pt, scheduler.pt, rng_state*.pth and trainer_state.json, and last manifest.json with the
-SHA-256 of each of these files: a checkpoint without it, or with another byte anywhere, is not whole.
+The whole episode of a batch, all agents and the answers' loss, is one forward of the system. DistributedDataParallel is then
+right, also when ranks take different numbers of latent steps, and accumulation, schedules, logging, evaluation, checkpoints
+and early stopping are transformers' own.
 """
 
 import contextlib
-import hashlib
 import logging
-import re
-import shutil
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import TrainingArguments
 
-from diffmas.agents.adapters import add_lora, lora_config
-from diffmas.agents.file import AGENTS_FILE, load_weights, read_json, write_json
+from diffmas.agents.adapters import add_lora
 from diffmas.agents.system import MultiAgentSystem
+from diffmas.training.checkpoint import check_checkpoint, check_manifest, last_checkpoint, remove_oldest, write_manifest
 from diffmas.training.data import Collator, check_row
+from diffmas.training.settings import default_arguments
 
-__all__ = [
-    "NonFiniteLoss", "Trainer", "add_lora", "check_checkpoint", "checkpoints", "default_arguments", "last_checkpoint",
-    "lora_config",
-]  # fmt: skip
+__all__ = ["NonFiniteLoss", "Trainer"]
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"  # {file: SHA-256}, written last
-RESUME_FILES = ("trainer_state.json", AGENTS_FILE, "optimizer.pt", "scheduler.pt")
 
 
 class NonFiniteLoss(FloatingPointError):
     """The loss or its gradients became NaN or infinite; the weights are those of the last good step."""
 
 
-# ---- the paper's settings --------------------------------------------------------------------------------------------
-
-
-def default_arguments(output_dir, **overrides) -> TrainingArguments:
-    """TrainingArguments with the settings of the DiffMAS paper: AdamW, lr 5e-5, cosine, 64 accumulated micro-batches.
-
-    With an eval_strategy in `overrides`, checkpoints follow it and the one of the lowest eval_loss is loaded at the end.
-    """
-    options = {
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 64, "learning_rate": 5e-5,
-        "lr_scheduler_type": "cosine", "optim": "adamw_torch", "num_train_epochs": 3, "logging_steps": 1,
-        "save_strategy": "epoch", "save_total_limit": 3, "report_to": ["tensorboard"], "remove_unused_columns": False,
-    }  # fmt: skip
-    evaluating = str(getattr(overrides.get("eval_strategy"), "value", overrides.get("eval_strategy", "no")))
-    if evaluating != "no":
-        options["save_strategy"] = evaluating
-        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-        options |= best | ({"save_steps": overrides["eval_steps"]} if overrides.get("eval_steps") else {})
-        if str(overrides.get("save_strategy", evaluating)) == "no":
-            options["load_best_model_at_end"] = False
-    return TrainingArguments(output_dir=str(output_dir), **{**options, **overrides})
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as data:
-        while block := data.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_manifest(path: Path) -> None:
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
-    write_json(path / MANIFEST, {file.relative_to(path).as_posix(): _sha256(file) for file in files})
-
-
-def _check_manifest(path: Path) -> dict[str, str]:
-    """The manifest of a checkpoint whose files are as they were written; raises ValueError naming one that is not."""
-    if not path.is_dir():
-        raise ValueError(f"{path}: expected the directory of a checkpoint, found none")
-    manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path / MANIFEST}: expected an object of file names, got {type(manifest).__name__}")
-    for name, expected in manifest.items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{file}: expected this file of a checkpoint, found none")
-        if _sha256(file) != expected:
-            raise ValueError(
-                f"{file}: expected a whole file, got a damaged one of {file.stat().st_size} bytes (its SHA-256 is not that of "
-                f"{MANIFEST})"
-            )
-    return manifest
-
-
-def check_checkpoint(path) -> Path:
-    """Returns the path of a whole checkpoint to resume from; raises ValueError naming the file that is missing or damaged."""
-    path = Path(path)
-    manifest = _check_manifest(path)
-    missing = [name for name in RESUME_FILES if name not in manifest]
-    if not any(name.startswith("rng_state") for name in manifest):
-        missing.append("rng_state.pth")
-    if missing:
-        raise ValueError(f"{path}: expected a checkpoint to resume from, {MANIFEST} has no {', '.join(missing)}")
-    return path
-
-
-def checkpoints(output_dir) -> list[Path]:
-    """The checkpoints of a run, whole or not, in the order of their steps."""
-    paths = (p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
-    return sorted(paths, key=lambda p: int(p.name.split("-")[1]))
-
-
-def last_checkpoint(output_dir) -> Path | None:
-    """The newest whole checkpoint of a run, None without one; damaged ones are skipped with a warning."""
-    for path in reversed(checkpoints(output_dir)):
-        try:
-            return check_checkpoint(path)
-        except ValueError as error:
-            logger.warning("skipping a damaged checkpoint: %s", error)
-    return None
-
-
-# ---- the trainer -----------------------------------------------------------------------------------------------------
-
-
 def _may_leave_unused(system: MultiAgentSystem) -> bool:
     """Whether DistributedDataParallel has to look for parameters without a gradient.
 
-    A shared adapter always has one, through the last agent. One role's adapter has none where grad_scope cuts it off or
-    where T = 0 leaves nobody to read its last hidden state; the answer must be the same on ranks of different T.
+    A shared adapter always gets one through the last agent. The adapter of one role gets none if grad_scope cuts it off, or
+    if T = 0 and no latent step reads the agent's last hidden state. Ranks may differ in T, and this answer may not.
     """
     return system.adapter_scope == "per_role" or system.realign.mode == "learned"
 
@@ -141,15 +40,22 @@ def _may_leave_unused(system: MultiAgentSystem) -> bool:
 class Trainer(transformers.Trainer):
     """transformers' Trainer for a `MultiAgentSystem`.
 
-    system: its PEFT adapter is what learns; a plain model gets LoRA first (peft_config, by default `lora_config()`).
-    args: TrainingArguments, by default `default_arguments("diffmas-output")`. train_dataset, eval_dataset: lists of rows
-    or any dataset of them (see `diffmas.training.data`). Everything else is transformers' own.
+    system: its PEFT adapter is trained; a plain model gets one first. peft_config: for that one, by default `lora_config()`.
+    args: TrainingArguments, by default `default_arguments("diffmas-output")`.
+    train_dataset, eval_dataset: rows of questions and answers (`diffmas.training.data`), as lists or datasets.
+    options: other arguments of transformers' Trainer.
 
     A loss or gradient that is not finite stops training with `NonFiniteLoss` before it reaches the weights.
     train(resume_from_checkpoint=True) goes on from the newest whole checkpoint, bit for bit as if it had not stopped.
 
     Raises ValueError for an empty data set, for any row that lacks the answer or a field of a prompt (a data set with a
     length is read once), and for options that do not apply. Rows too long for the context are found when they are reached.
+
+        >>> args = default_arguments(directory, max_steps=1, report_to=[])
+        >>> Trainer(system, args, train_dataset=rows).train().global_step
+        {'loss': ...}
+        1
+        >>> system.save_pretrained(directory)
     """
 
     def __init__(
@@ -176,14 +82,14 @@ class Trainer(transformers.Trainer):
             raise ValueError("peft_config: expected None for a model that has an adapter, got a config")
         if not any(p.requires_grad for p in system.parameters()):
             raise ValueError("system: expected trainable parameters, got a frozen adapter; load it with trainable=True")
-        args.remove_unused_columns = False  # its columns are not the parameters of a forward
-        args.logging_nan_inf_filter = False  # it hides what must stop training, and waits for the device at every step
+        args.remove_unused_columns = False  # it would remove every column that is no parameter of forward
+        args.logging_nan_inf_filter = False  # it hides losses that must stop training, and waits for the device each step
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = _may_leave_unused(system)
         if args.n_gpu > 1:  # DataParallel replicates modules, which no trace survives; DDP is started with torchrun
             logger.warning("training on one of %d GPUs; start it with torchrun to use them all", args.n_gpu)
             args._n_gpu = 1
-        for name in ("hf_device_map", "quantization_method"):  # a placed or quantised model is not moved
+        for name in ("hf_device_map", "quantization_method"):  # transformers does not move a placed or quantized model
             if getattr(system.model, name, None) is not None:
                 setattr(system, name, getattr(system.model, name))
         self._bad_losses, self._good_checkpoint = None, None
@@ -206,11 +112,11 @@ class Trainer(transformers.Trainer):
     # ---- loss --------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum of the answer tokens' losses / num_items_in_batch (the mean without it), as transformers expects it."""
+        """The sum of the answer tokens' losses divided by num_items_in_batch, or their mean without it."""
         outputs = model(inputs["questions"], inputs["answers"], num_items_in_batch=num_items_in_batch)
         loss = outputs["loss"]
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP takes the mean over ranks, the items are of all ranks
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean over ranks; the count is over all ranks
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -222,10 +128,10 @@ class Trainer(transformers.Trainer):
         return loss
 
     def _check_finite(self) -> None:
-        """Before an optimizer step; ranks agree, so that none waits for one that stopped."""
+        """Raises NonFiniteLoss on all ranks if any has a bad loss or gradient; called before every optimizer step."""
         bad, self._bad_losses = self._bad_losses, None
         what = "loss"
-        if self.accelerator.scaler is None:  # with a scaler, infinite gradients are how it finds its scale
+        if self.accelerator.scaler is None:  # a scaler finds its scale by infinite gradients
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             if grads:
                 norms = torch._foreach_norm(grads)
@@ -249,7 +155,10 @@ class Trainer(transformers.Trainer):
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint=None, **options):
-        """As transformers' train; resume_from_checkpoint=True takes the newest checkpoint that is whole."""
+        """Like transformers' train; resume_from_checkpoint=True takes the newest whole checkpoint.
+
+        Raises ValueError naming a checkpoint that is damaged or of another system, and if True finds none.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -263,7 +172,7 @@ class Trainer(transformers.Trainer):
 
     @contextlib.contextmanager
     def _checkpointing(self):
-        """Activation checkpointing is switched on at the model itself, in its only form that is right with a trace."""
+        """Switches activation checkpointing on at the model itself, in the non-reentrant form that a trace needs."""
         name = "activation_checkpointing" if hasattr(self.args, "activation_checkpointing") else "gradient_checkpointing"
         if not getattr(self.args, name):
             yield
@@ -297,23 +206,15 @@ class Trainer(transformers.Trainer):
         path = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         self.accelerator.wait_for_everyone()  # each rank wrote its random state
         if self.args.should_save:
-            _write_manifest(path)
-            self._rotate(path, limit)
+            write_manifest(path)  # transformers would have removed older ones before this one was whole
+            remove_oldest(path.parent, limit, keep={path.name, Path(self.state.best_model_checkpoint or path).name})
         self._good_checkpoint = path
-
-    def _rotate(self, newest: Path, limit: int | None) -> None:
-        """Removes the oldest checkpoints above the limit, as transformers does, but only once the newest is whole."""
-        kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
-        found = sorted(checkpoints(newest.parent), key=lambda p: p.stat().st_mtime)
-        surplus = len(found) - limit if limit and limit > 0 else 0
-        for path in [p for p in found if p.name not in kept][: max(surplus, 0)]:
-            shutil.rmtree(path, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_checkpoint(resume_from_checkpoint)
-        load_weights(model or self.model, resume_from_checkpoint)
+        (model or self.model).load_weights(resume_from_checkpoint)
 
     def _load_best_model(self):
         logger.info("loading the best adapter, of %s", self.state.best_model_checkpoint)
-        _check_manifest(Path(self.state.best_model_checkpoint))
-        load_weights(self.model, self.state.best_model_checkpoint)
+        check_manifest(self.state.best_model_checkpoint)
+        self.model.load_weights(self.state.best_model_checkpoint)

@@ -1,0 +1,44 @@
+"""The options of a system, in one place: their names, defaults and values."""
+
+from dataclasses import dataclass
+
+__all__ = ["Options"]
+
+CHOICES = {
+    "grad_scope": ("full", "detach_trace", "last_k"),
+    "trace_content": ("all", "latent_only"),
+    "adapter_scope": ("shared", "per_role", "final_only"),
+    "no_latents": ("prompt", "skip"),
+    "positions": ("keep", "reindex"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How agents communicate and which of them are trained; see `MultiAgentSystem` for each field.
+
+    Also the keys of agents.json and of the section `system` in config.yaml. Raises ValueError naming a field whose value is
+    not one of its choices; `realign` and `temperature` are checked by `diffmas.agents.realign`.
+    """
+
+    realign: str = "ridge"
+    grad_scope: str = "full"
+    trace_content: str = "all"
+    last_k: int | None = None
+    adapter_scope: str = "shared"
+    no_latents: str = "prompt"
+    positions: str = "keep"
+    chat_template: bool | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+    def agents_without_grad(self, agents: int) -> int:
+        """How many of the first agents run without gradients; raises ValueError if last_k does not fit to that many agents."""
+        fits = self.last_k is None if self.grad_scope != "last_k" else self.last_k is not None and 1 <= self.last_k <= agents
+        if not fits:
+            raise ValueError(f"last_k: expected 1 to {agents} with grad_scope='last_k' and None otherwise, got {self.last_k!r}")
+        return {"full": 0, "detach_trace": agents - 1}.get(self.grad_scope, agents - (self.last_k or 0))

@@ -68,7 +68,7 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     context, and is what limits a trace.
 
     torch.compile, with fullgraph=True: `layer.compile()` for each decoder layer, or `compile()` of the body (the model without
-    its head). With inductor, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
+    its head). Then backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
 
     Raises Unsupported (a ValueError) naming layer and feature for a model that needs what diffmas does not do; the model
     is then as it was. Patching again with the same arguments does nothing.

@@ -68,7 +68,7 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     without max_length it must be as long as the model's context, and then limits traces itself.
 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
-    without its head). With inductor, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
+    without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
 
     Raises Unsupported (a ValueError) naming layer and feature for a model that needs a feature diffmas lacks, and leaves the
     model as it was. Patching again with the same arguments does nothing.

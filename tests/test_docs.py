@@ -13,16 +13,17 @@ from diffmas.models.generate import generate
 from diffmas.training.data import question_and_answer
 
 DOCUMENTED = [
-    Agent, MultiAgentSystem, MultiAgentSystem.from_pretrained, MultiAgentSystem.generate, Trainer, diffmas.default_arguments,
-    diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject, diffmas.ops.cross_attention,
-    diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer, metrics.boxed, metrics.wilson,
+    Agent, MultiAgentSystem, MultiAgentSystem.from_pretrained, MultiAgentSystem.generate, Trace, Trainer,
+    diffmas.default_arguments, diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject,
+    diffmas.ops.cross_attention, diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer,
+    metrics.boxed, metrics.wilson,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("documented", DOCUMENTED, ids=lambda x: x.__qualname__)
 def test_examples(documented, tmp_path):
     system = tiny.system()
-    names = {x.__name__: x for x in (*DOCUMENTED, Trace, Latent, single_agent)} | {
+    names = {x.__name__: x for x in (*DOCUMENTED, Latent, single_agent)} | {
         "torch": torch, "model": system.model, "tokenizer": system.tokenizer, "system": system, "rows": tiny.rows(2),
         "base_model": tiny.model(), "directory": tmp_path,
     }  # fmt: skip

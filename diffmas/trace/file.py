@@ -1,4 +1,7 @@
-"""A trace on disk: one safetensors file with the rows that the trace sees, who wrote them, and a checksum."""
+"""A trace on disk: one safetensors file with the rows that the trace sees, their segments, and a checksum.
+
+Knows segments and rows, and no traces: `Trace.save` and `Trace.load` convert.
+"""
 
 import hashlib
 import json
@@ -8,18 +11,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from diffmas.trace.spec import spec_of
-from diffmas.trace.trace import Trace
 from diffmas.trace.views import Segment
 
-__all__ = ["load", "save"]
+__all__ = ["read", "write"]
 
 FORMAT = "diffmas-trace-1"
 
 
 def _checksum(header: dict, tensors: dict) -> str:
-    """Of the tensors and of all of the header but the checksum itself."""
+    """The hash of the tensors, and of all of the header but the checksum itself."""
     digest = hashlib.sha256(json.dumps({**header, "checksum": None}, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous()
@@ -28,21 +30,25 @@ def _checksum(header: dict, tensors: dict) -> str:
     return digest.hexdigest()
 
 
-def save(trace: Trace, path) -> None:
-    """Writes to a temporary file first: a crash leaves the old file, never half a new one."""
-    if not any(trace.lengths):
-        raise ValueError("trace: expected one that holds tokens, got an empty one")
-    tensors = {"positions": torch.cat([trace.positions(b) for b in range(trace.batch_size)])}
-    for i in range(len(trace)):
-        rows = [trace.keys_values(i, b) for b in range(trace.batch_size)]
-        for name, column in zip("kv", zip(*rows)):
-            tensors[f"{i}.{name}"] = torch.cat(column).detach().cpu().contiguous()
+def write(
+    path, fingerprint: dict, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Writes a trace's segments by sequence, the position of each sequence's next token, and its rows.
+
+    kv: by layer, k and v [rows, Hkv, D], in the order of the segments. fingerprint: of the model, as plain data. The file is
+    written beside its place first: a crash leaves the old file or the new one.
+    """
+    flat = [s for row in segments for s in row]
+    tensors = {"positions": torch.cat([torch.arange(s.position + s.offset, s.next_position) for s in flat])}
+    for i, pair in enumerate(kv):
+        for name, x in zip("kv", pair):
+            tensors[f"{i}.{name}"] = x.detach().cpu().contiguous()
     header = {
         "format": FORMAT,
-        **trace.spec.fingerprint(),
-        "batch_size": trace.batch_size,
-        "segments": [[s.sequence, s.agent, s.kind, s.length, s.offset] for s in trace.segments],
-        "next": trace.next_positions,
+        **fingerprint,
+        "batch_size": len(segments),
+        "segments": [[s.sequence, s.agent, s.kind, s.length, s.offset] for s in flat],
+        "next": next_positions,
     }
     header["checksum"] = _checksum(header, tensors)
     path = Path(path)
@@ -52,9 +58,12 @@ def save(trace: Trace, path) -> None:
     os.replace(partial, path)
 
 
-def load(path, model) -> Trace:
-    """A trace of `model` from a file; raises ValueError for a file that is damaged or of another model or adapter."""
-    spec, path = spec_of(model), Path(path)
+def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[tuple[Tensor, Tensor]]]:
+    """The segments (of rows 0, 1, 2, ...), next positions and rows of a file that `write` wrote.
+
+    Raises ValueError for a file that is missing, damaged, or of another fingerprint.
+    """
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"path: expected a trace file, got {path}, which does not exist")
     try:
@@ -68,15 +77,16 @@ def load(path, model) -> Trace:
         raise ValueError(f"{path}: expected a trace file of format {FORMAT}, got {found}")
     if header.get("checksum") != _checksum(header, tensors):
         raise ValueError(f"{path}: expected the checksum {header.get('checksum')}, got another: the file is damaged")
-    for what, mine in spec.fingerprint().items():
+    for what, mine in fingerprint.items():
         if header[what] != mine:
             raise ValueError(f"{path}: expected a trace of this {what} ({mine}), got one of another ({header[what]})")
-    kv = [(tensors[f"{layer.index}.k"], tensors[f"{layer.index}.v"]) for layer in spec.layers]
-    return Trace.of_rows(spec, _segments(header, tensors["positions"]), header["next"], kv)
+    positions = tensors.pop("positions")
+    kv = [(tensors[f"{i}.k"], tensors[f"{i}.v"]) for i in range(len(tensors) // 2)]
+    return _segments(header, positions), header["next"], kv
 
 
-def _segments(header: dict, positions: torch.Tensor) -> list[list[Segment]]:
-    """positions: that rows are read at. A segment whose positions are not consecutive becomes several."""
+def _segments(header: dict, positions: Tensor) -> list[list[Segment]]:
+    """The segments by sequence. positions [rows]: where the rows are read; each run of consecutive ones is a segment."""
     rows, at = [[] for _ in range(header["batch_size"])], 0
     for sequence, agent, kind, length, offset in header["segments"]:
         where = positions[at : at + length]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmas.trace import file
 from diffmas.trace.autograd import inherit, reposition
 from diffmas.trace.cache import CacheFace
 from diffmas.trace.forward_pass import ForwardPass, Table
@@ -31,6 +32,14 @@ class Trace(CacheFace):
     forward and generate. Padded tokens never enter it; the sequences of a batch may differ in length.
 
     Raises ValueError for a model that is not patched, a batch_size or capacity that is not positive.
+
+        >>> model = patch_model(model)
+        >>> trace = Trace(model, batch_size=1)
+        >>> output = model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=trace)
+        >>> left, right = trace.fork(2)
+        >>> output = model(input_ids=torch.tensor([[6]]), past_key_values=left)
+        >>> trace.lengths, left.lengths, Trace.join([left, right]).lengths
+        ([3], [4], [4])
     """
 
     def __init__(self, model, batch_size: int = 1, capacity: int | None = None):
@@ -402,17 +411,24 @@ class Trace(CacheFace):
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def save(self, path) -> None:
-        """Writes what it sees to one safetensors file, with the identity of model, adapter and RoPE, and a checksum."""
-        from diffmas.trace.file import save
+        """Writes the rows it sees to one safetensors file, with fingerprints of model, adapter and RoPE, and a checksum.
 
-        save(self, path)
+        Raises ValueError for an empty trace.
+        """
+        if not any(self.lengths):
+            raise ValueError("trace: expected one that holds tokens, got an empty one")
+        layers = [[self.keys_values(i, b) for b in range(self.batch_size)] for i in range(len(self))]
+        kv = [tuple(torch.cat(column) for column in zip(*rows)) for rows in layers]
+        file.write(path, self.spec.fingerprint(), self._segments, self._next, kv)
 
-    @staticmethod
-    def load(path, model) -> "Trace":
-        """Reads a file of `save` back; raises ValueError if it is damaged or was written by another model or adapter."""
-        from diffmas.trace.file import load
+    @classmethod
+    def load(cls, path, model) -> "Trace":
+        """A trace of a patched model from a file that `save` wrote.
 
-        return load(path, model)
+        Raises ValueError for a file that is missing, damaged, or of another model or adapter.
+        """
+        spec = spec_of(model)
+        return cls.of_rows(spec, *file.read(path, spec.fingerprint()))
 
     @classmethod
     def of_rows(

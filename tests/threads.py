@@ -2,6 +2,8 @@
 
 import threading
 
+import torch
+
 PATIENCE = 60  # seconds
 
 
@@ -21,6 +23,7 @@ def together(*jobs, meeting: threading.Barrier | None = None) -> list:
     results, errors = [None] * len(jobs), []
 
     def work(i):
+        torch.set_num_threads(1)  # each thread has a number of its own
         try:
             results[i] = jobs[i]()
         except BaseException as error:

@@ -46,28 +46,29 @@ class SystemOutput(ModelOutput):
     trace: Trace | None = None
 
 
-# Modules in eval mode for somebody: how many of them, and the mode of each submodule before.
-_EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list]] = weakref.WeakKeyDictionary()
+# Modules in eval mode for somebody: for how many, and the mode before. By submodule, since systems share a model.
+_EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
 _EVALUATING_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module):
-    """`module` in eval mode; when the last of those who asked, in any thread, is done, every submodule is back in its own."""
+    """`module` in eval mode; a submodule is back in its own when the last of those who asked for it, in any thread, is done."""
+    modules = list(module.modules())
     with _EVALUATING_LOCK:
-        users, modes = _EVALUATING.get(module) or (0, [(m, m.training) for m in module.modules()])
-        _EVALUATING[module] = users + 1, modes
+        for m in modules:
+            users, mode = _EVALUATING.get(m) or (0, m.training)
+            _EVALUATING[m] = users + 1, mode
         module.eval()
     try:
         yield
     finally:
         with _EVALUATING_LOCK:
-            users, modes = _EVALUATING[module]
-            if users > 1:
-                _EVALUATING[module] = users - 1, modes
-            else:
-                del _EVALUATING[module]
-                for m, mode in modes:
+            for m in modules:
+                users, mode = _EVALUATING.pop(m)
+                if users > 1:
+                    _EVALUATING[m] = users - 1, mode
+                else:
                     m.training = mode
 
 

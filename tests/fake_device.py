@@ -6,6 +6,7 @@ backward(). Here one node of each kind waits for the other, and both ask one poo
 """
 
 import gc
+import sys
 import threading
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from diffmas.trace.pool import Pool
 
-PASSES = 50
+PASSES = 20
 
 
 class Far(torch.Tensor):
@@ -62,6 +63,7 @@ class Order(torch.autograd.Function):
 
 def main():
     _setup_privateuseone_for_python_backend("far")
+    sys.setswitchinterval(1e-6)  # so that both are on their way through the pool together
     pool = Pool(16, 2, 8, torch.float64, torch.device("cpu"))
     for i in range(PASSES):
         meeting, seen = Meeting(), {}

@@ -375,6 +375,24 @@ def test_generate_beside_training(model):
     assert_close(gradients(model), want_grads)
 
 
+@contextlib.contextmanager
+def threads_that_switch_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_forks_are_made_while_another_thread_looks_who_holds_rows(model):
+    trace = started(model, 5)
+    others = trace.fork(400)
+    with threads_that_switch_often():
+        got, _ = together(lambda: [trace.rows for _ in range(100)], lambda: [trace.fork(2) for _ in range(2000)])
+    assert len({*got, trace.rows}) == 1 and len(others) == 400
+
+
 def test_forks_of_one_trace_in_many_threads(model):
     """Forks write to one store; its rows, and who holds them, are everybody's."""
     trace = started(model, 5, seed=10)
@@ -390,12 +408,8 @@ def test_forks_of_one_trace_in_many_threads(model):
         return done
 
     want = [run(i) for i in range(4)]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
+    with threads_that_switch_often():
         got = together(*(lambda i=i: run(i) for i in range(4)))
-    finally:
-        sys.setswitchinterval(before)
     for one, other in zip(got, want):
         for (text, rows, at), (text_alone, rows_alone, at_alone) in zip(one, other):
             assert text == text_alone and at == at_alone

@@ -1,7 +1,7 @@
 """One backward pass on two threads, as on a GPU but without one: python fake_device.py, in a process of its own.
 
-torch can be given a device that is written in Python; autograd starts a thread for it as for a GPU. Nodes with a tensor on it run
-on that thread, and nodes that carry nothing but an order token, which lies on the CPU, beside it on the thread that called
+torch can be given a device that is written in Python; autograd starts a thread for it as for a GPU. Nodes with a tensor on it
+run on that thread, and nodes that carry nothing but an order token, which lies on the CPU, beside it on the thread that called
 backward(). Here one node of each kind waits for the other, and both ask one pool for the gradients of their pass at once.
 """
 

@@ -424,10 +424,13 @@ def test_gradient_pools_of_two_threads_are_gone(setting):
 
 
 def test_two_threads_of_one_pass_ask_at_once():
-    """How the second thread of a GPU is covered without a GPU. There, nodes that carry nothing but an order token run on the
-    thread that called backward(), since the token lies on the CPU, beside the device's thread; both ask one pool for the gradients
-    of one graph task. `fake_device.py` gives autograd a device written in Python, which has such a thread, and lets a node of each
-    kind ask at the same time; in a process of its own, since a device stays registered."""
+    """How the second thread of a GPU is covered without a GPU.
+
+    On a GPU, nodes that carry nothing but an order token run on the thread that called backward(), since the token lies on the
+    CPU, beside the device's thread; both ask one pool for the gradients of one graph task. `fake_device.py` gives autograd a
+    device written in Python, which has such a thread, and lets a node of each kind ask at the same time. It runs in a process
+    of its own, since a device stays registered.
+    """
     pytest.importorskip("torch.utils.backend_registration")
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch takes no device that is written in Python")
@@ -451,7 +454,7 @@ def test_two_threads_of_one_task_get_the_same_gradients(monkeypatch):
             task, meeting = torch._C._current_graph_task_id(), Meeting()
             assert task != -1
             with monkeypatch.context() as m:
-                m.setattr(torch._C, "_current_graph_task_id", lambda: task)  # autograd says -1 on a thread that is not its own
+                m.setattr(torch._C, "_current_graph_task_id", lambda: task)  # a thread that is not autograd's has -1
                 engine = types.SimpleNamespace(queue_callback=callbacks.append)
                 m.setattr(pool, "Variable", types.SimpleNamespace(_execution_engine=engine))
 

@@ -1,7 +1,7 @@
 """One model in several threads, and one call inside another: each does what it does alone.
 
-Where a fault needs an interleaving, the threads meet at every forward, so that luck decides nothing. A lock that keeps them apart
-is given a moment to do so: then nobody comes to the meeting.
+Where a fault needs an interleaving, the threads meet at every forward, so that luck decides nothing. A lock that keeps them
+apart is given a moment to do so: then nobody comes to the meeting.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def before_forwards(model, act):
 
 
 class Choose:
-    """A logits processor that leaves one token, drawn with a generator of its own; transformers draws from torch's global one."""
+    """A logits processor that leaves one token, drawn with its own generator; transformers draws from the global one."""
 
     def __init__(self, seed):
         self.generator = torch.Generator().manual_seed(seed)

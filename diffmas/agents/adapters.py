@@ -13,7 +13,8 @@ from torch import nn
 from diffmas.models.parts import causal_lm_of
 
 __all__ = [
-    "ADAPTER_SCOPES", "add_lora", "check_checkpointing", "lora_config", "of_agent", "switched_off", "train_roles", "will_switch",
+    "ADAPTER_SCOPES", "add_lora", "check_checkpointing", "lora_config", "of_agent", "switched_off", "train_roles",
+    "will_switch",
 ]  # fmt: skip
 
 ADAPTER_SCOPES = ("shared", "per_role", "final_only")
@@ -85,8 +86,8 @@ def switched_off(model: nn.Module):
 def _switched(model: nn.Module, **state):
     """PEFT's layers in another state.
 
-    Not by its set_adapter and disable_adapter: these freeze every adapter that is not active, while another thread's backward may
-    be about to add to its gradient, and make the active one trainable, frozen or not.
+    Not by its set_adapter and disable_adapter: these freeze every adapter that is not active, and autograd adds no gradient
+    to a parameter that is frozen when another thread's backward gets there; and they make the active one trainable.
     """
     with will_switch(model):
         layers = [m for m in model.modules() if isinstance(getattr(m, "_disable_adapters", None), bool)]

@@ -439,8 +439,8 @@ def test_two_threads_of_one_pass_ask_at_once():
 
 
 def test_two_threads_of_one_task_get_the_same_gradients(monkeypatch):
-    """The same with nothing of autograd's but the id of the graph task, as a function's backward sees it: a thread that stands in
-    for the second one is told that id."""
+    """The same with nothing of autograd's but the id of the graph task, as a function's backward sees it: a thread that stands
+    in for the second one is told that id."""
     asked = pool.Pool(16, 2, 8, torch.float64, torch.device("cpu"))
     seen, callbacks = [], []
 

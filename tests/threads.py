@@ -35,7 +35,7 @@ def together(*jobs, meeting: threading.Barrier | None = None) -> list:
     for t in threads:
         t.start()
     for t in threads:
-        t.join(2 * PATIENCE)
+        t.join(4 * PATIENCE)
     if errors:
         raise errors[0]
     assert not any(t.is_alive() for t in threads), "a thread hangs"

@@ -18,6 +18,7 @@ from threads import Meeting, together, wait
 import diffmas
 from diffmas import MultiAgentSystem
 from diffmas.agents.system import evaluating
+from diffmas.trace import pool
 
 NEW = 9  # tokens
 
@@ -414,6 +415,38 @@ def test_forks_of_one_trace_in_many_threads(model):
         for (text, rows, at), (text_alone, rows_alone, at_alone) in zip(one, other):
             assert text == text_alone and at == at_alone
             assert_close(rows, rows_alone, 1e-9)
+
+
+def test_a_pool_that_two_threads_make_room_in(model, monkeypatch):
+    """One asks for less room than the other, and later, though it began earlier: the gradient has all rows."""
+    trace, (x,), inside, over = started(model, 5), tokens(60, seed=2), threading.Event(), threading.Event()
+    reserve, late = pool.Pool.reserve, threading.local()
+    one, other, alone = trace.fork(3)
+    loss_of(model(x[None], past_key_values=alone).logits).backward()
+    want = gradients(model)
+    del alone
+
+    def slow(self, *args):
+        if getattr(late, "yes", False) and not inside.is_set():
+            inside.set()
+            over.wait(0.5)  # a lock may keep the other thread from it
+        return reserve(self, *args)
+
+    def long():
+        wait(inside)
+        loss = loss_of(model(x[None], past_key_values=one).logits)
+        over.set()
+        return loss
+
+    def short():
+        late.yes = True
+        with torch.no_grad():
+            model(x[None, :2], past_key_values=other)
+
+    monkeypatch.setattr(pool.Pool, "reserve", slow)
+    loss, _ = together(long, short)
+    loss.backward()
+    assert_close(gradients(model), want)
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

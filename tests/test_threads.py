@@ -666,14 +666,14 @@ def test_two_threads_train_one_system():
     for questions, given in ((QUESTIONS, ANSWERS), (QUESTIONS[::-1], ANSWERS[::-1])):
         loss = unrolled_loss(s, questions, given)
         loss.backward()
-        want_losses.append(float(loss))
+        want_losses.append(loss.item())
     want = gradients(s)
     chance = Chance(0.5)
 
     def train(questions, given):
         loss = s(questions, given).loss
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     with before_forwards(s.model, lambda n: chance.wait()):
         got = together(lambda: train(QUESTIONS, ANSWERS), lambda: train(QUESTIONS[::-1], ANSWERS[::-1]))

@@ -10,7 +10,12 @@ import weakref
 
 from torch import nn
 
-__all__ = ["ADAPTER_SCOPES", "add_lora", "check_checkpointing", "lora_config", "of_agent", "train_roles", "will_switch"]
+from diffmas.models.parts import causal_lm_of
+
+__all__ = [
+    "ADAPTER_SCOPES", "add_lora", "check_checkpointing", "lora_config", "of_agent", "switched_off", "train_roles",
+    "will_switch",
+]  # fmt: skip
 
 ADAPTER_SCOPES = ("shared", "per_role", "final_only")
 
@@ -51,34 +56,57 @@ def train_roles(model: nn.Module, names: list[str]) -> None:
             p.requires_grad_(True)
 
 
-# By model, for those whose adapters a system switches. As an attribute, a lock would keep the model from being copied.
+# By causal LM, for those whose adapters somebody switches. As an attribute, a lock would keep the model from being copied.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
 
 
-def will_switch(model: nn.Module) -> None:
-    """Gives the model a lock: from now on forwards that need one of its adapters take turns."""
-    _LOCKS.setdefault(model, threading.RLock())
+def will_switch(model: nn.Module) -> threading.RLock:
+    """Gives the model a lock, and returns it: from now on forwards that need one of its adapters take turns."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(causal_lm_of(model), threading.RLock())
 
 
 @contextlib.contextmanager
 def of_agent(system, i: int):
     """Inside, the system's model has the adapter of agent i."""
-    model = system.model
-    with _LOCKS.get(model) or contextlib.nullcontext():
-        if system.adapter_scope == "final_only" and i < len(system.agents) - 1:
-            with model.disable_adapter():
-                yield
-        elif system.adapter_scope == "per_role":
-            trainable, before = [p for p in model.parameters() if p.requires_grad], model.active_adapter
-            try:
-                model.set_adapter(system.agents[i].name)
-                yield
-            finally:
-                model.set_adapter(before)
-                for p in trainable:  # set_adapter freezes the others, whose gradients are still to come
-                    p.requires_grad_(True)
-        else:
+    if system.adapter_scope == "per_role":
+        with _switched(system.model, _active_adapter=[system.agents[i].name]):
             yield
+    elif system.adapter_scope == "final_only" and i < len(system.agents) - 1:
+        with switched_off(system.model):
+            yield
+    else:
+        with _LOCKS_LOCK:
+            lock = _LOCKS.get(causal_lm_of(system.model))
+        with lock or contextlib.nullcontext():
+            yield
+
+
+def switched_off(model: nn.Module):
+    """Inside, the model runs without its adapters."""
+    return _switched(model, _disable_adapters=True)
+
+
+@contextlib.contextmanager
+def _switched(model: nn.Module, **state):
+    """Inside, PEFT's layers are in another state.
+
+    Not by its set_adapter and disable_adapter: these freeze every adapter that is not active, and autograd adds no gradient
+    to a parameter that is frozen when another thread's backward gets there; and they make the active one trainable.
+    """
+    with will_switch(model):
+        layers = [m for m in model.modules() if isinstance(getattr(m, "_disable_adapters", None), bool)]
+        before = [(m, {name: getattr(m, name) for name in state}) for m in layers]
+        try:
+            for m in layers:
+                if "_active_adapter" in state and getattr(m, "merged", False):
+                    m.unmerge()  # what is merged runs whichever adapter is active
+                vars(m).update(state)
+            yield
+        finally:
+            for m, values in before:
+                vars(m).update(values)
 
 
 def check_checkpointing(system) -> None:

@@ -8,26 +8,27 @@ from torch import nn
 
 __all__ = ["evaluating"]
 
-# Modules in eval mode: how many callers want that, and the mode of each submodule before the first of them.
-_EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list]] = weakref.WeakKeyDictionary()
+# Modules in eval mode: how many callers want that, and the mode before. By submodule, since systems share a model.
+_EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
 _EVALUATING_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module):
-    """`module` in eval mode. Callers may overlap, in several threads: after the last one every submodule has its mode back."""
+    """`module` in eval mode. Callers may overlap, in several threads: after the last one a submodule has its mode back."""
+    modules = list(module.modules())
     with _EVALUATING_LOCK:
-        users, modes = _EVALUATING.get(module) or (0, [(m, m.training) for m in module.modules()])
-        _EVALUATING[module] = users + 1, modes
+        for m in modules:
+            users, mode = _EVALUATING.get(m) or (0, m.training)
+            _EVALUATING[m] = users + 1, mode
         module.eval()
     try:
         yield
     finally:
         with _EVALUATING_LOCK:
-            users, modes = _EVALUATING[module]
-            if users > 1:
-                _EVALUATING[module] = users - 1, modes
-            else:
-                del _EVALUATING[module]
-                for m, mode in modes:
+            for m in modules:
+                users, mode = _EVALUATING.pop(m)
+                if users > 1:
+                    _EVALUATING[m] = users - 1, mode
+                else:
                     m.training = mode

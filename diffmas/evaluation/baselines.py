@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.system import Agent, MultiAgentSystem
 
@@ -88,11 +89,12 @@ class Latent:
     """A system as a method. adapter: False switches its adapter off while it answers."""
 
     def __init__(self, system: MultiAgentSystem, adapter: bool = True):
-        self.system, self.adapter = system, adapter
+        self.system, self.bare = system, not adapter and hasattr(system.model, "peft_config")
+        if self.bare:
+            adapters.will_switch(system.model)
 
     def _model(self):
-        model = self.system.model
-        return contextlib.nullcontext() if self.adapter or not hasattr(model, "peft_config") else model.disable_adapter()
+        return adapters.switched_off(self.system.model) if self.bare else contextlib.nullcontext()
 
     def answer(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> Answers:
         with self._model(), _Clock(self.system.device) as clock:

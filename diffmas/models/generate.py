@@ -24,9 +24,9 @@ class Generation:
     as far as that is known. kind: of the segments that the next forward writes.
     """
 
-    past: int
-    new: int
-    reserve: int
+    past: int = 0
+    new: int = 0
+    reserve: int = 0
     kind: str = "prompt"
 
     def next_forward(self, x: Tensor) -> tuple[Tensor, str, int]:
@@ -58,8 +58,19 @@ def generate(self, inputs=None, *args, **kwargs):
     if argument is None:
         return original(self, inputs, *args, **kwargs)
     trace = kwargs[argument]
-    if trace.generation is not None:
-        raise ValueError(f"{argument}: expected a trace that no other generate is running on, got one; give each a fork of it")
+    generation = Generation()
+    with trace._store.lock:  # of two threads one is refused
+        if trace.generation is not None:
+            raise ValueError(f"{argument}: expected a trace that no other generate runs on; give each generate a fork of it")
+        trace.generation = generation
+    try:
+        return _generate(self, trace, argument, inputs, args, kwargs)
+    finally:
+        if trace.generation is generation:
+            trace.generation = None
+
+
+def _generate(self, trace: Trace, argument: str, inputs, args: tuple, kwargs: dict):
     sources = [kwargs, *(vars(c) for c in (kwargs.get("generation_config"), self.generation_config) if c is not None)]
     option = lambda name: next((s[name] for s in sources if s.get(name) is not None), None)  # noqa: E731
     if option("use_cache") is False:
@@ -93,17 +104,19 @@ def generate(self, inputs=None, *args, **kwargs):
                     kwargs[f"{name}_length"] = option(f"{name}_length") + past
     copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
     longest = min(option("max_new_tokens") or 0, MOST_RESERVED)
-    running = trace
+    running, generation = trace, trace.generation
+    generation.past, generation.new, generation.reserve = past, S, longest if copies == 1 else 0
     if copies > 1:
         running = kwargs[argument] = trace.select([b for b in range(B) for _ in range(copies)])
+        running.generation, trace.generation = generation, None
         running.make_room(longest)  # which beam will write the rows is not known beforehand
     if ids is not None:
         kwargs["input_ids"] = ids
-    running.generation = Generation(past, S, longest if copies == 1 else 0)
     try:
-        output = original(self, *args, attention_mask=mask, **kwargs)
+        output = type(self).generate(self, *args, attention_mask=mask, **kwargs)
     finally:
-        running.generation = None
+        if running is not trace:
+            running.generation = None
     sequences = output if isinstance(output, Tensor) else output.sequences
     if ids is not None:
         sequences = sequences[:, past:]

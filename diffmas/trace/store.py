@@ -60,7 +60,8 @@ class Store:
 
     def add_holder(self, holder) -> None:
         """holder: an object with held() -> [(first row, the row after the last)]."""
-        self._holders.add(holder)
+        with self.lock:  # not while another thread goes through them
+            self._holders.add(holder)
 
     def _held(self) -> np.ndarray:
         """Whether a live holder names a row; [top] bool."""
@@ -134,8 +135,10 @@ class Store:
     # ---- lineages ----------------------------------------------------------------------------------------------------
 
     def new_lineage(self, needs_grad=()) -> int:
-        self.needs_grad.append(frozenset([*needs_grad, len(self.needs_grad)]))
-        return len(self.needs_grad) - 1
+        with self.lock:
+            lineage = len(self.needs_grad)
+            self.needs_grad.append(frozenset([*needs_grad, lineage]))
+            return lineage
 
     def write(self, extent: Extent, rows: int, lineage: int) -> int:
         """Claims the next rows of an extent for a writer of this lineage; the first of them."""
@@ -162,5 +165,6 @@ class Store:
                 f"trace: layer {layer} holds {pool.dtype} on {pool.device}, this forward brings {k.dtype} on "
                 f"{k.device}; use a new trace after changing the model's dtype, device or autocast"
             )
-        pool.reserve(self.top, self.rows)
+        with self.lock:  # `top` is not another thread's by the time that the pool has it
+            pool.reserve(self.top, self.rows)
         return pool

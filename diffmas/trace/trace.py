@@ -250,9 +250,7 @@ class Trace(CacheFace):
 
     def __deepcopy__(self, memo) -> "Trace":
         """What a deep copy of a cache is for, to go on from it more than once, is a fork."""
-        fork = self.fork(1)[0]
-        fork.generation = self.generation
-        return fork
+        return self.fork(1)[0]
 
     def fork(self, n: int) -> list["Trace"]:
         """n traces that share everything written so far and go on separately."""
@@ -401,7 +399,8 @@ class Trace(CacheFace):
             for layer, pool in zip(self.spec.layers, self._store.pools):
                 if pool is None:
                     continue
-                pool.reserve(self._store.top, self._store.rows)
+                with self._store.lock:
+                    pool.reserve(self._store.top, self._store.rows)
                 turn = offset if layer.rope != "none" else torch.zeros_like(offset)
                 inv_freq = self.spec.frequencies(layer, pool.device) if turn.any() else torch.zeros(0, device=pool.device)
                 moves.append((pool, (*(x.to(pool.device) for x in (src, dst, turn)), inv_freq, layer.rope == "interleaved")))

@@ -17,7 +17,7 @@ from threads import Meeting, together, wait
 
 import diffmas
 from diffmas import MultiAgentSystem
-from diffmas.agents.system import evaluating
+from diffmas.agents.eval_mode import evaluating
 from diffmas.trace import pool
 
 NEW = 9  # tokens

@@ -59,10 +59,8 @@ def generate(self, inputs=None, *args, **kwargs):
         return original(self, inputs, *args, **kwargs)
     trace = kwargs[argument]
     generation = Generation()
-    with trace._store.lock:  # of two threads one is refused
-        if trace.generation is not None:
-            raise ValueError(f"{argument}: expected a trace that no other generate runs on; give each generate a fork of it")
-        trace.generation = generation
+    if not trace.claim(generation):
+        raise ValueError(f"{argument}: expected a trace that no other generate runs on; give each generate a fork of it")
     try:
         return _generate(self, trace, argument, inputs, args, kwargs)
     finally:

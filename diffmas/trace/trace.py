@@ -166,6 +166,14 @@ class Trace(CacheFace):
             lineage=self._lineage, deferred=deferred, step=step, older=older, hold=hold,
         )  # fmt: skip
 
+    def claim(self, generation) -> bool:
+        """Makes the trace that of a generate; False if another one runs on it. Of two threads one gets it."""
+        with self._store.lock:
+            free = self.generation is None
+            if free:
+                self.generation = generation
+        return free
+
     def make_room(self, tokens: int) -> None:
         """Lets the pools grow at once for that many more tokens of each sequence, when they next have to."""
         self._store.rows = max(self._store.rows, self._store.top + tokens * self.batch_size)

@@ -79,15 +79,17 @@ def generate(self, inputs=None, *args, **kwargs):
             if option(f"{name}_length") not in (None, 0, type(self.generation_config)().max_length):
                 if option(f"{name}_new_tokens") is None:
                     kwargs[f"{name}_length"] = option(f"{name}_length") + past
-    copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
-    longest = min(option("max_new_tokens") or 0, MOST_RESERVED)
+    beams = option("num_beams") or 1
+    copies = max(beams, option("num_return_sequences") or 1)
+    longest = min(option("max_new_tokens") or max((option("max_length") or 0) - past - S, 0), MOST_RESERVED)
     running = trace
     if copies > 1:
         running = kwargs[argument] = trace.select([b for b in range(B) for _ in range(copies)])
-        running.make_room(longest)  # for beams nobody knows whose rows they will be
+    if beams > 1:  # nobody knows whose rows they will be
+        running.make_room(S + longest)
     if ids is not None:
         kwargs["input_ids"] = ids
-    running.generation = Generation(past, S, longest if copies == 1 else 0)
+    running.generation = Generation(past, S, longest if beams == 1 else 0)
     try:
         output = original(self, *args, attention_mask=mask, **kwargs)
     finally:

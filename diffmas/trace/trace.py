@@ -158,8 +158,8 @@ class Trace(CacheFace):
         )  # fmt: skip
 
     def make_room(self, tokens: int) -> None:
-        """Lets the pools grow at once for that many more tokens of each sequence, when they next have to."""
-        self._store.rows = max(self._store.rows, self._store.top + tokens * self.batch_size)
+        """Lets the pools grow at once for that many more tokens of each sequence and spare room, when they next have to."""
+        self._store.rows = max(self._store.rows, self._store.top + (tokens + MOST_SPARE) * self.batch_size)
 
     def commit(self, forward_pass: ForwardPass) -> None:
         """Makes the new tokens part of the trace; raises RuntimeError if a layer did not write its rows."""

@@ -47,6 +47,16 @@ def one_by_one(model, trace, ids):
         model(input_ids=ids[:, i : i + 1], past_key_values=trace)
 
 
+def hand_made(batch_size: int) -> diffmas.Trace:
+    """A trace that no model writes to."""
+    return diffmas.Trace(tiny("qwen3", torch.float32), batch_size)
+
+
+def append(trace, tokens=1, **options):
+    with torch.no_grad():
+        trace.commit_repeated(trace.plan([tokens] * trace.batch_size, "text", **options))
+
+
 # ---- what is held ----------------------------------------------------------------------------------------------------
 
 
@@ -103,12 +113,11 @@ def test_append_and_crop(model, constant, how):
             model(input_ids=new, past_key_values=trace)
             trace.crop(-20)
         elif how == "one by one":
-            one_by_one(model, trace, new)
+            for _ in range(20):
+                append(trace)
             trace.crop(-20)
         elif how == "reserved":
-            pass_ = trace.plan([5], "text", reserve=15)
-            trace.commit_repeated(pass_)
-            del pass_
+            append(trace, 5, reserve=15)
             trace.crop(35)
         else:
             model(input_ids=new[:, :5], past_key_values=trace)
@@ -140,10 +149,9 @@ def test_fork_and_forget(model, constant):
     for i in range(20):
         fork = trace.fork(1)[0]
         prefill(model, *tokens(7, seed=i), trace=fork)
-        pass_ = fork.plan([1], "text", reserve=100)
-        fork.commit_repeated(pass_)
+        append(fork, reserve=100)
         assert trace.rows == 9 + 7 + 1 + 100
-        del fork, pass_
+        del fork
         assert trace.rows == 9
         assert trace._store.top <= 9 + 7 + 1 + 100
     prefill(model, b, trace=trace)
@@ -243,7 +251,7 @@ def test_a_graph_holds_its_rows_until_it_has_run(model, how):
         assert trace.rows == 5
 
 
-@pytest.mark.parametrize("how", ["save_on_cpu", "checkpoint"])
+@pytest.mark.parametrize("how", ["save_on_cpu", "copies", "checkpoint"])
 def test_saved_tensor_hooks_keep_the_hold(model, how):
     with torch.no_grad():
         trace = prefill(model, *tokens(5))
@@ -254,7 +262,8 @@ def test_saved_tensor_hooks_keep_the_hold(model, how):
         model.train()
         loss = branch_of(model, trace)
     else:
-        with torch.autograd.graph.save_on_cpu():
+        copies = torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
+        with torch.autograd.graph.save_on_cpu() if how == "save_on_cpu" else copies:
             loss = branch_of(model, trace)
     assert trace.rows == 5 + 7 + 4
     for i in range(3):
@@ -262,6 +271,18 @@ def test_saved_tensor_hooks_keep_the_hold(model, how):
             prefill(model, *tokens(9, seed=i), trace=trace.fork(1)[0])
     loss.backward()
     assert_close(gradients(model), want, 1e-12)
+    del loss
+    assert trace.rows == 5
+
+
+def test_a_checkpointed_graph_that_is_dropped(model):
+    """What a checkpoint keeps of a forward pass leads to no graph, or none of it would ever be freed."""
+    with torch.no_grad():
+        trace = prefill(model, *tokens(5))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    loss = branch_of(model, trace)
+    assert trace.rows == 5 + 7 + 4
     del loss
     assert trace.rows == 5
 
@@ -405,17 +426,6 @@ def test_two_threads_on_forks_of_one_trace(model):
 # ---- where rows lie --------------------------------------------------------------------------------------------------
 
 
-def hand_made(batch_size: int) -> diffmas.Trace:
-    """A trace that no model writes to."""
-    spec = tiny("qwen3", torch.float32)
-    return diffmas.Trace(spec, batch_size)
-
-
-def append(trace, tokens=1, **options):
-    with torch.no_grad():
-        trace.commit_repeated(trace.plan([tokens] * trace.batch_size, "text", **options))
-
-
 def test_reserved_tokens_stay_in_one_range():
     trace = hand_made(3)
     append(trace, 5)
@@ -432,6 +442,21 @@ def test_reserved_tokens_stay_in_one_range():
     for _ in range(20):
         append(first)
     assert len(first.segments) == 1 and first._store.top == top == 25
+
+
+def test_a_sequence_goes_on_where_it_ends():
+    """Not in the first gap, where the rows behind it are free."""
+    trace = hand_made(1)
+    append(trace, 5)
+    left, right = trace.fork(2)
+    append(left, 10)
+    append(right, 10)
+    del left
+    append(right, 4)
+    assert [(s.start, s.length) for s in right.segments] == [(0, 5), (15, 14)]
+    right.crop(-4)
+    append(right)
+    assert [(s.start, s.length) for s in right.segments] == [(0, 5), (15, 11)]
 
 
 @pytest.mark.parametrize("beams, n", [(6, 300), (16, 100)])

@@ -79,6 +79,7 @@ class ForwardPass:
         """Its tokens are part of the trace: from now on layers can only be recomputed."""
         self.work.committed = True
         self.work.hold.extents = []  # the trace has them
+        self.table = self.past = self.after = self.batch = None  # a checkpoint's graph holds this object: no circle through them
 
     # ---- repeated on the device (diffmas.agents.latent) ---------------------------------------------------------------
 

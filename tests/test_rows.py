@@ -197,7 +197,7 @@ def test_rows_of_a_planned_forward_pass_are_not_given_away(model, constant):
     trace = prefill(model, *tokens(6))
     planned = trace.fork(1)[0].plan([3], "text", reserve=5)
     claimed = set(range(int(planned.work.slots[0]), int(planned.work.slots[0]) + 3 + 5))
-    for i in range(5):
+    for _ in range(5):
         fork = trace.fork(1)[0]
         mine = fork.plan([4], "text").work.slots
         assert not claimed & set(mine.tolist())

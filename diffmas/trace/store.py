@@ -2,8 +2,8 @@
 
 Nobody counts references. Whatever reads rows is a *holder*, an object that names the ranges it needs: a view (`Trace`), and the
 `Hold` of a forward pass, which lives as long as the pass may run again, forward or backward. A row is free when no holder that is
-alive names it. Python's own reference counts say who is alive, so nothing has to be released, and nothing can be released twice;
-the store looks only when it would otherwise have to grow.
+alive names it. Python's own reference counts say who is alive, so nothing has to be released, and nothing can be released twice.
+The store looks only where the rows that it knows to be free do not do, and once for a forward pass at most.
 """
 
 import bisect

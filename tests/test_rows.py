@@ -98,7 +98,8 @@ def test_forks(model, constant):
         assert trace.rows <= 1.25 * (6 + forks * n) + 8 * forks
         del fork, branches
         assert trace.rows == 6
-    for i, fork in enumerate(branches := trace.fork(8)):
+    branches = trace.fork(8)
+    for i, fork in enumerate(branches):
         prefill(model, *tokens(3, seed=i), trace=fork)
     assert trace.rows == 6 + 8 * 3  # exact, where they come at once
 
@@ -174,8 +175,7 @@ def test_a_view_outlives_the_trace_that_it_was_made_from(model, constant):
         for i in range(4):
             prefill(model, *tokens(9, seed=i), trace=other)
         assert_close(read(model, view, c)[0], whole(model, torch.cat((a, c))).logits[0, -4:])
-        trace = view
-        del view
+        trace, view = view, None
 
 
 def test_a_failed_forward_gives_its_rows_back(model, constant):

@@ -1,9 +1,9 @@
 """The rows of all layers: which of them are free, who wrote them. Shared by a trace and all its forks.
 
-Nobody counts references. Whatever reads rows is a *holder*, an object that names the ranges it needs: a view (`Trace`), and the
-`Hold` of a forward pass, which lives as long as the pass may run again, forward or backward. A row is free when no holder that is
-alive names it. Python's own reference counts say who is alive, so nothing has to be released, and nothing can be released twice.
-The store looks only where the rows that it knows to be free do not do, and once for a forward pass at most.
+Nobody counts references. Whatever reads rows is a *holder*, an object that names the ranges it needs: a view (`Trace`), and
+the `Hold` of a forward pass, which lives as long as the pass may run again, forward or backward. A row is free when no holder
+that is alive names it. Python's own reference counts say who is alive, so nothing has to be released, and nothing can be
+released twice. The store looks only where the rows that it knows to be free do not do, and once for a forward pass at most.
 """
 
 import bisect
@@ -35,8 +35,8 @@ class Extent:
 
 
 class Hold:
-    """A holder of the rows that a forward pass reads, `views`. Before these are known, and until a view has them: of the rows that
-    were claimed for it, and of the room of its extents."""
+    """A holder of the rows that a forward pass reads, `views`. Before these are known, and until a view has them: of the rows
+    that were claimed for it, and of the room of its extents."""
 
     def __init__(self, store: "Store", views: Sequence[Sequence[Rows]] = ()):
         self.claimed: list[tuple[int, int]] = []  # (first row, the row after the last)

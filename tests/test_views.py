@@ -207,6 +207,15 @@ def test_join_made_without_gradients_detaches_nothing(model):
     assert_close(gradients(model), want)
 
 
+def test_a_row_is_not_joined_to_itself(model):
+    """A sequence that reads a row twice would give it its gradient from two places at once."""
+    trace = prefill(model, *tokens(4, 3))
+    body(model)(inputs_embeds=torch.randn(2, 1, 32, dtype=torch.float64), past_key_values=trace)
+    with pytest.raises(ValueError, match="share only what all of them begin with"):
+        diffmas.Trace.join([trace, trace.keep("latent")])
+    assert diffmas.Trace.join([trace, trace.fork(1)[0]], "keep").lengths == [5, 4]
+
+
 def test_bad_joins_are_refused(model):
     (a,) = tokens(3)
     trace, other = prefill(model, a), prefill(model, a)

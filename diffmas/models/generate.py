@@ -100,14 +100,16 @@ def _generate(self, trace: Trace, argument: str, inputs, args: tuple, kwargs: di
             if option(f"{name}_length") not in (None, 0, type(self.generation_config)().max_length):
                 if option(f"{name}_new_tokens") is None:
                     kwargs[f"{name}_length"] = option(f"{name}_length") + past
-    copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
-    longest = min(option("max_new_tokens") or 0, MOST_RESERVED)
+    beams = option("num_beams") or 1
+    copies = max(beams, option("num_return_sequences") or 1)
+    longest = min(option("max_new_tokens") or max((option("max_length") or 0) - past - S, 0), MOST_RESERVED)
     running, generation = trace, trace.generation
-    generation.past, generation.new, generation.reserve = past, S, longest if copies == 1 else 0
+    generation.past, generation.new, generation.reserve = past, S, longest if beams == 1 else 0
     if copies > 1:
         running = kwargs[argument] = trace.select([b for b in range(B) for _ in range(copies)])
         running.generation, trace.generation = generation, None
-        running.make_room(longest)  # which beam will write the rows is not known beforehand
+    if beams > 1:  # which beam will write the rows is not known beforehand
+        running.make_room(S + longest)
     if ids is not None:
         kwargs["input_ids"] = ids
     try:

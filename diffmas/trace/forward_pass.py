@@ -95,6 +95,8 @@ class ForwardPass:
         """Its tokens are part of the trace: from now on layers can only be recomputed."""
         self.work.committed = True
         self.work.hold.extents = []  # the trace has them
+        # The graph of a checkpoint holds this object, so it must not lead to a graph: such a circle is never freed.
+        self.table = self.past = self.after = self.batch = None
 
     # ---- repeated on the device (diffmas.agents.latent) ---------------------------------------------------------------
 

@@ -69,8 +69,7 @@ class LayerWork:
     hold: Hold | None = None
 
     def __post_init__(self):
-        self.hold = self.hold or Hold(self.store)
-        self.hold.ranges = [(r.start, r.start + r.length) for view in self.views for r in view]
+        self.hold = self.hold or Hold(self.store, self.views)
         self.committed = False  # its tokens are part of the trace: from now on layers can only be recomputed
         self.forget()
         self._flushes: dict[int, tuple] = {}  # by layer, for the pass that begins a run

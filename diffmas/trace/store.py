@@ -1,23 +1,27 @@
 """The rows of all layers: which of them are free, who wrote them. Shared by a trace and all its forks.
 
-Nobody counts references. Whatever reads rows is a *holder*, an object that names the ranges it needs: a view (`Trace`), and the
-`Hold` of a forward pass, which lives as long as the pass may run again, forward or backward. A row is free when no holder that is
-alive names it. Python's own reference counts say who is alive, so nothing has to be released, and nothing can be released twice;
-the store looks only when it would otherwise have to grow.
+Nobody counts references. Whatever reads rows is a *holder*, an object that names the ranges it needs: a view (`Trace`), and
+the `Hold` of a forward pass, which lives as long as the pass may run again, forward or backward. A row is free when no holder
+that is alive names it. Python's own reference counts say who is alive, so nothing has to be released, and nothing can be
+released twice. The store looks only where the rows that it knows to be free do not do, and once for a forward pass at most.
 """
 
+import bisect
+import contextlib
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
 from diffmas.trace.pool import Pool
+from diffmas.trace.views import Rows
 
-__all__ = ["Extent", "Hold", "Store"]
+__all__ = ["Extent", "Hold", "Store", "ranges_in"]
 
 LEAST_SPARE, MOST_SPARE = 4, 64  # rows beyond a token that opens an extent, where nobody said how many come
+NO_END = 1 << 62
 
 
 class Extent:
@@ -31,16 +35,29 @@ class Extent:
 
 
 class Hold:
-    """A holder of fixed ranges, and of the spare room of extents until a view has them."""
+    """A holder of the rows that a forward pass reads, `views`. Before these are known, and until a view has them: of the rows
+    that were claimed for it, and of the room of its extents."""
 
-    def __init__(self, store: "Store", ranges: Iterable[tuple[int, int]] = ()):
-        """ranges: (first row, the row after the last)."""
-        self.ranges = list(ranges)
+    def __init__(self, store: "Store", views: Sequence[Sequence[Rows]] = ()):
+        self.claimed: list[tuple[int, int]] = []  # (first row, the row after the last)
         self.extents: list[Extent] = []
+        self.read(views)
         store.add_holder(self)
 
-    def held(self) -> list[tuple[int, int]]:
-        return self.ranges + [(e.filled, e.end) for e in self.extents]
+    def read(self, views: Sequence[Sequence[Rows]]) -> None:
+        """views: all that it reads, what was claimed included."""
+        self.views, self._ranges = views, None
+        self.claimed = []
+
+    def held(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        if self._ranges is None:
+            self._ranges = ranges_in(self.views)
+        return self._ranges, self.claimed + [(e.filled, e.end) for e in self.extents]
+
+
+def ranges_in(views: Sequence[Sequence[Rows]]) -> np.ndarray:
+    """The distinct ranges of rows in views; [n, 2], first row and the row after the last."""
+    return np.array(list({(x.start, x.start + x.length) for view in views for x in view}), dtype=np.int64).reshape(-1, 2)
 
 
 class Store:
@@ -49,27 +66,32 @@ class Store:
     def __init__(self, layers: int, rows: int = 0):
         self.pools: list[Pool | None] = [None] * layers
         self.rows = rows
-        self.top = 0  # every row that is held lies below
         self.needs_grad = [frozenset([0])]  # by lineage (see Pool): the lineages whose rows its readers leave gradients for
         self.lock = threading.RLock()
         self._writers = np.zeros(max(rows, 1), dtype=np.int64)  # the lineage each row was written in
-        self._free: list[tuple[int, int]] = []  # known free ranges below `top`, rising
+        self._free = [(0, NO_END)]  # ranges that are known to be free, rising
+        self._swept = False
         self._holders = weakref.WeakSet()
 
     # ---- who holds what ----------------------------------------------------------------------------------------------
 
     def add_holder(self, holder) -> None:
-        """holder: an object with held() -> [(first row, the row after the last)]."""
+        """holder: an object with held() -> (ranges [n, 2], a list of more), each (first row, the row after the last)."""
         with self.lock:  # not while another thread goes through them
             self._holders.add(holder)
 
     def _held(self) -> np.ndarray:
         """Whether a live holder names a row; [top] bool."""
-        held = np.zeros(self.top, dtype=bool)
-        for holder in list(self._holders):
-            for start, end in holder.held():
-                held[start:end] = True
-        return held
+        held = [holder.held() for holder in list(self._holders)]
+        more = [pair for _, pairs in held for pair in pairs]
+        ranges = np.concatenate([np.array(more, dtype=np.int64).reshape(-1, 2), *(rows for rows, _ in held)])
+        starts, ends = (np.bincount(x, minlength=self.top + 1) for x in ranges.T)
+        return (starts - ends).cumsum()[:-1] > 0
+
+    @property
+    def top(self) -> int:
+        """Every row that is held lies below."""
+        return self._free[-1][0]
 
     @property
     def rows_held(self) -> int:
@@ -79,58 +101,64 @@ class Store:
 
     def _sweep(self) -> None:
         held = self._held()
-        edges = np.flatnonzero(np.diff(np.concatenate(([True], held, [True])).astype(np.int8)))
-        self._free = list(zip(edges[::2].tolist(), edges[1::2].tolist()))
-        if self._free and self._free[-1][1] == self.top:
-            self.top = self._free.pop()[0]
+        edges = (np.flatnonzero(held[1:] != held[:-1]) + 1).tolist()
+        if not held[:1].any():
+            edges.insert(0, 0)
+        if len(edges) % 2 == 0:
+            edges.append(self.top)
+        self._free = list(zip(edges[::2], [*edges[1::2], NO_END]))
+        self._swept = True
 
     # ---- rows --------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def allocation(self):
+        """The store is the caller's; it looks for rows that were let go once at most."""
+        with self.lock:
+            self._swept = False
+            yield self
 
     def allocate(self, rows: int, spare: int = 0, after: int | None = None, least_spare: int | None = None) -> Extent:
         """An extent of `rows` rows and `spare` more: at row `after` where that is free, else in the first gap that holds them,
         else in one that holds `least_spare` more, else at the end. Give it a holder before the next call."""
-        least_spare = spare if least_spare is None else least_spare
-        found = self._find(rows, spare, after, least_spare)
-        if found is None:
+        least = rows + (spare if least_spare is None else least_spare)
+        most = rows + spare
+        found = self._at(after, least)
+        if found is None and (after is not None or (found := self._gap(most)) is None) and not self._swept:
             self._sweep()
-            found = self._find(rows, spare, after, least_spare) or self._find(rows, least_spare, None, least_spare)
-        start, end = found or (self.top, self.top + rows + spare)
-        self._take(start, end)
+            found = self._at(after, least)
+        found = found or self._gap(most) or self._gap(least) or (len(self._free) - 1, self.top)
+        index, start = found
+        end = min(start + most, self._free[index][1])
+        self._take(index, start, end)
         return Extent(start, end)
 
-    def _find(self, rows: int, spare: int, after: int | None, least_spare: int) -> tuple[int, int] | None:
-        if after == self.top:
-            return after, after + rows + spare
-        for start, end in self._free:
-            if after is not None and start <= after and end - after >= rows + least_spare:
-                return after, min(end, after + rows + spare)
-        return next(((start, start + rows + spare) for start, end in self._free if end - start >= rows + spare), None)
+    def _at(self, row: int | None, rows: int) -> tuple[int, int] | None:
+        """Where in the list `rows` free rows from `row` on are, and `row`."""
+        if row is None:
+            return None
+        index = bisect.bisect(self._free, (row, NO_END)) - 1
+        return (index, row) if index >= 0 and self._free[index][1] - row >= rows else None
 
-    def _take(self, start: int, end: int) -> None:
-        """Makes rows [start, end) not free."""
-        rest = [(a, b) for x, y in self._free for a, b in ((x, min(y, start)), (max(x, end), y)) if a < b]
-        if start > self.top:
-            rest.append((self.top, start))
-        self._free, self.top = rest, max(self.top, end)
+    def _gap(self, rows: int) -> tuple[int, int] | None:
+        """The first gap of that many rows, and its first row."""
+        last = len(self._free) - 1
+        return next(((i, start) for i, (start, end) in enumerate(self._free) if end - start >= rows and i < last), None)
+
+    def _take(self, index: int, start: int, end: int) -> None:
+        first, last = self._free[index]
+        self._free[index : index + 1] = [(a, b) for a, b in ((first, start), (end, last)) if a < b]
         if self.top > len(self._writers):
             more = np.zeros(max(self.top, 2 * len(self._writers)) - len(self._writers), dtype=np.int64)
             self._writers = np.concatenate((self._writers, more))
 
     def lengthen(self, extent: Extent, rows: int) -> None:
-        """Gives an extent room for that many rows, if those behind it are free."""
+        """Gives an extent room for that many rows, if those behind it are known to be free."""
         end = extent.filled + rows
-        if end > extent.end and (extent.end == self.top or any(a == extent.end and end <= b for a, b in self._free)):
-            self._take(extent.end, end)
+        found = self._at(extent.end, end - extent.end) if end > extent.end else None
+        if found is not None:
+            self._take(*found, end)
             extent.end = end
-
-    def rewind(self, extent: Extent, row: int) -> bool:
-        """Lets a view whose rows end at `row` go on there, if nobody needs what was written in the extent since, nor the room
-        behind it: after a crop, a forward that failed, a fork that was forgotten."""
-        if not extent.start <= row < extent.filled or self._held()[row : extent.end].any():
-            return False
-        extent.filled = row
-        self._take(row, extent.end)
-        return True
 
     # ---- lineages ----------------------------------------------------------------------------------------------------
 
@@ -138,7 +166,7 @@ class Store:
         with self.lock:
             lineage = len(self.needs_grad)
             self.needs_grad.append(frozenset([*needs_grad, lineage]))
-            return lineage
+        return lineage
 
     def write(self, extent: Extent, rows: int, lineage: int) -> int:
         """Claims the next rows of an extent for a writer of this lineage; the first of them."""

@@ -16,7 +16,7 @@ from diffmas.trace.cache import CacheFace
 from diffmas.trace.forward_pass import ForwardPass, Table
 from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.spec import spec_of
-from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold, Store
+from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold, Store, ranges_in
 from diffmas.trace.views import KINDS, Segment, common_prefix, length_of, ranges_of, without_first
 
 __all__ = ["Trace"]
@@ -64,13 +64,13 @@ class Trace(CacheFace):
         self.generation = None  # of the generate that it was given to (diffmas.models.generate), while that runs
         self._store.add_holder(self)
 
-    def held(self) -> list[tuple[int, int]]:
+    def held(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The rows it needs: what it sees, and the room of the extents that it can go on in."""
-        held = [(s.start, s.end) for row in self._segments for s in row]
+        room = []
         for row, extent in zip(self._segments, self._extents):
             if extent is not None and row and row[-1].end == extent.filled:
-                held.append((extent.filled, extent.end))
-        return held
+                room.append((extent.filled, extent.end))
+        return ranges_in(self._segments), room
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
 
@@ -134,25 +134,26 @@ class Trace(CacheFace):
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
         if positions is None:
-            positions = np.concatenate([np.arange(n, dtype=np.int64) + after for n, after in zip(lengths, self._next)])
+            positions = _counted(self._next, lengths)
         else:
             positions = positions.cpu().numpy().astype(np.int64)
         if len(positions) != sum(lengths):
             raise ValueError(f"positions: expected {sum(lengths)} of them, got {len(positions)}")
         self._check_limits(lengths, positions)
         reserve = list(reserve) if isinstance(reserve, (list, tuple)) else [int(reserve)] * self.batch_size
-        segments, extents, slots, done = [list(row) for row in self._segments], list(self._extents), [], 0
+        segments, extents, done = [list(row) for row in self._segments], list(self._extents), 0
         hold = Hold(self._store)
-        with self._store.lock:
+        with self._store.allocation():
             for b, n in enumerate(lengths):
                 while n:
                     extents[b] = self._extent_for(n, segments[b], extents[b], reserve[b], hold)
                     rows = min(n, extents[b].end - extents[b].filled)
                     start = self._store.write(extents[b], rows, self._lineage)
-                    hold.ranges.append((start, start + rows))
-                    slots.append(np.arange(start, start + rows))
+                    hold.claimed.append((start, start + rows))
                     self._append(segments[b], b, kind, start, positions[done : done + rows])
                     n, done = n - rows, done + rows
+            slots = _counted([start for start, _ in hold.claimed], [end - start for start, end in hold.claimed])
+            hold.read([ranges_of(row) for row in segments])
         deferred, step = None, 0
         if kind == "latent" and all(n == 1 for n in lengths):
             deferred, step = self._deferred
@@ -161,9 +162,8 @@ class Trace(CacheFace):
             step += 1
         older = [ranges_of(row) for row in self._segments] if step == 1 else None
         return ForwardPass(
-            self.spec, self._store, list(lengths), positions, np.concatenate(slots or [positions]),
-            [ranges_of(row) for row in segments], self._order, Table(self._segments, segments, extents),
-            lineage=self._lineage, deferred=deferred, step=step, older=older, hold=hold,
+            self.spec, self._store, list(lengths), positions, slots, hold.views, self._order,
+            Table(self._segments, segments, extents), lineage=self._lineage, deferred=deferred, step=step, older=older, hold=hold,
         )  # fmt: skip
 
     def claim(self, generation) -> bool:
@@ -175,8 +175,8 @@ class Trace(CacheFace):
         return free
 
     def make_room(self, tokens: int) -> None:
-        """Lets the pools grow at once for that many more tokens of each sequence, when they next have to."""
-        self._store.rows = max(self._store.rows, self._store.top + tokens * self.batch_size)
+        """Lets the pools grow at once for that many more tokens of each sequence and spare room, when they next have to."""
+        self._store.rows = max(self._store.rows, self._store.top + (tokens + MOST_SPARE) * self.batch_size)
 
     def commit(self, forward_pass: ForwardPass) -> None:
         """Makes the new tokens part of the trace; raises RuntimeError if a layer did not write its rows."""
@@ -190,11 +190,11 @@ class Trace(CacheFace):
         _, self._segments, self._extents = forward_pass.table
         self._order = forward_pass.after
         self._deferred = (forward_pass.work.deferred, forward_pass.work.step)
-        done = 0
-        for b, n in enumerate(forward_pass.lengths):
-            if n:
-                self._next[b] = max(self._next[b], int(forward_pass.positions[done : done + n].max()) + 1)
-            done += n
+        written = [b for b, n in enumerate(forward_pass.lengths) if n]
+        if written:
+            first = np.cumsum([0, *(forward_pass.lengths[b] for b in written)])[:-1]
+            for b, position in zip(written, np.maximum.reduceat(forward_pass.positions, first).tolist()):
+                self._next[b] = max(self._next[b], position + 1)
         forward_pass.finish()
 
     def commit_repeated(self, forward_pass: ForwardPass) -> None:
@@ -214,11 +214,13 @@ class Trace(CacheFace):
     def _extent_for(self, tokens: int, row: list[Segment], extent: Extent | None, reserve: int, hold: Hold) -> Extent:
         """Where a sequence writes next: on in its extent, unless that is full or another fork has gone on there."""
         end = row[-1].end if row else None
-        if extent is not None and end is not None and (extent.filled == end or self._store.rewind(extent, end)):
+        if extent is not None and extent.filled == end:
             self._store.lengthen(extent, tokens + reserve)
             if extent.filled < extent.end:
                 hold.extents.append(extent)
                 return extent
+        if any(end == start for start, _ in hold.claimed):
+            end = None  # a fork in this batch has gone on there
         spare = least = reserve
         if not reserve and tokens == 1:  # nobody said what comes: more tokens one by one, most likely
             spare, least = min(max(length_of(row) // 2, LEAST_SPARE), MOST_SPARE), LEAST_SPARE
@@ -228,7 +230,8 @@ class Trace(CacheFace):
 
     def _append(self, row: list[Segment], sequence: int, kind: str, start: int, positions: np.ndarray) -> None:
         """Adds new rows to a sequence's segments, one for each run of consecutive positions."""
-        bounds = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
+        jumps = (np.flatnonzero(np.diff(positions) != 1) + 1).tolist() if len(positions) > 1 else []
+        bounds = [0, *jumps, len(positions)]
         for first, last in zip(bounds, bounds[1:]):
             new = Segment(sequence, self.agent, kind, start + first, last - first, int(positions[first]))
             longer = row[-1].extended_by(new) if row else None
@@ -256,9 +259,11 @@ class Trace(CacheFace):
         self._see(other._segments, other._order, other._extents, other._next, other._lineage)
         self.generation = generation
 
-    def __deepcopy__(self, memo) -> "Trace":
+    def __deepcopy__(self, memo=None) -> "Trace":
         """What a deep copy of a cache is for, to go on from it more than once, is a fork."""
         return self.fork(1)[0]
+
+    __copy__ = __deepcopy__
 
     def fork(self, n: int) -> list["Trace"]:
         """n traces that share everything written so far and go on separately."""
@@ -329,7 +334,7 @@ class Trace(CacheFace):
     def join(traces: list["Trace"], positions: str = "shift") -> "Trace":
         """One trace that sees, per sequence, all that the given traces see, in their order; common segments once.
 
-        The traces must be forks of one trace. Agents that write independently take forks of an empty one:
+        The traces must be forks of one trace, and share only what all of them begin with. Agents that write independently take forks of an empty one:
         `a, b = Trace(model, batch_size).fork(2)`. `positions` of what each wrote after the common part:
         keep: as written (branches overlap). shift: each branch is moved, as a block, behind the one before it.
         reindex: all tokens are renumbered 0, 1, 2, ... same_branch: all branches are moved to start where the common
@@ -375,7 +380,7 @@ class Trace(CacheFace):
             rows = torch.from_numpy(store.written_by(rows, writer))
             order = torch.cat([t._order for t in branches])
             if len(rows):
-                hold = Hold(store, [(s.start, s.end) for t in branches for s in t.segments])
+                hold = Hold(store, [t.segments for t in branches])
                 order = inherit(order, [(p, rows.to(p.device)) for p in store.pools if p], lineage, writer, hold)
             orders.append(order)
         return lineage, torch.cat(orders)
@@ -386,12 +391,11 @@ class Trace(CacheFace):
         Worth it before a long decode over many segments or offsets. Positions become the ones they were read at.
         """
         total = sum(self.lengths)
-        hold = Hold(self._store, [(s.start, s.end) for s in self.segments])
+        hold = Hold(self._store, self._segments)
         src, offset, rows = [], [], []
-        with self._store.lock:
-            extent = self._store.allocate(total) if total else Extent(0, 0)
-            first = done = self._store.write(extent, total, self._lineage)
-            hold.ranges.append((first, first + total))
+        with self._store.allocation():
+            first = done = self._store.write(self._store.allocate(total), total, self._lineage)
+            hold.claimed.append((first, first + total))
         for segments in self._segments:
             row = []
             for s in segments:
@@ -453,6 +457,15 @@ class Trace(CacheFace):
         return trace._view(segments, None, next_positions)
 
 
+def _counted(starts: list[int], lengths: list[int]) -> np.ndarray:
+    """lengths[i] numbers from starts[i] on, for every i; int64."""
+    if len(starts) == 1:
+        return np.arange(starts[0], starts[0] + lengths[0], dtype=np.int64)
+    lengths = np.asarray(lengths, dtype=np.int64)
+    done = lengths.cumsum() - lengths
+    return np.repeat(np.asarray(starts, dtype=np.int64) - done, lengths) + np.arange(lengths.sum())
+
+
 def _joined(branches: list[list[Segment]], positions: str) -> tuple[list[Segment], int]:
     """The segments of one joined sequence, and the position after the last one."""
     row = branches[0]
@@ -468,4 +481,10 @@ def _joined(branches: list[list[Segment]], positions: str) -> tuple[list[Segment
         move = {"keep": 0, "reindex": 0, "shift": end - low, "same_branch": base - low}[positions]
         row += [s._replace(offset=s.offset + move) for s in own]
         end = max(end, max(s.next_position for s in own) + move)
+    # A row that a sequence reads twice would get its gradient from two places at once.
+    by_row = sorted((s.start, s.end) for s in row)
+    if any(start < end for (_, end), (start, _) in zip(by_row, by_row[1:])):
+        raise ValueError(
+            "traces: expected branches that share only what all of them begin with, got tokens that two of them see elsewhere"
+        )
     return row, end

@@ -1,5 +1,6 @@
 """Rows of a trace that nobody needs any more are free, are used again, and are never read again."""
 
+import contextlib
 import copy
 import random
 import threading
@@ -175,7 +176,7 @@ def test_a_view_outlives_the_trace_that_it_was_made_from(model, constant):
         for i in range(4):
             prefill(model, *tokens(9, seed=i), trace=other)
         assert_close(read(model, view, c)[0], whole(model, torch.cat((a, c))).logits[0, -4:])
-        trace, view = view, None
+        del trace, view
 
 
 def test_a_failed_forward_gives_its_rows_back(model, constant):
@@ -347,12 +348,8 @@ def program(model, seed: int, ops: int):
         elif op == "join":
             others = [t, *rng.sample(traces, min(len(traces), 2))]
             if sum(max(o.lengths) for o in others) < 60:
-                joined = diffmas.Trace.join(others, rng.choice(["keep", "shift", "reindex", "same_branch"]))
-                rows = [r for s in joined.segments if s.sequence == 0 for r in range(s.start, s.end)]
-                rows += [-1 - r for s in joined.segments if s.sequence == 1 for r in range(s.start, s.end)]
-                if len(rows) == len(set(rows)):  # no token twice
-                    traces.append(joined)
-                del joined
+                with contextlib.suppress(ValueError):  # some branches share tokens beyond their beginning
+                    traces.append(diffmas.Trace.join(others, rng.choice(["keep", "shift", "reindex", "same_branch"])))
         elif op == "repack":
             traces[i] = t.repack()
         elif op == "detach":

@@ -1,8 +1,8 @@
 """One forward of a patched model: padded batches in, packed tokens through the layers, the trace told at the end.
 
-Two callers: `forward`, for those who pack and plan themselves (the agents), and the hooks on the body, for whoever passes a Trace
-as `past_key_values` (`cache` since transformers 5.24). Both hand the forward pass down to the attention layers as the keyword
-argument `diffmas_trace`.
+Two callers: `forward`, for those who pack and plan themselves (the agents), and the hooks on the body, for whoever passes a
+Trace as `past_key_values` (`cache` since transformers 5.24). Both hand the forward pass down to the attention layers as the
+keyword argument `diffmas_trace`.
 """
 
 import inspect
@@ -34,7 +34,8 @@ class PaddedBatch(NamedTuple):
 
 
 def forward(patch, trace: Trace, forward_pass: ForwardPass, *, head: bool = False, commit: bool = True, **inputs):
-    """The body's output, or with `head` the causal LM's, over packed tokens (input_ids [1, n] or inputs_embeds [1, n, hidden])."""
+    """The body's output, or with `head` the causal LM's, over packed tokens (input_ids [1, n] or inputs_embeds [1, n,
+    hidden])."""
     _check_forward(patch)
     x = next(iter(inputs.values()))
     module = patch.causal_lm if head else patch.body
@@ -83,8 +84,8 @@ def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
     trace = kwargs[argument]
     if trace.spec is not patch.spec:
         raise ValueError(
-            f"{argument}: expected a trace of this model as it is patched now, got a trace of another model, or one from before "
-            "it was patched again; make a new trace"
+            f"{argument}: expected a trace of this model as it is patched now, got a trace of another model, or one from "
+            "before it was patched again; make a new trace"
         )
     if kwargs.get("output_attentions", body.config.output_attentions):
         raise ValueError("output_attentions: expected False with a trace, whose attention keeps no weights, got True")

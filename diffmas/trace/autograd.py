@@ -1,16 +1,16 @@
 """The autograd graph of a trace: in which order the backward of its forward passes runs.
 
-A row's gradient is complete when everybody who read it has run backward. So the backward of a pass must wait for that of all later
-passes over its rows; autograd does not know that, as no tensor of K and V goes from one to the other. *Order tokens* tell it,
-zero-size tensors, one for each pass:
+A row's gradient is complete when everybody who read it has run backward. So the backward of a pass must wait for that of all
+later passes over its rows; autograd does not know that, as no tensor of K and V goes from one to the other. *Order tokens* tell
+it, zero-size tensors, one for each pass:
 
     order = Begin(past);   every layer: o = attend(order, q, k, v);   after = End(last hidden state)
 
-The next pass's `past` is this one's `after`. A pass's layers wait for each other by the hidden states, the last hidden state waits
-for `End`, and `End` for the `Begin` of every later pass, which waits for the attends that took its token.
+The next pass's `past` is this one's `after`. A pass's layers wait for each other by the hidden states, the last hidden state
+waits for `End`, and `End` for the `Begin` of every later pass, which waits for the attends that took its token.
 
-`Begin` also owns the work of its pass in the graph: on a saved tensor, which autograd lets go when backward has run. Then the rows
-that it held are free (diffmas.trace.store).
+`Begin` also owns the work of its pass in the graph: on a saved tensor, which autograd lets go when backward has run. Then the
+rows that it held are free (diffmas.trace.store).
 """
 
 import weakref
@@ -222,6 +222,6 @@ class Inherit(torch.autograd.Function):
 
 
 def inherit(past: Tensor, rows: list[tuple[Pool, Tensor]], readers: int, writers: int, hold: Hold) -> Tensor:
-    """The order token for readers of lineage `readers` of rows that were written in lineage `writers`: hands the gradient that they
-    leave on to that of the writers. rows: of each pool, distinct."""
+    """The order token for readers of lineage `readers` of rows that were written in lineage `writers`: hands the gradient that
+    they leave on to that of the writers. rows: of each pool, distinct."""
     return Inherit.apply(past, _carrier(hold), rows, readers, writers)

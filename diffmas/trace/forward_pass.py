@@ -1,8 +1,8 @@
 """One forward pass of a model over new tokens: where they are written and what they see.
 
-Everything is fixed before the first layer runs. `Trace.plan` makes a forward pass, `attend` is what every layer calls, `end` takes
-the last hidden state, and `Trace.commit` makes the tokens part of the trace. A recomputed forward (activation checkpointing) uses
-the same object and changes nothing.
+Everything is fixed before the first layer runs. `Trace.plan` makes a forward pass, `attend` is what every layer calls, `end`
+takes the last hidden state, and `Trace.commit` makes the tokens part of the trace. A recomputed forward (activation
+checkpointing) uses the same object and changes nothing.
 """
 
 from typing import Any, NamedTuple
@@ -32,10 +32,10 @@ class Table(NamedTuple):
 class ForwardPass:
     """n packed new tokens of B sequences.
 
-    lengths [B]: new tokens of each sequence. positions, slots: of each token, [n] int64. views: what each sequence sees, its new
-    rows at the end. past: the order token that it stands behind (diffmas.trace.autograd). table: what `Trace.commit` takes over.
-    more: lineage (which gradient pools it uses), deferred and step (the run of latent steps that it is step number `step` of, from
-    1), older (with step 1, the views before the run), hold (of the rows that it needs). batch: the caller's.
+    lengths [B]: new tokens of each sequence. positions, slots: of each token, [n] int64. views: what each sequence sees, its
+    new rows at the end. past: the order token that it stands behind (diffmas.trace.autograd). table: what `Trace.commit` takes
+    over. more: lineage (which gradient pools it uses), deferred and step (the run of latent steps that it is step number `step`
+    of, from 1), older (with step 1, the views before the run), hold (of the rows that it needs). batch: the caller's.
 
     Rides through the model's keyword arguments as one opaque object: containers and anything with `.to` get rebuilt or
     cast on the way by accelerate, DDP and FSDP, `past_key_values` is dropped by activation checkpointing.
@@ -101,7 +101,8 @@ class ForwardPass:
     # ---- repeated on the device (diffmas.agents.latent) ---------------------------------------------------------------
 
     def repeatable(self, steps: int) -> bool:
-        """Whether `steps` steps from this one stay in their extents and in the pools there are: a capture must not move these."""
+        """Whether `steps` steps from this one stay in their extents and in the pools there are: a capture must not move
+        these."""
         rooms, store = (e.end - e.filled for e in self.table.extents), self.work.store
         return all(room >= steps - 1 for room in rooms) and all(p.rows >= store.top for p in store.pools)
 

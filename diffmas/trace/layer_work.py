@@ -1,12 +1,13 @@
 """What a forward pass does in its layers: write K/V and attend, and the backward of both.
 
-Rows are written once and never move, so attention saves nothing of K and V: its backward reads the pool again, adds dK and dV of
-the rows that it read to the gradient pools of the backward pass, and takes out those of the rows that this pass wrote, which are
-complete by then (diffmas.trace.autograd says why).
+Rows are written once and never move, so attention saves nothing of K and V: its backward reads the pool again, adds dK and dV
+of the rows that it read to the gradient pools of the backward pass, and takes out those of the rows that this pass wrote, which
+are complete by then (diffmas.trace.autograd says why).
 
-A run of latent steps reads the same earlier rows T times, and nobody needs their gradient before the first step has been undone. So
-the backward of a step adds dK and dV of the run's own rows only and keeps (do, q, o, lse), and a `flush` before the run adds those
-of the earlier rows for all steps in one matrix-shaped pass: the gradient pool is read and written once instead of T times.
+A run of latent steps reads the same earlier rows T times, and nobody needs their gradient before the first step has been
+undone. So the backward of a step adds dK and dV of the run's own rows only and keeps (do, q, o, lse), and a `flush` before the
+run adds those of the earlier rows for all steps in one matrix-shaped pass: the gradient pool is read and written once instead
+of T times.
 
 The autograd graph holds this object, so it must not reach a trace, or a tensor that has a graph: such a circle is never freed.
 """
@@ -103,7 +104,8 @@ class LayerWork:
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def attend(self, layer: LayerSpec, q, k, v, cos, sin, q_weight, k_weight, eps: float, scale: float, recording: bool):
-        """q [n, Hq, D], k, v [n, Hkv, D] -> o [n, Hq, D], and where it is recorded q_rot [n, Hq, D] and lse [n, Hq], else None."""
+        """q [n, Hq, D], k, v [n, Hkv, D] -> o [n, Hq, D], and where it is recorded q_rot [n, Hq, D] and lse [n, Hq], else
+        None."""
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
         if self.committed:
             self._check_recompute(i, recording)
@@ -138,7 +140,8 @@ class LayerWork:
             )
 
     def _choose(self, layer: LayerSpec, pool: Pool, older: tuple | None, scale: float) -> None:
-        """Which rows this layer's backward gives a gradient: all of the view, or its own and its run's, and who adds the rest."""
+        """Which rows this layer's backward gives a gradient: all of the view, or its own and its run's, and who adds the
+        rest."""
         i, older_needs_grad = layer.index, self.older_needs_grad and layer.records
         self.recorded[i] = layer.records = True
         deferred = self.deferred
@@ -157,8 +160,8 @@ class LayerWork:
         self, layer: LayerSpec, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps: float, scale: float, kv_heads: int,
         copy: bool = False,
     ):  # fmt: skip
-        """-> dq, dk, dv, dq_weight, dk_weight. do: None where nobody used o, only the rows. q, k: None without a norm. copy: what is
-        kept for the flush is a copy, since the caller's memory is used again."""
+        """-> dq, dk, dv, dq_weight, dk_weight. do: None where nobody used o, only the rows. q, k: None without a norm. copy:
+        what is kept for the flush is a copy, since the caller's memory is used again."""
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
         grads, tables = self.store.pools[i].grads(), self.on(q_rot.device)
         dk_pool, dv_pool = grads.of(self.lineage)

@@ -64,8 +64,8 @@ class Pool:
         return self.kv[0].shape[0]
 
     def reserve(self, rows: int, room: int = 0) -> None:
-        """Makes room for `rows` rows; where that is not there, for twice the rows there are or `room`, so that n appends copy O(n)
-        rows in all."""
+        """Makes room for `rows` rows; where that is not there, for twice the rows there are or `room`, so that n appends copy
+        O(n) rows in all."""
         self._used = rows
         if rows <= self.rows:
             return
@@ -81,10 +81,9 @@ class Pool:
     def grads(self) -> "GradPools":
         """The gradient of the backward pass that is running on this thread; made when a pass first asks, gone with the pass.
 
-        Keyed by the pass (autograd's graph task): passes that overlap or nest, and one that was aborted, do not see each other's.
-        Autograd's graph task keeps it alive, through a callback that runs, and is let go, at its end. A pass on a GPU may ask
-        from two threads: nodes without a tensor on the device run on the thread that called backward().
-        """
+        Keyed by the pass (autograd's graph task): passes that overlap or nest, and one that was aborted, do not see each
+        other's. Autograd's graph task keeps it alive, through a callback that runs, and is let go, at its end. A pass on a GPU
+        may ask from two threads: nodes without a tensor on the device run on the thread that called backward()."""
         task = torch._C._current_graph_task_id()
         if task == -1:
             raise RuntimeError("a gradient of a trace was asked for outside of a backward pass")
@@ -97,9 +96,9 @@ class Pool:
 
 
 class DeferredKVGrad:
-    """Consecutive latent steps of one token per sequence, whose gradients to older rows wait for each other. `flushed` says, for
-    each pool that the first step wrote with gradients, whether a flush stands before it in the graph; if not, all older rows are
-    constants."""
+    """Consecutive latent steps of one token per sequence, whose gradients to older rows wait for each other. `flushed` says,
+    for each pool that the first step wrote with gradients, whether a flush stands before it in the graph; if not, all older
+    rows are constants."""
 
     LONGEST = 64  # steps
 

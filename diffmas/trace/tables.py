@@ -14,8 +14,8 @@ DECODE_TOKENS = 8  # up to this many a sequence, reading K and V costs more than
 
 
 class Tables:
-    """slots, positions [n]; q_indptr [B + 1]; grad_tail [B]; and for each view the arguments of `cross_attention`. One copy to the
-    device for all of them, without a wait."""
+    """slots, positions [n]; q_indptr [B + 1]; grad_tail [B]; and for each view the arguments of `cross_attention`. One copy to
+    the device for all of them, without a wait."""
 
     def __init__(
         self, device: torch.device, lengths: list[int], slots: np.ndarray, positions: np.ndarray, grad_tail: list[int],
@@ -44,7 +44,8 @@ class Tables:
         self.as_written = self._views(None)
 
     def _views(self, inv_freq: Tensor | None) -> dict[str, tuple | None]:
-        """By name: q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq. older: without q_indptr; shared: two views."""
+        """By name: q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq. older: without q_indptr; shared: two
+        views."""
         read = lambda table: (*table[:3], table[3] if inv_freq is not None else None, inv_freq)
         shared = None
         if self._groups is not None:

@@ -2,8 +2,8 @@
 
 Storage and view are two things. A store (diffmas.trace.store) owns the rows of every layer; a `Trace` owns, per sequence, the
 ordered list of *segments* that it sees. Forks, joins and `keep` make new views over the same rows and copy nothing. A trace
-changes in one place, `commit`, which makes the tokens of a forward pass part of it; and where transformers asks a cache to change
-in place, it becomes another view of its store (`_become`).
+changes in one place, `commit`, which makes the tokens of a forward pass part of it; and where transformers asks a cache to
+change in place, it becomes another view of its store (`_become`).
 """
 
 import numpy as np
@@ -27,8 +27,8 @@ JOINS = ("keep", "shift", "reindex", "same_branch")
 class Trace(CacheFace):
     """The shared K/V memory of `batch_size` episodes over all layers of a patched model.
 
-    model: a model that `diffmas.patch_model` was called on, or its `ModelSpec`. capacity: tokens per sequence to make room for at
-    once; the trace grows beyond it by itself. Pass it as `past_key_values` (`cache` since transformers 5.24) to the model's
+    model: a model that `diffmas.patch_model` was called on, or its `ModelSpec`. capacity: tokens per sequence to make room for
+    at once; the trace grows beyond it by itself. Pass it as `past_key_values` (`cache` since transformers 5.24) to the model's
     forward and generate. Padded tokens never enter it; the sequences of a batch may differ in length.
 
     Raises ValueError for a model that is not patched, a batch_size or capacity that is not positive.
@@ -99,7 +99,8 @@ class Trace(CacheFace):
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     def keys_values(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """A copy of one sequence's K and V rows as they were written (position offsets are not applied); [length, Hkv, D] each."""
+        """A copy of one sequence's K and V rows as they were written (position offsets are not applied); [length, Hkv, D]
+        each."""
         pool = self._store.pools[layer]
         if pool is None:
             raise ValueError("keys_values: expected a trace that holds tokens, got an empty one")
@@ -108,7 +109,8 @@ class Trace(CacheFace):
 
     @property
     def rows(self) -> int:
-        """Rows of each layer that this trace, its forks, and the forward passes and graphs over them need, spare room included."""
+        """Rows of each layer that this trace, its forks, and the forward passes and graphs over them need, spare room
+        included."""
         return self._store.rows_held
 
     def memory(self) -> int:
@@ -126,8 +128,8 @@ class Trace(CacheFace):
     def plan(self, lengths: list[int], kind: str, positions: Tensor | None = None, reserve: int | list[int] = 0) -> ForwardPass:
         """A forward pass that appends lengths[b] tokens to sequence b, at positions [n] or the next ones.
 
-        reserve: how many more tokens (of each sequence) will follow, so that their rows follow too. Nothing is part of the trace
-        before `commit`; a forward pass that is dropped gives its rows back. Raises ValueError naming what does not fit.
+        reserve: how many more tokens (of each sequence) will follow, so that their rows follow too. Nothing is part of the
+        trace before `commit`; a forward pass that is dropped gives its rows back. Raises ValueError naming what does not fit.
         """
         if len(lengths) != self.batch_size:
             raise ValueError(f"trace: expected a batch of {self.batch_size} sequences, got {len(lengths)}")
@@ -162,8 +164,8 @@ class Trace(CacheFace):
             step += 1
         older = [ranges_of(row) for row in self._segments] if step == 1 else None
         return ForwardPass(
-            self.spec, self._store, list(lengths), positions, slots, hold.views, self._order,
-            Table(self._segments, segments, extents), lineage=self._lineage, deferred=deferred, step=step, older=older, hold=hold,
+            self.spec, self._store, list(lengths), positions, slots, hold.views, self._order, Table(self._segments, segments,
+            extents), lineage=self._lineage, deferred=deferred, step=step, older=older, hold=hold,
         )  # fmt: skip
 
     def claim(self, generation) -> bool:
@@ -334,12 +336,11 @@ class Trace(CacheFace):
     def join(traces: list["Trace"], positions: str = "shift") -> "Trace":
         """One trace that sees, per sequence, all that the given traces see, in their order; common segments once.
 
-        The traces must be forks of one trace, and share only what all of them begin with. Agents that write independently take forks of an empty one:
-        `a, b = Trace(model, batch_size).fork(2)`. `positions` of what each wrote after the common part:
-        keep: as written (branches overlap). shift: each branch is moved, as a block, behind the one before it.
-        reindex: all tokens are renumbered 0, 1, 2, ... same_branch: all branches are moved to start where the common
-        part ends. A segment read at a position offset is served by rotating the queries that read it: no key is rewritten.
-        """
+        The traces must be forks of one trace, and share only what all of them begin with. Agents that write independently take
+        forks of an empty one: `a, b = Trace(model, batch_size).fork(2)`. `positions` of what each wrote after the common part:
+        keep: as written (branches overlap). shift: each branch is moved, as a block, behind the one before it. reindex: all
+        tokens are renumbered 0, 1, 2, ... same_branch: all branches are moved to start where the common part ends. A segment
+        read at a position offset is served by rotating the queries that read it: no key is rewritten."""
         if not traces:
             raise ValueError("traces: expected at least one, got an empty list")
         if positions not in JOINS:
@@ -368,8 +369,8 @@ class Trace(CacheFace):
         store, lineages = self._store, {t._lineage for t in traces}
         if len(lineages) == 1:
             return self._lineage, torch.cat([t._order for t in traces])
-        # Some branch is detached from rows that another gives a gradient: the gradient of each row goes to the lineage that wrote
-        # it, if a branch that sees the row needs it.
+        # Some branch is detached from rows that another gives a gradient: the gradient of each row goes to the lineage that
+        # wrote it, if a branch that sees the row needs it.
         writers = sorted(frozenset.union(*(store.needs_grad[x] for x in lineages)))
         lineage = store.new_lineage(writers)
         orders = []
@@ -386,7 +387,8 @@ class Trace(CacheFace):
         return lineage, torch.cat(orders)
 
     def repack(self) -> "Trace":
-        """A copy of what it sees in fresh rows, one run per sequence, with position offsets applied to the keys; differentiable.
+        """A copy of what it sees in fresh rows, one run per sequence, with position offsets applied to the keys;
+        differentiable.
 
         Worth it before a long decode over many segments or offsets. Positions become the ones they were read at.
         """

@@ -1,7 +1,7 @@
 """What a sequence sees: segments of a trace, and the ranges of pool rows that they come to.
 
-A `Segment` says who wrote which rows at which positions; a `KVRange` is what the ops read. Both are runs of consecutive rows, so
-cutting and comparing them is one piece of code.
+A `Segment` says who wrote which rows at which positions; a `KVRange` is what the ops read. Both are runs of consecutive rows,
+so cutting and comparing them is one piece of code.
 """
 
 from collections.abc import Sequence

@@ -44,15 +44,15 @@ test-asan: $(INSTALLED)
 # allocation of its own, so that what lies beyond it is nobody's.
 GPU_TESTS := tests/test_triton.py tests/test_cuda.py tests/test_gpu.py tests/test_latent.py tests/test_ops.py
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
-SMALL_TRITON := tests/test_triton.py -k "ragged or shifted or offset or one_row or scatter or merge or one_token"
-SMALL_CUDA := tests/test_cuda.py -k "test_inject or (test_attention and (ragged or shifted or gqa3 or d80 or odd or d256))"
+SMALL_TRITON := tests/test_triton.py -k "ragged or offset or one_row or scatter or merge or one_token"
+SMALL_CUDA := tests/test_cuda.py -k "test_inject or (test_attention and (ragged or offset or gqa3 or d80 or odd or d256))"
 test-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a GPU that torch sees'"
 	$(PY) -m pytest -q $(GPU_TESTS)
 	! command -v compute-sanitizer || $(SANITIZER) memcheck $(PY) -m pytest -q -x $(SMALL_TRITON)
 	! command -v compute-sanitizer || $(SANITIZER) memcheck $(PY) -m pytest -q -x $(SMALL_CUDA)
 	! command -v compute-sanitizer || $(SANITIZER) racecheck $(PY) -m pytest -q -x tests/test_triton.py -k "ragged or one_token"
-	! command -v compute-sanitizer || $(SANITIZER) racecheck $(PY) -m pytest -q -x tests/test_cuda.py -k "(test_inject or test_attention) and (ragged or gqa or shifted)"
+	! command -v compute-sanitizer || $(SANITIZER) racecheck $(PY) -m pytest -q -x tests/test_cuda.py -k "(test_inject or test_attention) and (ragged or gqa or offset)"
 	! command -v compute-sanitizer || $(SANITIZER) synccheck $(PY) -m pytest -q -x tests/test_cuda.py -k "test_attention and (ragged or d128)"
 
 bench-gpu: $(INSTALLED)
@@ -76,7 +76,7 @@ bench-readme: $(INSTALLED)
 
 # The Hugging Face side against the oldest supported transformers and one in between; .venv holds the newest.
 COMPAT ?= 4.56.2 5.17.0
-COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace deferred generate gradients latent system training evaluation files))
+COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate gradients passes threads latent system training evaluation files))
 compat: $(INSTALLED)
 	for v in $(COMPAT); do \
 	  test -d .compat/$$v || { $(PY) -m pip install -q --target .compat/$$v.part "transformers==$$v" && mv .compat/$$v.part .compat/$$v; } || exit 1; \

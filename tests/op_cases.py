@@ -10,7 +10,7 @@ ROWS = 4096
 
 @dataclass
 class View:
-    """Queries per sequence, and per sequence the (start, length, shift) of its segments."""
+    """Queries per sequence, and per sequence the (start, length, offset) of its segments."""
 
     queries: list[int]
     segments: list[list[tuple[int, int, int]]]
@@ -24,7 +24,7 @@ class View:
         return q_indptr, seg_indptr, column(0), column(1), column(2)
 
     @property
-    def shifted(self) -> bool:
+    def at_offsets(self) -> bool:
         return any(s[2] for row in self.segments for s in row)
 
 
@@ -41,7 +41,7 @@ VIEWS = {
     "shared_rows": View(
         [1, 4, 2], [[(0, 90, 0), (200, 1, 0)], [(0, 90, 0), (210, 4, 0)], [(30, 60, 0), (0, 20, 0), (20, 10, 0)]]
     ),
-    "shifted": View([7, 1], [[(0, 40, 13), (100, 30, -5), (300, 7, 0)], [(0, 40, -100), (400, 1, 0)]]),
+    "offset": View([7, 1], [[(0, 40, 13), (100, 30, -5), (300, 7, 0)], [(0, 40, -100), (400, 1, 0)]]),
     # Long enough that the CPU kernels split a forward's keys and cut a backward's rows into chunks.
     "split": View([1, 2], [[(2000, 900, 0), (100, 700, 9), (3200, 40, 0), (850, 1100, 0)], [(2000, 900, 0), (3000, 150, 0)]]),
     "chunks": View([100], [[(1500, 1300, 0), (0, 1100, 0), (3900, 100, 0)]]),
@@ -71,10 +71,10 @@ class Inputs:
 
     def args(self):
         """The arguments of the raw forward op."""
-        q_indptr, seg_indptr, start, length, shift = (x.to(self.q.device) for x in self.view.tensors())
-        moved = self.view.shifted
+        q_indptr, seg_indptr, start, length, offset = (x.to(self.q.device) for x in self.view.tensors())
+        moved = self.view.at_offsets
         return (
-            self.q, self.k_pool, self.v_pool, q_indptr, seg_indptr, start, length, shift if moved else None,
+            self.q, self.k_pool, self.v_pool, q_indptr, seg_indptr, start, length, offset if moved else None,
             self.inv_freq if moved else None, self.scale, self.view.causal, self.interleaved,
         )  # fmt: skip
 
@@ -103,17 +103,17 @@ def attention_inputs(view: View, heads=(4, 2), D=64, Dr=None, interleaved=False,
 
 
 def random_attention(seed: int, rows: int = 400) -> Inputs:
-    """Any shape: sequences without queries or without a view, rows shared by sequences, segments in any order, at any shift."""
+    """Any shape: sequences without queries or without a view, rows shared by sequences, segments in any order, at offsets."""
     choose = random.Random(seed)
     heads = choose.choice([(1, 1), (2, 2), (4, 2), (3, 1), (8, 1)])
     D, Dr = choose.choice([(16, 16), (64, 64), (64, 16), (80, 80), (80, 48), (128, 128)])
     cuts = [0, *sorted(choose.sample(range(1, rows), 12)), rows]
     pieces = [(start, end - start) for start, end in zip(cuts, cuts[1:])]
-    shifted, queries, segments = choose.random() < 0.5, [], []
+    at_offsets, queries, segments = choose.random() < 0.5, [], []
     for _ in range(choose.randint(1, 5)):
         queries.append(choose.choice([0, 1, 1, 2, 7, 33]))
         view = choose.sample(pieces, choose.randint(0, 7))
-        segments.append([(start, length, choose.choice([0, 0, 5, -40_000]) * shifted) for start, length in view])
+        segments.append([(start, length, choose.choice([0, 0, 5, -40_000]) * at_offsets) for start, length in view])
     view = View(queries, segments, causal=choose.random() < 0.8)
     return attention_inputs(view, heads, D, Dr, choose.random() < 0.3, seed, rows)
 

@@ -31,14 +31,14 @@ def exact_in_half(*shape):
     return torch.randn(*shape).bfloat16().double()
 
 
-def attention_all(inputs, backend, do, dlse=None, newest=None, want_dq=True):
+def attention_all(inputs, backend, do, dlse=None, grad_tail=None, want_dq=True):
     """o, lse, dq and the gradient pools after one forward and backward; the pools start from a constant, to be added to."""
     args = inputs.args()
     o, lse = raw.cross_attention(*args, backend)
     wide = reference.accumulator(inputs.q.dtype)
     dk, dv = (head_major(*inputs.k_pool.shape, wide, 0.5, o.device) for _ in "kv")
-    dlse, newest = (None if x is None else x.to(o.device) for x in (dlse, newest))
-    dq = raw.cross_attention_backward(do.to(o), dlse, args[0], o, lse, *args[1:], dk, dv, newest, want_dq, backend)
+    dlse, grad_tail = (None if x is None else x.to(o.device) for x in (dlse, grad_tail))
+    dq = raw.cross_attention_backward(do.to(o), dlse, args[0], o, lse, *args[1:], dk, dv, grad_tail, want_dq, backend)
     return o, finite(lse), dq, dk, dv
 
 

@@ -113,8 +113,8 @@ def attend(inputs, dtype, backend, device, **call):
 
 def agrees(x, dtype):
     """With the reference, twice with the same bits."""
-    newest = torch.arange(1, len(x.view.queries) + 1)
-    for call in ({}, dict(newest=newest), dict(newest=newest, want_dq=False)):
+    grad_tail = torch.arange(1, len(x.view.queries) + 1)
+    for call in ({}, dict(grad_tail=grad_tail), dict(grad_tail=grad_tail, want_dq=False)):
         got, again = (attend(x, dtype, "cuda", "cuda", **call) for _ in range(2))
         same, exact = (attend(x, t, "reference", "cpu", **call) for t in (dtype, torch.float64))
         for a, twice, like, want in zip(got, again, same, exact):
@@ -146,10 +146,10 @@ def test_attention_of_many_queries(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("D, shift", [*((D, 0) for D in (64, 96, 128, 256)), (128, 70)])
-def test_prefill_as_triton(D, shift, dtype):
+@pytest.mark.parametrize("D, offset", [*((D, 0) for D in (64, 96, 128, 256)), (128, 70)])
+def test_prefill_as_triton(D, offset, dtype):
     """Several waves of blocks, many tiles of queries; rows that three sequences share, one of them at another position."""
-    views = [[(0, 4000, shift * (b == 1)), (4000 + 1500 * b, 1000 + 200 * b, 0)] for b in range(3)]
+    views = [[(0, 4000, offset * (b == 1)), (4000 + 1500 * b, 1000 + 200 * b, 0)] for b in range(3)]
     x = attention_inputs(View([1000 + 200 * b for b in range(3)], views), (8, 2), D, rows=9000)
     results = (attend(x, dtype, backend, "cuda") for backend in ("cuda", "triton"))
     for got, want in zip(*results):

@@ -34,9 +34,9 @@ class Kernels:
         return outputs["o"], outputs["lse"]
 
     def cross_attention_backward(self, do, dlse, q, o, lse, *args):
-        args, (dk_pool, dv_pool, newest, want_dq) = (q, *args[:-4]), args[-4:]
+        args, (dk_pool, dv_pool, grad_tail, want_dq) = (q, *args[:-4]), args[-4:]
         outputs = dict(dk_pool=dk_pool, dv_pool=dv_pool) | (dict(dq=torch.full_like(q, torch.nan)) if want_dq else {})
-        self.run(True, args, {"do": do.contiguous(), "dlse": dlse, "o": o, "lse": lse, "grad_tail": newest}, outputs)
+        self.run(True, args, {"do": do.contiguous(), "dlse": dlse, "o": o, "lse": lse, "grad_tail": grad_tail}, outputs)
         return outputs["dq"] if want_dq else q.new_empty(0)
 
     def run(self, backward, args, more, outputs):
@@ -123,18 +123,18 @@ def test_random_views(seed, dtype, kernels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("name", ["one_query_long_view", "ragged", "one_row_segments", "shifted", "not_causal"])
-def test_backward_of_the_newest_tokens(name, dtype, kernels):
-    """`newest` limits dK and dV, not dq; without dq the pools get the same bits."""
+@pytest.mark.parametrize("name", ["one_query_long_view", "ragged", "one_row_segments", "offset", "not_causal"])
+def test_backward_of_the_grad_tail(name, dtype, kernels):
+    """`grad_tail` limits dK and dV, not dq; without dq the pools get the same bits."""
     inputs = attention_inputs(VIEWS[name], rows=500)
     lengths = torch.tensor([sum(s[1] for s in row) for row in inputs.view.segments])
-    for newest in (torch.arange(1, len(lengths) + 1), lengths // 3):
+    for grad_tail in (torch.arange(1, len(lengths) + 1), lengths // 3):
         both = []
         for want_dq in (True, False):
             torch.manual_seed(0)
-            both.append(agree(inputs, dtype, newest=newest, want_dq=want_dq))
+            both.append(agree(inputs, dtype, grad_tail=grad_tail, want_dq=want_dq))
         assert all(torch.equal(a, b) for a, b in zip(both[0][3:], both[1][3:]))
-    *_, dk, dv = agree(inputs, dtype, newest=0 * lengths)
+    *_, dk, dv = agree(inputs, dtype, grad_tail=0 * lengths)
     assert (dk == 0.5).all() and (dv == 0.5).all()
 
 
@@ -145,7 +145,7 @@ MANY = {
     "gqa2": (RAGGED, dict(heads=(4, 2))),
     "gqa8": (AFAR, dict(heads=(8, 1), D=16)),
     "not_causal": (replace(RAGGED, causal=False), dict(heads=(1, 1))),
-    "shifted": (AFAR, dict(heads=(3, 1))),
+    "offset": (AFAR, dict(heads=(3, 1))),
     "d128": (AFAR, dict(heads=(2, 1), D=128)),
     "interleaved": (AFAR, dict(heads=(2, 1), D=128, Dr=72, interleaved=True)),
     "d80_partial": (AFAR, dict(heads=(2, 1), D=80, Dr=48)),
@@ -153,21 +153,21 @@ MANY = {
 }
 
 
-def learn(inputs, dtype, backend, newest=None):
+def dkv_of(inputs, dtype, backend, grad_tail=None):
     """The gradient pools of one backward; o and lse are the reference's."""
     x = inputs.to(dtype)
     torch.manual_seed(0)
     do, dlse = exact_in_half(*x.q.shape).to(dtype), exact_in_half(*x.q.shape[:2]).to(reference.accumulator(dtype))
     o, lse = raw.cross_attention(*x.args(), "reference")
     pools = [head_major(*x.k_pool.shape, reference.accumulator(dtype), fill=0.5) for _ in "kv"]
-    raw.cross_attention_backward(do, dlse, x.q, o, lse, *x.args()[1:], *pools, newest, False, backend)
+    raw.cross_attention_backward(do, dlse, x.q, o, lse, *x.args()[1:], *pools, grad_tail, False, backend)
     return pools
 
 
-def pools_agree(inputs, dtype=torch.bfloat16, newest=None):
+def pools_agree(inputs, dtype=torch.bfloat16, grad_tail=None):
     """The gradient pools are as accurate as the reference's -> those."""
-    results = learn(inputs, dtype, "cuda", newest)
-    wanted = (learn(inputs, t, "reference", newest) for t in (dtype, torch.float64))
+    results = dkv_of(inputs, dtype, "cuda", grad_tail)
+    wanted = (dkv_of(inputs, t, "reference", grad_tail) for t in (dtype, torch.float64))
     for got, like, want in zip(results, *wanted):
         within_budget(got, like, want, inputs.q.shape[2], dtype)
     return results
@@ -181,13 +181,13 @@ def test_pools_of_many_queries(name, dtype, kernels):
     kernels.processors = 2
     results = pools_agree(inputs, dtype)
     kernels.processors, kernels.seed = 1, 1
-    assert name not in ("shifted", "d128") or all(torch.equal(a, b) for a, b in zip(results, learn(inputs, dtype, "cuda")))
+    assert name not in ("offset", "d128") or all(torch.equal(a, b) for a, b in zip(results, dkv_of(inputs, dtype, "cuda")))
 
 
-def test_pools_of_many_queries_that_learn_the_newest(kernels):
+def test_dkv_of_many_queries_of_the_grad_tail(kernels):
     inputs = attention_inputs(RAGGED, (2, 1), rows=640)
-    pools_agree(inputs, newest=torch.tensor([150, 9, 3]))
-    assert all((x == 0.5).all() for x in pools_agree(inputs, newest=torch.tensor([0, 0, 0])))
+    pools_agree(inputs, grad_tail=torch.tensor([150, 9, 3]))
+    assert all((x == 0.5).all() for x in pools_agree(inputs, grad_tail=torch.tensor([0, 0, 0])))
 
 
 def test_many_queries_go_two_ways(kernels, monkeypatch):
@@ -195,8 +195,8 @@ def test_many_queries_go_two_ways(kernels, monkeypatch):
     monkeypatch.setattr(torch.ops, "diffmas_native", kernels)
     monkeypatch.setitem(ops.BACKENDS, "cuda", backends.Backend("cuda", backends.CudaOps(), ("cpu",), backends.FLOATS, None))
     inputs = attention_inputs(View([40, 35], [[(60, 20, 0), (0, 40, 0)], [(50, 30, 7), (100, 35, 0)]]), rows=150)
-    for newest in (None, torch.tensor([50, 3])):
-        agree(inputs, torch.float16, newest=newest)
+    for grad_tail in (None, torch.tensor([50, 3])):
+        agree(inputs, torch.float16, grad_tail=grad_tail)
 
 
 def test_backward_of_older_rows(kernels):
@@ -238,7 +238,7 @@ def test_a_nan_stays_in_its_sequence(name, dtype, kernels):
 
 
 class Recorder:
-    """In the place of a backend's ops: notes who was called, with which `newest` and `want_dq`."""
+    """In the place of a backend's ops: notes who was called, with which `grad_tail` and `want_dq`."""
 
     def __init__(self, name, calls):
         self.name, self.calls = name, calls
@@ -247,8 +247,8 @@ class Recorder:
         self.calls.append(self.name)
 
     def cross_attention_backward(self, *args):
-        newest, want_dq = args[-2:]
-        self.calls.append((self.name, newest if newest is None else newest.tolist(), want_dq))
+        grad_tail, want_dq = args[-2:]
+        self.calls.append((self.name, grad_tail if grad_tail is None else grad_tail.tolist(), want_dq))
         return self.name
 
 
@@ -258,13 +258,13 @@ def test_who_runs_it(missing, monkeypatch):
     calls, other = [], "reference" if missing else "triton"
     recorders = {name: Recorder(name, calls) for name in ("cuda", "triton", "reference")}
     monkeypatch.setitem(ops.BACKENDS, "triton", backends.Backend("triton", recorders["triton"], None, None, missing))
-    monkeypatch.setattr(ops, "reference", recorders["reference"])
+    monkeypatch.setattr(backends, "reference", recorders["reference"])
     monkeypatch.setattr(torch.ops, "diffmas_native", recorders["cuda"])
 
     def who(tokens, D=64, dtype=torch.bfloat16, pool=None, half=None, interleaved=False, B=1):
         q, kv, indptr = torch.empty(tokens, 8, D, dtype=dtype), torch.empty(9, 4, D, dtype=pool or dtype), torch.empty(B + 1)
-        shift, inv_freq = (None, None) if half is None else (torch.empty(1), torch.empty(half))
-        view = (indptr, None, None, None, shift, inv_freq, 1.0, True, interleaved)
+        offset, inv_freq = (None, None) if half is None else (torch.empty(1), torch.empty(half))
+        view = (indptr, None, None, None, offset, inv_freq, 1.0, True, interleaved)
         calls.clear()
         backends.CudaOps().cross_attention(q, kv, kv, *view)
         for want_dq in (True, False):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from op_cases import View, as_it_lies, attention_inputs, head_major
 from op_runs import raw
-from test_cuda_attention import MANY, RAGGED, Kernels, learn, pools_agree
+from test_cuda_attention import MANY, RAGGED, Kernels, dkv_of, pools_agree
 
 from diffmas import ops
 from diffmas.ops import backends
@@ -46,7 +46,7 @@ def test_pools(name, dtype, kernels):
     inputs = attention_inputs(view, **case, rows=605)
     results = pools_agree(inputs, dtype)
     kernels.seed = 1
-    assert all(torch.equal(a, b) for a, b in zip(results, learn(inputs, dtype, "cuda")))
+    assert all(torch.equal(a, b) for a, b in zip(results, dkv_of(inputs, dtype, "cuda")))
 
 
 @pytest.mark.parametrize("next_key", [0, 1])
@@ -77,10 +77,10 @@ def test_many_sequences_and_segments(kernels):
     pools_agree(attention_inputs(View([150, 3, 0, 2], segments), (2, 1), 16, rows=600))
 
 
-def test_the_newest_learn(kernels):
+def test_the_grad_tail(kernels):
     inputs = attention_inputs(RAGGED, (2, 1), rows=640)
-    pools_agree(inputs, newest=torch.tensor([150, 9, 3]))
-    assert all((x == 0.5).all() for x in pools_agree(inputs, newest=torch.tensor([0, 0, 0])))
+    pools_agree(inputs, grad_tail=torch.tensor([150, 9, 3]))
+    assert all((x == 0.5).all() for x in pools_agree(inputs, grad_tail=torch.tensor([0, 0, 0])))
 
 
 @pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])

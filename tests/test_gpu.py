@@ -71,7 +71,7 @@ ROWS = 2100
 
 def ops_of_a_step(backend: str, seed: int):
     """A call of inject and attention, forward and backward, over views of several parts, which gives all that they give and
-    write; and what they read: queries and shifts of attention, queries of inject."""
+    write; and what they read: queries and offsets of attention, queries of inject."""
     view = View([3, 1], [[(0, 1500, 0), (2000, 3, 0)], [(0, 900, 7 + seed), (2010, 1, 0)]])
     x = attention_inputs(view, D=128, seed=seed, rows=ROWS).to(torch.bfloat16, "cuda")
     y = inject_inputs(n=4, D=128, seed=seed, rows=ROWS).to(torch.bfloat16, "cuda")
@@ -113,8 +113,8 @@ def test_two_streams(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ops_in_a_graph(backend):
-    """Also segments at a shift, whose tables are then part of the graph: a replay sees the shifts and queries of its time."""
-    call, (q, shift, new) = ops_of_a_step(backend, 0)
+    """Also segments at a offset, whose tables are then part of the graph: a replay sees the offsets and queries of its time."""
+    call, (q, offset, new) = ops_of_a_step(backend, 0)
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -126,7 +126,7 @@ def test_ops_in_a_graph(backend):
             for t in (q, new):
                 t.copy_(torch.randn_like(t))
         if turn in (2, 3):
-            shift.add_(5 * turn)
+            offset.add_(5 * turn)
         want = copies(call())
         seen.append(want[1])
         for t in captured:
@@ -149,7 +149,7 @@ def loss_of_a_join(s):
     branches = trace.fork(2)
     for branch, ids in zip(branches, (b, c)):
         model(ids, past_key_values=branch)
-    joined = diffmas.Trace.join([branches[0].detach(), branches[1]], "shift").repack()
+    joined = diffmas.Trace.join([branches[0].detach(), branches[1]], "offset").repack()
     h = body_of(patch_of(model).causal_lm)(input_ids=d, past_key_values=joined).last_hidden_state[:, -1:]
     latent_steps(model, joined, h, 4)
     return model(d, past_key_values=joined).logits.square().mean()

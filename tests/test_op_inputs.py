@@ -263,15 +263,15 @@ def test_checked_entry_points_convert_what_kernels_do_not_read(backend):
     args = (x.q, x.k, x.v, x.cos, x.sin, x.slots, *want)
     wide = (x.q, x.k, x.v, x.cos.double(), x.sin.double(), strided(x.slots.int()), *got)
     assert torch.equal(ops.inject(*wide, backend=backend), ops.inject(*args, backend=backend)) and torch.equal(got, want)
-    q, k, v, *view, freq, scale, _, _ = attention_inputs(VIEWS["shifted"]).to(torch.float32).args()
+    q, k, v, *view, freq, scale, _, _ = attention_inputs(VIEWS["offset"]).to(torch.float32).args()
     freq = freq.bfloat16()
     want = ops.cross_attention(q, k, v, *view, freq.float(), backend=backend)
     for index, other in ((strided, torch.bfloat16), (torch.Tensor.int, torch.float64)):
         got = ops.cross_attention(q, k, v, *map(index, view), freq.to(other), backend=backend)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     for kind in (torch.float32, torch.bfloat16, torch.float64):
-        src, dst, shift = (strided(torch.arange(a, a + 3).int()) for a in (0, 10, 5))
-        ops.reposition(src, dst, shift, freq.to(kind), torch.zeros(20, 2, 64), torch.zeros(20, 2, 64), backend=backend)
+        src, dst, offset = (strided(torch.arange(a, a + 3).int()) for a in (0, 10, 5))
+        ops.reposition(src, dst, offset, freq.to(kind), torch.zeros(20, 2, 64), torch.zeros(20, 2, 64), backend=backend)
 
 
 def test_float64_is_for_the_reference():

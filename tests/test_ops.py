@@ -44,7 +44,7 @@ def test_attention_budget(backend, name, dtype):
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_head_sizes(backend, D, Dr, interleaved):
-    for name in ("shifted", "ragged"):
+    for name in ("offset", "ragged"):
         inputs = attention_inputs(VIEWS[name], (4, 2), D, Dr, interleaved)
         do, dlse = torch.randn_like(inputs.q), torch.randn(inputs.q.shape[:2])
         exact = attention_all(inputs, "reference", do, dlse.double())
@@ -54,7 +54,7 @@ def test_attention_head_sizes(backend, D, Dr, interleaved):
 
 
 @pytest.mark.parametrize(
-    "name", ["prefill_on_trace", "ragged", "one_row_segments", "split", "chunks", "shifted", "many_queries"]
+    "name", ["prefill_on_trace", "ragged", "one_row_segments", "split", "chunks", "offset", "many_queries"]
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_backward_of_the_newest_tokens(backend, name):
@@ -242,8 +242,8 @@ def test_merge_states_budget(backend, n, H, D, dtype):
 def test_reposition_budget(backend, m, H, D, Dr, interleaved, dtype):
     rows = torch.randperm(ROWS)
     src = rows[torch.randint(0, 40, (m,))]  # some rows are copied more than once
-    shift = torch.randint(-100_000, 100_000, (m,)) if m % 2 else torch.tensor([3, -70_000]).repeat(m // 2)
-    move = src, rows[40 : 40 + m], shift, 1e4 ** (-torch.arange(0, Dr, 2).float() / max(Dr, 1)), interleaved
+    offset = torch.randint(-100_000, 100_000, (m,)) if m % 2 else torch.tensor([3, -70_000]).repeat(m // 2)
+    move = src, rows[40 : 40 + m], offset, 1e4 ** (-torch.arange(0, Dr, 2).float() / max(Dr, 1)), interleaved
     data = [exact_in_half(ROWS, H, D) for _ in range(4)]
     exact = reposition_all(move, *data, torch.float64, "reference")
     same = reposition_all(move, *data, dtype, "reference")
@@ -294,17 +294,17 @@ def test_reference_attention_is_sdpa():
     torch.testing.assert_close(o, want[0].transpose(0, 1))
 
 
-def test_shift_equals_rotated_keys():
-    """Reading a segment at shifted positions is reading keys rotated on by the shift."""
+def test_an_offset_equals_rotated_keys():
+    """Reading a segment at shifted positions is reading keys rotated on by the offset."""
     for interleaved in (False, True):
-        moved = attention_inputs(VIEWS["shifted"], interleaved=interleaved)
+        moved = attention_inputs(VIEWS["offset"], interleaved=interleaved)
         plain = attention_inputs(View([7, 1], [[(0, 40, 0), (100, 30, 0), (300, 7, 0)], [(0, 40, 0), (400, 1, 0)]]))
         want = []
-        for b, segments in enumerate(VIEWS["shifted"].segments):
+        for b, segments in enumerate(VIEWS["offset"].segments):
             pool_b = moved.k_pool.clone()
-            for start, length, shift in segments:
+            for start, length, offset in segments:
                 src, dst = torch.arange(start, start + length), torch.arange(500, 500 + length)
-                turn = torch.full((length,), shift)
+                turn = torch.full((length,), offset)
                 ops.reposition(src, dst, turn, moved.inv_freq, pool_b, moved.v_pool.clone(), interleaved=interleaved)
                 pool_b[src] = pool_b[dst]
             o, _ = raw.cross_attention(plain.q, pool_b, *plain.args()[2:], "reference")
@@ -315,7 +315,7 @@ def test_shift_equals_rotated_keys():
 
 def test_gradcheck_of_a_layer():
     """Two writes and two reads of one pool, with norm and partial RoPE, through the order token."""
-    D, heads = 4, (2, 1)
+    D = 4
     g = torch.Generator().manual_seed(0)
     rand = lambda *s: torch.randn(*s, dtype=torch.float64, generator=g).requires_grad_()  # noqa: E731
     tables_of = torch.randn(2, 5, 2, dtype=torch.float64, generator=g)
@@ -328,7 +328,7 @@ def test_gradcheck_of_a_layer():
             (slice(0, 3), [4, 5, 6], [KVRange(4, 3, 0)]),
             (slice(3, 5), [0, 1], [KVRange(4, 3, 2), KVRange(0, 2, 0)]),
         ):
-            store.top = 8
+            store.allocate(8)
             forward_pass = ForwardPass(spec, store, [len(slots)], np.arange(len(slots)), np.array(slots), [seen], past)
             tables = dict(cos=tables_of[0, part], sin=tables_of[1, part])
             o = forward_pass.attend(layer, q[part], k[part], v[part], 0.6, **tables, q_weight=qw, k_weight=kw)
@@ -354,7 +354,7 @@ def test_gradcheck_reposition():
 
     def read_copies(k, v):
         store = Store(1)
-        store.top = 8
+        store.allocate(8)
         first = ForwardPass(spec, store, [2], np.arange(2), np.arange(2), [[KVRange(0, 2, 0)]], torch.zeros(0))
         first.end(first.attend(layer, k, k, v, 1.0))
         past = autograd.reposition(first.after, [(store.pools[0], move)], 0, "reference", Hold(store))

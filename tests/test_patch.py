@@ -233,17 +233,17 @@ def saved_whole(model):
 def test_copies_work_on_their_own_weights(family, duplicate):
     model = tiny(family)
     want = plain(model)
-    twin = duplicate(model)
+    copied = duplicate(model)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    assert_close(through_trace(twin), want)
-    assert torch.equal(plain(twin), want)
-    ids = twin.generate(input_ids=PROMPT[None], past_key_values=diffmas.Trace(twin), max_new_tokens=3, do_sample=False)
+    assert_close(through_trace(copied), want)
+    assert torch.equal(plain(copied), want)
+    ids = copied.generate(input_ids=PROMPT[None], past_key_values=diffmas.Trace(copied), max_new_tokens=3, do_sample=False)
     assert ids.shape == (1, 9)
-    diffmas.unpatch_model(twin)
-    assert torch.equal(plain(twin), want)
-    assert not any("_diffmas_layer" in m.__dict__ or "forward" in m.__dict__ for m in twin.modules())
+    diffmas.unpatch_model(copied)
+    assert torch.equal(plain(copied), want)
+    assert not any("diffmas_layer" in m.__dict__ or "forward" in m.__dict__ for m in copied.modules())
 
 
 @pytest.mark.parametrize("family", SOME)

@@ -167,8 +167,8 @@ def test_fork_and_forget(model, constant):
 
 def test_a_view_outlives_the_trace_that_it_was_made_from(model, constant):
     a, b, c = tokens(6, 3, 4)
-    trace = prefill(model, a)
     for make in (copy.copy, copy.deepcopy, lambda t: t.keep(), lambda t: t.select([0])):
+        trace = prefill(model, a)
         view = make(trace)
         other = trace.fork(1)[0]
         del trace
@@ -176,7 +176,6 @@ def test_a_view_outlives_the_trace_that_it_was_made_from(model, constant):
         for i in range(4):
             prefill(model, *tokens(9, seed=i), trace=other)
         assert_close(read(model, view, c)[0], whole(model, torch.cat((a, c))).logits[0, -4:])
-        del trace, view
 
 
 def test_a_failed_forward_gives_its_rows_back(model, constant):

@@ -235,7 +235,7 @@ def test_attention(name, dtype):
     ((2, 1), 256, 64, True), ((3, 1), 40, 20, False),
 ])  # fmt: skip
 def test_attention_heads(heads, D, Dr, interleaved):
-    for name in ("shifted", "ragged"):
+    for name in ("offset", "ragged"):
         inputs = attention_inputs(VIEWS[name], heads, D, Dr, interleaved, rows=POOL)
         agree(attending(inputs), torch.float32, D * (heads[0] / heads[1]) ** 0.5)
 
@@ -247,7 +247,7 @@ def test_attention_over_three_agents(offset, dtype):
     agree(attending(attention_inputs(view, (8, 1), 80, rows=POOL)), dtype, 80 * 8**0.5, products=dtype)
 
 
-@pytest.mark.parametrize("name", ["prefill_on_trace", "ragged", "one_row_segments", "shifted", "not_causal"])
+@pytest.mark.parametrize("name", ["prefill_on_trace", "ragged", "one_row_segments", "offset", "not_causal"])
 def test_attention_backward_of_the_last_tokens(name):
     view = VIEWS[name]
     grad_tail = torch.arange(1, len(view.queries) + 1)
@@ -263,7 +263,7 @@ def test_attention_of_random_views(seed, dtype):
 
 def test_attention_at_offsets_in_inference_mode_and_after_a_change():
     """Offsets may be inference tensors, and may change in place between two calls."""
-    inputs = attention_inputs(VIEWS["shifted"], rows=POOL)
+    inputs = attention_inputs(VIEWS["offset"], rows=POOL)
     do = exact_in_half(*inputs.q.shape)
     want = attention_all(inputs.to(torch.float64), "reference", do)
     with torch.inference_mode():
@@ -357,7 +357,7 @@ def test_attention_gradcheck():
 
     def attend(q, k, v, q_weight, k_weight):
         store = Store(1)
-        store.top = 8
+        store.allocate(8)
         forward_pass = ForwardPass(spec, store, [3], np.arange(3), np.array([2, 0, 5]), [view], torch.zeros(0))
         return forward_pass.attend(layer, q, k, v, 0.7, q_weight=q_weight, k_weight=k_weight)
 

@@ -47,9 +47,9 @@ def test_forks_within_an_open_segment(model):
 def test_a_deep_copy_is_a_fork(model):
     a, b = tokens(5, 3)
     trace = prefill(model, a)
-    twin = copy.deepcopy(trace)
-    prefill(model, b, trace=twin)
-    assert (trace.lengths, twin.lengths) == ([5], [8]) and twin.spec is trace.spec
+    copied = copy.deepcopy(trace)
+    prefill(model, b, trace=copied)
+    assert (trace.lengths, copied.lengths) == ([5], [8]) and copied.spec is trace.spec
 
 
 def test_select_reorders_and_repeats(model):
@@ -115,9 +115,9 @@ def test_join(model, positions):
     cache = {}
     for layer in range(3):
         k, v = joined.keys_values(layer, 0)
-        shift = joined.positions(0) - torch.tensor(READ["keep"][0] + READ["keep"][1] + READ["keep"][2])
+        offset = joined.positions(0) - torch.tensor(READ["keep"][0] + READ["keep"][1] + READ["keep"][2])
         interleaved = type(body(model).layers[0].self_attn).__name__.startswith("Cohere")
-        tables = offset_tables(shift, body(model).rotary_emb.inv_freq, interleaved, k.dtype)
+        tables = offset_tables(offset, body(model).rotary_emb.inv_freq, interleaved, k.dtype)
         cache[layer] = (rotate(k, *tables, interleaved), v)
     assert_close(got, from_cache(model, cache, d, READ[positions][3]))
 

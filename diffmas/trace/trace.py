@@ -17,11 +17,9 @@ from diffmas.trace.forward_pass import ForwardPass, Table
 from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.spec import spec_of
 from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold, Store, ranges_in
-from diffmas.trace.views import KINDS, Segment, common_prefix, length_of, ranges_of, without_first
+from diffmas.trace.views import JOINS, KINDS, Segment, joined, length_of, ranges_of
 
 __all__ = ["Trace"]
-
-JOINS = ("keep", "shift", "reindex", "same_branch")
 
 
 class Trace(CacheFace):
@@ -356,12 +354,12 @@ class Trace(CacheFace):
                 raise ValueError(f"traces: expected batch size {first.batch_size} in all, got {t.batch_size}")
         rows, nexts = [], []
         for b in range(first.batch_size):
-            row, end = _joined([t._segments[b] for t in traces], positions)
+            row, end = joined([t._segments[b] for t in traces], positions)
             rows.append(row)
             nexts.append(max([end, *(t._next[b] for t in traces)]) if positions == "keep" else end)
         lineage, order = first._ordered_after(traces)
-        joined = first._view(rows, None, nexts, order, lineage)
-        return joined._reindexed() if positions == "reindex" else joined
+        view = first._view(rows, None, nexts, order, lineage)
+        return view._reindexed() if positions == "reindex" else view
 
     @torch.enable_grad()  # a view, like fork and keep: that it was made under no_grad detaches nothing
     def _ordered_after(self, traces: list["Trace"]) -> tuple[int, Tensor]:
@@ -466,27 +464,3 @@ def _counted(starts: list[int], lengths: list[int]) -> np.ndarray:
     lengths = np.asarray(lengths, dtype=np.int64)
     done = lengths.cumsum() - lengths
     return np.repeat(np.asarray(starts, dtype=np.int64) - done, lengths) + np.arange(lengths.sum())
-
-
-def _joined(branches: list[list[Segment]], positions: str) -> tuple[list[Segment], int]:
-    """The segments of one joined sequence, and the position after the last one."""
-    row = branches[0]
-    for branch in branches[1:]:
-        row = common_prefix(row, branch)
-    row, shared = list(row), length_of(row)
-    base = end = max((s.next_position for s in row), default=0)
-    for branch in branches:
-        own = without_first(branch, shared)
-        if not own:
-            continue
-        low = min(s.position + s.offset for s in own)
-        move = {"keep": 0, "reindex": 0, "shift": end - low, "same_branch": base - low}[positions]
-        row += [s._replace(offset=s.offset + move) for s in own]
-        end = max(end, max(s.next_position for s in own) + move)
-    # A row that a sequence reads twice would get its gradient from two places at once.
-    by_row = sorted((s.start, s.end) for s in row)
-    if any(start < end for (_, end), (start, _) in zip(by_row, by_row[1:])):
-        raise ValueError(
-            "traces: expected branches that share only what all of them begin with, got tokens that two of them see elsewhere"
-        )
-    return row, end

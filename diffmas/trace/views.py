@@ -10,9 +10,13 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-__all__ = ["KINDS", "KVRange", "Segment", "common_prefix", "length_of", "ranges_of", "share", "table_of", "without_first"]
+__all__ = [
+    "JOINS", "KINDS", "KVRange", "Segment", "common_prefix", "joined", "length_of", "ranges_of", "share", "table_of",
+    "without_first",
+]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
+JOINS = ("keep", "shift", "reindex", "same_branch")
 SAVED_ROWS = 2048  # a pass over shared rows must save reading this many, or its two more calls cost more
 
 
@@ -86,6 +90,30 @@ def without_first(view: Sequence[Rows], rows: int) -> list[Rows]:
         if skipped < x.length:
             rest.append(x.skip(skipped) if skipped else x)
     return rest
+
+
+def joined(branches: list[list[Segment]], positions: str) -> tuple[list[Segment], int]:
+    """The segments of one joined sequence, and the position after the last one."""
+    row = branches[0]
+    for branch in branches[1:]:
+        row = common_prefix(row, branch)
+    row, shared = list(row), length_of(row)
+    base = end = max((s.next_position for s in row), default=0)
+    for branch in branches:
+        own = without_first(branch, shared)
+        if not own:
+            continue
+        low = min(s.position + s.offset for s in own)
+        move = {"keep": 0, "reindex": 0, "shift": end - low, "same_branch": base - low}[positions]
+        row += [s._replace(offset=s.offset + move) for s in own]
+        end = max(end, max(s.next_position for s in own) + move)
+    # A row that a sequence reads twice would get its gradient from two places at once.
+    by_row = sorted((s.start, s.end) for s in row)
+    if any(start < end for (_, end), (start, _) in zip(by_row, by_row[1:])):
+        raise ValueError(
+            "traces: expected branches that share only what all of them begin with, got tokens that two of them see elsewhere"
+        )
+    return row, end
 
 
 def ranges_of(segments: Sequence[Segment]) -> list[KVRange]:

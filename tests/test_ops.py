@@ -57,19 +57,19 @@ def test_attention_head_sizes(backend, D, Dr, interleaved):
     "name", ["prefill_on_trace", "ragged", "one_row_segments", "split", "chunks", "offset", "many_queries"]
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_backward_of_the_newest_tokens(backend, name):
-    """`newest` limits dK and dV, not dq; without dq the pools get the same bits."""
+def test_attention_backward_of_the_grad_tail(backend, name):
+    """`grad_tail` limits dK and dV, not dq; without dq the pools get the same bits."""
     inputs = attention_inputs(VIEWS[name])
     single = inputs.to(torch.float32)
     do = torch.randn_like(inputs.q)
     lengths = torch.tensor([sum(s[1] for s in row) for row in inputs.view.segments])
-    for newest in (lengths // 3, lengths + 5, 0 * lengths):
-        exact = attention_all(inputs, "reference", do, newest=newest)
-        same = attention_all(single, "reference", do, newest=newest)
-        results = attention_all(single, backend, do, newest=newest)
+    for grad_tail in (lengths // 3, lengths + 5, 0 * lengths):
+        exact = attention_all(inputs, "reference", do, grad_tail=grad_tail)
+        same = attention_all(single, "reference", do, grad_tail=grad_tail)
+        results = attention_all(single, backend, do, grad_tail=grad_tail)
         for got, like, want in zip(results, same, exact):
             within_budget(got, like, want, 64 * 2**0.5)
-        without = attention_all(single, backend, do, newest=newest, want_dq=False)
+        without = attention_all(single, backend, do, grad_tail=grad_tail, want_dq=False)
         assert without[2].shape == (0,)
         assert torch.equal(without[3], results[3]) and torch.equal(without[4], results[4])
     full = attention_all(inputs, "reference", do)
@@ -78,7 +78,7 @@ def test_attention_backward_of_the_newest_tokens(backend, name):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_attention_backward_in_two_parts(backend):
-    """dK and dV of a view's older rows, from a call that sees only them, complete those of its newest rows."""
+    """dK and dV of a view's older rows, from a call that sees only them, complete those of its grad_tail rows."""
     view = View([1, 1], [[(0, 90, 0), (200, 7, 0)], [(0, 64, 3), (210, 7, 0)]])
     inputs = attention_inputs(view).to(torch.float32)
     do = torch.randn_like(inputs.q)

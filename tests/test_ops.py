@@ -78,7 +78,7 @@ def test_attention_backward_of_the_grad_tail(backend, name):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_attention_backward_in_two_parts(backend):
-    """dK and dV of a view's older rows, from a call that sees only them, complete those of its grad_tail rows."""
+    """dK and dV of a view's older rows, from a call that sees only them, complete those of its newest rows."""
     view = View([1, 1], [[(0, 90, 0), (200, 7, 0)], [(0, 64, 3), (210, 7, 0)]])
     inputs = attention_inputs(view).to(torch.float32)
     do = torch.randn_like(inputs.q)

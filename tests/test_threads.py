@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from models import assert_close, body, gradients, latent_steps, loss_of, pad, tiny, tokens, unroll
 from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer, unrolled_loss
 from threads import Meeting, together, wait
@@ -160,12 +161,14 @@ def test_generate_in_two_threads(model, how, lengths):
     assert_jobs(got, want)
 
 
+@pytest.mark.skipif(
+    transformers.__version__ < "5", reason="transformers 4.56 looks no prompt up without an EOS, and gives too many"
+)
 def test_prompt_lookup_in_two_threads(model):
     jobs = lambda: [job(model, i, rows=1) for i in range(2)]
     want = [run() for run in jobs()]
     chance, runs = Chance(), jobs()
     model.generation_config.prompt_lookup_num_tokens = 3
-    model.generation_config.eos_token_id = 10_000  # never met; transformers 4.56 looks a prompt up with one only
     with before_forwards(model, lambda n: chance.wait()):
         got = together(*runs)
     assert chance.met >= 1

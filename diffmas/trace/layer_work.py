@@ -114,6 +114,14 @@ class LayerWork:
         views = self._views(tables, layer, k.device)
         if recording and not self.committed:
             self._choose(layer, pool, views["older"], scale)
+        self.ran[i] = True
+        if recording or views["shared"] is None:
+            with pool.lock:  # also while it reads: of two threads in one layer of one store, the second waits
+                q_rot, o, lse = call(
+                    "inject_attend", q, q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *pool.kv,
+                    *views["all"], scale, backend=backend,
+                )  # fmt: skip
+            return o, q_rot, lse
         with pool.lock:
             q_rot = call(
                 "inject", q, q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *pool.kv, backend=backend
@@ -121,12 +129,8 @@ class LayerWork:
         read = lambda view, causal: call(
             "cross_attention", q_rot, q_rot, *pool.kv, *view, scale, causal, interleaved, backend=backend
         )
-        if recording or views["shared"] is None:
-            o, lse = read(views["all"], True)
-        else:
-            prefix, rest = views["shared"]
-            o, lse = call("merge_states", q_rot, *read(prefix, False), *read(rest, True), backend=backend)
-        self.ran[i] = True
+        prefix, rest = views["shared"]
+        o, lse = call("merge_states", q_rot, *read(prefix, False), *read(rest, True), backend=backend)
         return o, q_rot, lse
 
     def _check_recompute(self, i: int, recording: bool) -> None:
@@ -164,22 +168,19 @@ class LayerWork:
         grads, tables = self.store.pools[i].grads(), self.on(q_rot.device)
         dk_pool, dv_pool = grads.of(self.lineage)
         own_rows_only, deferred = self._choices[i]
+        rope = (cos, sin, tables.slots, q_weight, k_weight, eps, interleaved)
         if do is None:
             dq_rot = torch.zeros_like(q_rot)
-        else:
-            view = self._views(tables, layer, q_rot.device)["all"]
-            dq_rot = call(
-                "cross_attention_backward", q_rot, do, None, q_rot, o, lse, grads.k, grads.v, *view, scale, True, interleaved,
-                dk_pool, dv_pool, tables.grad_tail if own_rows_only else None, True, backend=backend,
-            )  # fmt: skip
-            if deferred is not None:
-                kept = (do, q_rot, o, lse)
-                grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
-        if q is None:  # the backward is linear: q and k only tell shape and dtype
-            q, k = dq_rot, dq_rot.new_empty((dq_rot.shape[0], kv_heads, dq_rot.shape[2]))
+            if q is None:  # without norms q and k only tell shape and dtype
+                q, k = dq_rot, dq_rot.new_empty((dq_rot.shape[0], *dk_pool.shape[1:]))
+            return call("inject_backward", q, dq_rot, q, k, *rope, dk_pool, dv_pool, backend=backend)
+        if deferred is not None:
+            kept = (do, q_rot, o, lse)
+            grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
+        view = self._views(tables, layer, q_rot.device)["all"]
         return call(
-            "inject_backward", q, dq_rot, q, k, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, dk_pool, dv_pool,
-            backend=backend,
+            "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, grads.k, grads.v, *view, scale, dk_pool, dv_pool,
+            tables.grad_tail if own_rows_only else None, backend=backend,
         )  # fmt: skip
 
     def flush(self) -> None:

@@ -149,6 +149,12 @@ void check_bounds(const char* name, const int64_t* index, int64_t count, int64_t
 
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+Tensor reshaped(const Tensor& t, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), int64_t(shape.size()), shape.begin(), strides.begin(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   // Not torch::stable::new_empty, which looks the op up by its name: four times the time.
   int64_t strides[4], stride = 1;

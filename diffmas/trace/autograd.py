@@ -90,7 +90,7 @@ class Attend(torch.autograd.Function):
         o, q_rot, lse = work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, True)
         normed = q_weight is not None or k_weight is not None
         ctx.save_for_backward(q_rot, o, lse, q_weight, k_weight, *((q, k) if normed else (None, None)))
-        ctx.work, ctx.layer, ctx.rest = weakref.ref(work), layer, (cos, sin, eps, scale, k.shape[1])
+        ctx.work, ctx.layer, ctx.rest = weakref.ref(work), layer, (cos, sin, eps, scale)
         ctx.set_materialize_grads(False)
         return o
 
@@ -130,7 +130,7 @@ def _attend_backward_op(do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, e
     layer = work.spec.layers[layer.item()]
     # Inductor uses the memory of do and of saved tensors again: what outlives the op is a copy.
     dq, dk, dv, *weights = work.attend_backward(
-        layer, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps, scale, kv_heads, copy=True
+        layer, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps, scale, copy=True
     )
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), *weights, torch.zeros(0)
 

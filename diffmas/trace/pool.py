@@ -43,7 +43,7 @@ class Pool:
     """
 
     def __init__(self, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.head_dim = dtype, device, head_dim
         self.lock = threading.RLock()
         self._shape = (heads, head_dim, dtype, device)
         self._used = rows  # rows that were asked for; growth makes more

@@ -113,11 +113,12 @@ class FusedForward:
         if family.query_scale is not None:
             q = q * family.query_scale(attention, kwargs["position_ids"]).to(q.dtype)
         q_weight, k_weight, eps = family.norms(attention)
-        if torch.compiler.is_compiling():  # its op needs heads to know what it returns, and a view costs a graph nothing
+        compiling = torch.compiler.is_compiling()
+        if compiling:  # its op needs heads to know what it returns, and a view costs a graph nothing
             heads = (x.shape[1], -1, attention.head_dim)
             q, k, v, cos, sin = q.view(heads), k.view(heads), v.view(heads), cos.squeeze(0), sin.squeeze(0)
         o = forward_pass.attend(layer, q, k, v, attention.scaling, cos, sin, q_weight, k_weight, eps)
-        if torch.compiler.is_compiling():
+        if compiling:
             o = o.view(1, x.shape[1], -1)
         return attention._modules["o_proj"](o), None
 

@@ -72,6 +72,7 @@ class LayerWork:
     def __post_init__(self):
         self.hold = self.hold or Hold(self.store)
         self.hold.ranges = [(r.start, r.start + r.length) for view in self.views for r in view]
+        self.ref = weakref.ref(self)  # for the graph's nodes; Begin's owns it
         self.committed = False  # its tokens are part of the trace: from now on layers can only be recomputed
         self.forget()
         self._flushes: dict[int, tuple] = {}  # by layer, for the pass that begins a run

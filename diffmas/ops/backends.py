@@ -193,7 +193,9 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, ba
     if op in PARTS:
         choose = lambda part: _choose(part, device, dtype, head_dim, backend)
         native = BACKENDS["cpu"].ops
-        return native if all(choose(part) is native for part in PARTS[op]) else Composed(lambda part: getattr(choose(part), part))
+        if all(choose(part) is native for part in PARTS[op]):
+            return native
+        return Composed(lambda part: getattr(choose(part), part))
     name = AUTO if backend == "auto" else backend
     if name == "auto":
         return next(b for b in BACKENDS.values() if not b.interpreted and b.serves(op, device.type, dtype, head_dim)).ops

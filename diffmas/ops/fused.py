@@ -1,5 +1,5 @@
-"""A layer's two ops as one call, which for one token halves the host's time. The CPU kernels have ops for it; elsewhere they are
-composed of their parts, which may be of two backends.
+"""A layer's two ops as one call, which for one token halves the host's time. The CPU kernels have ops for it; elsewhere they
+are composed of their parts, which may be of two backends.
 
 q, k, v, o and their gradients are [n, heads, D] or [1, n, heads * D], as projections give and take them; cos and sin [n, Dr] or
 [1, n, Dr]."""
@@ -52,9 +52,9 @@ class Composed:
     ):  # fmt: skip
         """q, k: None without a norm. -> dq, dk, dv, in the layout of do, dq_weight, dk_weight."""
         *tables_and_scale, dk_pool, dv_pool, grad_tail = view
-        do_heads, o = do.reshape(q_rot.shape), o.view(q_rot.shape)
+        states = do.reshape(q_rot.shape), None, q_rot, o.view(q_rot.shape), lse
         dq_rot = self.find("cross_attention_backward")(
-            do_heads, None, q_rot, o, lse, k_pool, v_pool, *tables_and_scale, True, interleaved, dk_pool, dv_pool, grad_tail, True
+            *states, k_pool, v_pool, *tables_and_scale, True, interleaved, dk_pool, dv_pool, grad_tail, True
         )
         if q is None:  # the backward is linear: q and k only tell shape and dtype
             q, k = q_rot, q_rot.new_empty((q_rot.shape[0], *k_pool.shape[1:]))

@@ -43,8 +43,8 @@ for _name, _lead in LEAD.items():
 
 
 def call(name: str, lead: Tensor, *args, backend: str = "auto"):
-    """Runs a raw op, or two of them as one (diffmas.ops.fused), on the backend of `lead`, one of its arguments; nothing is recorded
-    by autograd.
+    """Runs a raw op, or two of them as one (diffmas.ops.fused), on the backend of `lead`, one of its arguments; nothing is
+    recorded by autograd.
 
     Straight to the backend, a third of the time that the dispatcher's way takes for one token; through torch.ops.diffmas where
     something wants to see the op: torch.compile, fake tensors, dispatch modes.

@@ -131,9 +131,7 @@ class LayerWork:
         q, k, v = (with_heads(x, slots.shape[0], pool.head_dim) for x in (q, k, v))
         cos, sin = packed_table(cos), packed_table(sin)
         with pool.lock:
-            q_rot = call(
-                "inject", q, q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, *pool.kv, backend=backend
-            )
+            q_rot = call("inject", q, q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, *pool.kv, backend=backend)
         read = lambda view, causal: call(
             "cross_attention", q_rot, q_rot, *pool.kv, *view, scale, causal, interleaved, backend=backend
         )
@@ -167,10 +165,11 @@ class LayerWork:
     # ---- backward ----------------------------------------------------------------------------------------------------
 
     def attend_backward(
-        self, layer: LayerSpec, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps: float, scale: float, copy: bool = False
+        self, layer: LayerSpec, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps: float, scale: float,
+        copy: bool = False,
     ):  # fmt: skip
-        """-> dq, dk, dv in the layout of o; dq_weight, dk_weight. do: None where nobody used o, only the rows. q, k: None without a
-        norm. copy: what is kept for the flush is a copy, since the caller's memory is used again."""
+        """-> dq, dk, dv in the layout of o; dq_weight, dk_weight. do: None where nobody used o, only the rows. q, k: None without
+        a norm. copy: what is kept for the flush is a copy, since the caller's memory is used again."""
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
         grads, tables = self.store.pools[i].grads(), self.on(q_rot.device)
         dk_pool, dv_pool = grads.of(self.lineage)

@@ -13,8 +13,8 @@ ATTRIBUTE = "diffmas_spec"  # where `patch_model` leaves it on the causal LM; PE
 
 @dataclass
 class LayerSpec:
-    """One attention layer. rope: how it rotates its keys: half | interleaved | none | unknown (they cannot be moved). head_dim: where
-    q, k and v come as projections leave them (diffmas.ops.fused)."""
+    """One attention layer. rope: how it rotates its keys: half | interleaved | none | unknown (they cannot be moved).
+    head_dim: where q, k and v come as projections leave them (diffmas.ops.fused)."""
 
     index: int
     rope: str

@@ -81,10 +81,12 @@ def end(h: Tensor) -> Tensor:
 
 
 class Attend(torch.autograd.Function):
-    """The attention of a pass's layer, where it is recorded; arguments: see `ForwardPass.attend`."""
+    """The attention of a pass's layer, where it is recorded; arguments: see `ForwardPass.attend`. rest: one argument, since
+    autograd looks at each in Python."""
 
     @staticmethod
-    def forward(ctx, q, k, v, order, q_weight, k_weight, work, layer, cos, sin, eps, scale):
+    def forward(ctx, q, k, v, order, q_weight, k_weight, rest):
+        work, layer, cos, sin, eps, scale = rest
         if order is None:
             raise RuntimeError("this forward pass was planned without gradients, and its layers run with them")
         o, q_rot, lse = work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, True)
@@ -105,7 +107,7 @@ class Attend(torch.autograd.Function):
         )
         dq_weight = dq_weight.to(q_weight.dtype) if ctx.needs_input_grad[4] else None
         dk_weight = dk_weight.to(k_weight.dtype) if ctx.needs_input_grad[5] else None
-        return dq, dk, dv, None, dq_weight, dk_weight, None, None, None, None, None, None
+        return dq, dk, dv, None, dq_weight, dk_weight, None
 
 
 # ---- the same as an op, for torch.compile -----------------------------------------------------------------------------

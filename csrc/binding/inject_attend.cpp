@@ -8,7 +8,7 @@ namespace {
 bool is_flat(const Tensor& t, int64_t n) { return t.dim() == 3 && t.size(0) == 1 && t.size(1) == n; }
 
 Tensor with_heads(const Tensor& t, int64_t n, int64_t head_dim) {
-  if (!is_flat(t, n) || t.size(2) % head_dim || t.stride(2) != 1) return t;
+  if (!is_flat(t, n) || head_dim < 1 || t.size(2) % head_dim || t.stride(2) != 1) return t;
   return reshaped(t, {n, t.size(2) / head_dim, head_dim}, {t.stride(1), head_dim, 1});
 }
 

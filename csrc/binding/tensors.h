@@ -71,7 +71,7 @@ void check_bounds(const char* name, const int64_t* index, int64_t count, int64_t
 
 // The tensor, or a copy in order: autograd may hand over an expanded one.
 Tensor packed(const Tensor& t);
-// The same memory in another shape, unknown to autograd. Only the last stride has to be 1.
+// The same memory in another shape, unknown to autograd.
 Tensor reshaped(const Tensor& t, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides);
 // A tensor of this call's own, contiguous, on the device of `like`; it may hold anything.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype);

@@ -1,6 +1,6 @@
 """How an attention layer reads and writes a trace: the table of fused families, and the generic tier.
 
-*Fused*: one op for norm, RoPE and the K/V write, one op for attention, for the families of FAMILIES. *Generic*: the layer
+*Fused*: one call for norm, RoPE, the K/V write and attention, for the families of FAMILIES. *Generic*: the layer
 computes q, k and v its own way and only its attention function is replaced. Both leave calls without a trace as they were.
 """
 
@@ -101,7 +101,7 @@ class FusedForward:
         self.attention = attention
 
     def forward(self, *args, **kwargs):
-        """One op writes K/V and rotates q, one op attends. Without a trace: as it was."""
+        """One call writes K/V, rotates q and attends. Without a trace: as it was."""
         attention, forward_pass = self.attention, kwargs.get("diffmas_trace")
         if forward_pass is None:
             return type(attention).forward(attention, *args, **kwargs)

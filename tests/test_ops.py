@@ -3,6 +3,7 @@
 Budget (DESIGN section 8): a backend's error is at most twice that of the plain-PyTorch reference in the same precision.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inj
 from op_runs import attention_all, exact_in_half, inject_all, merge_all, reposition_all, within_budget
 
 from diffmas import ops
+from diffmas.ops import extension
+from diffmas.ops.fused import Composed
 from diffmas.trace import autograd
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.spec import LayerSpec, ModelSpec
@@ -311,6 +314,33 @@ def test_an_offset_equals_rotated_keys():
             want.append(o[slice(0, 7) if b == 0 else slice(7, 8)])
         o, _ = raw.cross_attention(*moved.args(), "reference")
         torch.testing.assert_close(o, torch.cat(want))
+
+
+@pytest.mark.skipif(not extension.loaded, reason="the extension is not built")
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize("n", [1, 4, 37])
+def test_a_layers_ops_as_one_call(n, heads, norm):
+    """Bit by bit what its parts return, in both layouts."""
+    x = inject_inputs(n, heads, norm=norm).to(torch.float32)
+    index = torch.tensor
+    slots, view = torch.arange(50, 50 + n), (index([0, n]), index([0, 2]), index([0, 50]), index([50, n]), None, None)
+    filled = torch.randn(2, 128, heads[1], 64, generator=torch.Generator().manual_seed(1))
+    composed, results = Composed(lambda op: getattr(torch.ops.diffmas_native, op)), []
+    for run, flat in itertools.product((composed, torch.ops.diffmas_native), (False, True)):
+        lay = lambda t: t.flatten(1)[None] if flat else t  # noqa: B023, E731
+        cos, sin = (x.cos[None], x.sin[None]) if flat else (x.cos, x.sin)
+        rope = (cos, sin, slots, x.q_weight, x.k_weight, 1e-6, False)
+        pools, grads = list(filled.clone()), list(torch.zeros_like(filled))
+        q_rot, o, lse = run.inject_attend(lay(x.q), lay(x.k), lay(x.v), *rope, *pools, *view, 0.5)
+        assert o.shape == lay(x.q).shape and q_rot.shape == x.q.shape
+        normed = (lay(x.q), lay(x.k)) if norm else (None, None)
+        do = torch.ones(1, 1, 1).expand(o.shape)  # as autograd hands over the gradient of a sum
+        back = run.inject_attend_backward(do, q_rot, o, lse, *normed, *rope, *pools, *view, 0.5, *grads, None)
+        assert [y.shape for y in back[:3]] == [lay(y).shape for y in (x.q, x.k, x.v)]
+        back = [y.view(z.shape) for y, z in zip(back, (x.q, x.k, x.v, back[3], back[4]))]
+        results.append([q_rot, o.view(x.q.shape), lse, *pools, *back, *grads])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 def test_gradcheck_of_a_layer():

@@ -97,8 +97,9 @@ void attention_on_cuda(const AttentionArgs& args, const Tensor& q, const Tensor&
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> cross_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor q_indptr, Tensor seg_indptr, Tensor seg_start,
-                                           Tensor seg_len, Optional seg_offset, Optional inv_freq, double scale, bool causal,
+std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr,
+                                           const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len,
+                                           const Optional& seg_offset, const Optional& inv_freq, double scale, bool causal,
                                            bool interleaved) {
   const OnDevice on(q);
   AttentionArgs a =
@@ -118,25 +119,28 @@ std::tuple<Tensor, Tensor> cross_attention(Tensor q, Tensor k_pool, Tensor v_poo
   return {o, lse};
 }
 
-Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor q_indptr,
-                                Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Optional seg_offset, Optional inv_freq, double scale,
-                                bool causal, bool interleaved, Tensor dk_pool, Tensor dv_pool, Optional grad_tail, bool want_dq) {
+Tensor cross_attention_backward(const Tensor& d_o, const Optional& dlse, const Tensor& q, const Tensor& o, const Tensor& lse,
+                                const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr,
+                                const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq,
+                                double scale, bool causal, bool interleaved, const Tensor& dk_pool, const Tensor& dv_pool,
+                                const Optional& grad_tail, bool want_dq) {
   const OnDevice on(q);
   const Device device = device_of(q);
   AttentionArgs a =
       attention_args(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved);
   check_shape("do", d_o, {a.n, a.q_heads, a.head_dim});
-  d_o = torch::stable::contiguous(d_o);  // autograd may hand over an expanded tensor
+  const Tensor grad = packed(d_o);
+  Optional packed_dlse;
   if (dlse) {
     check_shape("dlse", *dlse, {a.n, a.q_heads});
-    dlse = torch::stable::contiguous(*dlse);
+    packed_dlse = packed(*dlse);
   }
   if (device.cuda) {
     check_dtype("do", d_o, q.scalar_type());
     check_dtype("o", o, q.scalar_type());
   }
-  a.d_o = rows("do", d_o, device);
-  a.dlse = floats("dlse", dlse, {a.n, a.q_heads}, device);
+  a.d_o = rows("do", grad, device);
+  a.dlse = floats("dlse", packed_dlse, {a.n, a.q_heads}, device);
   a.o = rows("o", o, a.n, a.q_heads, a.head_dim, device);
   a.lse = const_cast<float*>(floats("lse", lse, {a.n, a.q_heads}, device));
   check_dtype("dk_pool", dk_pool, ScalarType::Float);

@@ -46,8 +46,9 @@ InjectArgs inject_args(const Tensor& q, const Tensor& k, const Optional& cos, co
 
 }  // namespace
 
-Tensor inject(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, Tensor slots, Optional q_weight, Optional k_weight, double eps,
-              bool interleaved, Tensor k_pool, Tensor v_pool) {
+Tensor inject(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin, const Tensor& slots,
+              const Optional& q_weight, const Optional& k_weight, double eps, bool interleaved, const Tensor& k_pool,
+              const Tensor& v_pool) {
   const OnDevice on(q);
   const Device device = device_of(q);
   InjectArgs a = inject_args(q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, "k_pool", k_pool, "v_pool", v_pool);
@@ -65,16 +66,17 @@ Tensor inject(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, Tensor s
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_backward(Tensor dq_rot, Tensor q, Tensor k, Optional cos, Optional sin,
-                                                                   Tensor slots, Optional q_weight, Optional k_weight, double eps,
-                                                                   bool interleaved, Tensor dk_pool, Tensor dv_pool) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_backward(const Tensor& dq_rot, const Tensor& q, const Tensor& k,
+                                                                   const Optional& cos, const Optional& sin, const Tensor& slots,
+                                                                   const Optional& q_weight, const Optional& k_weight, double eps,
+                                                                   bool interleaved, const Tensor& dk_pool, const Tensor& dv_pool) {
   const OnDevice on(q);
   const Device device = device_of(q);
   InjectArgs a = inject_args(q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, "dk_pool", dk_pool, "dv_pool", dv_pool);
   check_dtype("dk_pool", dk_pool, ScalarType::Float);
   check_shape("dq_rot", dq_rot, {a.n, a.q_heads, a.head_dim});
-  dq_rot = torch::stable::contiguous(dq_rot);  // autograd may hand over an expanded tensor
-  a.dq_rot = rows("dq_rot", dq_rot, device);
+  const Tensor grad = packed(dq_rot);
+  a.dq_rot = rows("dq_rot", grad, device);
   Tensor dq = empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type());
   Tensor dk = empty(q, {a.n, a.kv_heads, a.head_dim}, q.scalar_type());
   Tensor dv = empty(q, {a.n, a.kv_heads, a.head_dim}, q.scalar_type());

@@ -6,18 +6,37 @@
 
 namespace diffmas::binding {
 
-Tensor inject(Tensor q, Tensor k, Tensor v, Optional cos, Optional sin, Tensor slots, Optional q_weight, Optional k_weight, double eps,
-              bool interleaved, Tensor k_pool, Tensor v_pool);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_backward(Tensor dq_rot, Tensor q, Tensor k, Optional cos, Optional sin,
-                                                                   Tensor slots, Optional q_weight, Optional k_weight, double eps,
-                                                                   bool interleaved, Tensor dk_pool, Tensor dv_pool);
+Tensor inject(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos, const Optional& sin, const Tensor& slots,
+              const Optional& q_weight, const Optional& k_weight, double eps, bool interleaved, const Tensor& k_pool,
+              const Tensor& v_pool);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_backward(const Tensor& dq_rot, const Tensor& q, const Tensor& k,
+                                                                   const Optional& cos, const Optional& sin, const Tensor& slots,
+                                                                   const Optional& q_weight, const Optional& k_weight, double eps,
+                                                                   bool interleaved, const Tensor& dk_pool, const Tensor& dv_pool);
 
-std::tuple<Tensor, Tensor> cross_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor q_indptr, Tensor seg_indptr, Tensor seg_start,
-                                           Tensor seg_len, Optional seg_offset, Optional inv_freq, double scale, bool causal,
+std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr,
+                                           const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len,
+                                           const Optional& seg_offset, const Optional& inv_freq, double scale, bool causal,
                                            bool interleaved);
-Tensor cross_attention_backward(Tensor d_o, Optional dlse, Tensor q, Tensor o, Tensor lse, Tensor k_pool, Tensor v_pool, Tensor q_indptr,
-                                Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Optional seg_offset, Optional inv_freq, double scale,
-                                bool causal, bool interleaved, Tensor dk_pool, Tensor dv_pool, Optional grad_tail, bool want_dq);
+Tensor cross_attention_backward(const Tensor& d_o, const Optional& dlse, const Tensor& q, const Tensor& o, const Tensor& lse,
+                                const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr,
+                                const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq,
+                                double scale, bool causal, bool interleaved, const Tensor& dk_pool, const Tensor& dv_pool,
+                                const Optional& grad_tail, bool want_dq);
+
+// inject and causal cross_attention over the rows' views in one call, and their backward.
+std::tuple<Tensor, Tensor, Tensor> inject_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos,
+                                                 const Optional& sin, const Tensor& slots, const Optional& q_weight,
+                                                 const Optional& k_weight, double eps, bool interleaved, const Tensor& k_pool,
+                                                 const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr,
+                                                 const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,
+                                                 const Optional& inv_freq, double scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_attend_backward(
+    const Tensor& d_o, const Tensor& q_rot, const Tensor& o, const Tensor& lse, const Optional& q, const Optional& k, const Optional& cos,
+    const Optional& sin, const Tensor& slots, const Optional& q_weight, const Optional& k_weight, double eps, bool interleaved,
+    const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr, const Tensor& seg_start,
+    const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq, double scale, const Tensor& dk_pool,
+    const Tensor& dv_pool, const Optional& grad_tail);
 
 std::tuple<Tensor, Tensor> merge_states(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b);
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_states_backward(Tensor d_o, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b,

@@ -147,8 +147,25 @@ void check_bounds(const char* name, const int64_t* index, int64_t count, int64_t
     STD_TORCH_CHECK(index[i] >= low && index[i] < high, name, ": expected values in [", low, ", ", high, "), got ", index[i], " at ", i);
 }
 
+Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+Tensor reshaped(const Tensor& t, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), int64_t(shape.size()), shape.begin(), strides.begin(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+  // Not torch::stable::new_empty, which looks the op up by its name: four times the time.
+  int64_t strides[4], stride = 1;
+  STD_TORCH_CHECK(shape.size() <= 4, "expected at most 4 dimensions, got ", shape.size());
+  for (size_t i = shape.size(); i--; stride *= shape.begin()[i]) strides[i] = stride;
+  const bool cuda = like.is_cuda();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), cuda ? int32_t(like.get_device_index()) : -1, &handle));
+  return Tensor(handle);
 }
 
 Rows rows_of_own(const Tensor& t, DType dtype) { return {t.data_ptr(), t.stride(0), t.stride(1), dtype}; }

@@ -69,6 +69,10 @@ const int64_t* indices(const char* name, const Tensor& t, int64_t size, Device d
 // Memory safety, not validation: on the CPU, where looking costs no device sync, every index is in [low, high).
 void check_bounds(const char* name, const int64_t* index, int64_t count, int64_t low, int64_t high);
 
+// The tensor, or a copy in order: autograd may hand over an expanded one.
+Tensor packed(const Tensor& t);
+// The same memory in another shape, unknown to autograd.
+Tensor reshaped(const Tensor& t, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides);
 // A tensor of this call's own, contiguous, on the device of `like`; it may hold anything.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype);
 // Such a tensor as rows. `dtype` is the one that its rows are like.

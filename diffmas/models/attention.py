@@ -1,6 +1,6 @@
 """How an attention layer reads and writes a trace: the table of fused families, and the generic tier.
 
-*Fused*: one op for norm, RoPE and the K/V write, one op for attention, for the families of FAMILIES. *Generic*: the layer
+*Fused*: one call for norm, RoPE, the K/V write and attention, for the families of FAMILIES. *Generic*: the layer
 computes q, k and v its own way and only its attention function is replaced. Both leave calls without a trace as they were.
 """
 
@@ -24,10 +24,10 @@ __all__ = ["FAMILIES", "Family", "Layer", "install", "uninstall"]
 
 
 def _llama4_scale(attention: nn.Module, position_ids: Tensor) -> Tensor:
-    """Ministral 3 scales queries beyond its pre-training length: [n, 1, 1]."""
+    """Ministral 3 scales queries beyond its pre-training length: [1, n, 1]."""
     rope = attention.config.rope_parameters
     beta, length = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
-    return (1 + beta * torch.log(1 + torch.floor(position_ids / length))).view(-1, 1, 1)
+    return (1 + beta * torch.log(1 + torch.floor(position_ids / length))).view(1, -1, 1)
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,13 @@ class Family:
     query_scale: Callable | None = None
 
     def project(self, attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [1, n, hidden] -> q [n, Hq, D], k, v [n, Hkv, D]."""
-        D, n, modules = attention.head_dim, x.shape[1], attention._modules
+        """x [1, n, hidden] -> q [1, n, Hq * D], k, v [1, n, Hkv * D]."""
+        modules = attention._modules
         if self.qkv is None:
-            q, k, v = modules["q_proj"](x), modules["k_proj"](x), modules["v_proj"](x)
-        else:
-            config = attention.config
-            Hq, Hkv = config.num_attention_heads, config.num_key_value_heads
-            q, k, v = modules[self.qkv](x).split((Hq * D, Hkv * D, Hkv * D), dim=-1)
-        return q.view(n, -1, D), k.view(n, -1, D), v.view(n, -1, D)
+            return modules["q_proj"](x), modules["k_proj"](x), modules["v_proj"](x)
+        D, config = attention.head_dim, attention.config
+        Hq, Hkv = config.num_attention_heads, config.num_key_value_heads
+        return modules[self.qkv](x).split((Hq * D, Hkv * D, Hkv * D), dim=-1)
 
     def norms(self, attention: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
         """q_weight, k_weight [D] and eps of the norms before RoPE; raises RuntimeError where they are offloaded."""
@@ -103,7 +101,7 @@ class FusedForward:
         self.attention = attention
 
     def forward(self, *args, **kwargs):
-        """One op writes K/V and rotates q, one op attends. Without a trace: as it was."""
+        """One call writes K/V, rotates q and attends. Without a trace: as it was."""
         attention, forward_pass = self.attention, kwargs.get("diffmas_trace")
         if forward_pass is None:
             return type(attention).forward(attention, *args, **kwargs)
@@ -114,9 +112,15 @@ class FusedForward:
         q, k, v = family.project(attention, x)
         if family.query_scale is not None:
             q = q * family.query_scale(attention, kwargs["position_ids"]).to(q.dtype)
-        norms = family.norms(attention)
-        o = forward_pass.attend(layer, q, k, v, attention.scaling, cos.squeeze(0), sin.squeeze(0), *norms)
-        return attention._modules["o_proj"](o.view(1, x.shape[1], -1)), None
+        q_weight, k_weight, eps = family.norms(attention)
+        compiling = torch.compiler.is_compiling()
+        if compiling:  # its op needs heads to know what it returns, and a view costs a graph nothing
+            heads = (x.shape[1], -1, attention.head_dim)
+            q, k, v, cos, sin = q.view(heads), k.view(heads), v.view(heads), cos.squeeze(0), sin.squeeze(0)
+        o = forward_pass.attend(layer, q, k, v, attention.scaling, cos, sin, q_weight, k_weight, eps)
+        if compiling:
+            o = o.view(1, x.shape[1], -1)
+        return attention._modules["o_proj"](o), None
 
 
 def generic_attention(module, query, key, value, attention_mask, *args, diffmas_trace=None, **kwargs):
@@ -147,6 +151,7 @@ AttentionInterface.register(GENERIC, generic_attention)  # adds a name; a model 
 def install(attention: nn.Module, layer: Layer) -> None:
     """Puts an attention module on its tier."""
     layer.config = attention.config
+    layer.head_dim = getattr(attention, "head_dim", None) if layer.family else None
     attention.diffmas_layer = layer
     if layer.family is None:
         # The model's config stays, so transformers goes on building the right masks for calls without a trace.

@@ -5,6 +5,7 @@ Trace as `past_key_values` (`cache` since transformers 5.24). Both hand the forw
 keyword argument `diffmas_trace`.
 """
 
+import functools
 import inspect
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ def forward(patch, trace: Trace, forward_pass: ForwardPass, *, head: bool = Fals
     x = next(iter(inputs.values()))
     module = patch.causal_lm if head else patch.body
     output = module(
-        **inputs, attention_mask=skip_mask(x), position_ids=forward_pass.position_ids(x.device), use_cache=False,
+        **inputs, attention_mask=skip_mask(x.device), position_ids=forward_pass.position_ids(x.device), use_cache=False,
         return_dict=True, diffmas_trace=forward_pass,
     )  # fmt: skip
     if commit:
@@ -48,9 +49,11 @@ def forward(patch, trace: Trace, forward_pass: ForwardPass, *, head: bool = Fals
     return output
 
 
-def skip_mask(like: Tensor) -> Tensor:
+@functools.cache
+def skip_mask(device: torch.device) -> Tensor:
     """A 4-D mask is passed on untouched by transformers' mask builders; ours is never read."""
-    return like.new_empty((1, 1, 1, 1), dtype=torch.float32)
+    with torch.inference_mode(False):  # whoever asks first
+        return torch.zeros(1, 1, 1, 1, device=device)
 
 
 def _check_forward(patch) -> None:
@@ -114,7 +117,7 @@ def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
     x = x.flatten(0, 1).clone(memory_format=torch.contiguous_format) if valid is None else x[valid]
     kwargs[name] = x[None]
     kwargs.update(
-        attention_mask=skip_mask(x), position_ids=forward_pass.position_ids(x.device), use_cache=False,
+        attention_mask=skip_mask(x.device), position_ids=forward_pass.position_ids(x.device), use_cache=False,
         diffmas_trace=forward_pass,
     )  # fmt: skip
     return (), kwargs

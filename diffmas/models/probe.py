@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffmas.models.attention import FAMILIES, Layer, install, uninstall
 from diffmas.models.support import Unsupported, refuse
 from diffmas.ops import reference
+from diffmas.ops.fused import packed_table, with_heads
 
 __all__ = ["choose_tiers"]
 
@@ -32,6 +33,9 @@ class ProbePass:
     def attend(
         self, layer, q: Tensor, k: Tensor, v: Tensor, scale: float, cos=None, sin=None, q_weight=None, k_weight=None, eps=1e-6
     ) -> Tensor:
+        if layer.head_dim is not None:
+            q, k, v = (with_heads(x, self.n, layer.head_dim) for x in (q, k, v))
+            cos, sin = packed_table(cos), packed_table(sin)
         if k.shape != v.shape or q.shape[2] != k.shape[2]:
             raise ValueError(f"q, k, v of shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} [head_dim]")
         index = lambda *x: torch.tensor(x, device=q.device)  # noqa: E731
@@ -39,7 +43,8 @@ class ProbePass:
         slots, pools = torch.arange(self.n, device=q.device), (torch.zeros_like(k), torch.zeros_like(v))
         q = reference.inject(q, k, v, cos, sin, slots, q_weight, k_weight, eps, False, *pools)
         self.keys = pools[0]
-        return reference.cross_attention(q, *pools, *view, scale, True, False)[0]
+        o = reference.cross_attention(q, *pools, *view, scale, True, False)[0]
+        return o if layer.head_dim is None else o.flatten(1)[None]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffmas.ops import extension, reference
 from diffmas.ops.checks import FLOATS, MAX_HEAD_DIM
+from diffmas.ops.fused import PARTS, Composed
 
 __all__ = ["BACKENDS", "available", "check_backend", "implementation"]
 
@@ -189,6 +190,12 @@ def implementation(op: str, lead: Tensor, backend: str):
 
 @functools.cache  # on every call of every op: looked up, not searched
 def _choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, backend: str):
+    if op in PARTS:
+        choose = lambda part: _choose(part, device, dtype, head_dim, backend)
+        native = BACKENDS["cpu"].ops
+        if all(choose(part) is native for part in PARTS[op]):
+            return native
+        return Composed(lambda part: getattr(choose(part), part))
     name = AUTO if backend == "auto" else backend
     if name == "auto":
         return next(b for b in BACKENDS.values() if not b.interpreted and b.serves(op, device.type, dtype, head_dim)).ops

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from diffmas.ops.schemas import SCHEMAS
+from diffmas.ops.schemas import FUSED, SCHEMAS
 
 _PACKAGE = Path(__file__).parent.parent
 
 _library = torch.library.Library("diffmas_native", "DEF")
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in (SCHEMAS | FUSED).items():
     _library.define(_name + _schema)
 _library.define("versions() -> (int driver, int runtime)")  # of CUDA
 

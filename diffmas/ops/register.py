@@ -4,11 +4,14 @@ Raw ops mutate pools, so they carry no autograd of their own and refuse to drop 
 `inject`, `cross_attention` and `reposition`.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from diffmas.ops import reference
 from diffmas.ops.backends import implementation
+from diffmas.ops.fused import PARTS, Composed
 from diffmas.ops.schemas import LEAD, SCHEMAS, with_backend
 
 __all__ = ["call"]
@@ -40,13 +43,15 @@ for _name, _lead in LEAD.items():
 
 
 def call(name: str, lead: Tensor, *args, backend: str = "auto"):
-    """Runs a raw op on the backend of `lead`, one of its arguments; nothing is recorded by autograd.
+    """Runs a raw op, or two of them as one (diffmas.ops.fused), on the backend of `lead`, one of its arguments; nothing is
+    recorded by autograd.
 
     Straight to the backend, a third of the time that the dispatcher's way takes for one token; through torch.ops.diffmas where
     something wants to see the op: torch.compile, fake tensors, dispatch modes.
     """
     if type(lead) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return getattr(torch.ops.diffmas, name)(*args, backend=backend)
+        find = lambda op: partial(getattr(torch.ops.diffmas, op), backend=backend)
+        return (getattr(Composed(find), name) if name in PARTS else find(name))(*args)
     return implementation(name, lead, backend)(*args)
 
 

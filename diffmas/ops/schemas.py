@@ -1,12 +1,10 @@
 """The schemas of the ops: torch.ops.diffmas_native (csrc/binding) has them as they are, torch.ops.diffmas with a backend."""
 
-__all__ = ["LEAD", "SCHEMAS", "with_backend"]
+__all__ = ["FUSED", "LEAD", "SCHEMAS", "with_backend"]
 
 ROPE = "Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved"
-VIEW = (
-    "Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_offset, Tensor? inv_freq, "
-    "float scale, bool causal, bool interleaved"
-)
+TABLES = "Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_offset, Tensor? inv_freq"
+VIEW = f"{TABLES}, float scale, bool causal, bool interleaved"
 MOVE = "Tensor src, Tensor dst, Tensor offset, Tensor inv_freq, bool interleaved"
 POOLS, GRADS = "Tensor(a!) k_pool, Tensor(b!) v_pool", "Tensor(a!) dk_pool, Tensor(b!) dv_pool"
 SCHEMAS = {
@@ -20,6 +18,13 @@ SCHEMAS = {
     "Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
     "reposition": f"({MOVE}, {POOLS}) -> ()",
     "reposition_backward": f"({MOVE}, {GRADS}) -> ()",
+}
+
+# Of torch.ops.diffmas_native alone: diffmas/ops/fused.py.
+FUSED = {
+    "inject_attend": f"(Tensor q, Tensor k, Tensor v, {ROPE}, {POOLS}, {TABLES}, float scale) -> (Tensor, Tensor, Tensor)",
+    "inject_attend_backward": f"(Tensor do, Tensor q_rot, Tensor o, Tensor lse, Tensor? q, Tensor? k, {ROPE}, Tensor k_pool, "
+    f"Tensor v_pool, {TABLES}, float scale, {GRADS}, Tensor? grad_tail) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 

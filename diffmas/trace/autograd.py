@@ -81,29 +81,33 @@ def end(h: Tensor) -> Tensor:
 
 
 class Attend(torch.autograd.Function):
-    """The attention of a pass's layer, where it is recorded; arguments: see `ForwardPass.attend`."""
+    """The attention of a pass's layer, where it is recorded; arguments: see `ForwardPass.attend`. rest: one argument, since
+    autograd looks at each in Python."""
 
     @staticmethod
-    def forward(ctx, q, k, v, order, q_weight, k_weight, work, layer, cos, sin, eps, scale):
+    def forward(ctx, q, k, v, order, q_weight, k_weight, rest):
+        work, layer, cos, sin, eps, scale = rest
         if order is None:
             raise RuntimeError("this forward pass was planned without gradients, and its layers run with them")
         o, q_rot, lse = work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, True)
-        normed = q_weight is not None or k_weight is not None
-        ctx.save_for_backward(q_rot, o, lse, q_weight, k_weight, *((q, k) if normed else (None, None)))
-        ctx.work, ctx.layer, ctx.rest = weakref.ref(work), layer, (cos, sin, eps, scale, k.shape[1])
+        if q_weight is None and k_weight is None:
+            q = k = None
+        ctx.save_for_backward(q_rot, o, lse, q, k, q_weight, k_weight)
+        ctx.rest = work.ref, layer, cos, sin, eps, scale
         ctx.set_materialize_grads(False)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        q_rot, o, lse, q_weight, k_weight, q, k = ctx.saved_tensors
-        cos, sin, *rest = ctx.rest
-        dq, dk, dv, dq_weight, dk_weight = ctx.work().attend_backward(
-            ctx.layer, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, *rest
+        q_rot, o, lse, q, k, q_weight, k_weight = ctx.saved_tensors
+        work, layer, cos, sin, eps, scale = ctx.rest
+        dq, dk, dv, dq_weight, dk_weight = work().attend_backward(
+            layer, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps, scale
         )
-        weights = (None if w is None else dw.to(w.dtype) for w, dw in ((q_weight, dq_weight), (k_weight, dk_weight)))
-        return dq, dk, dv, None, *weights, *(None,) * 6
+        dq_weight = dq_weight.to(q_weight.dtype) if ctx.needs_input_grad[4] else None
+        dk_weight = dk_weight.to(k_weight.dtype) if ctx.needs_input_grad[5] else None
+        return dq, dk, dv, None, dq_weight, dk_weight, None
 
 
 # ---- the same as an op, for torch.compile -----------------------------------------------------------------------------
@@ -130,7 +134,7 @@ def _attend_backward_op(do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, e
     layer = work.spec.layers[layer.item()]
     # Inductor uses the memory of do and of saved tensors again: what outlives the op is a copy.
     dq, dk, dv, *weights = work.attend_backward(
-        layer, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps, scale, kv_heads, copy=True
+        layer, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps, scale, copy=True
     )
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), *weights, torch.zeros(0)
 

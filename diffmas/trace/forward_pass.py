@@ -69,6 +69,7 @@ class ForwardPass:
         """Writes this pass's K/V of one layer and attends over their views; differentiable.
 
         q [n, Hq, D]; k, v [n, Hkv, D]; cos, sin, q_weight, k_weight, eps: as `diffmas.ops.inject` takes them. -> o [n, Hq, D].
+        Or, not when compiling, as projections have them: q [1, n, Hq * D]; k, v [1, n, Hkv * D]; cos, sin [1, n, Dr].
         torch.compile traces this method: it reads flags and tensors, and everything else happens inside of the op.
         """
         work = self.work
@@ -82,7 +83,7 @@ class ForwardPass:
             args = (q, k, v, order, cos, sin, q_weight, k_weight, eps, scale, work.ticket, layer.number)
             return torch.ops.diffmas.attend(*args)[0]
         if recording:
-            return autograd.Attend.apply(q, k, v, self.order, q_weight, k_weight, work, layer, cos, sin, eps, scale)
+            return autograd.Attend.apply(q, k, v, self.order, q_weight, k_weight, (work, layer, cos, sin, eps, scale))
         return work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, False)[0]
 
     def end(self, h: Tensor) -> None:

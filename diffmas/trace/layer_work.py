@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmas.ops.fused import in_layout_of, packed_table, with_heads
 from diffmas.ops.register import call
 from diffmas.trace.pool import DeferredKVGrad, Pool
 from diffmas.trace.spec import LayerSpec, ModelSpec
@@ -71,6 +72,7 @@ class LayerWork:
 
     def __post_init__(self):
         self.hold = self.hold or Hold(self.store, self.views)
+        self.ref = weakref.ref(self)  # for the graph's nodes; Begin's owns it
         self.committed = False  # its tokens are part of the trace: from now on layers can only be recomputed
         self.forget()
         self._flushes: dict[int, tuple] = {}  # by layer, for the pass that begins a run
@@ -104,31 +106,38 @@ class LayerWork:
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def attend(self, layer: LayerSpec, q, k, v, cos, sin, q_weight, k_weight, eps: float, scale: float, recording: bool):
-        """q [n, Hq, D], k, v [n, Hkv, D] -> o [n, Hq, D], and where it is recorded q_rot [n, Hq, D] and lse [n, Hq], else
-        None."""
+        """Layouts of q, k, v, cos, sin: see diffmas.ops.fused. -> o in that of q, q_rot [n, Hq, D], lse [n, Hq]."""
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
         if self.committed:
             self._check_recompute(i, recording)
         elif self.ran[i]:
             raise RuntimeError(f"layer {i} attended twice in one forward pass; a trace holds one K/V row per token and layer")
+        if self.store.pools[i] is None and layer.head_dim is not None:  # a pool takes its shape from the first K
+            n = sum(self.lengths)
+            k, v = with_heads(k, n, layer.head_dim), with_heads(v, n, layer.head_dim)
         pool, tables = self.store.pool(i, k, v), self.on(k.device)
         views = self._views(tables, layer, k.device)
         if recording and not self.committed:
             self._choose(layer, pool, views["older"], scale)
+        self.ran[i] = True
+        if recording or views["shared"] is None:
+            with pool.lock:  # also while it reads: of two threads in one layer of one store, the second waits
+                q_rot, o, lse = call(
+                    "inject_attend", q, q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *pool.kv,
+                    *views["all"], scale, backend=backend,
+                )  # fmt: skip
+            return o, q_rot, lse
+        flat_or_heads, slots = q, tables.slots
+        q, k, v = (with_heads(x, slots.shape[0], pool.head_dim) for x in (q, k, v))
+        cos, sin = packed_table(cos), packed_table(sin)
         with pool.lock:
-            q_rot = call(
-                "inject", q, q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *pool.kv, backend=backend
-            )
+            q_rot = call("inject", q, q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, *pool.kv, backend=backend)
         read = lambda view, causal: call(
             "cross_attention", q_rot, q_rot, *pool.kv, *view, scale, causal, interleaved, backend=backend
         )
-        if recording or views["shared"] is None:
-            o, lse = read(views["all"], True)
-        else:
-            prefix, rest = views["shared"]
-            o, lse = call("merge_states", q_rot, *read(prefix, False), *read(rest, True), backend=backend)
-        self.ran[i] = True
-        return o, q_rot, lse
+        prefix, rest = views["shared"]
+        o, lse = call("merge_states", q_rot, *read(prefix, False), *read(rest, True), backend=backend)
+        return in_layout_of(flat_or_heads, o), q_rot, lse
 
     def _check_recompute(self, i: int, recording: bool) -> None:
         if torch._C._current_graph_task_id() == -1:
@@ -157,31 +166,33 @@ class LayerWork:
     # ---- backward ----------------------------------------------------------------------------------------------------
 
     def attend_backward(
-        self, layer: LayerSpec, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps: float, scale: float, kv_heads: int,
+        self, layer: LayerSpec, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps: float, scale: float,
         copy: bool = False,
     ):  # fmt: skip
-        """-> dq, dk, dv, dq_weight, dk_weight. do: None where nobody used o, only the rows. q, k: None without a norm. copy:
-        what is kept for the flush is a copy, since the caller's memory is used again."""
+        """-> dq, dk, dv in the layout of o; dq_weight, dk_weight. do: None where nobody used o, only the rows. q, k: None
+        without a norm. copy: what is kept for the flush is a copy, since the caller's memory is used again."""
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
         grads, tables = self.store.pools[i].grads(), self.on(q_rot.device)
         dk_pool, dv_pool = grads.of(self.lineage)
         own_rows_only, deferred = self._choices[i]
+        rope = (cos, sin, tables.slots, q_weight, k_weight, eps, interleaved)
         if do is None:
-            dq_rot = torch.zeros_like(q_rot)
-        else:
-            view = self._views(tables, layer, q_rot.device)["all"]
-            dq_rot = call(
-                "cross_attention_backward", q_rot, do, None, q_rot, o, lse, grads.k, grads.v, *view, scale, True, interleaved,
-                dk_pool, dv_pool, tables.grad_tail if own_rows_only else None, True, backend=backend,
-            )  # fmt: skip
-            if deferred is not None:
-                kept = (do, q_rot, o, lse)
-                grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
-        if q is None:  # the backward is linear: q and k only tell shape and dtype
-            q, k = dq_rot, dq_rot.new_empty((dq_rot.shape[0], kv_heads, dq_rot.shape[2]))
+            if q is None:  # the backward is linear: q and k only tell shape and dtype
+                q, k = q_rot, q_rot.new_empty((q_rot.shape[0], *dk_pool.shape[1:]))
+            n, _, D = q_rot.shape
+            q, k = with_heads(q, n, D), with_heads(k, n, D)
+            rope = (packed_table(cos), packed_table(sin), *rope[2:])
+            *rows, dq_weight, dk_weight = call(
+                "inject_backward", q_rot, torch.zeros_like(q_rot), q, k, *rope, dk_pool, dv_pool, backend=backend
+            )
+            return *(in_layout_of(o, x) for x in rows), dq_weight, dk_weight
+        if deferred is not None:
+            kept = (do, q_rot, o, lse)
+            grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
+        view = self._views(tables, layer, q_rot.device)["all"]
         return call(
-            "inject_backward", q, dq_rot, q, k, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, dk_pool, dv_pool,
-            backend=backend,
+            "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, grads.k, grads.v, *view, scale, dk_pool, dv_pool,
+            tables.grad_tail if own_rows_only else None, backend=backend,
         )  # fmt: skip
 
     def flush(self) -> None:
@@ -191,7 +202,10 @@ class LayerWork:
                 grads = pool.grads()
                 steps = grads.steps(self.lineage, self.deferred)
                 if steps:
-                    do, q, o, lse = (torch.stack(x, 1).flatten(0, 1) for x in zip(*steps))  # [B * steps, ...], by sequence
+                    B = len(self.lengths)  # and as many tokens
+                    do, q, o, lse = (torch.stack(x, 1 if x[0].shape[0] == B else 2) for x in zip(*steps))  # by sequence
+                    q, lse = q.flatten(0, 1), lse.flatten(0, 1)
+                    do, o = do.view(q.shape), o.view(q.shape)
                     q_indptr = torch.arange(0, q.shape[0] + 1, len(steps), device=q.device)
                     call(  # every step sees all of the older rows
                         "cross_attention_backward", q, do, None, q, o, lse, grads.k, grads.v, q_indptr, *older, scale, False,

@@ -43,13 +43,16 @@ class Pool:
     """
 
     def __init__(self, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.head_dim = dtype, device, head_dim
         self.lock = threading.RLock()
         self._shape = (heads, head_dim, dtype, device)
         self._used = rows  # rows that were asked for; growth makes more
         self._grads: weakref.WeakValueDictionary[int, GradPools] = weakref.WeakValueDictionary()
         with torch.inference_mode(False), torch.no_grad():  # the pool outlives an inference-mode caller
-            self.kv = (_rows_of_heads(rows, *self._shape), _rows_of_heads(rows, *self._shape))
+            self._take((_rows_of_heads(rows, *self._shape), _rows_of_heads(rows, *self._shape)))
+
+    def _take(self, kv: tuple[Tensor, Tensor]) -> None:
+        self.kv, self.rows = kv, kv[0].shape[0]
 
     @property
     def k(self) -> Tensor:
@@ -58,10 +61,6 @@ class Pool:
     @property
     def v(self) -> Tensor:
         return self.kv[1]
-
-    @property
-    def rows(self) -> int:
-        return self.kv[0].shape[0]
 
     def reserve(self, rows: int, room: int = 0) -> None:
         """Makes room for `rows` rows; where that is not there, for twice the rows there are or `room`, so that n appends copy
@@ -76,7 +75,7 @@ class Pool:
             new = tuple(_rows_of_heads(max(rows, room, 2 * self.rows), *self._shape) for _ in old)
             for x, y in zip(old, new):
                 y[: x.shape[0]] = x
-            self.kv = new
+            self._take(new)
 
     def grads(self) -> "GradPools":
         """The gradient of the backward pass that is running on this thread; made when a pass first asks, gone with the pass.

@@ -13,10 +13,12 @@ ATTRIBUTE = "diffmas_spec"  # where `patch_model` leaves it on the causal LM; PE
 
 @dataclass
 class LayerSpec:
-    """One attention layer. rope: how it rotates its keys: half | interleaved | none | unknown (they cannot be moved)."""
+    """One attention layer. rope: how it rotates its keys: half | interleaved | none | unknown (they cannot be moved).
+    head_dim: where q, k and v come as projections leave them (diffmas.ops.fused)."""
 
     index: int
     rope: str
+    head_dim: int | None = field(default=None, init=False, compare=False)
     records: bool = field(
         default=False, init=False, compare=False
     )  # a gradient was recorded in it once: below the first trained weight never

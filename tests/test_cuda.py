@@ -5,12 +5,13 @@ import pytest
 import torch
 from op_cases import VIEWS, View, attention_inputs, inject_inputs, random_attention
 from op_runs import attention_all, exact_in_half, inject_all, raw, within_budget
-from test_cuda_attention import MANY, SHAPES, SHIFTED
+from test_cuda_attention import MANY, OFFSET, SHAPES
 from test_cuda_attention import ODD as ODD_HEADS
 from test_cuda_host import INJECTS, ODD, POOL
 from test_cuda_sm90 import WARPGROUPS
 
 from diffmas import ops
+from diffmas.ops import backends
 
 pytestmark = pytest.mark.skipif(ops.available()["cuda"] is not None, reason=str(ops.available()["cuda"]))
 
@@ -101,7 +102,7 @@ def test_a_second_gpu_and_mixed_devices():
 @pytest.fixture
 def always(monkeypatch):
     """Many queries too."""
-    monkeypatch.setattr(ops.CudaOps, "FEW_ROWS", 10**9)
+    monkeypatch.setattr(backends.CudaOps, "SMALL_Q_ROWS", 10**9)
 
 
 def attend(inputs, dtype, backend, device, **call):
@@ -126,7 +127,7 @@ def agrees(x, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [*VIEWS, *SHAPES, *ODD_HEADS])
 def test_attention(name, dtype, always):
-    x = attention_inputs(VIEWS[name]) if name in VIEWS else attention_inputs(SHIFTED, **(SHAPES | ODD_HEADS)[name], rows=500)
+    x = attention_inputs(VIEWS[name]) if name in VIEWS else attention_inputs(OFFSET, **(SHAPES | ODD_HEADS)[name], rows=500)
     agrees(x, dtype)
 
 

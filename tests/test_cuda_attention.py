@@ -80,7 +80,7 @@ def test_views(name, dtype, kernels):
     agree(attention_inputs(VIEWS[name]), dtype)
 
 
-SHIFTED = View(
+OFFSET = View(
     [3, 1],
     [[(0, 20, 13), (100, 19, -70000), (119, 1, 5), (300, 9, 0), (40, 30, 13)], [(0, 40, 100_000), (400, 1, 0)]],
 )
@@ -112,7 +112,7 @@ ODD = {
 def test_shapes(name, dtype, kernels):
     """Views that are cut into parts, segments that are read elsewhere."""
     kernels.processors, kernels.vectors = 8, name in SHAPES
-    agree(attention_inputs(SHIFTED, **(SHAPES | ODD)[name], rows=500), dtype)
+    agree(attention_inputs(OFFSET, **(SHAPES | ODD)[name], rows=500), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -309,9 +309,9 @@ def test_where_the_address_is_odd(kernels):
     """Rows that begin two bytes after a multiple of 16."""
     kernels.vectors = False
     x = attention_inputs(VIEWS["ragged"])
-    shifted = torch.zeros(*x.q.shape[:2], 65, dtype=torch.float64)[..., 1:].copy_(x.q)
-    x = replace(x, q=shifted)
-    x.to = lambda dtype: replace(attention_inputs(VIEWS["ragged"]).to(dtype), q=as_it_lies(shifted, dtype))
+    offset = torch.zeros(*x.q.shape[:2], 65, dtype=torch.float64)[..., 1:].copy_(x.q)
+    x = replace(x, q=offset)
+    x.to = lambda dtype: replace(attention_inputs(VIEWS["ragged"]).to(dtype), q=as_it_lies(offset, dtype))
     agree(x, torch.bfloat16)
 
 

@@ -296,6 +296,7 @@ def test_generate_without_a_trace_is_transformers_own():
         (dict(), "input_ids"),
         (dict(input_ids=torch.ones(2, 3, dtype=torch.long)), "batch of 1"),
         (dict(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False), "use_cache"),
+        (dict(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 2)), "attention_mask.*at least 3"),
         (dict(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.tensor([[1, 1, 0]])), "left-padded"),
     ],
 )

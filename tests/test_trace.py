@@ -16,6 +16,7 @@ from models import (
     loss_of,
     monolithic,
     pad,
+    prefill,
     tiny,
     tokens,
     whole,
@@ -172,6 +173,34 @@ def test_segments_record_agent_kind_and_positions():
 # ---- failures --------------------------------------------------------------------------------------------------------
 
 THREE = torch.ones(1, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(lengths=[2]), "lengths: expected one for each of 2 sequences, got 1"),
+        (dict(lengths=[1.0, 1]), "lengths: expected integers >= 0"),
+        (dict(lengths=[2, -1]), "lengths: expected integers >= 0"),
+        (dict(lengths=[2, 1], reserve=[1.5, 1]), "reserve: expected integers >= 0"),
+        (dict(lengths=[2, 1], reserve=-3), "reserve: expected integers >= 0"),
+        (dict(lengths=[2, 1], reserve=[3]), "reserve: expected one for each of 2 sequences, got 1"),
+        (dict(lengths=[1, 1], positions=[0, 1]), "positions: expected a 1-D tensor of integers"),
+        (dict(lengths=[1, 1], positions=torch.tensor([[0, 1]])), "positions: expected a 1-D tensor of integers"),
+        (dict(lengths=[1, 1], positions=torch.tensor([0.0, 1.5])), "positions: expected a 1-D tensor of integers"),
+        (dict(lengths=[1, 1], positions=torch.tensor([0])), "positions: expected 2 of them, got 1"),
+    ],
+)
+def test_bad_plans_are_refused_and_break_nothing(arguments, message):
+    model = tiny("qwen3")
+    trace = prefill(model, *tokens(4, 2))
+    before = trace.rows
+    with pytest.raises(ValueError, match=message):
+        trace.plan(kind="prompt", **arguments)
+    with pytest.raises(ValueError, match="counts: expected"):
+        trace.drop_newest([1])
+    assert (trace.rows, trace.lengths) == (before, [4, 2])
+    prefill(model, *tokens(1, 3), trace=trace)
+    assert trace.lengths == [5, 5]
 
 
 def test_a_failing_forward_leaves_the_trace_usable():

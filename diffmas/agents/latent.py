@@ -29,9 +29,10 @@ def latent_steps(patch: Patch, realign: nn.Module, trace: Trace, h: Tensor, T: i
     for done in range(T):
         forward_pass = trace.plan([1] * trace.batch_size, "latent", reserve=T - done - 1)
         if graphs and done and T - done > LEAST_REPLAYS and forward_pass.repeatable(T - done):
-            repeat = Repeat(patch, realign, trace, forward_pass, h)
-            if repeat.capture():
-                return repeat.take(T - done)
+            with forward_pass.still():
+                repeat = Repeat(patch, realign, trace, forward_pass, h)
+                if repeat.capture():
+                    return repeat.take(T - done)
             graphs = False
         if graphs and not done:  # warms up: compilation, caches and lasting allocations must not be part of a capture
             h, graphs = _watched_step(patch, realign, trace, forward_pass, h)

@@ -82,6 +82,8 @@ def _generate(self, trace: Trace, argument: str, inputs, args: tuple, kwargs: di
         raise ValueError(f"input_ids: expected a batch of {trace.batch_size}, the trace's, got {new.shape[0]}")
     (B, S), past = new.shape[:2], trace.get_seq_length()
     mask = kwargs.pop("attention_mask", None)
+    if mask is not None and (mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] < S):
+        raise ValueError(f"attention_mask: expected a 2-D mask [{B}, at least {S}], got {list(mask.shape)}")
     mask = new.new_ones(B, S, dtype=torch.long) if mask is None else mask[:, -S:].long()
     if not mask[:, -1].all():
         raise ValueError("attention_mask: expected left-padded sequences of at least one token, got padding at the end")

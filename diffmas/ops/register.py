@@ -29,7 +29,7 @@ def _register(name: str, lead: int) -> None:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise RuntimeError(
                 f"diffmas.ops.{name} works on K/V pools in place and records no gradient; call it under torch.no_grad(), "
-                "or go through diffmas.trace.autograd.attend, which is differentiable"
+                "or go through a trace (ForwardPass.attend), which is differentiable"
             )
         return implementation(name, args[lead], backend)(*args)
 

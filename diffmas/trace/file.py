@@ -65,7 +65,7 @@ def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"path: expected a trace file, got {path}, which does not exist")
+        raise ValueError(f"path: expected a trace file, got {path}, which is no file")
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("diffmas", "{}"))

@@ -45,6 +45,10 @@ class ForwardPass:
         self, spec: ModelSpec, store: Store, lengths: list[int], positions: np.ndarray, slots: np.ndarray,
         views: list[list[KVRange]], past: Tensor, table: Table | None = None, **more,
     ):  # fmt: skip
+        if table is None and (end := max((r.start + r.length for view in views for r in view), default=0)) > store.top:
+            raise ValueError(
+                f"views: expected rows that the store has handed out (Store.allocate), {store.top} of them, got {end}"
+            )
         self.lengths, self.positions, self.table, self.past = lengths, positions, table, past
         self.work = LayerWork(spec, store, lengths, positions, slots, views, past.requires_grad, **more)
         self.order = autograd.begin(self.work, past) if torch.is_grad_enabled() else None
@@ -72,13 +76,16 @@ class ForwardPass:
         Or, not when compiling, as projections have them: q [1, n, Hq * D]; k, v [1, n, Hkv * D]; cos, sin [1, n, Dr].
         torch.compile traces this method: it reads flags and tensors, and everything else happens inside of the op.
         """
-        work = self.work
+        work, compiling = self.work, torch.compiler.is_compiling()
+        older_needs_grad = work.older_needs_grad and layer.records
+        if older_needs_grad and work.committed and not compiling:
+            older_needs_grad = work.recorded[layer.index]  # the layer may have recorded since, for the first time
         recording = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad
             or (q_weight is not None and q_weight.requires_grad) or (k_weight is not None and k_weight.requires_grad)
-            or (work.older_needs_grad and layer.records)
+            or older_needs_grad
         )  # fmt: skip
-        if torch.compiler.is_compiling():
+        if compiling:
             order = self.order if recording else None
             args = (q, k, v, order, cos, sin, q_weight, k_weight, eps, scale, work.ticket, layer.number)
             return torch.ops.diffmas.attend(*args)[0]
@@ -100,6 +107,10 @@ class ForwardPass:
         self.table = self.past = self.after = self.batch = None
 
     # ---- repeated on the device (diffmas.agents.latent) ---------------------------------------------------------------
+
+    def still(self):
+        """A context in which no other thread allocates rows and no pool moves."""
+        return self.work.store.still()
 
     def repeatable(self, steps: int) -> bool:
         """Whether `steps` steps from this one stay in their extents and in the pools there are: a capture must not move

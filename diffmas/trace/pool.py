@@ -96,13 +96,13 @@ class Pool:
 
 class DeferredKVGrad:
     """Consecutive latent steps of one token per sequence, whose gradients to older rows wait for each other. `flushed` says,
-    for each pool that the first step wrote with gradients, whether a flush stands before it in the graph; if not, all older
+    for each layer that the first step wrote with gradients, whether a flush stands before it in the graph; if not, all older
     rows are constants."""
 
     LONGEST = 64  # steps
 
     def __init__(self):
-        self.flushed: dict[Pool, bool] = {}
+        self.flushed: dict[int, bool] = {}
 
 
 class GradPools:

@@ -118,6 +118,14 @@ class Store:
             self._swept = False
             yield self
 
+    @contextlib.contextmanager
+    def still(self):
+        """No other thread allocates rows, and no pool moves its storage: for graphs that were captured with its addresses."""
+        with contextlib.ExitStack() as stack:
+            for lock in (self.lock, *(pool.lock for pool in self.pools if pool)):  # in the order that everybody takes them
+                stack.enter_context(lock)
+            yield
+
     def allocate(self, rows: int, spare: int = 0, after: int | None = None, least_spare: int | None = None) -> Extent:
         """An extent of `rows` rows and `spare` more: at row `after` where that is free, else in the first gap that holds them,
         else in one that holds `least_spare` more, else at the end. Give it a holder before the next call."""

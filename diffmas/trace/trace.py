@@ -6,6 +6,8 @@ changes in one place, `commit`, which makes the tokens of a forward pass part of
 change in place, it becomes another view of its store (`_become`).
 """
 
+import operator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -133,14 +135,17 @@ class Trace(CacheFace):
             raise ValueError(f"trace: expected a batch of {self.batch_size} sequences, got {len(lengths)}")
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+        lengths = self._counts("lengths", lengths)
+        reserve = self._counts("reserve", reserve if isinstance(reserve, (list, tuple)) else [reserve] * self.batch_size)
         if positions is None:
             positions = _counted(self._next, lengths)
         else:
+            if not isinstance(positions, Tensor) or positions.dim() != 1 or positions.is_floating_point():
+                raise ValueError(f"positions: expected a 1-D tensor of integers, got {positions!r}")
             positions = positions.cpu().numpy().astype(np.int64)
         if len(positions) != sum(lengths):
             raise ValueError(f"positions: expected {sum(lengths)} of them, got {len(positions)}")
         self._check_limits(lengths, positions)
-        reserve = list(reserve) if isinstance(reserve, (list, tuple)) else [int(reserve)] * self.batch_size
         segments, extents, done = [list(row) for row in self._segments], list(self._extents), 0
         hold = Hold(self._store)
         with self._store.allocation():
@@ -165,6 +170,18 @@ class Trace(CacheFace):
             self.spec, self._store, list(lengths), positions, slots, hold.views, self._order, Table(self._segments, segments,
             extents), lineage=self._lineage, deferred=deferred, step=step, older=older, hold=hold,
         )  # fmt: skip
+
+    def _counts(self, name: str, values) -> list[int]:
+        """One number of tokens for each sequence."""
+        if len(values) != self.batch_size:
+            raise ValueError(f"{name}: expected one for each of {self.batch_size} sequences, got {len(values)}")
+        try:
+            counts = [operator.index(x) for x in values]
+        except TypeError:
+            counts = [-1]
+        if min(counts, default=0) < 0:
+            raise ValueError(f"{name}: expected integers >= 0, got {list(values)}")
+        return counts
 
     def claim(self, generation) -> bool:
         """Makes the trace that of a generate; False if another one runs on it. Of two threads one gets it."""
@@ -222,8 +239,9 @@ class Trace(CacheFace):
         if any(end == start for start, _ in hold.claimed):
             end = None  # a fork in this batch has gone on there
         spare = least = reserve
-        if not reserve and tokens == 1:  # nobody said what comes: more tokens one by one, most likely
-            spare, least = min(max(length_of(row) // 2, LEAST_SPARE), MOST_SPARE), LEAST_SPARE
+        if not reserve and tokens == 1:  # nobody said what comes: more tokens one by one, if that is how this extent was filled
+            filled = extent.end - extent.start if extent is not None and extent.filled == end else 0
+            spare, least = min(max(filled, LEAST_SPARE), MOST_SPARE), LEAST_SPARE
         extent = self._store.allocate(tokens, spare, end, least)
         hold.extents.append(extent)
         return extent
@@ -313,7 +331,8 @@ class Trace(CacheFace):
         return self._view(rows, self._extents, ends)
 
     def drop_newest(self, counts: list[int]) -> None:
-        """Forgets the newest counts[b] tokens of sequence b."""
+        """Forgets the newest counts[b] tokens of sequence b. Raises ValueError unless there is a count >= 0 for each."""
+        counts = self._counts("counts", counts)
         rows, nexts = [], []
         for segments, after, count in zip(self._segments, self._next, counts):
             row, left = list(segments), count

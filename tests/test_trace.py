@@ -178,7 +178,7 @@ THREE = torch.ones(1, 3, dtype=torch.long)
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(lengths=[2]), "lengths: expected one for each of 2 sequences, got 1"),
+        (dict(lengths=[2]), "trace: expected a batch of 2 sequences, got 1"),
         (dict(lengths=[1.0, 1]), "lengths: expected integers >= 0"),
         (dict(lengths=[2, -1]), "lengths: expected integers >= 0"),
         (dict(lengths=[2, 1], reserve=[1.5, 1]), "reserve: expected integers >= 0"),

@@ -432,9 +432,9 @@ class Trace(CacheFace):
                     continue
                 with self._store.lock:
                     pool.reserve(self._store.top, self._store.rows)
-                turn = offset if layer.rope != "none" else torch.zeros_like(offset)
-                inv_freq = self.spec.frequencies(layer, pool.device) if turn.any() else torch.zeros(0, device=pool.device)
-                moves.append((pool, (*(x.to(pool.device) for x in (src, dst, turn)), inv_freq, layer.rope == "interleaved")))
+                by = offset if layer.rope != "none" else torch.zeros_like(offset)
+                inv_freq = self.spec.frequencies(layer, pool.device) if by.any() else torch.zeros(0, device=pool.device)
+                moves.append((pool, (*(x.to(pool.device) for x in (src, dst, by)), inv_freq, layer.rope == "interleaved")))
             order = reposition(order, moves, self._lineage, self.spec.backend, hold)
         return self._view(rows, None, self._next, order)
 

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from models import assert_close, latent_steps, prefill, read, tiny, tokens
+from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
 from systems import QUESTIONS, system
 
 from diffmas import Agent, Trace
@@ -105,6 +105,20 @@ def test_a_model_that_cannot_be_captured(repeating, monkeypatch):
         want = s(QUESTIONS)
     assert_close(got.logits, want.logits, 1e-12)
     assert got.trace.segments == want.trace.segments
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "cohere"])
+def test_a_backend_is_chosen_by_the_size_of_a_head(family, monkeypatch):
+    """Also where q comes as the projection left it, with all heads in a row: most backends serve no head as long as that."""
+    model, sizes, call = tiny(family), [], layer_work.call
+    monkeypatch.setattr(
+        layer_work, "call", lambda op, lead, *args, **kw: sizes.append(lead.shape[-1]) or call(op, lead, *args, **kw)
+    )
+    trace = prefill(model, *tokens(5))
+    h = body(model)(input_ids=tokens(3)[0][None], past_key_values=trace).last_hidden_state[:, -1:]
+    latent_steps(model, trace, h, 2)
+    read(model, trace, *tokens(2))[0].sum().backward()
+    assert len(sizes) > 3 * 5 and set(sizes) == {8}
 
 
 # ---- shared rows -----------------------------------------------------------------------------------------------------

@@ -122,8 +122,8 @@ class LayerWork:
         self.ran[i] = True
         if recording or views["shared"] is None:
             with pool.lock:  # also while it reads: of two threads in one layer of one store, the second waits
-                q_rot, o, lse = call(
-                    "inject_attend", q, q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *pool.kv,
+                q_rot, o, lse = call(  # the pool says how long a head is
+                    "inject_attend", pool.k, q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *pool.kv,
                     *views["all"], scale, backend=backend,
                 )  # fmt: skip
             return o, q_rot, lse

@@ -77,13 +77,12 @@ class ForwardPass:
         torch.compile traces this method: it reads flags and tensors, and everything else happens inside of the op.
         """
         work, compiling = self.work, torch.compiler.is_compiling()
-        older_needs_grad = work.older_needs_grad and layer.records
-        if older_needs_grad and work.committed and not compiling:
-            older_needs_grad = work.recorded[layer.index]  # the layer may have recorded since, for the first time
+        # Flags come last: torch.compile compiles anew for each that was looked at and has changed. A pass that is recomputed
+        # records what it did: the layer may have recorded since, for the first time.
         recording = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad
             or (q_weight is not None and q_weight.requires_grad) or (k_weight is not None and k_weight.requires_grad)
-            or older_needs_grad
+            or (work.older_needs_grad and layer.records and (compiling or not work.committed or work.recorded[layer.index]))
         )  # fmt: skip
         if compiling:
             order = self.order if recording else None

@@ -22,11 +22,12 @@ __all__ = ["ForwardPass", "Table"]
 
 
 class Table(NamedTuple):
-    """A trace's segments before a forward pass, those with its tokens, and where each sequence goes on after it."""
+    """A trace's segments before a forward pass and with its tokens; the rows and the position that each sequence goes on at."""
 
     before: list[list[Segment]]
     segments: list[list[Segment]]
     extents: list[Extent | None]
+    next: list[int]
 
 
 class ForwardPass:

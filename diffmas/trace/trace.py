@@ -138,14 +138,18 @@ class Trace(CacheFace):
         lengths = self._counts("lengths", lengths)
         reserve = self._counts("reserve", reserve if isinstance(reserve, (list, tuple)) else [reserve] * self.batch_size)
         if positions is None:
-            positions = _counted(self._next, lengths)
+            positions, after = _counted(self._next, lengths), [p + n for p, n in zip(self._next, lengths)]
         else:
             if not isinstance(positions, Tensor) or positions.dim() != 1 or positions.is_floating_point():
                 raise ValueError(f"positions: expected a 1-D tensor of integers, got {positions!r}")
             positions = positions.cpu().numpy().astype(np.int64)
-        if len(positions) != sum(lengths):
-            raise ValueError(f"positions: expected {sum(lengths)} of them, got {len(positions)}")
-        self._check_limits(lengths, positions)
+            if len(positions) != sum(lengths):
+                raise ValueError(f"positions: expected {sum(lengths)} of them, got {len(positions)}")
+            if len(positions) and positions.min() < 0:
+                raise ValueError(f"position_ids: expected positions >= 0, got {int(positions.min())}")
+            parts = np.split(positions, np.cumsum(lengths)[:-1])
+            after = [max(p, int(part.max()) + 1) if len(part) else p for p, part in zip(self._next, parts)]
+        self._check_limit(lengths)
         segments, extents, done = [list(row) for row in self._segments], list(self._extents), 0
         hold = Hold(self._store)
         with self._store.allocation():
@@ -166,9 +170,10 @@ class Trace(CacheFace):
                 deferred, step = DeferredKVGrad(), 0
             step += 1
         older = [ranges_of(row) for row in self._segments] if step == 1 else None
+        table = Table(self._segments, segments, extents, after)
         return ForwardPass(
-            self.spec, self._store, list(lengths), positions, slots, hold.views, self._order, Table(self._segments, segments,
-            extents), lineage=self._lineage, deferred=deferred, step=step, older=older, hold=hold,
+            self.spec, self._store, lengths, positions, slots, hold.views, self._order, table, lineage=self._lineage,
+            deferred=deferred, step=step, older=older, hold=hold,
         )  # fmt: skip
 
     def _counts(self, name: str, values) -> list[int]:
@@ -204,14 +209,9 @@ class Trace(CacheFace):
             raise RuntimeError(
                 f"layers {missing} did not write to the trace: the keyword argument diffmas_trace did not reach them"
             )
-        _, self._segments, self._extents = forward_pass.table
+        _, self._segments, self._extents, self._next = forward_pass.table
         self._order = forward_pass.after
         self._deferred = (forward_pass.work.deferred, forward_pass.work.step)
-        written = [b for b, n in enumerate(forward_pass.lengths) if n]
-        if written:
-            first = np.cumsum([0, *(forward_pass.lengths[b] for b in written)])[:-1]
-            for b, position in zip(written, np.maximum.reduceat(forward_pass.positions, first).tolist()):
-                self._next[b] = max(self._next[b], position + 1)
         forward_pass.finish()
 
     def commit_repeated(self, forward_pass: ForwardPass) -> None:
@@ -219,14 +219,12 @@ class Trace(CacheFace):
         forward_pass.repeated()
         self.commit(forward_pass)
 
-    def _check_limits(self, lengths, positions) -> None:
+    def _check_limit(self, lengths) -> None:
         limit = self.spec.max_length
         if limit is not None:
             longest = max(have + new for have, new in zip(self.lengths, lengths))
             if longest > limit:
                 raise ValueError(f"trace: expected at most {limit} tokens a sequence ({self.spec.why}), got {longest}")
-        if len(positions) and positions.min() < 0:
-            raise ValueError(f"position_ids: expected positions >= 0, got {int(positions.min())}")
 
     def _extent_for(self, tokens: int, row: list[Segment], extent: Extent | None, reserve: int, hold: Hold) -> Extent:
         """Where a sequence writes next: on in its extent, unless that is full or another fork has gone on there."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from threads import Meeting, together
 
 import diffmas
 from diffmas.trace import pool
+from diffmas.trace.pool import GradPools
 
 STEPS = 3
 FAKE_DEVICE = str(Path(__file__).parent / "fake_device.py")
@@ -106,9 +108,18 @@ def setting():
     return Setting(tiny("qwen3"))
 
 
+MADE = weakref.WeakSet()  # all gradient pools that are alive
+
+
+@pytest.fixture(autouse=True)
+def watched(monkeypatch):
+    make = GradPools.__init__
+    monkeypatch.setattr(GradPools, "__init__", lambda self, *args: MADE.add(self) or make(self, *args))
+
+
 def live_pools() -> int:
     gc.collect()
-    return sum(type(x).__name__ == "GradPools" for x in gc.get_objects())
+    return len(MADE)
 
 
 # ---- passes that overlap ---------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def test_a_layer_that_records_later_than_a_checkpointed_pass():
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()
-            model.disable_input_require_grads()
+            if hasattr(model, "_require_grads_hook"):  # what transformers 5 enables with it would hide the case
+                model.disable_input_require_grads()
         a, b, c = tokens(5, 4, 3)
         trace = prefill(model, a)
         h = body(model)(input_ids=b[None], past_key_values=trace).last_hidden_state[:, -1:]

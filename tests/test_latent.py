@@ -57,7 +57,7 @@ def test_steps_that_repeat_beyond_the_room_of_a_segment(repeating):
             with torch.no_grad():
                 h = torch.linspace(-1, 1, 2 * s.model.config.hidden_size, dtype=torch.float64).view(2, -1)
                 step = _one_by_one if plain else latent.latent_steps
-                results.append((step(patch_of(s.model), s.realign, trace, h, T), trace))
+                results.append((step(patch_of(s.model), s.realign, trace, h, [T, T]), trace))
             assert len(repeating) == (0 if plain else 1)
         assert trace.lengths == [3 + T, 2 + T]
         (got, trace), (want, plain_trace) = results
@@ -70,7 +70,7 @@ def test_steps_that_repeat_beyond_the_room_of_a_segment(repeating):
 
 
 def _one_by_one(patch, realign, trace, h, T):
-    for left in reversed(range(T)):
+    for left in reversed(range(T[0])):
         h = latent._step(patch, realign, trace, trace.plan([1] * trace.batch_size, "latent", reserve=left), h)
     return h
 

@@ -18,16 +18,6 @@ from diffmas.trace.views import KVRange, share
 # ---- steps without the host ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def repeating(monkeypatch):
-    """Without a GPU the same steps run, one by one, where a GPU replays its graph."""
-    runs = []
-    monkeypatch.setattr(latent, "_graphs", lambda *_: not torch.is_grad_enabled())
-    monkeypatch.setattr(latent, "_watched_step", lambda *step: (latent._step(*step), True))
-    monkeypatch.setattr(latent.Repeat, "capture", lambda self: runs.append(True) or True)
-    return runs
-
-
 @pytest.mark.parametrize("T", [4, 5, 12])
 @pytest.mark.parametrize("options", [{}, dict(trace_content="latent_only"), dict(realign="soft_token")], ids=str)
 def test_steps_that_repeat(options, T, repeating, monkeypatch):

@@ -2,7 +2,8 @@
 
 An agent's turn (`think`): the prompts of the batch are packed without padding and go through the model's body in one
 forward; the last hidden state of each sequence is realigned and fed back T times, its own T. All K/V rows land on the trace,
-which the next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.sampling`) the text.
+which the next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.sampling`) the
+text.
 """
 
 from dataclasses import asdict, dataclass, fields

@@ -36,8 +36,8 @@ class ForwardPass:
     lengths [B]: new tokens of each sequence. positions, slots: of each token, [n] int64. views: what each sequence sees, its
     new rows at the end. past: the order token that it stands behind (diffmas.trace.autograd). table: what `Trace.commit` takes
     over. more: lineage (which gradient pools it uses), deferred and step (the run of latent steps that it is step number `step`
-    of, from 1), older (with step 1, the views before the run of those who take it), hold (of the rows that it needs). batch: the
-    caller's.
+    of, from 1), older (with step 1, the views before the run of those who take it), hold (of the rows that it needs).
+    batch: the caller's.
 
     Rides through the model's keyword arguments as one opaque object: containers and anything with `.to` get rebuilt or
     cast on the way by accelerate, DDP and FSDP, `past_key_values` is dropped by activation checkpointing.

@@ -300,9 +300,7 @@ class Trace(CacheFace):
         lineage = self._store.new_lineage()
         return self._view(self._segments, self._extents, order=self._order.detach(), lineage=lineage)
 
-    def keep(
-        self, kind: str | None = None, agent: str | None = None, positions: str = "keep", sinks: int = SINKS
-    ) -> "Trace":
+    def keep(self, kind: str | None = None, agent: str | None = None, positions: str = "keep", sinks: int = SINKS) -> "Trace":
         """A view of the segments of one kind and/or one agent, and of the first tokens. positions: keep, or reindex (renumbered
         from 0).
 

@@ -16,3 +16,15 @@ def reproducible():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def repeating(monkeypatch):
+    """Without a GPU the same latent steps run, one by one, where a GPU replays its graph. -> one entry for each capture."""
+    from diffmas.agents import latent
+
+    runs = []
+    monkeypatch.setattr(latent, "_graphs", lambda *_: not torch.is_grad_enabled())
+    monkeypatch.setattr(latent, "_watched_step", lambda *step: (latent._step(*step), True))
+    monkeypatch.setattr(latent.Repeat, "capture", lambda self: runs.append(True) or True)
+    return runs

@@ -69,37 +69,41 @@ def unroll(system, question, answer: str | None = None, generated: list[int] = (
     [A, V] that predict the answer's tokens, or [1, V] for the token after the `generated` ones.
 
     Who sees what is one mask over all tokens of the episode: a token sees its own agent's earlier tokens, and of earlier
-    agents everything (trace_content all) or latents only.
+    agents everything (trace_content all), or latents and the first `sinks` tokens that were there to see.
     """
     base, model = body(system.model), system.model
     fields = system.fields_of([question])[0]
     x = base.get_input_embeddings().weight.new_zeros(0, base.config.hidden_size)
-    agent_of, latent = [], []
+    agent_of, handed = [], []  # by token; whether later agents see it
 
     def forward(module):
         n = len(agent_of)
-        owner, kind = torch.tensor(agent_of), torch.tensor(latent)
-        handed = torch.ones(n, dtype=torch.bool) if system.trace_content == "all" else kind
-        sees = ((owner[:, None] == owner) | handed[None]).tril()
+        owner = torch.tensor(agent_of)
+        sees = ((owner[:, None] == owner) | torch.tensor(handed)[None]).tril()
         mask = torch.zeros(n, n, dtype=x.dtype).masked_fill(~sees, torch.finfo(x.dtype).min)
         positions = torch.arange(n)[None]
         return module(inputs_embeds=x[None], attention_mask=mask[None, None], position_ids=positions, use_cache=False)
 
     for i, agent in enumerate(system.agents):
         last = i == len(system.agents) - 1
-        if not last and agent.latent_steps == 0 and system.no_latents == "skip":
+        T = 0 if last else agent.steps(fields)
+        if not last and T == 0 and system.no_latents == "skip":
             continue
         ids = system.prompt_ids(agent, fields)
         if last:
             ids = ids + (system.answer_ids(answer) if answer is not None else list(generated))
         x = torch.cat((x, base.get_input_embeddings()(torch.tensor(ids))))
         agent_of += [i] * len(ids)
-        latent += [False] * len(ids)
-        for _ in range(0 if last else agent.latent_steps):
+        free = system.sinks - sum(handed)
+        handed += [system.trace_content == "all" or j < free for j in range(len(ids))]
+        before = None
+        for _ in range(T):
             h = forward(base).last_hidden_state[0, -1:]
-            x = torch.cat((x, system.realign(h)))
+            if before is not None and agent.stop_change and (h - before).norm() < agent.stop_change * before.norm():
+                break
+            x, before = torch.cat((x, system.realign(h))), h
             agent_of.append(i)
-            latent.append(True)
+            handed.append(True)
     logits = forward(model).logits[0]
     count = len(system.answer_ids(answer)) if answer is not None else 1
     return logits[-count - 1 : -1] if answer is not None else logits[-1:]

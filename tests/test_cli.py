@@ -202,7 +202,7 @@ def test_an_adapter_of_another_model_is_refused(project, trained, tmp_path):
         ({"agents": [{"name": "a"}]}, r"agents\[0\].prompt: expected a value, got none"),
         (
             {"agents": [{"name": "a", "prompt": "b", "latent_steps": -1}]},
-            "agent 'a': latent_steps: expected an integer >= 0, got -1",
+            "agent 'a': latent_steps: expected an integer >= 0, the name of a field or a function, got -1",
         ),
         ({"agents": [{"name": "a", "prompt": "b", "steps": 1}]}, r"agents\[0\].steps: expected one of .*unknown key"),
         ({"system": {"last_k": "two"}}, "system.last_k: expected int or null, got 'two'"),

@@ -209,17 +209,19 @@ def test_new_lengths_compile_nothing():
     assert compiled() == before
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_latent_steps_as_a_graph(batch, monkeypatch):
-    s = system(agents=[Agent("a", "w5 {question}", 12), Agent("b", "w9 {question}")], dtype=torch.float32).cuda()
+@pytest.mark.parametrize("T", [[12], [12, 12, 12], [7, 0, 19]], ids=str)
+def test_latent_steps_as_a_graph(T, monkeypatch):
+    """One for each set of sequences that take steps together."""
+    s = system(agents=[Agent("a", "w5 {question}", "T"), Agent("b", "w9 {question}")], dtype=torch.float32).cuda()
+    questions = [{"question": q, "T": n} for q, n in zip(QUESTIONS, T)]
     captured = []
     capture = latent.Repeat.capture
     monkeypatch.setattr(latent.Repeat, "capture", lambda self: captured.append(capture(self)) or captured[-1])
     with torch.no_grad():
-        got = s(QUESTIONS[:batch])
-        assert captured == [True]
+        got = s(questions)
+        assert captured == [True] * len(set(T) - {0})
         monkeypatch.setattr(latent, "_graphs", lambda *_: False)
-        want = s(QUESTIONS[:batch])
+        want = s(questions)
     assert_close(got.logits, want.logits, 1e-5)
     assert got.trace.segments == want.trace.segments
 
@@ -232,7 +234,7 @@ def test_a_model_that_waits_for_the_device_is_not_captured():
     with torch.no_grad():
         forward(patch_of(model), trace, trace.plan([5], "prompt"), input_ids=tokens(5)[0][None].cuda())
         latent.latent_steps(
-            patch_of(model), torch.nn.Identity(), trace, torch.randn(1, model.config.hidden_size, device="cuda"), 8
+            patch_of(model), torch.nn.Identity(), trace, torch.randn(1, model.config.hidden_size, device="cuda"), [8]
         )
     assert trace.lengths == [13] and torch.cuda.current_stream() == stream
     torch.rand(3, device="cuda")

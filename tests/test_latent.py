@@ -18,16 +18,6 @@ from diffmas.trace.views import KVRange, share
 # ---- steps without the host ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def repeating(monkeypatch):
-    """Without a GPU the same steps run, one by one, where a GPU replays its graph."""
-    runs = []
-    monkeypatch.setattr(latent, "_graphs", lambda *_: not torch.is_grad_enabled())
-    monkeypatch.setattr(latent, "_watched_step", lambda *step: (latent._step(*step), True))
-    monkeypatch.setattr(latent.Repeat, "capture", lambda self: runs.append(True) or True)
-    return runs
-
-
 @pytest.mark.parametrize("T", [4, 5, 12])
 @pytest.mark.parametrize("options", [{}, dict(trace_content="latent_only"), dict(realign="soft_token")], ids=str)
 def test_steps_that_repeat(options, T, repeating, monkeypatch):
@@ -57,7 +47,7 @@ def test_steps_that_repeat_beyond_the_room_of_a_segment(repeating):
             with torch.no_grad():
                 h = torch.linspace(-1, 1, 2 * s.model.config.hidden_size, dtype=torch.float64).view(2, -1)
                 step = _one_by_one if plain else latent.latent_steps
-                results.append((step(patch_of(s.model), s.realign, trace, h, T), trace))
+                results.append((step(patch_of(s.model), s.realign, trace, h, [T, T]), trace))
             assert len(repeating) == (0 if plain else 1)
         assert trace.lengths == [3 + T, 2 + T]
         (got, trace), (want, plain_trace) = results
@@ -70,7 +60,7 @@ def test_steps_that_repeat_beyond_the_room_of_a_segment(repeating):
 
 
 def _one_by_one(patch, realign, trace, h, T):
-    for left in reversed(range(T)):
+    for left in reversed(range(T[0])):
         h = latent._step(patch, realign, trace, trace.plan([1] * trace.batch_size, "latent", reserve=left), h)
     return h
 

@@ -212,7 +212,7 @@ def test_a_row_is_not_joined_to_itself(model):
     trace = prefill(model, *tokens(4, 3))
     body(model)(inputs_embeds=torch.randn(2, 1, 32, dtype=torch.float64), past_key_values=trace)
     with pytest.raises(ValueError, match="share only what all of them begin with"):
-        diffmas.Trace.join([trace, trace.keep("latent")])
+        diffmas.Trace.join([trace, trace.keep("latent", sinks=0)])
     assert diffmas.Trace.join([trace, trace.fork(1)[0]], "keep").lengths == [5, 4]
 
 
@@ -251,15 +251,16 @@ def agents(model):
 
 
 @pytest.mark.parametrize("kind, agent", [("latent", None), (None, "critic"), ("prompt", "planner"), (None, None)])
-@pytest.mark.parametrize("positions", ["keep", "reindex"])
-def test_keep(model, kind, agent, positions):
+@pytest.mark.parametrize("positions, sinks", [("keep", 0), ("keep", 2), ("reindex", 0), ("reindex", 4)])
+def test_keep(model, kind, agent, positions, sinks):
     trace, new = agents(model), tokens(2, 2, seed=3)
-    kept = trace.keep(kind=kind, agent=agent, positions=positions)
-    assert all(kind in (None, s.kind) and agent in (None, s.agent) for s in kept.segments)
+    kept = trace.keep(kind=kind, agent=agent, positions=positions, sinks=sinks)
+    assert sinks or all(kind in (None, s.kind) and agent in (None, s.agent) for s in kept.segments)
     got = read(model, kept, *new)
     for b in range(2):
         table = [s for s in trace.segments if s.sequence == b]
         rows = torch.cat([torch.full((s.length,), kind in (None, s.kind) and agent in (None, s.agent)) for s in table])
+        rows[:sinks] = True
         stored = torch.arange(len(rows))[rows]
         at = torch.arange(len(stored)) if positions == "reindex" else stored
         assert kept.positions(b).tolist() == at.tolist()
@@ -273,9 +274,29 @@ def test_keep(model, kind, agent, positions):
         assert_close(got[b], from_cache(model, cache, new[b], [first, first + 1]))
 
 
+def test_first_tokens_stay(model):
+    """By default, under their writer's name; they are counted once, and still the first after another selection."""
+    trace = agents(model)  # prompts of 3 and 1, then 2 and 4 tokens, each with two latent steps
+    named = lambda t: [(s.sequence, s.agent, s.kind, s.length) for s in t.segments]  # noqa: E731
+    kept = trace.keep(kind="latent")
+    assert named(kept) == [
+        (0, "planner", "prompt", 3), (0, "planner", "latent", 2), (0, "critic", "latent", 2),
+        (1, "planner", "prompt", 1), (1, "planner", "latent", 2), (1, "critic", "prompt", 1), (1, "critic", "latent", 2),
+    ]  # fmt: skip
+    assert named(kept.keep(kind="latent")) == named(kept)
+    assert named(trace.keep(agent="critic", sinks=1)) == [
+        (0, "planner", "prompt", 1), (0, "critic", "prompt", 2), (0, "critic", "latent", 2),
+        (1, "planner", "prompt", 1), (1, "critic", "prompt", 4), (1, "critic", "latent", 2),
+    ]  # fmt: skip
+    assert named(trace.keep(sinks=0)) == named(trace.keep()) == named(trace)
+    for sinks in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"sinks: expected an integer >= 0, got {sinks}"):
+            trace.keep(sinks=sinks)
+
+
 def test_keep_nothing(model):
     (new,) = tokens(3, seed=3)
-    kept = prefill(model, *tokens(4)).keep(kind="latent")
+    kept = prefill(model, *tokens(4)).keep(kind="latent", sinks=0)
     assert kept.lengths == [0] and kept.next_positions == [4]
     assert_close(read(model, kept, new)[0], whole(model, new, [4, 5, 6]).logits[0])
     with pytest.raises(ValueError, match="kind"):

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,10 @@ from diffmas.agents.prompts import Agent
 from diffmas.models.identity import model_fingerprint
 from diffmas.models.parts import causal_lm_of
 
-__all__ = ["AGENTS_FILE", "load_model", "load_weights", "read_agents", "read_json", "read_map", "save", "write_json"]
+__all__ = [
+    "AGENTS_FILE", "check_description", "load_model", "load_weights", "read_agents", "read_json", "read_map", "save",
+    "write_json",
+]  # fmt: skip
 
 AGENTS_FILE = "agents.json"
 MAP_FILE = "realign.safetensors"  # only for a learned map
@@ -56,12 +59,23 @@ def adapter_directory(path: Path, name: str) -> Path:
     return path if name == "default" else path / name
 
 
+def check_description(description: dict) -> None:
+    """Raises ValueError for an agent of `MultiAgentSystem.describe()` that a file cannot hold."""
+    for agent in description["agents"]:
+        if callable(agent["latent_steps"]):
+            raise ValueError(
+                f"agent {agent['name']!r}: latent_steps: expected an integer or the name of a field, which can be saved, got a "
+                "function"
+            )
+
+
 def save(path, model: nn.Module, description: dict, learned_map: Tensor | None = None) -> None:
     """Writes a directory that `read_agents` and `load_model` read.
 
     model: with or without PEFT adapters. description: `MultiAgentSystem.describe()`. learned_map: [hidden, hidden] or None.
     agents.json comes last and in one step: a directory that has it is complete.
     """
+    check_description(description)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
@@ -84,7 +98,7 @@ def _check(data, kinds: dict, where: str) -> None:
         missing, unknown = sorted(kinds.keys() - data.keys()), sorted(data.keys() - kinds.keys())
         raise ValueError(f"{where}: expected the keys {sorted(kinds)}, got none of {missing} and an unknown {unknown}")
     for key, kind in kinds.items():
-        if not isinstance(data[key], int | float if kind is float else kind):
+        if not isinstance(data[key], kind | int if float in (kind, *get_args(kind)) else kind):
             raise ValueError(f"{where}: expected {key} of kind {getattr(kind, '__name__', kind)}, got {data[key]!r}")
 
 
@@ -97,12 +111,23 @@ def read_agents(path) -> dict:
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         found = described.get("format") if isinstance(described, dict) else type(described).__name__
         raise ValueError(f"{file}: expected format {FORMAT}, got {found}")
+    described = _with_later_options(described)
     head = {"format": str, "base_model": str | None, "base_fingerprint": str, "adapters": dict, "agents": list}
     _check(described, {**head, **get_type_hints(Options)}, str(file))
     kinds = get_type_hints(Agent)
     for i, agent in enumerate(described["agents"]):
         _check(agent, {f.name: kinds[f.name] for f in fields(Agent)}, f"{file}: agents[{i}]")
     return described
+
+
+def _with_later_options(described: dict) -> dict:
+    """With the options that its diffmas did not know, at what it did without them."""
+    if not isinstance(described.get("agents"), list):
+        return described
+    # Where latent_only drops nothing, sinks change nothing.
+    sinks = 0 if described.get("trace_content") == "latent_only" else Options.sinks
+    agents = [{"stop_change": None, **agent} if isinstance(agent, dict) else agent for agent in described["agents"]]
+    return {"sinks": sinks, **described, "agents": agents}
 
 
 def check_base(described: dict, model: nn.Module, path) -> None:
@@ -143,6 +168,7 @@ def load_weights(path, model: nn.Module, description: dict, learned_map: nn.Para
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    check_description(description)
     path = Path(path)
     described = read_agents(path)
     check_base(described, model, path)

@@ -1,5 +1,7 @@
 """Latent steps: T times, realign the last hidden state and forward one token per sequence, without logits.
 
+Sequences that have taken their steps leave the batch: the later steps are forwards over the others alone.
+
 On a GPU, launching a step's kernels takes longer than running them. Without gradients a step is therefore captured as a CUDA
 graph, which advances its own forward pass, and replayed: the host does nothing in between.
 """
@@ -20,25 +22,58 @@ __all__ = ["latent_steps"]
 LEAST_REPLAYS = 3  # a capture costs about as much as a step
 
 
-def latent_steps(patch: Patch, realign: nn.Module, trace: Trace, h: Tensor, T: int) -> Tensor:
-    """Appends T latent tokens to each sequence of the trace.
+def latent_steps(
+    patch: Patch, realign: nn.Module, trace: Trace, h: Tensor, T: list[int], stop_change: float | None = None
+) -> Tensor:  # fmt: skip
+    """Appends T[b] latent tokens to sequence b of the trace, or fewer: see `Agent`'s stop_change.
 
     h [B, hidden]: the last hidden state of each sequence. Returns the last hidden states after the steps, [B, hidden].
     """
-    graphs = _graphs(patch, realign, h)
-    for done in range(T):
-        forward_pass = trace.plan([1] * trace.batch_size, "latent", reserve=T - done - 1)
-        if graphs and done and T - done > LEAST_REPLAYS and forward_pass.repeatable(T - done):
+    graphs, left = stop_change is None and _graphs(patch, realign, h), list(T)
+    while any(left):
+        going = [b for b, n in enumerate(left) if n]
+        rows = None if len(going) == len(left) else torch.tensor(going, device=h.device)
+        x, graphs = _run(patch, realign, trace, h if rows is None else h[rows], left, stop_change, graphs)
+        h = x if rows is None else h.index_copy(0, rows, x)
+    return h
+
+
+def _run(patch: Patch, realign, trace: Trace, h: Tensor, left: list[int], stop_change, graphs: bool) -> tuple[Tensor, bool]:
+    """Steps of the sequences that have some left, until the first of them has none; counts them down in `left`.
+
+    h [n, hidden]: of these sequences alone. Returns it after the steps, and whether later steps may be captured.
+    """
+    going, first = [b for b, n in enumerate(left) if n], True
+    lengths, steps = [int(n > 0) for n in left], min(left[b] for b in going)
+    while steps:
+        forward_pass = trace.plan(lengths, "latent", reserve=[max(n - 1, 0) for n in left])
+        if graphs and not first and steps > LEAST_REPLAYS and forward_pass.repeatable(steps):
             with forward_pass.still():
                 repeat = Repeat(patch, realign, trace, forward_pass, h)
                 if repeat.capture():
-                    return repeat.take(T - done)
+                    for b in going:
+                        left[b] -= steps
+                    return repeat.take(steps), graphs
             graphs = False
-        if graphs and not done:  # warms up: compilation, caches and lasting allocations must not be part of a capture
+        before = h
+        if graphs and first:  # warms up: compilation, caches and lasting allocations must not be part of a capture
             h, graphs = _watched_step(patch, realign, trace, forward_pass, h)
         else:
             h = _step(patch, realign, trace, forward_pass, h)
-    return h
+        steps, first = steps - 1, False
+        for b in going:
+            left[b] -= 1
+        for b, change in zip(going, _changes(before, h) if stop_change is not None else []):
+            if change < stop_change:
+                left[b] = steps = 0  # the others go on in a run of their own
+    return h, graphs
+
+
+@torch.no_grad()
+def _changes(before: Tensor, after: Tensor) -> list[float]:
+    """|after - before| / |before| of each row."""
+    before, after = (x if x.dtype == torch.float64 else x.float() for x in (before, after))
+    return ((after - before).norm(dim=-1) / before.norm(dim=-1)).tolist()
 
 
 def _step(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Tensor, **options) -> Tensor:
@@ -126,5 +161,5 @@ class Repeat:
             self.graph.replay() if self.graph else self.step()
         self.trace.commit_repeated(self.forward_pass)
         for _ in range(steps - 1):
-            self.trace.commit_repeated(self.trace.plan([1] * self.trace.batch_size, "latent"))
+            self.trace.commit_repeated(self.trace.plan(self.forward_pass.lengths, "latent"))
         return self.h

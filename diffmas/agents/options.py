@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from diffmas.trace.views import SINKS
+
 __all__ = ["Options"]
 
 CHOICES = {
@@ -30,11 +32,14 @@ class Options:
     positions: str = "keep"
     chat_template: bool | None = None
     temperature: float = 1.0
+    sinks: int = SINKS
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+        if not isinstance(self.sinks, int) or self.sinks < 0:
+            raise ValueError(f"sinks: expected an integer >= 0, got {self.sinks!r}")
 
     def agents_without_grad(self, agents: int) -> int:
         """How many of the first agents run without gradients; raises ValueError if last_k does not fit to that many agents."""

@@ -1,9 +1,13 @@
 """Agents, and their prompts and answers as token ids."""
 
+import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from string import Formatter
+from typing import NamedTuple
 
-__all__ = ["Agent", "answer_ids", "fields_of", "prompt_ids", "tokenize"]
+__all__ = ["Agent", "Turn", "answer_ids", "fields_of", "prompt_ids", "tokenize", "turn_of"]
 
 
 @dataclass(frozen=True)
@@ -11,21 +15,33 @@ class Agent:
     """A role in a system.
 
     name: unique in the system. prompt: a format string with fields of the question, such as "{question}". latent_steps: T,
-    how many latent steps follow the prompt; the last agent decodes text instead. system: a system message. Raises ValueError
-    for T < 0, an empty name or a prompt that is no string.
+    how many latent steps follow the prompt; the last agent decodes text instead. An integer, or for each question its own: the
+    name of the question's field that has it, or a function of the question's fields (which cannot be saved). system: a system
+    message. stop_change: ends a question's latent steps before T, after the first step that changes its last hidden state by
+    less than this, |h_t - h_(t-1)| / |h_(t-1)|; None takes all T. Waits for the device at each step.
+
+    Raises ValueError for T < 0, stop_change <= 0, an empty name or a prompt that is no string.
 
         >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
         'Plan how to answer: 2 + 2?'
+        >>> Agent("planner", "Plan: {question}", latent_steps="steps").steps({"question": "2 + 2?", "steps": 3})
+        3
     """
 
     name: str
     prompt: str
-    latent_steps: int = 0
+    latent_steps: int | str | Callable = 0
     system: str | None = None
+    stop_change: float | None = None
 
     def __post_init__(self):
-        if not isinstance(self.latent_steps, int) or self.latent_steps < 0:
-            raise ValueError(f"agent {self.name!r}: latent_steps: expected an integer >= 0, got {self.latent_steps!r}")
+        T = self.latent_steps
+        if not (isinstance(T, int) and T >= 0 or isinstance(T, str) and T or callable(T)):
+            raise ValueError(
+                f"agent {self.name!r}: latent_steps: expected an integer >= 0, the name of a field or a function, got {T!r}"
+            )
+        if self.stop_change is not None and not 0 < self.stop_change < math.inf:
+            raise ValueError(f"agent {self.name!r}: stop_change: expected a number > 0 or None, got {self.stop_change!r}")
         if not self.name:
             raise ValueError("name: expected a name for every agent, got an empty one")
         if not isinstance(self.prompt, str):
@@ -39,6 +55,37 @@ class Agent:
                     f"agent {self.name!r}: its prompt needs the field {{{name}}}, the question has {sorted(fields)}"
                 )
         return self.prompt.format_map(fields)
+
+    def steps(self, fields: dict) -> int:
+        """T for a question; raises ValueError for a field that is not there, or a value that is no integer >= 0."""
+        T = self.latent_steps
+        if isinstance(T, int):
+            return T
+        if callable(T):
+            given, T = "from its function", T(fields)
+        elif T not in fields:
+            raise ValueError(f"agent {self.name!r}: latent_steps: expected a field {T!r}, the question has {sorted(fields)}")
+        else:
+            given, T = f"in the field {T!r}", fields[T]
+            T = int(T) if isinstance(T, str) and T.isdecimal() else T  # as a command line has it
+        try:
+            if operator.index(T) >= 0:
+                return operator.index(T)
+        except TypeError:
+            pass
+        raise ValueError(f"agent {self.name!r}: latent_steps: expected an integer >= 0 {given}, got {T!r}")
+
+    def check(self, fields: dict) -> None:
+        """Raises ValueError naming a field of the prompt or of the latent steps that a question lacks, or that does not fit."""
+        self.render(fields)
+        self.steps(fields)
+
+
+class Turn(NamedTuple):
+    """An agent's turn on one question. ids: of its prompt's tokens, none where it has no turn. steps: T, 0 for the last one."""
+
+    ids: list[int]
+    steps: int
 
 
 def fields_of(questions) -> list[dict]:
@@ -96,19 +143,28 @@ def prompt_that_fits(system, agent: Agent, b: int, fields: dict, at: int, room: 
     return ids
 
 
-def tokenize(system, questions: list[dict], room: list[int], what: str) -> list[list[list[int]]]:
+def turn_of(system, agent: Agent, b: int, fields: dict, at: int) -> Turn:
+    """The turn of an agent that is not the last on question b, from position `at` on; raises as `MultiAgentSystem.tokenize`."""
+    try:
+        T = agent.steps(fields)
+    except ValueError as error:
+        raise ValueError(f"questions[{b}], {error}") from error
+    if T == 0 and system.no_latents == "skip":
+        return Turn([], 0)
+    return Turn(prompt_that_fits(system, agent, b, fields, at, T, f"its prompt and {T} latent steps"), T)
+
+
+def tokenize(system, questions: list[dict], room: list[int], what: str) -> list[list[Turn]]:
     """See `MultiAgentSystem.tokenize`."""
-    prompts: list[list[list[int]]] = [[] for _ in system.agents]
+    turns: list[list[Turn]] = [[] for _ in system.agents]
     for b, fields in enumerate(questions):
-        at = latents = 0  # the next agent's first position, and the latent steps before it
-        for i, agent in enumerate(system.agents[:-1]):
-            if system.skips(agent):
-                prompts[i].append([])
-                continue
-            T = agent.latent_steps
-            prompts[i].append(prompt_that_fits(system, agent, b, fields, at, T, f"its prompt and {T} latent steps"))
-            at, latents = at + len(prompts[i][b]) + T, latents + T
+        at = handed = 0  # the next agent's first position, and the rows that latent_only hands on to it
+        for agent, row in zip(system.agents[:-1], turns):
+            turn = turn_of(system, agent, b, fields, at)
+            row.append(turn)
+            at += len(turn.ids) + turn.steps
+            handed += min(len(turn.ids), max(system.sinks - handed, 0)) + turn.steps
             if system.trace_content == "latent_only" and system.positions == "reindex":
-                at = latents
-        prompts[-1].append(prompt_that_fits(system, system.agents[-1], b, fields, at, room[b], what))
-    return prompts
+                at = handed
+        turns[-1].append(Turn(prompt_that_fits(system, system.agents[-1], b, fields, at, room[b], what), 0))
+    return turns

@@ -1,8 +1,9 @@
 """MultiAgentSystem: agents that share one model and communicate through its K/V states (DiffMAS, arXiv 2604.21794).
 
 An agent's turn (`think`): the prompts of the batch are packed without padding and go through the model's body in one
-forward; the last hidden state of each sequence is realigned and fed back T times. All K/V rows land on the trace, which the
-next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.sampling`) the text.
+forward; the last hidden state of each sequence is realigned and fed back T times, its own T. All K/V rows land on the trace,
+which the next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.sampling`) the
+text.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -17,13 +18,14 @@ from diffmas.agents import adapters, file, prompts
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.options import Options
-from diffmas.agents.prompts import Agent
+from diffmas.agents.prompts import Agent, Turn
 from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling, decode, rows_ahead
 from diffmas.models.forward import forward
 from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_model, patch_of
 from diffmas.trace import Trace
+from diffmas.trace.views import SINKS
 
 __all__ = ["Agent", "MultiAgentSystem", "SystemOutput"]
 
@@ -54,10 +56,12 @@ class MultiAgentSystem(nn.Module):
         (`diffmas.agents.realign`); temperature is soft_token's.
     grad_scope: full | detach_trace (gradients reach the last agent only) | last_k (the last `last_k` agents).
     trace_content: all | latent_only (an agent hands on its latent steps without its prompt).
+    sinks: the first so many tokens of a sequence stay with latent_only, whoever wrote them: pretrained models use them as
+        attention sink (StreamingLLM, arXiv 2309.17453), and without them their attention breaks.
     positions: keep | reindex (renumbered from 0), the positions of the rows that latent_only hands on.
     adapter_scope: shared | per_role (one PEFT adapter per agent, named as the agent) | final_only (the last agent has the
         adapter, the others the bare model).
-    no_latents: prompt | skip, whether an agent with latent_steps=0 hands on its prompt or has no turn.
+    no_latents: prompt | skip, whether an agent hands on its prompt or has no turn where its T is 0.
 
     Raises ValueError naming the argument that does not fit, for no agents, and for two agents of one name.
 
@@ -72,10 +76,11 @@ class MultiAgentSystem(nn.Module):
         self, model: nn.Module, tokenizer, agents: list[Agent], realign: str = "ridge", grad_scope: str = "full",
         trace_content: str = "all", *, last_k: int | None = None, adapter_scope: str = "shared",
         no_latents: str = "prompt", positions: str = "keep", chat_template: bool | None = None, temperature: float = 1.0,
+        sinks: int = SINKS,
     ):  # fmt: skip
         super().__init__()
         options = Options(
-            realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature
+            realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature, sinks
         )
         if not agents:
             raise ValueError("agents: expected at least one agent, got an empty list")
@@ -91,7 +96,7 @@ class MultiAgentSystem(nn.Module):
             patch_model(model)
         self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
         self.grad_scope, self.last_k, self.trace_content = grad_scope, last_k, trace_content
-        self.adapter_scope, self.no_latents, self.positions = adapter_scope, no_latents, positions
+        self.adapter_scope, self.no_latents, self.positions, self.sinks = adapter_scope, no_latents, positions, sinks
         self.chat_template = bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.training = model.training
@@ -110,8 +115,8 @@ class MultiAgentSystem(nn.Module):
         """The token ids of an answer, closed by the end-of-sequence token."""
         return prompts.answer_ids(self.tokenizer, answer)
 
-    def tokenize(self, questions: list[dict], room: list[int], what: str = "its prompt") -> list[list[list[int]]]:
-        """The prompt ids of all agents, [agent][question][token]; an agent that is skipped has empty ones.
+    def tokenize(self, questions: list[dict], room: list[int], what: str = "its prompt") -> list[list[Turn]]:
+        """The turns of all agents, prompt ids and T, [agent][question]; an agent without a turn has no ids.
 
         room[b]: tokens that follow the last agent's prompt. Raises ValueError naming the question, before any agent runs,
         for a field that is missing and for what will not fit in the context.
@@ -119,10 +124,6 @@ class MultiAgentSystem(nn.Module):
         return prompts.tokenize(self, questions, room, what)
 
     fields_of = staticmethod(prompts.fields_of)
-
-    def skips(self, agent: Agent) -> bool:
-        """Whether an agent does not run: it has no latent steps, and `no_latents` says so."""
-        return agent.latent_steps == 0 and self.no_latents == "skip"
 
     # ---- one agent ---------------------------------------------------------------------------------------------------
 
@@ -133,45 +134,43 @@ class MultiAgentSystem(nn.Module):
     def _pack(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor([t for row in rows for t in row], dtype=torch.long, device=self.device)[None]
 
-    def think(self, agent: Agent, questions: list[dict], trace: Trace, ids: list[list[int]] | None = None) -> Trace:
+    def think(self, agent: Agent, questions: list[dict], trace: Trace, turns: list[Turn] | None = None) -> Trace:
         """An agent's turn: one forward over its prompts on top of the trace, then T latent steps without logits.
 
-        questions: one dict of prompt fields for each sequence of the trace. ids: the agent's rows of `tokenize`, to save a
+        questions: one dict of prompt fields for each sequence of the trace. turns: the agent's row of `tokenize`, to save a
         second tokenization. Returns the trace for the next agent.
         """
-        T = agent.latent_steps
-        if self.skips(agent):
-            return trace
-        if ids is None:
-            what = f"its prompt and {T} latent steps"
+        if turns is None:
             starts = trace.next_positions
-            ids = [prompts.prompt_that_fits(self, agent, b, row, starts[b], T, what) for b, row in enumerate(questions)]
+            turns = [prompts.turn_of(self, agent, b, row, starts[b]) for b, row in enumerate(questions)]
+        ids, steps = [turn.ids for turn in turns], [turn.steps for turn in turns]
+        if not any(ids):
+            return trace
         patch = patch_of(self.model)
         trace.agent = agent.name
-        forward_pass = trace.plan([len(row) for row in ids], "prompt", reserve=T)
+        forward_pass = trace.plan([len(row) for row in ids], "prompt", reserve=steps)
         h = forward(patch, trace, forward_pass, input_ids=self._pack(ids)).last_hidden_state[0]
         h = h[forward_pass.last_rows().to(h.device)]  # not always where the embeddings are
-        latent_steps(patch, self.realign, trace, h, T)
+        latent_steps(patch, self.realign, trace, h, steps, agent.stop_change)
         if self.trace_content == "latent_only":
-            trace = trace.keep(kind="latent", positions=self.positions)
+            trace = trace.keep(kind="latent", positions=self.positions, sinks=self.sinks)
         return trace
 
-    def _trace_for(self, ids: list[list[list[int]]], room: list[int]) -> Trace:
+    def _trace_for(self, turns: list[list[Turn]], room: list[int]) -> Trace:
         """An empty trace with enough rows for all prompts, latent steps and room[b] tokens after them."""
-        rows = sum(room) + sum(len(row) for turn in ids for row in turn)
-        rows += sum(agent.latent_steps for agent in self.agents[:-1]) * len(room)
+        rows = sum(room) + sum(len(turn.ids) + turn.steps for row in turns for turn in row)
         return Trace(self.model, len(room), capacity=max(1, -(-rows // len(room))))
 
-    def communicate(self, questions: list[dict], trace: Trace | None = None, ids=None) -> Trace:
+    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None) -> Trace:
         """All agents but the last take their turns; returns the trace that the last one reads.
 
-        questions: dicts of prompt fields. trace: to go on from; a new one by default. ids: the result of `tokenize`.
+        questions: dicts of prompt fields. trace: to go on from; a new one by default. turns: the result of `tokenize`.
         """
         trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
         for i, agent in enumerate(self.agents[:-1]):
             needs_grad = torch.is_grad_enabled() and i >= self._without_grad
             with torch.set_grad_enabled(needs_grad), adapters.of_agent(self, i):
-                trace = self.think(agent, questions, trace, None if ids is None else ids[i])
+                trace = self.think(agent, questions, trace, None if turns is None else turns[i])
         return trace
 
     # ---- the last agent ----------------------------------------------------------------------------------------------
@@ -191,14 +190,15 @@ class MultiAgentSystem(nn.Module):
         adapters.check_checkpointing(self)
         targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
         what = "its prompt and answer" if answers is not None else "its prompt"
-        ids = self.tokenize(questions, [len(t) for t in targets], what)
-        trace = self.communicate(questions, self._trace_for(ids, [len(t) for t in targets]), ids)
-        rows = [p + t for p, t in zip(ids[-1], targets)]
+        turns = self.tokenize(questions, [len(t) for t in targets], what)
+        trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns)
+        prompt_rows = [turn.ids for turn in turns[-1]]
+        rows = [p + t for p, t in zip(prompt_rows, targets)]
         trace.agent = self.agents[-1].name
         forward_pass = trace.plan([len(r) for r in rows], "prompt")
         # The rows whose next token is an answer token: the last of the prompt and all of the answer but its end.
         first, predict = 0, []
-        for p, t in zip(ids[-1], targets):
+        for p, t in zip(prompt_rows, targets):
             predict.append(torch.arange(max(len(t), 1)) + first + len(p) - 1)
             first += len(p) + len(t)
         keep = torch.cat(predict).tolist()  # a list: it goes to wherever the last hidden states are
@@ -254,16 +254,16 @@ class MultiAgentSystem(nn.Module):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop or [])
-        ids = self.tokenize(questions, [max_new_tokens] * len(questions), "its prompt and answer")
+        turns = self.tokenize(questions, [max_new_tokens] * len(questions), "its prompt and answer")
         tokens, step = [], batch_size or len(questions)
         with evaluating(self):
             for first in range(0, len(questions), step):
-                batch = [rows[first : first + step] for rows in ids]
+                batch = [rows[first : first + step] for rows in turns]
                 trace = self._trace_for(batch, [rows_ahead(sampling, samples)] * len(batch[0]))
                 trace = self.communicate(questions[first : first + step], trace, batch)
                 trace.agent = self.agents[-1].name
                 with adapters.of_agent(self, len(self.agents) - 1):
-                    tokens += decode(self, trace, batch[-1], sampling, samples, first, progress)
+                    tokens += decode(self, trace, [turn.ids for turn in batch[-1]], sampling, samples, first, progress)
         return tokens
 
     def text_of(self, ids: list[int], stop: list[str] | None = None) -> str:
@@ -281,7 +281,7 @@ class MultiAgentSystem(nn.Module):
             "agents": [asdict(agent) for agent in self.agents], "realign": self.realign.mode,
             "grad_scope": self.grad_scope, "last_k": self.last_k, "trace_content": self.trace_content,
             "adapter_scope": self.adapter_scope, "no_latents": self.no_latents, "positions": self.positions,
-            "chat_template": self.chat_template, "temperature": self.realign.temperature,
+            "chat_template": self.chat_template, "temperature": self.realign.temperature, "sinks": self.sinks,
         }  # fmt: skip
 
     @property
@@ -289,7 +289,10 @@ class MultiAgentSystem(nn.Module):
         return self.realign.weight if self.realign.mode == "learned" else None
 
     def save_pretrained(self, path) -> None:
-        """Writes a directory with the PEFT adapters (if there are any), a learned realignment, and `agents.json`."""
+        """Writes a directory with the PEFT adapters (if there are any), a learned realignment, and `agents.json`.
+
+        Raises ValueError, before anything is written, for an agent whose latent_steps are a function.
+        """
         file.save(path, self.model, self.describe(), self._learned_map)
 
     def load_weights(self, path) -> None:

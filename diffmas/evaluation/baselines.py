@@ -120,7 +120,8 @@ def latent_mas(system: MultiAgentSystem) -> Latent:
     A learned realignment becomes "ridge"; other modes stay.
     """
     learned = system.realign.mode == "learned"
-    options = {k: v for k, v in system.describe().items() if k in ("trace_content", "no_latents", "positions", "temperature")}
+    shared = ("trace_content", "no_latents", "positions", "temperature", "sinks")
+    options = {k: v for k, v in system.describe().items() if k in shared}
     bare = _with_agents(system, system.agents, realign="ridge" if learned else "none", **options)
     if not learned:
         bare.realign = system.realign  # no second solve

@@ -4,6 +4,8 @@ Written as a careful user would today, with correct masks and positions (the Lat
 attends to padding). Autograd keeps every concatenated copy of the cache: memory grows with (steps x trace length).
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
@@ -26,25 +28,28 @@ def _left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, to
 class _Plain:
     """A batch of episodes on one cache.
 
-    past [B, columns]: which cached columns each sequence sees. at [B, 1]: each sequence's next position. cache: a function
-    (config, columns) -> an empty cache with room for them, by default a DynamicCache. every_logit: as LatentMAS does, compute
-    the logits of all tokens and the hidden states of all layers, instead of the body alone and the logits that are used.
+    past [B, columns]: which cached columns each sequence sees; read_at, of the same shape: at which positions. at [B, 1]: each
+    sequence's next position. room[b]: tokens that follow the last agent's prompt. cache: a function (config, columns) -> an
+    empty cache with room for them, by default a DynamicCache. every_logit: as LatentMAS does, compute the logits of all tokens
+    and the hidden states of all layers, instead of the body alone and the logits that are used.
     """
 
-    def __init__(self, system, questions, new_tokens: int = 0, cache=None, every_logit: bool = False):
+    def __init__(self, system, questions, room: list[int], cache=None, every_logit: bool = False):
         self.system, self.questions = system, system.fields_of(questions)
-        self.prompts = [[system.prompt_ids(agent, q) for q in self.questions] for agent in system.agents]
+        self.turns = system.tokenize(self.questions, room, "its prompt and answer")
+        self.prompts = [turn.ids for turn in self.turns[-1]]
         self.model = causal_lm_of(system.model)
-        columns = sum(max(map(len, turn)) for turn in self.prompts) + sum(a.latent_steps for a in system.agents[:-1])
-        self.cache = cache(self.model.config, columns + new_tokens) if cache else DynamicCache()
+        longest = [max(len(turn.ids) for turn in row) + max(turn.steps for turn in row) for row in self.turns]
+        self.cache = cache(self.model.config, sum(longest) + max(room)) if cache else DynamicCache()
         self.every_logit = every_logit
-        self.past = torch.zeros(len(self.questions), 0, dtype=torch.long, device=system.device)
+        self.past = self.read_at = torch.zeros(len(self.questions), 0, dtype=torch.long, device=system.device)
         self.at = torch.zeros(len(self.questions), 1, dtype=torch.long, device=system.device)
 
     def forward(self, module, mask, **inputs):
         """A forward of the model or its body over n new tokens. mask [B, n]: 1 for tokens, 0 for padding."""
         positions = (self.at + mask.cumsum(1) - 1).clamp_min(0)
         self.past, self.at = torch.cat((self.past, mask), 1), self.at + mask.sum(1, keepdim=True)
+        self.read_at = torch.cat((self.read_at, positions), 1)
         options = {"position_ids": positions, "use_cache": True, cache_argument(module): self.cache}
         return module(**inputs, attention_mask=self.past, **options)
 
@@ -61,29 +66,52 @@ class _Plain:
 
     def communicate(self) -> None:
         """All agents but the last take their turns."""
-        for agent, prompts in zip(self.system.agents[:-1], self.prompts):
-            handed = self.past.shape[1]
-            ids, mask = _left_pad(prompts, 0, self.system.device)
+        for agent, turns in zip(self.system.agents[:-1], self.turns):
+            if not any(turn.ids for turn in turns):
+                continue
+            first = self.past.shape[1]
+            ids, mask = _left_pad([turn.ids for turn in turns], 0, self.system.device)
             h = self.hidden(mask, input_ids=ids)
             prompt_end = self.past.shape[1]
-            for _ in range(agent.latent_steps):
-                embeds = self.system.realign(h[:, 0])[:, None]
-                h = self.hidden(torch.ones_like(self.at), inputs_embeds=embeds)
+            left = torch.tensor([[turn.steps] for turn in turns], device=self.system.device)
+            while left.any():
+                mask = left.clamp_max(1)
+                new = self.hidden(mask, inputs_embeds=self.system.realign(h[:, 0])[:, None])
+                left = left - mask
+                if agent.stop_change is not None:
+                    left = left * ((new - h).norm(dim=-1) >= agent.stop_change * h.norm(dim=-1))
+                h = torch.where(mask[..., None] > 0, new, h)
             if self.system.trace_content == "latent_only":
+                sinks = self.past * (self.past.cumsum(1) <= self.system.sinks)
                 self.past = self.past.clone()
-                self.past[:, handed:prompt_end] = 0
+                self.past[:, first:prompt_end] = 0
+                self.past |= sinks
+                if self.system.positions == "reindex":
+                    self.reindex()
+
+    def reindex(self) -> None:
+        """Renumbers what each sequence sees 0, 1, 2, ...: every cached key is rotated on, by its model's own RoPE."""
+        moved_to = (self.past.cumsum(1) - 1).clamp_min(0)
+        rotary, attention = self.model.base_model.rotary_emb, type(self.model.base_model.layers[0].self_attn)
+        rotate = inspect.getmodule(attention).apply_rotary_pos_emb
+        for layer in self.cache.layers:
+            by = F.pad(moved_to - self.read_at, (0, layer.keys.shape[2] - moved_to.shape[1]))  # behind them: unused columns
+            cos, sin = (x / rotary.attention_scaling for x in rotary(layer.keys, by))
+            layer.keys = rotate(layer.keys, layer.keys, cos, sin)[1]
+        self.read_at, self.at = moved_to, self.past.sum(1, keepdim=True)
 
 
 def plain_loss(system, questions, answers, every_logit: bool = False) -> torch.Tensor:
     """The loss of `MultiAgentSystem.forward` without a trace, a scalar.
 
     questions, answers: as there. every_logit: as LatentMAS does, compute the logits of all tokens. Positions are those of the
-    unpadded sequences. Rows that trace_content="latent_only" drops stay in the cache and are masked out.
+    unpadded sequences. Rows that trace_content="latent_only" drops stay in the cache and are masked out, and so do the steps
+    that other sequences take longer.
     """
-    plain = _Plain(system, questions, every_logit=every_logit)
-    plain.communicate()
     targets = [system.answer_ids(a) for a in answers]
-    rows = [prompt + t for prompt, t in zip(plain.prompts[-1], targets)]
+    plain = _Plain(system, questions, [len(t) for t in targets], every_logit=every_logit)
+    plain.communicate()
+    rows = [prompt + t for prompt, t in zip(plain.prompts, targets)]
     ids, mask = _left_pad(rows, 0, system.device)
     longest = max(map(len, targets))
     logits = plain.logits(mask, ids, longest + 1)[:, :-1]
@@ -100,12 +128,12 @@ def plain_generate(system, questions, max_new_tokens: int, cache=None, every_log
 
     cache: a function (config, columns) -> an empty cache with room for them, by default a DynamicCache.
     """
-    plain = _Plain(system, questions, max_new_tokens, cache, every_logit)
+    plain = _Plain(system, questions, [max_new_tokens] * len(questions), cache, every_logit)
     ends = end_tokens(plain.model, system.tokenizer)
     with evaluating(system):
         plain.communicate()
-        ids, mask = _left_pad(plain.prompts[-1], 0, system.device)
-        tokens: list[list[int]] = [[] for _ in plain.prompts[-1]]
+        ids, mask = _left_pad(plain.prompts, 0, system.device)
+        tokens: list[list[int]] = [[] for _ in plain.prompts]
         going = [True] * len(tokens)
         while True:
             logits = plain.logits(mask, ids, 1)[:, -1]

@@ -36,7 +36,8 @@ class ForwardPass:
     lengths [B]: new tokens of each sequence. positions, slots: of each token, [n] int64. views: what each sequence sees, its
     new rows at the end. past: the order token that it stands behind (diffmas.trace.autograd). table: what `Trace.commit` takes
     over. more: lineage (which gradient pools it uses), deferred and step (the run of latent steps that it is step number `step`
-    of, from 1), older (with step 1, the views before the run), hold (of the rows that it needs). batch: the caller's.
+    of, from 1), older (with step 1, the views before the run of those who take it), hold (of the rows that it needs).
+    batch: the caller's.
 
     Rides through the model's keyword arguments as one opaque object: containers and anything with `.to` get rebuilt or
     cast on the way by accelerate, DDP and FSDP, `past_key_values` is dropped by activation checkpointing.
@@ -64,7 +65,7 @@ class ForwardPass:
         return self.work.on(device).position_ids
 
     def last_rows(self) -> Tensor:
-        """Packed index of each sequence's last new token; [B] int64 on the CPU."""
+        """Packed index of each sequence's last new token, for one without any that of another; [B] int64 on the CPU."""
         return torch.from_numpy(np.cumsum(self.lengths) - 1)
 
     def attend(
@@ -115,7 +116,7 @@ class ForwardPass:
     def repeatable(self, steps: int) -> bool:
         """Whether `steps` steps from this one stay in their extents and in the pools there are: a capture must not move
         these."""
-        rooms, store = (e.end - e.filled for e in self.table.extents), self.work.store
+        rooms, store = (e.end - e.filled for e, n in zip(self.table.extents, self.lengths) if n), self.work.store
         return all(room >= steps - 1 for room in rooms) and all(p.rows >= store.top for p in store.pools)
 
     def step_on(self, device: torch.device) -> None:

@@ -92,7 +92,7 @@ class LayerWork:
         """What layers on a device read."""
         tables = self._tables.get(device)
         if tables is None:
-            grad_tail = [self.step] * len(self.lengths) if self.deferred else self.lengths
+            grad_tail = [self.step * n for n in self.lengths] if self.deferred else self.lengths
             tables = self._tables[device] = Tables(
                 device, self.lengths, self.slots, self.positions, grad_tail, self.views, self.older
             )
@@ -202,7 +202,7 @@ class LayerWork:
                 grads = pool.grads()
                 steps = grads.steps(self.lineage, self.deferred)
                 if steps:
-                    B = len(self.lengths)  # and as many tokens
+                    B = len(self.slots)  # a token of each sequence that takes the steps
                     do, q, o, lse = (torch.stack(x, 1 if x[0].shape[0] == B else 2) for x in zip(*steps))  # by sequence
                     q, lse = q.flatten(0, 1), lse.flatten(0, 1)
                     do, o = do.view(q.shape), o.view(q.shape)

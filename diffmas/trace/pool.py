@@ -95,13 +95,14 @@ class Pool:
 
 
 class DeferredKVGrad:
-    """Consecutive latent steps of one token per sequence, whose gradients to older rows wait for each other. `flushed` says,
-    for each layer that the first step wrote with gradients, whether a flush stands before it in the graph; if not, all older
-    rows are constants."""
+    """Consecutive latent steps of the same sequences, whose gradients to older rows wait for each other. lengths: of a step, 1
+    for a sequence that takes it, else 0. `flushed` says, for each layer that the first step wrote with gradients, whether a
+    flush stands before it in the graph; if not, all older rows are constants."""
 
     LONGEST = 64  # steps
 
-    def __init__(self):
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
         self.flushed: dict[int, bool] = {}
 
 

@@ -19,7 +19,7 @@ from diffmas.trace.forward_pass import ForwardPass, Table
 from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.spec import spec_of
 from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold, Store, ranges_in
-from diffmas.trace.views import JOINS, KINDS, Segment, joined, length_of, ranges_of
+from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, joined, length_of, only, ranges_of
 
 __all__ = ["Trace"]
 
@@ -164,12 +164,12 @@ class Trace(CacheFace):
             slots = _counted([start for start, _ in hold.claimed], [end - start for start, end in hold.claimed])
             hold.read([ranges_of(row) for row in segments])
         deferred, step = None, 0
-        if kind == "latent" and all(n == 1 for n in lengths):
+        if kind == "latent" and max(lengths) == 1:
             deferred, step = self._deferred
-            if not 0 < step < DeferredKVGrad.LONGEST:
-                deferred, step = DeferredKVGrad(), 0
+            if not 0 < step < DeferredKVGrad.LONGEST or deferred.lengths != lengths:
+                deferred, step = DeferredKVGrad(lengths), 0
             step += 1
-        older = [ranges_of(row) for row in self._segments] if step == 1 else None
+        older = [ranges_of(row) for row, n in zip(self._segments, lengths) if n] if step == 1 else None
         table = Table(self._segments, segments, extents, after)
         return ForwardPass(
             self.spec, self._store, lengths, positions, slots, hold.views, self._order, table, lineage=self._lineage,
@@ -300,20 +300,26 @@ class Trace(CacheFace):
         lineage = self._store.new_lineage()
         return self._view(self._segments, self._extents, order=self._order.detach(), lineage=lineage)
 
-    def keep(self, kind: str | None = None, agent: str | None = None, positions: str = "keep") -> "Trace":
-        """A view of the segments of one kind and/or one agent. positions: keep, or reindex (renumbered from 0).
+    def keep(self, kind: str | None = None, agent: str | None = None, positions: str = "keep", sinks: int = SINKS) -> "Trace":
+        """A view of the segments of one kind and/or one agent, and of the first tokens. positions: keep, or reindex (renumbered
+        from 0).
 
-        Raises ValueError for an agent that wrote nothing on this trace; a kind that nobody wrote is an empty view.
+        sinks: the first so many tokens that a sequence sees stay, whoever wrote them: pretrained models use them as attention
+        sink, and a view without them breaks their attention (StreamingLLM, arXiv 2309.17453). 0 keeps what is asked for alone.
+
+        Raises ValueError for an agent that wrote nothing on this trace, and for sinks < 0; a kind that nobody wrote is a view
+        of the sinks.
         """
         if kind is not None and kind not in KINDS:
             raise ValueError(f"kind: expected one of {KINDS} or None, got {kind!r}")
         if positions not in ("keep", "reindex"):
             raise ValueError(f"positions: expected 'keep' or 'reindex', got {positions!r}")
+        if not isinstance(sinks, int) or sinks < 0:
+            raise ValueError(f"sinks: expected an integer >= 0, got {sinks!r}")
         agents = {s.agent for s in self.segments if s.agent is not None}
         if agent is not None and agent not in agents:
             raise ValueError(f"agent: expected one of {sorted(agents)}, who wrote on this trace, or None, got {agent!r}")
-        kept = [[s for s in row if kind in (None, s.kind) and agent in (None, s.agent)] for row in self._segments]
-        view = self._view(kept, self._extents)
+        view = self._view([only(row, kind, agent, sinks) for row in self._segments], self._extents)
         return view._reindexed() if positions == "reindex" else view
 
     def _reindexed(self) -> "Trace":

@@ -11,12 +11,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 __all__ = [
-    "JOINS", "KINDS", "KVRange", "Segment", "common_prefix", "joined", "length_of", "ranges_of", "share", "table_of",
-    "without_first",
+    "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "common_prefix", "joined", "length_of", "only", "ranges_of", "share",
+    "table_of", "without_first",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
 JOINS = ("keep", "shift", "reindex", "same_branch")
+SINKS = 4  # first tokens that stay where others are dropped: attention sinks (StreamingLLM, arXiv 2309.17453)
 SAVED_ROWS = 2048  # a pass over shared rows must save reading this many, or its two more calls cost more
 
 
@@ -90,6 +91,18 @@ def without_first(view: Sequence[Rows], rows: int) -> list[Rows]:
         if skipped < x.length:
             rest.append(x.skip(skipped) if skipped else x)
     return rest
+
+
+def only(row: Sequence[Segment], kind: str | None, agent: str | None, sinks: int) -> list[Segment]:
+    """The segments of one kind and/or one agent, and the first `sinks` tokens, whoever wrote them."""
+    kept, before = [], 0
+    for s in row:
+        asked_for = kind in (None, s.kind) and agent in (None, s.agent)
+        stay = s.length if asked_for else min(s.length, max(sinks - before, 0))
+        if stay:
+            kept.append(s._replace(length=stay))
+        before += s.length
+    return kept
 
 
 def joined(branches: list[list[Segment]], positions: str) -> tuple[list[Segment], int]:

@@ -40,11 +40,11 @@ def question_and_answer(row, where: str = "row") -> tuple[dict, str]:
 
 
 def check_row(row, where: str, agents=()) -> None:
-    """Raises ValueError that starts with `where` if a row lacks the answer or a field of the agents' prompts."""
+    """Raises ValueError that starts with `where` if a row lacks the answer or a field of the agents, or one does not fit."""
     fields, _ = question_and_answer(row, where)
     for agent in agents:
         try:
-            agent.render(fields)
+            agent.check(fields)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 

@@ -14,6 +14,7 @@ import transformers
 from transformers import TrainingArguments
 
 from diffmas.agents.adapters import add_lora
+from diffmas.agents.file import check_description
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.training.checkpoint import check_checkpoint, check_manifest, last_checkpoint, remove_oldest, write_manifest
 from diffmas.training.data import Collator, check_row
@@ -68,6 +69,8 @@ class Trainer(transformers.Trainer):
         for name in ("label_smoothing_factor", "neftune_noise_alpha", "fsdp", "deepspeed"):
             if getattr(args, name, None):
                 raise ValueError(f"{name}: expected it to be off for a multi-agent system, got {getattr(args, name)!r}")
+        if args.save_strategy != "no":
+            check_description(system.describe())  # not when the first checkpoint is due
         sets = [("train_dataset", train_dataset)]
         sets += (
             [(f"eval_dataset[{k!r}]", v) for k, v in eval_dataset.items()]

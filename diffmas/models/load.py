@@ -49,9 +49,8 @@ def load_base(name, *, dtype="auto", device=None, **options) -> nn.Module:
     what = f"model {str(name)!r}: expected all weights of a {type(model).__name__}"
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
         raise ValueError(f"{what}, found no {missing[0]}")
-    if found["mismatched_keys"]:
-        key, *shapes = sorted(found["mismatched_keys"])[0]
-        raise ValueError(f"{what}, got {key} of shape {list(shapes[0])} where its config says {list(shapes[1])}")
+    if mismatched := sorted(x if isinstance(x, str) else x[0] for x in found["mismatched_keys"]):  # before 5: names alone
+        raise ValueError(f"{what}, got {mismatched[0]} of another shape than its config says")
     if file is not None:
         # It is a plain model now, which can be saved; and its name leads back to the file. PEFT takes its name for a directory
         # or hub name, and would ask the hub for its config whenever an adapter is saved.

@@ -26,6 +26,7 @@ AGENTS_FILE = "agents.json"
 MAP_FILE = "realign.safetensors"  # only for a learned map
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = "diffmas-agents-1"
+LATER = {"chat_options": None}  # what a key means that older files do not have
 SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what PEFT multiplies the weights by
 
 
@@ -99,6 +100,7 @@ def read_agents(path) -> dict:
         found = described.get("format") if isinstance(described, dict) else type(described).__name__
         raise ValueError(f"{file}: expected format {FORMAT}, got {found}")
     head = {"format": str, "base_model": str | None, "base_fingerprint": str, "adapters": dict, "agents": list}
+    described = {**LATER, **described}
     _check(described, {**head, **get_type_hints(Options)}, str(file))
     kinds = get_type_hints(Agent)
     for i, agent in enumerate(described["agents"]):

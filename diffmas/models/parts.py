@@ -35,8 +35,10 @@ def text_stack_of(body: nn.Module) -> nn.Module:
 
 
 def beside_the_text(model: nn.Module) -> list[str]:
-    """The names of the modules that text does not go through, such as a vision tower and its projector."""
+    """The names of a multimodal model's modules that text does not go through, such as a vision tower and its projector."""
     causal_lm = causal_lm_of(model)
+    if causal_lm.config.get_text_config() is causal_lm.config:
+        return []
     stack, head, found = text_stack_of(body_of(model)), causal_lm.get_output_embeddings(), []
 
     def visit(module: nn.Module, prefix: str) -> None:
@@ -47,8 +49,7 @@ def beside_the_text(model: nn.Module) -> list[str]:
             elif child is not head:
                 found.append(prefix + name)
 
-    if stack is not causal_lm:
-        visit(causal_lm, "")
+    visit(causal_lm, "")
     return found
 
 

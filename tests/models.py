@@ -120,7 +120,8 @@ def pad(rows: list[torch.Tensor], side: str = "left", value: int = 0) -> tuple[t
 
 
 def body(model):
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.base_model if model.base_model_prefix else model.model  # the latter: multimodal models before transformers 5
 
 
 def attend_only(n: int, hidden, dtype):

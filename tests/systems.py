@@ -73,7 +73,7 @@ def unroll(system, question, answer: str | None = None, generated: list[int] = (
     """
     base, model = body(system.model), system.model
     fields = system.fields_of([question])[0]
-    x = base.get_input_embeddings().weight.new_zeros(0, base.config.hidden_size)
+    x = base.get_input_embeddings().weight.new_zeros(0, base.config.get_text_config().hidden_size)
     agent_of, handed = [], []  # by token; whether later agents see it
 
     def forward(module):

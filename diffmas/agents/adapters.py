@@ -5,12 +5,14 @@ switched back, and other threads' forwards wait.
 """
 
 import contextlib
+import copy
+import re
 import threading
 import weakref
 
 from torch import nn
 
-from diffmas.models.parts import causal_lm_of
+from diffmas.models.parts import beside_the_text, causal_lm_of
 
 __all__ = [
     "ADAPTER_SCOPES", "add_lora", "check_checkpointing", "lora_config", "of_agent", "switched_off", "train_roles",
@@ -35,11 +37,17 @@ def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_module
 def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=None) -> nn.Module:
     """A PEFT model around `model`, with one adapter, or with adapter_scope "per_role" one for each agent.
 
-    agents: only needed for "per_role": the adapters get their names. config: a PEFT config, by default `lora_config()`.
+    agents: only needed for "per_role": the adapters get their names. config: a PEFT config, by default `lora_config()`. In a
+    multimodal model, what text does not go through (vision tower, projector) gets no adapter, unless the config has
+    exclude_modules of its own.
     """
     from peft import get_peft_model
 
     config = config or lora_config()
+    beside = beside_the_text(model)
+    if beside and not getattr(config, "exclude_modules", None):
+        config = copy.copy(config)
+        config.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?"
     if adapter_scope != "per_role":
         return get_peft_model(model, config)
     first, *others = [agent.name for agent in agents]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
 from diffmas.models.identity import model_fingerprint
+from diffmas.models.load import load_base, load_tokenizer
 from diffmas.models.parts import causal_lm_of
 
 __all__ = [
@@ -127,7 +128,7 @@ def _with_later_options(described: dict) -> dict:
     # Where latent_only drops nothing, sinks change nothing.
     sinks = 0 if described.get("trace_content") == "latent_only" else Options.sinks
     agents = [{"stop_change": None, **agent} if isinstance(agent, dict) else agent for agent in described["agents"]]
-    return {"sinks": sinks, **described, "agents": agents}
+    return {"sinks": sinks, "chat_options": None, **described, "agents": agents}
 
 
 def check_base(described: dict, model: nn.Module, path) -> None:
@@ -222,11 +223,9 @@ def load_model(path, model=None, tokenizer=None, trainable: bool = False, **mode
     """The contents of a directory's agents.json, its base model with the directory's adapters, and the tokenizer.
 
     model: a loaded base model, a directory or hub name, or None for the one that agents.json names. trainable: whether the
-    adapters are. model_options: of `AutoModelForCausalLM.from_pretrained`. Raises ValueError for a file of another model, and
+    adapters are. model_options: of `diffmas.models.load.load_model`. Raises ValueError for a file of another model, and
     for a model that has adapters.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     described = read_agents(path)
     if hasattr(model, "peft_config"):
         raise ValueError(f"model: expected a base model without adapters, got one with {sorted(model.peft_config)}")
@@ -234,8 +233,8 @@ def load_model(path, model=None, tokenizer=None, trainable: bool = False, **mode
     if model is None or name is model:
         if not name:
             raise ValueError("model: expected a loaded model or a name, the agents file names none")
-        model = AutoModelForCausalLM.from_pretrained(name, **model_options)
+        model = load_base(name, **model_options)
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name, **model_options)
     check_base(described, model, path)
     return described, load_adapters(path, model, described["adapters"], trainable), tokenizer

@@ -1,5 +1,6 @@
 """The options of a system, in one place: their names, defaults and values."""
 
+import json
 from dataclasses import dataclass
 
 from diffmas.trace.views import SINKS
@@ -20,7 +21,8 @@ class Options:
     """How agents communicate and which of them are trained; see `MultiAgentSystem` for each field.
 
     Also the keys of agents.json and of the section `system` in config.yaml. Raises ValueError naming a field whose value is
-    not one of its choices; `realign` and `temperature` are checked by `diffmas.agents.realign`.
+    not one of its choices; `realign` and `temperature` are checked by `diffmas.agents.realign`, `chat_options` against the
+    template by `diffmas.agents.chat`.
     """
 
     realign: str = "ridge"
@@ -33,6 +35,7 @@ class Options:
     chat_template: bool | None = None
     temperature: float = 1.0
     sinks: int = SINKS
+    chat_options: dict | None = None
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -40,6 +43,8 @@ class Options:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
         if not isinstance(self.sinks, int) or self.sinks < 0:
             raise ValueError(f"sinks: expected an integer >= 0, got {self.sinks!r}")
+        if self.chat_options is not None and not _plain(self.chat_options):
+            raise ValueError(f"chat_options: expected a dict of what JSON can hold, got {self.chat_options!r}")
 
     def agents_without_grad(self, agents: int) -> int:
         """How many of the first agents run without gradients; raises ValueError if last_k does not fit to that many agents."""
@@ -47,3 +52,11 @@ class Options:
         if not fits:
             raise ValueError(f"last_k: expected 1 to {agents} with grad_scope='last_k' and None otherwise, got {self.last_k!r}")
         return {"full": 0, "detach_trace": agents - 1}.get(self.grad_scope, agents - (self.last_k or 0))
+
+
+def _plain(options) -> bool:
+    """Whether `options` is a dict that agents.json gives back as it was."""
+    try:
+        return isinstance(options, dict) and json.loads(json.dumps(options)) == options
+    except (TypeError, ValueError):
+        return False

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import NamedTuple
 
+from diffmas.agents.chat import chat_text
+
 __all__ = ["Agent", "Turn", "answer_ids", "fields_of", "prompt_ids", "tokenize", "turn_of"]
 
 
@@ -100,13 +102,11 @@ def fields_of(questions) -> list[dict]:
     return [dict(q) if isinstance(q, dict) else {"question": q} for q in questions]
 
 
-def prompt_ids(tokenizer, agent: Agent, fields: dict, chat_template: bool) -> list[int]:
+def prompt_ids(tokenizer, agent: Agent, fields: dict, chat_template: bool, chat_options: dict | None = None) -> list[int]:
     """The token ids of an agent's prompt, chat template included."""
     text = agent.render(fields)
     if chat_template:
-        messages = [{"role": "system", "content": agent.system}] if agent.system else []
-        messages.append({"role": "user", "content": text})
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = chat_text(tokenizer, agent, text, chat_options or {})
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(f"{agent.system}\n\n{text}" if agent.system else text)["input_ids"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from diffmas.agents import adapters, file, prompts
+from diffmas.agents.chat import check_chat
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.options import Options
@@ -50,7 +51,8 @@ class MultiAgentSystem(nn.Module):
 
     model: a transformers causal LM or a PEFT model around one; it is patched if it is not yet. A new system is in its mode,
         train or eval.
-    tokenizer: the model's. Its chat template is used if it has one, unless chat_template is False.
+    tokenizer: the model's. Its chat template is used if it has one, unless chat_template is False. chat_options: what else
+        the template reads, such as {"enable_thinking": False}.
     agents: in the order of their turns.
     realign: none | norm | ridge | soft_token | learned, the map from hidden states to input embeddings
         (`diffmas.agents.realign`); temperature is soft_token's.
@@ -76,12 +78,13 @@ class MultiAgentSystem(nn.Module):
         self, model: nn.Module, tokenizer, agents: list[Agent], realign: str = "ridge", grad_scope: str = "full",
         trace_content: str = "all", *, last_k: int | None = None, adapter_scope: str = "shared",
         no_latents: str = "prompt", positions: str = "keep", chat_template: bool | None = None, temperature: float = 1.0,
-        sinks: int = SINKS,
+        sinks: int = SINKS, chat_options: dict | None = None,
     ):  # fmt: skip
         super().__init__()
         options = Options(
-            realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature, sinks
-        )
+            realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature,
+            sinks, chat_options,
+        )  # fmt: skip
         if not agents:
             raise ValueError("agents: expected at least one agent, got an empty list")
         names = [agent.name for agent in agents]
@@ -92,12 +95,14 @@ class MultiAgentSystem(nn.Module):
             raise ValueError(f"adapter_scope: {adapter_scope!r} needs a PEFT model, got {type(model).__name__}")
         if adapter_scope == "per_role" and (missing := [n for n in names if n not in model.peft_config]):
             raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every agent, the model has none for {missing}")
+        self.chat_template = bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
+        check_chat(tokenizer, self.chat_template, chat_options or {}, agents)
         if not hasattr(causal_lm_of(model), "diffmas_patch"):
             patch_model(model)
         self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
         self.grad_scope, self.last_k, self.trace_content = grad_scope, last_k, trace_content
         self.adapter_scope, self.no_latents, self.positions, self.sinks = adapter_scope, no_latents, positions, sinks
-        self.chat_template = bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
+        self.chat_options = chat_options
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.training = model.training
         if adapter_scope != "shared":
@@ -109,7 +114,7 @@ class MultiAgentSystem(nn.Module):
 
     def prompt_ids(self, agent: Agent, fields: dict) -> list[int]:
         """The token ids of an agent's prompt, chat template included."""
-        return prompts.prompt_ids(self.tokenizer, agent, fields, self.chat_template)
+        return prompts.prompt_ids(self.tokenizer, agent, fields, self.chat_template, self.chat_options)
 
     def answer_ids(self, answer: str) -> list[int]:
         """The token ids of an answer, closed by the end-of-sequence token."""
@@ -282,6 +287,7 @@ class MultiAgentSystem(nn.Module):
             "grad_scope": self.grad_scope, "last_k": self.last_k, "trace_content": self.trace_content,
             "adapter_scope": self.adapter_scope, "no_latents": self.no_latents, "positions": self.positions,
             "chat_template": self.chat_template, "temperature": self.realign.temperature, "sinks": self.sinks,
+            "chat_options": self.chat_options,
         }  # fmt: skip
 
     @property
@@ -309,9 +315,9 @@ class MultiAgentSystem(nn.Module):
     ) -> "MultiAgentSystem":
         """A system from a directory that `save_pretrained` wrote.
 
-        model: a loaded base model, a directory or hub name, or None for the one that agents.json names. trainable: whether
-        its adapters are. model_options: of `AutoModelForCausalLM.from_pretrained`. Raises ValueError naming the file that is
-        missing, damaged, or of another model.
+        model: a loaded base model, a directory, GGUF file or hub name, or None for the one that agents.json names. trainable: whether
+        its adapters are. model_options: of `diffmas.models.load.load_model`. Raises ValueError naming the file that is missing,
+        damaged, or of another model.
 
             >>> system.save_pretrained(directory)
             >>> MultiAgentSystem.from_pretrained(directory, base_model, tokenizer).agents == system.agents

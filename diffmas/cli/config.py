@@ -86,7 +86,7 @@ METHODS = ("single", "text", "latent_mas", "diffmas")
 class Config:
     """The keys of config.yaml.
 
-    model: a hub name or a directory. dtype: of the weights, one of DTYPES. system: options of `MultiAgentSystem`. training:
+    model: a hub name, a directory or a GGUF file. dtype: of the weights, one of DTYPES. system: options of `MultiAgentSystem`. training:
     any fields of transformers' TrainingArguments but output_dir, over the paper's settings (`default_arguments`).
     early_stopping_patience: how many evaluations without a better eval_loss end training.
 
@@ -189,7 +189,7 @@ def load(path) -> Config:
     near = lambda name: str(path.parent / name) if name else name  # noqa: E731
     config.data.train, config.data.validation = near(config.data.train), near(config.data.validation)
     config.evaluation.data, config.output_dir = near(config.evaluation.data), near(config.output_dir)
-    if (path.parent / config.model).is_dir():
+    if (path.parent / config.model).exists():
         config.model = str((path.parent / config.model).resolve())  # absolute, as agents.json will name it
     return config
 
@@ -232,10 +232,9 @@ def training_arguments(config: Config):
 
 def build_model(config: Config, device: str | None = None):
     """The base model on a device (by default the CPU), and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from diffmas.models.load import load_model
 
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
-    return model.to(device) if device else model, AutoTokenizer.from_pretrained(config.model)
+    return load_model(config.model, dtype=config.dtype, device=device)
 
 
 def build_system(config: Config, adapter: bool = True, device: str | None = None):

@@ -44,7 +44,7 @@ def _device(name: str | None) -> str:
 @explained
 def demo(
     output: Annotated[Path, typer.Option(help="directory for the table, the plot and the adapter")] = Path("runs/demo"),
-    model: Annotated[str | None, typer.Option(help="another causal LM, a directory or hub name")] = None,
+    model: Annotated[str | None, typer.Option(help="another causal LM: a directory, GGUF file or hub name")] = None,
     steps: Annotated[int | None, typer.Option(help="training steps; the demo's own number by default", min=1)] = None,
     questions: Annotated[int | None, typer.Option(help="held-out questions; the demo's own number by default", min=1)] = None,
     seed: Annotated[int, typer.Option(help="of the LoRA's weights, the training questions and their order")] = 0,
@@ -126,7 +126,7 @@ def generate(
     adapter: Annotated[Path, typer.Option(help="directory that `diffmas train` wrote", show_default=False)],
     question: Annotated[str, typer.Option(help="the field {question} of the agents' prompts")] = "",
     field: Annotated[list[str] | None, typer.Option(help="another field of the prompts, as name=text; may be repeated")] = None,
-    model: Annotated[str | None, typer.Option(help="base model, if it is not where it was")] = None,
+    model: Annotated[str | None, typer.Option(help="base model (directory, GGUF file or hub name), if it is not where it was")] = None,
     max_new_tokens: int = 256,
     temperature: float = 0.6,
     top_p: float = 0.95,

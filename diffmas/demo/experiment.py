@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from diffmas import evaluation
 from diffmas.agents.system import Agent, MultiAgentSystem
 from diffmas.demo import facts
 from diffmas.evaluation.training_step import compare_training_step
+from diffmas.models.load import load_model
 from diffmas.training import Trainer, add_lora
 
 __all__ = ["BASE", "agents", "run"]
@@ -46,8 +47,7 @@ def agents(latent_steps: int = LATENT_STEPS) -> list[Agent]:
 
 def load(model: str | None):
     """A base model in float32 and its tokenizer; None: the one that comes with diffmas."""
-    name = str(model or BASE)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+    return load_model(str(model or BASE), dtype=torch.float32)
 
 
 def make_system(model: str | None = None, latent_steps: int = LATENT_STEPS) -> MultiAgentSystem:

@@ -109,9 +109,8 @@ class Latent:
 
 def _with_agents(system: MultiAgentSystem, agents: list[Agent], **options) -> MultiAgentSystem:
     """A system of other agents on the same model, all of them with its active adapter, if there is one."""
-    return MultiAgentSystem(
-        system.model, system.tokenizer, agents, **{"realign": "none", "chat_template": system.chat_template, **options}
-    )  # fmt: skip
+    chat = {"chat_template": system.chat_template, "chat_options": system.chat_options}
+    return MultiAgentSystem(system.model, system.tokenizer, agents, **{"realign": "none", **chat, **options})
 
 
 def latent_mas(system: MultiAgentSystem) -> Latent:

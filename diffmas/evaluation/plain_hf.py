@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.sampling import end_tokens
-from diffmas.models.parts import causal_lm_of
+from diffmas.models.parts import body_of, causal_lm_of
 from diffmas.trace.cache import cache_argument
 
 __all__ = ["plain_generate", "plain_loss"]
@@ -57,7 +57,7 @@ class _Plain:
         """The last hidden state of each sequence's last token, [B, 1, d]."""
         if self.every_logit:
             return self.forward(self.model, mask, output_hidden_states=True, **inputs).hidden_states[-1][:, -1:]
-        return self.forward(self.model.base_model, mask, **inputs).last_hidden_state[:, -1:]
+        return self.forward(body_of(self.model), mask, **inputs).last_hidden_state[:, -1:]
 
     def logits(self, mask, ids, count: int):
         """The logits of the last `count` tokens, [B, count, V]."""

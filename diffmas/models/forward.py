@@ -92,6 +92,9 @@ def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
         )
     if kwargs.get("output_attentions", body.config.output_attentions):
         raise ValueError("output_attentions: expected False with a trace, whose attention keeps no weights, got True")
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    if any(x is not None for x in (kwargs.get("pixel_values"), kwargs.get("pixel_values_videos"), *encoded.values())):
+        raise ValueError("pixel_values: expected text alone with a trace, got images too")
     _check_forward(patch)
     kwargs = {name: x for name, x in kwargs.items() if name not in (argument, "cache_position")}
     name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"

@@ -22,7 +22,7 @@ from diffmas.models.attention import Layer, install, uninstall
 from diffmas.models.forward import after_body, before_body
 from diffmas.models.generate import generate
 from diffmas.models.identity import fingerprint_of
-from diffmas.models.parts import attention_layers, body_of, causal_lm_of
+from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
 from diffmas.models.support import Unsupported, refuse, unsupported, window_of
 from diffmas.trace.spec import ATTRIBUTE, ModelSpec
 
@@ -63,7 +63,7 @@ def patch_of(model: nn.Module) -> Patch:
 def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None = None) -> nn.Module:
     """Patches a model in place to take a `diffmas.Trace` as past_key_values, and returns it.
 
-    model: a transformers causal LM, or a PEFT model around one. backend: "auto", or one of `diffmas.ops.BACKENDS`.
+    model: a transformers causal LM, or a PEFT model around one; of a multimodal one, text takes a trace. backend: "auto", or one of `diffmas.ops.BACKENDS`.
     max_length: the most tokens per sequence that a trace of this model may hold. A sliding window must be at least that long;
     without max_length it must be as long as the model's context, and then limits traces itself.
 
@@ -135,7 +135,7 @@ def _limit(max_length: int | None, window: int | None) -> tuple[int | None, str]
 
 def _inv_freq(body: nn.Module, by_device: dict, device: torch.device) -> Tensor:
     if device not in by_device:
-        by_device[device] = body.rotary_emb.inv_freq.detach().to(device, torch.float32)
+        by_device[device] = text_stack_of(body).rotary_emb.inv_freq.detach().to(device, torch.float32)
     return by_device[device]
 
 

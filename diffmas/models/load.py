@@ -1,0 +1,178 @@
+"""Models and tokenizers by name: from the Hugging Face hub, a directory, or a GGUF file.
+
+What transformers says about a name that leads nowhere, or about a damaged file, does not name it: here it does.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+__all__ = ["load_base", "load_model", "load_tokenizer"]
+
+# Of the options of a model, those that say where its files are, and hold for the tokenizer too.
+PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code")
+ADAPTER_FILE = "adapter_config.json"
+TOKENIZER_FILES = ("*token*", "vocab*", "tekken*", "*.model")
+
+
+def load_model(name, *, dtype="auto", device=None, **options) -> tuple[nn.Module, object]:
+    """A base model and its tokenizer.
+
+    name: a hub name, a directory, or the path of a .gguf file, whose weights are de-quantized. dtype: of the weights, a
+    torch.dtype or its name; "auto" is the one they are stored in. device: where to put the model, by default the CPU. options:
+    of transformers' `from_pretrained`. Raises ValueError naming what is missing or damaged.
+
+        >>> model, tokenizer = load_model(base_directory)
+        >>> model.config.model_type
+        'qwen3'
+    """
+    tokenizer = load_tokenizer(name, **options)  # first: it is quick, and may be missing
+    return load_base(name, dtype=dtype, device=device, **options), tokenizer
+
+
+def load_base(name, *, dtype="auto", device=None, **options) -> nn.Module:
+    """The model of `load_model` without its tokenizer; a multimodal one with its vision tower."""
+    from transformers import AutoConfig
+
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype: expected 'auto', a torch.dtype or the name of one, got {dtype!r}")
+    place, file = _place(name, options)
+    config = _explained(name, "model", lambda: AutoConfig.from_pretrained(**place))
+    options = {**options, **place, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= _dequantized() if file else {}
+    auto_class = _auto_class(config, name)
+    model, found = _explained(name, "model", lambda: auto_class.from_pretrained(**options))
+    what = f"model {str(name)!r}: expected all weights of a {type(model).__name__}"
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+        raise ValueError(f"{what}, found no {missing[0]}")
+    if mismatched := sorted(x if isinstance(x, str) else x[0] for x in found["mismatched_keys"]):  # before 5: names alone
+        raise ValueError(f"{what}, got {mismatched[0]} of another shape than its config says")
+    if file is not None:
+        # It is a plain model now, which can be saved; and its name leads back to the file. PEFT takes its name for a directory
+        # or hub name, and would ask the hub for its config whenever an adapter is saved.
+        for unused in ("quantization_config", "_model_name_or_path"):
+            vars(model.config).pop(unused, None)
+        model.config._name_or_path, model.name_or_path = str(file), ""
+    return model if device is None else model.to(device)
+
+
+def load_tokenizer(name, **options):
+    """The tokenizer of `load_model`. options: as there; those of the model alone are ignored."""
+    from transformers import AutoTokenizer
+
+    place, _ = _place(name, options)
+    folder = Path(place["pretrained_model_name_or_path"]) / options.get("subfolder", "")
+    if "gguf_file" not in place and folder.is_dir() and not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
+        # transformers may build an empty one from the config alone
+        raise ValueError(f"model {str(name)!r}: expected a tokenizer beside the model, found none; save the model's there")
+    return _explained(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(**place))
+
+
+def _place(name, options: dict) -> tuple[dict, Path | None]:
+    """Where transformers finds a model, as arguments of `from_pretrained`, and its GGUF file if it is one here.
+
+    Raises ValueError for a path that leads nowhere, or to something else than a base model.
+    """
+    path, given = Path(name).expanduser(), f"model {str(name)!r}"
+    place = {"pretrained_model_name_or_path": str(name), **{key: options[key] for key in PLACE if key in options}}
+    if options.get("gguf_file"):
+        _check_gguf_package(given)
+        return {**place, "gguf_file": options["gguf_file"]}, None
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{given}: expected a GGUF file, found none")
+        _check_gguf_package(given)
+        path = path.absolute()
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}, path
+    if path.is_file():
+        raise ValueError(f"{given}: expected a directory, a .gguf file or a hub name, got another file")
+    if path.is_dir():
+        folder = path / options.get("subfolder", "")
+        if (folder / ADAPTER_FILE).is_file():
+            raise ValueError(f"{given}: expected a base model, found an adapter ({ADAPTER_FILE})")
+        if not (folder / "config.json").is_file():
+            files = sorted(file.name for file in folder.glob("*.gguf"))
+            hint = f"; name one of its files: {', '.join(files)}" if files else ""
+            raise ValueError(f"{given}: expected a directory with a model, found no config.json in it{hint}")
+        return {**place, "pretrained_model_name_or_path": str(path)}, None
+    if isinstance(name, os.PathLike) or path.is_absolute() or str(name)[:1] in "~." or len(path.parts) > 2:
+        raise ValueError(f"{given}: expected a directory, a .gguf file or a hub name, found no such directory")
+    return place, None
+
+
+def _check_gguf_package(given: str) -> None:
+    if find_spec("gguf") is None:
+        raise ValueError(f"{given}: a GGUF file needs the package gguf: pip install gguf")
+
+
+def _dequantized() -> dict:
+    """What makes `from_pretrained` de-quantize a GGUF file: since 5.24 it leaves the blocks packed where it has kernels."""
+    import transformers
+
+    packed = getattr(transformers, "GgufConfig", None)
+    return {} if packed is None else {"quantization_config": packed(dequantize=True)}
+
+
+def _auto_class(config, name):
+    """The auto class for a config: a causal LM's where there is one, else that of multimodal models."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise ValueError(f"model {str(name)!r}: expected a causal language model, got one of type {config.model_type!r}")
+
+
+def _explained(name, what: str, load):
+    """load(), whose errors become one line that names what is missing or damaged. what: model | tokenizer."""
+    try:
+        return load()
+    except Exception as error:  # a damaged GGUF file raises whatever its bytes lead to
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        if (file := _damaged(name, error)) is not None:
+            raise ValueError(f"{file}: expected a whole file of weights, got a damaged one ({said})") from error
+        if not isinstance(error, (OSError, ValueError)) and type(error) is not Exception:  # the last: of the tokenizers library
+            raise
+        given = f"model {str(name)!r}"
+        if isinstance(error, ValueError) or Path(name).expanduser().exists():
+            raise ValueError(f"{given}: expected a {what} that transformers can load, got: {said}") from error
+        raise ValueError(
+            f"{given}: expected a directory, a .gguf file or a hub name, found no such directory, and the hub gives no {what}: "
+            f"{said}"
+        ) from error
+
+
+def _damaged(name, error: Exception) -> Path | None:
+    """The file that made loading fail, if it is one that nobody can read."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return None if _whole_gguf(path) else path
+    if not isinstance(error, SafetensorError):
+        return None
+    if not path.is_dir():
+        from transformers.utils import cached_file
+
+        path = Path(cached_file(str(name), "config.json", local_files_only=True)).parent
+    for file in sorted(path.rglob("*.safetensors")):
+        try:
+            safe_open(file, "pt").__enter__()
+        except SafetensorError:
+            return file
+    return None
+
+
+def _whole_gguf(path: Path) -> bool:
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except Exception:  # nothing of its own: struct.error, IndexError, ValueError, UnicodeDecodeError, ...
+        return False
+    return True

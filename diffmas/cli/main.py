@@ -128,10 +128,13 @@ def _text_sft(settings, system, rows, held_out, resume: bool, device):
             sets.append(questions and json.loads(file.read_text(encoding="utf-8")))
             continue
         errors.print(f"text agents answer {len(questions)} questions ({name}) ...", highlight=False)
-        kept = evaluation.right_turns(
-            team, questions, options.samples, evaluation.Scorer(options.extract, options.match), options.batch_size,
-            **vars(settings.generation),
-        )  # fmt: skip
+        try:
+            kept = evaluation.right_turns(
+                team, questions, options.samples, evaluation.Scorer(options.extract, options.match), options.batch_size,
+                **vars(settings.generation),
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, kept)
         sets.append(kept)

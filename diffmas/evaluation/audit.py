@@ -97,13 +97,13 @@ def audit(
     )  # do they fit?
     found: dict[tuple, dict[int, tuple]] = {}  # by condition: for each row its texts and nll
     with evaluating(system), torch.no_grad():
-        for batch, partners in _batches(golds, sampling.seed, batch_size):
+        for batch, partners in batches(golds, sampling.seed, batch_size):
             done = len(found[("own", None)]) if found else 0
             if progress:
                 progress(f"{done} of {len(rows)} questions")
             asked = [questions[i] for i in batch]
             trace = system.communicate(asked)
-            for name, view in _views(trace, partners, kind, getattr(system, "sinks", 0), sampling.seed, batch):
+            for name, view in conditions_of(trace, partners, kind, getattr(system, "sinks", 0), sampling.seed, batch):
                 answered = _answer(system, view, asked, [golds[i] for i in batch], done, sampling, samples)
                 found.setdefault(name, {}).update(zip(batch, answered))
     if len(found) == 1:
@@ -124,7 +124,7 @@ def communicates(conditions: list[Condition], agent: str | None = None) -> bool:
 # ---- who gets whose message --------------------------------------------------------------------------------------------
 
 
-def _batches(golds: list[str], seed: int, size: int | None):
+def batches(golds: list[str], seed: int, size: int | None):
     """Batches of rows, and for each row of a batch the place in it of the one whose message it gets.
 
     Rows get each other's in pairs (three rows in a circle, if the number is odd), so that partners are in one batch whatever
@@ -148,7 +148,7 @@ def _batches(golds: list[str], seed: int, size: int | None):
 # ---- the conditions as views -------------------------------------------------------------------------------------------
 
 
-def _views(trace: Trace, partners: list[int], kind: str | None, sinks: int, seed: int, batch: list[int]):
+def conditions_of(trace: Trace, partners: list[int], kind: str | None, sinks: int, seed: int, batch: list[int]):
     """(change, agent) and the view, for every condition; only "own" if nobody wrote a message."""
     table = _message_table(trace, kind, sinks)
     authors = list(dict.fromkeys(s.agent for row in table for s, mine in row if mine))

@@ -86,10 +86,45 @@ def test_evaluate_compares(project, trained):
     result = call("evaluate", project / "config.yaml", "--adapter", project / "run", "--device", "cpu")
     assert all(name in result.stdout for name in ("single", "text", "latent_mas", "diffmas", "perplexity"))
     directory = project / "run" / "evaluation"
-    assert {p.name for p in directory.iterdir()} == {"results.csv", "results.png", "answers.jsonl"}
+    assert {p.name for p in directory.iterdir()} == {"results.csv", "entropy.csv", "results.png", "answers.jsonl"}
     assert len((directory / "answers.jsonl").read_text().splitlines()) == 2
     bare = call("evaluate", project / "config.yaml", "--output", project / "bare", "--device", "cpu").stdout
     assert "latent_mas" in bare and len((project / "bare" / "results.csv").read_text().splitlines()) == 4
+
+
+def test_trained_baselines_go_to_directories_of_their_own_and_are_compared(project, trained, tmp_path):
+    rows = str(project / "rows.jsonl")
+    judged = {"samples": 15, "batch_size": 8, "max_message_tokens": 25, "extract": "(kitchen|cellar|garden|attic|garage)"}
+    path = settings_of(
+        project, tmp_path, generation={"max_new_tokens": 25, "temperature": 5.0, "top_p": 1.0}, data={"train": rows},
+        evaluation={"data": rows, **judged}, system={"adapter_scope": "final_only"}, early_stopping_patience=None,
+    )  # fmt: skip
+    for method in ("text_sft", "stitch"):
+        assert "shared, r=2, alpha=4" in call("train", path, "--method", method).output
+    written = json.loads((tmp_path / "run-text_sft" / "right_turns_train.json").read_text())
+    assert written and {row["agent"] for row in written} == {"planner", "critic", "solver"}
+    (tmp_path / "run-text_sft" / "right_turns_train.json").write_text(json.dumps(written[:4]))
+    assert "data          │ 4 rows" in call("train", path, "--method", "text_sft", "--resume").output  # not written anew
+    directories = ("--text-sft", tmp_path / "run-text_sft", "--stitch", tmp_path / "run-stitch", "--device", "cpu")
+    call("evaluate", path, "--adapter", project / "run", *directories)
+    lines = (tmp_path / "run" / "evaluation" / "results.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["single", "text", "text_sft", "latent_mas", "stitch", "diffmas"]
+    perplexities = [line.split(",")[lines[0].split(",").index("perplexity")] for line in lines[1:]]
+    assert len(set(perplexities)) == 6
+    call("evaluate", path, *directories, "--output", tmp_path / "bare")  # the adapters are not those of the bare methods
+    bare = (tmp_path / "bare" / "results.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[lines[0].split(",").index("perplexity")] for line in bare] == perplexities[:5]
+    assert "--method: expected one of ('diffmas', 'text_sft', 'stitch'), got 'sft'" in call(
+        "train", path, "--method", "sft", code=1
+    ).output  # fmt: skip
+    path = settings_of(project, tmp_path, evaluation={"methods": ["text_sft"]})
+    assert "'text_sft' needs --text-sft DIR" in call("evaluate", path, "--device", "cpu", code=1).output
+
+
+def test_audit_says_who_communicates(project, trained):
+    result = call("audit", project / "config.yaml", "--adapter", project / "run", "--device", "cpu", "--kind", "latent")
+    assert "no evidence that the team communicates" in result.stdout and "other: critic" in result.stdout
+    assert {p.name for p in (project / "run" / "audit").iterdir()} == {"audit.csv", "audit.png"}
 
 
 def settings_of(project, path, **changes):

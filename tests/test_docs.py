@@ -8,7 +8,7 @@ import torch
 
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace, Trainer
-from diffmas.evaluation import Latent, Scorer, evaluate, metrics, single_agent
+from diffmas.evaluation import Latent, Scorer, Stitched, audit, communicates, evaluate, metrics, single_agent
 from diffmas.models.generate import generate
 from diffmas.training.data import question_and_answer
 
@@ -16,14 +16,15 @@ DOCUMENTED = [
     Agent, MultiAgentSystem, MultiAgentSystem.from_pretrained, MultiAgentSystem.generate, Trace, Trainer,
     diffmas.default_arguments, diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject,
     diffmas.ops.cross_attention, diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer,
-    metrics.boxed, metrics.wilson,
+    metrics.boxed, metrics.wilson, metrics.agreements, metrics.difference_of_means, metrics.difference_of_rates, audit,
+    Stitched,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("documented", DOCUMENTED, ids=lambda x: x.__qualname__)
 def test_examples(documented, tmp_path):
     system = tiny.system()
-    names = {x.__name__: x for x in (*DOCUMENTED, Latent, single_agent)} | {
+    names = {x.__name__: x for x in (*DOCUMENTED, Latent, communicates, single_agent)} | {
         "torch": torch, "model": system.model, "tokenizer": system.tokenizer, "system": system, "rows": tiny.rows(2),
         "base_model": tiny.model(), "directory": tmp_path,
     }  # fmt: skip

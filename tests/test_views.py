@@ -305,6 +305,37 @@ def test_keep_nothing(model):
         agents(model).keep(agent="plnner")
 
 
+# ---- any rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_reading_rows_of_other_sequences(model):
+    """Sequence 0 reads what sequence 1 wrote, some of it moved; sequence 1 reads nothing."""
+    trace, new = prefill(model, *tokens(5, 4)), tokens(2, 2, seed=3)
+    ((own,), (other,)) = ([s for s in trace.segments if s.sequence == b] for b in range(2))
+    view = trace.reading([[own._replace(length=2), other.skip(1)._replace(offset=1)], []])
+    assert view.lengths == [5, 0] and view.next_positions == [5, 4] and [s.sequence for s in view.segments] == [0, 0]
+    assert view.positions(0).tolist() == [0, 1, 2, 3, 4]
+    got = read(model, view, *new)
+    interleaved = type(body(model).layers[0].self_attn).__name__.startswith("Cohere")
+    tables = offset_tables(torch.ones(3), body(model).rotary_emb.inv_freq, interleaved, torch.float64)
+    cache = {}
+    for layer in range(3):
+        (k, v), (k1, v1) = (trace.keys_values(layer, b) for b in range(2))
+        cache[layer] = (torch.cat((k[:2], rotate(k1[1:], *tables, interleaved))), torch.cat((v[:2], v1[1:])))
+    assert_close(got[0], from_cache(model, cache, new[0], [5, 6]))
+    assert_close(got[1], whole(model, new[1], [4, 5]).logits[0])
+    prefill(model, *new, trace=view)
+    assert trace.lengths == [5, 4] and trace.reading([[own], [other]]).lengths == [5, 4]
+    for segments, message in (
+        ([[own]], "a list for each of 2 sequences, got 1"),
+        ([[own, own], []], r"segments\[0\]: expected every row once"),
+        ([[], [own._replace(start=own.start + 100)]], r"segments\[1\]: expected rows that this trace sees"),
+        ([[], [view.segments[-1]]], r"segments\[1\]: expected rows that this trace sees"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trace.reading(segments)
+
+
 # ---- repack -----------------------------------------------------------------------------------------------------------
 
 

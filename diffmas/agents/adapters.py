@@ -15,8 +15,8 @@ from torch import nn
 from diffmas.models.parts import beside_the_text, causal_lm_of
 
 __all__ = [
-    "ADAPTER_SCOPES", "add_lora", "check_checkpointing", "lora_config", "of_agent", "switched_off", "train_roles",
-    "will_switch",
+    "ADAPTER_SCOPES", "add_lora", "check_checkpointing", "lora_config", "of_agent", "switched_off", "switched_to",
+    "train_roles", "will_switch",
 ]  # fmt: skip
 
 ADAPTER_SCOPES = ("shared", "per_role", "final_only")
@@ -94,6 +94,11 @@ def of_agent(system, i: int):
 def switched_off(model: nn.Module):
     """Inside, the model runs without its adapters."""
     return _switched(model, _disable_adapters=True)
+
+
+def switched_to(model: nn.Module, adapter: str):
+    """Inside, the model runs with the adapter of this name."""
+    return _switched(model, _active_adapter=[adapter], _disable_adapters=False)
 
 
 @contextlib.contextmanager

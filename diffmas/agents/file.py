@@ -21,8 +21,8 @@ from diffmas.models.load import load_base, load_tokenizer
 from diffmas.models.parts import causal_lm_of
 
 __all__ = [
-    "AGENTS_FILE", "check_description", "load_model", "load_weights", "read_agents", "read_json", "read_map", "save",
-    "write_json",
+    "AGENTS_FILE", "add_adapter", "check_description", "load_model", "load_weights", "read_agents", "read_json", "read_map",
+    "save", "write_json",
 ]  # fmt: skip
 
 AGENTS_FILE = "agents.json"
@@ -216,6 +216,25 @@ def load_adapters(path, model: nn.Module, adapters: dict[str, dict], trainable: 
             model.load_adapter(directory, name, is_trainable=trainable)
         else:
             model = PeftModel.from_pretrained(model, directory, adapter_name=name, is_trainable=trainable)
+    return model
+
+
+def add_adapter(path, model: nn.Module, name: str) -> nn.Module:
+    """A PEFT model around `model`, which may be one already, with the one adapter of a directory under another name.
+
+    Raises ValueError for a directory of another base model, with damaged files, or whose agents do not share one adapter.
+    """
+    from peft import PeftModel
+
+    path, described = Path(path), read_agents(path)
+    check_base(described, model, path)
+    if list(described["adapters"]) != ["default"]:
+        raise ValueError(f"{path}: expected one adapter that all agents share, got {sorted(described['adapters'])}")
+    read_json(path / CONFIG_FILE)
+    read_weights(path / WEIGHTS_FILE)  # PEFT's error for a damaged file does not name it
+    if not hasattr(model, "peft_config"):
+        return PeftModel.from_pretrained(model, str(path), adapter_name=name)
+    model.load_adapter(str(path), name)
     return model
 
 

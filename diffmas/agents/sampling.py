@@ -2,12 +2,14 @@
 
 import secrets
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from diffmas.agents.meter import decoded, phase
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace import Trace
@@ -76,21 +78,26 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, s
 
     trace: one sequence for each question, with the rows of the other agents. prompts: the last agent's prompt ids. first: the
     number of the first question, from which the samples' seeds follow. The samples of one question share the rows of the
-    trace and of the prompt.
+    trace and of the prompt; so do neighbours of the same prompt on an empty trace.
     """
     patch, device = patch_of(system.model), system.device
     ends = end_tokens(patch.causal_lm, system.tokenizer)
     longest_stop = max((len(s) for s in sampling.stop), default=0)
     reserve = min(RESERVE, sampling.max_new_tokens)
-    forward_pass = trace.plan([len(p) for p in prompts], "prompt", reserve=reserve if samples == 1 else 0)
-    ids = torch.tensor([t for p in prompts for t in p], device=device)[None]
+    empty = not any(trace.lengths)
+    differs = [not (empty and b and prompts[b] == prompts[b - 1]) for b in range(len(prompts))]
+    lead = [b for b, new in enumerate(differs) if new]
+    reads = [n - 1 for n in accumulate(differs) for _ in range(samples)]  # for each sequence, which of these it reads
+    written = trace.select(lead)
+    forward_pass = written.plan([len(prompts[b]) for b in lead], "prompt", reserve=reserve if len(reads) == len(lead) else 0)
+    ids = torch.tensor([t for b in lead for t in prompts[b]], device=device)[None]
     keep = forward_pass.last_rows().tolist()
-    logits = forward(patch, trace, forward_pass, head=True, input_ids=ids, logits_to_keep=keep).logits[0]  # [B, V]
-    owner = [b for b in range(len(prompts)) for _ in range(samples)]
-    logits, trace = logits[owner], trace.select(owner)
-    active = list(range(len(owner)))  # for each sequence of the trace, its index in `tokens`
+    with phase("prefill", written):
+        logits = forward(patch, written, forward_pass, head=True, input_ids=ids, logits_to_keep=keep).logits[0]
+    logits, trace = logits[reads], written.select(reads)
+    active = list(range(len(reads)))  # for each sequence of the trace, its index in `tokens`
     generators = [sampling.generator(first + b, s) for b in range(len(prompts)) for s in range(samples)]
-    tokens: list[list[int]] = [[] for _ in owner]
+    tokens: list[list[int]] = [[] for _ in reads]
 
     def finished(i: int) -> bool:
         new = tokens[i]
@@ -101,9 +108,14 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, s
         tail = system.tokenizer.decode(new[-2 * longest_stop - 8 :], skip_special_tokens=True)
         return any(s in tail for s in sampling.stop)
 
-    with tqdm(total=sampling.max_new_tokens, desc="decode", unit="step", disable=not progress, leave=False) as bar:
+    with (
+        phase("decode", written),
+        tqdm(total=sampling.max_new_tokens, desc="decode", unit="step", disable=not progress, leave=False) as bar,
+    ):
         while True:
-            for i, token in zip(active, sampling.choose(logits, [generators[i] for i in active])):
+            chosen = sampling.choose(logits, [generators[i] for i in active])
+            decoded(len(tokens[active[0]]), logits, chosen)
+            for i, token in zip(active, chosen):
                 tokens[i].append(token)
             bar.update()
             bar.set_postfix(sequences=len(active), refresh=False)

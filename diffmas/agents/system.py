@@ -18,6 +18,7 @@ from diffmas.agents import adapters, file, prompts
 from diffmas.agents.chat import check_chat
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.latent import latent_steps
+from diffmas.agents.meter import phase
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent, Turn
 from diffmas.agents.realign import Realign
@@ -154,11 +155,14 @@ class MultiAgentSystem(nn.Module):
         patch = patch_of(self.model)
         trace.agent = agent.name
         forward_pass = trace.plan([len(row) for row in ids], "prompt", reserve=steps)
-        h = forward(patch, trace, forward_pass, input_ids=self._pack(ids)).last_hidden_state[0]
-        h = h[forward_pass.last_rows().to(h.device)]  # not always where the embeddings are
-        latent_steps(patch, self.realign, trace, h, steps, agent.stop_change)
+        with phase("prefill", trace):
+            h = forward(patch, trace, forward_pass, input_ids=self._pack(ids)).last_hidden_state[0]
+            h = h[forward_pass.last_rows().to(h.device)]  # not always where the embeddings are
+        with phase("latent", trace):
+            latent_steps(patch, self.realign, trace, h, steps, agent.stop_change)
         if self.trace_content == "latent_only":
-            trace = trace.keep(kind="latent", positions=self.positions, sinks=self.sinks)
+            with phase("hand-over"):
+                trace = trace.keep(kind="latent", positions=self.positions, sinks=self.sinks)
         return trace
 
     def _trace_for(self, turns: list[list[Turn]], room: list[int]) -> Trace:
@@ -180,12 +184,15 @@ class MultiAgentSystem(nn.Module):
 
     # ---- the last agent ----------------------------------------------------------------------------------------------
 
-    def forward(self, questions, answers: list[str] | None = None, num_items_in_batch=None) -> SystemOutput:
+    def forward(
+        self, questions, answers: list[str] | None = None, num_items_in_batch=None, trace: Trace | None = None
+    ) -> SystemOutput:  # fmt: skip
         """The loss of a batch of answers, or without answers the logits of their first token.
 
         questions: list of str, or of dicts whose fields fill the agents' prompts. answers: list of str, one per question.
         num_items_in_batch: answer tokens over all accumulated micro-batches, as Hugging Face's Trainer counts them; the loss
-        is then the sum over this batch divided by it. Returns a `SystemOutput`. Raises ValueError naming what does not fit.
+        is then the sum over this batch divided by it. trace: what the other agents have written (`communicate`); by default
+        they take their turns now. Returns a `SystemOutput`. Raises ValueError naming what does not fit.
         """
         questions = self.fields_of(questions)
         if isinstance(answers, str):
@@ -196,7 +203,8 @@ class MultiAgentSystem(nn.Module):
         targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
         what = "its prompt and answer" if answers is not None else "its prompt"
         turns = self.tokenize(questions, [len(t) for t in targets], what)
-        trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns)
+        if trace is None:
+            trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns)
         prompt_rows = [turn.ids for turn in turns[-1]]
         rows = [p + t for p, t in zip(prompt_rows, targets)]
         trace.agent = self.agents[-1].name

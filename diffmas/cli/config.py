@@ -13,7 +13,7 @@ import contextlib
 import difflib
 import types
 import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -21,7 +21,7 @@ import yaml
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
 
-__all__ = ["Config", "build_model", "build_system", "load", "read_data", "training_arguments"]
+__all__ = ["Config", "build_model", "build_system", "load", "read_data", "trained_as", "training_arguments"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -65,8 +65,8 @@ class Evaluation:
     """`diffmas evaluate`.
 
     data: a file of JSON lines, by default the validation rows. methods: some of METHODS. samples: answers per question.
-    batch_size: questions at once. max_message_tokens: of each message in the method "text". extract, match: see
-    `diffmas.evaluation.Scorer`. limit: only so many rows, from the first.
+    batch_size: questions at once, each with all samples. max_message_tokens: of each message in the methods "text" and
+    "text_sft". extract, match: see `diffmas.evaluation.Scorer`. limit: only so many rows, from the first.
     """
 
     data: str | None = None
@@ -79,7 +79,8 @@ class Evaluation:
     limit: int | None = None
 
 
-METHODS = ("single", "text", "latent_mas", "diffmas")
+METHODS = ("single", "text", "text_sft", "latent_mas", "stitch", "diffmas")
+TRAINED = ("diffmas", "text_sft", "stitch")  # methods that `diffmas train` trains
 
 
 @dataclass
@@ -249,6 +250,18 @@ def build_system(config: Config, adapter: bool = True, device: str | None = None
     else:
         options["adapter_scope"] = "shared"
     return MultiAgentSystem(model, tokenizer, config.agents, **options)
+
+
+def trained_as(config: Config, method: str) -> Config:
+    """The config as `diffmas train --method` takes it: other methods than diffmas train one adapter that all agents share, in
+    an output_dir of their own, OUTPUT_DIR-METHOD. Raises ValueError for a method that is not trained."""
+    if method not in TRAINED:
+        raise ValueError(f"--method: expected one of {TRAINED}, got {method!r}")
+    if method == "diffmas":
+        return config
+    return replace(
+        config, output_dir=f"{config.output_dir}-{method}", system=replace(config.system, adapter_scope="shared")
+    )  # fmt: skip
 
 
 def read_data(config: Config) -> tuple[list[dict], list[dict] | None]:

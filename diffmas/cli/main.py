@@ -1,6 +1,7 @@
-"""The command line: diffmas demo | train | generate | evaluate | bench | env."""
+"""The command line: diffmas demo | train | generate | evaluate | audit | bench | env."""
 
 import functools
+import json
 import math
 import platform
 import shutil
@@ -63,14 +64,21 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="start afresh and remove an earlier run's checkpoints in output_dir")
     ] = False,
+    method: Annotated[
+        str, typer.Option(help="diffmas, or a trained baseline: text_sft or stitch; these go to OUTPUT_DIR-METHOD")
+    ] = "diffmas",
 ):
-    """Train LoRA adapters as a config says; under torchrun on several GPUs."""
+    """Train LoRA adapters as a config says; under torchrun on several GPUs.
+
+    text_sft: text agents answer the training questions, evaluation.samples times each; where the answer is right, all that
+    they wrote is what one shared adapter is trained on. stitch: agents that do not read each other.
+    """
     from transformers import EarlyStoppingCallback
 
-    from diffmas.cli.config import build_system, load, read_data, training_arguments
+    from diffmas.cli.config import build_system, load, read_data, trained_as, training_arguments
     from diffmas.training import Trainer, checkpoints
 
-    settings = load(config)
+    settings = trained_as(load(config), method)
     earlier = [] if resume else checkpoints(settings.output_dir)
     if resume and overwrite:
         raise ValueError("--overwrite: expected it without --resume, got both")
@@ -82,6 +90,12 @@ def train(
     rows, held_out = read_data(settings)
     arguments = training_arguments(settings)
     system = build_system(settings)
+    if method == "text_sft":
+        system, rows, held_out = _text_sft(settings, system, rows, held_out, resume, arguments.device)
+    elif method == "stitch":
+        from diffmas.evaluation import stitch
+
+        system = stitch(system, adapter=True).system
     callbacks = []
     if settings.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
@@ -96,6 +110,35 @@ def train(
         best = f", best eval_loss {trainer.state.best_metric:.4f}" if trainer.state.best_metric is not None else ""
         console.print(f"{result.global_step} steps, training loss {result.training_loss:.4f}{best}", highlight=False)
         console.print(f"adapter and agents.json: {settings.output_dir}", highlight=False, soft_wrap=True)
+
+
+def _text_sft(settings, system, rows, held_out, resume: bool, device):
+    """The team as `diffmas.evaluation.Writers`, and what its bare model wrote where it was right, as rows to train and validate
+    on; they are kept in output_dir, where --resume finds them."""
+    from diffmas import evaluation
+    from diffmas.agents.file import write_json
+
+    options = settings.evaluation
+    writers = evaluation.Writers(system.model, system.tokenizer, system.agents, system.chat_template).to(device)
+    team = evaluation.TextAgents(system, options.max_message_tokens)
+    sets = []
+    for name, questions in (("train", rows), ("validation", held_out)):
+        file = Path(settings.output_dir) / f"right_turns_{name}.json"
+        if questions is None or (resume and file.is_file()):
+            sets.append(questions and json.loads(file.read_text(encoding="utf-8")))
+            continue
+        errors.print(f"text agents answer {len(questions)} questions ({name}) ...", highlight=False)
+        try:
+            kept = evaluation.right_turns(
+                team, questions, options.samples, evaluation.Scorer(options.extract, options.match), options.batch_size,
+                **vars(settings.generation),
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, kept)
+        sets.append(kept)
+    return writers, *sets
 
 
 def _summary(settings, system, arguments, rows, held_out) -> Table:
@@ -156,51 +199,60 @@ def generate(
 def evaluate(
     config: ConfigFile,
     adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
-    output: Annotated[Path | None, typer.Option(help="directory for results.csv, results.png and answers.jsonl")] = None,
+    text_sft: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method text_sft`")] = None,
+    stitch: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method stitch`; none: untrained")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="directory for results.csv, entropy.csv, results.png and answers.jsonl")
+    ] = None,
     device: Device = None,
 ):
     """Compare the trained system with its baselines on the same questions."""
     from diffmas import evaluation
-    from diffmas.agents.system import MultiAgentSystem
-    from diffmas.cli.config import build_model, build_system, load, read_data
-    from diffmas.training.data import read_jsonl
+    from diffmas.agents.file import add_adapter
+    from diffmas.cli.config import load
 
     settings, place = load(config), _device(device)
     options = settings.evaluation
     scorer = evaluation.Scorer(options.extract, options.match)
-    rows = read_jsonl(options.data, settings.agents) if options.data else read_data(settings)[1]
-    if rows is None:
-        raise ValueError(f"{config}: evaluation.data: expected a file of JSON lines (or validation data), got none")
-    rows = rows[: options.limit]
-    if adapter:
-        system = MultiAgentSystem.from_pretrained(adapter, *build_model(settings, place))
-    else:
-        system = build_system(settings, adapter=False, device=place)
-    system.eval()
+    rows = _evaluation_rows(config, settings)
+    system = _trained(settings, adapter, place)
+    names = [name for name in options.methods if adapter or name != "diffmas"]
+    for name, directory in (("text_sft", text_sft), ("stitch", stitch)):
+        if directory:
+            system.model = add_adapter(directory, system.model, name)
+            names += [name] * (name not in names)
+    if "text_sft" in names and not text_sft:
+        raise ValueError("evaluation.methods: 'text_sft' needs --text-sft DIR, which `diffmas train --method text_sft` writes")
     makers = {
         "single": lambda: evaluation.single_agent(system),
         "text": lambda: evaluation.TextAgents(system, options.max_message_tokens),
+        "text_sft": lambda: evaluation.TextAgents(system, options.max_message_tokens, "text_sft"),
         "latent_mas": lambda: evaluation.latent_mas(system),
+        "stitch": lambda: evaluation.stitch(system, "stitch" if stitch else False),
         "diffmas": lambda: evaluation.Latent(system),
     }
-    methods = {name: makers[name]() for name in options.methods if adapter or name != "diffmas"}
+    methods = {name: makers[name]() for name in sorted(names, key=list(makers).index)}
     target = output or Path(settings.output_dir) / "evaluation"
-    files = [target / name for name in ("results.csv", "results.png", "answers.jsonl")]
+    files = [target / name for name in ("results.csv", "entropy.csv", "results.png", "answers.jsonl")]
 
     def save(results):
         evaluation.write_csv(results, files[0])
-        evaluation.plot(results, files[1])
-        evaluation.write_answers(results, rows, files[2])
+        evaluation.write_entropy(results, files[1])
+        evaluation.plot(results, files[2])
+        evaluation.write_answers(results, rows, files[3])
 
     def show(results):
-        console.print(evaluation.table(results, str(config)))
+        for table in evaluation.tables(results, str(config)):
+            console.print(table)
+            console.print()
         for file in files:
             console.print(str(file), highlight=False, soft_wrap=True)
 
     try:
         results = evaluation.evaluate(
             methods, rows, options.samples, scorer, options.batch_size,
-            lambda name: errors.print(f"{name} ...", highlight=False), save, **vars(settings.generation),
+            lambda name: errors.print(f"{name} ...", highlight=False), save, [name for name in methods if name != "diffmas"],
+            **vars(settings.generation),
         )  # fmt: skip
     except evaluation.MethodsFailed as failure:
         if failure.results:
@@ -209,6 +261,58 @@ def evaluate(
         given = all(isinstance(error, (ValueError, OSError)) for error in failure.errors.values())
         raise (ValueError if given else RuntimeError)(f"{failure} ({written})") from failure
     show(results)
+
+
+def _evaluation_rows(config: Path, settings) -> list[dict]:
+    from diffmas.cli.config import read_data
+    from diffmas.training.data import read_jsonl
+
+    options = settings.evaluation
+    rows = read_jsonl(options.data, settings.agents) if options.data else read_data(settings)[1]
+    if rows is None:
+        raise ValueError(f"{config}: evaluation.data: expected a file of JSON lines (or validation data), got none")
+    return rows[: options.limit]
+
+
+def _trained(settings, adapter: Path | None, device: str):
+    """The system of a directory, or without one the config's on the bare model."""
+    from diffmas.agents.system import MultiAgentSystem
+    from diffmas.cli.config import build_model, build_system
+
+    if adapter:
+        return MultiAgentSystem.from_pretrained(adapter, *build_model(settings, device)).eval()
+    return build_system(settings, adapter=False, device=device).eval()
+
+
+@app.command()
+@explained
+def audit(
+    config: ConfigFile,
+    adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: the bare model")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="latent: only latent steps are a message; none: all that is handed on")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="directory for audit.csv and audit.png")] = None,
+    device: Device = None,
+):
+    """Does a team communicate? Answers with each agent's own message, none, another question's, and noise."""
+    from diffmas import evaluation
+    from diffmas.cli.config import load
+
+    settings, place = load(config), _device(device)
+    options = settings.evaluation
+    rows = _evaluation_rows(config, settings)
+    conditions = evaluation.audit(
+        _trained(settings, adapter, place), rows, options.samples, evaluation.Scorer(options.extract, options.match),
+        options.batch_size, kind, progress=lambda done: errors.print(f"{done} ...", highlight=False),
+        **vars(settings.generation),
+    )  # fmt: skip
+    target = output or Path(settings.output_dir) / "audit"
+    console.print(evaluation.audit_table(conditions, str(config)))
+    for file in (
+        evaluation.write_audit(conditions, target / "audit.csv"), evaluation.plot_audit(conditions, target / "audit.png"),
+    ):  # fmt: skip
+        console.print(str(file), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -159,7 +159,8 @@ def run(
     seconds = train(system, output, seed, **({"max_steps": max_steps} if max_steps else {}))
     console.print(f"trained in {seconds:.0f} s; adapter and agents.json: {output / 'adapter'}")
     results = compare(system, held_out, console)
-    console.print(evaluation.table(results, "held-out questions; facts split between three readers"))
+    for table in evaluation.tables(results, "held-out questions; facts split between three readers"):
+        console.print(table)
     show_samples(held_out, results, console)
     show_step(model, console)
     for path in (

@@ -1,10 +1,31 @@
 """Evaluation: tasks as rows of questions and answers, baselines side by side, metrics. See `diffmas.evaluation.run`."""
 
-from diffmas.evaluation.baselines import Answers, Latent, Method, TextAgents, latent_mas, single_agent
+from diffmas.evaluation.audit import Condition, audit, audit_table, communicates, plot_audit, write_audit
+from diffmas.evaluation.baselines import (
+    Answers,
+    Latent,
+    Method,
+    Stitched,
+    TextAgents,
+    latent_mas,
+    single_agent,
+    stitch,
+)
 from diffmas.evaluation.metrics import Scorer, perplexity, wilson
-from diffmas.evaluation.run import MethodsFailed, Result, evaluate, plot, table, write_answers, write_csv
+from diffmas.evaluation.run import (
+    MethodsFailed,
+    Result,
+    evaluate,
+    plot,
+    tables,
+    write_answers,
+    write_csv,
+    write_entropy,
+)
+from diffmas.evaluation.text_sft import Writers, right_turns
 
 __all__ = [
-    "Answers", "Latent", "Method", "MethodsFailed", "Result", "Scorer", "TextAgents", "evaluate", "latent_mas",
-    "perplexity", "plot", "single_agent", "table", "wilson", "write_answers", "write_csv",
+    "Answers", "Condition", "Latent", "Method", "MethodsFailed", "Result", "Scorer", "Stitched", "TextAgents", "Writers",
+    "audit", "audit_table", "communicates", "evaluate", "latent_mas", "perplexity", "plot", "plot_audit", "right_turns",
+    "single_agent", "stitch", "tables", "wilson", "write_answers", "write_audit", "write_csv", "write_entropy",
 ]  # fmt: skip

@@ -2,23 +2,25 @@
 
 Latent         a system as it is: DiffMAS (arXiv 2604.21794) when it is trained
 latent_mas     the same agents and latent steps without the trained adapter: LatentMAS (arXiv 2511.20639)
+stitch         the agents write independently, and what they wrote is joined
 single_agent   the last agent alone
-TextAgents     the agents exchange text instead of K/V states
+TextAgents     the agents exchange text instead of K/V states; trained on their own right answers by `evaluation.text_sft`
 """
 
 import contextlib
 import secrets
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
+from diffmas.agents.meter import Cost, Decoding, measuring, phase
 from diffmas.agents.system import Agent, MultiAgentSystem
+from diffmas.trace import Trace
 
-__all__ = ["Answers", "Latent", "Method", "TextAgents", "latent_mas", "single_agent"]
+__all__ = ["Answers", "Latent", "Method", "Stitched", "TextAgents", "Turn", "latent_mas", "single_agent", "stitch"]
 
 MESSAGES = "messages"  # the prompt field with the earlier agents' messages
 
@@ -27,12 +29,15 @@ MESSAGES = "messages"  # the prompt field with the earlier agents' messages
 class Answers:
     """What a method answered.
 
-    texts[question][sample]. tokens: decoded by all agents together, for all samples. seconds: wall time of answering.
+    texts[question][sample]. tokens: decoded by all agents together, for all samples. seconds: wall time of answering. cost:
+    where the time went, and what was written to the trace. decoding: how sure the model was of the tokens of `texts`.
     """
 
     texts: list[list[str]]
     tokens: int
     seconds: float
+    cost: Cost = field(default_factory=Cost)
+    decoding: Decoding = field(default_factory=Decoding)
 
 
 class Method(Protocol):
@@ -47,35 +52,9 @@ class Method(Protocol):
         ...
 
 
-class _Clock:
-    """Seconds between entering and leaving, with the device's work done at both ends."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def __enter__(self):
-        self.start = self._now()
-        return self
-
-    def __exit__(self, *_):
-        self.seconds = self._now() - self.start
-
-
 def _batches(n: int, size: int | None):
     step = size or n
     return [slice(first, first + step) for first in range(0, n, step)]
-
-
-def _generate(system, questions, **options) -> tuple[list[list[str]], int]:
-    """Texts [question][sample], and the number of decoded tokens."""
-    tokens = system.generate_tokens(questions, **options)
-    texts = [[system.text_of(sample, options.get("stop")) for sample in row] for row in tokens]
-    return texts, sum(len(sample) for row in tokens for sample in row)
 
 
 @torch.no_grad()
@@ -86,110 +65,204 @@ def _loss(system, questions, answers) -> tuple[float, int]:
 
 
 class Latent:
-    """A system as a method. adapter: False switches its adapter off while it answers."""
+    """A system as a method.
 
-    def __init__(self, system: MultiAgentSystem, adapter: bool = True):
-        self.system, self.bare = system, not adapter and hasattr(system.model, "peft_config")
-        if self.bare:
+    adapter: with which adapter it answers: the system's own (True), none (False), or another that its model has, by name
+    (`diffmas.agents.file.add_adapter`). Raises ValueError for a name that it has not.
+    """
+
+    def __init__(self, system: MultiAgentSystem, adapter: bool | str = True):
+        known = getattr(system.model, "peft_config", {})
+        if isinstance(adapter, str) and adapter not in known:
+            raise ValueError(f"adapter: expected True, False or one of {sorted(known)}, got {adapter!r}")
+        self.system, self.adapter = system, adapter if known else True
+        if self.adapter is not True:
             adapters.will_switch(system.model)
 
-    def _model(self):
-        return adapters.switched_off(self.system.model) if self.bare else contextlib.nullcontext()
+    def switched(self):
+        """Inside, the model has the adapter that the method answers with."""
+        if self.adapter is True:
+            return contextlib.nullcontext()
+        model = self.system.model
+        return adapters.switched_to(model, self.adapter) if self.adapter else adapters.switched_off(model)
 
     def answer(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> Answers:
-        with self._model(), _Clock(self.system.device) as clock:
-            texts, tokens = _generate(self.system, questions, samples=samples, batch_size=batch_size, **generation)
-        return Answers(texts, tokens, clock.seconds)
+        with self.switched(), measuring(self.system.device) as meter:
+            texts, lengths = _generate(self.system, questions, samples=samples, batch_size=batch_size, **generation)
+        return Answers(texts, sum(map(sum, lengths)), meter.cost.total, meter.cost, meter.decoding)
 
     def loss(self, questions, answers, batch_size: int | None = None) -> tuple[float, int]:
-        with self._model():
+        with self.switched():
             parts = [_loss(self.system, questions[b], answers[b]) for b in _batches(len(questions), batch_size)]
         return sum(nll for nll, _ in parts), sum(n for _, n in parts)
 
 
-def _with_agents(system: MultiAgentSystem, agents: list[Agent], **options) -> MultiAgentSystem:
+def _generate(system, questions, **options) -> tuple[list[list[str]], list[list[int]]]:
+    """Texts and numbers of tokens, [question][sample]."""
+    tokens = system.generate_tokens(questions, **options)
+    texts = [[system.text_of(sample, options.get("stop")) for sample in row] for row in tokens]
+    return texts, [[len(sample) for sample in row] for row in tokens]
+
+
+def _with_agents(system: MultiAgentSystem, agents: list[Agent], kind=MultiAgentSystem, **options) -> MultiAgentSystem:
     """A system of other agents on the same model, all of them with its active adapter, if there is one."""
     chat = {"chat_template": system.chat_template, "chat_options": system.chat_options}
-    return MultiAgentSystem(system.model, system.tokenizer, agents, **{"realign": "none", **chat, **options})
+    return kind(system.model, system.tokenizer, agents, **{"realign": "none", **chat, **options})
+
+
+# What a team has in common with another on the same model, adapters and realignment aside.
+SHARED = ("grad_scope", "last_k", "trace_content", "no_latents", "positions", "sinks", "temperature")
+
+
+def _team(system: MultiAgentSystem, kind=MultiAgentSystem, **options) -> MultiAgentSystem:
+    """The system's agents, with its options but `adapter_scope`, as another kind of team. A learned realignment, which belongs
+    to an adapter, becomes "ridge"; other modes stay."""
+    learned = system.realign.mode == "learned"
+    shared = {k: v for k, v in system.describe().items() if k in SHARED}
+    team = _with_agents(system, system.agents, kind, realign="ridge" if learned else "none", **shared, **options)
+    if not learned:
+        team.realign = system.realign  # no second solve
+    return team
 
 
 def latent_mas(system: MultiAgentSystem) -> Latent:
     """LatentMAS (arXiv 2511.20639): the system's agents and latent steps on the bare model, without training.
 
-    A learned realignment becomes "ridge"; other modes stay.
+    As published, agents hand on all rows (trace_content="all") or their latent steps alone ("latent_only"), and hidden states
+    go through W of realign="ridge", or are only rescaled ("norm"): the system's own options hold here, so that training is
+    all that differs from it. A learned realignment becomes "ridge". Two faults of the published code are mended. It pads
+    prompts on the left, and later agents attend to the padding and count positions over it: here nothing is padded. And it
+    cuts the cache to its last T rows, without the first tokens that a pretrained model uses as attention sink: here the rows
+    that each agent's latent steps wrote are kept, at their own positions, and the system's `sinks`.
     """
-    learned = system.realign.mode == "learned"
-    shared = ("trace_content", "no_latents", "positions", "temperature", "sinks")
-    options = {k: v for k, v in system.describe().items() if k in shared}
-    bare = _with_agents(system, system.agents, realign="ridge" if learned else "none", **options)
-    if not learned:
-        bare.realign = system.realign  # no second solve
-    return Latent(bare, adapter=False)
+    return Latent(_team(system), adapter=False)
 
 
-def single_agent(system: MultiAgentSystem, agent: Agent | None = None, adapter: bool = False) -> Latent:
-    """One agent alone, by default the last one. adapter: whether the model has the system's adapter."""
+class Stitched(MultiAgentSystem):
+    """Agents that do not read each other: each writes on a fork of the same empty trace, and the last one reads the join.
+
+    join: how positions of the forks are joined (`Trace.join`): "shift" puts each agent's rows, as a block, behind those of the
+    one before it. Other arguments: of `MultiAgentSystem`. It is trained as that is, by `diffmas.Trainer`; a directory that it
+    is saved to does not say that it is stitched, and has to be loaded by `Stitched.from_pretrained`.
+
+        >>> team = Stitched(model, tokenizer, system.agents)
+        >>> team(["where is the key"], ["in the garden"]).loss.backward()
+    """
+
+    def __init__(self, *args, join: str = "shift", **options):
+        super().__init__(*args, **options)
+        self.join = join
+
+    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None) -> Trace:
+        trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
+        others = self.agents[:-1]
+        if not others:
+            return trace
+        branches = trace.fork(len(others))
+        for i, agent in enumerate(others):
+            needs_grad = torch.is_grad_enabled() and i >= self._without_grad
+            with torch.set_grad_enabled(needs_grad), adapters.of_agent(self, i):
+                branches[i] = self.think(agent, questions, branches[i], None if turns is None else turns[i])
+        with phase("hand-over"):
+            return Trace.join(branches, self.join)
+
+
+def stitch(system: MultiAgentSystem, adapter: bool | str = False, join: str = "shift") -> Latent:
+    """The system's agents as `Stitched`. adapter: as in `Latent`; join: as in `Stitched`."""
+    return Latent(_team(system, Stitched, join=join), adapter)
+
+
+def single_agent(system: MultiAgentSystem, agent: Agent | None = None, adapter: bool | str = False) -> Latent:
+    """One agent alone, by default the last one. adapter: as in `Latent`."""
     return Latent(_with_agents(system, [agent or system.agents[-1]]), adapter)
+
+
+@dataclass
+class Turn:
+    """What one of several text agents read and wrote. By sequence, the samples of a question side by side: prompts (without the
+    chat template), texts, and tokens of the texts."""
+
+    agent: Agent
+    prompts: list[str]
+    texts: list[str]
+    lengths: list[int]
 
 
 class TextAgents:
     """Each agent but the last writes a message; the next ones read all messages so far.
 
     A prompt takes the messages as its field {messages}; without that field they stand before it. Every sample of a question
-    has messages of its own.
+    has messages of its own. Samples that read the same, as those of the first agent do, share the rows of their prompt.
 
-    max_message_tokens: at most, of one message. adapter: whether the model has the system's adapter. message: a format string
-    of one message. separator: between messages. last_reads_only: only the last agent reads messages. Raises ValueError for
-    max_message_tokens < 1.
+    max_message_tokens: at most, of one message. adapter: as in `Latent`. message: a format string of one message. separator:
+    between messages. last_reads_only: only the last agent reads messages. Raises ValueError for max_message_tokens < 1.
     """
 
     def __init__(
-        self, system: MultiAgentSystem, max_message_tokens: int = 256, adapter: bool = False, *,
+        self, system: MultiAgentSystem, max_message_tokens: int = 256, adapter: bool | str = False, *,
         message: str = "{name}: {text}", separator: str = "\n\n", last_reads_only: bool = False,
     ):  # fmt: skip
         if max_message_tokens < 1:
             raise ValueError(f"max_message_tokens: expected at least 1, got {max_message_tokens}")
         self.max_message_tokens = max_message_tokens
         self.message, self.separator, self.last_reads_only = message, separator, last_reads_only
-        # (name, the agent before the first message, the agent after it)
-        self._turns = []
+        # For each agent, itself before the first message and after it.
+        self._readers = []
         for agent in system.agents:
             takes = f"{{{MESSAGES}}}" in agent.prompt
             after = agent if takes else replace(agent, prompt=f"{{{MESSAGES}}}\n\n{agent.prompt}")
-            self._turns.append(
-                (agent.name, Latent(_with_agents(system, [agent]), adapter), Latent(_with_agents(system, [after]), adapter))
-            )
+            self._readers.append([Latent(_with_agents(system, [a]), adapter) for a in (agent, after)])
 
-    def _read(self, turn, questions: list[dict], messages: list[str]) -> tuple[Latent, list[dict]]:
-        _, first, later = turn
-        questions = [{**q, MESSAGES: m} for q, m in zip(questions, messages)]
-        return (later if any(messages) else first), questions
+    def _read(self, i: int, questions: list[dict], messages: list[str]) -> tuple[Latent, list[dict]]:
+        """Agent i as a method, and the questions as it reads them."""
+        first, later = self._readers[i]
+        if self.last_reads_only and i < len(self._readers) - 1:
+            messages = [""] * len(messages)
+        return (later if any(messages) else first), [{**q, MESSAGES: m} for q, m in zip(questions, messages)]
 
-    def _communicate(self, questions: list[dict], batch_size, generation) -> tuple[list[str], int]:
-        """The messages of all agents but the last, one text for each question, and the number of decoded tokens."""
-        messages, total = [""] * len(questions), 0
-        for i, turn in enumerate(self._turns[:-1]):
-            method, read = self._read(turn, questions, [""] * len(questions) if self.last_reads_only else messages)
-            options = {**generation, "max_new_tokens": self.max_message_tokens, "seed": generation["seed"] + i + 1}
-            written = method.answer(read, 1, batch_size, **options)
-            total += written.tokens
-            said = [self.message.format(name=turn[0], text=text[0].strip()) for text in written.texts]
-            messages = [self.separator.join(filter(None, pair)) for pair in zip(messages, said)]
-        return messages, total
+    def _turn(self, i: int, questions: list[dict], messages: list[str], batch_size, generation) -> Turn:
+        with phase("hand-over"):
+            method, read = self._read(i, questions, messages)
+            (agent,) = method.system.agents
+            turn = Turn(agent, [agent.render(fields) for fields in read], [], [])
+        if i < len(self._readers) - 1:
+            generation = {**generation, "max_new_tokens": self.max_message_tokens, "seed": generation["seed"] + i + 1}
+        with method.switched():
+            texts, lengths = _generate(method.system, read, batch_size=batch_size, **generation)
+        turn.texts, turn.lengths = [text for (text,) in texts], [n for (n,) in lengths]
+        return turn
 
-    def answer(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> Answers:
+    def _turns(self, questions: list[dict], batch_size, generation):
+        """The turns of all agents but the last, and what the last one reads, at the end."""
+        messages, turns = [""] * len(questions), []
+        for i in range(len(self._readers) - 1):
+            turns.append(self._turn(i, questions, messages, batch_size, generation))
+            with phase("hand-over"):
+                said = [self.message.format(name=turns[-1].agent.name, text=text.strip()) for text in turns[-1].texts]
+                messages = [self.separator.join(filter(None, pair)) for pair in zip(messages, said)]
+        return turns, messages
+
+    def write(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> tuple[list[Turn], Answers]:
+        """Like `answer`; also returns the turns of all agents, each of all samples of all questions."""
+        if samples < 1:
+            raise ValueError(f"samples: expected at least 1, got {samples}")
         generation = {**generation, "seed": secrets.randbits(30) if generation.get("seed") is None else generation["seed"]}
         fields = [f for f in MultiAgentSystem.fields_of(questions) for _ in range(samples)]
-        with _Clock(self._turns[-1][1].system.device) as clock:
-            messages, total = self._communicate(fields, batch_size, generation)
-            method, read = self._read(self._turns[-1], fields, messages)
-            final = method.answer(read, 1, batch_size, **generation)
-        texts = [text for (text,) in final.texts]
-        return Answers([texts[i : i + samples] for i in range(0, len(texts), samples)], total + final.tokens, clock.seconds)
+        batch_size = batch_size and batch_size * samples  # of sequences
+        with measuring(self._readers[-1][0].system.device) as meter:
+            turns, messages = self._turns(fields, batch_size, generation)
+            meter.decoding = Decoding()  # of the answers, not of the messages
+            turns.append(self._turn(len(self._readers) - 1, fields, messages, batch_size, generation))
+        texts = [turns[-1].texts[i : i + samples] for i in range(0, len(fields), samples)]
+        tokens = sum(sum(turn.lengths) for turn in turns)
+        return turns, Answers(texts, tokens, meter.cost.total, meter.cost, meter.decoding)
+
+    def answer(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> Answers:
+        return self.write(questions, samples, batch_size, **generation)[1]
 
     def loss(self, questions, answers, batch_size: int | None = None) -> tuple[float, int]:
         """As in `Method`; the messages are decoded greedily."""
         fields = MultiAgentSystem.fields_of(questions)
-        messages, _ = self._communicate(fields, batch_size, {"temperature": 0.0, "seed": 0})
-        method, read = self._read(self._turns[-1], fields, messages)
+        _, messages = self._turns(fields, batch_size, {"temperature": 0.0, "seed": 0})
+        method, read = self._read(len(self._readers) - 1, fields, messages)
         return method.loss(read, answers, batch_size)

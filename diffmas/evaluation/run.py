@@ -1,27 +1,45 @@
-"""Several methods on the same rows: one `Result` each, as a table, a CSV file and a plot."""
+"""Several methods on the same rows: one `Result` each, as tables, CSV files and a plot."""
 
 import csv
 import json
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
-from diffmas.evaluation.baselines import Method
-from diffmas.evaluation.metrics import Scorer, perplexity, wilson
+from diffmas.agents.meter import PHASES
+from diffmas.evaluation.baselines import Answers, Method
+from diffmas.evaluation.metrics import Difference, Scorer, agreements, difference_of_rates, perplexity, wilson
 from diffmas.training.data import question_and_answer
 
-__all__ = ["MethodsFailed", "Result", "evaluate", "plot", "table", "write_answers", "write_csv"]
+__all__ = [
+    "MethodsFailed", "Result", "evaluate", "gap", "narrow_table", "percent", "plot", "shares_right", "tables",
+    "write_answers", "write_csv", "write_entropy",
+]  # fmt: skip
+
+NAN = math.nan
 
 
 @dataclass
 class Result:
     """One method on one data set.
 
-    accuracy: share of right samples; [low, high]: its 95 % Wilson interval over questions. perplexity: of the gold answers,
-    per token. vote_accuracy, agreement: self-consistency (`Scorer.self_consistency`). seconds: wall time of answering.
-    tokens: decoded by all agents together, for all samples.
+    accuracy: share of right samples; [low, high]: its 95 % Wilson interval over questions. difference: of the accuracy to the
+    best baseline's, `best_baseline`, over the same questions, with its interval (`difference_of_rates`); None for that one.
+    perplexity: of the gold answers, per token. vote_accuracy, agreement: self-consistency (`Scorer.self_consistency`).
+    agree: {"3 of 4": share of questions where that many samples agree, ...} (`metrics.agreements`).
+
+    decoded_perplexity, entropy: of the distributions that the answers' tokens were drawn from, at temperature 1: exp of the
+    tokens' mean negative log-likelihood; the mean over tokens, in nats. entropy_curve: by the token's place in the answer.
+
+    seconds: wall time of answering, and by phase in `phases`. tokens: decoded by all agents together, for all samples.
+    prompt_tokens, latent_steps: forwarded by all agents; samples that share them count once. trace_bytes: of the largest trace.
+
+    texts, scores: [question][sample] and the share of right samples by question; not in tables.
     """
 
     method: str
@@ -30,16 +48,40 @@ class Result:
     accuracy: float
     low: float
     high: float
+    best_baseline: str | None
+    difference: Difference | None
     perplexity: float
     vote_accuracy: float
     agreement: float
+    agree: dict[str, float]
+    decoded_perplexity: float
+    entropy: float
     seconds: float
+    phases: dict[str, float]
     tokens: int
-    texts: list[list[str]] = field(default_factory=list, repr=False)  # [question][sample]; not in tables
+    prompt_tokens: int
+    latent_steps: int
+    trace_bytes: int
+    entropy_curve: list[float] = field(default_factory=list, repr=False)
+    entropy_counts: list[int] = field(default_factory=list, repr=False)
+    scores: list[float] = field(default_factory=list, repr=False)
+    texts: list[list[str]] = field(default_factory=list, repr=False)
 
     def row(self) -> dict:
-        """All but the texts, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "texts"}
+        """The numbers by name, as in the CSV file; those that do not apply are empty."""
+        gap = self.difference or ("", "", "")
+        row = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "difference":
+                row |= dict(zip(("difference", "difference_low", "difference_high"), gap))
+            elif f.name == "agree":
+                row |= {f"agree_{name.replace(' ', '_')}": share for name, share in value.items()}
+            elif f.name == "phases":
+                row |= {f"seconds_{name.replace('-', '_')}": seconds for name, seconds in value.items()}
+            elif f.name not in ("entropy_curve", "entropy_counts", "scores", "texts"):
+                row[f.name] = "" if value is None else value
+        return row
 
 
 class MethodsFailed(RuntimeError):
@@ -53,17 +95,18 @@ class MethodsFailed(RuntimeError):
 def evaluate(
     methods: dict[str, Method], rows: list[dict], samples: int = 1, scorer: Scorer | None = None,
     batch_size: int | None = None, progress: Callable[[str], None] | None = None,
-    save: Callable[[list[Result]], object] | None = None, **generation,
+    save: Callable[[list[Result]], object] | None = None, baselines: Sequence[str] | None = None, **generation,
 ) -> list[Result]:  # fmt: skip
     """Answers every row with every method; returns results in the order of `methods`.
 
     rows: of questions and answers (`diffmas.training.data`). samples: answers per question. scorer: by default `Scorer()`.
-    batch_size: questions at once, by default all. progress: called with each method's name before its turn. save: called with
-    all results so far, after each method. generation: max_new_tokens, temperature, top_p, seed and stop of
-    `MultiAgentSystem.generate`.
+    batch_size: questions at once, each with all its samples; by default all. progress: called with each method's name before
+    its turn. save: called with all results so far, after each method. baselines: the methods that others are compared with, by
+    default all but the last. The best of them on these rows is chosen, which favours it. generation: max_new_tokens,
+    temperature, top_p, seed and stop of `MultiAgentSystem.generate`.
 
-    Raises ValueError for no method, no row, or a row that does not fit. A method that fails does not stop the others;
-    `MethodsFailed`, with their results, is raised at the end.
+    Raises ValueError for no method, no row, a row that does not fit, or a baseline that is none of the methods. A method that
+    fails does not stop the others; `MethodsFailed`, with their results, is raised at the end.
 
         >>> methods = {"one agent": single_agent(system), "system": Latent(system)}
         >>> [result.questions for result in evaluate(methods, rows, max_new_tokens=4, seed=0)]
@@ -73,6 +116,9 @@ def evaluate(
         raise ValueError("methods: expected at least one, got none")
     if not rows:
         raise ValueError("rows: expected at least one row, got an empty data set")
+    baselines = list(methods)[:-1] if baselines is None else list(baselines)
+    if unknown := [name for name in baselines if name not in methods]:
+        raise ValueError(f"baselines: expected some of {list(methods)}, got {unknown[0]!r}")
     questions, golds = map(list, zip(*(question_and_answer(row, f"rows[{i}]") for i, row in enumerate(rows))))
     scorer, results, errors = scorer or Scorer(), [], {}
     for name, method in methods.items():
@@ -84,14 +130,8 @@ def evaluate(
         except Exception as error:
             errors[name] = error
             continue
-        accuracy = scorer.accuracy(answers.texts, golds)
-        vote, agreement = scorer.self_consistency(answers.texts, golds)
-        results.append(
-            Result(
-                name, len(rows), samples, accuracy, *wilson(accuracy, len(rows)), perplexity(*nll), vote, agreement,
-                answers.seconds, answers.tokens, answers.texts,
-            )
-        )  # fmt: skip
+        results.append(_result(name, answers, golds, samples, scorer, perplexity(*nll)))
+        _compare(results, baselines)
         if save:
             save(results)
     if errors:
@@ -99,37 +139,121 @@ def evaluate(
     return results
 
 
-def table(results: list[Result], title: str = "") -> Table:
-    """The results as a rich table, rates in percent."""
-    out = Table(title=title or None)
-    out.add_column("method", no_wrap=True)
-    for head in ("accuracy %", "95 % interval", "perplexity", "majority %", "agreement %", "seconds", "tokens decoded"):
-        out.add_column(head, justify="right")
+def _result(name: str, answers: Answers, golds: list[str], samples: int, scorer: Scorer, gold_perplexity: float) -> Result:
+    texts, cost, decoding = answers.texts, answers.cost, answers.decoding
+    scores = shares_right(scorer, texts, golds)
+    accuracy = statistics.fmean(scores)
+    vote, agreement = scorer.self_consistency(texts, golds)
+    curve, counts = decoding.entropy, decoding.counts
+    decoded = sum(counts)
+    return Result(
+        name, len(texts), samples, accuracy, *wilson(accuracy, len(texts)), None, None, gold_perplexity, vote, agreement,
+        agreements([scorer.vote(row)[1] for row in texts], samples),
+        perplexity(decoding.nll, decoded) if decoded else NAN,
+        sum(e * n for e, n in zip(curve, counts)) / decoded if decoded else NAN,
+        answers.seconds, cost.seconds, answers.tokens, cost.rows["prefill"], cost.rows["latent"], cost.trace_bytes,
+        curve, counts, scores, texts,
+    )  # fmt: skip
+
+
+def shares_right(scorer: Scorer, texts: list[list[str]], golds: list[str]) -> list[float]:
+    """The share of each question's samples that are right. texts[question][sample]."""
+    return [statistics.fmean(scorer.correct(text, gold) for text in row) for row, gold in zip(texts, golds)]
+
+
+def _compare(results: list[Result], baselines: list[str]) -> None:
+    """Fills in the difference of every result to the best baseline so far."""
+    best = max((r for r in results if r.method in baselines), key=lambda r: r.accuracy, default=None)
     for r in results:
-        out.add_row(
-            r.method, f"{100 * r.accuracy:.1f}", f"{100 * r.low:.1f} - {100 * r.high:.1f}", f"{r.perplexity:.3g}",
-            f"{100 * r.vote_accuracy:.1f}", f"{100 * r.agreement:.1f}", f"{r.seconds:.2f}", str(r.tokens),
-        )  # fmt: skip
-    if results:
-        out.caption = f"{results[0].questions} questions, {results[0].samples} sample(s) each"
+        r.best_baseline = best and best.method
+        r.difference = None if best is None or r is best else difference_of_rates(r.scores, best.scores)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def percent(x: float, sign: str = "") -> str:
+    return f"{100 * x:{sign}.1f}"
+
+
+def interval(low: float, high: float, sign: str = "") -> str:
+    return f"[{percent(low, sign)}, {percent(high, sign)}]"
+
+
+def narrow_table(title: str, heads: Sequence[str], rows: list[list[str]], caption: str = "") -> Table:
+    """A table that is narrow enough for a terminal of 80 columns: only the first column, of names, is folded."""
+    out = Table(title=title or None, caption=caption or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    out.title_justify = out.caption_justify = "left"
+    out.add_column(heads[0], max_width=18, overflow="fold")
+    for i, head in enumerate(heads[1:], start=1):
+        out.add_column(head, justify="right", width=max(map(len, (*head.split(), *(row[i] for row in rows)))))
+    for row in rows:
+        out.add_row(*row)
     return out
+
+
+def gap(difference: Difference | None) -> str:
+    """A difference of rates in points, with its interval."""
+    if difference is None:
+        return ""
+    return f"{percent(difference.value, '+')} {interval(difference.low, difference.high)}"
+
+
+def tables(results: list[Result], title: str = "") -> list[Table]:
+    """The results as rich tables of at most 80 columns: how good the answers are, how sure and agreed, what they cost."""
+    good, sure, cost = [], [], []
+    agree = list(results[0].agree) if results else []
+    for r in results:
+        good.append([r.method, percent(r.accuracy), interval(r.low, r.high), gap(r.difference), percent(r.vote_accuracy)])
+        certain = [f"{x:.3g}" for x in (r.perplexity, r.decoded_perplexity, r.entropy)]
+        sure.append([r.method, *certain, percent(r.agreement), *(percent(r.agree[name]) for name in agree)])
+        counts = [f"{n:,}" if n < 100_000 else f"{n / 1000:,.0f}k" for n in (r.tokens, r.latent_steps, r.prompt_tokens)]
+        times = (r.seconds, *(r.phases[name] for name in PHASES[:-1]))
+        seconds = [f"{x:.2f}" if x < 100 else f"{x:,.0f}" for x in times]
+        cost.append([r.method, *counts, *seconds, f"{r.trace_bytes / 1e6:.3g}"])
+    best = next((f"; best baseline: {r.best_baseline}" for r in results if r.best_baseline), "")
+    asked = f"{results[0].questions} questions, {results[0].samples} sample(s) each{best}" if results else ""
+    head = ("method", "right %", "95 % interval", "to best baseline", "majority right %")
+    sure_head = ("method", "perplexity gold", "perplexity decoded", "entropy nats", "agree %", *(f"{k} agree %" for k in agree))
+    phases = [f"{name.replace('-', ' ')} s" for name in PHASES[:-1]]
+    cost_head = ("method", "tokens decoded", "latent steps", "prompt tokens", "all s", *phases, "trace MB")
+    return [narrow_table(title, head, good, asked), narrow_table("", sure_head, sure), narrow_table("", cost_head, cost)]
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _open(path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def write_csv(results: list[Result], path) -> Path:
     """Writes a CSV file with a line per method, and returns its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, rows = _open(path), [r.row() for r in results]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Result) if f.name != "texts"])
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
-        writer.writerows(r.row() for r in results)
+        writer.writerows(rows)
+    return path
+
+
+def write_entropy(results: list[Result], path) -> Path:
+    """Writes the token-entropy curves as CSV, (method, token, nats, tokens): the mean entropy of the distribution that the
+    answers' t-th tokens come from, and how many these are; returns its path."""
+    path = _open(path)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("method", "token", "nats", "tokens"))
+        for r in results:
+            writer.writerows((r.method, t, *pair) for t, pair in enumerate(zip(r.entropy_curve, r.entropy_counts)))
     return path
 
 
 def write_answers(results: list[Result], rows: list[dict], path) -> Path:
     """Writes a JSON line per row, {"fields", "answer", "given": {method: [samples]}}, and returns the file's path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _open(path)
     with path.open("w", encoding="utf-8") as file:
         for i, row in enumerate(rows):
             asked, gold = question_and_answer(row)
@@ -139,21 +263,34 @@ def write_answers(results: list[Result], rows: list[dict], path) -> Path:
 
 
 def plot(results: list[Result], path, title: str = "") -> Path:
-    """Writes a PNG of the accuracies with their intervals, and the perplexities beside them; returns its path."""
+    """Writes a PNG: accuracies with their intervals, perplexities, seconds by phase, token-entropy curves; returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path, names = Path(path), [r.method for r in results]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(9, 1.2 + 0.5 * len(results)), layout="constrained")
+    path, names = _open(path), [r.method for r in results]
+    figure = Figure(figsize=(11, 5 + 0.6 * len(results)), layout="constrained")
     FigureCanvasAgg(figure)  # pyplot would need a display and keep global state
-    left, right = figure.subplots(1, 2, sharey=True)
+    (right, sure), (cost, curves) = figure.subplots(2, 2)
     errors = [[100 * (r.accuracy - r.low) for r in results], [100 * (r.high - r.accuracy) for r in results]]
-    left.barh(names, [100 * r.accuracy for r in results], xerr=errors, capsize=3, color="tab:blue", alpha=0.8)
-    left.set(xlabel="accuracy, % (95 % interval)", xlim=(0, 100))
-    left.invert_yaxis()
-    right.barh(names, [r.perplexity for r in results], color="tab:orange", alpha=0.8)
-    right.set(xlabel="perplexity of the answer per token", xscale="log")
+    right.barh(names, [100 * r.accuracy for r in results], xerr=errors, capsize=3, color="tab:blue", alpha=0.8)
+    right.set(xlabel="accuracy, % (95 % interval)", xlim=(0, 100))
+    places = range(len(results))
+    for shift, what, label in ((-0.2, "perplexity", "gold answer"), (0.2, "decoded_perplexity", "decoded answer")):
+        sure.barh([i + shift for i in places], [getattr(r, what) for r in results], 0.4, label=label, alpha=0.8)
+    sure.set(xlabel="perplexity per token", xscale="log", yticks=list(places), yticklabels=names)
+    left = [0.0] * len(results)
+    for name in PHASES:
+        seconds = [r.phases[name] for r in results]
+        cost.barh(names, seconds, left=left, label=name, alpha=0.8)
+        left = [a + b for a, b in zip(left, seconds)]
+    cost.set(xlabel="seconds")
+    for r in results:
+        curves.plot(range(1, len(r.entropy_curve) + 1), r.entropy_curve, label=r.method, marker=".")
+    curves.set(xlabel="token of the answer", ylabel="entropy, nats")
+    for axes in (right, sure, cost):
+        axes.invert_yaxis()
+    for axes in (sure, cost, curves):
+        axes.legend(fontsize="small")
     figure.suptitle(title or f"{results[0].questions} questions, {results[0].samples} sample(s) each")
     figure.savefig(path, dpi=150)
     return path

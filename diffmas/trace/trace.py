@@ -322,6 +322,24 @@ class Trace(CacheFace):
         view = self._view([only(row, kind, agent, sinks) for row in self._segments], self._extents)
         return view._reindexed() if positions == "reindex" else view
 
+    def reading(self, segments: list[list[Segment]]) -> "Trace":
+        """A view in which sequence b sees segments[b], in that order: rows of any sequences of this trace, at the positions
+        that the segments' offsets give them. The next positions stay.
+
+        Raises ValueError unless there is a list for each sequence, of rows that this trace sees, none of them twice in one.
+        """
+        if len(segments) != self.batch_size:
+            raise ValueError(f"segments: expected a list for each of {self.batch_size} sequences, got {len(segments)}")
+        rows_of = lambda row: np.concatenate([np.arange(s.start, s.end) for s in row] or [np.zeros(0, np.int64)])  # noqa: E731
+        seen = rows_of(self.segments)
+        for b, row in enumerate(segments):
+            rows = rows_of(row)
+            if not np.isin(rows, seen).all():
+                raise ValueError(f"segments[{b}]: expected rows that this trace sees, got others")
+            if len(np.unique(rows)) < len(rows):
+                raise ValueError(f"segments[{b}]: expected every row once, got one twice")
+        return self._view(segments)
+
     def _reindexed(self) -> "Trace":
         """The same tokens, read at positions 0, 1, 2, ..."""
         rows, ends = [], []

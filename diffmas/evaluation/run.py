@@ -84,8 +84,8 @@ def evaluate(
         except Exception as error:
             errors[name] = error
             continue
-        accuracy = scorer.accuracy(answers.texts, golds)
-        vote, agreement = scorer.self_consistency(answers.texts, golds)
+        accuracy = scorer.accuracy(answers.texts, golds, rows)
+        vote, agreement = scorer.self_consistency(answers.texts, golds, rows)
         results.append(
             Result(
                 name, len(rows), samples, accuracy, *wilson(accuracy, len(rows)), perplexity(*nll), vote, agreement,

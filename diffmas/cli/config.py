@@ -6,6 +6,11 @@
       - {name: solver, prompt: "Answer: {question}"}
     data: {train: train.jsonl, validation_fraction: 0.1}
 
+Or a published task, whose questions, agents and verdicts stand for what the file does not say:
+
+    model: Qwen/Qwen3-0.6B
+    task: gsm8k
+
 `Config` lists the keys, `load` reads a file. Relative paths start at the file's directory.
 """
 
@@ -20,8 +25,12 @@ import yaml
 
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
+from diffmas.evaluation.tasks import task
 
-__all__ = ["Config", "build_model", "build_system", "load", "read_data", "training_arguments"]
+__all__ = [
+    "Config", "build_model", "build_system", "check_methods", "evaluation_rows", "load", "read_data", "scorer",
+    "training_arguments",
+]  # fmt: skip
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,7 +47,7 @@ class Lora:
 
 @dataclass
 class Data:
-    """Files of JSON lines (`diffmas.training.data`).
+    """Files of JSON lines (`diffmas.training.data`); with a task, files in its published form, instead of the hub.
 
     validation: a file; or instead validation_fraction, the share of the training rows that is held out, drawn with seed.
     """
@@ -51,9 +60,9 @@ class Data:
 
 @dataclass
 class Generation:
-    """Decoding, as `MultiAgentSystem.generate` takes it."""
+    """Decoding, as `MultiAgentSystem.generate` takes it. max_new_tokens: by default the task's, or 256."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     temperature: float = 0.6
     top_p: float = 0.95
     seed: int = 0
@@ -64,9 +73,10 @@ class Generation:
 class Evaluation:
     """`diffmas evaluate`.
 
-    data: a file of JSON lines, by default the validation rows. methods: some of METHODS. samples: answers per question.
-    batch_size: questions at once. max_message_tokens: of each message in the method "text". extract, match: see
-    `diffmas.evaluation.Scorer`. limit: only so many rows, from the first.
+    data: a file of JSON lines, by default the task's test part, or without a task the validation rows. methods: some of
+    METHODS. samples: answers per question. batch_size: questions at once. max_message_tokens: of each message in the method
+    "text". extract, match: see `diffmas.evaluation.Scorer`; by default the task's, or all and exact. limit: only so many
+    rows, from the first.
     """
 
     data: str | None = None
@@ -74,27 +84,35 @@ class Evaluation:
     samples: int = 1
     batch_size: int = 8
     max_message_tokens: int = 256
-    extract: str = "all"
-    match: str = "exact"
+    extract: str | None = None
+    match: str | None = None
     limit: int | None = None
 
 
 METHODS = ("single", "text", "latent_mas", "diffmas")
 
 
+def check_methods(names: list[str]) -> None:
+    """Raises ValueError naming a method that is none of METHODS."""
+    if unknown := [m for m in names if m not in METHODS]:
+        raise ValueError(f"evaluation.methods: expected some of {METHODS}, got {unknown[0]!r}")
+
+
 @dataclass
 class Config:
     """The keys of config.yaml.
 
-    model: a hub name or a directory. dtype: of the weights, one of DTYPES. system: options of `MultiAgentSystem`. training:
-    any fields of transformers' TrainingArguments but output_dir, over the paper's settings (`default_arguments`).
-    early_stopping_patience: how many evaluations without a better eval_loss end training.
+    model: a hub name or a directory. task: one of `diffmas tasks`. agents: by default the task's. dtype: of the weights, one
+    of DTYPES. system: options of `MultiAgentSystem`. training: any fields of transformers' TrainingArguments but output_dir,
+    over the paper's settings (`default_arguments`). early_stopping_patience: how many evaluations without a better eval_loss
+    end training.
 
     Raises ValueError naming a key whose value does not fit.
     """
 
     model: str
-    agents: list[Agent]
+    agents: list[Agent] = field(default_factory=list)
+    task: str | None = None
     output_dir: str = "diffmas-output"
     dtype: str = "auto"
     system: Options = field(default_factory=Options)
@@ -106,14 +124,18 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self):
+        published = task(self.task) if self.task is not None else None
+        if published:
+            self.agents = self.agents or published.agents()
         if not self.agents:
-            raise ValueError("agents: expected at least one agent, got an empty list")
+            raise ValueError("agents: expected at least one agent or a task, got neither")
+        if self.generation.max_new_tokens is None:
+            self.generation.max_new_tokens = published.max_new_tokens if published else 256
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
         if self.data.validation and self.data.validation_fraction is not None:
             raise ValueError("data.validation_fraction: expected it alone, got it together with data.validation")
-        if unknown := [m for m in self.evaluation.methods if m not in METHODS]:
-            raise ValueError(f"evaluation.methods: expected some of {METHODS}, got {unknown[0]!r}")
+        check_methods(self.evaluation.methods)
         if self.early_stopping_patience is not None and not (self.data.validation or self.data.validation_fraction):
             raise ValueError(
                 "early_stopping_patience: expected data.validation or data.validation_fraction with it, got neither"
@@ -252,15 +274,45 @@ def build_system(config: Config, adapter: bool = True, device: str | None = None
     return MultiAgentSystem(model, tokenizer, config.agents, **options)
 
 
+def _rows(config: Config, path: str | None, part: str, limit: int | None = None) -> list[dict]:
+    """The rows of a file, in the published form of the config's task if it has one; without a file, of a part of the task."""
+    from diffmas.training.data import check_row, read_jsonl
+
+    if config.task is None:
+        return read_jsonl(path, config.agents)[:limit]
+    rows = task(config.task).rows(part, path, limit)
+    check_row(rows[0], f"task {config.task}", config.agents)
+    return rows
+
+
 def read_data(config: Config) -> tuple[list[dict], list[dict] | None]:
     """Training and validation rows; None for the latter if the config has none. Raises ValueError for rows that do not fit."""
-    from diffmas.training.data import read_jsonl, split
+    from diffmas.training.data import split
 
-    if not config.data.train:
+    if not config.data.train and config.task is None:
         raise ValueError("data.train: expected a file of JSON lines, got none")
-    train = read_jsonl(config.data.train, config.agents)
+    train = _rows(config, config.data.train, "train")
     if config.data.validation:
-        return train, read_jsonl(config.data.validation, config.agents)
+        return train, _rows(config, config.data.validation, "validation")
     if config.data.validation_fraction:
         return split(train, config.data.validation_fraction, config.data.seed)
     return train, None
+
+
+def evaluation_rows(config: Config) -> list[dict]:
+    """The rows that `diffmas evaluate` asks. Raises ValueError if the config names none, and for rows that do not fit."""
+    limit = config.evaluation.limit
+    if config.evaluation.data or config.task is not None:
+        return _rows(config, config.evaluation.data, "test", limit)
+    rows = read_data(config)[1]
+    if rows is None:
+        raise ValueError("evaluation.data: expected a file of JSON lines (or validation data, or a task), got none")
+    return rows[:limit]
+
+
+def scorer(config: Config):
+    """What judges answers: the config's extract and match, or else the task's."""
+    from diffmas.evaluation import Scorer
+
+    given = {k: v for k in ("extract", "match") if (v := getattr(config.evaluation, k)) is not None}
+    return task(config.task).scorer() if config.task is not None and not given else Scorer(**given)

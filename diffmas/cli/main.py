@@ -1,4 +1,4 @@
-"""The command line: diffmas demo | train | generate | evaluate | bench | env."""
+"""The command line: diffmas demo | train | generate | tasks | evaluate | bench | env."""
 
 import functools
 import math
@@ -152,38 +152,129 @@ def generate(
 
 
 @app.command()
+def tasks():
+    """List the published tasks that `evaluate --task` and a config's `task` know."""
+    from diffmas.evaluation.tasks import TASKS
+
+    out = Table(title="diffmas tasks")
+    for head in ("task", "kind"):
+        out.add_column(head, no_wrap=True)
+    out.add_column("questions", justify="right", no_wrap=True)
+    for head in ("parts", "on the hub", "licence"):
+        out.add_column(head, overflow="fold")
+    for t in TASKS.values():
+        source = f"{t.hub} ({t.config})" if t.config else t.hub
+        out.add_row(t.name, t.kind, str(t.questions), ", ".join(t.splits), source, t.licence + (", gated" if t.gated else ""))
+    console.print(out)
+
+
+def _settings(config, task, model, path, latent_steps, output):
+    """The settings of a config file or of the options that stand for one."""
+    from diffmas.cli.config import Config, Evaluation, load
+    from diffmas.evaluation import tasks
+
+    given = {"--model": model, "--path": path, "--latent-steps": latent_steps}
+    given = [name for name, value in given.items() if value is not None]
+    if config is not None:
+        if task is not None or given:
+            raise ValueError(f"{task and '--task' or given[0]}: expected it without a config file, got {config} too")
+        return load(config)
+    if task is None:
+        raise ValueError("evaluate: expected a config file, or --task and --model, got neither")
+    chosen = tasks.task(task)
+    if model is None:
+        raise ValueError(f"--model: expected a directory or hub name with --task {task}, got none")
+    return Config(
+        model, chosen.agents("latent", latent_steps), task, str(output or Path("runs") / task),
+        evaluation=Evaluation(data=str(path) if path else None),
+    )  # fmt: skip
+
+
+def _methods(settings, system, names):
+    """The methods by name; a task's own prompts for each kind of agents, unless the system has others."""
+    from dataclasses import fields
+
+    from diffmas import evaluation
+    from diffmas.agents.options import Options
+    from diffmas.agents.system import MultiAgentSystem
+    from diffmas.evaluation.tasks import task
+
+    alone, writing = None, system
+    if settings.task is not None:
+        published = task(settings.task)
+        if [a.prompt for a in system.agents] == [a.prompt for a in published.agents()]:
+            (alone,) = published.agents("single")
+            described = system.describe()
+            options = {option.name: described[option.name] for option in fields(Options)}
+            options |= {"realign": "none", "grad_scope": "full", "last_k": None, "adapter_scope": "shared"}
+            writing = MultiAgentSystem(system.model, system.tokenizer, published.agents("text"), **options)
+    makers = {
+        "single": lambda: evaluation.single_agent(system, alone),
+        "text": lambda: evaluation.TextAgents(writing, settings.evaluation.max_message_tokens),
+        "latent_mas": lambda: evaluation.latent_mas(system),
+        "diffmas": lambda: evaluation.Latent(system),
+    }
+    return {name: makers[name]() for name in names}
+
+
+def _show_programs(results, scorer, rows) -> None:
+    """pass@k of every method, and what the programs ran in."""
+    from diffmas.evaluation import metrics, sandbox
+
+    for r in results:
+        right = [sum(samples) for samples in scorer.verdicts(r.texts, [row["answer"] for row in rows], rows)]
+        rates = {k: sum(metrics.pass_at_k(r.samples, n, k) for n in right) / len(right) for k in {1, r.samples}}
+        text = ", ".join(f"pass@{k} {100 * rate:.1f} %" for k, rate in sorted(rates.items()))
+        console.print(f"{r.method}: {text}", highlight=False)
+    console.print(f"programs ran isolated by: {sandbox.isolation()}", highlight=False)
+
+
+@app.command()
 @explained
 def evaluate(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None, typer.Argument(help="config.yaml; or instead --task and --model", show_default=False)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="a published task, see `diffmas tasks`")] = None,
+    model: Annotated[str | None, typer.Option(help="with --task: a directory or hub name")] = None,
+    path: Annotated[Path | None, typer.Option(help="with --task: a file in a published form, instead of the hub")] = None,
+    latent_steps: Annotated[int | None, typer.Option(help="with --task: T of every agent but the last", min=0)] = None,
+    methods: Annotated[str | None, typer.Option(help="some of single,text,latent_mas,diffmas")] = None,
     adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
+    limit: Annotated[int | None, typer.Option(help="only so many questions, from the first", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(help="answers per question", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="questions at once", min=1)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="of an answer", min=1)] = None,
+    max_message_tokens: Annotated[int | None, typer.Option(help="of a message of the text agents", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the samples")] = None,
     output: Annotated[Path | None, typer.Option(help="directory for results.csv, results.png and answers.jsonl")] = None,
     device: Device = None,
 ):
-    """Compare the trained system with its baselines on the same questions."""
+    """Compare the trained system with its baselines on the same questions, of a config or of a published task."""
     from diffmas import evaluation
     from diffmas.agents.system import MultiAgentSystem
-    from diffmas.cli.config import build_model, build_system, load, read_data
-    from diffmas.training.data import read_jsonl
+    from diffmas.cli.config import build_model, build_system, check_methods, evaluation_rows, scorer
 
-    settings, place = load(config), _device(device)
+    settings, place = _settings(config, task, model, path, latent_steps, output), _device(device)
     options = settings.evaluation
-    scorer = evaluation.Scorer(options.extract, options.match)
-    rows = read_jsonl(options.data, settings.agents) if options.data else read_data(settings)[1]
-    if rows is None:
-        raise ValueError(f"{config}: evaluation.data: expected a file of JSON lines (or validation data), got none")
-    rows = rows[: options.limit]
+    chosen = {
+        "methods": methods and [name.strip() for name in methods.split(",")], "limit": limit, "samples": samples,
+        "batch_size": batch_size, "max_message_tokens": max_message_tokens,
+    }  # fmt: skip
+    vars(options).update({k: v for k, v in chosen.items() if v is not None})
+    decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    vars(settings.generation).update({k: v for k, v in decoding.items() if v is not None})
+    check_methods(options.methods)
+    judge, rows = scorer(settings), evaluation_rows(settings)
     if adapter:
         system = MultiAgentSystem.from_pretrained(adapter, *build_model(settings, place))
     else:
         system = build_system(settings, adapter=False, device=place)
     system.eval()
-    makers = {
-        "single": lambda: evaluation.single_agent(system),
-        "text": lambda: evaluation.TextAgents(system, options.max_message_tokens),
-        "latent_mas": lambda: evaluation.latent_mas(system),
-        "diffmas": lambda: evaluation.Latent(system),
-    }
-    methods = {name: makers[name]() for name in options.methods if adapter or name != "diffmas"}
+    names = [name for name in options.methods if adapter or name != "diffmas"]
+    if len(names) < len(options.methods):
+        errors.print("diffmas: left out, it needs --adapter", highlight=False)
     target = output or Path(settings.output_dir) / "evaluation"
     files = [target / name for name in ("results.csv", "results.png", "answers.jsonl")]
 
@@ -193,13 +284,15 @@ def evaluate(
         evaluation.write_answers(results, rows, files[2])
 
     def show(results):
-        console.print(evaluation.table(results, str(config)))
+        console.print(evaluation.table(results, str(config or task)))
+        if all("tests" in row for row in rows):
+            _show_programs(results, judge, rows)
         for file in files:
             console.print(str(file), highlight=False, soft_wrap=True)
 
     try:
         results = evaluation.evaluate(
-            methods, rows, options.samples, scorer, options.batch_size,
+            _methods(settings, system, names), rows, options.samples, judge, options.batch_size,
             lambda name: errors.print(f"{name} ...", highlight=False), save, **vars(settings.generation),
         )  # fmt: skip
     except evaluation.MethodsFailed as failure:

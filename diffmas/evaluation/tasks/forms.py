@@ -8,7 +8,6 @@ import ast
 import hashlib
 import random
 import re
-import textwrap
 
 from diffmas.evaluation.metrics import boxed
 from diffmas.evaluation.tasks.final import LETTERS
@@ -74,7 +73,9 @@ def problem(record: dict) -> dict:
 
 def _options(question: str, choices: list[str], right: int) -> dict:
     if not 2 <= len(choices) <= len(LETTERS) or not 0 <= right < len(choices):
-        raise FieldMissing(f"expected 2 to {len(LETTERS)} options and one of them right, got {len(choices)} and number {right + 1}")
+        raise FieldMissing(
+            f"expected 2 to {len(LETTERS)} options and one of them right, got {len(choices)} and number {right + 1}"
+        )
     lines = "\n".join(f"{a}. {text}" for a, text in zip(LETTERS, choices))
     return {
         "question": f"{question}\n\n{lines}", "answer": f"The answer is \\boxed{{{LETTERS[right]}}}.", "choices": choices,
@@ -122,12 +123,13 @@ def gpqa(record: dict) -> dict:
 
 
 def _whole(prefix: str, body: str) -> str:
-    """A function from its beginning and its body; CodeT's bodies are not indented as far as their docstrings."""
+    """A function from its beginning and its body, whose indentation CodeT's docstrings do not share."""
     try:
         ast.parse(prefix + body)
-        return prefix + body
     except SyntaxError:
-        return prefix + textwrap.indent(textwrap.dedent(body), "    ")
+        if indent := re.search(r"^[ \t]+(?=[^\s#])", body, re.MULTILINE):
+            prefix = re.sub(r"^    (?=\S)", lambda _: indent[0], prefix, flags=re.MULTILINE)
+    return prefix + body
 
 
 def code(record: dict, plus: bool = False) -> dict:
@@ -137,7 +139,9 @@ def code(record: dict, plus: bool = False) -> dict:
         prefix, name = _string(_field(record, "prompt"), "prompt"), _text(record, "entry_point")
         tests, solution = _string(_field(record, "test"), "test"), _whole(prefix, record.get("canonical_solution") or "")
         question = f"Complete this function:\n\n```python\n{prefix.rstrip()}\n```"
-        tests = f"{tests}\ncheck({name})"
+        # CodeT's tests, which call the function by its name, lack MBPP's only import.
+        lacking = "candidate(" not in tests.replace("check(candidate)", "") and "math." in tests
+        tests = ("import math\n" if lacking else "") + f"{tests}\ncheck({name})"
     else:
         prefix, solution, listed = "", _text(record, "code"), _field(record, "test_list")
         setup = [record.get("test_setup_code") or "", *(record.get("test_imports") or [])]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -156,15 +157,12 @@ def tasks():
     """List the published tasks that `evaluate --task` and a config's `task` know."""
     from diffmas.evaluation.tasks import TASKS
 
-    out = Table(title="diffmas tasks")
-    for head in ("task", "kind"):
-        out.add_column(head, no_wrap=True)
-    out.add_column("questions", justify="right", no_wrap=True)
-    for head in ("parts", "on the hub", "licence"):
-        out.add_column(head, overflow="fold")
+    out = Table(box=box.SIMPLE_HEAD)
+    for head in ("task", "kind", "questions", "train", "on the hub", "licence"):
+        out.add_column(head, justify="right" if head == "questions" else "left", overflow="fold")
     for t in TASKS.values():
-        source = f"{t.hub} ({t.config})" if t.config else t.hub
-        out.add_row(t.name, t.kind, str(t.questions), ", ".join(t.splits), source, t.licence + (", gated" if t.gated else ""))
+        licence = t.licence + (", gated" if t.gated else "")
+        out.add_row(t.name, t.kind, str(t.questions), "yes" if "train" in t.splits else "", t.hub, licence)
     console.print(out)
 
 

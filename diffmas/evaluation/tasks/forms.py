@@ -1,7 +1,7 @@
 """Published records as rows: every form in which a set is published has its fields here.
 
-A row has the field `question`, complete with options or tests, an `answer` to train on that ends in the final answer, and what the
-matcher needs: `choices`, or `tests`, `entry_point` and `code_prefix`.
+A row has the field `question`, complete with options or tests, an `answer` to train on that ends in the final answer, and what
+the matcher needs: `choices`, or `tests`, `entry_point` and `code_prefix`.
 """
 
 import ast
@@ -133,8 +133,8 @@ def _whole(prefix: str, body: str) -> str:
 
 
 def code(record: dict, plus: bool = False) -> dict:
-    """Programs in two forms: HumanEval's {prompt, canonical_solution, test, entry_point}, where `test` defines check(candidate),
-    as CodeT has MBPP too, and MBPP's {text or prompt, code, test_list}. plus: MBPP+, whose longer tests are in `test`."""
+    """Programs: HumanEval's {prompt, canonical_solution, test, entry_point}, where `test` defines check(candidate), as CodeT has
+    MBPP too; and MBPP's {text or prompt, code, test_list}. plus: MBPP+, whose longer tests are in `test`."""
     if "entry_point" in record:
         prefix, name = _string(_field(record, "prompt"), "prompt"), _text(record, "entry_point")
         tests, solution = _string(_field(record, "test"), "test"), _whole(prefix, record.get("canonical_solution") or "")

@@ -15,12 +15,12 @@ TASKS = {
     t.name: t
     for t in (
         Task(
-            "gsm8k", "mathematics", 1319, "openai/gsm8k", {"train": "train", "test": "test"}, forms.gsm8k, "MIT", "main",
+            "gsm8k", "math", 1319, "openai/gsm8k", {"train": "train", "test": "test"}, forms.gsm8k, "MIT", "main",
             number=True,
         ),
-        Task("math500", "mathematics", 500, "HuggingFaceH4/MATH-500", TEST, forms.mathematics, "MIT", max_new_tokens=2048),
-        Task("aime24", "mathematics", 30, "HuggingFaceH4/aime_2024", {"test": "train"}, forms.problem, "MAA", max_new_tokens=4096),
-        Task("aime25", "mathematics", 30, "math-ai/aime25", TEST, forms.problem, "MAA", max_new_tokens=4096),
+        Task("math500", "math", 500, "HuggingFaceH4/MATH-500", TEST, forms.mathematics, "MIT", max_new_tokens=2048),
+        Task("aime24", "math", 30, "HuggingFaceH4/aime_2024", {"test": "train"}, forms.problem, "MAA", max_new_tokens=4096),
+        Task("aime25", "math", 30, "math-ai/aime25", TEST, forms.problem, "MAA", max_new_tokens=4096),
         Task(
             "gpqa_diamond", "options", 198, "Idavidrein/gpqa", {"test": "train"}, forms.gpqa, "CC-BY-4.0", "gpqa_diamond",
             gated=True, max_new_tokens=2048,
@@ -28,7 +28,8 @@ TASKS = {
         Task("openbookqa", "options", 500, "allenai/openbookqa", ALL, forms.choice, "Apache-2.0", "main"),
         # The test split has no answers: its validation split is what everybody reports.
         Task(
-            "commonsenseqa", "options", 1221, "tau/commonsense_qa", {"train": "train", "test": "validation"}, forms.choice, "MIT",
+            "commonsenseqa", "options", 1221, "tau/commonsense_qa", {"train": "train", "test": "validation"}, forms.choice,
+            "MIT",
         ),
         Task("arc_challenge", "options", 1172, "allenai/ai2_arc", ALL, forms.choice, "CC-BY-SA-4.0", "ARC-Challenge"),
         Task("arc_easy", "options", 2376, "allenai/ai2_arc", ALL, forms.choice, "CC-BY-SA-4.0", "ARC-Easy"),

@@ -48,8 +48,8 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
 def from_hub(hub: str, config: str | None, split: str, gated: bool = False) -> Iterator[tuple[str, dict]]:
     """(where, record) of a split on the hub, from datasets' cache once it is there.
 
-    Raises ImportError without the package datasets; ValueError for a gated set without access, PermissionError's cousin that says
-    how to get it; ConnectionError if the hub cannot be reached.
+    Raises ValueError that says what to do: without the package datasets, for a gated set without access, and for a set that
+    can neither be downloaded nor is in the cache.
     """
     try:
         import datasets
@@ -66,7 +66,7 @@ def from_hub(hub: str, config: str | None, split: str, gated: bool = False) -> I
             ) from error
         first = str(error).strip().splitlines()[:1]
         raise ValueError(
-            f"{hub}: expected the set on the hub or in datasets' cache, got {kind}: {''.join(first)}; a file can be given instead"
+            f"{hub}: expected the set on the hub or in datasets' cache, or a file of it, got {kind}: {''.join(first)}"
         ) from error
     for number, record in enumerate(records, start=1):
         yield f"{hub} ({split}), record {number}", record

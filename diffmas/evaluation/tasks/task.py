@@ -19,9 +19,9 @@ PARTS = ("train", "validation", "test")
 class Task:
     """A set of questions as it is published, and what to do with it.
 
-    name: as in `diffmas tasks`. kind: mathematics | options | code. questions: how many the test part has. hub, config: of the data
-    set on the Hugging Face hub. splits: by part, one of PARTS; a part that the set lacks is not there. form: record -> row.
-    licence: of the questions, as published. gated: whether the hub asks for an account. number: the answers are plain numbers.
+    name: as in `diffmas tasks`. kind: math | options | code. questions: how many the test part has. hub, config: of the data set
+    on the Hugging Face hub. splits: its split for each part, of PARTS, that it has. form: record -> row. licence: of the
+    questions. gated: whether the hub asks for an account. number: whether an answer without a box ends in a plain number.
     latent_steps: T by default. max_new_tokens: of an answer by default.
     """
 
@@ -41,8 +41,8 @@ class Task:
     def rows(self, part: str = "test", path=None, limit: int | None = None) -> list[dict]:
         """The rows of a part (`diffmas.training.data`), ready for `Trainer` and `evaluate`.
 
-        path: a file in a published form instead of the hub (JSON lines, a JSON list, .gz of either), whatever its part. limit: only
-        so many rows, from the first. Raises ValueError naming file and line, and the field, of a record that does not fit; for a
+        path: a file in a published form instead of the hub (JSON lines, a JSON list, .gz of either), whatever its part. limit:
+        only so many rows, from the first. Raises ValueError naming file, line and field of a record that does not fit; for a
         part that the set lacks, a gated set without access, and without the package datasets; FileNotFoundError for no file.
 
             >>> (row,) = task("gsm8k").rows(path=published, limit=1)

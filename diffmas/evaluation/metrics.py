@@ -3,15 +3,15 @@
 Samples of one question are not independent, so intervals count questions, not samples.
 """
 
-import functools
 import inspect
 import math
 import re
 import statistics
-import threading
 import unicodedata
 from collections.abc import Callable
 from importlib.util import find_spec
+
+from diffmas.evaluation import mathematics
 
 __all__ = [
     "EXTRACTORS", "MATCHERS", "Scorer", "boxed", "last_number", "normalise", "pass_at_k", "perplexity", "wilson",
@@ -80,23 +80,8 @@ def _exact(given: str, gold: str) -> bool:
     return normalise(given) == normalise(gold)
 
 
-@functools.lru_cache(maxsize=4096)
-def _parsed(text: str):
-    from math_verify import parse
-
-    # As LaTeX; parse returns nothing for a text that is no mathematics.
-    return parse(f"${text}$", parsing_timeout=_patience())
-
-
-def _patience() -> int | None:
-    """Seconds for math-verify, which counts them by a signal, and signals reach only the main thread."""
-    return 5 if threading.current_thread() is threading.main_thread() else None
-
-
 def _math(given: str, gold: str) -> bool:
-    from math_verify import verify
-
-    return _exact(given, gold) or bool(verify(_parsed(gold), _parsed(given), timeout_seconds=_patience()))
+    return _exact(given, gold) or mathematics.equal(given, gold)
 
 
 MATCHERS: dict[str, Callable[[str, str], bool]] = {"exact": _exact, "math": _math}

@@ -5,6 +5,7 @@ import functools
 import re
 
 from diffmas.evaluation import sandbox
+from diffmas.evaluation.mathematics import last_expression
 from diffmas.evaluation.metrics import boxed, last_number, normalise
 
 __all__ = ["LETTERS", "boxed_or_mathematics", "boxed_or_number", "code", "letter", "passes", "same_code", "same_letter"]
@@ -23,13 +24,8 @@ def boxed_or_number(text: str) -> str | None:
 
 def boxed_or_mathematics(text: str) -> str | None:
     """The contents of the last box, else the mathematics that math-verify takes for the answer."""
-    from math_verify import parse
-
     final = boxed(text)
-    if final is not None:
-        return final
-    found = parse(text, parsing_timeout=None)
-    return str(found[-1]) if found else None
+    return last_expression(text) if final is None else final
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

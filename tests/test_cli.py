@@ -278,10 +278,10 @@ def test_what_a_config_may_hold(tmp_path):
 
 
 def test_the_example_is_a_config(pytestconfig):
-    from diffmas.cli.config import read_data
+    from diffmas.cli.build import training_rows
 
     settings = config.load(pytestconfig.rootpath / "examples" / "train.yaml")
-    train, held_out = read_data(settings)
+    train, held_out = training_rows(settings)
     assert len(train) == 8 and len(held_out) == 2 and len(settings.agents) == 4
     arguments = config.training_arguments(settings)  # also without a GPU
     assert not arguments.bf16 and arguments.gradient_accumulation_steps == 64

@@ -159,7 +159,10 @@ def copied(base, tmp_path):
 def test_a_directory(base, monkeypatch):
     model, tokenizer = load_model(str(base), dtype="bfloat16", attn_implementation="eager")
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
-    assert model.config._name_or_path == str(base) and tokenizer("where is")["input_ids"] == tiny.tokenizer()("where is")["input_ids"]
+    assert (
+        model.config._name_or_path == str(base)
+        and tokenizer("where is")["input_ids"] == tiny.tokenizer()("where is")["input_ids"]
+    )
     assert load_base(base).dtype == torch.float32 and load_base(base, device="meta").device.type == "meta"
     monkeypatch.chdir(base.parent)
     assert torch.equal(load_base(base.name).lm_head.weight, tiny.model().lm_head.weight)
@@ -203,7 +206,9 @@ def test_what_is_damaged_or_missing_in_a_directory_is_named(base, tmp_path):
 
     cases = {
         "config.json' is not a valid JSON": lambda path: cut(path / "config.json", 0.5),
-        "model.safetensors: expected a whole file of weights, got a damaged one": lambda path: cut(path / "model.safetensors", 0.9),
+        "model.safetensors: expected a whole file of weights, got a damaged one": lambda path: cut(
+            path / "model.safetensors", 0.9
+        ),
         "found no model.layers.1.mlp.up_proj.weight": without_a_weight,
         "got model.layers.0.mlp.down_proj.weight of another shape than its config says": of_another_shape,
         "no file named .*model.safetensors": lambda path: (path / "model.safetensors").unlink(),

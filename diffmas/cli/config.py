@@ -6,6 +6,11 @@
       - {name: solver, prompt: "Answer: {question}"}
     data: {train: train.jsonl, validation_fraction: 0.1}
 
+Or a published task, whose questions, agents and verdicts stand for what the file does not say:
+
+    model: Qwen/Qwen3-0.6B
+    task: gsm8k
+
 `Config` lists the keys, `load` reads a file. Relative paths start at the file's directory.
 """
 
@@ -13,15 +18,16 @@ import contextlib
 import difflib
 import types
 import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import yaml
 
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
+from diffmas.evaluation.tasks import task
 
-__all__ = ["Config", "build_model", "build_system", "load", "read_data", "trained_as", "training_arguments"]
+__all__ = ["Config", "TRAINED", "check_methods", "load", "training_fields"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,7 +44,7 @@ class Lora:
 
 @dataclass
 class Data:
-    """Files of JSON lines (`diffmas.training.data`).
+    """Files of JSON lines (`diffmas.training.data`); with a task, files in its published form, instead of the hub.
 
     validation: a file; or instead validation_fraction, the share of the training rows that is held out, drawn with seed.
     """
@@ -51,9 +57,9 @@ class Data:
 
 @dataclass
 class Generation:
-    """Decoding, as `MultiAgentSystem.generate` takes it."""
+    """Decoding, as `MultiAgentSystem.generate` takes it. max_new_tokens: by default the task's, or 256."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     temperature: float = 0.6
     top_p: float = 0.95
     seed: int = 0
@@ -64,9 +70,10 @@ class Generation:
 class Evaluation:
     """`diffmas evaluate`.
 
-    data: a file of JSON lines, by default the validation rows. methods: some of METHODS. samples: answers per question.
-    batch_size: questions at once, each with all samples. max_message_tokens: of each message in the methods "text" and
-    "text_sft". extract, match: see `diffmas.evaluation.Scorer`. limit: only so many rows, from the first.
+    data: a file of JSON lines, by default the task's test part, or without a task the validation rows. methods: some of
+    METHODS. samples: answers per question. batch_size: questions at once, each with all samples. max_message_tokens: of each
+    message in the methods "text" and "text_sft". extract, match: see `diffmas.evaluation.Scorer`; by default the task's, or all
+    and exact. limit: only so many rows, from the first.
     """
 
     data: str | None = None
@@ -74,8 +81,8 @@ class Evaluation:
     samples: int = 1
     batch_size: int = 8
     max_message_tokens: int = 256
-    extract: str = "all"
-    match: str = "exact"
+    extract: str | None = None
+    match: str | None = None
     limit: int | None = None
 
 
@@ -83,19 +90,27 @@ METHODS = ("single", "text", "text_sft", "latent_mas", "stitch", "diffmas")
 TRAINED = ("diffmas", "text_sft", "stitch")  # methods that `diffmas train` trains
 
 
+def check_methods(names: list[str]) -> None:
+    """Raises ValueError naming a method that is none of METHODS."""
+    if unknown := [m for m in names if m not in METHODS]:
+        raise ValueError(f"evaluation.methods: expected some of {METHODS}, got {unknown[0]!r}")
+
+
 @dataclass
 class Config:
     """The keys of config.yaml.
 
-    model: a hub name, a directory or a GGUF file. dtype: of the weights, one of DTYPES. system: options of `MultiAgentSystem`. training:
-    any fields of transformers' TrainingArguments but output_dir, over the paper's settings (`default_arguments`).
-    early_stopping_patience: how many evaluations without a better eval_loss end training.
+    model: a hub name, a directory or a GGUF file. task: one of `diffmas tasks`. agents: by default the task's. dtype: of the
+    weights, one of DTYPES. system: options of `MultiAgentSystem`. training: any fields of transformers' TrainingArguments but
+    output_dir, over the paper's settings (`default_arguments`). early_stopping_patience: how many evaluations without a better
+    eval_loss end training.
 
     Raises ValueError naming a key whose value does not fit.
     """
 
     model: str
-    agents: list[Agent]
+    agents: list[Agent] = field(default_factory=list)
+    task: str | None = None
     output_dir: str = "diffmas-output"
     dtype: str = "auto"
     system: Options = field(default_factory=Options)
@@ -107,14 +122,18 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self):
+        published = task(self.task) if self.task is not None else None
+        if published:
+            self.agents = self.agents or published.agents()
         if not self.agents:
-            raise ValueError("agents: expected at least one agent, got an empty list")
+            raise ValueError("agents: expected at least one agent or a task, got neither")
+        if self.generation.max_new_tokens is None:
+            self.generation.max_new_tokens = published.max_new_tokens if published else 256
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
         if self.data.validation and self.data.validation_fraction is not None:
             raise ValueError("data.validation_fraction: expected it alone, got it together with data.validation")
-        if unknown := [m for m in self.evaluation.methods if m not in METHODS]:
-            raise ValueError(f"evaluation.methods: expected some of {METHODS}, got {unknown[0]!r}")
+        check_methods(self.evaluation.methods)
         if self.early_stopping_patience is not None and not (self.data.validation or self.data.validation_fraction):
             raise ValueError(
                 "early_stopping_patience: expected data.validation or data.validation_fraction with it, got neither"
@@ -195,9 +214,6 @@ def load(path) -> Config:
     return config
 
 
-# ---- building --------------------------------------------------------------------------------------------------------
-
-
 def training_fields(given: dict) -> dict:
     """The `training` section, checked against TrainingArguments; numbers get the kinds of its fields.
 
@@ -219,60 +235,3 @@ def training_fields(given: dict) -> dict:
             value = _value(value, kind, f"training.{key}") if value is not None or type(None) in simple else value
         checked[key] = value
     return checked
-
-
-def training_arguments(config: Config):
-    """TrainingArguments: the paper's settings, an evaluation each epoch if there is validation data, then the config's."""
-    from diffmas.training import default_arguments
-
-    given = training_fields(config.training)
-    if config.data.validation or config.data.validation_fraction:
-        given = {"eval_strategy": "epoch", **given}
-    return default_arguments(config.output_dir, **given)
-
-
-def build_model(config: Config, device: str | None = None):
-    """The base model on a device (by default the CPU), and its tokenizer."""
-    from diffmas.models.load import load_model
-
-    return load_model(config.model, dtype=config.dtype, device=device)
-
-
-def build_system(config: Config, adapter: bool = True, device: str | None = None):
-    """The system that a config describes. adapter: whether it gets new LoRA adapters, else it is the bare model."""
-    from diffmas.agents.adapters import add_lora, lora_config
-    from diffmas.agents.system import MultiAgentSystem
-
-    model, tokenizer = build_model(config, device)
-    options = dict(vars(config.system))
-    if adapter:
-        model = add_lora(model, config.agents, config.system.adapter_scope, lora_config(**vars(config.lora)))
-    else:
-        options["adapter_scope"] = "shared"
-    return MultiAgentSystem(model, tokenizer, config.agents, **options)
-
-
-def trained_as(config: Config, method: str) -> Config:
-    """The config as `diffmas train --method` takes it: other methods than diffmas train one adapter that all agents share, in
-    an output_dir of their own, OUTPUT_DIR-METHOD. Raises ValueError for a method that is not trained."""
-    if method not in TRAINED:
-        raise ValueError(f"--method: expected one of {TRAINED}, got {method!r}")
-    if method == "diffmas":
-        return config
-    return replace(
-        config, output_dir=f"{config.output_dir}-{method}", system=replace(config.system, adapter_scope="shared")
-    )  # fmt: skip
-
-
-def read_data(config: Config) -> tuple[list[dict], list[dict] | None]:
-    """Training and validation rows; None for the latter if the config has none. Raises ValueError for rows that do not fit."""
-    from diffmas.training.data import read_jsonl, split
-
-    if not config.data.train:
-        raise ValueError("data.train: expected a file of JSON lines, got none")
-    train = read_jsonl(config.data.train, config.agents)
-    if config.data.validation:
-        return train, read_jsonl(config.data.validation, config.agents)
-    if config.data.validation_fraction:
-        return split(train, config.data.validation_fraction, config.data.seed)
-    return train, None

@@ -1,4 +1,4 @@
-"""The command line: diffmas demo | train | generate | evaluate | audit | bench | env."""
+"""The command line: diffmas demo | train | generate | tasks | evaluate | audit | bench | env."""
 
 import functools
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -73,10 +74,10 @@ def train(
     text_sft: text agents answer the training questions, evaluation.samples times each; where the answer is right, all that
     they wrote is what one shared adapter is trained on. stitch: agents that do not read each other.
     """
-    from transformers import EarlyStoppingCallback
-
-    from diffmas.cli.config import build_system, load, read_data, trained_as, training_arguments
-    from diffmas.training import Trainer, checkpoints
+    from diffmas.cli.build import trained_as
+    from diffmas.cli.config import load
+    from diffmas.cli.train import trainer_of
+    from diffmas.training import checkpoints
 
     settings = trained_as(load(config), method)
     earlier = [] if resume else checkpoints(settings.output_dir)
@@ -87,21 +88,9 @@ def train(
             f"{settings.output_dir}: expected no checkpoints of an earlier run, found {earlier[-1].name}; go on from it with "
             "--resume, remove it with --overwrite, or choose another output_dir"
         )
-    rows, held_out = read_data(settings)
-    arguments = training_arguments(settings)
-    system = build_system(settings)
-    if method == "text_sft":
-        system, rows, held_out = _text_sft(settings, system, rows, held_out, resume, arguments.device)
-    elif method == "stitch":
-        from diffmas.evaluation import stitch
-
-        system = stitch(system, adapter=True).system
-    callbacks = []
-    if settings.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
-    trainer = Trainer(system, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks)
+    trainer = trainer_of(settings, method, resume, lambda text: errors.print(f"{text} ...", highlight=False))
     if trainer.is_world_process_zero():
-        console.print(_summary(settings, system, arguments, rows, held_out))
+        console.print(_summary(settings, trainer))
         for path in earlier:
             shutil.rmtree(path)
     result = trainer.train(resume_from_checkpoint=resume or None)
@@ -112,37 +101,9 @@ def train(
         console.print(f"adapter and agents.json: {settings.output_dir}", highlight=False, soft_wrap=True)
 
 
-def _text_sft(settings, system, rows, held_out, resume: bool, device):
-    """The team as `diffmas.evaluation.Writers`, and what its bare model wrote where it was right, as rows to train and validate
-    on; they are kept in output_dir, where --resume finds them."""
-    from diffmas import evaluation
-    from diffmas.agents.file import write_json
-
-    options = settings.evaluation
-    writers = evaluation.Writers(system.model, system.tokenizer, system.agents, system.chat_template).to(device)
-    team = evaluation.TextAgents(system, options.max_message_tokens)
-    sets = []
-    for name, questions in (("train", rows), ("validation", held_out)):
-        file = Path(settings.output_dir) / f"right_turns_{name}.json"
-        if questions is None or (resume and file.is_file()):
-            sets.append(questions and json.loads(file.read_text(encoding="utf-8")))
-            continue
-        errors.print(f"text agents answer {len(questions)} questions ({name}) ...", highlight=False)
-        try:
-            kept = evaluation.right_turns(
-                team, questions, options.samples, evaluation.Scorer(options.extract, options.match), options.batch_size,
-                **vars(settings.generation),
-            )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from error
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, kept)
-        sets.append(kept)
-    return writers, *sets
-
-
-def _summary(settings, system, arguments, rows, held_out) -> Table:
+def _summary(settings, trainer) -> Table:
     out = Table(title="diffmas train", show_header=False)
+    system, arguments, rows, held_out = trainer.model, trainer.args, trainer.train_dataset, trainer.eval_dataset
     trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
     total = sum(p.numel() for p in system.parameters())
     step = (arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
@@ -169,7 +130,9 @@ def generate(
     adapter: Annotated[Path, typer.Option(help="directory that `diffmas train` wrote", show_default=False)],
     question: Annotated[str, typer.Option(help="the field {question} of the agents' prompts")] = "",
     field: Annotated[list[str] | None, typer.Option(help="another field of the prompts, as name=text; may be repeated")] = None,
-    model: Annotated[str | None, typer.Option(help="base model (directory, GGUF file or hub name), if it is not where it was")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="base model (directory, GGUF file or hub name), if it is not where it was")
+    ] = None,
     max_new_tokens: int = 256,
     temperature: float = 0.6,
     top_p: float = 0.95,
@@ -195,43 +158,100 @@ def generate(
 
 
 @app.command()
+def tasks():
+    """List the published tasks that `evaluate --task` and a config's `task` know."""
+    from diffmas.evaluation.tasks import TASKS
+
+    out = Table(box=box.SIMPLE_HEAD)
+    for head in ("task", "kind", "questions", "train", "on the hub", "licence"):
+        out.add_column(head, justify="right" if head == "questions" else "left", overflow="fold")
+    for t in TASKS.values():
+        licence = t.licence + (", gated" if t.gated else "")
+        out.add_row(t.name, t.kind, str(t.questions), "yes" if "train" in t.splits else "", t.hub, licence)
+    console.print(out)
+
+
+def _settings(config, task, model, path, latent_steps, output):
+    """The settings of a config file or of the options that stand for one."""
+    from diffmas.cli.config import Config, Evaluation, load
+    from diffmas.evaluation import tasks
+
+    given = {"--model": model, "--path": path, "--latent-steps": latent_steps}
+    given = [name for name, value in given.items() if value is not None]
+    if config is not None:
+        if task is not None or given:
+            raise ValueError(f"{task and '--task' or given[0]}: expected it without a config file, got {config} too")
+        return load(config)
+    if task is None:
+        raise ValueError("evaluate: expected a config file, or --task and --model, got neither")
+    chosen = tasks.task(task)
+    if model is None:
+        raise ValueError(f"--model: expected a directory or hub name with --task {task}, got none")
+    return Config(
+        model, chosen.agents("latent", latent_steps), task, str(output or Path("runs") / task),
+        evaluation=Evaluation(data=str(path) if path else None),
+    )  # fmt: skip
+
+
+def _show_programs(results, scorer, rows) -> None:
+    """pass@k of every method, and what the programs ran in."""
+    from diffmas.evaluation import metrics, sandbox
+
+    for r in results:
+        right = [sum(samples) for samples in scorer.verdicts(r.texts, [row["answer"] for row in rows], rows)]
+        rates = {k: sum(metrics.pass_at_k(r.samples, n, k) for n in right) / len(right) for k in {1, r.samples}}
+        text = ", ".join(f"pass@{k} {100 * rate:.1f} %" for k, rate in sorted(rates.items()))
+        console.print(f"{r.method}: {text}", highlight=False)
+    console.print(f"programs ran isolated by: {sandbox.isolation()}", highlight=False)
+
+
+@app.command()
 @explained
 def evaluate(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None, typer.Argument(help="config.yaml; or instead --task and --model", show_default=False)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="a published task, see `diffmas tasks`")] = None,
+    model: Annotated[str | None, typer.Option(help="with --task: a directory or hub name")] = None,
+    path: Annotated[Path | None, typer.Option(help="with --task: a file in a published form, instead of the hub")] = None,
+    latent_steps: Annotated[int | None, typer.Option(help="with --task: T of every agent but the last", min=0)] = None,
+    methods: Annotated[str | None, typer.Option(help="some of single,text,latent_mas,diffmas")] = None,
     adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
     text_sft: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method text_sft`")] = None,
     stitch: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method stitch`; none: untrained")] = None,
+    limit: Annotated[int | None, typer.Option(help="only so many questions, from the first", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(help="answers per question", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="questions at once", min=1)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="of an answer", min=1)] = None,
+    max_message_tokens: Annotated[int | None, typer.Option(help="of a message of the text agents", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the samples")] = None,
     output: Annotated[
         Path | None, typer.Option(help="directory for results.csv, entropy.csv, results.png and answers.jsonl")
     ] = None,
     device: Device = None,
 ):
-    """Compare the trained system with its baselines on the same questions."""
+    """Compare the trained system with its baselines on the same questions, of a config or of a published task."""
     from diffmas import evaluation
-    from diffmas.agents.file import add_adapter
-    from diffmas.cli.config import load
+    from diffmas.cli.build import evaluation_rows, methods_of, scorer_of, trained_system
+    from diffmas.cli.config import check_methods
 
-    settings, place = load(config), _device(device)
+    settings, place = _settings(config, task, model, path, latent_steps, output), _device(device)
     options = settings.evaluation
-    scorer = evaluation.Scorer(options.extract, options.match)
-    rows = _evaluation_rows(config, settings)
-    system = _trained(settings, adapter, place)
-    names = [name for name in options.methods if adapter or name != "diffmas"]
-    for name, directory in (("text_sft", text_sft), ("stitch", stitch)):
-        if directory:
-            system.model = add_adapter(directory, system.model, name)
-            names += [name] * (name not in names)
-    if "text_sft" in names and not text_sft:
-        raise ValueError("evaluation.methods: 'text_sft' needs --text-sft DIR, which `diffmas train --method text_sft` writes")
-    makers = {
-        "single": lambda: evaluation.single_agent(system),
-        "text": lambda: evaluation.TextAgents(system, options.max_message_tokens),
-        "text_sft": lambda: evaluation.TextAgents(system, options.max_message_tokens, "text_sft"),
-        "latent_mas": lambda: evaluation.latent_mas(system),
-        "stitch": lambda: evaluation.stitch(system, "stitch" if stitch else False),
-        "diffmas": lambda: evaluation.Latent(system),
-    }
-    methods = {name: makers[name]() for name in sorted(names, key=list(makers).index)}
+    chosen = {
+        "methods": methods and [name.strip() for name in methods.split(",")], "limit": limit, "samples": samples,
+        "batch_size": batch_size, "max_message_tokens": max_message_tokens,
+    }  # fmt: skip
+    vars(options).update({k: v for k, v in chosen.items() if v is not None})
+    decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    vars(settings.generation).update({k: v for k, v in decoding.items() if v is not None})
+    check_methods(options.methods)
+    scorer, rows = scorer_of(settings), evaluation_rows(settings)
+    adapters = {name: path for name, path in (("text_sft", text_sft), ("stitch", stitch)) if path}
+    names = {*options.methods, *adapters} - (set() if adapter else {"diffmas"})
+    if "diffmas" in options.methods and not adapter:
+        errors.print("diffmas: left out, it needs --adapter", highlight=False)
+    compared = methods_of(settings, trained_system(settings, adapter, place), names, adapters)
     target = output or Path(settings.output_dir) / "evaluation"
     files = [target / name for name in ("results.csv", "entropy.csv", "results.png", "answers.jsonl")]
 
@@ -242,16 +262,18 @@ def evaluate(
         evaluation.write_answers(results, rows, files[3])
 
     def show(results):
-        for table in evaluation.tables(results, str(config)):
+        for table in evaluation.tables(results, str(config or task)):
             console.print(table)
             console.print()
+        if all("tests" in row for row in rows):
+            _show_programs(results, scorer, rows)
         for file in files:
             console.print(str(file), highlight=False, soft_wrap=True)
 
     try:
         results = evaluation.evaluate(
-            methods, rows, options.samples, scorer, options.batch_size,
-            lambda name: errors.print(f"{name} ...", highlight=False), save, [name for name in methods if name != "diffmas"],
+            compared, rows, options.samples, scorer, options.batch_size,
+            lambda name: errors.print(f"{name} ...", highlight=False), save, [name for name in compared if name != "diffmas"],
             **vars(settings.generation),
         )  # fmt: skip
     except evaluation.MethodsFailed as failure:
@@ -261,27 +283,6 @@ def evaluate(
         given = all(isinstance(error, (ValueError, OSError)) for error in failure.errors.values())
         raise (ValueError if given else RuntimeError)(f"{failure} ({written})") from failure
     show(results)
-
-
-def _evaluation_rows(config: Path, settings) -> list[dict]:
-    from diffmas.cli.config import read_data
-    from diffmas.training.data import read_jsonl
-
-    options = settings.evaluation
-    rows = read_jsonl(options.data, settings.agents) if options.data else read_data(settings)[1]
-    if rows is None:
-        raise ValueError(f"{config}: evaluation.data: expected a file of JSON lines (or validation data), got none")
-    return rows[: options.limit]
-
-
-def _trained(settings, adapter: Path | None, device: str):
-    """The system of a directory, or without one the config's on the bare model."""
-    from diffmas.agents.system import MultiAgentSystem
-    from diffmas.cli.config import build_model, build_system
-
-    if adapter:
-        return MultiAgentSystem.from_pretrained(adapter, *build_model(settings, device)).eval()
-    return build_system(settings, adapter=False, device=device).eval()
 
 
 @app.command()
@@ -297,14 +298,14 @@ def audit(
 ):
     """Does a team communicate? Answers with each agent's own message, none, another question's, and noise."""
     from diffmas import evaluation
+    from diffmas.cli.build import evaluation_rows, scorer_of, trained_system
     from diffmas.cli.config import load
 
     settings, place = load(config), _device(device)
     options = settings.evaluation
-    rows = _evaluation_rows(config, settings)
+    rows = evaluation_rows(settings)
     conditions = evaluation.audit(
-        _trained(settings, adapter, place), rows, options.samples, evaluation.Scorer(options.extract, options.match),
-        options.batch_size, kind, progress=lambda done: errors.print(f"{done} ...", highlight=False),
+        trained_system(settings, adapter, place), rows, options.samples, scorer_of(settings), options.batch_size, kind, progress=lambda done: errors.print(f"{done} ...", highlight=False),
         **vars(settings.generation),
     )  # fmt: skip
     target = output or Path(settings.output_dir) / "audit"

@@ -103,12 +103,12 @@ def audit(
                 progress(f"{done} of {len(rows)} questions")
             asked = [questions[i] for i in batch]
             trace = system.communicate(asked)
-            for name, view in conditions_of(trace, partners, kind, getattr(system, "sinks", 0), sampling.seed, batch):
+            for name, view in conditions_of(trace, partners, kind, system.sinks, sampling.seed, batch):
                 answered = _answer(system, view, asked, [golds[i] for i in batch], done, sampling, samples)
                 found.setdefault(name, {}).update(zip(batch, answered))
     if len(found) == 1:
         raise ValueError(f"system: expected agents that hand on rows{f' of kind {kind!r}' if kind else ''}, got none")
-    return _conditions(found, golds, scorer or Scorer())
+    return _conditions(found, golds, rows, scorer or Scorer())
 
 
 def communicates(conditions: list[Condition], agent: str | None = None) -> bool:
@@ -251,11 +251,11 @@ def _answer(system, trace: Trace, asked: list[dict], golds: list[str], first: in
     return [([system.text_of(t, sampling.stop) for t in row], nll) for row, nll in zip(tokens, nlls)]
 
 
-def _conditions(found: dict[tuple, dict[int, tuple]], golds: list[str], scorer: Scorer) -> list[Condition]:
+def _conditions(found: dict[tuple, dict[int, tuple]], golds: list[str], rows: list[dict], scorer: Scorer) -> list[Condition]:
     conditions = []
     for (change, agent), answered in found.items():
         texts, nlls = map(list, zip(*(answered[i] for i in range(len(golds)))))
-        scores = shares_right(scorer, texts, golds)
+        scores = shares_right(scorer, texts, golds, rows)
         accuracy = statistics.fmean(scores)
         own = conditions[0] if conditions else None
         conditions.append(

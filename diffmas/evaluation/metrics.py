@@ -1,20 +1,22 @@
-"""Accuracy with an interval, perplexity, and self-consistency of answers.
+"""Accuracy with an interval, perplexity, self-consistency of answers and pass@k.
 
 Samples of one question are not independent, so intervals count questions, not samples.
 """
 
+import inspect
 import math
 import re
 import statistics
 import unicodedata
-from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from diffmas.evaluation import mathematics
+
 __all__ = [
     "EXTRACTORS", "MATCHERS", "Difference", "Scorer", "agreements", "boxed", "difference_of_means", "difference_of_rates",
-    "last_number", "normalise", "perplexity", "wilson",
+    "last_number", "normalise", "pass_at_k", "perplexity", "wilson",
 ]  # fmt: skip
 
 Z95 = statistics.NormalDist().inv_cdf(0.975)
@@ -45,9 +47,13 @@ def boxed(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number in a text, without thousands separators; None if there is none."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return found[-1].replace(",", "") if found else None
+    """The last number in a text, without thousands separators and $; None if there is none.
+
+    >>> last_number("It costs 5 dollars, so he gets -$1,234.50.")
+    '-1234.50'
+    """
+    found = re.findall(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
+    return re.sub("[,$]", "", found[-1]) if found else None
 
 
 EXTRACTORS: dict[str, Callable[[str], str | None]] = {"all": lambda text: text, "boxed": boxed, "number": last_number}
@@ -77,13 +83,19 @@ def _exact(given: str, gold: str) -> bool:
 
 
 def _math(given: str, gold: str) -> bool:
-    from math_verify import parse, verify
-
-    # Both as LaTeX; parse returns nothing for a text that is no mathematics.
-    return _exact(given, gold) or bool(verify(parse(f"${gold}$"), parse(f"${given}$")))
+    return _exact(given, gold) or mathematics.equal(given, gold)
 
 
 MATCHERS: dict[str, Callable[[str, str], bool]] = {"exact": _exact, "math": _math}
+
+
+def _with_row(function: Callable) -> Callable:
+    """The function with the row as a last argument, which it gets only if it has a parameter `row`."""
+    try:
+        takes = "row" in inspect.signature(function).parameters
+    except ValueError:  # some builtins have no signature
+        takes = False
+    return (lambda *args: function(*args[:-1], row=args[-1])) if takes else (lambda *args: function(*args[:-1]))
 
 
 class Scorer:
@@ -92,57 +104,78 @@ class Scorer:
     extract: where the final answer is in a text: all | boxed | number, a regular expression (its last match, or the first
         group of that), or a function text -> str | None. It also applies to a gold answer, if it finds something there.
     match: exact (after `normalise`) | math (equal as mathematics, by math-verify), or a function (given, gold) -> bool.
+    same: whether two answers are one vote, a function (given, other) -> bool; by default match.
+
+    A function with a parameter `row` gets the whole row of the question by that name: its options, its tests.
 
     Raises ValueError for other values, and for "math" if math-verify is not installed.
 
         >>> Scorer(extract="number").correct("2 + 2 = 4.", "4")
         True
+        >>> Scorer("number", "math").vote(["it is 0.50", "so 1", "about .5"])
+        ('0.50', 0.6666666666666666)
     """
 
-    def __init__(self, extract="all", match="exact"):
-        self.extract = _extractor(extract)
+    def __init__(self, extract="all", match="exact", same: Callable[[str, str], bool] | None = None):
         if not callable(match) and match not in MATCHERS:
             raise ValueError(f"match: expected one of {sorted(MATCHERS)} or a function, got {match!r}")
         if match == "math" and find_spec("math_verify") is None:
             raise ValueError("match: 'math' needs the package math-verify: pip install 'math-verify[antlr4_13_2]'")
-        self.match = match if callable(match) else MATCHERS[match]
+        self._extract, self._match = _with_row(_extractor(extract)), _with_row(match if callable(match) else MATCHERS[match])
+        self._same = _with_row(same) if same else self._match
 
-    def _right(self, given: str | None, gold: str) -> bool:
-        final = self.extract(gold)
-        return given is not None and bool(self.match(given, gold if final is None else final))
+    def _right(self, given: str | None, gold: str, row) -> bool:
+        final = self._extract(gold, row)
+        return given is not None and bool(self._match(given, gold if final is None else final, row))
 
-    def correct(self, text: str, gold: str) -> bool:
-        """Whether a text's final answer is the gold answer."""
-        return self._right(self.extract(text), gold)
+    def correct(self, text: str, gold: str, row: dict | None = None) -> bool:
+        """Whether a text's final answer is the gold answer. row: of the question, for functions that ask for it."""
+        return self._right(self._extract(text, row), gold, row)
 
-    def accuracy(self, texts: list[list[str]], golds: list[str]) -> float:
-        """The mean over questions of the share of right samples, in [0, 1]. texts[question][sample]."""
-        _check(texts, golds)
-        return statistics.fmean(statistics.fmean(self.correct(t, gold) for t in samples) for samples, gold in zip(texts, golds))
+    def accuracy(self, texts: list[list[str]], golds: list[str], rows: list[dict] | None = None) -> float:
+        """The mean over questions of the share of right samples, in [0, 1]. texts[question][sample]; rows[question]."""
+        return statistics.fmean(map(statistics.fmean, self.verdicts(texts, golds, rows)))
 
-    def vote(self, samples: list[str]) -> tuple[str | None, float]:
+    def verdicts(self, texts: list[list[str]], golds: list[str], rows: list[dict] | None = None) -> list[list[bool]]:
+        """Whether each sample is right, [question][sample]."""
+        asked = _asked(texts, golds, rows)
+        return [[self.correct(t, gold, row) for t in samples] for samples, gold, row in asked]
+
+    def vote(self, samples: list[str], row: dict | None = None) -> tuple[str | None, float]:
         """The final answer that most samples give, and the share of samples that give it; the first one wins a tie.
 
-        A sample without a final answer has no vote; (None, 0.0) if none has one.
+        An answer counts for the first one that means the same. A sample without a final answer has no vote; (None, 0.0) if
+        none has one.
         """
-        answers = [a for a in map(self.extract, samples) if a is not None]
-        if not answers:
-            return None, 0.0
-        form, count = Counter(map(normalise, answers)).most_common(1)[0]
-        return next(a for a in answers if normalise(a) == form), count / len(samples)
+        votes: list[list[str]] = []
+        for answer in (self._extract(text, row) for text in samples):
+            if answer is not None:
+                alike = next((v for v in votes if answer == v[0] or self._same(answer, v[0], row)), None)
+                if alike is None:
+                    votes.append([answer])
+                else:
+                    alike.append(answer)
+        most = max(votes, key=len, default=None)
+        return (most[0], len(most) / len(samples)) if most else (None, 0.0)
 
-    def self_consistency(self, texts: list[list[str]], golds: list[str]) -> tuple[float, float]:
+    def self_consistency(
+        self, texts: list[list[str]], golds: list[str], rows: list[dict] | None = None
+    ) -> tuple[float, float]:  # fmt: skip
         """Self-consistency (Wang et al., arXiv 2203.11171): the accuracy of the majority's answer, and the mean share of
-        samples that agree with it. texts[question][sample]."""
-        _check(texts, golds)
-        votes = [self.vote(samples) for samples in texts]
-        right = [self._right(winner, gold) for (winner, _), gold in zip(votes, golds)]
+        samples that agree with it. texts[question][sample]; rows[question]."""
+        asked = _asked(texts, golds, rows)
+        votes = [self.vote(samples, row) for samples, _, row in asked]
+        right = [self._right(winner, gold, row) for (winner, _), (_, gold, row) in zip(votes, asked)]
         return statistics.fmean(right), statistics.fmean(share for _, share in votes)
 
 
-def _check(texts, golds) -> None:
+def _asked(texts, golds, rows) -> list[tuple]:
+    """(samples, gold, row) of every question."""
     if not texts or len(texts) != len(golds):
         raise ValueError(f"texts: expected samples for each of {len(golds)} questions, at least one, got {len(texts)}")
+    if rows is not None and len(rows) != len(golds):
+        raise ValueError(f"rows: expected one for each of {len(golds)} questions, got {len(rows)}")
+    return list(zip(texts, golds, rows or [None] * len(golds)))
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -262,3 +295,15 @@ def perplexity(nll: float, tokens: int) -> float:
         return math.exp(nll / tokens)
     except OverflowError:
         return math.inf
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The chance that at least one of k samples is right, estimated without bias from `right` of `samples` (Chen et al.,
+    arXiv 2107.03374, equation 1). Raises ValueError unless 0 <= right <= samples and 1 <= k <= samples.
+
+    >>> round(pass_at_k(10, 3, 2), 4)
+    0.5333
+    """
+    if not (0 <= right <= samples and 1 <= k <= samples):
+        raise ValueError(f"pass_at_k: expected 0 <= right <= samples and 1 <= k <= samples, got {right}, {samples} and {k}")
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)

@@ -130,7 +130,7 @@ def evaluate(
         except Exception as error:
             errors[name] = error
             continue
-        results.append(_result(name, answers, golds, samples, scorer, perplexity(*nll)))
+        results.append(_result(name, answers, golds, rows, samples, scorer, perplexity(*nll)))
         _compare(results, baselines)
         if save:
             save(results)
@@ -139,16 +139,16 @@ def evaluate(
     return results
 
 
-def _result(name: str, answers: Answers, golds: list[str], samples: int, scorer: Scorer, gold_perplexity: float) -> Result:
+def _result(name: str, answers: Answers, golds, rows, samples: int, scorer: Scorer, gold_perplexity: float) -> Result:
     texts, cost, decoding = answers.texts, answers.cost, answers.decoding
-    scores = shares_right(scorer, texts, golds)
+    scores = shares_right(scorer, texts, golds, rows)
     accuracy = statistics.fmean(scores)
-    vote, agreement = scorer.self_consistency(texts, golds)
+    vote, agreement = scorer.self_consistency(texts, golds, rows)
     curve, counts = decoding.entropy, decoding.counts
     decoded = sum(counts)
     return Result(
         name, len(texts), samples, accuracy, *wilson(accuracy, len(texts)), None, None, gold_perplexity, vote, agreement,
-        agreements([scorer.vote(row)[1] for row in texts], samples),
+        agreements([scorer.vote(given, row)[1] for given, row in zip(texts, rows)], samples),
         perplexity(decoding.nll, decoded) if decoded else NAN,
         sum(e * n for e, n in zip(curve, counts)) / decoded if decoded else NAN,
         answers.seconds, cost.seconds, answers.tokens, cost.rows["prefill"], cost.rows["latent"], cost.trace_bytes,
@@ -156,9 +156,9 @@ def _result(name: str, answers: Answers, golds: list[str], samples: int, scorer:
     )  # fmt: skip
 
 
-def shares_right(scorer: Scorer, texts: list[list[str]], golds: list[str]) -> list[float]:
+def shares_right(scorer: Scorer, texts: list[list[str]], golds: list[str], rows: list[dict]) -> list[float]:
     """The share of each question's samples that are right. texts[question][sample]."""
-    return [statistics.fmean(scorer.correct(text, gold) for text in row) for row, gold in zip(texts, golds)]
+    return [statistics.fmean(right) for right in scorer.verdicts(texts, golds, rows)]
 
 
 def _compare(results: list[Result], baselines: list[str]) -> None:

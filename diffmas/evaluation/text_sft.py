@@ -36,10 +36,10 @@ def right_turns(
     turns, answers = team.write(questions, samples, batch_size, **generation)
     limits = [team.max_message_tokens] * (len(turns) - 1) + [generation.get("max_new_tokens", 256)]
     right, ended, kept = 0, 0, []
-    for i, (text, gold) in enumerate((text, gold) for texts, gold in zip(answers.texts, golds) for text in texts):
+    for i, correct in enumerate(verdict for samples in scorer.verdicts(answers.texts, golds, rows) for verdict in samples):
         whole = all(turn.lengths[i] < limit for turn, limit in zip(turns, limits))
-        right, ended = right + scorer.correct(text, gold), ended + whole
-        if whole and scorer.correct(text, gold):
+        right, ended = right + correct, ended + whole
+        if whole and correct:
             kept += [{"agent": t.agent.name, "prompt": t.prompts[i], "answer": t.texts[i]} for t in turns]
     if not kept:
         raise ValueError(
@@ -52,15 +52,18 @@ def right_turns(
 class Writers(MultiAgentSystem):
     """Agents that are trained to write: a row of `right_turns` is one agent's prompt, as it gets it, and what it is to write.
 
-    model, tokenizer, agents, chat_template: as in `MultiAgentSystem`, the agents of the text team.
+    model, tokenizer, agents, chat_template, chat_options: as in `MultiAgentSystem`, the agents of the text team.
 
         >>> writers = Writers(model, tokenizer, system.agents)
         >>> rows = [{"agent": "planner", "prompt": "plan : where is the key", "answer": "in the garden"}]
         >>> writers(*([row[key] for row in rows] for key in ("question", "answer")))  # doctest: +SKIP
     """
 
-    def __init__(self, model, tokenizer, agents: list[Agent], chat_template: bool | None = None):
-        super().__init__(model, tokenizer, [Agent("writer", "{prompt}")], realign="none", chat_template=chat_template)
+    def __init__(self, model, tokenizer, agents: list[Agent], chat_template: bool | None = None, chat_options=None):
+        super().__init__(
+            model, tokenizer, [Agent("writer", "{prompt}")], realign="none", chat_template=chat_template,
+            chat_options=chat_options,
+        )  # fmt: skip
         self.roles = {agent.name: replace(agent, prompt="{prompt}") for agent in agents}
 
     def prompt_ids(self, agent: Agent, fields: dict) -> list[int]:

@@ -1,0 +1,155 @@
+"""What a config describes, built: model, system, rows, scorer, and the methods that are compared."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from diffmas.agents.options import Options
+from diffmas.cli.config import TRAINED, Config, training_fields
+from diffmas.evaluation.tasks import task
+
+__all__ = [
+    "base_model", "evaluation_rows", "methods_of", "scorer_of", "trained_as", "trained_system", "training_arguments",
+    "training_rows", "untrained_system",
+]  # fmt: skip
+
+
+def training_arguments(config: Config):
+    """TrainingArguments: a recipe's settings, an evaluation each epoch if there is validation data, then the config's."""
+    from diffmas.training import default_arguments
+
+    given = training_fields(config.training)
+    if config.data.validation or config.data.validation_fraction:
+        given = {"eval_strategy": "epoch", **given}
+    return default_arguments(config.output_dir, **given)
+
+
+def base_model(config: Config, device: str | None = None):
+    """The base model on a device (by default the CPU), and its tokenizer."""
+    from diffmas.models.load import load_model
+
+    return load_model(config.model, dtype=config.dtype, device=device)
+
+
+def untrained_system(config: Config, adapter: bool = True, device: str | None = None):
+    """The system that a config describes. adapter: whether it gets new LoRA adapters, else it is the bare model."""
+    from diffmas.agents.adapters import add_lora, lora_config
+    from diffmas.agents.system import MultiAgentSystem
+
+    model, tokenizer = base_model(config, device)
+    options = dict(vars(config.system))
+    if adapter:
+        model = add_lora(model, config.agents, config.system.adapter_scope, lora_config(**vars(config.lora)))
+    else:
+        options["adapter_scope"] = "shared"
+    return MultiAgentSystem(model, tokenizer, config.agents, **options)
+
+
+def trained_system(config: Config, adapter: Path | None, device: str | None = None):
+    """The system of a directory that `diffmas train` wrote, or without one the config's on the bare model; in eval mode."""
+    from diffmas.agents.system import MultiAgentSystem
+
+    if adapter is None:
+        return untrained_system(config, adapter=False, device=device).eval()
+    return MultiAgentSystem.from_pretrained(adapter, *base_model(config, device)).eval()
+
+
+def trained_as(config: Config, method: str) -> Config:
+    """The config as `diffmas train --method` takes it: other methods than diffmas train one adapter that all agents share, in
+    an output_dir of their own, OUTPUT_DIR-METHOD. Raises ValueError for a method that is not trained."""
+    if method not in TRAINED:
+        raise ValueError(f"--method: expected one of {TRAINED}, got {method!r}")
+    if method == "diffmas":
+        return config
+    return replace(
+        config, output_dir=f"{config.output_dir}-{method}", system=replace(config.system, adapter_scope="shared")
+    )  # fmt: skip
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _rows(config: Config, path: str | None, part: str, limit: int | None = None) -> list[dict]:
+    """The rows of a file, in the published form of the config's task if it has one; without a file, of a part of the task."""
+    from diffmas.training.data import check_row, read_jsonl
+
+    if config.task is None:
+        return read_jsonl(path, config.agents)[:limit]
+    rows = task(config.task).rows(part, path, limit)
+    check_row(rows[0], f"task {config.task}", config.agents)
+    return rows
+
+
+def training_rows(config: Config) -> tuple[list[dict], list[dict] | None]:
+    """Training and validation rows; None for the latter if the config has none. Raises ValueError for rows that do not fit."""
+    from diffmas.training.data import split
+
+    if not config.data.train and config.task is None:
+        raise ValueError("data.train: expected a file of JSON lines, got none")
+    train = _rows(config, config.data.train, "train")
+    if config.data.validation:
+        return train, _rows(config, config.data.validation, "validation")
+    if config.data.validation_fraction:
+        return split(train, config.data.validation_fraction, config.data.seed)
+    return train, None
+
+
+def evaluation_rows(config: Config) -> list[dict]:
+    """The rows that `diffmas evaluate` asks. Raises ValueError if the config names none, and for rows that do not fit."""
+    limit = config.evaluation.limit
+    if config.evaluation.data or config.task is not None:
+        return _rows(config, config.evaluation.data, "test", limit)
+    rows = training_rows(config)[1]
+    if rows is None:
+        raise ValueError("evaluation.data: expected a file of JSON lines (or validation data, or a task), got none")
+    return rows[:limit]
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+
+def scorer_of(config: Config):
+    """What judges answers: the config's extract and match, or else the task's."""
+    from diffmas.evaluation import Scorer
+
+    given = {k: v for k in ("extract", "match") if (v := getattr(config.evaluation, k)) is not None}
+    return task(config.task).scorer() if config.task is not None and not given else Scorer(**given)
+
+
+def text_team(config: Config, system):
+    """The agents as they are when they write text, and the one that answers alone (None: the last of them): a task has its own
+    prompts for each, unless the system has others than the task's."""
+    from diffmas.agents.system import MultiAgentSystem
+
+    if config.task is None:
+        return system, None
+    published = task(config.task)
+    if [a.prompt for a in system.agents] != [a.prompt for a in published.agents()]:
+        return system, None
+    described = system.describe()
+    options = {option.name: described[option.name] for option in fields(Options)}
+    options |= {"realign": "none", "grad_scope": "full", "last_k": None, "adapter_scope": "shared"}
+    return MultiAgentSystem(system.model, system.tokenizer, published.agents("text"), **options), published.agents("single")[0]
+
+
+def methods_of(config: Config, system, names, adapters: dict[str, Path] | None = None) -> dict:
+    """The methods by name, in the order of METHODS. adapters: directories of `diffmas train --method`, by method; "text_sft"
+    needs one, "stitch" is untrained without one. Raises ValueError for one that is missing or does not fit."""
+    from diffmas import evaluation
+    from diffmas.agents.file import add_adapter
+
+    adapters = adapters or {}
+    if "text_sft" in names and "text_sft" not in adapters:
+        raise ValueError("evaluation.methods: 'text_sft' needs --text-sft DIR, which `diffmas train --method text_sft` writes")
+    for name, directory in adapters.items():
+        system.model = add_adapter(directory, system.model, name)
+    writing, alone = text_team(config, system)
+    tokens = config.evaluation.max_message_tokens
+    makers = {
+        "single": lambda: evaluation.single_agent(system, alone),
+        "text": lambda: evaluation.TextAgents(writing, tokens),
+        "text_sft": lambda: evaluation.TextAgents(writing, tokens, "text_sft"),
+        "latent_mas": lambda: evaluation.latent_mas(system),
+        "stitch": lambda: evaluation.stitch(system, "stitch" if "stitch" in adapters else False),
+        "diffmas": lambda: evaluation.Latent(system),
+    }
+    return {name: make() for name, make in makers.items() if name in names}

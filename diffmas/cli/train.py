@@ -1,0 +1,62 @@
+"""The trainer that a config describes, for a team or for a baseline that is trained."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from diffmas.cli.build import scorer_of, text_team, training_arguments, training_rows, untrained_system
+from diffmas.cli.config import Config
+
+__all__ = ["trainer_of"]
+
+
+def trainer_of(config: Config, method: str = "diffmas", resume: bool = False, progress: Callable[[str], object] = print):
+    """A `diffmas.Trainer` of one of TRAINED. config: of `trained_as`. resume: take what the text team wrote before. progress: is
+    told what takes long. Raises ValueError for what does not fit."""
+    from transformers import EarlyStoppingCallback
+
+    from diffmas import evaluation
+    from diffmas.training import Trainer
+
+    rows, held_out = training_rows(config)
+    arguments = training_arguments(config)
+    system = untrained_system(config)
+    if method == "text_sft":
+        system, rows, held_out = _text_sft(config, system.to(arguments.device), rows, held_out, resume, progress)
+    elif method == "stitch":
+        system = evaluation.stitch(system, adapter=True).system
+    callbacks = []
+    if config.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    return Trainer(system, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks)
+
+
+def _text_sft(config: Config, system, rows, held_out, resume: bool, progress):
+    """The team as `diffmas.evaluation.Writers`, and what its bare model wrote where it was right, as rows to train and validate
+    on; they are kept in output_dir, where a resumed run finds them."""
+    from diffmas import evaluation
+    from diffmas.agents.file import write_json
+
+    options, scorer = config.evaluation, scorer_of(config)
+    writing, _ = text_team(config, system)
+    writers = evaluation.Writers(
+        system.model, system.tokenizer, writing.agents, system.chat_template, system.chat_options
+    )  # fmt: skip
+    team = evaluation.TextAgents(writing, options.max_message_tokens)
+    sets = []
+    for name, questions in (("train", rows), ("validation", held_out)):
+        file = Path(config.output_dir) / f"right_turns_{name}.json"
+        if questions is None or (resume and file.is_file()):
+            sets.append(questions and json.loads(file.read_text(encoding="utf-8")))
+            continue
+        progress(f"text agents answer {len(questions)} questions ({name})")
+        try:
+            kept = evaluation.right_turns(
+                team, questions, options.samples, scorer, options.batch_size, **vars(config.generation)
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, kept)
+        sets.append(kept)
+    return writers, *sets

@@ -1,0 +1,156 @@
+"""Final answers of options and of programs: where they are in a text, and when they mean the same."""
+
+import ast
+import functools
+import re
+
+from diffmas.evaluation import sandbox
+from diffmas.evaluation.mathematics import last_expression
+from diffmas.evaluation.metrics import boxed, last_number, normalise
+
+__all__ = ["LETTERS", "boxed_or_mathematics", "boxed_or_number", "code", "letter", "passes", "same_code", "same_letter"]
+
+LETTERS = "ABCDEFGHIJ"
+
+
+# ---- mathematics -----------------------------------------------------------------------------------------------------
+
+
+def boxed_or_number(text: str) -> str | None:
+    """The contents of the last box, else the last number."""
+    final = boxed(text)
+    return last_number(text) if final is None else final
+
+
+def boxed_or_mathematics(text: str) -> str | None:
+    """The contents of the last box, else the mathematics that math-verify takes for the answer."""
+    final = boxed(text)
+    return last_expression(text) if final is None else final
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def _bare(text: str) -> str:
+    """An option's letter or text without LaTeX's \\text{}, brackets and full stops around it."""
+    return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text).strip().strip("()[]{}*.: ")
+
+
+def _named(text: str, choices: list[str]) -> str | None:
+    """The letter of an option that is named alone: by its letter, by both, or by its text."""
+    bare = _bare(text)
+    valid = LETTERS[: len(choices)]
+    if match := re.fullmatch(rf"(?:option\s+)?\(?([{valid}{valid.lower()}])(?:[).:]\s*.*)?", bare, re.DOTALL | re.IGNORECASE):
+        return match.group(1).upper()
+    same = [a for a, choice in zip(valid, choices) if normalise(choice) == normalise(bare)]
+    return same[0] if same else None
+
+
+def letter(text: str, row: dict) -> str | None:
+    """The letter of the option that a text ends with, None if it names none. row: with the texts of the options, "choices".
+
+    In this order, the last one of each: a box; (B); "answer is B"; an option's own text; "option B" or ": B"; a letter alone.
+
+    >>> letter("(A) is too hot, so the answer is (B).", {"choices": ["a stove", "a fridge"]})
+    'B'
+    """
+    choices = row["choices"]
+    valid = LETTERS[: len(choices)]
+    final = boxed(text)
+    if final is not None and (found := _named(final, choices)):
+        return found
+    for pattern in (rf"\(([{valid}])\)", rf"(?:answer|choice)(?: is|:)\s*(?:option\s+)?[*\s(]*([{valid}])\b(?!['’])"):
+        if matches := re.findall(pattern, text, re.IGNORECASE if "answer" in pattern else 0):
+            return matches[-1].upper()
+    if found := _last_option(text, choices):
+        return found
+    if matches := re.findall(rf"(?:[Oo]ption|:)\s*\**([{valid}])\b(?!['’])", text):
+        return matches[-1]
+    lines = text.strip().splitlines()
+    return next((found for line in (lines[-1:] + lines[:1]) if (found := _named(line, choices))), None)
+
+
+def _last_option(text: str, choices: list[str]) -> str | None:
+    """The letter of the option whose text comes last; a longer option that holds a shorter one counts."""
+    forms = {normalise(choice): a for a, choice in zip(LETTERS, choices) if normalise(choice)}
+    longest_first = sorted(forms, key=len, reverse=True)
+    pattern = "|".join(rf"(?<!\w){re.escape(form)}(?!\w)" for form in longest_first)
+    found = re.findall(pattern, normalise(text)) if pattern else []
+    return forms[found[-1]] if found else None
+
+
+def same_letter(given: str, gold: str) -> bool:
+    return given == gold
+
+
+# ---- programs --------------------------------------------------------------------------------------------------------
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _defines(source: str, name: str) -> bool:
+    return bool(re.search(rf"^\s*(?:async\s+)?def\s+{re.escape(name)}\b", source, re.MULTILINE))
+
+
+def _amid_prose(text: str) -> str:
+    """The longest run of lines that is a program, from the first line that begins like one."""
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if re.match(r"(?:from|import|def|class|async|@)\b|@", line)]
+    for start in starts:
+        for end in range(len(lines), start, -1):
+            source = "\n".join(lines[start:end])
+            if _parses(source):
+                return source
+    return text
+
+
+def _definitions(source: str) -> str:
+    """A program without what it does besides defining: its prints, its demonstrations, its own tests."""
+    kept = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    try:
+        return ast.unparse(ast.Module([node for node in ast.parse(source).body if isinstance(node, kept)], []))
+    except (SyntaxError, ValueError, RecursionError):
+        return source
+
+
+def code(text: str, row: dict) -> str | None:
+    """The program in a text: the last code block that defines row["entry_point"], else the last block, else the text itself.
+
+    A text that defines nothing goes on where row["code_prefix"], the beginning of the function, ends. None for an empty text.
+    """
+    name, prefix = row.get("entry_point") or "", row.get("code_prefix") or ""
+    blocks = re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    defining = [block for block in blocks if name and _defines(block, name)]
+    source = (defining or blocks or [text])[-1]
+    if not source.strip():
+        return None
+    if name and prefix and not _defines(source, name):
+        return prefix + source
+    if not blocks and not _parses(source):
+        source = _amid_prose(source)
+    # The prefix alone is a function with nothing but its docstring; its imports and helpers count.
+    return (f"{prefix}\n\n" if _parses(prefix) else "") + _definitions(source)
+
+
+def passes(given: str, gold: str, row: dict) -> bool:
+    """Whether a program passes row["tests"], in the sandbox. The gold answer is not looked at."""
+    return _verdict(given, row["tests"]).passed
+
+
+@functools.lru_cache(maxsize=4096)
+def _verdict(program: str, tests: str) -> sandbox.Verdict:
+    return sandbox.run(f"{program}\n\n{tests}\n")
+
+
+def same_code(given: str, other: str) -> bool:
+    """Two programs are one vote if they are the same but for layout and comments."""
+    try:
+        return ast.dump(ast.parse(given)) == ast.dump(ast.parse(other))
+    except (SyntaxError, ValueError, RecursionError):
+        return given.strip() == other.strip()

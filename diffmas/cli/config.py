@@ -87,7 +87,8 @@ class Config:
     """The keys of config.yaml.
 
     model: a hub name or a directory. dtype: of the weights, one of DTYPES. system: options of `MultiAgentSystem`. training:
-    any fields of transformers' TrainingArguments but output_dir, over the paper's settings (`default_arguments`).
+    any fields of transformers' TrainingArguments but output_dir, over a recipe, default or paper (`default_arguments`).
+    gradient_report_steps, explosion_factor: see `diffmas.Trainer`.
     early_stopping_patience: how many evaluations without a better eval_loss end training.
 
     Raises ValueError naming a key whose value does not fit.
@@ -100,7 +101,10 @@ class Config:
     system: Options = field(default_factory=Options)
     lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
+    recipe: str = "default"
     training: dict = field(default_factory=dict)
+    gradient_report_steps: int = 0
+    explosion_factor: float | None = 100.0
     early_stopping_patience: int | None = None
     generation: Generation = field(default_factory=Generation)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -221,13 +225,13 @@ def training_fields(given: dict) -> dict:
 
 
 def training_arguments(config: Config):
-    """TrainingArguments: the paper's settings, an evaluation each epoch if there is validation data, then the config's."""
+    """TrainingArguments: a recipe's settings, an evaluation each epoch if there is validation data, then the config's."""
     from diffmas.training import default_arguments
 
     given = training_fields(config.training)
     if config.data.validation or config.data.validation_fraction:
         given = {"eval_strategy": "epoch", **given}
-    return default_arguments(config.output_dir, **given)
+    return default_arguments(config.output_dir, config.recipe, **given)
 
 
 def build_model(config: Config, device: str | None = None):

@@ -85,7 +85,10 @@ def train(
     callbacks = []
     if settings.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
-    trainer = Trainer(system, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks)
+    trainer = Trainer(
+        system, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks,
+        gradient_report_steps=settings.gradient_report_steps, explosion_factor=settings.explosion_factor,
+    )  # fmt: skip
     if trainer.is_world_process_zero():
         console.print(_summary(settings, system, arguments, rows, held_out))
         for path in earlier:

@@ -72,7 +72,7 @@ def _advice(system: MultiAgentSystem) -> str:
     tries = []
     if system.trace_content != "all":
         tries.append(
-            f"sinks=4 or trace_content='all' (pretrained models attend to the first tokens, {system.trace_content!r} drops them)"
+            f"sinks=4 or trace_content='all' ({system.trace_content!r} drops the first tokens: pretrained models need these)"
         )
     if system.realign.mode in ("none", "soft_token"):
         tries.append(f"realign='ridge' or 'norm' for {system.realign.mode!r}")

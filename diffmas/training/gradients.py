@@ -114,7 +114,9 @@ class GradientMonitor(TrainerCallback):
     def on_step_end(self, args, state, control, **_) -> None:
         scalars, self._scalars = self._scalars, {}
         if scalars:
+            due = control.should_log  # the loss and what belongs to it; a log takes it for done
             self.log(scalars)
+            control.should_log = due
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

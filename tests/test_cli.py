@@ -270,7 +270,7 @@ def test_what_a_config_may_hold(tmp_path):
     assert settings.agents == [tiny.Agent("a", prompt="{question}")] and settings.lora.r == 8
     assert settings.output_dir == str(tmp_path / "diffmas-output")
     arguments = config.training_arguments(settings)
-    assert (arguments.learning_rate, arguments.max_steps, arguments.gradient_accumulation_steps) == (5e-5, 3, 64)
+    assert (arguments.learning_rate, arguments.max_steps, arguments.gradient_accumulation_steps) == (5e-5, 3, 4)
     assert str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no"
     settings.data.validation_fraction = 0.1
     arguments = config.training_arguments(settings)

@@ -8,16 +8,18 @@ import torch
 
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace, Trainer
+from diffmas.agents.gradient_report import GradientReport, layer_groups
 from diffmas.evaluation import Latent, Scorer, Stitched, audit, communicates, evaluate, metrics, single_agent
 from diffmas.models.generate import generate
 from diffmas.training.data import question_and_answer
+from diffmas.training.explosion import Explosion
 
 DOCUMENTED = [
     Agent, MultiAgentSystem, MultiAgentSystem.from_pretrained, MultiAgentSystem.generate, Trace, Trainer,
     diffmas.default_arguments, diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject,
     diffmas.ops.cross_attention, diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer,
     metrics.boxed, metrics.wilson, metrics.agreements, metrics.difference_of_means, metrics.difference_of_rates, audit,
-    Stitched,
+    Stitched, GradientReport, MultiAgentSystem.gradient_report, layer_groups, Explosion,
 ]  # fmt: skip
 
 

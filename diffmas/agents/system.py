@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from diffmas.agents import adapters, file, prompts
+from diffmas.agents import adapters, file, gradients, prompts
 from diffmas.agents.chat import check_chat
 from diffmas.agents.eval_mode import evaluating
+from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.meter import phase
 from diffmas.agents.options import Options
@@ -285,6 +286,19 @@ class MultiAgentSystem(nn.Module):
         for s in stop or []:
             text = text.split(s, 1)[0]
         return text
+
+    def gradient_report(self, questions, answers: list[str], num_items_in_batch=None) -> GradientReport:
+        """Where the gradient of the answers' loss goes: norms by agent, latent step and layer, of the parameters' gradient and
+        of dL/d(rows).
+
+        Arguments: as in `forward`. Runs the loss and its backward once, in the mode the system is in, and leaves
+        gradients, weights and random state as they are; nobody else may run the model meanwhile. Returns a `GradientReport`.
+        Raises ValueError for a system without trainable parameters.
+
+            >>> system.gradient_report(["where is the key"], ["in the garden"]).norm > 0
+            True
+        """
+        return gradients.report(self, questions, answers, num_items_in_batch)
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

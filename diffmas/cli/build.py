@@ -20,7 +20,7 @@ def training_arguments(config: Config):
     given = training_fields(config.training)
     if config.data.validation or config.data.validation_fraction:
         given = {"eval_strategy": "epoch", **given}
-    return default_arguments(config.output_dir, **given)
+    return default_arguments(config.output_dir, config.recipe, **given)
 
 
 def base_model(config: Config, device: str | None = None):

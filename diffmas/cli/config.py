@@ -102,8 +102,8 @@ class Config:
 
     model: a hub name, a directory or a GGUF file. task: one of `diffmas tasks`. agents: by default the task's. dtype: of the
     weights, one of DTYPES. system: options of `MultiAgentSystem`. training: any fields of transformers' TrainingArguments but
-    output_dir, over the paper's settings (`default_arguments`). early_stopping_patience: how many evaluations without a better
-    eval_loss end training.
+    output_dir, over a recipe, default or paper (`default_arguments`). gradient_report_steps, explosion_factor: see
+    `diffmas.Trainer`. early_stopping_patience: how many evaluations without a better eval_loss end training.
 
     Raises ValueError naming a key whose value does not fit.
     """
@@ -116,7 +116,10 @@ class Config:
     system: Options = field(default_factory=Options)
     lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
+    recipe: str = "default"
     training: dict = field(default_factory=dict)
+    gradient_report_steps: int = 0
+    explosion_factor: float | None = 100.0
     early_stopping_patience: int | None = None
     generation: Generation = field(default_factory=Generation)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -28,7 +28,10 @@ def trainer_of(config: Config, method: str = "diffmas", resume: bool = False, pr
     callbacks = []
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
-    return Trainer(system, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks)
+    return Trainer(
+        system, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=callbacks,
+        gradient_report_steps=config.gradient_report_steps, explosion_factor=config.explosion_factor,
+    )  # fmt: skip
 
 
 def _text_sft(config: Config, system, rows, held_out, resume: bool, progress):

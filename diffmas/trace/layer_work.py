@@ -13,6 +13,7 @@ The autograd graph holds this object, so it must not reach a trace, or a tensor 
 """
 
 import contextlib
+import functools
 import itertools
 import weakref
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmas.ops.fused import in_layout_of, packed_table, with_heads
+from diffmas.ops.fused import Composed, in_layout_of, packed_table, with_heads
 from diffmas.ops.register import call
 from diffmas.trace.pool import DeferredKVGrad, Pool
 from diffmas.trace.spec import LayerSpec, ModelSpec
@@ -69,6 +70,8 @@ class LayerWork:
     step: int = 0
     older: list[list[KVRange]] | None = None
     hold: Hold | None = None
+
+    watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
 
     def __post_init__(self):
         self.hold = self.hold or Hold(self.store, self.views)
@@ -176,13 +179,14 @@ class LayerWork:
         dk_pool, dv_pool = grads.of(self.lineage)
         own_rows_only, deferred = self._choices[i]
         rope = (cos, sin, tables.slots, q_weight, k_weight, eps, interleaved)
+        run = call if self.watch is None else self._watched(i, dk_pool, dv_pool, tables.slots)
         if do is None:
             if q is None:  # the backward is linear: q and k only tell shape and dtype
                 q, k = q_rot, q_rot.new_empty((q_rot.shape[0], *dk_pool.shape[1:]))
             n, _, D = q_rot.shape
             q, k = with_heads(q, n, D), with_heads(k, n, D)
             rope = (packed_table(cos), packed_table(sin), *rope[2:])
-            *rows, dq_weight, dk_weight = call(
+            *rows, dq_weight, dk_weight = run(
                 "inject_backward", q_rot, torch.zeros_like(q_rot), q, k, *rope, dk_pool, dv_pool, backend=backend
             )
             return *(in_layout_of(o, x) for x in rows), dq_weight, dk_weight
@@ -190,10 +194,23 @@ class LayerWork:
             kept = (do, q_rot, o, lse)
             grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
         view = self._views(tables, layer, q_rot.device)["all"]
-        return call(
+        return run(
             "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, grads.k, grads.v, *view, scale, dk_pool, dv_pool,
             tables.grad_tail if own_rows_only else None, weight_grads, backend=backend,
         )  # fmt: skip
+
+    def _watched(self, i: int, dk_pool: Tensor, dv_pool: Tensor, slots: Tensor):
+        """`call`, but the two parts of attention's backward run one by one: between them the rows' gradient is in the pool."""
+
+        def run(name: str, like: Tensor, *args, backend: str):
+            if name == "inject_attend_backward":
+                parts = Composed(lambda part: functools.partial(run, part, like, backend=backend))
+                return parts.inject_attend_backward(*args)
+            if name == "inject_backward":
+                self.watch(i, dk_pool[slots], dv_pool[slots])
+            return call(name, like, *args, backend=backend)
+
+        return run
 
     def flush(self) -> None:
         """Adds dK and dV of the rows before a run of latent steps, for all steps that this backward pass has been through."""

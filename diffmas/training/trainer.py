@@ -18,6 +18,7 @@ from diffmas.agents.file import check_description
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.training.checkpoint import check_checkpoint, check_manifest, last_checkpoint, remove_oldest, write_manifest
 from diffmas.training.data import Collator, check_row
+from diffmas.training.gradients import GradientMonitor
 from diffmas.training.settings import default_arguments
 
 __all__ = ["NonFiniteLoss", "Trainer"]
@@ -44,6 +45,10 @@ class Trainer(transformers.Trainer):
     system: its PEFT adapter is trained; a plain model gets one first. peft_config: for that one, by default `lora_config()`.
     args: TrainingArguments, by default `default_arguments("diffmas-output")`.
     train_dataset, eval_dataset: rows of questions and answers (`diffmas.training.data`), as lists or datasets.
+    gradient_report_steps: every so many steps, norms of the gradient go to the log, and to gradients.csv and gradients.png in
+        output_dir: of the parameters by layers, and of dL/d(rows) and dL/dh by agent and latent step. 0: never.
+    explosion_factor: one warning, with a gradient report of that step, when the gradient's norm before clipping is more than so
+        many times its running median. None: no warning.
     options: other arguments of transformers' Trainer.
 
     A loss or gradient that is not finite stops training with `NonFiniteLoss` before it reaches the weights.
@@ -61,7 +66,7 @@ class Trainer(transformers.Trainer):
 
     def __init__(
         self, system: MultiAgentSystem, args: TrainingArguments | None = None, *, train_dataset=None, eval_dataset=None,
-        peft_config=None, data_collator=None, **options,
+        peft_config=None, data_collator=None, gradient_report_steps: int = 0, explosion_factor: float | None = 100.0, **options,
     ):  # fmt: skip
         if not isinstance(system, MultiAgentSystem):
             raise ValueError(f"system: expected a MultiAgentSystem, got {type(system).__name__}")
@@ -96,12 +101,15 @@ class Trainer(transformers.Trainer):
             if getattr(system.model, name, None) is not None:
                 setattr(system, name, getattr(system.model, name))
         self._bad_losses, self._good_checkpoint = None, None
+        self._monitor = GradientMonitor(system, gradient_report_steps, explosion_factor)
         super().__init__(
             model=system, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=data_collator or Collator(system.tokenizer), **options,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = True
         self.label_names = ["labels"]
+        self._monitor.log = self.log
+        self.add_callback(self._monitor)
 
     @staticmethod
     def _check_rows(system, name: str, rows) -> None:
@@ -123,29 +131,35 @@ class Trainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step + 1
+        with self._monitor.micro_batch(step, inputs["questions"], inputs["answers"], num_items_in_batch):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         bad = ~loss.isfinite()  # stays on the device until the optimizer is to step
         self._bad_losses = bad if self._bad_losses is None else self._bad_losses | bad
         if self.accelerator.sync_gradients:
-            self._check_finite()
+            self._before_step(step)
         return loss
 
-    def _check_finite(self) -> None:
+    def _before_step(self, step: int) -> None:
         """Raises NonFiniteLoss on all ranks if any has a bad loss or gradient; called before every optimizer step."""
         bad, self._bad_losses = self._bad_losses, None
-        what = "loss"
-        if self.accelerator.scaler is None:  # a scaler finds its scale by infinite gradients
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            if grads:
-                norms = torch._foreach_norm(grads)
-                bad_grads = ~torch.stack([n.to(bad.device) for n in norms]).isfinite().all()
-                bad, what = bad | bad_grads, "loss or gradient"
-        bad = self.accelerator.reduce(bad.float(), "sum")
-        if bad.item():
+        what, scaler = "loss", self.accelerator.scaler
+        parameters, norms = [p for p in self.model.parameters() if p.grad is not None], []
+        if parameters and (scaler is None or self._monitor.needs_norms(step)):
+            norms = torch.stack([n.to(bad.device) for n in torch._foreach_norm([p.grad for p in parameters])])
+            if scaler is None:  # which finds its scale by infinite gradients
+                bad, what = bad | ~norms.isfinite().all(), "loss or gradient"
+        bad = self.accelerator.reduce(bad.float(), "sum").item()
+        if self._monitor.needs_norms(step):
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            norms = [norm / scale for norm in norms.tolist()] if parameters else []
+            directory = Path(self.args.output_dir) if self.is_world_process_zero() else None
+            self._monitor.before_step(step, parameters, norms, scale * self.accelerator.num_processes, directory)
+        if bad:
             kept = self._good_checkpoint or last_checkpoint(self.args.output_dir)
             raise NonFiniteLoss(
-                f"step {self.state.global_step + 1}: expected a finite {what}, got NaN or infinity; training stopped before "
-                f"it reached the weights. Last good checkpoint: {kept or 'none'}"
+                f"step {step}: expected a finite {what}, got NaN or infinity; training stopped before it reached the weights. "
+                f"Last good checkpoint: {kept or 'none'}"
             )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -168,7 +182,8 @@ class Trainer(transformers.Trainer):
                 raise ValueError(f"{self.args.output_dir}: expected a whole checkpoint to resume from, found none")
         self._bad_losses = None
         self._good_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        with self._checkpointing():
+        directory = Path(self.args.output_dir) if self.is_world_process_zero() else None
+        with self._checkpointing(), self._monitor.running(directory):
             return super().train(
                 resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint else None, **options
             )

@@ -131,7 +131,7 @@ Pools pools(const char* k_name, const Tensor& k_pool, const char* v_name, const 
 Table table(const char* name, const Optional& t, std::initializer_list<int64_t> shape, Device device) {
   if (!t) return {nullptr, 0, DType::f32};
   check_device(name, *t, device);
-  const int64_t dims = int64_t(shape.size()), lead = t->dim() == dims + 1 && t->size(0) == 1 ? 1 : 0;
+  const int64_t dims = int64_t(shape.size()), lead = dims == 2 && t->dim() == 3 && t->size(0) == 1 ? 1 : 0;
   bool same = t->dim() == dims + lead;
   for (int64_t i = 0; same && i < dims; ++i) same = t->size(i + lead) == shape.begin()[i];
   STD_TORCH_CHECK(same, name, ": expected shape ", list(shape.begin(), dims), ", got ", shape_of(*t));

@@ -115,7 +115,9 @@ def test_a_system_message_that_the_template_does_not_take():
     assert prompt(system(LEAVES_SYSTEM_OUT, CREW[:1])) == "plan the key"
     with pytest.raises(ValueError, match=r"agent 'planner': the chat template refuses its prompt \(no\)"):
         system("{{ raise_exception('no') }}")
-    late = system("{% if messages[0].content == 'the key' %}{{ raise_exception('no') }}{% endif %}x", CREW[:1] + tiny.agents()[-1:])
+    late = system(
+        "{% if messages[0].content == 'the key' %}{{ raise_exception('no') }}{% endif %}x", CREW[:1] + tiny.agents()[-1:]
+    )
     assert late.prompt_ids(late.agents[0], {"question": "the key"})
     with pytest.raises(ValueError, match=r"questions\[1\], agent 'alone': the chat template refuses its prompt"):
         alone = MultiAgentSystem(late.model, late.tokenizer, [Agent("alone", "{question}")])

@@ -10,13 +10,14 @@ import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace, Trainer
 from diffmas.evaluation import Latent, Scorer, evaluate, metrics, single_agent
 from diffmas.models.generate import generate
+from diffmas.models.load import load_model
 from diffmas.training.data import question_and_answer
 
 DOCUMENTED = [
     Agent, MultiAgentSystem, MultiAgentSystem.from_pretrained, MultiAgentSystem.generate, Trace, Trainer,
     diffmas.default_arguments, diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject,
     diffmas.ops.cross_attention, diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer,
-    metrics.boxed, metrics.wilson,
+    metrics.boxed, metrics.wilson, load_model,
 ]  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def test_examples(documented, tmp_path):
     system = tiny.system()
     names = {x.__name__: x for x in (*DOCUMENTED, Latent, single_agent)} | {
         "torch": torch, "model": system.model, "tokenizer": system.tokenizer, "system": system, "rows": tiny.rows(2),
-        "base_model": tiny.model(), "directory": tmp_path,
+        "base_model": tiny.model(), "directory": tmp_path, "base_directory": tiny.save_base(tmp_path / "base"),
     }  # fmt: skip
     test = doctest.DocTestParser().get_doctest(documented.__doc__, names, documented.__qualname__, None, 0)
     assert test.examples

@@ -86,9 +86,9 @@ METHODS = ("single", "text", "latent_mas", "diffmas")
 class Config:
     """The keys of config.yaml.
 
-    model: a hub name, a directory or a GGUF file. dtype: of the weights, one of DTYPES. system: options of `MultiAgentSystem`. training:
-    any fields of transformers' TrainingArguments but output_dir, over the paper's settings (`default_arguments`).
-    early_stopping_patience: how many evaluations without a better eval_loss end training.
+    model: a hub name, a directory or a GGUF file. dtype: of the weights, one of DTYPES. system: options of
+    `MultiAgentSystem`. training: any fields of transformers' TrainingArguments but output_dir, over the paper's settings
+    (`default_arguments`). early_stopping_patience: how many evaluations without a better eval_loss end training.
 
     Raises ValueError naming a key whose value does not fit.
     """

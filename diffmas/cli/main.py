@@ -126,7 +126,9 @@ def generate(
     adapter: Annotated[Path, typer.Option(help="directory that `diffmas train` wrote", show_default=False)],
     question: Annotated[str, typer.Option(help="the field {question} of the agents' prompts")] = "",
     field: Annotated[list[str] | None, typer.Option(help="another field of the prompts, as name=text; may be repeated")] = None,
-    model: Annotated[str | None, typer.Option(help="base model (directory, GGUF file or hub name), if it is not where it was")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="base model (directory, GGUF file or hub name), if it is not where it was")
+    ] = None,
     max_new_tokens: int = 256,
     temperature: float = 0.6,
     top_p: float = 0.95,

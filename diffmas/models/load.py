@@ -66,7 +66,11 @@ def load_tokenizer(name, **options):
 
     place, _ = _place(name, options)
     folder = Path(place["pretrained_model_name_or_path"]) / options.get("subfolder", "")
-    if "gguf_file" not in place and folder.is_dir() and not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
+    if (
+        "gguf_file" not in place
+        and folder.is_dir()
+        and not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern))
+    ):
         # transformers may build an empty one from the config alone
         raise ValueError(f"model {str(name)!r}: expected a tokenizer beside the model, found none; save the model's there")
     return _explained(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(**place))

@@ -11,6 +11,7 @@ from diffmas import Agent, MultiAgentSystem, Trace, Trainer
 from diffmas.agents.gradient_report import GradientReport, layer_groups
 from diffmas.evaluation import Latent, Scorer, Stitched, audit, communicates, evaluate, metrics, single_agent
 from diffmas.models.generate import generate
+from diffmas.models.load import load_model
 from diffmas.training.data import question_and_answer
 from diffmas.training.explosion import Explosion
 
@@ -19,7 +20,7 @@ DOCUMENTED = [
     diffmas.default_arguments, diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject,
     diffmas.ops.cross_attention, diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer,
     metrics.boxed, metrics.wilson, metrics.agreements, metrics.difference_of_means, metrics.difference_of_rates, audit,
-    Stitched, GradientReport, MultiAgentSystem.gradient_report, layer_groups, Explosion,
+    Stitched, GradientReport, MultiAgentSystem.gradient_report, layer_groups, Explosion, load_model,
 ]  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def test_examples(documented, tmp_path):
     system = tiny.system()
     names = {x.__name__: x for x in (*DOCUMENTED, Latent, communicates, single_agent)} | {
         "torch": torch, "model": system.model, "tokenizer": system.tokenizer, "system": system, "rows": tiny.rows(2),
-        "base_model": tiny.model(), "directory": tmp_path,
+        "base_model": tiny.model(), "directory": tmp_path, "base_directory": tiny.save_base(tmp_path / "base"),
     }  # fmt: skip
     test = doctest.DocTestParser().get_doctest(documented.__doc__, names, documented.__qualname__, None, 0)
     assert test.examples

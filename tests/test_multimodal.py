@@ -19,7 +19,7 @@ PIXTRAL = dict(model_type="pixtral", head_dim=8, **VISION)
 QWEN_VISION = dict(
     depth=2, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, patch_size=4, fullatt_block_indexes=[1]
 )  # fmt: skip
-# name -> (family, its config); text families that are fused and generic, positions of one and of three axes, masks by layer type
+# name -> (family, its config): fused and generic text families, positions of one and of three axes, masks by layer type
 CASES = {
     "ministral3": ("mistral3", dict(
         text_config=dict(model_type="ministral3", **BASE, **FAMILIES["ministral3"]), vision_config=PIXTRAL, image_token_index=2,
@@ -82,6 +82,8 @@ def test_text_takes_a_trace(name):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_generate(name):
+    if name == "qwen2_5_vl" and transformers.__version__ < "5":
+        pytest.skip("its generate counts positions from a state that only a forward with a cache of transformers' sets")
     model = diffmas.patch_model(build(name))
     rows = tokens(5, 3)
     ids, mask = pad(rows)

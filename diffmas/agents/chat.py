@@ -36,7 +36,7 @@ def chat_text(tokenizer, agent, prompt: str, options: dict) -> str:
 
 
 def check_chat(tokenizer, chat_template: bool, options: dict, agents) -> None:
-    """Raises ValueError for a chat template that is not there, an option that it does not read, and an agent that it refuses."""
+    """Raises ValueError for a chat template that is not there, options that it does not read, and agents that it refuses."""
     if not chat_template:
         if options:
             raise ValueError(f"chat_options: expected none without a chat template, got {sorted(options)}")

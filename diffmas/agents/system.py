@@ -337,9 +337,9 @@ class MultiAgentSystem(nn.Module):
     ) -> "MultiAgentSystem":
         """A system from a directory that `save_pretrained` wrote.
 
-        model: a loaded base model, a directory, GGUF file or hub name, or None for the one that agents.json names. trainable: whether
-        its adapters are. model_options: of `diffmas.models.load.load_model`. Raises ValueError naming the file that is missing,
-        damaged, or of another model.
+        model: a loaded base model, a directory, GGUF file or hub name, or None for the one that agents.json names. trainable:
+        whether its adapters are. model_options: of `diffmas.models.load.load_model`. Raises ValueError naming the file that is
+        missing, damaged, or of another model.
 
             >>> system.save_pretrained(directory)
             >>> MultiAgentSystem.from_pretrained(directory, base_model, tokenizer).agents == system.agents

@@ -1,7 +1,6 @@
 """The command line: diffmas demo | train | generate | tasks | evaluate | audit | bench | env."""
 
 import functools
-import json
 import math
 import platform
 import shutil

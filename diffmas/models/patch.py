@@ -63,9 +63,10 @@ def patch_of(model: nn.Module) -> Patch:
 def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None = None) -> nn.Module:
     """Patches a model in place to take a `diffmas.Trace` as past_key_values, and returns it.
 
-    model: a transformers causal LM, or a PEFT model around one; of a multimodal one, text takes a trace. backend: "auto", or one of `diffmas.ops.BACKENDS`.
-    max_length: the most tokens per sequence that a trace of this model may hold. A sliding window must be at least that long;
-    without max_length it must be as long as the model's context, and then limits traces itself.
+    model: a transformers causal LM, or a PEFT model around one; a multimodal one takes a trace with text alone. backend:
+    "auto", or one of `diffmas.ops.BACKENDS`. max_length: the most tokens per sequence that a trace of this model may hold. A
+    sliding window must be at least that long; without max_length it must be as long as the model's context, and then limits
+    traces itself.
 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.

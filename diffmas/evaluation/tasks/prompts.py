@@ -18,8 +18,7 @@ ROLES = {
     "needed, and how to mend them.",
     "refiner": "You are the refiner of a team. Improve the plan for the question below: keep what is right, and mend what the "
     "critic found.",
-    "solver": "You are the solver of a team. Answer the question below with the help of the team's plan; where the plan is "
-    "wrong, trust your own reasoning.",
+    "solver": "You are the solver of a team. Answer the question below with the help of the team's plan.",
 }
 LATENT = " What the team thought so far is in your memory."
 TEXT = " What the team wrote so far:\n\n{messages}"

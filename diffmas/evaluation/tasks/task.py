@@ -19,8 +19,8 @@ PARTS = ("train", "validation", "test")
 class Task:
     """A set of questions as it is published, and what to do with it.
 
-    name: as in `diffmas tasks`. kind: math | options | code. questions: how many the test part has. hub, config: of the data set
-    on the Hugging Face hub. splits: its split for each part, of PARTS, that it has. form: record -> row. licence: of the
+    name: as in `diffmas tasks`. kind: math | options | code. questions: how many the test part has. hub, config: of the data
+    set on the Hugging Face hub. splits: its split for each part, of PARTS, that it has. form: record -> row. licence: of the
     questions. gated: whether the hub asks for an account. number: whether an answer without a box ends in a plain number.
     latent_steps: T by default. max_new_tokens: of an answer by default.
     """

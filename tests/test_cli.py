@@ -97,7 +97,8 @@ def test_trained_baselines_go_to_directories_of_their_own_and_are_compared(proje
     judged = {"samples": 15, "batch_size": 8, "max_message_tokens": 25, "extract": "(kitchen|cellar|garden|attic|garage)"}
     path = settings_of(
         project, tmp_path, generation={"max_new_tokens": 25, "temperature": 5.0, "top_p": 1.0}, data={"train": rows},
-        evaluation={"data": rows, **judged}, system={"adapter_scope": "final_only"}, early_stopping_patience=None,
+        evaluation={"data": rows, "limit": 2, **judged}, system={"adapter_scope": "final_only"}, early_stopping_patience=None,
+        training={"max_steps": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "use_cpu": True},
     )  # fmt: skip
     for method in ("text_sft", "stitch"):
         assert "shared, r=2, alpha=4" in call("train", path, "--method", method).output

@@ -304,7 +304,8 @@ def audit(
     options = settings.evaluation
     rows = evaluation_rows(settings)
     conditions = evaluation.audit(
-        trained_system(settings, adapter, place), rows, options.samples, scorer_of(settings), options.batch_size, kind, progress=lambda done: errors.print(f"{done} ...", highlight=False),
+        trained_system(settings, adapter, place), rows, options.samples, scorer_of(settings), options.batch_size, kind,
+        progress=lambda done: errors.print(f"{done} ...", highlight=False),
         **vars(settings.generation),
     )  # fmt: skip
     target = output or Path(settings.output_dir) / "audit"

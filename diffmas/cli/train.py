@@ -11,8 +11,8 @@ __all__ = ["trainer_of"]
 
 
 def trainer_of(config: Config, method: str = "diffmas", resume: bool = False, progress: Callable[[str], object] = print):
-    """A `diffmas.Trainer` of one of TRAINED. config: of `trained_as`. resume: take what the text team wrote before. progress: is
-    told what takes long. Raises ValueError for what does not fit."""
+    """A `diffmas.Trainer` of one of TRAINED. config: of `trained_as`. resume: take what the text team wrote before. progress:
+    is told what takes long. Raises ValueError for what does not fit."""
     from transformers import EarlyStoppingCallback
 
     from diffmas import evaluation

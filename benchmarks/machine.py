@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Graph", "Machine", "clock", "measure_machine", "own_stream", "peak_bytes", "sample"]
+__all__ = ["Graph", "Machine", "clock", "cpu_name", "measure_machine", "own_stream", "peak_bytes", "sample"]
 
 SMALL, LARGE, LARGE_GPU = 8 << 20, 256 << 20, 1 << 30  # bytes of the working sets
 
@@ -219,7 +219,7 @@ def _best(call: Callable, device: str, seconds: float = 0.1) -> float:
     return min(sample(call, repeats, device) for _ in range(max(5, int(seconds / (repeats * once)))))
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -254,5 +254,5 @@ def measure_machine(device: str = "cpu") -> Machine:
         rates[name] = 2 * size**3 / _best(lambda a=a: a @ a, device)
     if device != "cpu":
         rates |= {f"{rate}_cached": rates[rate] for rate in ("read", "copy")}
-    name = _cpu_name() if device == "cpu" else torch.cuda.get_device_name(0)
+    name = cpu_name() if device == "cpu" else torch.cuda.get_device_name(0)
     return Machine(device, name, torch.get_num_threads(), _cache_bytes(device), **rates)

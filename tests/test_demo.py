@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.cli import app
-from diffmas.demo import experiment, facts
+from diffmas.demo import experiment
+from diffmas.evaluation.tasks import facts
 
 
 def test_rows_split_the_facts_and_keep_the_answer():

@@ -27,7 +27,7 @@ from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
 from diffmas.evaluation.tasks import task
 
-__all__ = ["Config", "TRAINED", "check_methods", "load", "training_fields"]
+__all__ = ["Config", "TRAINED", "build", "check_methods", "load", "training_fields"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -167,7 +167,7 @@ def _value(value, kind, where: str):
     for option in options:
         base = typing.get_origin(option) or option
         if is_dataclass(base) and isinstance(value, dict):
-            return _build(base, value, where + ".")
+            return build(base, value, where + ".")
         if base is list and isinstance(value, list):
             item = typing.get_args(option)
             return [_value(v, item[0], f"{where}[{i}]") for i, v in enumerate(value)] if item else value
@@ -179,7 +179,8 @@ def _value(value, kind, where: str):
     raise ValueError(f"{where}: expected {_describe(kind)}, got {value!r}")
 
 
-def _build(cls, data: dict, where: str = ""):
+def build(cls, data: dict, where: str = ""):
+    """A dataclass from plain data; raises ValueError that starts with `where` and names the key that does not fit."""
     kinds, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}
     if not isinstance(data, dict):
         raise ValueError(f"{where or 'config'}: expected a mapping, got {type(data).__name__}")
@@ -205,7 +206,7 @@ def load(path) -> Config:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got {error}") from error
     try:
-        config = _build(Config, data if data is not None else {})
+        config = build(Config, data if data is not None else {})
         training_fields(config.training)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

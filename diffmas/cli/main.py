@@ -1,4 +1,4 @@
-"""The command line: diffmas demo | train | generate | tasks | evaluate | audit | bench | env."""
+"""The command line: diffmas demo | train | generate | tasks | evaluate | audit | study | bench | env."""
 
 import functools
 import math
@@ -314,6 +314,40 @@ def audit(
         evaluation.write_audit(conditions, target / "audit.csv"), evaluation.plot_audit(conditions, target / "audit.png"),
     ):  # fmt: skip
         console.print(str(file), highlight=False, soft_wrap=True)
+
+
+@app.command()
+@explained
+def study(
+    name: Annotated[str, typer.Argument(help="one that comes with diffmas (benchmarks/studies), or a YAML file")],
+    model: Annotated[str | None, typer.Option(help="a directory, GGUF file or hub name, instead of the recipe's")] = None,
+    output: Annotated[Path | None, typer.Option(help="directory of adapters and of all that was measured")] = None,
+    results: Annotated[Path | None, typer.Option(help="directory for the tables and plots alone")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="only this case; may be repeated")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="only this seed; may be repeated")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a key of the recipe's config, as data.train=FILE")
+    ] = None,
+    device: Device = None,
+):
+    """Run an experiment over cases and seeds: trainings, methods side by side, a causal audit; a killed one goes on."""
+    from diffmas.cli import study as studies
+    from diffmas.evaluation import pooled
+
+    path = studies.named(name)
+    target = output or Path("runs") / "studies" / path.stem
+    methods, audits, made = studies.run(
+        path, target, model, _device(device), case, seed, studies.changes_of(change or []),
+        lambda text: errors.print(f"{text} ...", highlight=False),
+    )  # fmt: skip
+    shown = results or target
+    for rows, what in ((methods, "methods"), (audits, "audit")):
+        if rows:
+            console.print(pooled.pooled_table(rows, f"{path.stem}: {what}"))
+            console.print()
+            for file in (pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(rows, shown / f"{what}.png")):
+                console.print(str(file), highlight=False, soft_wrap=True)
+    studies.write_made(made, shown)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffmas import evaluation
 from diffmas.agents.system import Agent, MultiAgentSystem
-from diffmas.demo import facts
+from diffmas.evaluation.tasks import facts
 from diffmas.evaluation.training_step import compare_training_step
 from diffmas.models.load import load_model
 from diffmas.training import Trainer, add_lora

@@ -2,8 +2,8 @@
 
     python -m diffmas.demo.make_base_model --out base
 
-The corpus is generated (`diffmas.demo.facts`): notes in another order, facts written as notes, questions about facts and
-about notes. Values are drawn with replacement, so that no question in a text gives away another's answer by elimination. The
+The corpus is generated (`diffmas.evaluation.tasks.facts`): notes in another order, facts written as notes, questions about
+facts and about notes. Values are drawn with replacement, so that no question in a text gives away another's answer by elimination. The
 printed recall is over held-out facts with one random question each. Later questions in a text come without facts, so that
 the model looks for them in the tokens before.
 """
@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from diffmas.demo import facts as world
+from diffmas.evaluation.tasks import facts as world
 
 PAD, UNKNOWN, BEGIN, END = "<|pad|>", "<|unknown|>", "<|begin|>", "<|end|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]

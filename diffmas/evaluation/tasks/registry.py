@@ -4,6 +4,7 @@ import difflib
 import functools
 
 from diffmas.evaluation.tasks import forms
+from diffmas.evaluation.tasks.facts import FACTS, Facts
 from diffmas.evaluation.tasks.task import Task
 
 __all__ = ["TASKS", "task"]
@@ -11,7 +12,7 @@ __all__ = ["TASKS", "task"]
 ALL = {"train": "train", "validation": "validation", "test": "test"}
 TEST = {"test": "test"}
 
-TASKS = {
+TASKS: dict[str, Task | Facts] = {
     t.name: t
     for t in (
         Task(
@@ -40,11 +41,12 @@ TASKS = {
             "mbpp_plus", "code", 378, "evalplus/mbppplus", TEST, functools.partial(forms.code, plus=True), "Apache-2.0",
             max_new_tokens=1024,
         ),
+        *FACTS,
     )
 }  # fmt: skip
 
 
-def task(name: str) -> Task:
+def task(name: str) -> Task | Facts:
     """The task of a name; raises ValueError that suggests the nearest one for another.
 
     >>> task("gsm8k").questions, task("humaneval").kind

@@ -1,0 +1,109 @@
+"""Results of several seeds as one: what a method does on average, over the same questions."""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from diffmas.evaluation.metrics import Difference, difference_of_rates, wilson
+from diffmas.evaluation.run import gap, interval, narrow_table, percent
+
+__all__ = ["Pooled", "plot_pooled", "pool", "pooled_table", "write_pooled"]
+
+
+@dataclass
+class Pooled:
+    """A method, or a condition of an audit, over seeds.
+
+    case: of the study. by_seed: the accuracy of each seed. accuracy: their mean; [low, high]: its 95 % Wilson interval over
+    questions, each with the mean of its seeds, so that an interval says nothing of other seeds: by_seed does. difference: to
+    the row named `to`, paired over questions; None for that one.
+    """
+
+    case: str
+    name: str
+    questions: int
+    by_seed: list[float]
+    accuracy: float
+    low: float
+    high: float
+    to: str | None
+    difference: Difference | None
+
+
+def pool(case: str, scores: dict[str, Sequence[Sequence[float]]], to: str | None = None) -> list[Pooled]:
+    """scores: by name, [seed][question], the share of right samples. to: the row that others are compared with; by default the
+    best but the last. Raises ValueError for seeds of different questions."""
+    means = {}
+    for name, seeds in scores.items():
+        if len({len(seed) for seed in seeds}) != 1:
+            raise ValueError(f"scores: expected the same questions for all seeds of {name!r}, got {[len(s) for s in seeds]}")
+        means[name] = [statistics.fmean(column) for column in zip(*seeds)]
+    others = list(means)[:-1]
+    if to is None and others:
+        to = max(others, key=lambda name: statistics.fmean(means[name]))
+    rows = []
+    for name, mean in means.items():
+        accuracy = statistics.fmean(mean)
+        rows.append(
+            Pooled(
+                case, name, len(mean), [statistics.fmean(seed) for seed in scores[name]], accuracy, *wilson(accuracy, len(mean)),
+                to, None if to in (None, name) else difference_of_rates(mean, means[to]),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def pooled_table(rows: list[Pooled], title: str = "") -> Table:
+    """The rows as a rich table of at most 80 columns."""
+    cells = [
+        [f"{r.case}: {r.name}", percent(r.accuracy), interval(r.low, r.high), gap(r.difference),
+         " ".join(f"{100 * x:.0f}" for x in r.by_seed)]
+        for r in rows
+    ]  # fmt: skip
+    heads = ("case: method", "right %", "95 % interval", "difference", "seeds")
+    to = {r.case: r.to for r in rows if r.to}
+    return narrow_table(title, heads, cells, "; ".join(f"{case}: difference to {name}" for case, name in to.items()))
+
+
+def write_pooled(rows: list[Pooled], path) -> Path:
+    """Writes a CSV file with a line per row, and returns its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        heads = ("accuracy", "low", "high", "compared_with", "difference", "difference_low", "difference_high", "by_seed")
+        writer.writerow(("case", "name", "questions", *heads))
+        for r in rows:
+            seeds = " ".join(f"{x:.4f}" for x in r.by_seed)
+            numbers = (r.accuracy, r.low, r.high, r.to or "", *(r.difference or ("", "", "")), seeds)
+            writer.writerow((r.case, r.name, r.questions, *(f"{x:.4f}" if isinstance(x, float) else x for x in numbers)))
+    return path
+
+
+def plot_pooled(rows: list[Pooled], path, title: str = "") -> Path:
+    """Writes a PNG of accuracies with their intervals, a dot for each seed; returns its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cases = list(dict.fromkeys(r.case for r in rows))
+    figure = Figure(figsize=(9, 1 + 0.4 * (len(rows) + len(cases))), layout="constrained")
+    FigureCanvasAgg(figure)  # pyplot would need a display and keep global state
+    heights = [sum(r.case == case for r in rows) + 1 for case in cases]
+    for axes, case in zip(figure.subplots(len(cases), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0], cases):
+        part = [r for r in rows if r.case == case]
+        errors = [[100 * max(r.accuracy - r.low, 0) for r in part], [100 * max(r.high - r.accuracy, 0) for r in part]]
+        axes.barh([r.name for r in part], [100 * r.accuracy for r in part], xerr=errors, capsize=3, alpha=0.7)
+        for i, r in enumerate(part):
+            axes.plot([100 * x for x in r.by_seed], [i] * len(r.by_seed), "k.", markersize=4)
+        axes.set(title=case, xlim=(0, 100))
+        axes.invert_yaxis()
+    axes.set(xlabel="right, % (95 % interval; a dot for each seed)")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    return path

@@ -200,7 +200,7 @@ class Stages:
             from diffmas import Agent, evaluation
 
             system = self._system()
-            names = {m for m in self.recipe.methods if m not in TRAINED or m in self.adapters}
+            names = self.recipe.methods
             others = {name: path for name, path in self.adapters.items() if name != "diffmas"}
             methods = build.methods_of(self.config, system, names, others)
             for name, prompt in self.recipe.alone.items():
@@ -210,7 +210,7 @@ class Stages:
             rows, options = build.evaluation_rows(self.config), self.config.evaluation
             results = evaluation.evaluate(
                 methods, rows, options.samples, build.scorer_of(self.config), options.batch_size, self.progress,
-                baselines=[name for name in methods if name not in ("diffmas", *self.recipe.alone)],
+                baselines=[name for name in names if name != "diffmas"],
                 **vars(self.config.generation),
             )  # fmt: skip
             evaluation.write_csv(results, self.directory / "results.csv")
@@ -293,9 +293,10 @@ def run(
             if recipe.audit and "diffmas" in recipe.methods:
                 for name, values in stages.audit().items():
                     told.setdefault(name, []).append(values)
-        untrained = [name for name in scores if name not in ("diffmas", *recipe.alone)]
-        best = max(untrained, key=lambda name: statistics.fmean(map(statistics.fmean, scores[name])), default=None)
+        baselines = [name for name in scores if name in recipe.methods and name != "diffmas"]
+        best = max(baselines, key=lambda name: statistics.fmean(map(statistics.fmean, scores[name])), default=None)
         methods += pool(case, scores, best)
-        audits += pool(case, told, "other") if told else []
+        team = {name: values for name, values in told.items() if ":" not in name}  # each agent's: in audit.csv of a seed
+        audits += pool(case, team, "other") if team else []
     made["training_tokens_per_second"] = {m: [r for r in rs if r] for m, rs in rates.items()}
     return methods, audits, made

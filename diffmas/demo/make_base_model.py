@@ -3,9 +3,9 @@
     python -m diffmas.demo.make_base_model --out base
 
 The corpus is generated (`diffmas.evaluation.tasks.facts`): notes in another order, facts written as notes, questions about
-facts and about notes. Values are drawn with replacement, so that no question in a text gives away another's answer by elimination. The
-printed recall is over held-out facts with one random question each. Later questions in a text come without facts, so that
-the model looks for them in the tokens before.
+facts and about notes. Values are drawn with replacement, so that no question in a text gives away another's answer by
+elimination. The printed recall is over held-out facts with one random question each. Later questions in a text come without
+facts, so that the model looks for them in the tokens before.
 """
 
 import argparse

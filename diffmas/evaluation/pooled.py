@@ -36,7 +36,7 @@ class Pooled:
 
 def pool(case: str, scores: dict[str, Sequence[Sequence[float]]], to: str | None = None) -> list[Pooled]:
     """scores: by name, [seed][question], the share of right samples. to: the row that others are compared with; by default the
-    best but the last. Raises ValueError for seeds of different questions."""
+    best of all but the last. Raises ValueError for seeds of different questions."""
     means = {}
     for name, seeds in scores.items():
         if len({len(seed) for seed in seeds}) != 1:
@@ -50,8 +50,8 @@ def pool(case: str, scores: dict[str, Sequence[Sequence[float]]], to: str | None
         accuracy = statistics.fmean(mean)
         rows.append(
             Pooled(
-                case, name, len(mean), [statistics.fmean(seed) for seed in scores[name]], accuracy, *wilson(accuracy, len(mean)),
-                to, None if to in (None, name) else difference_of_rates(mean, means[to]),
+                case, name, len(mean), [statistics.fmean(seed) for seed in scores[name]],
+                accuracy, *wilson(accuracy, len(mean)), to, None if to in (None, name) else difference_of_rates(mean, means[to]),
             )
         )  # fmt: skip
     return rows

@@ -59,12 +59,12 @@ class Recipe:
 
 def named(name: str) -> Path:
     """The file of a study: a path, or the name of one that comes with diffmas. Raises ValueError for another name."""
-    from diffmas import benchmarks
+    from diffmas.benchmarks import machine
 
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return path
-    directory = Path(benchmarks.__file__).parent / "studies"
+    directory = Path(machine.__file__).parent / "studies"
     known = {p.stem: p for p in sorted(directory.glob("*.yaml"))}
     if name not in known:
         raise ValueError(f"study: expected a YAML file or one of {sorted(known)}, got {name!r}")

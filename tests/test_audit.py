@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 
 from diffmas import Agent, MultiAgentSystem
-from diffmas.demo import experiment, facts
+from diffmas.demo import experiment
 from diffmas.evaluation import audit, audit_table, communicates, plot_audit, single_agent, write_audit
 from diffmas.evaluation import audit as audit_function
 from diffmas.evaluation.audit import batches, conditions_of
+from diffmas.evaluation.tasks import facts
 
 CLOSE = 1e-4  # a row read elsewhere is rotated by float32 tables
 QUESTIONS = [
@@ -36,7 +37,7 @@ def nlls(system, rows):
 
 
 def system(*agents, **options):
-    return systems.system(agents=[*agents, SOLVER], **options).eval()
+    return systems.system(agents=[*agents, SOLVER], **{"sinks": 0, **options}).eval()
 
 
 # ---- who gets whose message ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from diffmas import MultiAgentSystem
-from diffmas.cli import config
+from diffmas.cli import build, config
 from diffmas.cli import main as cli
 
 AGENTS = [{"name": a.name, "prompt": a.prompt, "latent_steps": a.latent_steps} for a in tiny.agents()]
@@ -28,7 +28,8 @@ def project(tmp_path_factory):
         "model": "base", "output_dir": "run", "agents": AGENTS, "lora": {"r": 2, "alpha": 4},
         "data": {"train": "rows.jsonl", "validation_fraction": 0.2, "seed": 1},
         "training": {
-            "num_train_epochs": 2, "gradient_accumulation_steps": 4, "learning_rate": "1e-2", "use_cpu": True,
+            "num_train_epochs": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": "1e-2",
+            "use_cpu": True,
             "disable_tqdm": True,
         },
         "early_stopping_patience": 2,
@@ -270,19 +271,18 @@ def test_what_a_config_may_hold(tmp_path):
     settings = config.load(path)
     assert settings.agents == [tiny.Agent("a", prompt="{question}")] and settings.lora.r == 8
     assert settings.output_dir == str(tmp_path / "diffmas-output")
-    arguments = config.training_arguments(settings)
+    arguments = build.training_arguments(settings)
     assert (arguments.learning_rate, arguments.max_steps, arguments.gradient_accumulation_steps) == (5e-5, 3, 4)
     assert str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no"
     settings.data.validation_fraction = 0.1
-    arguments = config.training_arguments(settings)
+    arguments = build.training_arguments(settings)
     assert arguments.load_best_model_at_end and arguments.metric_for_best_model == "eval_loss"
 
 
 def test_the_example_is_a_config(pytestconfig):
-    from diffmas.cli.build import training_rows
 
     settings = config.load(pytestconfig.rootpath / "examples" / "train.yaml")
-    train, held_out = training_rows(settings)
+    train, held_out = build.training_rows(settings)
     assert len(train) == 8 and len(held_out) == 2 and len(settings.agents) == 4
-    arguments = config.training_arguments(settings)  # also without a GPU
+    arguments = build.training_arguments(settings)  # also without a GPU
     assert not arguments.bf16 and arguments.gradient_accumulation_steps == 64

@@ -367,7 +367,7 @@ def stitched_logits(system, question, answer):
 def test_stitched_agents_equal_one_masked_context(content):
     from systems import ANSWERS, QUESTIONS
 
-    s = systems.system(trace_content=content)
+    s = systems.system(trace_content=content, sinks=0)
     method = stitch(s, adapter=True)
     team = method.system
     out = team(QUESTIONS, ANSWERS)

@@ -8,7 +8,8 @@ import torch
 
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace, Trainer
-from diffmas.evaluation import Latent, Scorer, evaluate, metrics, single_agent
+from diffmas.evaluation import Latent, Scorer, evaluate, mathematics, metrics, sandbox, single_agent
+from diffmas.evaluation.tasks import Task, final, task
 from diffmas.models.generate import generate
 from diffmas.training.data import question_and_answer
 
@@ -16,16 +17,18 @@ DOCUMENTED = [
     Agent, MultiAgentSystem, MultiAgentSystem.from_pretrained, MultiAgentSystem.generate, Trace, Trainer,
     diffmas.default_arguments, diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject,
     diffmas.ops.cross_attention, diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer,
-    metrics.boxed, metrics.wilson,
+    metrics.boxed, metrics.last_number, metrics.pass_at_k, metrics.wilson, mathematics.equal, sandbox.run, task, Task.rows,
+    final.letter,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("documented", DOCUMENTED, ids=lambda x: x.__qualname__)
 def test_examples(documented, tmp_path):
     system = tiny.system()
+    published = tiny.write_jsonl(tmp_path / "gsm8k.jsonl", [{"question": "Pens?", "answer": "2*3=<<2*3=6>>6 pens.\n#### 6"}])
     names = {x.__name__: x for x in (*DOCUMENTED, Latent, single_agent)} | {
         "torch": torch, "model": system.model, "tokenizer": system.tokenizer, "system": system, "rows": tiny.rows(2),
-        "base_model": tiny.model(), "directory": tmp_path,
+        "base_model": tiny.model(), "directory": tmp_path, "published": published,
     }  # fmt: skip
     test = doctest.DocTestParser().get_doctest(documented.__doc__, names, documented.__qualname__, None, 0)
     assert test.examples

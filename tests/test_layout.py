@@ -20,6 +20,7 @@ FOREIGN = {
     "_current_graph_task_id": "torch._C",
     "_dynamo": "torch: settings of torch.compile",
     "_execution_engine": "torch: callbacks at the end of a backward pass",
+    "_exit": "os: an end without exit handlers and threads",
     "_foreach_norm": "torch: the norms of all gradients in a few launches",
     "_forward_hooks": "torch.nn.Module: a hook that is removed by its id, since handles cannot be pickled or copied",
     "_forward_hooks_with_kwargs": "torch.nn.Module",

@@ -9,7 +9,10 @@ import torch
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace, Trainer
 from diffmas.agents.gradient_report import GradientReport, layer_groups
-from diffmas.evaluation import Latent, Scorer, Stitched, audit, communicates, evaluate, metrics, single_agent
+from diffmas.evaluation import (
+    Latent, Scorer, Stitched, audit, communicates, evaluate, mathematics, metrics, sandbox, single_agent,
+)  # fmt: skip
+from diffmas.evaluation.tasks import Task, final, task
 from diffmas.models.generate import generate
 from diffmas.models.load import load_model
 from diffmas.training.data import question_and_answer
@@ -19,17 +22,20 @@ DOCUMENTED = [
     Agent, MultiAgentSystem, MultiAgentSystem.from_pretrained, MultiAgentSystem.generate, Trace, Trainer,
     diffmas.default_arguments, diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject,
     diffmas.ops.cross_attention, diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer,
-    metrics.boxed, metrics.wilson, metrics.agreements, metrics.difference_of_means, metrics.difference_of_rates, audit,
-    Stitched, GradientReport, MultiAgentSystem.gradient_report, layer_groups, Explosion, load_model,
+    metrics.boxed, metrics.last_number, metrics.pass_at_k, metrics.wilson, metrics.agreements, metrics.difference_of_means,
+    metrics.difference_of_rates, mathematics.equal, sandbox.run, task, Task.rows, final.letter, audit, Stitched,
+    GradientReport, MultiAgentSystem.gradient_report, layer_groups, Explosion, load_model,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("documented", DOCUMENTED, ids=lambda x: x.__qualname__)
 def test_examples(documented, tmp_path):
     system = tiny.system()
+    published = tiny.write_jsonl(tmp_path / "gsm8k.jsonl", [{"question": "Pens?", "answer": "2*3=<<2*3=6>>6 pens.\n#### 6"}])
     names = {x.__name__: x for x in (*DOCUMENTED, Latent, communicates, single_agent)} | {
         "torch": torch, "model": system.model, "tokenizer": system.tokenizer, "system": system, "rows": tiny.rows(2),
         "base_model": tiny.model(), "directory": tmp_path, "base_directory": tiny.save_base(tmp_path / "base"),
+        "published": published,
     }  # fmt: skip
     test = doctest.DocTestParser().get_doctest(documented.__doc__, names, documented.__qualname__, None, 0)
     assert test.examples

@@ -162,6 +162,13 @@ def test_nothing_outside_can_be_written(tmp_path):
     }
 
 
+def test_what_it_sees_is_read_only():
+    """Also where a user of its own would be kept from writing anyway."""
+    seen = ["/", "/usr", "/dev", sys.prefix, sys.base_prefix]
+    check = f"import os\nfor path in {seen!r}: assert os.statvfs(path).f_flag & os.ST_RDONLY, path\n"
+    assert run(check + "assert not os.statvfs('.').f_flag & os.ST_RDONLY", SHORT).passed
+
+
 def test_secrets_cannot_be_read(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFMAS_TEST_SECRET", "hidden")
     assert run("import os; assert 'DIFFMAS_TEST_SECRET' not in os.environ and 'HF_TOKEN' not in os.environ", SHORT).passed

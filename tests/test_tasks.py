@@ -35,8 +35,8 @@ AUTHORS = {
     "answerKey": "B",
 }  # fmt: skip
 ADAPTERS = {
-    "instruction": "Please choose the correct answer to the question: The Sun is\n\nAnswer1: a planet Answer2: a star Answer3: a "
-    "moon\n\nAnswer format: answer1/answer2/answer3", "input": "", "output": "the correct answer is answer2",
+    "instruction": "Please choose the correct answer to the question: The Sun is\n\nAnswer1: a planet Answer2: a star Answer3: "
+    "a moon\n\nAnswer format: answer1/answer2/answer3", "input": "", "output": "the correct answer is answer2",
     "answer": "answer2",
 }  # fmt: skip
 GPQA = {

@@ -49,4 +49,5 @@ def main() -> None:
     os._exit(0)  # no thread and no exit handler of the program holds it up
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from diffmas.agents.prompts import Agent
+from diffmas.evaluation import sandbox
 from diffmas.evaluation.metrics import Scorer
 from diffmas.evaluation.tasks import final, prompts
 from diffmas.evaluation.tasks.forms import FieldMissing
@@ -47,7 +48,7 @@ class Task:
 
             >>> (row,) = task("gsm8k").rows(path=published, limit=1)
             >>> row["answer"]
-            'He has 2 * 3 = 6 pens.\\nThe answer is \\\\boxed{6}.'
+            '2*3=6 pens.\\nThe answer is \\\\boxed{6}.'
         """
         if part not in PARTS:
             raise ValueError(f"part: expected one of {PARTS}, got {part!r}")
@@ -71,9 +72,13 @@ class Task:
         return prompts.agents(self.kind, self.latent_steps if latent_steps is None else latent_steps, way)
 
     def scorer(self) -> Scorer:
-        """Judges answers by meaning; it needs the rows. Raises ValueError where math-verify is needed and not installed."""
+        """Judges answers by meaning; it needs the rows.
+
+        Raises ValueError where math-verify is needed and not installed, and PermissionError where programs would run as root.
+        """
         if self.kind == "options":
             return Scorer(final.letter, final.same_letter)
         if self.kind == "code":
+            sandbox.run("")  # what cannot run is said before anything is computed
             return Scorer(final.code, final.passes, final.same_code)
         return Scorer(final.boxed_or_number if self.number else final.boxed_or_mathematics, "math")

@@ -76,7 +76,7 @@ bench-readme: $(INSTALLED)
 
 # The Hugging Face side against the oldest supported transformers and one in between; .venv holds the newest.
 COMPAT ?= 4.56.2 5.17.0
-COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate gradients passes threads latent system training evaluation files))
+COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate gradients passes threads latent system training evaluation files load chat multimodal))
 compat: $(INSTALLED)
 	for v in $(COMPAT); do \
 	  test -d .compat/$$v || { $(PY) -m pip install -q --target .compat/$$v.part "transformers==$$v" && mv .compat/$$v.part .compat/$$v; } || exit 1; \

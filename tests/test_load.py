@@ -123,6 +123,17 @@ def test_a_system_on_a_gguf_file_is_saved_and_loaded(tmp_path, monkeypatch):
         assert torch.equal(MultiAgentSystem.from_pretrained(".").eval()(["ab"], ["cd"]).loss, want)
 
 
+def test_a_config_takes_a_gguf_file(tmp_path):
+    from diffmas.cli import config
+
+    write_gguf(tmp_path / "tiny.gguf")
+    agents = "[{name: planner, prompt: 'plan {question}', latent_steps: 1}, {name: solver, prompt: '{question}'}]"
+    (tmp_path / "config.yaml").write_text(f"model: tiny.gguf\ndtype: bfloat16\nagents: {agents}\n")
+    system = config.build_system(config.load(tmp_path / "config.yaml"))
+    assert system.model.config._name_or_path == str(tmp_path / "tiny.gguf") and system.model.dtype == torch.bfloat16
+    assert system(["ab"], ["cd"]).loss.isfinite()
+
+
 @pytest.mark.parametrize("share", [0, 0.01, 0.2, 0.5, 0.98])
 def test_a_cut_gguf_file_is_named(tmp_path, share):
     write_gguf(tmp_path / "tiny.gguf")
@@ -172,8 +183,9 @@ def test_names_that_lead_nowhere(base, tmp_path, monkeypatch):
     for name in (tmp_path / "none", str(tmp_path / "none"), "./none", "a/b/c"):
         with pytest.raises(ValueError, match=f"^model '{name}': expected a directory, .* found no such directory$"):
             load_model(name)
-    with pytest.raises(ValueError, match="none.gguf': expected a GGUF file, found none"):
-        load_model(tmp_path / "none.gguf")
+    for name in (tmp_path / "none.gguf", "none.gguf", "./a/b/none.gguf"):
+        with pytest.raises(ValueError, match="none.gguf': expected a GGUF file .*, found none"):
+            load_model(name)
     with pytest.raises(ValueError, match="config.json': expected a directory, .* got another file"):
         load_model(base / "config.json")
     (tmp_path / "x.gguf").touch()
@@ -188,11 +200,12 @@ def test_names_that_lead_nowhere(base, tmp_path, monkeypatch):
 
 def test_a_name_that_the_hub_does_not_have(monkeypatch):
     """local_files_only is the hub without a network: what it has is what was downloaded before."""
-    with pytest.raises(ValueError) as raised:
-        load_model("nobody/nothing", local_files_only=True)
-    said = str(raised.value)
-    assert said.startswith("model 'nobody/nothing': expected a directory, a .gguf file or a hub name, found no such directory")
-    assert "and the hub gives no" in said and "\n" not in said
+    for name in ("nobody/nothing", "nobody/nothing/none.gguf"):
+        with pytest.raises(ValueError) as raised:
+            load_model(name, local_files_only=True)
+        said = str(raised.value)
+        assert said.startswith(f"model '{name}': expected a directory, a .gguf file or a hub name, found no such path")
+        assert "and the hub gives no" in said and "\n" not in said
 
 
 def test_what_is_damaged_or_missing_in_a_directory_is_named(base, tmp_path):

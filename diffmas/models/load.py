@@ -22,9 +22,10 @@ TOKENIZER_FILES = ("*token*", "vocab*", "tekken*", "*.model")
 def load_model(name, *, dtype="auto", device=None, **options) -> tuple[nn.Module, object]:
     """A base model and its tokenizer.
 
-    name: a hub name, a directory, or the path of a .gguf file, whose weights are de-quantized. dtype: of the weights, a
-    torch.dtype or its name; "auto" is the one they are stored in. device: where to put the model, by default the CPU. options:
-    of transformers' `from_pretrained`. Raises ValueError naming what is missing or damaged.
+    name: a hub name, a directory, or a .gguf file (a path, or owner/name/file.gguf on the hub), whose weights are
+    de-quantized. dtype: of the weights, a torch.dtype or its name; "auto" is the one they are stored in. device: where to put
+    the model, by default the CPU. options: of transformers' `from_pretrained`. Raises ValueError naming what is missing or
+    damaged.
 
         >>> model, tokenizer = load_model(base_directory)
         >>> model.config.model_type
@@ -36,27 +37,30 @@ def load_model(name, *, dtype="auto", device=None, **options) -> tuple[nn.Module
 
 def load_base(name, *, dtype="auto", device=None, **options) -> nn.Module:
     """The model of `load_model` without its tokenizer; a multimodal one with its vision tower."""
+    import transformers
     from transformers import AutoConfig
 
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: expected 'auto', a torch.dtype or the name of one, got {dtype!r}")
-    place, file = _place(name, options)
-    config = _explained(name, "model", lambda: AutoConfig.from_pretrained(**place))
+    place = _place(name, options)
+    config = _explained(name, place, "model", lambda: AutoConfig.from_pretrained(**place))
     options = {**options, **place, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    options |= _dequantized() if file else {}
+    if "gguf_file" in place and (packed := getattr(transformers, "GgufConfig", None)) is not None:
+        # Since 5.24 transformers would leave the blocks packed where it has kernels for them.
+        options["quantization_config"] = packed(dequantize=True)
     auto_class = _auto_class(config, name)
-    model, found = _explained(name, "model", lambda: auto_class.from_pretrained(**options))
+    model, found = _explained(name, place, "model", lambda: auto_class.from_pretrained(**options))
     what = f"model {str(name)!r}: expected all weights of a {type(model).__name__}"
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
         raise ValueError(f"{what}, found no {missing[0]}")
     if mismatched := sorted(x if isinstance(x, str) else x[0] for x in found["mismatched_keys"]):  # before 5: names alone
         raise ValueError(f"{what}, got {mismatched[0]} of another shape than its config says")
-    if file is not None:
+    if "gguf_file" in place:
         # It is a plain model now, which can be saved; and its name leads back to the file. PEFT takes its name for a directory
         # or hub name, and would ask the hub for its config whenever an adapter is saved.
         for unused in ("quantization_config", "_model_name_or_path"):
             vars(model.config).pop(unused, None)
-        model.config._name_or_path, model.name_or_path = str(file), ""
+        model.config._name_or_path, model.name_or_path = f"{place['pretrained_model_name_or_path']}/{place['gguf_file']}", ""
     return model if device is None else model.to(device)
 
 
@@ -64,34 +68,33 @@ def load_tokenizer(name, **options):
     """The tokenizer of `load_model`. options: as there; those of the model alone are ignored."""
     from transformers import AutoTokenizer
 
-    place, _ = _place(name, options)
+    place = _place(name, options)
     folder = Path(place["pretrained_model_name_or_path"]) / options.get("subfolder", "")
-    if (
-        "gguf_file" not in place
-        and folder.is_dir()
-        and not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern))
-    ):
+    files = [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]
+    if folder.is_dir() and not files and "gguf_file" not in place:
         # transformers may build an empty one from the config alone
         raise ValueError(f"model {str(name)!r}: expected a tokenizer beside the model, found none; save the model's there")
-    return _explained(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(**place))
+    return _explained(name, place, "tokenizer", lambda: AutoTokenizer.from_pretrained(**place))
 
 
-def _place(name, options: dict) -> tuple[dict, Path | None]:
-    """Where transformers finds a model, as arguments of `from_pretrained`, and its GGUF file if it is one here.
+def _place(name, options: dict) -> dict:
+    """Where transformers finds a model, as arguments of `from_pretrained`; with gguf_file, if it is such a file.
 
     Raises ValueError for a path that leads nowhere, or to something else than a base model.
     """
     path, given = Path(name).expanduser(), f"model {str(name)!r}"
-    place = {"pretrained_model_name_or_path": str(name), **{key: options[key] for key in PLACE if key in options}}
-    if options.get("gguf_file"):
-        _check_gguf_package(given)
-        return {**place, "gguf_file": options["gguf_file"]}, None
+    place = {key: options[key] for key in PLACE if key in options}
+    is_path = isinstance(name, os.PathLike) or path.is_absolute() or str(name)[:1] in "~."
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"{given}: expected a GGUF file, found none")
-        _check_gguf_package(given)
-        path = path.absolute()
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}, path
+        if path.is_file():
+            where, file = str(path.absolute().parent), path.name
+        elif is_path or len(path.parts) < 3:
+            raise ValueError(f"{given}: expected a GGUF file (or owner/name/file.gguf, on the hub), found none")
+        else:
+            where, file = "/".join(path.parts[:2]), "/".join(path.parts[2:])
+        if find_spec("gguf") is None:
+            raise ValueError(f"{given}: a GGUF file needs the package gguf: pip install gguf")
+        return {**place, "pretrained_model_name_or_path": where, "gguf_file": file}
     if path.is_file():
         raise ValueError(f"{given}: expected a directory, a .gguf file or a hub name, got another file")
     if path.is_dir():
@@ -102,23 +105,10 @@ def _place(name, options: dict) -> tuple[dict, Path | None]:
             files = sorted(file.name for file in folder.glob("*.gguf"))
             hint = f"; name one of its files: {', '.join(files)}" if files else ""
             raise ValueError(f"{given}: expected a directory with a model, found no config.json in it{hint}")
-        return {**place, "pretrained_model_name_or_path": str(path)}, None
-    if isinstance(name, os.PathLike) or path.is_absolute() or str(name)[:1] in "~." or len(path.parts) > 2:
+        return {**place, "pretrained_model_name_or_path": str(path)}
+    if is_path or len(path.parts) > 2:
         raise ValueError(f"{given}: expected a directory, a .gguf file or a hub name, found no such directory")
-    return place, None
-
-
-def _check_gguf_package(given: str) -> None:
-    if find_spec("gguf") is None:
-        raise ValueError(f"{given}: a GGUF file needs the package gguf: pip install gguf")
-
-
-def _dequantized() -> dict:
-    """What makes `from_pretrained` de-quantize a GGUF file: since 5.24 it leaves the blocks packed where it has kernels."""
-    import transformers
-
-    packed = getattr(transformers, "GgufConfig", None)
-    return {} if packed is None else {"quantization_config": packed(dequantize=True)}
+    return {**place, "pretrained_model_name_or_path": str(name)}
 
 
 def _auto_class(config, name):
@@ -134,49 +124,57 @@ def _auto_class(config, name):
     raise ValueError(f"model {str(name)!r}: expected a causal language model, got one of type {config.model_type!r}")
 
 
-def _explained(name, what: str, load):
+def _explained(name, place: dict, what: str, load):
     """load(), whose errors become one line that names what is missing or damaged. what: model | tokenizer."""
     try:
         return load()
     except Exception as error:  # a damaged GGUF file raises whatever its bytes lead to
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        if (file := _damaged(name, error)) is not None:
+        if (file := _damaged(place, error)) is not None:
             raise ValueError(f"{file}: expected a whole file of weights, got a damaged one ({said})") from error
         if not isinstance(error, (OSError, ValueError)) and type(error) is not Exception:  # the last: of the tokenizers library
             raise
         given = f"model {str(name)!r}"
-        if isinstance(error, ValueError) or Path(name).expanduser().exists():
-            raise ValueError(f"{given}: expected a {what} that transformers can load, got: {said}") from error
-        raise ValueError(
-            f"{given}: expected a directory, a .gguf file or a hub name, found no such directory, and the hub gives no {what}: "
-            f"{said}"
-        ) from error
+        if isinstance(error, OSError) and not Path(name).expanduser().exists():
+            raise ValueError(
+                f"{given}: expected a directory, a .gguf file or a hub name, found no such path, and the hub gives no {what}: "
+                f"{said}"
+            ) from error
+        raise ValueError(f"{given}: expected a {what} that transformers can load, got: {said}") from error
 
 
-def _damaged(name, error: Exception) -> Path | None:
+def _damaged(place: dict, error: Exception) -> Path | None:
     """The file that made loading fail, if it is one that nobody can read."""
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return None if _whole_gguf(path) else path
-    if not isinstance(error, SafetensorError):
+    from transformers.utils import cached_file
+
+    place = {key: x for key, x in place.items() if key in ("cache_dir", "revision", "subfolder")} | {
+        "path_or_repo_id": place["pretrained_model_name_or_path"], "filename": place.get("gguf_file", "config.json"),
+        "local_files_only": True,
+    }  # fmt: skip
+    if place["filename"] == "config.json" and not isinstance(error, SafetensorError):
         return None
-    if not path.is_dir():
-        from transformers.utils import cached_file
-
-        path = Path(cached_file(str(name), "config.json", local_files_only=True)).parent
-    for file in sorted(path.rglob("*.safetensors")):
-        try:
-            safe_open(file, "pt").__enter__()
-        except SafetensorError:
-            return file
-    return None
+    try:
+        found = Path(cached_file(**place))
+    except OSError:
+        return None  # it never came here
+    if found.suffix == ".gguf":
+        return None if _whole_gguf(found) else found
+    return next((file for file in sorted(found.parent.glob("*.safetensors")) if not _whole_safetensors(file)), None)
 
 
-def _whole_gguf(path: Path) -> bool:
+def _whole_safetensors(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def _whole_gguf(file: Path) -> bool:
     from gguf import GGUFReader
 
     try:
-        GGUFReader(path)
+        GGUFReader(file)
     except Exception:  # nothing of its own: struct.error, IndexError, ValueError, UnicodeDecodeError, ...
         return False
     return True

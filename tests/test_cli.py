@@ -28,10 +28,11 @@ def project(tmp_path_factory):
         "model": "base", "output_dir": "run", "agents": AGENTS, "lora": {"r": 2, "alpha": 4},
         "data": {"train": "rows.jsonl", "validation_fraction": 0.2, "seed": 1},
         "training": {
-            "num_train_epochs": 2, "gradient_accumulation_steps": 4, "learning_rate": "1e-2", "use_cpu": True,
+            "num_train_epochs": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": "1e-2",
+            "use_cpu": True,
             "disable_tqdm": True,
         },
-        "early_stopping_patience": 2,
+        "early_stopping_patience": 2, "gradient_report_steps": 2, "explosion_factor": 1000,
         "generation": {"max_new_tokens": 4, "temperature": 0.6},
         "evaluation": {"samples": 2, "batch_size": 4, "max_message_tokens": 3},
     }  # fmt: skip
@@ -56,6 +57,7 @@ def test_train_says_what_it_does_and_saves(project, trained):
     assert "parameters (" in trained and "shared, r=2, alpha=4" in trained
     assert "planner (T=2), critic (T=2) -> solver" in trained and "8 rows, 2 for validation" in trained
     assert "best eval_loss" in trained and "4 steps" in trained
+    assert (project / "run" / "gradients.csv").is_file() and (project / "run" / "gradients.png").is_file()
     names = {p.name for p in (project / "run").iterdir()} - {"README.md"}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "agents.json", "checkpoint-2", "checkpoint-4", "runs"}
     assert list((project / "run").glob("runs/**/events.out.tfevents.*"))
@@ -237,6 +239,8 @@ def test_what_a_config_may_hold(tmp_path):
     arguments = config.training_arguments(settings)
     assert (arguments.learning_rate, arguments.max_steps, arguments.gradient_accumulation_steps) == (5e-5, 3, 4)
     assert str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no"
+    settings.recipe = "paper"
+    assert config.training_arguments(settings).gradient_accumulation_steps == 64
     settings.data.validation_fraction = 0.1
     arguments = config.training_arguments(settings)
     assert arguments.load_best_model_at_end and arguments.metric_for_best_model == "eval_loss"

@@ -15,6 +15,8 @@ ROOMS = ("ops", "trace", "models", "agents", "training", "", "evaluation", "demo
 FOREIGN = {
     "_C": "torch: the graph task of a backward pass, dispatch modes",
     "_autograd": "torch._C",
+    "_backward_hooks": "torch.nn.Module: whether somebody hooks into a call",
+    "_backward_pre_hooks": "torch.nn.Module",
     "_cuda_endAllocateToPool": "torch._C: memory pools of captured graphs",
     "_cuda_releasePool": "torch._C",
     "_current_graph_task_id": "torch._C",

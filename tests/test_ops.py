@@ -336,10 +336,13 @@ def test_a_layers_ops_as_one_call(n, heads, norm):
         assert o.shape == lay(x.q).shape and q_rot.shape == x.q.shape
         normed = (lay(x.q), lay(x.k)) if norm else (None, None)
         do = torch.ones(1, 1, 1).expand(o.shape)  # as autograd hands over the gradient of a sum
-        back = run.inject_attend_backward(do, q_rot, o, lse, *normed, *rope, *pools, *view, 0.5, *grads, None)
-        assert [y.shape for y in back[:3]] == [lay(y).shape for y in (x.q, x.k, x.v)]
-        back = [y.view(z.shape) for y, z in zip(back, (x.q, x.k, x.v, back[3], back[4]))]
-        results.append([q_rot, o.view(x.q.shape), lse, *pools, *back, *grads])
+        arguments = (do, q_rot, o, lse, *normed, *rope, *pools, *view, 0.5)
+        frozen = run.inject_attend_backward(*arguments, *(g.clone() for g in grads), None, False)
+        *back, dq_weight, dk_weight = run.inject_attend_backward(*arguments, *grads, None, True)
+        assert [y.shape for y in back] == [lay(y).shape for y in (x.q, x.k, x.v)]
+        assert all(torch.equal(a, b) for a, b in zip(back, frozen))
+        back = [y.view(z.shape) for y, z in zip(back, (x.q, x.k, x.v))]
+        results.append([q_rot, o.view(x.q.shape), lse, *pools, *back, *grads, *([dq_weight, dk_weight] if norm else [])])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 

@@ -255,6 +255,35 @@ def test_save_pretrained(family, tmp_path):
     assert_close(plain(again), plain(model), 1e-6)
 
 
+def _replace(module, double):
+    module.forward = lambda x: double(nn.Linear.forward(module, x))
+
+
+INTERVENTIONS = {
+    "hook": lambda m, double: m.register_forward_hook(lambda m, args, y: double(y)),
+    "pre-hook": lambda m, double: m.register_forward_pre_hook(lambda m, args: tuple(map(double, args))),
+    "hook of the backward": lambda m, double: m.register_full_backward_hook(lambda m, dx, dy: tuple(map(double, dx))),
+    "pre-hook of the backward": lambda m, double: m.register_full_backward_pre_hook(lambda m, dy: tuple(map(double, dy))),
+    "replaced": _replace,
+}
+
+
+@pytest.mark.parametrize("name", ["q_proj", "o_proj"])
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
+def test_who_hooks_into_a_projection_is_called(intervention, name):
+    model, calls = tiny("llama"), []
+    module = body(model).layers[0].self_attn.get_submodule(name)
+    INTERVENTIONS[intervention](module, lambda x: (calls.append(1), 2 * x)[1])
+    x = torch.randn(1, 6, 32, dtype=torch.float64, requires_grad=True)
+    out = body(model)(inputs_embeds=x, past_key_values=diffmas.Trace(model)).last_hidden_state
+    (dx,) = torch.autograd.grad(out.square().sum(), x)
+    assert len(calls) == 1
+    diffmas.unpatch_model(model)
+    want = body(model)(inputs_embeds=x).last_hidden_state
+    assert_close(out, want)
+    assert_close(dx, torch.autograd.grad(want.square().sum(), x)[0])
+
+
 # ---- accelerate ------------------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k_pool, const Tensor
   a.n = q.size(0), a.q_heads = q.size(1), a.head_dim = q.size(2);
   const Pools p = pools("k_pool", k_pool, "v_pool", v_pool, -1, a.head_dim, device);
   a.k_pool = p.k, a.v_pool = p.v, a.pool_rows = p.rows, a.kv_heads = p.kv_heads;
-  check_heads(q, "k_pool", a.kv_heads, a.head_dim);
+  check_heads(a.q_heads, "k_pool", a.kv_heads, a.head_dim);
   a.scale = float(scale);
   a.interleaved = interleaved;
 
@@ -97,16 +97,15 @@ void attention_on_cuda(const AttentionArgs& args, const Tensor& q, const Tensor&
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr,
-                                           const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len,
-                                           const Optional& seg_offset, const Optional& inv_freq, double scale, bool causal,
-                                           bool interleaved) {
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr,
+                                  const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,
+                                  const Optional& inv_freq, double scale, bool causal, bool interleaved, bool flat) {
   const OnDevice on(q);
   AttentionArgs a =
       attention_args(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved);
-  Tensor o = empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type());
+  Tensor o = empty_heads(q, a.n, a.q_heads, a.head_dim, flat);
   Tensor lse = empty(q, {a.n, a.q_heads}, ScalarType::Float);
-  a.o = rows_of_own(o, a.q.dtype);
+  a.o = rows_of_own(o, a.q_heads, a.head_dim, a.q.dtype);
   a.lse = floats_of_own(lse);
 #ifdef DIFFMAS_CUDA
   if (q.is_cuda()) {
@@ -119,6 +118,13 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k_pool
   return {o, lse};
 }
 
+std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr,
+                                           const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len,
+                                           const Optional& seg_offset, const Optional& inv_freq, double scale, bool causal,
+                                           bool interleaved) {
+  return attend(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved, false);
+}
+
 Tensor cross_attention_backward(const Tensor& d_o, const Optional& dlse, const Tensor& q, const Tensor& o, const Tensor& lse,
                                 const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr,
                                 const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq,
@@ -128,7 +134,6 @@ Tensor cross_attention_backward(const Tensor& d_o, const Optional& dlse, const T
   const Device device = device_of(q);
   AttentionArgs a =
       attention_args(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved);
-  check_shape("do", d_o, {a.n, a.q_heads, a.head_dim});
   const Tensor grad = packed(d_o);
   Optional packed_dlse;
   if (dlse) {
@@ -139,17 +144,17 @@ Tensor cross_attention_backward(const Tensor& d_o, const Optional& dlse, const T
     check_dtype("do", d_o, q.scalar_type());
     check_dtype("o", o, q.scalar_type());
   }
-  a.d_o = rows("do", grad, device);
+  a.d_o = heads("do", grad, a.n, a.q_heads, a.head_dim, device).rows;
   a.dlse = floats("dlse", packed_dlse, {a.n, a.q_heads}, device);
-  a.o = rows("o", o, a.n, a.q_heads, a.head_dim, device);
+  a.o = heads("o", o, a.n, a.q_heads, a.head_dim, device).rows;
   a.lse = const_cast<float*>(floats("lse", lse, {a.n, a.q_heads}, device));
   check_dtype("dk_pool", dk_pool, ScalarType::Float);
   check_shape("dk_pool", dk_pool, {a.pool_rows, a.kv_heads, a.head_dim});
   const Pools grads = pools("dk_pool", dk_pool, "dv_pool", dv_pool, a.kv_heads, a.head_dim, device);
   a.dk_pool = grads.k, a.dv_pool = grads.v;
   if (grad_tail) a.view.grad_tail = indices("grad_tail", *grad_tail, a.view.batch, device);
-  Tensor dq = want_dq ? empty(q, {a.n, a.q_heads, a.head_dim}, q.scalar_type()) : empty(q, {0}, q.scalar_type());
-  if (want_dq) a.dq = rows_of_own(dq, a.q.dtype);
+  Tensor dq = want_dq ? empty_heads(q, a.n, a.q_heads, a.head_dim, false) : empty(q, {0}, q.scalar_type());
+  if (want_dq) a.dq = rows_of_own(dq, a.q_heads, a.head_dim, a.q.dtype);
 #ifdef DIFFMAS_CUDA
   if (device.cuda) {
     attention_on_cuda(a, q, k_pool, true);

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> merge_states(Tensor o_a, Tensor lse_a, Tensor o_b, Te
   cpu::MergeArgs a = merge_args(o_a, lse_a, o_b, lse_b);
   Tensor o = empty(o_a, {a.n, a.heads, a.head_dim}, o_a.scalar_type());
   Tensor lse = empty(o_a, {a.n, a.heads}, ScalarType::Float);
-  a.o = rows_of_own(o, a.o_a.dtype);
+  a.o = rows_of_own(o, a.heads, a.head_dim, a.o_a.dtype);
   a.lse = floats_of_own(lse);
   cpu::merge_states(a, threads());
   return {o, lse};
@@ -44,8 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_states_backward(Tensor d_o, Ten
   check_shape("lse", lse, {a.n, a.heads});
   Tensor do_a = empty(o_a, {a.n, a.heads, a.head_dim}, o_a.scalar_type()), dlse_a = empty(o_a, {a.n, a.heads}, ScalarType::Float);
   Tensor do_b = empty(o_a, {a.n, a.heads, a.head_dim}, o_b.scalar_type()), dlse_b = empty(o_a, {a.n, a.heads}, ScalarType::Float);
-  a.do_a = rows_of_own(do_a, a.o_a.dtype), a.dlse_a = floats_of_own(dlse_a);
-  a.do_b = rows_of_own(do_b, a.o_b.dtype), a.dlse_b = floats_of_own(dlse_b);
+  a.do_a = rows_of_own(do_a, a.heads, a.head_dim, a.o_a.dtype), a.dlse_a = floats_of_own(dlse_a);
+  a.do_b = rows_of_own(do_b, a.heads, a.head_dim, a.o_b.dtype), a.dlse_b = floats_of_own(dlse_b);
   cpu::merge_states_backward(a, threads());
   return {do_a, dlse_a, do_b, dlse_b};
 }

@@ -24,6 +24,20 @@ Tensor cross_attention_backward(const Tensor& d_o, const Optional& dlse, const T
                                 double scale, bool causal, bool interleaved, const Tensor& dk_pool, const Tensor& dv_pool,
                                 const Optional& grad_tail, bool want_dq);
 
+// inject, cross_attention and inject_backward for heads in either layout (see Heads), of n tokens: the ops below are made of them. flat: the
+// layout of what comes out. dq_weight, dk_weight [D] float32: take the weights' gradients, where they are asked for.
+Tensor inject_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t n, int64_t head_dim, const Optional& cos,
+                    const Optional& sin, const Tensor& slots, const Optional& q_weight, const Optional& k_weight, double eps,
+                    bool interleaved, const Tensor& k_pool, const Tensor& v_pool);
+std::tuple<Tensor, Tensor, Tensor> inject_heads_backward(const Tensor& dq_rot, const Tensor& q, const Tensor& k, int64_t n,
+                                                         int64_t head_dim, bool flat, const Optional& cos, const Optional& sin,
+                                                         const Tensor& slots, const Optional& q_weight, const Optional& k_weight,
+                                                         double eps, bool interleaved, const Tensor& dk_pool, const Tensor& dv_pool,
+                                                         const Optional& dq_weight, const Optional& dk_weight);
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr,
+                                  const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,
+                                  const Optional& inv_freq, double scale, bool causal, bool interleaved, bool flat);
+
 // inject and causal cross_attention over the rows' views in one call, and their backward.
 std::tuple<Tensor, Tensor, Tensor> inject_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cos,
                                                  const Optional& sin, const Tensor& slots, const Optional& q_weight,
@@ -31,12 +45,12 @@ std::tuple<Tensor, Tensor, Tensor> inject_attend(const Tensor& q, const Tensor& 
                                                  const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr,
                                                  const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,
                                                  const Optional& inv_freq, double scale);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> inject_attend_backward(
+std::tuple<Tensor, Tensor, Tensor, Optional, Optional> inject_attend_backward(
     const Tensor& d_o, const Tensor& q_rot, const Tensor& o, const Tensor& lse, const Optional& q, const Optional& k, const Optional& cos,
     const Optional& sin, const Tensor& slots, const Optional& q_weight, const Optional& k_weight, double eps, bool interleaved,
     const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr, const Tensor& seg_start,
     const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq, double scale, const Tensor& dk_pool,
-    const Tensor& dv_pool, const Optional& grad_tail);
+    const Tensor& dv_pool, const Optional& grad_tail, bool weight_grads);
 
 std::tuple<Tensor, Tensor> merge_states(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b);
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_states_backward(Tensor d_o, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b,

@@ -68,10 +68,10 @@ void check_head_dim(const char* name, int64_t head_dim) {
   STD_TORCH_CHECK(head_dim >= 1 && head_dim <= kMaxHeadDim, name, ": expected a head size from 1 to ", kMaxHeadDim, ", got ", head_dim);
 }
 
-void check_heads(const Tensor& q, const char* kv_name, int64_t kv_heads, int64_t head_dim) {
+void check_heads(int64_t q_heads, const char* kv_name, int64_t kv_heads, int64_t head_dim) {
   check_head_dim("q", head_dim);
-  STD_TORCH_CHECK(q.size(1) >= 1, "q: expected at least one head, got shape ", shape_of(q));
-  STD_TORCH_CHECK(kv_heads >= 1 && q.size(1) % kv_heads == 0, kv_name, ": expected a number of heads that divides ", q.size(1), ", got ",
+  STD_TORCH_CHECK(q_heads >= 1, "q: expected at least one head, got none");
+  STD_TORCH_CHECK(kv_heads >= 1 && q_heads % kv_heads == 0, kv_name, ": expected a number of heads that divides ", q_heads, ", got ",
                   kv_heads);
 }
 
@@ -79,9 +79,13 @@ void check_rows_fit(const char* name, int64_t rows) {
   STD_TORCH_CHECK(rows < INT32_MAX, name, ": expected fewer than 2^31 rows, got ", rows);
 }
 
+void check_dims(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions [rows, heads, D], got shape ", shape_of(t));
+}
+
 Rows rows(const char* name, const Tensor& t, Device device) {
   check_device(name, t, device);
-  STD_TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions [rows, heads, D], got shape ", shape_of(t));
+  check_dims(name, t);
   const DType dtype = dtype_of(name, t);
   check_last_stride(name, t);
   return {t.data_ptr(), t.stride(0), t.stride(1), dtype};
@@ -90,6 +94,25 @@ Rows rows(const char* name, const Tensor& t, Device device) {
 Rows rows(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_t head_dim, Device device) {
   check_shape(name, t, {n, heads, head_dim});
   return rows(name, t, device);
+}
+
+bool is_flat(const Tensor& t, int64_t n) { return t.dim() == 3 && t.size(0) == 1 && t.size(1) == n; }
+
+Heads heads(const char* name, const Tensor& t, int64_t n, int64_t head_dim, Device device) {
+  if (!is_flat(t, n) || head_dim < 1 || t.size(2) % head_dim) {
+    const Rows r = rows(name, t, device);
+    check_shape(name, t, {n, t.size(1), head_dim});
+    return {r, n, t.size(1), head_dim, false};
+  }
+  check_device(name, t, device);
+  check_last_stride(name, t);
+  return {{t.data_ptr(), t.stride(1), head_dim, dtype_of(name, t)}, n, t.size(2) / head_dim, head_dim, true};
+}
+
+Heads heads(const char* name, const Tensor& t, int64_t n, int64_t count, int64_t head_dim, Device device) {
+  const Heads h = heads(name, t, n, head_dim, device);
+  STD_TORCH_CHECK(h.heads == count, name, ": expected ", count, " heads of ", head_dim, ", got shape ", shape_of(t));
+  return h;
 }
 
 Pools pools(const char* k_name, const Tensor& k_pool, const char* v_name, const Tensor& v_pool, int64_t kv_heads, int64_t head_dim,
@@ -108,10 +131,13 @@ Pools pools(const char* k_name, const Tensor& k_pool, const char* v_name, const 
 Table table(const char* name, const Optional& t, std::initializer_list<int64_t> shape, Device device) {
   if (!t) return {nullptr, 0, DType::f32};
   check_device(name, *t, device);
-  check_shape(name, *t, shape);
+  const int64_t dims = int64_t(shape.size()), lead = dims == 2 && t->dim() == 3 && t->size(0) == 1 ? 1 : 0;
+  bool same = t->dim() == dims + lead;
+  for (int64_t i = 0; same && i < dims; ++i) same = t->size(i + lead) == shape.begin()[i];
+  STD_TORCH_CHECK(same, name, ": expected shape ", list(shape.begin(), dims), ", got ", shape_of(*t));
   const DType dtype = dtype_of(name, *t);
   check_last_stride(name, *t);
-  return {t->data_ptr(), t->dim() > 1 ? t->stride(0) : 0, dtype};
+  return {t->data_ptr(), dims > 1 ? t->stride(lead) : 0, dtype};
 }
 
 const float* floats(const char* name, const Optional& t, std::initializer_list<int64_t> shape, Device device) {
@@ -149,12 +175,6 @@ void check_bounds(const char* name, const int64_t* index, int64_t count, int64_t
 
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-Tensor reshaped(const Tensor& t, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), int64_t(shape.size()), shape.begin(), strides.begin(), 0, &handle));
-  return Tensor(handle);
-}
-
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   // Not torch::stable::new_empty, which looks the op up by its name: four times the time.
   int64_t strides[4], stride = 1;
@@ -168,7 +188,13 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarTyp
   return Tensor(handle);
 }
 
-Rows rows_of_own(const Tensor& t, DType dtype) { return {t.data_ptr(), t.stride(0), t.stride(1), dtype}; }
+Tensor empty_heads(const Tensor& like, int64_t n, int64_t heads, int64_t head_dim, bool flat) {
+  return flat ? empty(like, {1, n, heads * head_dim}, like.scalar_type()) : empty(like, {n, heads, head_dim}, like.scalar_type());
+}
+
+Rows rows_of_own(const Tensor& t, int64_t heads, int64_t head_dim, DType dtype) {
+  return {t.data_ptr(), heads * head_dim, head_dim, dtype};
+}
 
 float* floats_of_own(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 

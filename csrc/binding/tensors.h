@@ -38,15 +38,27 @@ std::string shape_of(const Tensor& t);
 
 void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape);
 void check_dtype(const char* name, const Tensor& t, ScalarType expected);
+// [rows, heads, D].
+void check_dims(const char* name, const Tensor& t);
 // The sizes of query and K/V heads, head sizes up to kMaxHeadDim.
 void check_head_dim(const char* name, int64_t head_dim);
-void check_heads(const Tensor& q, const char* kv_name, int64_t kv_heads, int64_t head_dim);
+void check_heads(int64_t q_heads, const char* kv_name, int64_t kv_heads, int64_t head_dim);
 // Rows of heads and pool rows are counted in 32 bits on a GPU.
 void check_rows_fit(const char* name, int64_t rows);
 
 // [rows, heads, D] with last stride 1, in float32, bfloat16 or float16.
 Rows rows(const char* name, const Tensor& t, Device device);
 Rows rows(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_t head_dim, Device device);
+// Tokens' heads, in either of two layouts: [n, heads, D], or flat, as projections give and take them, [1, n, heads * D]. No view is made:
+// that would take as long as the rest of the call's checks.
+struct Heads {
+  Rows rows;
+  int64_t n, heads, head_dim;
+  bool flat;
+};
+bool is_flat(const Tensor& t, int64_t n);
+Heads heads(const char* name, const Tensor& t, int64_t n, int64_t head_dim, Device device);
+Heads heads(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_t head_dim, Device device);
 // k_pool and v_pool, or their gradients: of one shape and dtype. kv_heads, head_dim: -1 where anything goes.
 struct Pools {
   Rows k, v;
@@ -55,7 +67,7 @@ struct Pools {
 Pools pools(const char* k_name, const Tensor& k_pool, const char* v_name, const Tensor& v_pool, int64_t kv_heads, int64_t head_dim,
             Device device);
 
-// cos, sin [n, Dr] or a norm weight [D]; null when absent.
+// cos, sin [n, Dr], a leading 1 aside, or a norm weight [D]; null when absent.
 Table table(const char* name, const Optional& t, std::initializer_list<int64_t> shape, Device device);
 // Contiguous float32; null when absent.
 const float* floats(const char* name, const Optional& t, std::initializer_list<int64_t> shape, Device device);
@@ -71,12 +83,11 @@ void check_bounds(const char* name, const int64_t* index, int64_t count, int64_t
 
 // The tensor, or a copy in order: autograd may hand over an expanded one.
 Tensor packed(const Tensor& t);
-// The same memory in another shape, unknown to autograd.
-Tensor reshaped(const Tensor& t, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides);
 // A tensor of this call's own, contiguous, on the device of `like`; it may hold anything.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype);
-// Such a tensor as rows. `dtype` is the one that its rows are like.
-Rows rows_of_own(const Tensor& t, DType dtype);
+// Such a tensor of heads, in the layout that is asked for, and its rows.
+Tensor empty_heads(const Tensor& like, int64_t n, int64_t heads, int64_t head_dim, bool flat);
+Rows rows_of_own(const Tensor& t, int64_t heads, int64_t head_dim, DType dtype);
 float* floats_of_own(const Tensor& t);
 
 // torch's threads.

@@ -50,8 +50,9 @@ class Composed:
     def inject_attend_backward(
         self, do, q_rot, o, lse, q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, *view
     ):  # fmt: skip
-        """q, k: None without a norm. -> dq, dk, dv, in the layout of do, dq_weight, dk_weight."""
-        *tables_and_scale, dk_pool, dv_pool, grad_tail = view
+        """q, k: None without a norm. -> dq, dk, dv, in the layout of do, dq_weight, dk_weight, which may be missing unless
+        weight_grads."""
+        *tables_and_scale, dk_pool, dv_pool, grad_tail, _ = view
         states = do.reshape(q_rot.shape), None, q_rot, o.view(q_rot.shape), lse
         dq_rot = self.find("cross_attention_backward")(
             *states, k_pool, v_pool, *tables_and_scale, True, interleaved, dk_pool, dv_pool, grad_tail, True

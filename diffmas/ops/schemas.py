@@ -24,7 +24,8 @@ SCHEMAS = {
 FUSED = {
     "inject_attend": f"(Tensor q, Tensor k, Tensor v, {ROPE}, {POOLS}, {TABLES}, float scale) -> (Tensor, Tensor, Tensor)",
     "inject_attend_backward": f"(Tensor do, Tensor q_rot, Tensor o, Tensor lse, Tensor? q, Tensor? k, {ROPE}, Tensor k_pool, "
-    f"Tensor v_pool, {TABLES}, float scale, {GRADS}, Tensor? grad_tail) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor v_pool, {TABLES}, float scale, {GRADS}, Tensor? grad_tail, bool weight_grads) "
+    "-> (Tensor, Tensor, Tensor, Tensor?, Tensor?)",
 }
 
 

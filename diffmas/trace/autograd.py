@@ -4,10 +4,10 @@ A row's gradient is complete when everybody who read it has run backward. So the
 later passes over its rows; autograd does not know that, as no tensor of K and V goes from one to the other. *Order tokens* tell
 it, zero-size tensors, one for each pass:
 
-    order = Begin(past);   every layer: o = attend(order, q, k, v);   after = End(last hidden state)
+    order = Begin(past);   every layer: o = attend(order, q, k, v);   after = end(last hidden state)
 
 The next pass's `past` is this one's `after`. A pass's layers wait for each other by the hidden states, the last hidden state
-waits for `End`, and `End` for the `Begin` of every later pass, which waits for the attends that took its token.
+waits for `end`, and `end` for the `Begin` of every later pass, which waits for the attends that took its token.
 
 `Begin` also owns the work of its pass in the graph: on a saved tensor, which autograd lets go when backward has run. Then the
 rows that it held are free (diffmas.trace.store).
@@ -25,7 +25,7 @@ from diffmas.trace.layer_work import LayerWork, on_stream, stream_of, work_of
 from diffmas.trace.pool import Pool
 from diffmas.trace.store import Hold
 
-__all__ = ["Attend", "begin", "end", "inherit", "reposition"]
+__all__ = ["attend", "begin", "end", "inherit", "reposition"]
 
 
 def _carrier(owned) -> Tensor:
@@ -39,6 +39,11 @@ def _save(ctx, carrier: Tensor) -> None:
     ctx.save_for_backward(carrier)
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         ctx.owned = carrier.owned  # what hooks keep in the saved tensor's place does not carry it
+
+
+def _apply(function: type[torch.autograd.Function]):
+    """Its apply without what functorch's transforms would need, two thirds of it."""
+    return super(torch.autograd.Function, function).apply
 
 
 class Begin(torch.autograd.Function):
@@ -56,25 +61,18 @@ class Begin(torch.autograd.Function):
         return None, None, None
 
 
-class End(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h):
-        return torch.zeros(0)
-
-    @staticmethod
-    def backward(ctx, _):
-        return None
+_leaf = torch.zeros(0, requires_grad=True)  # gets no gradient: backward gives None
 
 
 def begin(work: LayerWork, past: Tensor) -> Tensor:
     """The order token of a pass, which stands behind `past`. It always needs a gradient, so that a graph compiled for one pass
     serves all; a layer that records nothing does not take it."""
-    return Begin.apply(_carrier(work), torch.zeros(0, requires_grad=True), past)
+    return _apply(Begin)(_carrier(work), _leaf, past)
 
 
 def end(h: Tensor) -> Tensor:
-    """What the next pass stands behind; h: the last hidden state of this one."""
-    return End.apply(h)
+    """What the next pass stands behind; h: the last hidden state of this one. A copy, since a view would keep h."""
+    return h.narrow(-1, 0, 0).to("cpu", torch.float32, copy=True)
 
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
@@ -98,16 +96,25 @@ class Attend(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
-        q_rot, o, lse, q, k, q_weight, k_weight = ctx.saved_tensors
-        work, layer, cos, sin, eps, scale = ctx.rest
-        dq, dk, dv, dq_weight, dk_weight = work().attend_backward(
-            layer, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps, scale
-        )
-        dq_weight = dq_weight.to(q_weight.dtype) if ctx.needs_input_grad[4] else None
-        dk_weight = dk_weight.to(k_weight.dtype) if ctx.needs_input_grad[5] else None
-        return dq, dk, dv, None, dq_weight, dk_weight, None
+        # Where nobody differentiates twice, the guard against it is skipped: it takes as long as all else here.
+        return (_attend_backward_once if torch.is_grad_enabled() else _attend_backward)(ctx, do)
+
+
+def _attend_backward(ctx, do):
+    q_rot, o, lse, q, k, q_weight, k_weight = ctx.saved_tensors
+    work, layer, cos, sin, eps, scale = ctx.rest
+    *_, q_weight_grad, k_weight_grad, _ = ctx.needs_input_grad
+    dq, dk, dv, dq_weight, dk_weight = work().attend_backward(
+        layer, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps, scale, q_weight_grad or k_weight_grad
+    )
+    dq_weight = dq_weight.to(q_weight.dtype) if q_weight_grad else None
+    dk_weight = dk_weight.to(k_weight.dtype) if k_weight_grad else None
+    return dq, dk, dv, None, dq_weight, dk_weight, None
+
+
+_attend_backward_once = once_differentiable(_attend_backward)
+attend = _apply(Attend)
 
 
 # ---- the same as an op, for torch.compile -----------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class ForwardPass:
             args = (q, k, v, order, cos, sin, q_weight, k_weight, eps, scale, work.ticket, layer.number)
             return torch.ops.diffmas.attend(*args)[0]
         if recording:
-            return autograd.Attend.apply(q, k, v, self.order, q_weight, k_weight, (work, layer, cos, sin, eps, scale))
+            return autograd.attend(q, k, v, self.order, q_weight, k_weight, (work, layer, cos, sin, eps, scale))
         return work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, False)[0]
 
     def end(self, h: Tensor) -> None:

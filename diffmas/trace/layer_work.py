@@ -170,10 +170,10 @@ class LayerWork:
 
     def attend_backward(
         self, layer: LayerSpec, do, q_rot, o, lse, q, k, cos, sin, q_weight, k_weight, eps: float, scale: float,
-        copy: bool = False,
+        weight_grads: bool = True, copy: bool = False,
     ):  # fmt: skip
-        """-> dq, dk, dv in the layout of o; dq_weight, dk_weight. do: None where nobody used o, only the rows. q, k: None
-        without a norm. copy: what is kept for the flush is a copy, since the caller's memory is used again."""
+        """-> dq, dk, dv in the layout of o; dq_weight, dk_weight, needed if weight_grads. do: None where nobody used o, only
+        the rows. q, k: None without a norm. copy: what is kept for the flush is a copy; the caller's memory is used again."""
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
         grads, tables = self.store.pools[i].grads(), self.on(q_rot.device)
         dk_pool, dv_pool = grads.of(self.lineage)
@@ -196,7 +196,7 @@ class LayerWork:
         view = self._views(tables, layer, q_rot.device)["all"]
         return run(
             "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, grads.k, grads.v, *view, scale, dk_pool, dv_pool,
-            tables.grad_tail if own_rows_only else None, backend=backend,
+            tables.grad_tail if own_rows_only else None, weight_grads, backend=backend,
         )  # fmt: skip
 
     def _watched(self, i: int, dk_pool: Tensor, dv_pool: Tensor, slots: Tensor):

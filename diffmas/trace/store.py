@@ -111,12 +111,10 @@ class Store:
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def allocation(self):
-        """The store is the caller's; it looks for rows that were let go once at most."""
-        with self.lock:
-            self._swept = False
-            yield self
+    def allocation(self) -> threading.RLock:
+        """Inside, the store is the caller's, and looks once for rows that were let go."""
+        self._swept = False  # not under the lock: whoever has it may look twice
+        return self.lock
 
     @contextlib.contextmanager
     def still(self):

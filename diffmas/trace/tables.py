@@ -1,5 +1,6 @@
 """A forward pass as int64 tensors on one device: where its tokens go, and the tables of segments that they see."""
 
+from collections.abc import Sequence
 from itertools import accumulate, chain
 
 import numpy as np
@@ -46,12 +47,12 @@ class Tables:
     def _views(self, inv_freq: Tensor | None) -> dict[str, tuple | None]:
         """By name: q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq. older: without q_indptr; shared: two
         views."""
-        read = lambda table: (*table[:3], table[3] if inv_freq is not None else None, inv_freq)
-        shared = None
+        older = shared = None
+        if self._older is not None:
+            older = _read(self._older, inv_freq)
         if self._groups is not None:
-            shared = (self._groups, *read(self._shared)), (self.q_indptr, *read(self._rest))
-        older = None if self._older is None else read(self._older)
-        return {"all": (self.q_indptr, *read(self._all)), "older": older, "shared": shared}
+            shared = (self._groups, *_read(self._shared, inv_freq)), (self.q_indptr, *_read(self._rest, inv_freq))
+        return {"all": (self.q_indptr, *_read(self._all, inv_freq)), "older": older, "shared": shared}
 
     def at_offsets(self, inv_freq: Tensor) -> dict[str, tuple | None]:
         """The views for layers that rotate, where a segment is read at a position offset."""
@@ -67,6 +68,11 @@ class Tables:
             if table is not None:
                 indptr, _, length, _ = table
                 length[indptr[1:] - 1] += 1
+
+
+def _read(table: Sequence[Tensor], inv_freq: Tensor | None) -> tuple:
+    indptr, start, length, offset = table
+    return indptr, start, length, offset if inv_freq is not None else None, inv_freq
 
 
 def _last_of_each(sizes: list[int]) -> list[bool]:

@@ -383,7 +383,7 @@ class Trace(CacheFace):
         """The lineage and the order token of a reader of all branches, who waits for the writers of each."""
         store, lineages = self._store, {t._lineage for t in traces}
         if len(lineages) == 1:
-            return self._lineage, torch.cat([t._order for t in traces])
+            return self._lineage, torch.cat([t._order.flatten() for t in traces])
         # Some branch is detached from rows that another gives a gradient: the gradient of each row goes to the lineage that
         # wrote it, if a branch that sees the row needs it.
         writers = sorted(frozenset.union(*(store.needs_grad[x] for x in lineages)))
@@ -394,7 +394,7 @@ class Trace(CacheFace):
             seen = [np.arange(s.start, s.end) for t in branches for s in t.segments]
             rows = np.unique(np.concatenate(seen or [[]])).astype(np.int64)
             rows = torch.from_numpy(store.written_by(rows, writer))
-            order = torch.cat([t._order for t in branches])
+            order = torch.cat([t._order.flatten() for t in branches])
             if len(rows):
                 hold = Hold(store, [t.segments for t in branches])
                 order = inherit(order, [(p, rows.to(p.device)) for p in store.pools if p], lineage, writer, hold)

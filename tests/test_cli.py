@@ -32,7 +32,7 @@ def project(tmp_path_factory):
             "use_cpu": True,
             "disable_tqdm": True,
         },
-        "early_stopping_patience": 2,
+        "early_stopping_patience": 2, "gradient_report_steps": 2, "explosion_factor": 1000,
         "generation": {"max_new_tokens": 4, "temperature": 0.6},
         "evaluation": {"samples": 2, "batch_size": 4, "max_message_tokens": 3},
     }  # fmt: skip
@@ -58,7 +58,10 @@ def test_train_says_what_it_does_and_saves(project, trained):
     assert "planner (T=2), critic (T=2) -> solver" in trained and "8 rows, 2 for validation" in trained
     assert "best eval_loss" in trained and "4 steps" in trained
     names = {p.name for p in (project / "run").iterdir()} - {"README.md"}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "agents.json", "checkpoint-2", "checkpoint-4", "runs"}
+    assert names == {
+        "adapter_config.json", "adapter_model.safetensors", "agents.json", "checkpoint-2", "checkpoint-4", "runs",
+        "gradients.csv", "gradients.png",
+    }  # fmt: skip
     assert list((project / "run").glob("runs/**/events.out.tfevents.*"))
 
 
@@ -274,6 +277,8 @@ def test_what_a_config_may_hold(tmp_path):
     arguments = build.training_arguments(settings)
     assert (arguments.learning_rate, arguments.max_steps, arguments.gradient_accumulation_steps) == (5e-5, 3, 4)
     assert str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no"
+    settings.recipe = "paper"
+    assert config.training_arguments(settings).gradient_accumulation_steps == 64
     settings.data.validation_fraction = 0.1
     arguments = build.training_arguments(settings)
     assert arguments.load_best_model_at_end and arguments.metric_for_best_model == "eval_loss"

@@ -110,6 +110,7 @@ class GradientReport:
         axes[0].plot([_shown(p.hidden) for p in self.passes], places, "o")
         axes[0].set(title="dL/dh, last hidden states", xscale="log" if any(p.hidden for p in self.passes) else "linear")
         axes[0].set_yticks(places, [str(p) for p in self.passes])
+        axes[0].tick_params(axis="x", which="both", labelrotation=90, labelsize="small")
         axes[0].grid(axis="x", alpha=0.3)
         for axis, title, norms in (
             (axes[1], "dL/d(rows)", [p.rows for p in self.passes]),

@@ -8,7 +8,7 @@ import torch
 
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace, Trainer
-from diffmas.evaluation import Latent, Scorer, Stitched, audit, communicates, evaluate, metrics, single_agent
+from diffmas.evaluation import Latent, Scorer, Stitched, Writers, audit, communicates, evaluate, metrics, single_agent
 from diffmas.models.generate import generate
 from diffmas.training.data import question_and_answer
 
@@ -17,7 +17,7 @@ DOCUMENTED = [
     diffmas.default_arguments, diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject,
     diffmas.ops.cross_attention, diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer,
     metrics.boxed, metrics.wilson, metrics.agreements, metrics.difference_of_means, metrics.difference_of_rates, audit,
-    Stitched,
+    Stitched, Writers,
 ]  # fmt: skip
 
 

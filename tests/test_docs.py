@@ -10,7 +10,7 @@ import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace, Trainer
 from diffmas.agents.gradient_report import GradientReport, layer_groups
 from diffmas.evaluation import (
-    Latent, Scorer, Stitched, audit, communicates, evaluate, mathematics, metrics, sandbox, single_agent,
+    Latent, Scorer, Stitched, Writers, audit, communicates, evaluate, mathematics, metrics, sandbox, single_agent,
 )  # fmt: skip
 from diffmas.evaluation.tasks import Task, final, task
 from diffmas.models.generate import generate
@@ -23,7 +23,7 @@ DOCUMENTED = [
     diffmas.default_arguments, diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject,
     diffmas.ops.cross_attention, diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer,
     metrics.boxed, metrics.last_number, metrics.pass_at_k, metrics.wilson, metrics.agreements, metrics.difference_of_means,
-    metrics.difference_of_rates, mathematics.equal, sandbox.run, task, Task.rows, final.letter, audit, Stitched,
+    metrics.difference_of_rates, mathematics.equal, sandbox.run, task, Task.rows, final.letter, audit, Stitched, Writers,
     GradientReport, MultiAgentSystem.gradient_report, layer_groups, Explosion, load_model,
 ]  # fmt: skip
 

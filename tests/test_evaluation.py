@@ -323,6 +323,7 @@ def test_samples_of_text_agents_are_batched_and_share_what_they_read(batch_size,
     # Of samples that wrote the same message, the next prompt is shared too.
     assert sum(first) < got.cost.rows["prefill"] <= sum(first) + whole < 3 * sum(first) + whole
     assert got.tokens == sum(sum(turn.lengths) for turn in turns)
+    assert sum(got.decoding.counts) == sum(turns[-1].lengths)  # of the answers, not of the messages
     with pytest.raises(ValueError, match="samples: expected at least 1, got 0"):
         method.answer(QUESTIONS, 0)
 

@@ -55,8 +55,7 @@ class Writers(MultiAgentSystem):
     model, tokenizer, agents, chat_template, chat_options: as in `MultiAgentSystem`, the agents of the text team.
 
         >>> writers = Writers(model, tokenizer, system.agents)
-        >>> rows = [{"agent": "planner", "prompt": "plan : where is the key", "answer": "in the garden"}]
-        >>> writers(*([row[key] for row in rows] for key in ("question", "answer")))  # doctest: +SKIP
+        >>> writers([{"agent": "planner", "prompt": "plan : where is the key"}], ["in the garden"]).loss.backward()
     """
 
     def __init__(self, model, tokenizer, agents: list[Agent], chat_template: bool | None = None, chat_options=None):

@@ -10,7 +10,17 @@ import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace, Trainer
 from diffmas.agents.gradient_report import GradientReport, layer_groups
 from diffmas.evaluation import (
-    Latent, Scorer, Stitched, Writers, audit, communicates, evaluate, mathematics, metrics, sandbox, single_agent,
+    Latent,
+    Scorer,
+    Stitched,
+    Writers,
+    audit,
+    communicates,
+    evaluate,
+    mathematics,
+    metrics,
+    sandbox,
+    single_agent,
 )  # fmt: skip
 from diffmas.evaluation.tasks import Task, final, task
 from diffmas.models.generate import generate

@@ -50,8 +50,8 @@ def pool(case: str, scores: dict[str, Sequence[Sequence[float]]], to: str | None
         accuracy = statistics.fmean(mean)
         rows.append(
             Pooled(
-                case, name, len(mean), [statistics.fmean(seed) for seed in scores[name]],
-                accuracy, *wilson(accuracy, len(mean)), to, None if to in (None, name) else difference_of_rates(mean, means[to]),
+                case, name, len(mean), [statistics.fmean(seed) for seed in scores[name]], accuracy,
+                *wilson(accuracy, len(mean)), to, None if to in (None, name) else difference_of_rates(mean, means[to]),
             )
         )  # fmt: skip
     return rows

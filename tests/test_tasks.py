@@ -14,7 +14,7 @@ from diffmas import MultiAgentSystem
 from diffmas.cli import main as cli
 from diffmas.evaluation import Scorer, evaluate, sandbox
 from diffmas.evaluation.metrics import last_number, pass_at_k
-from diffmas.evaluation.tasks import TASKS, final, task
+from diffmas.evaluation.tasks import TASKS, Task, final, task
 from diffmas.training.data import Collator, check_row
 
 FIXTURE = Path(__file__).parent / "fixtures" / "verdicts.jsonl"
@@ -310,8 +310,8 @@ def test_pass_at_k_is_the_mean_over_all_choices(samples, right):
 # ---- agents and runs -------------------------------------------------------------------------------------------------
 
 
-def test_agents_of_every_task():
-    for chosen in TASKS.values():
+def test_agents_of_every_published_task():
+    for chosen in (t for t in TASKS.values() if isinstance(t, Task)):
         latent, text, single = (chosen.agents(way) for way in ("latent", "text", "single"))
         assert [a.name for a in latent] == [a.name for a in text] == ["planner", "critic", "refiner", "solver"]
         assert [a.latent_steps for a in latent] == [10, 10, 10, 0] and not any(a.latent_steps for a in text + single)

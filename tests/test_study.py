@@ -1,0 +1,195 @@
+"""Studies: what a killed one leaves, what is refused, and the task that is made for them."""
+
+import csv
+import json
+import re
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from diffmas import training
+from diffmas.cli import main as cli
+from diffmas.cli import study
+from diffmas.demo.experiment import BASE
+from diffmas.evaluation.pooled import pool
+from diffmas.evaluation.tasks import facts, task
+
+RECIPE = {
+    "about": "Is it the same after a kill?", "seeds": [0, 3], "methods": ["single", "latent_mas", "diffmas"],
+    "alone": {"all facts": "Facts: {facts} Question: {question}"}, "audit": "all",
+    "config": {
+        "model": str(BASE), "dtype": "float32", "task": "facts",
+        "system": {"realign": "norm", "trace_content": "latent_only", "sinks": 0},
+        "training": {
+            "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "save_strategy": "steps",
+            "save_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2,
+        },
+        "generation": {"max_new_tokens": 3, "temperature": 0}, "evaluation": {"limit": 6, "batch_size": 3},
+    },
+    "cases": {"one fact": {}, "two facts": {"task": "facts_two"}},
+}  # fmt: skip
+
+
+def recipe(tmp_path, **changes):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+    return path
+
+
+def call(*arguments, code: int = 0):
+    result = CliRunner().invoke(cli.app, ["study", *map(str, arguments)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def run(path, output, cases=("one fact",)):
+    """The tables of a study, by method and by message."""
+    methods, audits, _ = study.run(path, output, None, "cpu", list(cases), None, {}, lambda text: None)
+    return methods, audits
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_study_gives_the_same_table(tmp_path, monkeypatch):
+    path = recipe(tmp_path)
+    whole = run(path, tmp_path / "whole")
+    steps, step = [], training.Trainer.training_step
+
+    def killed(self, *args):
+        steps.append(self.state.global_step)
+        if len(steps) == 7:  # in the second seed's training, after its checkpoint of step 2
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training.Trainer, "training_step", killed)
+        run(path, tmp_path / "killed")
+    assert steps == [0, 1, 2, 3, 0, 1, 2]
+    left = tmp_path / "killed" / "one_fact"
+    assert (left / "seed0" / "audited.json").is_file() and not (left / "seed3" / "trained_diffmas.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            training.Trainer, "training_step", lambda self, *a: (steps.append(self.state.global_step), step(self, *a))[1]
+        )
+        again = run(path, tmp_path / "killed")
+    assert steps[7:] == [2, 3]  # only what was missing
+    assert again == whole
+    weights = [(tmp_path / d / "one_fact/seed3/adapter/adapter_model.safetensors").read_bytes() for d in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    monkeypatch.setattr(study.Stages, "_system", lambda self: pytest.fail("a stage was done again"))
+    assert run(path, tmp_path / "killed") == whole
+
+    methods, audits = whole
+    assert [r.name for r in methods] == ["single", "latent_mas", "diffmas", "all facts, bare", "all facts"]
+    assert [r.name for r in audits] == ["own", "none", "other", "noise"]
+    assert all(len(r.by_seed) == 2 and r.questions == 6 for r in methods + audits)
+    assert {r.to for r in methods} <= {"single", "latent_mas"} and {r.to for r in audits} == {"other"}
+    own = next(r for r in audits if r.name == "own")
+    assert own.by_seed == next(r for r in methods if r.name == "diffmas").by_seed
+    assert next(r for r in methods if r.name == "all facts, bare").accuracy > 0.8  # its base model answers by recall
+
+
+def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
+    changes = ("--set", "training.max_steps=1", "--set", "evaluation={limit: 3}")
+    output = call(
+        recipe(tmp_path, audit=None, versions={"torch": "0.1"}), "--output", tmp_path / "out", "--results", tmp_path / "shown",
+        "--case", "two facts", "--seed", "3", *changes,
+    )  # fmt: skip
+    assert "two facts" in output and "torch: the recipe was made with 0.1" in output
+    with (tmp_path / "shown" / "methods.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["case"] for row in rows} == {"two facts"} and {row["questions"] for row in rows} == {"3"}
+    made = json.loads((tmp_path / "shown" / "made_with.json").read_text())
+    assert made["changes"] == {"training": {"max_steps": 1}, "evaluation": {"limit": 3}}
+    assert made["recipe"]["seeds"] == [0, 3] and made["versions"]["torch"] and made["machine"] and made["model"] == "base"
+    (rate,) = made["training_tokens_per_second"]["diffmas"]
+    assert rate > 0 and not (tmp_path / "shown" / "audit.csv").exists()
+    assert "expected results of the same changes" in call(recipe(tmp_path, audit=None, versions={"torch": "0.1"}),
+                                                          "--output", tmp_path / "out", code=1)  # fmt: skip
+    assert "expected results of the same recipe" in call(recipe(tmp_path, about="other"), "--output", tmp_path / "out", code=1)
+
+
+@pytest.mark.parametrize(
+    "changes, arguments, error",
+    [
+        ({}, ("--case", "three"), "--case: expected some of ['one fact', 'two facts'], got 'three'"),
+        ({}, ("--seed", "1"), "--seed: expected some of [0, 3], got 1"),
+        ({}, ("--set", "training"), "--set: expected KEY=VALUE, got 'training'"),
+        ({"seeds": [1, 1]}, (), "seeds: expected distinct seeds"),
+        ({"audit": "some"}, (), "audit: expected all, latent, prompt, text or none, got 'some'"),
+        ({"method": []}, (), "method: expected one of .* got an unknown key; did you mean 'methods'"),
+        ({"methods": ["magic"]}, (), "case 'one fact': evaluation.methods: expected some of"),
+        ({"cases": {"a": {"system": {"sink": 1}}}}, (), "case 'a': system.sink: expected one of"),
+        ({"config": {"task": "facts"}}, (), "case 'one fact': model: expected a value, got none"),
+    ],
+)
+def test_what_is_refused(tmp_path, changes, arguments, error):
+    output = call(recipe(tmp_path, **changes), "--output", tmp_path / "out", *arguments, code=1)
+    assert re.search(error.replace("[", r"\[").replace("]", r"\]"), output), output
+
+
+def test_studies_that_come_with_diffmas_are_found_and_whole():
+    names = sorted(p.stem for p in study.named("facts").parent.glob("*.yaml"))
+    assert "facts" in names
+    for name in names:
+        read = study.read(study.named(name))
+        for case in read.cases:
+            config = study.config_of(read, case, read.seeds[0], study.named(name).parent, "some model", {})
+            assert config.evaluation.methods == read.methods and config.training["seed"] == read.seeds[0]
+    with pytest.raises(ValueError, match="study: expected a YAML file or one of .*got 'fact'"):
+        study.named("fact")
+    with pytest.raises(FileNotFoundError, match="none.yaml: expected a study's file, found none"):
+        study.read(study.named("none.yaml"))
+
+
+def test_pooling_pairs_questions_over_seeds():
+    rows = pool(
+        "case", {"a": [[1, 0, 0, 0], [1, 1, 0, 0]], "b": [[0, 0, 0, 0], [0, 0, 0, 1]], "ours": [[1, 1, 1, 0], [1, 1, 1, 1]]}
+    )
+    a, b, ours = rows
+    assert (a.accuracy, b.accuracy, ours.accuracy) == (0.375, 0.125, 0.875) and ours.by_seed == [0.75, 1.0]
+    assert {r.to for r in rows} == {"a"} and a.difference is None and ours.difference.value == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="scores: expected the same questions for all seeds of 'a'"):
+        pool("case", {"a": [[1, 0], [1]]})
+
+
+# ---- the facts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["facts", "facts_two", "facts_long", "facts_unseen"])
+def test_facts_are_split_between_readers(name):
+    chosen = task(name)
+    train, test = chosen.rows("train", limit=500), chosen.rows("test")
+    assert len(test) == chosen.questions and test == chosen.rows("test") and test[:3] == chosen.rows("test", limit=3)
+    for row in train + test:
+        parts = [row[f"facts{i}"] for i in (1, 2, 3)]
+        assert " ".join(parts) == row["facts"] and row["facts"].count(".") == 3 * chosen.facts_per_reader
+        person = re.search(r"did (\w+) ", row["question"])[1]
+        (known,) = [part for part in parts if person in part.split()]
+        assert row["answer"] in known and len(set(chosen.agents())) == 4
+    words = {w for row in train for w in (row["answer"], row["question"].split()[2])}
+    others = {w for row in test for w in (row["answer"], row["question"].split()[2])}
+    assert (not words & others) if chosen.unseen else (others <= words)
+    if chosen.long:
+        assert all(20 <= len(re.findall(r"\w+|[^\w\s]", row["facts1"])) <= 30 for row in test)
+    rate = sum(row["answer"] == train[0]["answer"] for row in train) / len(train)
+    assert rate < 0.1  # nobody is right by always saying the same
+
+
+def test_the_prompts_and_verdicts_of_facts():
+    chosen = task("facts")
+    row = chosen.rows(limit=1)[0]
+    assert [a.latent_steps for a in chosen.agents(latent_steps=2)] == [2, 2, 2, 0]
+    assert "{messages}" in chosen.agents("text")[-1].prompt and chosen.agents("single") == chosen.agents()[-1:]
+    assert row["facts2"] in chosen.agents()[1].render(row) and row["facts2"] not in chosen.agents()[0].render(row)
+    right = chosen.scorer().correct
+    assert right(f"It is the {row['answer'].title()}.", row["answer"]) and not right("nothing", row["answer"])
+    assert not right(row["answer"] + "s", row["answer"])
+    for bad in ({"part": "dev"}, {"path": "rows.jsonl"}):
+        with pytest.raises(ValueError, match="expected"):
+            chosen.rows(**bad)
+    with pytest.raises(ValueError, match="way: expected one of .*got 'magic'"):
+        chosen.agents("magic")
+    assert facts.make_rows(3, 5) == facts.make_rows(3, 5) != facts.make_rows(3, 6)

@@ -71,7 +71,7 @@ def test_options_are_saved_and_loaded(tmp_path):
     file.write_text(json.dumps(described))
     assert load().chat_options is None and prompt(load()) == prompt(system())
     s.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="agents.json: chat_options: expected some of .* got 'enable_thinking'"):
+    with pytest.raises(ValueError, match="agents.json: chat_options: expected none, the chat template reads none, got 'enable_thinking'"):
         MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tokenizer(LEAVES_SYSTEM_OUT))
 
 

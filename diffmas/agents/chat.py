@@ -48,7 +48,8 @@ def check_chat(tokenizer, chat_template: bool, options: dict, agents) -> None:
         )
     known = template_options(tokenizer)
     if unknown := sorted(options.keys() - known):
-        raise ValueError(f"chat_options: expected some of {sorted(known)}, which the chat template reads, got {unknown[0]!r}")
+        options = f"some of {sorted(known)}, which the chat template reads" if known else "none, the chat template reads none"
+        raise ValueError(f"chat_options: expected {options}, got {unknown[0]!r}")
     for agent in agents:
         text = chat_text(tokenizer, agent, "x", options)
         if agent.system and chat_text(tokenizer, replace(agent, system=None), "x", options) == text:

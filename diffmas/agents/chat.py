@@ -46,7 +46,10 @@ def check_chat(tokenizer, chat_template: bool, options: dict, agents) -> None:
             "chat_template: expected a tokenizer that has one, got one without; set tokenizer.chat_template, or take "
             "chat_template=False for prompts as they are"
         )
-    known = template_options(tokenizer)
+    try:
+        known = template_options(tokenizer)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"chat_template: expected a whole Jinja template, got a damaged one ({error})") from error
     if unknown := sorted(options.keys() - known):
         options = f"some of {sorted(known)}, which the chat template reads" if known else "none, the chat template reads none"
         raise ValueError(f"chat_options: expected {options}, got {unknown[0]!r}")

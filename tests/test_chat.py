@@ -71,7 +71,7 @@ def test_options_are_saved_and_loaded(tmp_path):
     file.write_text(json.dumps(described))
     assert load().chat_options is None and prompt(load()) == prompt(system())
     s.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="agents.json: chat_options: expected some of .* got 'enable_thinking'"):
+    with pytest.raises(ValueError, match="agents.json: chat_options: expected none, the .* reads none, got 'enable_thinking'"):
         MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tokenizer(LEAVES_SYSTEM_OUT))
 
 
@@ -102,6 +102,8 @@ def test_bad_chat_arguments():
     for off in (dict(), dict(chat_template=False)):
         with pytest.raises(ValueError, match=r"chat_options: expected none without a chat template, got \['place'\]"):
             MultiAgentSystem(tiny.model(), plain if not off else tokenizer(), CREW, chat_options={"place": "attic"}, **off)
+    with pytest.raises(ValueError, match="chat_template: expected a whole Jinja template, got a damaged one"):
+        system("{% for m in messages %}{{ m.content")
     for value in ({"place": object()}, {"place": (1, 2)}, {1: 2}, "place"):
         with pytest.raises(ValueError, match="chat_options: expected a dict of what JSON can hold, got"):
             system(chat_options=value)

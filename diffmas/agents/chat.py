@@ -46,9 +46,13 @@ def check_chat(tokenizer, chat_template: bool, options: dict, agents) -> None:
             "chat_template: expected a tokenizer that has one, got one without; set tokenizer.chat_template, or take "
             "chat_template=False for prompts as they are"
         )
-    known = template_options(tokenizer)
+    try:
+        known = template_options(tokenizer)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"chat_template: expected a whole Jinja template, got a damaged one ({error})") from error
     if unknown := sorted(options.keys() - known):
-        raise ValueError(f"chat_options: expected some of {sorted(known)}, which the chat template reads, got {unknown[0]!r}")
+        options = f"some of {sorted(known)}, which the chat template reads" if known else "none, the chat template reads none"
+        raise ValueError(f"chat_options: expected {options}, got {unknown[0]!r}")
     for agent in agents:
         text = chat_text(tokenizer, agent, "x", options)
         if agent.system and chat_text(tokenizer, replace(agent, system=None), "x", options) == text:

@@ -98,7 +98,7 @@ def test_evaluate_compares(project, trained):
 
 def test_trained_baselines_go_to_directories_of_their_own_and_are_compared(project, trained, tmp_path):
     rows = str(project / "rows.jsonl")
-    judged = {"samples": 15, "batch_size": 8, "max_message_tokens": 25, "extract": "(kitchen|cellar|garden|attic|garage)"}
+    judged = {"samples": 30, "batch_size": 8, "max_message_tokens": 25, "extract": "(kitchen|cellar|garden|attic|garage)"}
     path = settings_of(
         project, tmp_path, generation={"max_new_tokens": 25, "temperature": 5.0, "top_p": 1.0}, data={"train": rows},
         evaluation={"data": rows, "limit": 2, **judged}, system={"adapter_scope": "final_only"}, early_stopping_patience=None,

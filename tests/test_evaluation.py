@@ -383,7 +383,7 @@ def test_stitched_agents_equal_one_masked_context(content):
     got = gradients(team)
     (total / count).backward()
     assert_close(got, gradients(team))
-    assert method.loss(QUESTIONS, ANSWERS)[0] == pytest.approx(float(total), rel=1e-5)
+    assert method.loss(QUESTIONS, ANSWERS)[0] == pytest.approx(total.item(), rel=1e-5)
     generated = team.generate_tokens(QUESTIONS, max_new_tokens=3, temperature=0)
     assert [row[0][0] for row in generated] == [int(team([q]).logits[0, 0].argmax()) for q in QUESTIONS]
 
@@ -406,17 +406,17 @@ def test_right_turns_are_what_right_samples_wrote():
     system = tiny.system()
     team, scorer = TextAgents(system, 25), Scorer("(kitchen|cellar|garden|attic|garage)")
     options = dict(max_new_tokens=25, temperature=5.0, top_p=1.0, seed=1)
-    rows = right_turns(team, tiny.rows(4), 15, scorer, batch_size=2, **options)
-    turns, answers = team.write(QUESTIONS, 15, **options)
+    rows = right_turns(team, tiny.rows(4), 40, scorer, batch_size=2, **options)
+    turns, answers = team.write(QUESTIONS, 40, **options)
     want = []
     for i, text in enumerate(text for texts in answers.texts for text in texts):
-        if scorer.correct(text, ANSWERS[i // 15]) and all(turn.lengths[i] < 25 for turn in turns):
+        if scorer.correct(text, ANSWERS[i // 40]) and all(turn.lengths[i] < 25 for turn in turns):
             want += [{"agent": t.agent.name, "prompt": t.prompts[i], "answer": t.texts[i]} for t in turns]
     assert rows == want and [row["agent"] for row in rows[:3]] == ["planner", "critic", "solver"]
-    with pytest.raises(ValueError, match="got 0 right and [1-9][0-9]* that ended by themselves of 60"):
-        right_turns(team, [{**row, "answer": "nowhere"} for row in tiny.rows(4)], 15, **options)
+    with pytest.raises(ValueError, match="got 0 right and [1-9][0-9]* that ended by themselves of 160"):
+        right_turns(team, [{**row, "answer": "nowhere"} for row in tiny.rows(4)], 40, **options)
     with pytest.raises(ValueError, match="and 0 that ended by themselves"):
-        right_turns(TextAgents(system, 1), tiny.rows(4), 15, scorer, **options)
+        right_turns(TextAgents(system, 1), tiny.rows(4), 40, scorer, **options)
 
 
 def test_text_agents_learn_from_their_right_turns(tmp_path):

@@ -9,8 +9,8 @@ import yaml
 from typer.testing import CliRunner
 
 from diffmas import training
+from diffmas.cli import build, study
 from diffmas.cli import main as cli
-from diffmas.cli import study
 from diffmas.demo.experiment import BASE
 from diffmas.evaluation.pooled import pool
 from diffmas.evaluation.tasks import facts, task
@@ -27,7 +27,7 @@ RECIPE = {
         },
         "generation": {"max_new_tokens": 3, "temperature": 0}, "evaluation": {"limit": 6, "batch_size": 3},
     },
-    "cases": {"one fact": {}, "two facts": {"task": "facts_two"}},
+    "cases": {"one fact": {}, "two facts": {"task": "facts_two", "latent_steps": 2, "methods": ["single", "diffmas"]}},
 }  # fmt: skip
 
 
@@ -45,7 +45,8 @@ def call(*arguments, code: int = 0):
 
 def run(path, output, cases=("one fact",)):
     """The tables of a study, by method and by message."""
-    methods, audits, _ = study.run(path, output, None, "cpu", list(cases), None, {}, lambda text: None)
+    methods, audits, costs, _ = study.run(path, output, None, "cpu", list(cases), None, {}, lambda text: None)
+    assert all(row["latent_steps"] == (6 * 12 if row["method"] in ("latent_mas", "diffmas") else 0) for row in costs)
     return methods, audits
 
 
@@ -101,6 +102,10 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
     with (tmp_path / "shown" / "methods.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["case"] for row in rows} == {"two facts"} and {row["questions"] for row in rows} == {"3"}
+    assert [row["name"] for row in rows] == ["single", "diffmas", "all facts, bare", "all facts"]  # the case's methods
+    with (tmp_path / "shown" / "costs.csv").open() as file:
+        steps = {row["method"]: row["latent_steps"] for row in csv.DictReader(file)}
+    assert steps["diffmas"] == str(3 * 3 * 2) and steps["single"] == "0"
     made = json.loads((tmp_path / "shown" / "made_with.json").read_text())
     assert made["changes"] == {"training": {"max_steps": 1}, "evaluation": {"limit": 3}}
     assert made["recipe"]["seeds"] == [0, 3] and made["versions"]["torch"] and made["machine"] and made["model"] == "base"
@@ -123,6 +128,7 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
         ({"methods": ["magic"]}, (), "case 'one fact': evaluation.methods: expected some of"),
         ({"cases": {"a": {"system": {"sink": 1}}}}, (), "case 'a': system.sink: expected one of"),
         ({"config": {"task": "facts"}}, (), "case 'one fact': model: expected a value, got none"),
+        ({"cases": {"a": {"agents": [{"name": "a", "prompt": "a"}], "latent_steps": 1}}}, (), "latent_steps: expected it"),
     ],
 )
 def test_what_is_refused(tmp_path, changes, arguments, error):
@@ -136,8 +142,9 @@ def test_studies_that_come_with_diffmas_are_found_and_whole():
     for name in names:
         read = study.read(study.named(name))
         for case in read.cases:
-            config = study.config_of(read, case, read.seeds[0], study.named(name).parent, "some model", {})
-            assert config.evaluation.methods == read.methods and config.training["seed"] == read.seeds[0]
+            config = study.config_of(read, case, read.seeds[0], study.named(name).parent, None, {})
+            assert config.evaluation.methods == (read.cases[case] or {}).get("methods", read.methods)
+            assert config.training["seed"] == read.seeds[0] and build.training_arguments(config).seed == read.seeds[0]
     with pytest.raises(ValueError, match="study: expected a YAML file or one of .*got 'fact'"):
         study.named("fact")
     with pytest.raises(FileNotFoundError, match="none.yaml: expected a study's file, found none"):

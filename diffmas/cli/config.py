@@ -100,10 +100,11 @@ def check_methods(names: list[str]) -> None:
 class Config:
     """The keys of config.yaml.
 
-    model: a hub name, a directory or a GGUF file. task: one of `diffmas tasks`. agents: by default the task's. dtype: of the
-    weights, one of DTYPES. system: options of `MultiAgentSystem`. training: any fields of transformers' TrainingArguments but
-    output_dir, over a recipe, default or paper (`default_arguments`). gradient_report_steps, explosion_factor: see
-    `diffmas.Trainer`. early_stopping_patience: how many evaluations without a better eval_loss end training.
+    model: a hub name, a directory or a GGUF file. task: one of `diffmas tasks`. agents: by default the task's,
+    with latent_steps as their T. dtype: of the weights, one of DTYPES. system: options of `MultiAgentSystem`. training: any
+    fields of transformers' TrainingArguments but output_dir, over a recipe, default or paper (`default_arguments`).
+    gradient_report_steps, explosion_factor: see `diffmas.Trainer`. early_stopping_patience: how many evaluations without a
+    better eval_loss end training.
 
     Raises ValueError naming a key whose value does not fit.
     """
@@ -111,6 +112,7 @@ class Config:
     model: str
     agents: list[Agent] = field(default_factory=list)
     task: str | None = None
+    latent_steps: int | None = None
     output_dir: str = "diffmas-output"
     dtype: str = "auto"
     system: Options = field(default_factory=Options)
@@ -126,8 +128,10 @@ class Config:
 
     def __post_init__(self):
         published = task(self.task) if self.task is not None else None
-        if published:
-            self.agents = self.agents or published.agents()
+        theirs = published.agents(latent_steps=self.latent_steps) if published else []
+        if self.latent_steps is not None and (self.agents or theirs) != theirs:
+            raise ValueError("latent_steps: expected it for a task's agents, got it with agents that have their own")
+        self.agents = self.agents or theirs
         if not self.agents:
             raise ValueError("agents: expected at least one agent or a task, got neither")
         if self.generation.max_new_tokens is None:

@@ -336,7 +336,7 @@ def study(
 
     path = studies.named(name)
     target = output or Path("runs") / "studies" / path.stem
-    methods, audits, made = studies.run(
+    methods, audits, costs, made = studies.run(
         path, target, model, _device(device), case, seed, studies.changes_of(change or []),
         lambda text: errors.print(f"{text} ...", highlight=False),
     )  # fmt: skip
@@ -347,6 +347,7 @@ def study(
             console.print()
             for file in (pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(rows, shown / f"{what}.png")):
                 console.print(str(file), highlight=False, soft_wrap=True)
+    console.print(str(pooled.write_rows(costs, shown / "costs.csv")), highlight=False, soft_wrap=True)
     studies.write_made(made, shown)
 
 

@@ -7,7 +7,7 @@
     audit: latent                            # rows of this kind are a message; all: everything that is handed on
     versions: {torch: 2.13.0}                # those it was made with; others are told
     config: {...}                            # keys of config.yaml
-    cases: {one fact: {}, two facts: {task: facts_two}}   # what each changes in `config`
+    cases: {one fact: {}, two facts: {task: facts_two}}   # what each changes in `config`; with methods of its own, if any
 
 Every stage (a training, an evaluation, an audit) leaves a file when it is done, which the next run finds. The seed is that of
 the adapter's first weights, of the order of the rows, and of sampling.
@@ -118,8 +118,10 @@ def merged(base: dict, changes: dict) -> dict:
 def config_of(recipe: Recipe, case: str, seed: int, directory: Path, model: str | None, changes: dict) -> Config:
     """The config of one case and seed. changes: of the command line. Raises ValueError naming case and key."""
     own = {"output_dir": str(directory), "training": {"seed": seed}, "generation": {"seed": seed}}
-    data = merged(merged(merged(recipe.config, recipe.cases[case] or {}), changes), own)
-    data["evaluation"] = {**data.get("evaluation", {}), "methods": recipe.methods}
+    chosen = dict(recipe.cases[case] or {})
+    methods = chosen.pop("methods", recipe.methods)
+    data = merged(merged(merged(recipe.config, chosen), changes), own)
+    data["evaluation"] = {**data.get("evaluation", {}), "methods": methods}
     if model is not None:
         data["model"] = model
     try:
@@ -200,7 +202,7 @@ class Stages:
             from diffmas import Agent, evaluation
 
             system = self._system()
-            names = self.recipe.methods
+            names = self.config.evaluation.methods
             others = {name: path for name, path in self.adapters.items() if name != "diffmas"}
             methods = build.methods_of(self.config, system, names, others)
             for name, prompt in self.recipe.alone.items():
@@ -255,8 +257,9 @@ def _tokens(trainer) -> float:
 def run(
     path: Path, output: Path, model: str | None, device: str, cases: list[str] | None, seeds: list[int] | None, changes: dict,
     progress: Callable[[str], object],
-) -> tuple[list[Pooled], list[Pooled], dict]:  # fmt: skip
-    """The methods and the audit over seeds, and what they were made with. output: of all stages. cases, seeds: some of the
+) -> tuple[list[Pooled], list[Pooled], list[dict], dict]:  # fmt: skip
+    """The methods and the audit over seeds, what every method cost by case and seed (the columns of `Result.row`), and what all
+    was made with. output: of all stages. cases, seeds: some of the
     recipe's, by default all. changes: of the recipe's config. Raises ValueError for what does not fit, and for an output that
     another recipe or model has written to."""
     recipe = read(path)
@@ -278,25 +281,26 @@ def run(
         if made["versions"].get(name) != str(wanted):
             progress(f"{name}: the recipe was made with {wanted}, this is {made['versions'].get(name)}")
     write_json(stamp, made)
-    methods, audits, rates = [], [], {}
+    methods, audits, costs, rates = [], [], [], {}
     for case in cases or recipe.cases:
         scores: dict[str, list] = {}
         told: dict[str, list] = {}
         for seed in seeds or recipe.seeds:
             config = config_of(recipe, case, seed, output / case.replace(" ", "_") / f"seed{seed}", model, changes)
             stages = Stages(recipe, config, device, progress)
-            for method in recipe.methods:
+            for method in config.evaluation.methods:
                 if method in TRAINED:
                     rates.setdefault(method, []).append(stages.train(method).get("tokens_per_second"))
             for name, result in stages.evaluate().items():
-                scores.setdefault(name, []).append(result["scores"])
-            if recipe.audit and "diffmas" in recipe.methods:
+                scores.setdefault(name, []).append(result.pop("scores"))
+                costs.append({"case": case, "seed": seed, **result})
+            if recipe.audit and "diffmas" in config.evaluation.methods:
                 for name, values in stages.audit().items():
                     told.setdefault(name, []).append(values)
-        baselines = [name for name in scores if name in recipe.methods and name != "diffmas"]
+        baselines = [name for name in scores if name in config.evaluation.methods and name != "diffmas"]
         best = max(baselines, key=lambda name: statistics.fmean(map(statistics.fmean, scores[name])), default=None)
         methods += pool(case, scores, best)
         team = {name: values for name, values in told.items() if ":" not in name}  # each agent's: in audit.csv of a seed
         audits += pool(case, team, "other") if team else []
     made["training_tokens_per_second"] = {m: [r for r in rs if r] for m, rs in rates.items()}
-    return methods, audits, made
+    return methods, audits, costs, made

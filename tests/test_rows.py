@@ -344,8 +344,8 @@ def program(model, seed: int, ops: int):
         elif op == "drop":
             t.drop_newest([rng.randint(0, 4), rng.randint(0, 4)])
         elif op == "keep":
-            options = {"positions": rng.choice(["keep", "reindex"]), "sinks": rng.choice([0, 1, 4])}
-            traces[i] = t.keep(rng.choice([None, "prompt", "latent"]), **options)
+            kind, positions = rng.choice([None, "prompt", "latent"]), rng.choice(["keep", "reindex"])
+            traces[i] = t.keep(kind, positions=positions, sinks=(0, 1, 4)[i % 3])
         elif op == "join":
             others = [t, *rng.sample(traces, min(len(traces), 2))]
             if sum(max(o.lengths) for o in others) < 60:

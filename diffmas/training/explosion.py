@@ -70,10 +70,8 @@ def _where(report: GradientReport) -> str:
 
 def _advice(system: MultiAgentSystem) -> str:
     tries = []
-    if system.trace_content != "all":
-        tries.append(
-            f"sinks=4 or trace_content='all' ({system.trace_content!r} drops the first tokens: pretrained models need these)"
-        )
+    if system.trace_content != "all" and system.sinks == 0:
+        tries.append(f"sinks=4 ({system.trace_content!r} without them drops the first tokens: pretrained models need these)")
     if system.realign.mode in ("none", "soft_token"):
         tries.append(f"realign='ridge' or 'norm' for {system.realign.mode!r}")
     tries.append("a lower learning_rate, more warmup_steps, a smaller max_grad_norm")

@@ -64,5 +64,6 @@ def test_a_short_run_ends_with_table_plot_and_adapter(tmp_path):
     assert (out / "results.png").stat().st_size > 10_000
     assert len((out / "answers.jsonl").read_text().splitlines()) == 8
     again = MultiAgentSystem.from_pretrained(out / "adapter")
+    assert again.sinks > 0  # who brings a model gets the sinks that pretrained models need
     assert [a.name for a in again.agents] == [a.name for a in experiment.agents()]
     assert json.loads((out / "adapter" / "agents.json").read_text())["base_model"] == str(model)

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from diffmas import evaluation
+from diffmas.agents.options import Options
 from diffmas.agents.system import Agent, MultiAgentSystem
 from diffmas.evaluation.tasks import facts
 from diffmas.evaluation.training_step import compare_training_step
@@ -52,7 +53,11 @@ def load(model: str | None):
 
 def make_system(model: str | None = None, latent_steps: int = LATENT_STEPS) -> MultiAgentSystem:
     base, tokenizer = load(model)
-    return MultiAgentSystem(add_lora(base), tokenizer, agents(latent_steps), realign="norm", trace_content="latent_only")
+    # The model that comes with diffmas needs no attention sinks: it learns faster without them.
+    sinks = 0 if model is None else Options.sinks
+    return MultiAgentSystem(
+        add_lora(base), tokenizer, agents(latent_steps), realign="norm", trace_content="latent_only", sinks=sinks
+    )  # fmt: skip
 
 
 def make_step(model: str | None, rows: int):

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 import yaml
@@ -13,7 +14,8 @@ from diffmas.cli import build, study
 from diffmas.cli import main as cli
 from diffmas.demo.experiment import BASE
 from diffmas.evaluation.pooled import pool
-from diffmas.evaluation.tasks import facts, task
+from diffmas.evaluation.tasks import facts as tasks
+from diffmas.evaluation.tasks import task
 
 RECIPE = {
     "about": "Is it the same after a kill?", "seeds": [0, 3], "methods": ["single", "latent_mas", "diffmas"],
@@ -45,9 +47,11 @@ def call(*arguments, code: int = 0):
 
 def run(path, output, cases=("one fact",)):
     """The tables of a study, by method and by message."""
-    methods, audits, costs, _ = study.run(path, output, None, "cpu", list(cases), None, {}, lambda text: None)
-    assert all(row["latent_steps"] == (6 * 12 if row["method"] in ("latent_mas", "diffmas") else 0) for row in costs)
-    return methods, audits
+    outcome = study.run(path, output, None, "cpu", list(cases), None, {}, lambda text: None)
+    for row in outcome.costs:
+        assert row["latent_steps"] == (6 * 12 if row["method"] in ("latent_mas", "diffmas") else 0)
+    assert not outcome.failures
+    return outcome.methods, outcome.audits
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -79,11 +83,29 @@ def test_a_killed_study_gives_the_same_table(tmp_path, monkeypatch):
     assert again == whole
     weights = [(tmp_path / d / "one_fact/seed3/adapter/adapter_model.safetensors").read_bytes() for d in ("whole", "killed")]
     assert weights[0] == weights[1]
-    monkeypatch.setattr(study.Stages, "_system", lambda self: pytest.fail("a stage was done again"))
-    assert run(path, tmp_path / "killed") == whole
+    with monkeypatch.context() as patched:
+        patched.setattr(study.Stages, "_system", lambda self, trained: pytest.fail("a stage was done again"))
+        assert run(path, tmp_path / "killed") == whole
+
+    # A kill between the last step and the adapter that is saved, and a change of what was there.
+    (left / "seed3" / "trained_diffmas.json").unlink()
+    shutil.rmtree(left / "seed3" / "adapter")
+    done = len(steps)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            training.Trainer, "training_step", lambda self, *a: (steps.append(self.state.global_step), step(self, *a))[1]
+        )
+        evaluated = []
+        patched.setattr(
+            study.Stages,
+            "_method",
+            lambda self, name, method=study.Stages._method: (evaluated.append(name), method(self, name))[1],
+        )
+        assert run(path, tmp_path / "killed") == whole
+    assert steps[done:] == [] and evaluated == ["diffmas", "all facts"]  # what rests on that training
 
     methods, audits = whole
-    assert [r.name for r in methods] == ["single", "latent_mas", "diffmas", "all facts, bare", "all facts"]
+    assert [r.name for r in methods] == ["single", "latent_mas", "all facts, bare", "diffmas", "all facts"]
     assert [r.name for r in audits] == ["own", "none", "other", "noise"]
     assert all(len(r.by_seed) == 2 and r.questions == 6 for r in methods + audits)
     assert {r.to for r in methods} <= {"single", "latent_mas"} and {r.to for r in audits} == {"other"}
@@ -102,18 +124,43 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
     with (tmp_path / "shown" / "methods.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["case"] for row in rows} == {"two facts"} and {row["questions"] for row in rows} == {"3"}
-    assert [row["name"] for row in rows] == ["single", "diffmas", "all facts, bare", "all facts"]  # the case's methods
+    assert [row["name"] for row in rows] == ["single", "all facts, bare", "diffmas", "all facts"]  # the case's methods
     with (tmp_path / "shown" / "costs.csv").open() as file:
         steps = {row["method"]: row["latent_steps"] for row in csv.DictReader(file)}
     assert steps["diffmas"] == str(3 * 3 * 2) and steps["single"] == "0"
-    made = json.loads((tmp_path / "shown" / "made_with.json").read_text())
+    text = (tmp_path / "shown" / "made_with.json").read_text()
+    made = json.loads(text)
     assert made["changes"] == {"training": {"max_steps": 1}, "evaluation": {"limit": 3}}
-    assert made["recipe"]["seeds"] == [0, 3] and made["versions"]["torch"] and made["machine"] and made["model"] == "base"
+    assert made["recipe"]["seeds"] == [0, 3] and made["recipe"]["config"]["model"] == "base" and str(BASE.parent) not in text
+    (with_what,) = made["made_with"]
+    assert with_what["versions"]["torch"] and with_what["machine"]
     (rate,) = made["training_tokens_per_second"]["diffmas"]
     assert rate > 0 and not (tmp_path / "shown" / "audit.csv").exists()
     assert "expected results of the same changes" in call(recipe(tmp_path, audit=None, versions={"torch": "0.1"}),
                                                           "--output", tmp_path / "out", code=1)  # fmt: skip
     assert "expected results of the same recipe" in call(recipe(tmp_path, about="other"), "--output", tmp_path / "out", code=1)
+
+
+def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    """Text agents that are never right, and a method that breaks, are told at the end; then they are tried again."""
+    methods = ["single", "text_sft", "latent_mas"]
+    path = recipe(tmp_path, seeds=[0], methods=methods, audit=None, alone={})
+    arguments = (path, "--output", tmp_path / "out", "--case", "one fact", "--set", "evaluation.max_message_tokens=1")
+    method = study.Stages._method
+
+    def breaks(self, name):
+        if name == "latent_mas":
+            raise RuntimeError("a broken method")
+        return method(self, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study.Stages, "_method", breaks)
+        patched.setattr(tasks.Facts, "splits", {"train": (4, 1), "validation": (2, 2), "test": (6, 3)})
+        output = call(*arguments, code=1)
+        assert "one fact, seed 0, text_sft: train rows: expected a right answer" in output
+        assert "one fact, seed 0, latent_mas: a broken method" in output and "one fact: single" in output
+        patched.setattr(study.Stages, "_method", method)
+        assert "latent_mas" in (again := call(*arguments, code=1)) and "a broken method" not in again
 
 
 @pytest.mark.parametrize(
@@ -122,6 +169,8 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
         ({}, ("--case", "three"), "--case: expected some of ['one fact', 'two facts'], got 'three'"),
         ({}, ("--seed", "1"), "--seed: expected some of [0, 3], got 1"),
         ({}, ("--set", "training"), "--set: expected KEY=VALUE, got 'training'"),
+        ({"cases": {"a": {"model": "m"}}}, ("--model", "n"), "--model: expected none, since the case 'a' has its own, got 'n'"),
+        ({"cases": {"a b": {}, "a_b": {}}}, (), "cases: expected names that differ in letters or digits"),
         ({"seeds": [1, 1]}, (), "seeds: expected distinct seeds"),
         ({"audit": "some"}, (), "audit: expected all, latent, prompt, text or none, got 'some'"),
         ({"method": []}, (), "method: expected one of .* got an unknown key; did you mean 'methods'"),
@@ -143,7 +192,7 @@ def test_studies_that_come_with_diffmas_are_found_and_whole():
         read = study.read(study.named(name))
         for case in read.cases:
             config = study.config_of(read, case, read.seeds[0], study.named(name).parent, None, {})
-            assert config.evaluation.methods == (read.cases[case] or {}).get("methods", read.methods)
+            assert config.evaluation.methods == read.cases[case].get("methods", read.methods)
             assert config.training["seed"] == read.seeds[0] and build.training_arguments(config).seed == read.seeds[0]
     with pytest.raises(ValueError, match="study: expected a YAML file or one of .*got 'fact'"):
         study.named("fact")
@@ -193,10 +242,12 @@ def test_the_prompts_and_verdicts_of_facts():
     assert row["facts2"] in chosen.agents()[1].render(row) and row["facts2"] not in chosen.agents()[0].render(row)
     right = chosen.scorer().correct
     assert right(f"It is the {row['answer'].title()}.", row["answer"]) and not right("nothing", row["answer"])
-    assert not right(row["answer"] + "s", row["answer"])
+    assert not right(row["answer"] + "s", row["answer"]) and not right(f"the attic, or the {row['answer']}", row["answer"])
+    starts = {tuple(agent.render(row).split()[:5]) for agent in chosen.agents()[:3] for row in chosen.rows(limit=50)}
+    assert len(starts) == 1  # what stays as a sink tells nothing
     for bad in ({"part": "dev"}, {"path": "rows.jsonl"}):
         with pytest.raises(ValueError, match="expected"):
             chosen.rows(**bad)
     with pytest.raises(ValueError, match="way: expected one of .*got 'magic'"):
         chosen.agents("magic")
-    assert facts.make_rows(3, 5) == facts.make_rows(3, 5) != facts.make_rows(3, 6)
+    assert tasks.make_rows(3, 5) == tasks.make_rows(3, 5) != tasks.make_rows(3, 6)

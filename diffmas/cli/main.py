@@ -336,19 +336,22 @@ def study(
 
     path = studies.named(name)
     target = output or Path("runs") / "studies" / path.stem
-    methods, audits, costs, made = studies.run(
+    outcome = studies.run(
         path, target, model, _device(device), case, seed, studies.changes_of(change or []),
         lambda text: errors.print(f"{text} ...", highlight=False),
     )  # fmt: skip
     shown = results or target
-    for rows, what in ((methods, "methods"), (audits, "audit")):
+    for rows, what in ((outcome.methods, "methods"), (outcome.audits, "audit")):
         if rows:
             console.print(pooled.pooled_table(rows, f"{path.stem}: {what}"))
             console.print()
             for file in (pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(rows, shown / f"{what}.png")):
                 console.print(str(file), highlight=False, soft_wrap=True)
-    console.print(str(pooled.write_rows(costs, shown / "costs.csv")), highlight=False, soft_wrap=True)
-    studies.write_made(made, shown)
+    if outcome.costs:
+        console.print(str(pooled.write_rows(outcome.costs, shown / "costs.csv")), highlight=False, soft_wrap=True)
+    studies.write_made(outcome.made, shown)
+    if outcome.failures:
+        raise ValueError("; ".join(outcome.failures) + f" (the others are in {shown}; run it again to try these again)")
 
 
 @app.command()

@@ -6,6 +6,7 @@ one reader knows: whoever answers without having heard from the readers is right
 """
 
 import random
+import re
 from dataclasses import dataclass
 from itertools import islice
 
@@ -94,6 +95,12 @@ def make_rows(count: int, seed: int, *how) -> list[dict]:
     return [make_row(rng, *how) for _ in range(count)]
 
 
+# What a pretrained model reads. The first tokens, which stay as its attention sinks, say nothing of the facts.
+REAL_READER = "You tell your team what you know, and nobody else knows it. {facts}"
+REAL_SOLVER = "Your team knows who went where with what. {question} Answer with one word:"
+REAL_SOLVER_OF_NOTES = "Your team wrote down who went where with what. {messages}\n{question} Answer with one word:"
+
+
 @dataclass(frozen=True)
 class Facts:
     """The task with its rows as a `Task` has them. facts_per_reader; long: facts of 20 to 30 tokens; unseen: the test part's
@@ -104,7 +111,7 @@ class Facts:
     long: bool = False
     unseen: bool = False
     kind, hub, licence, gated = "facts", "made here", "-", False
-    questions, latent_steps, max_new_tokens = 400, 4, 6
+    questions, latent_steps, max_new_tokens = 400, 4, 12
 
     # Rows and seed of each part: the validation rows and questions that are asked are none of the training's.
     splits = {"train": (20_000, 1), "validation": (200, 2), "test": (400, 3)}
@@ -126,16 +133,21 @@ class Facts:
             raise ValueError(f"way: expected one of ('latent', 'text', 'single'), got {way!r}")
         T = 0 if way == "text" else self.latent_steps if latent_steps is None else latent_steps
         readers = [
-            Agent(f"reader{i}", READER_PROMPT.format(facts=f"{{facts{i}}}"), T) for i in range(1, READERS + 1)
+            Agent(f"reader{i}", REAL_READER.format(facts=f"{{facts{i}}}"), T) for i in range(1, READERS + 1)
         ]  # fmt: skip
-        solver = Agent(
-            "solver", NOTES_PROMPT.format(notes="{messages}", question="{question}") if way == "text" else SOLVER_PROMPT
-        )
+        solver = Agent("solver", REAL_SOLVER_OF_NOTES if way == "text" else REAL_SOLVER)
         return [solver] if way == "single" else [*readers, solver]
 
     def scorer(self) -> Scorer:
-        """The answer's one word, anywhere in the text: a model that was not trained says more than that word."""
-        return Scorer("all", lambda given, gold: gold in given.lower().replace(".", " ").replace(",", " ").split())
+        """The first thing or place in a text is the answer: a model that was not trained says more than one word."""
+        return Scorer(_first_value, "exact")
+
+
+VALUES = {*THINGS, *PLACES, *OTHER_THINGS, *OTHER_PLACES}
+
+
+def _first_value(text: str) -> str | None:
+    return next((word for word in re.findall(r"[a-z]+", text.lower()) if word in VALUES), None)
 
 
 FACTS = (

@@ -41,8 +41,8 @@ _runs = itertools.count()
 @dataclass(frozen=True)
 class Limits:
     """What a program may use. seconds: of wall time, and of CPU time of each process; memory: address space of all processes
-    together, in bytes, each of which may have memory / processes, by default 512 MiB of 2 GiB; processes: at least one, together
-    with threads; file: of each file, disk: of its directory (namespaces only), in bytes, both beside memory.
+    together, in bytes, each of which may have memory / processes, by default 512 MiB of 2 GiB; processes: at least one,
+    together with threads; file: of each file, disk: of its directory (namespaces only), in bytes, both beside memory.
 
     What a hostile program keeps in no address space, such as System V's segments, is not counted: where the machine's memory
     runs out, the kernel ends the program first."""

@@ -98,6 +98,22 @@ def test_ten_gigabytes_are_refused():
     assert run(swallowed, SHORT).reason == "AssertionError"
 
 
+def test_processes_share_the_memory():
+    """What children can have together, each as much as it gets, while all of them live."""
+    program = (
+        "import os, time\nread, write = os.pipe()\n"
+        "for _ in range(40):\n    try: child = os.fork()\n    except OSError: break\n"
+        "    if child == 0:\n        kept = []\n"
+        "        try:\n            while True: kept.append(bytearray(2**20))\n"
+        "        except MemoryError: os.write(write, b'%d ' % len(kept))\n        time.sleep(9)\n"
+        "time.sleep(1)\ngot = [int(n) for n in os.read(read, 999).split()]\nassert len(got) > 1 and 40 < sum(got), got\n"
+        "assert sum(got) <= 256, got"
+    )
+    verdict = run(program, Limits(seconds=5, memory=256 << 20, processes=4))
+    assert verdict.passed, verdict
+    assert Limits().memory <= 2 << 30
+
+
 def test_a_disk_that_fills_is_refused():
     big = "with open('big', 'wb') as f:\n    for _ in range(64): f.write(bytes(2**20))"
     assert "File too large" in run(big, SHORT).reason
@@ -184,6 +200,24 @@ def test_secrets_cannot_be_read(monkeypatch, tmp_path):
     assert not run(f"import os; os.kill({os.getpid()}, 0)", SHORT).passed
 
 
+def test_the_word_is_nowhere_to_be_found():
+    """Neither in a frame, nor in any object, nor in the file that it came in."""
+    program = (
+        "import gc, glob, os, re, sys\nfound, frame = [], sys._getframe()\n"
+        "def look(value):\n    text = value if isinstance(value, bytes) else str(value).encode('utf-8', 'replace')\n"
+        "    if re.search(rb'\\b[0-9a-f]{32}\\b', text): found.append(text[:200])\n"
+        "while frame := frame.f_back:\n    for value in frame.f_locals.values(): look(value)\n"
+        "for held in gc.get_objects():\n    for value in gc.get_referents(held):\n"
+        "        if isinstance(value, (str, bytes)): look(value)\n"
+        "for name in glob.glob('/proc/[0-9]*/fd/*'):\n"
+        "    try: text = os.pread(os.open(name, os.O_RDONLY | os.O_NONBLOCK), 4096, 0)\n    except OSError: continue\n"
+        "    look(text)\n"
+        "assert not found, found"
+    )
+    verdict = run(program, Limits(seconds=5))
+    assert verdict.passed, verdict
+
+
 def test_there_is_no_network():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -212,6 +246,35 @@ def test_without_bubblewrap_it_says_so(monkeypatch):
             assert sandbox.isolation() == ("user" if os.geteuid() == 0 else "limits")
     finally:
         sandbox.isolation.cache_clear()
+
+
+def test_without_a_user_of_its_own_the_warning_names_the_environment(monkeypatch):
+    monkeypatch.setattr(sandbox, "_bwrap", lambda: None)
+    for uid, named in ((1000, True), (0, False)):
+        monkeypatch.setattr(os, "geteuid", lambda uid=uid: uid)
+        sandbox.isolation.cache_clear()
+        try:
+            with pytest.warns(UserWarning) as said:
+                sandbox.isolation()
+        finally:
+            sandbox.isolation.cache_clear()
+        assert ("could read your environment" in str(said[0].message)) == named
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
+@pytest.mark.parametrize(
+    "uid_map", ["0 1000 1\n", "0 1000 1\n1 100000 500\n", "0 0 4294967295\n", "0 1000 1\n1 100000 65536\n"]
+)
+def test_users_of_a_namespace(monkeypatch, tmp_path, uid_map):
+    """Where there is nobody else to become, a program stays who it is, with no rights, or does not run."""
+    (tmp_path / "uid_map").write_text(uid_map)
+    monkeypatch.setattr(sandbox, "UID_MAP", tmp_path / "uid_map")
+    many = uid_map.split()[-1] in ("4294967295", "65536")
+    assert run(f"import os; assert (os.getuid() != 0) == {many}", SHORT, "namespaces").passed
+    assert run("assert 'CapEff:\\t0000000000000000' in open('/proc/self/status').read()", SHORT, "namespaces").passed
+    if not many:
+        with pytest.raises(PermissionError, match="this user namespace has no other users"):
+            run("", isolated="user")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="who is not root runs programs as himself")

@@ -97,6 +97,21 @@ def test_a_record_becomes_a_row(name, record, answer):
             check_row(row | {"messages": "-"}, "row", [agent])
 
 
+def test_a_solution_is_trained_on_and_ends_in_the_box():
+    for name, solution in (("solution", "It is $\\boxed{204}$."), ("Solution", "So \\[n = \\boxed{204}\\]")):
+        assert task("aime24").row({"problem": "?", name: solution, "answer": 204})["answer"] == solution
+    for name in ("aime24", "math500"):
+        for solution in ("$204$.", "\\boxed{204}, as Tom says.", "\\boxed{7}"):
+            answer = task(name).row({"problem": "?", "solution": solution, "answer": "204"})["answer"]
+            assert answer == f"{solution}\nThe answer is \\boxed{{204}}."
+    assert task("aime24").row({"problem": "?", "solution": None, "answer": 204})["answer"] == "The answer is \\boxed{204}."
+
+
+def test_mbpp_plus_has_the_longer_tests_where_there_are_any():
+    assert "range(9)" in task("mbpp_plus").row(PLUS)["tests"] and "range(9)" not in task("mbpp").row(PLUS)["tests"]
+    assert task("mbpp_plus").row(SANITIZED) == task("mbpp").row(SANITIZED)
+
+
 def test_options_stand_in_the_question():
     rows = [task("openbookqa").row(r) for r in (HUB_OPENBOOK, AUTHORS, ADAPTERS)]
     assert rows[0] == rows[1] == rows[2]
@@ -118,6 +133,8 @@ CODE = [
     ("mbpp", MBPP),
     ("mbpp", SANITIZED),
     ("mbpp_plus", PLUS),
+    ("mbpp_plus", MBPP),
+    ("mbpp_plus", SANITIZED),
 ]
 
 
@@ -166,7 +183,7 @@ def test_a_hub_set(tmp_path):
         ("openbookqa", [{**ADAPTERS, "answer": "answer7"}], "expected 2 to 10 options, one of them right, got 3 and number 7"),
         ("openbookqa", [{**ADAPTERS, "instruction": "?"}], "expected 'Answer1: ...' in the field 'instruction'"),
         ("humaneval", [{k: v for k, v in HUMANEVAL.items() if k != "test"}], "humaneval: expected the field 'test'"),
-        ("mbpp_plus", [SANITIZED], "mbpp_plus: expected the field 'test'"),
+        ("mbpp_plus", [{**PLUS, "test": 3}], "mbpp_plus: expected a string in the field 'test', got int"),
         ("mbpp", [{"text": "a"}], "mbpp: expected the field 'code'"),
         ("gpqa_diamond", [{"Question": "a"}], "gpqa_diamond: expected the field 'Correct Answer'"),
         ("gsm8k", ["text"], "rows.jsonl:1: expected an object, got str"),
@@ -265,6 +282,24 @@ def test_where_the_references_are_narrower():
     row = task("arc_easy").row(HUB_ARC)
     for text in ("A star it is not, Bob.", "B's are bees", "42", "", "None of them"):
         assert final.letter(text, row) in (None, "B" if "star" in text else None), text
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("The answer is a fridge.", "B"), ("Answer: a fridge", "B"), ("Answer: A fridge.", "B"), ("ANSWER IS a fridge", "B"),
+        ("The answer is a wooden spoon because a stove is hot.", "C"), ("The answer is A wooden spoon", "C"),
+        ("The answer is the fridge, since a stove heats.", "B"), ("The answer is (B). No, the answer is a stove", "B"),
+        ("The answer is B. Wait, the answer is a stove.", "A"), ("The answer is b", "B"), ("The answer is b.", "B"),
+        ("The answer is b)", "B"), ("answer: **b**: it cools", "B"), ("Answer: b\n\nA stove is hot.", "B"),
+        ("The answer is A because a fridge cools.", "A"), ("The answer is B fridge", "B"), ("The answer is D toast", "D"),
+        ("The answer is B. A stove heats.", "B"), ("Answer: B\nA stove heats.", "B"), ("answer is option B, not a stove", "B"),
+        ("The answer is a mystery.", None), ("Answer: a pan", None), ("The answer is B's", None),
+        ("The answer is C, the vitamin", "C"), ("The answer is fridges", None),
+    ],
+)  # fmt: skip
+def test_an_article_is_no_option(text, found):
+    assert final.letter(text, {"choices": ["a stove", "fridge", "wooden spoon", "C"]}) == found
 
 
 def test_votes_are_counted_by_meaning():
@@ -380,11 +415,16 @@ def test_evaluate_needs_no_yaml(base, tmp_path):
     assert list(line["given"]) == ["single"] and len(line["given"]["single"]) == 2
 
 
-def test_evaluate_runs_programs(base, tmp_path):
+def test_evaluate_runs_programs(base, tmp_path, monkeypatch):
+    judge, judged = Scorer.verdicts, []
+    monkeypatch.setattr(Scorer, "verdicts", lambda self, texts, *rest: judged.append(texts) or judge(self, texts, *rest))
     path = published(tmp_path / "HumanEval.jsonl.gz", [HUMANEVAL])
     arguments = ("evaluate", "--task", "humaneval", "--model", base, "--path", path, "--methods", "single", "--samples", 2)
     output = call(*arguments, "--max-new-tokens", 3, "--device", "cpu", "--output", tmp_path).output
     assert "single: pass@1 0.0 %, pass@2 0.0 %" in output and f"isolated by: {sandbox.isolation()}" in output
+    assert len(judged) == 1  # what is shown comes from the verdicts there are
+    judge = lambda self, texts, *rest: [[True, False]]  # noqa: E731
+    assert "single: pass@1 50.0 %, pass@2 100.0 %" in call(*arguments, "--device", "cpu", "--output", tmp_path).output
 
 
 def test_a_config_may_name_a_task(base, tmp_path):

@@ -187,17 +187,17 @@ def _settings(config, task, model, path, latent_steps, output):
     if model is None:
         raise ValueError(f"--model: expected a directory or hub name with --task {task}, got none")
     return Config(
-        model, chosen.agents("latent", latent_steps), task, str(output or Path("runs") / task),
+        model, task=task, latent_steps=latent_steps, output_dir=str(output or Path("runs") / chosen.name),
         evaluation=Evaluation(data=str(path) if path else None),
     )  # fmt: skip
 
 
-def _show_programs(results, scorer, rows) -> None:
+def _show_programs(results) -> None:
     """pass@k of every method, and what the programs ran in."""
     from diffmas.evaluation import metrics, sandbox
 
     for r in results:
-        right = [sum(samples) for samples in scorer.verdicts(r.texts, [row["answer"] for row in rows], rows)]
+        right = [round(share * r.samples) for share in r.scores]
         rates = {k: sum(metrics.pass_at_k(r.samples, n, k) for n in right) / len(right) for k in {1, r.samples}}
         text = ", ".join(f"pass@{k} {100 * rate:.1f} %" for k, rate in sorted(rates.items()))
         console.print(f"{r.method}: {text}", highlight=False)
@@ -265,7 +265,7 @@ def evaluate(
             console.print(table)
             console.print()
         if all("tests" in row for row in rows):
-            _show_programs(results, scorer, rows)
+            _show_programs(results)
         for file in files:
             console.print(str(file), highlight=False, soft_wrap=True)
 

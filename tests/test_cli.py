@@ -1,6 +1,8 @@
 """The command line on a tiny model on disk, and what a config may hold."""
 
+import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -126,6 +128,64 @@ def test_trained_baselines_go_to_directories_of_their_own_and_are_compared(proje
     assert "'text_sft' needs --text-sft DIR" in call("evaluate", path, "--device", "cpu", code=1).output
 
 
+def test_two_processes_write_right_turns_once(project, tmp_path):
+    path = settings_of(
+        project, tmp_path, generation={"max_new_tokens": 25, "temperature": 5.0, "top_p": 1.0},
+        data={"train": str(project / "rows.jsonl")}, early_stopping_patience=None, gradient_report_steps=0,
+        evaluation={"samples": 30, "max_message_tokens": 25, "extract": "(kitchen|cellar|garden|attic|garage)"},
+        training={"max_steps": 1, "use_cpu": True, "ddp_backend": "gloo", "report_to": [], "save_strategy": "no"},
+    )  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "diffmas.cli.main"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}
+    done = subprocess.run(
+        [*command, "train", path, "--method", "text_sft"], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("text agents answer 10 questions (train)") == 1 and "1 steps" in done.stdout
+
+
+def test_an_adapter_has_the_agents_that_were_asked_for(project, trained, tmp_path):
+    """What an adapter was not trained with is not taken for it, and not passed over in silence."""
+    adapter = ("--adapter", project / "run", "--device", "cpu")
+    other = [{**AGENTS[0], "latent_steps": 5}, *AGENTS[1:]]
+    for change, message in (
+        ({"agents": other}, "run: expected latent_steps 5 of agent 'planner', got 2"),
+        ({"agents": AGENTS[1:]}, "run: expected agents ['critic', 'solver'], got ['planner', 'critic', 'solver']"),
+        ({"system": {"trace_content": "latent_only"}}, "run: expected trace_content 'latent_only', got 'all'"),
+    ):
+        for command in ("evaluate", "audit"):
+            output = call(command, settings_of(project, tmp_path, **change), *adapter, code=1).output
+            assert message in output and len(output.strip().splitlines()) == 1
+    task = ("evaluate", "--task", "facts", "--model", project / "base", *adapter, "--latent-steps")
+    output = call(*task, 3, code=1).output
+    assert "--latent-steps: expected none with --adapter, whose agents have T = 2, 2, got 3" in output
+    assert "--latent-steps" not in call(*task, 2, "--text-sft", tmp_path / "none", "--methods", "text", code=1).output
+
+
+def test_a_baselines_adapter_is_that_baselines(project, trained, tmp_path):
+    bare = build.trained_system(config.load(project / "config.yaml"), None)
+    with pytest.raises(ValueError, match=r"run: expected agents \['writer'\], got \['planner', 'critic', 'solver'\]"):
+        build.methods_of(config.load(project / "config.yaml"), bare, ["text_sft"], {"text_sft": project / "run"})
+    for change, message in (
+        ({"agents": [*AGENTS[:1], {**AGENTS[1], "latent_steps": 7}, AGENTS[2]]}, "expected latent_steps 7 of agent 'critic'"),
+        ({"system": {"sinks": 1}}, "expected sinks 1, got 4"),
+        ({"system": {"trace_content": "latent_only"}}, "expected trace_content 'latent_only', got 'all'"),
+    ):
+        settings = config.load(settings_of(project, tmp_path, **change))
+        with pytest.raises(ValueError, match=f"run: {message}"):
+            build.methods_of(settings, build.trained_system(settings, None), ["stitch"], {"stitch": project / "run"})
+
+
+def test_text_agents_of_a_task_keep_system_messages(project):
+    """A task's own text prompts stand for its agents alone, not for others that have a system message more."""
+    settings = config.Config(str(project / "base"), task="gsm8k")
+    system = build.trained_system(settings, None)
+    team, alone = build.text_team(settings, system)
+    assert team is not system and alone.name == "solver"
+    system.agents[1] = dataclasses.replace(system.agents[1], system="Doubt everything.")
+    assert build.text_team(settings, system) == (system, None)
+
+
 def test_audit_says_who_communicates(project, trained):
     result = call("audit", project / "config.yaml", "--adapter", project / "run", "--device", "cpu", "--kind", "latent")
     assert "no evidence that the team communicates" in result.stdout and "other: critic" in result.stdout
@@ -173,6 +233,10 @@ def test_help_does_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "evaluate" in done.stdout and "--overwrite" in done.stdout
+
+
+def test_help_names_all_methods():
+    assert all(name in call("evaluate", "--help").output for name in ("some of single,text,text_sft", "stitch,diffmas"))
 
 
 def test_a_loss_that_is_nan_is_one_line(project, tmp_path, monkeypatch):
@@ -278,7 +342,7 @@ def test_what_a_config_may_hold(tmp_path):
     assert (arguments.learning_rate, arguments.max_steps, arguments.gradient_accumulation_steps) == (5e-5, 3, 4)
     assert str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no"
     settings.recipe = "paper"
-    assert config.training_arguments(settings).gradient_accumulation_steps == 64
+    assert build.training_arguments(settings).gradient_accumulation_steps == 64
     settings.data.validation_fraction = 0.1
     arguments = build.training_arguments(settings)
     assert arguments.load_best_model_at_end and arguments.metric_for_best_model == "eval_loss"

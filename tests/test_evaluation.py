@@ -545,6 +545,19 @@ def test_a_method_that_fails_does_not_lose_the_others():
     assert [r.method for r in failure.value.results] == ["first", "last"] and isinstance(failure.value.__cause__, ValueError)
 
 
+def test_a_scorer_that_fails_does_not_lose_the_others():
+    class Judge(Scorer):
+        def verdicts(self, texts, golds, rows):
+            if texts[0] == ["broken"]:
+                raise RuntimeError("no verdict")
+            return super().verdicts(texts, golds, rows)
+
+    methods = {"bad": Fixed(["broken"] * 2), "good": Fixed(ANSWERS[:2])}
+    with pytest.raises(MethodsFailed, match="^bad: no verdict$") as failure:
+        evaluate(methods, tiny.rows(2), scorer=Judge())
+    assert [(r.method, r.accuracy) for r in failure.value.results] == [("good", 1.0)]
+
+
 def test_an_answer_that_is_right_counts():
     oracle = Fixed([*ANSWERS[:-1], "wrong"])
     (result,) = evaluate({"oracle": oracle}, tiny.rows(4), samples=2)

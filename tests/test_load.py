@@ -124,12 +124,12 @@ def test_a_system_on_a_gguf_file_is_saved_and_loaded(tmp_path, monkeypatch):
 
 
 def test_a_config_takes_a_gguf_file(tmp_path):
-    from diffmas.cli import config
+    from diffmas.cli import build, config
 
     write_gguf(tmp_path / "tiny.gguf")
     agents = "[{name: planner, prompt: 'plan {question}', latent_steps: 1}, {name: solver, prompt: '{question}'}]"
     (tmp_path / "config.yaml").write_text(f"model: tiny.gguf\ndtype: bfloat16\nagents: {agents}\n")
-    system = config.build_system(config.load(tmp_path / "config.yaml"))
+    system = build.untrained_system(config.load(tmp_path / "config.yaml"))
     assert system.model.config._name_or_path == str(tmp_path / "tiny.gguf") and system.model.dtype == torch.bfloat16
     assert system(["ab"], ["cd"]).loss.isfinite()
 

@@ -239,6 +239,7 @@ def test_a_function_cannot_be_saved(tmp_path):
     [
         ("steps", {}, r"agent 'a': latent_steps: expected a field 'steps', the question has \['question'\]"),
         ("steps", {"steps": -1}, "latent_steps: expected an integer >= 0 in the field 'steps', got -1"),
+        ("steps", {"steps": True}, "latent_steps: expected an integer >= 0 in the field 'steps', got True"),
         ("steps", {"steps": 1.5}, "latent_steps: expected an integer >= 0 in the field 'steps', got 1.5"),
         ("steps", {"steps": "many"}, "latent_steps: expected an integer >= 0 in the field 'steps', got 'many'"),
         (lambda fields: None, {}, "latent_steps: expected an integer >= 0 from its function, got None"),

@@ -374,6 +374,8 @@ def test_chat_template_and_system_message():
         (lambda s: s.generate(["w10"], top_p=0), "top_p: expected a number in"),
         (lambda s: s.generate(["w10"], stop="x"), "stop: expected a list"),
         (lambda s: s.generate(["w10"], samples=0), "samples: expected at least 1"),
+        (lambda s: Agent("a", "x", latent_steps=True), "latent_steps: expected an integer >= 0, the name .*, got True"),
+        (lambda s: MultiAgentSystem(s.model, s.tokenizer, AGENTS, sinks=True), "sinks: expected an integer >= 0, got True"),
         (lambda s: Agent("a", "x", latent_steps=-1), "latent_steps: expected an integer >= 0, the name .*, got -1"),
         (lambda s: Agent("", "x"), "name: expected a name"),
         (lambda s: MultiAgentSystem(s.model, s.tokenizer, []), "agents: expected at least one"),

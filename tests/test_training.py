@@ -212,6 +212,26 @@ def test_resume_is_bit_for_bit(tmp_path, options):
     assert histories[0] == histories[1] and len(histories[0]) == 5
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"num_train_epochs": 1.5}])
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_is_finished_is_not_trained_on(tmp_path, length, best):
+    evaluated = dict(eval_strategy="steps", eval_steps=1, greater_is_better=True) if best else {}  # the first step is
+    given = dict(lr_scheduler_type="constant", save_strategy="steps", save_steps=1, **length) | evaluated
+    args, sets = arguments(tmp_path, **given), dict(train_dataset=tiny.rows(8), eval_dataset=tiny.rows(6))
+    first = Trainer(tiny.system(), args, **sets)
+    outcome, last = first.train(), tiny.system()
+    again = Trainer(tiny.system(), args, **sets)
+    resumed = again.train(resume_from_checkpoint=True)
+    assert resumed.global_step == again.state.global_step == outcome.global_step == 3
+    assert resumed.training_loss == pytest.approx(outcome.training_loss, rel=1e-3)
+    assert all(torch.equal(p, tiny.trainable(again.model)[n]) for n, p in tiny.trainable(first.model).items())
+    last.load_weights(tmp_path / "checkpoint-3")
+    of_last = all(torch.equal(p, tiny.trainable(again.model)[n]) for n, p in tiny.trainable(last).items())
+    assert of_last == (not best) and [p.name for p in tmp_path.glob("checkpoint-4")] == []
+    args.max_steps = 4
+    assert Trainer(tiny.system(), args, **sets).train(resume_from_checkpoint=True).global_step == 4
+
+
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     tests = Path(__file__).parent
     command = [

@@ -21,8 +21,8 @@ from diffmas.models.load import load_base, load_tokenizer
 from diffmas.models.parts import causal_lm_of
 
 __all__ = [
-    "AGENTS_FILE", "add_adapter", "check_description", "load_model", "load_weights", "read_agents", "read_json", "read_map",
-    "save", "write_json",
+    "AGENTS_FILE", "add_adapter", "check_description", "check_same", "load_model", "load_weights", "read_agents", "read_json",
+    "read_map", "save", "write_json",
 ]  # fmt: skip
 
 AGENTS_FILE = "agents.json"
@@ -219,15 +219,36 @@ def load_adapters(path, model: nn.Module, adapters: dict[str, dict], trainable: 
     return model
 
 
-def add_adapter(path, model: nn.Module, name: str) -> nn.Module:
+def check_same(path, described: dict, expected: dict) -> None:
+    """Raises ValueError naming the directory and the first option, or field of an agent, that is not as expected.
+
+    described: of `read_agents`. expected: some of the keys of `MultiAgentSystem.describe()`.
+    """
+    for key, value in expected.items():
+        found, of = described[key], ""
+        if key == "agents" and value != found:
+            value, found = ([agent["name"] for agent in agents] for agents in (value, found))
+            if value == found:
+                pairs = zip(expected[key], described[key])
+                of, key, value, found = next(
+                    (f" of agent {a['name']!r}", k, a[k], b[k]) for a, b in pairs for k in a if a[k] != b[k]
+                )
+        if value != found:
+            raise ValueError(f"{path}: expected {key} {value!r}{of}, got {found!r}")
+
+
+def add_adapter(path, model: nn.Module, name: str, expected: dict | None = None) -> nn.Module:
     """A PEFT model around `model`, which may be one already, with the one adapter of a directory under another name.
 
-    Raises ValueError for a directory of another base model, with damaged files, or whose agents do not share one adapter.
+    expected: what its agents.json has to say, as in `check_same`. Raises ValueError, before anything is loaded, for a directory
+    of another base model, of other agents or options than expected, with damaged files, or whose agents do not share one
+    adapter.
     """
     from peft import PeftModel
 
     path, described = Path(path), read_agents(path)
     check_base(described, model, path)
+    check_same(path, described, expected or {})
     if list(described["adapters"]) != ["default"]:
         raise ValueError(f"{path}: expected one adapter that all agents share, got {sorted(described['adapters'])}")
     read_json(path / CONFIG_FILE)

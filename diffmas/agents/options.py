@@ -41,7 +41,7 @@ class Options:
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-        if not isinstance(self.sinks, int) or self.sinks < 0:
+        if not isinstance(self.sinks, int) or isinstance(self.sinks, bool) or self.sinks < 0:
             raise ValueError(f"sinks: expected an integer >= 0, got {self.sinks!r}")
         if self.chat_options is not None and not _plain(self.chat_options):
             raise ValueError(f"chat_options: expected a dict of what JSON can hold, got {self.chat_options!r}")

@@ -38,7 +38,7 @@ class Agent:
 
     def __post_init__(self):
         T = self.latent_steps
-        if not (isinstance(T, int) and T >= 0 or isinstance(T, str) and T or callable(T)):
+        if isinstance(T, bool) or not (isinstance(T, int) and T >= 0 or isinstance(T, str) and T or callable(T)):
             raise ValueError(
                 f"agent {self.name!r}: latent_steps: expected an integer >= 0, the name of a field or a function, got {T!r}"
             )
@@ -71,7 +71,7 @@ class Agent:
             given, T = f"in the field {T!r}", fields[T]
             T = int(T) if isinstance(T, str) and T.isdecimal() else T  # as a command line has it
         try:
-            if operator.index(T) >= 0:
+            if not isinstance(T, bool) and operator.index(T) >= 0:
                 return operator.index(T)
         except TypeError:
             pass

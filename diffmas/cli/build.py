@@ -1,16 +1,21 @@
 """What a config describes, built: model, system, rows, scorer, and the methods that are compared."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from diffmas.agents.options import Options
-from diffmas.cli.config import TRAINED, Config, training_fields
+from diffmas.cli.config import Config, training_fields
+from diffmas.cli.methods import TRAINED
 from diffmas.evaluation.tasks import task
 
 __all__ = [
     "base_model", "evaluation_rows", "methods_of", "scorer_of", "trained_as", "trained_system", "training_arguments",
     "training_rows", "untrained_system",
 ]  # fmt: skip
+
+
+OF_TRAINING = ("grad_scope", "last_k", "adapter_scope")  # options that say how an adapter was trained
+TOLD = ("agents", "trace_content", "sinks", "positions", "no_latents")  # what the last agent of a team reads
 
 
 def training_arguments(config: Config):
@@ -45,11 +50,16 @@ def untrained_system(config: Config, adapter: bool = True, device: str | None = 
 
 
 def trained_system(config: Config, adapter: Path | None, device: str | None = None):
-    """The system of a directory that `diffmas train` wrote, or without one the config's on the bare model; in eval mode."""
+    """The system of a directory that `diffmas train` wrote, or without one the config's on the bare model; in eval mode.
+
+    Raises ValueError for a directory whose agents, or options that matter to an answer, are not the config's."""
+    from diffmas.agents.file import check_same, read_agents
     from diffmas.agents.system import MultiAgentSystem
 
     if adapter is None:
         return untrained_system(config, adapter=False, device=device).eval()
+    wanted = {k: v for k, v in vars(config.system).items() if k not in OF_TRAINING and (k, v) != ("chat_template", None)}
+    check_same(adapter, read_agents(adapter), {"agents": [asdict(agent) for agent in config.agents], **wanted})
     return MultiAgentSystem.from_pretrained(adapter, *base_model(config, device)).eval()
 
 
@@ -123,7 +133,8 @@ def text_team(config: Config, system):
     if config.task is None:
         return system, None
     published = task(config.task)
-    if [a.prompt for a in system.agents] != [a.prompt for a in published.agents()]:
+    roles = [[(a.name, a.prompt, a.system) for a in agents] for agents in (system.agents, published.agents())]
+    if roles[0] != roles[1]:
         return system, None
     described = system.describe()
     options = {option.name: described[option.name] for option in fields(Options)}
@@ -133,15 +144,19 @@ def text_team(config: Config, system):
 
 def methods_of(config: Config, system, names, adapters: dict[str, Path] | None = None) -> dict:
     """The methods by name, in the order of METHODS. adapters: directories of `diffmas train --method`, by method; "text_sft"
-    needs one, "stitch" is untrained without one. Raises ValueError for one that is missing or does not fit."""
+    needs one, "stitch" is untrained without one. Raises ValueError for one that is missing, or of another base model, method or
+    team."""
     from diffmas import evaluation
     from diffmas.agents.file import add_adapter
+    from diffmas.evaluation.text_sft import WRITER
 
     adapters = adapters or {}
+    described = system.describe()
+    expected = {"text_sft": {"agents": [asdict(WRITER)]}, "stitch": {key: described[key] for key in TOLD}}
     if "text_sft" in names and "text_sft" not in adapters:
         raise ValueError("evaluation.methods: 'text_sft' needs --text-sft DIR, which `diffmas train --method text_sft` writes")
     for name, directory in adapters.items():
-        system.model = add_adapter(directory, system.model, name)
+        system.model = add_adapter(directory, system.model, name, expected[name])
     writing, alone = text_team(config, system)
     tokens = config.evaluation.max_message_tokens
     makers = {

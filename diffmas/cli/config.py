@@ -25,9 +25,10 @@ import yaml
 
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
+from diffmas.cli.methods import METHODS, TRAINED
 from diffmas.evaluation.tasks import task
 
-__all__ = ["Config", "TRAINED", "build", "check_methods", "load", "training_fields"]
+__all__ = ["Config", "TRAINED", "check_methods", "load", "parsed", "training_fields"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -84,10 +85,6 @@ class Evaluation:
     extract: str | None = None
     match: str | None = None
     limit: int | None = None
-
-
-METHODS = ("single", "text", "text_sft", "latent_mas", "stitch", "diffmas")
-TRAINED = ("diffmas", "text_sft", "stitch")  # methods that `diffmas train` trains
 
 
 def check_methods(names: list[str]) -> None:
@@ -171,7 +168,7 @@ def _value(value, kind, where: str):
     for option in options:
         base = typing.get_origin(option) or option
         if is_dataclass(base) and isinstance(value, dict):
-            return build(base, value, where + ".")
+            return parsed(base, value, where + ".")
         if base is list and isinstance(value, list):
             item = typing.get_args(option)
             return [_value(v, item[0], f"{where}[{i}]") for i, v in enumerate(value)] if item else value
@@ -183,7 +180,7 @@ def _value(value, kind, where: str):
     raise ValueError(f"{where}: expected {_describe(kind)}, got {value!r}")
 
 
-def build(cls, data: dict, where: str = ""):
+def parsed(cls, data: dict, where: str = ""):
     """A dataclass from plain data; raises ValueError that starts with `where` and names the key that does not fit."""
     kinds, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}
     if not isinstance(data, dict):
@@ -210,7 +207,7 @@ def load(path) -> Config:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got {error}") from error
     try:
-        config = build(Config, data if data is not None else {})
+        config = parsed(Config, data if data is not None else {})
         training_fields(config.training)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

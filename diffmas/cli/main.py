@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from diffmas.cli.methods import METHODS, TRAINED
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 errors = Console(stderr=True)
@@ -65,7 +67,7 @@ def train(
         bool, typer.Option("--overwrite", help="start afresh and remove an earlier run's checkpoints in output_dir")
     ] = False,
     method: Annotated[
-        str, typer.Option(help="diffmas, or a trained baseline: text_sft or stitch; these go to OUTPUT_DIR-METHOD")
+        str, typer.Option(help=f"one of {','.join(TRAINED)}; all but diffmas are baselines and go to OUTPUT_DIR-METHOD")
     ] = "diffmas",
 ):
     """Train LoRA adapters as a config says; under torchrun on several GPUs.
@@ -170,8 +172,11 @@ def tasks():
     console.print(out)
 
 
-def _settings(config, task, model, path, latent_steps, output):
-    """The settings of a config file or of the options that stand for one."""
+def _settings(config, task, model, path, latent_steps, output, adapter):
+    """The settings of a config file or of the options that stand for one, with the agents of --adapter if there is one."""
+    from diffmas.agents.file import read_agents
+    from diffmas.agents.options import Options
+    from diffmas.agents.prompts import Agent
     from diffmas.cli.config import Config, Evaluation, load
     from diffmas.evaluation import tasks
 
@@ -186,8 +191,16 @@ def _settings(config, task, model, path, latent_steps, output):
     chosen = tasks.task(task)
     if model is None:
         raise ValueError(f"--model: expected a directory or hub name with --task {task}, got none")
+    agents, options = chosen.agents("latent", latent_steps), Options()
+    if adapter is not None:
+        described = read_agents(adapter)
+        agents, options = [Agent(**a) for a in described["agents"]], Options(**{k: described[k] for k in vars(options)})
+        theirs = [agent.latent_steps for agent in agents[:-1]]
+        if latent_steps is not None and any(T != latent_steps for T in theirs):
+            has = ", ".join(map(str, theirs))
+            raise ValueError(f"--latent-steps: expected none with --adapter, whose agents have T = {has}, got {latent_steps}")
     return Config(
-        model, task=task, latent_steps=latent_steps, output_dir=str(output or Path("runs") / chosen.name),
+        model, agents, task, output_dir=str(output or Path("runs") / task), system=options,
         evaluation=Evaluation(data=str(path) if path else None),
     )  # fmt: skip
 
@@ -214,7 +227,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="with --task: a directory or hub name")] = None,
     path: Annotated[Path | None, typer.Option(help="with --task: a file in a published form, instead of the hub")] = None,
     latent_steps: Annotated[int | None, typer.Option(help="with --task: T of every agent but the last", min=0)] = None,
-    methods: Annotated[str | None, typer.Option(help="some of single,text,latent_mas,diffmas")] = None,
+    methods: Annotated[str | None, typer.Option(help=f"some of {','.join(METHODS)}")] = None,
     adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
     text_sft: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method text_sft`")] = None,
     stitch: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method stitch`; none: untrained")] = None,
@@ -235,7 +248,7 @@ def evaluate(
     from diffmas.cli.build import evaluation_rows, methods_of, scorer_of, trained_system
     from diffmas.cli.config import check_methods
 
-    settings, place = _settings(config, task, model, path, latent_steps, output), _device(device)
+    settings, place = _settings(config, task, model, path, latent_steps, output, adapter), _device(device)
     options = settings.evaluation
     chosen = {
         "methods": methods and [name.strip() for name in methods.split(",")], "limit": limit, "samples": samples,

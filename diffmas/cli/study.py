@@ -26,7 +26,7 @@ import yaml
 
 from diffmas.agents.file import read_json, write_json
 from diffmas.cli.config import TRAINED, Config
-from diffmas.cli.config import build as checked
+from diffmas.cli.config import parsed as checked
 from diffmas.cli.stages import Stages, made_with, slug
 from diffmas.evaluation.pooled import Pooled, pool
 

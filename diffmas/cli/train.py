@@ -1,6 +1,5 @@
 """The trainer that a config describes, for a team or for a baseline that is trained."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def trainer_of(config: Config, method: str = "diffmas", resume: bool = False, pr
     arguments = training_arguments(config)
     system = untrained_system(config)
     if method == "text_sft":
-        system, rows, held_out = _text_sft(config, system.to(arguments.device), rows, held_out, resume, progress)
+        system, rows, held_out = _text_sft(config, arguments, system.to(arguments.device), rows, held_out, resume, progress)
     elif method == "stitch":
         system = evaluation.stitch(system, adapter=True).system
     callbacks = []
@@ -34,11 +33,12 @@ def trainer_of(config: Config, method: str = "diffmas", resume: bool = False, pr
     )  # fmt: skip
 
 
-def _text_sft(config: Config, system, rows, held_out, resume: bool, progress):
+def _text_sft(config: Config, arguments, system, rows, held_out, resume: bool, progress):
     """The team as `diffmas.evaluation.Writers`, and what its bare model wrote where it was right, as rows to train and validate
-    on; they are kept in output_dir, where a resumed run finds them."""
+    on; they are kept in output_dir, where a resumed run finds them. Of several processes the first one writes them, and the
+    others wait, at most the ddp_timeout of the training arguments."""
     from diffmas import evaluation
-    from diffmas.agents.file import write_json
+    from diffmas.agents.file import read_json, write_json
 
     options, scorer = config.evaluation, scorer_of(config)
     writing, _ = text_team(config, system)
@@ -49,17 +49,19 @@ def _text_sft(config: Config, system, rows, held_out, resume: bool, progress):
     sets = []
     for name, questions in (("train", rows), ("validation", held_out)):
         file = Path(config.output_dir) / f"right_turns_{name}.json"
-        if questions is None or (resume and file.is_file()):
-            sets.append(questions and json.loads(file.read_text(encoding="utf-8")))
+        if questions is None:
+            sets.append(None)
             continue
-        progress(f"text agents answer {len(questions)} questions ({name})")
-        try:
-            kept = evaluation.right_turns(
-                team, questions, options.samples, scorer, options.batch_size, **vars(config.generation)
-            )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from error
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, kept)
-        sets.append(kept)
+        with arguments.main_process_first(local=False):
+            if arguments.process_index == 0 and not (resume and file.is_file()):
+                progress(f"text agents answer {len(questions)} questions ({name})")
+                try:
+                    kept = evaluation.right_turns(
+                        team, questions, options.samples, scorer, options.batch_size, **vars(config.generation)
+                    )  # fmt: skip
+                except ValueError as error:
+                    raise ValueError(f"{name} {error}") from error
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, kept)
+        sets.append(read_json(file))
     return writers, *sets

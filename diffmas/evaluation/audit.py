@@ -13,7 +13,11 @@ earlier agent told later ones stays in theirs: only the way to the last agent is
 
 Positions: what stays keeps its own, and so does the last agent's prompt. A message from another question is read as one block
 whose last row is where the last row of the own one was, so that its distance from the reader is the same if the lengths differ.
-The first `sinks` tokens of a sequence, a pretrained model's attention sink, are no part of a message and always stay.
+A longer one may so begin before the sinks and before position 0, an order that was never trained: where messages differ much
+in length, "other" may lose by that and not by what it says.
+The first `sinks` tokens of a sequence, a pretrained model's attention sink, are no part of a message and always stay, under
+every condition. They may hold text of the first agent's prompt, which the last agent then always reads: what its first words
+tell is not audited.
 
 A team communicates where its own messages make more answers right than another question's, with the 95 % interval of the
 paired difference above 0. Less does not say so: without a message, or with noise, a model may fail because it never saw such a

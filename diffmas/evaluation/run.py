@@ -127,10 +127,10 @@ def evaluate(
         try:
             answers = method.answer(questions, samples, batch_size, **generation)
             nll = method.loss(questions, golds, batch_size)
+            results.append(_result(name, answers, golds, rows, samples, scorer, perplexity(*nll)))
         except Exception as error:
             errors[name] = error
             continue
-        results.append(_result(name, answers, golds, rows, samples, scorer, perplexity(*nll)))
         _compare(results, baselines)
         if save:
             save(results)

@@ -17,7 +17,9 @@ from diffmas.evaluation.baselines import TextAgents
 from diffmas.evaluation.metrics import Scorer
 from diffmas.training.data import question_and_answer
 
-__all__ = ["Writers", "right_turns"]
+__all__ = ["WRITER", "Writers", "right_turns"]
+
+WRITER = Agent("writer", "{prompt}")  # the one agent of `Writers`, and of the directories that they are saved to
 
 
 def right_turns(
@@ -60,8 +62,7 @@ class Writers(MultiAgentSystem):
 
     def __init__(self, model, tokenizer, agents: list[Agent], chat_template: bool | None = None, chat_options=None):
         super().__init__(
-            model, tokenizer, [Agent("writer", "{prompt}")], realign="none", chat_template=chat_template,
-            chat_options=chat_options,
+            model, tokenizer, [WRITER], realign="none", chat_template=chat_template, chat_options=chat_options
         )  # fmt: skip
         self.roles = {agent.name: replace(agent, prompt="{prompt}") for agent in agents}
 

@@ -7,11 +7,13 @@ and early stopping are transformers' own.
 
 import contextlib
 import logging
+import math
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from diffmas.agents.adapters import add_lora
 from diffmas.agents.file import check_description
@@ -37,6 +39,15 @@ def _may_leave_unused(system: MultiAgentSystem) -> bool:
     if T = 0 and no latent step reads the agent's last hidden state. Ranks may differ in T, and this answer may not.
     """
     return system.adapter_scope == "per_role" or system.realign.mode == "learned"
+
+
+def _mean_loss(history: list[dict]) -> float:
+    """The mean over the steps of a log, whose losses are means since the entry before; NaN if none was logged."""
+    total, at = 0.0, 0
+    for log in history:
+        if "loss" in log:
+            total, at = total + log["loss"] * (log["step"] - at), log["step"]
+    return total / at if at else math.nan
 
 
 class Trainer(transformers.Trainer):
@@ -174,6 +185,8 @@ class Trainer(transformers.Trainer):
     def train(self, resume_from_checkpoint=None, **options):
         """Like transformers' train; resume_from_checkpoint=True takes the newest whole checkpoint.
 
+        From a checkpoint of the run's end nothing is trained: the weights and the state are as the run left them.
+
         Raises ValueError naming a checkpoint that is damaged or of another system, and if True finds none.
         """
         if resume_from_checkpoint is True:
@@ -182,11 +195,37 @@ class Trainer(transformers.Trainer):
                 raise ValueError(f"{self.args.output_dir}: expected a whole checkpoint to resume from, found none")
         self._bad_losses = None
         self._good_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._good_checkpoint is not None and (ended := self._ended(self._good_checkpoint)):
+            return ended
         directory = Path(self.args.output_dir) if self.is_world_process_zero() else None
         with self._checkpointing(), self._monitor.running(directory):
             return super().train(
                 resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint else None, **options
             )
+
+    def _ended(self, checkpoint: Path) -> TrainOutput | None:
+        """The outcome of the run if the checkpoint is of its end, with what is then loaded; else None and nothing is changed.
+
+        transformers would take one more step before it looks at the number of steps.
+        """
+        state = TrainerState.load_from_json(str(check_checkpoint(checkpoint) / "trainer_state.json"))
+        if state.global_step < self._last_step():
+            return None
+        logger.warning("%s is of the run's end, nothing is left to train", checkpoint)
+        self._load_from_checkpoint(checkpoint)
+        state.is_local_process_zero, state.is_world_process_zero = self.is_local_process_zero(), self.is_world_process_zero()
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        loss = _mean_loss(state.log_history)
+        return TrainOutput(state.global_step, loss, {"train_loss": loss, "total_flos": state.total_flos})
+
+    def _last_step(self) -> int:
+        """The number of optimizer steps of the whole run, as transformers counts them."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_epoch = max(math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps), 1)
+        return math.ceil(self.args.num_train_epochs * per_epoch)
 
     @contextlib.contextmanager
     def _checkpointing(self):

@@ -25,10 +25,10 @@ import yaml
 
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
-from diffmas.cli.methods import METHODS, TRAINED
+from diffmas.cli.methods import METHODS
 from diffmas.evaluation.tasks import task
 
-__all__ = ["Config", "TRAINED", "check_methods", "load", "parsed", "training_fields"]
+__all__ = ["Config", "check_methods", "load", "parsed", "training_fields"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

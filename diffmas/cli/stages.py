@@ -13,7 +13,8 @@ from pathlib import Path
 
 from diffmas.agents.file import read_json, write_json
 from diffmas.cli import build
-from diffmas.cli.config import TRAINED, Config
+from diffmas.cli.config import Config
+from diffmas.cli.methods import TRAINED
 
 __all__ = ["Stages", "made_with", "slug"]
 

@@ -25,8 +25,9 @@ from typing import NamedTuple
 import yaml
 
 from diffmas.agents.file import read_json, write_json
-from diffmas.cli.config import TRAINED, Config
+from diffmas.cli.config import Config
 from diffmas.cli.config import parsed as checked
+from diffmas.cli.methods import TRAINED
 from diffmas.cli.stages import Stages, made_with, slug
 from diffmas.evaluation.pooled import Pooled, pool
 

@@ -200,7 +200,7 @@ def _settings(config, task, model, path, latent_steps, output, adapter):
             has = ", ".join(map(str, theirs))
             raise ValueError(f"--latent-steps: expected none with --adapter, whose agents have T = {has}, got {latent_steps}")
     return Config(
-        model, agents, task, str(output or Path("runs") / task), system=options,
+        model, agents, task, output_dir=str(output or Path("runs") / task), system=options,
         evaluation=Evaluation(data=str(path) if path else None),
     )  # fmt: skip
 

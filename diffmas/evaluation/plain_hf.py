@@ -73,14 +73,7 @@ class _Plain:
             ids, mask = _left_pad([turn.ids for turn in turns], 0, self.system.device)
             h = self.hidden(mask, input_ids=ids)
             prompt_end = self.past.shape[1]
-            left = torch.tensor([[turn.steps] for turn in turns], device=self.system.device)
-            while left.any():
-                mask = left.clamp_max(1)
-                new = self.hidden(mask, inputs_embeds=self.system.realign(h[:, 0])[:, None])
-                left = left - mask
-                if agent.stop_change is not None:
-                    left = left * ((new - h).norm(dim=-1) >= agent.stop_change * h.norm(dim=-1))
-                h = torch.where(mask[..., None] > 0, new, h)
+            self.think(h, [turn.steps for turn in turns], agent.stop_change)
             if self.system.trace_content == "latent_only":
                 sinks = self.past * (self.past.cumsum(1) <= self.system.sinks)
                 self.past = self.past.clone()
@@ -88,6 +81,19 @@ class _Plain:
                 self.past |= sinks
                 if self.system.positions == "reindex":
                     self.reindex()
+
+    def think(self, h, steps: list[int], stop_change: float | None) -> None:
+        """Latent steps from the last hidden states h [B, 1, d]; who has taken its own is padded while others go on."""
+        ragged = len(set(steps)) > 1 or stop_change is not None
+        T = torch.tensor(steps, device=self.system.device)[:, None]
+        for t in range(max(steps)):
+            mask = (T > t).long() if ragged else torch.ones_like(self.at)
+            new = self.hidden(mask, inputs_embeds=self.system.realign(h[:, 0])[:, None])
+            if stop_change is not None:
+                T = T * ((new - h).norm(dim=-1) >= stop_change * h.norm(dim=-1))
+                if not (T > t + 1).any():
+                    return
+            h = torch.where(mask[..., None] > 0, new, h) if ragged else new
 
     def reindex(self) -> None:
         """Renumbers what each sequence sees 0, 1, 2, ...: every cached key is rotated on, by its model's own RoPE."""

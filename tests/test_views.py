@@ -1,6 +1,7 @@
 """Forks, joins, selections and other views of a trace, against contexts recomputed with explicit positions and masks."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -277,7 +278,12 @@ def test_keep(model, kind, agent, positions, sinks):
 def test_first_tokens_stay(model):
     """By default, under their writer's name; they are counted once, and still the first after another selection."""
     trace = agents(model)  # prompts of 3 and 1, then 2 and 4 tokens, each with two latent steps
-    named = lambda t: [(s.sequence, s.agent, s.kind, s.length) for s in t.segments]  # noqa: E731
+
+    def named(t):
+        """Who wrote how many tokens of which kind, wherever their rows are."""
+        written = [(s.sequence, s.agent, s.kind) for s in t.segments for _ in range(s.length)]
+        return [(*who, len(list(tokens))) for who, tokens in itertools.groupby(written)]
+
     kept = trace.keep(kind="latent")
     assert named(kept) == [
         (0, "planner", "prompt", 3), (0, "planner", "latent", 2), (0, "critic", "latent", 2),

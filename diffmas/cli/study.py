@@ -211,7 +211,9 @@ def _run_case(recipe: Recipe, case: str, configs: dict[int, Config], device, pro
                     told.setdefault(name, []).append(values)
             except Exception as error:
                 outcome.failures.append(f"{case}, seed {seed}, audit: {error}")
-        outcome.made["made_with"] += [made for made in stages.made if made not in outcome.made["made_with"]]
+        for made in stages.made:
+            if made not in outcome.made["made_with"]:
+                outcome.made["made_with"].append(made)
     baselines = [name for name in scores if name in config.evaluation.methods and name != "diffmas"]
     best = max(baselines, key=lambda name: statistics.fmean(map(statistics.fmean, scores[name])), default=None)
     outcome.methods.extend(pool(case, scores, best))

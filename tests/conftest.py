@@ -28,3 +28,14 @@ def repeating(monkeypatch):
     monkeypatch.setattr(latent, "_watched_step", lambda *step: (latent._step(*step), True))
     monkeypatch.setattr(latent.Repeat, "capture", lambda self: runs.append(True) or True)
     return runs
+
+
+@pytest.fixture
+def programs():
+    """For tests that run programs; skips where the system cannot isolate them (root, without namespaces)."""
+    from diffmas.evaluation import sandbox
+
+    try:
+        sandbox.run("")
+    except PermissionError as error:
+        pytest.skip(str(error))

@@ -39,7 +39,9 @@ DOCUMENTED = [
 
 
 @pytest.mark.parametrize("documented", DOCUMENTED, ids=lambda x: x.__qualname__)
-def test_examples(documented, tmp_path):
+def test_examples(documented, tmp_path, request):
+    if documented is sandbox.run:
+        request.getfixturevalue("programs")
     system = tiny.system()
     published = tiny.write_jsonl(tmp_path / "gsm8k.jsonl", [{"question": "Pens?", "answer": "2*3=<<2*3=6>>6 pens.\n#### 6"}])
     names = {x.__name__: x for x in (*DOCUMENTED, Latent, communicates, single_agent)} | {

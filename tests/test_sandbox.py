@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def test_a_program_passes_if_it_reaches_its_end(program, reason):
 def test_numpy_is_there_as_plus_tests_need_it():
     pytest.importorskip("numpy")
     assert run("import numpy; assert numpy.allclose(numpy.ones((9, 9)) @ numpy.ones(9), 9)").passed
+
+
+def test_an_interpreter_below_the_directory_that_programs_work_in():
+    """/tmp is the program's own, and yet an environment that lies there is seen."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
+        code = "from diffmas.evaluation import sandbox; print(sandbox.run('assert True', isolated='namespaces'))"
+        path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, sys.path)])
+        ran = subprocess.run(
+            [f"{directory}/bin/python", "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+        )  # fmt: skip
+    assert "passed=True" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_a_long_program_and_its_threads():

@@ -152,12 +152,13 @@ def _bubblewrap(disk: int, uid: int | None) -> list[str]:
     command = [_bwrap(), *apart, "--die-with-parent", "--new-session"]
     for path in system:
         command += ["--ro-bind-try", path, path]
-    for path in sorted(above - set(python), key=len):
+    command += ["--perms", "1777", "--size", str(disk), "--tmpfs", "/tmp"]  # before the interpreter, which may lie below it
+    for path in sorted(above - set(python) - {"/tmp"}, key=len):
         command += ["--dir", path]
     for path in python:
         command += ["--ro-bind", path, path]
     command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    return [*command, "--perms", "1777", "--size", str(disk), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/", "--"]
+    return [*command, "--chdir", "/tmp", "--remount-ro", "/", "--"]
 
 
 # ---- a user of its own -----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ FOREIGN = {
     "_dynamo": "torch: settings of torch.compile",
     "_execution_engine": "torch: callbacks at the end of a backward pass",
     "_exit": "os: ends a process that was forked, and nothing of its parent's",
+    "_has_any_global_hook": "torch.nn.Module: whether somebody hooks into all calls",
     "_foreach_norm": "torch: the norms of all gradients in a few launches",
     "_forward_hooks": "torch.nn.Module: a hook that is removed by its id, since handles cannot be pickled or copied",
     "_forward_hooks_with_kwargs": "torch.nn.Module",

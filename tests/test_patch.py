@@ -268,6 +268,18 @@ INTERVENTIONS = {
 }
 
 
+def test_who_hooks_into_all_modules_is_called():
+    """As counters of flops and profilers do."""
+    model, called = tiny("llama"), []
+    names = {module: name for name, module in body(model).layers[0].self_attn.named_children()}
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(names.get(module)))
+    try:
+        model(input_ids=PROMPT[None], past_key_values=diffmas.Trace(model))
+    finally:
+        hook.remove()
+    assert [called.count(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")] == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("name", ["q_proj", "o_proj"])
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
 def test_who_hooks_into_a_projection_is_called(intervention, name):

@@ -345,7 +345,7 @@ def study(
 ):
     """Run an experiment over cases and seeds: trainings, methods side by side, a causal audit; a killed one goes on."""
     from diffmas.cli import study as studies
-    from diffmas.evaluation import pooled
+    from diffmas.evaluation import files, pooled
 
     path = studies.named(name)
     target = output or Path("runs") / "studies" / path.stem
@@ -361,7 +361,7 @@ def study(
             for file in (pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(rows, shown / f"{what}.png")):
                 console.print(str(file), highlight=False, soft_wrap=True)
     if outcome.costs:
-        console.print(str(pooled.write_rows(outcome.costs, shown / "costs.csv")), highlight=False, soft_wrap=True)
+        console.print(str(files.write_rows(outcome.costs, shown / "costs.csv")), highlight=False, soft_wrap=True)
     studies.write_made(outcome.made, shown)
     if outcome.failures:
         raise ValueError("; ".join(outcome.failures) + f" (the others are in {shown}; run it again to try these again)")

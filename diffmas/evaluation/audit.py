@@ -24,7 +24,6 @@ paired difference above 0. Less does not say so: without a message, or with nois
 trace. Intervals are not corrected for the number of conditions.
 """
 
-import csv
 import random
 import statistics
 from collections.abc import Callable
@@ -39,6 +38,7 @@ from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.sampling import Sampling, decode
 from diffmas.agents.system import MultiAgentSystem
+from diffmas.evaluation.files import figure, room_for, write_rows
 from diffmas.evaluation.metrics import Difference, Scorer, difference_of_means, difference_of_rates, wilson
 from diffmas.evaluation.run import gap, narrow_table, percent, shares_right
 from diffmas.trace import Segment, Trace
@@ -302,32 +302,25 @@ def audit_table(conditions: list[Condition], title: str = "") -> Table:
 
 def write_audit(conditions: list[Condition], path) -> Path:
     """Writes a CSV file with a line per condition, and returns its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        heads = ("gain", "gain_low", "gain_high", "nll", "saved", "saved_low", "saved_high", "communicates")
-        writer.writerow(("message", "agent", "questions", "accuracy", "low", "high", *heads))
-        for c in conditions:
-            says = communicates(conditions, c.agent) if c.change == "other" else ""
-            empty = ("", "", "")
-            writer.writerow(
-                (c.change, c.agent or "", len(c.scores), c.accuracy, c.low, c.high, *(c.gain or empty), c.nll)
-                + (*(c.saved or empty), says)
-            )
-    return path
+    rows = []
+    for c in conditions:
+        gain, saved = (
+            dict(zip((name, f"{name}_low", f"{name}_high"), x or ("",) * 3))
+            for name, x in (("gain", c.gain), ("saved", c.saved))
+        )
+        says = communicates(conditions, c.agent) if c.change == "other" else ""
+        head = {"message": c.change, "agent": c.agent or "", "questions": len(c.scores)}
+        rows.append(
+            {**head, "accuracy": c.accuracy, "low": c.low, "high": c.high, **gain, "nll": c.nll, **saved, "communicates": says}
+        )
+    return write_rows(rows, path)
 
 
 def plot_audit(conditions: list[Condition], path, title: str = "") -> Path:
     """Writes a PNG of accuracies and of what the own messages save, with intervals; returns its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    path, names = Path(path), [_name(c) for c in conditions]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(10, 1.5 + 0.4 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)  # pyplot would need a display and keep global state
-    left, right = figure.subplots(1, 2, sharey=True)
+    path, names = room_for(path), [_name(c) for c in conditions]
+    canvas = figure(10, 1.5 + 0.4 * len(names))
+    left, right = canvas.subplots(1, 2, sharey=True)
     errors = [[100 * (c.accuracy - c.low) for c in conditions], [100 * (c.high - c.accuracy) for c in conditions]]
     left.barh(names, [100 * c.accuracy for c in conditions], xerr=errors, capsize=3, color="tab:blue", alpha=0.8)
     left.set(xlabel="accuracy, % (95 % interval)", xlim=(0, 100))
@@ -338,6 +331,6 @@ def plot_audit(conditions: list[Condition], path, title: str = "") -> Path:
             right.errorbar(value, name, xerr=[[value - low], [high - value]], fmt="o", capsize=3, color="tab:orange")
     right.axvline(0, color="gray", linewidth=1)
     right.set(xlabel="nats per answer that the own messages save")
-    figure.suptitle(title or f"{len(conditions[0].scores)} questions")
-    figure.savefig(path, dpi=150)
+    canvas.suptitle(title or f"{len(conditions[0].scores)} questions")
+    canvas.savefig(path, dpi=150)
     return path

@@ -1,6 +1,5 @@
 """Results of several seeds as one: what a method does on average, over the same questions."""
 
-import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +7,11 @@ from pathlib import Path
 
 from rich.table import Table
 
+from diffmas.evaluation.files import figure, room_for, write_rows
 from diffmas.evaluation.metrics import Difference, difference_of_rates, wilson
 from diffmas.evaluation.run import gap, interval, narrow_table, percent
 
-__all__ = ["Pooled", "plot_pooled", "pool", "pooled_table", "write_pooled", "write_rows"]
+__all__ = ["Pooled", "plot_pooled", "pool", "pooled_table", "write_pooled"]
 
 
 @dataclass
@@ -71,42 +71,23 @@ def pooled_table(rows: list[Pooled], title: str = "") -> Table:
 
 def write_pooled(rows: list[Pooled], path) -> Path:
     """Writes a CSV file with a line per row, and returns its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        heads = ("accuracy", "low", "high", "compared_with", "difference", "difference_low", "difference_high", "by_seed")
-        writer.writerow(("case", "name", "questions", *heads))
-        for r in rows:
-            seeds = " ".join(f"{x:.4f}" for x in r.by_seed)
-            numbers = (r.accuracy, r.low, r.high, r.to or "", *(r.difference or ("", "", "")), seeds)
-            writer.writerow((r.case, r.name, r.questions, *(f"{x:.4f}" if isinstance(x, float) else x for x in numbers)))
-    return path
-
-
-def write_rows(rows: list[dict], path) -> Path:
-    """Writes dicts of the same kind as a CSV file, and returns its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows({k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
-    return path
+    lines = []
+    for r in rows:
+        difference = dict(zip(("difference", "difference_low", "difference_high"), r.difference or ("", "", "")))
+        numbers = {"accuracy": r.accuracy, "low": r.low, "high": r.high, "compared_with": r.to or "", **difference}
+        numbers = {k: f"{x:.4f}" if isinstance(x, float) else x for k, x in numbers.items()}
+        seeds = " ".join(f"{x:.4f}" for x in r.by_seed)
+        lines.append({"case": r.case, "name": r.name, "questions": r.questions, **numbers, "by_seed": seeds})
+    return write_rows(lines, path)
 
 
 def plot_pooled(rows: list[Pooled], path, title: str = "") -> Path:
     """Writes a PNG of accuracies with their intervals, a dot for each seed; returns its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = room_for(path)
     cases = list(dict.fromkeys(r.case for r in rows))
-    figure = Figure(figsize=(9, 1 + 0.4 * (len(rows) + len(cases))), layout="constrained")
-    FigureCanvasAgg(figure)  # pyplot would need a display and keep global state
+    canvas = figure(9, 1 + 0.4 * (len(rows) + len(cases)))
     heights = [sum(r.case == case for r in rows) + 1 for case in cases]
-    for axes, case in zip(figure.subplots(len(cases), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0], cases):
+    for axes, case in zip(canvas.subplots(len(cases), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0], cases):
         part = [r for r in rows if r.case == case]
         errors = [[100 * max(r.accuracy - r.low, 0) for r in part], [100 * max(r.high - r.accuracy, 0) for r in part]]
         axes.barh([r.name for r in part], [100 * r.accuracy for r in part], xerr=errors, capsize=3, alpha=0.7)
@@ -115,6 +96,6 @@ def plot_pooled(rows: list[Pooled], path, title: str = "") -> Path:
         axes.set(title=case, xlim=(0, 100))
         axes.invert_yaxis()
     axes.set(xlabel="right, % (95 % interval; a dot for each seed)")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    canvas.suptitle(title)
+    canvas.savefig(path, dpi=150)
     return path

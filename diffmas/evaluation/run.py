@@ -1,6 +1,5 @@
 """Several methods on the same rows: one `Result` each, as tables, CSV files and a plot."""
 
-import csv
 import json
 import math
 import statistics
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from diffmas.agents.meter import PHASES
 from diffmas.evaluation.baselines import Answers, Method
+from diffmas.evaluation.files import figure, room_for, write_rows
 from diffmas.evaluation.metrics import Difference, Scorer, agreements, difference_of_rates, perplexity, wilson
 from diffmas.training.data import question_and_answer
 
@@ -223,37 +223,26 @@ def tables(results: list[Result], title: str = "") -> list[Table]:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _open(path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def write_csv(results: list[Result], path) -> Path:
     """Writes a CSV file with a line per method, and returns its path."""
-    path, rows = _open(path), [r.row() for r in results]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    return write_rows((r.row() for r in results), path)
 
 
 def write_entropy(results: list[Result], path) -> Path:
     """Writes the token-entropy curves as CSV, (method, token, nats, tokens): the mean entropy of the distribution that the
     answers' t-th tokens come from, and how many these are; returns its path."""
-    path = _open(path)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("method", "token", "nats", "tokens"))
-        for r in results:
-            writer.writerows((r.method, t, *pair) for t, pair in enumerate(zip(r.entropy_curve, r.entropy_counts)))
-    return path
+    return write_rows(
+        (
+            {"method": r.method, "token": t, "nats": nats, "tokens": tokens}
+            for r in results for t, (nats, tokens) in enumerate(zip(r.entropy_curve, r.entropy_counts))
+        ),
+        path,
+    )  # fmt: skip
 
 
 def write_answers(results: list[Result], rows: list[dict], path) -> Path:
     """Writes a JSON line per row, {"fields", "answer", "given": {method: [samples]}}, and returns the file's path."""
-    path = _open(path)
+    path = room_for(path)
     with path.open("w", encoding="utf-8") as file:
         for i, row in enumerate(rows):
             asked, gold = question_and_answer(row)
@@ -264,13 +253,9 @@ def write_answers(results: list[Result], rows: list[dict], path) -> Path:
 
 def plot(results: list[Result], path, title: str = "") -> Path:
     """Writes a PNG: accuracies with their intervals, perplexities, seconds by phase, token-entropy curves; returns its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    path, names = _open(path), [r.method for r in results]
-    figure = Figure(figsize=(11, 5 + 0.6 * len(results)), layout="constrained")
-    FigureCanvasAgg(figure)  # pyplot would need a display and keep global state
-    (right, sure), (cost, curves) = figure.subplots(2, 2)
+    path, names = room_for(path), [r.method for r in results]
+    canvas = figure(11, 5 + 0.6 * len(results))
+    (right, sure), (cost, curves) = canvas.subplots(2, 2)
     errors = [[100 * (r.accuracy - r.low) for r in results], [100 * (r.high - r.accuracy) for r in results]]
     right.barh(names, [100 * r.accuracy for r in results], xerr=errors, capsize=3, color="tab:blue", alpha=0.8)
     right.set(xlabel="accuracy, % (95 % interval)", xlim=(0, 100))
@@ -291,6 +276,6 @@ def plot(results: list[Result], path, title: str = "") -> Path:
         axes.invert_yaxis()
     for axes in (sure, cost, curves):
         axes.legend(fontsize="small")
-    figure.suptitle(title or f"{results[0].questions} questions, {results[0].samples} sample(s) each")
-    figure.savefig(path, dpi=150)
+    canvas.suptitle(title or f"{results[0].questions} questions, {results[0].samples} sample(s) each")
+    canvas.savefig(path, dpi=150)
     return path

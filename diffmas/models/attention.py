@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -93,8 +94,9 @@ class Layer(LayerSpec):
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x). A plain Linear that nobody hooks into goes straight to its product: for one token, a Module's own call takes
     two thirds of the product's time again."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) is not nn.Linear or hooked or "forward" in module.__dict__ or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(module) is not nn.Linear or "forward" in module.__dict__ or _has_any_global_hook():
+        return module(x)
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return module(x)
     return F.linear(x, module._parameters["weight"], module._parameters["bias"])
 

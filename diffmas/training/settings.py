@@ -6,9 +6,8 @@ from transformers import TrainingArguments
 
 __all__ = ["RECIPES", "default_arguments"]
 
-# default: with this learning rate and as many rows a LoRA on SmolLM2-135M learns to hand facts on in 120 steps, where the rows
-# that are handed on keep the sinks. A norm of 1 is below that of an untrained team's gradient (13 and more), so that one bad
-# batch weighs no more than others. The first steps are short: AdamW does not know the size of gradients yet.
+# default: for a LoRA on a pretrained model (docs/training.md). A norm of 1 is below that of an untrained team's gradient, so
+# that one bad batch weighs no more than others. The first steps are short: AdamW does not know the size of gradients yet.
 RECIPES = {
     "default": {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "learning_rate": 5e-4, "warmup_steps": 0.05,

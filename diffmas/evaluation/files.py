@@ -1,0 +1,34 @@
+"""Files that results go to: their directories are made."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["figure", "room_for", "write_rows"]
+
+
+def room_for(path) -> Path:
+    """The path; its directory is there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_rows(rows: Iterable[dict], path) -> Path:
+    """Writes a CSV file with a line per row, and returns its path. Columns: the rows' keys, in the order of appearance."""
+    path, rows = room_for(path), list(rows)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def figure(width: float, height: float):
+    """A matplotlib figure of that many inches; pyplot would need a display and keep global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made

@@ -34,6 +34,7 @@ FOREIGN = {
     "_modules": "torch.nn.Module: a submodule at the cost of a dict's lookup, for every layer of every step",
     "_parameters": "torch.nn.Module: a parameter likewise",
     "_schema": "torch: the argument names of a registered op",
+    "_version": "torch: whether a tensor was written to",
     "_top_saved_tensors_default_hooks": "torch._C._autograd: whether saved tensors are packed",
     "_attn_implementation": "transformers: the attention that a config asks for",
     "_attn_implementation_internal": "transformers: its setter without the checks of a public name",

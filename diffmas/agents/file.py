@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
-from diffmas.models.identity import model_fingerprint
+from diffmas.models.adapted import trained_in_base
+from diffmas.models.identity import model_fingerprint, sampled_fingerprint
 from diffmas.models.load import load_base, load_tokenizer
 from diffmas.models.parts import causal_lm_of
 
@@ -28,7 +29,7 @@ __all__ = [
 AGENTS_FILE = "agents.json"
 MAP_FILE = "realign.safetensors"  # only for a learned map
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-FORMAT = "diffmas-agents-1"
+FORMAT, SAMPLED_FORMAT = "diffmas-agents-2", "diffmas-agents-1"  # the first one's base_fingerprint was a sampled one
 SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what PEFT multiplies the weights by
 
 
@@ -83,10 +84,10 @@ def save(path, model: nn.Module, description: dict, learned_map: Tensor | None =
         model.save_pretrained(str(path))
     if learned_map is not None:
         save_file({"weight": learned_map.detach().cpu().contiguous()}, path / MAP_FILE)
-    base = causal_lm_of(model)
+    trained = sorted(trained_in_base(model))
     head = {
-        "format": FORMAT, "base_model": base.config._name_or_path, "base_fingerprint": model_fingerprint(base),
-        "adapters": adapters_of(model),
+        "format": FORMAT, "base_model": causal_lm_of(model).config._name_or_path,
+        "base_fingerprint": model_fingerprint(model, trained), "trained_in_base": trained, "adapters": adapters_of(model),
     }  # fmt: skip
     write_json(path / AGENTS_FILE, {**head, **description})
 
@@ -109,11 +110,14 @@ def read_agents(path) -> dict:
     if not file.is_file():
         raise ValueError(f"{path}: expected a directory with {AGENTS_FILE}, found none")
     described = read_json(file)
-    if not isinstance(described, dict) or described.get("format") != FORMAT:
-        found = described.get("format") if isinstance(described, dict) else type(described).__name__
+    found = described.get("format") if isinstance(described, dict) else type(described).__name__
+    if found not in (FORMAT, SAMPLED_FORMAT):
         raise ValueError(f"{file}: expected format {FORMAT}, got {found}")
     described = _with_later_options(described)
-    head = {"format": str, "base_model": str | None, "base_fingerprint": str, "adapters": dict, "agents": list}
+    head = {
+        "format": str, "base_model": str | None, "base_fingerprint": str, "trained_in_base": list, "adapters": dict,
+        "agents": list,
+    }  # fmt: skip
     _check(described, {**head, **get_type_hints(Options)}, str(file))
     kinds = get_type_hints(Agent)
     for i, agent in enumerate(described["agents"]):
@@ -128,12 +132,15 @@ def _with_later_options(described: dict) -> dict:
     # Where latent_only drops nothing, sinks change nothing.
     sinks = 0 if described.get("trace_content") == "latent_only" else Options.sinks
     agents = [{"stop_change": None, **agent} if isinstance(agent, dict) else agent for agent in described["agents"]]
-    return {"sinks": sinks, "chat_options": None, **described, "agents": agents}
+    return {"sinks": sinks, "chat_options": None, "trained_in_base": [], **described, "agents": agents}
 
 
 def check_base(described: dict, model: nn.Module, path) -> None:
     """Raises ValueError unless agents.json was written for this base model."""
-    mine = model_fingerprint(model)
+    if described["format"] == SAMPLED_FORMAT:
+        mine = sampled_fingerprint(model)
+    else:
+        mine = model_fingerprint(model, described["trained_in_base"])
     if described["base_fingerprint"] != mine:
         raise ValueError(
             f"{path}: expected agents of this base model (fingerprint {mine}), got those of "

@@ -30,6 +30,7 @@ def latent_steps(
     h [B, hidden]: the last hidden state of each sequence. Returns the last hidden states after the steps, [B, hidden].
     """
     graphs, left = stop_change is None and _graphs(patch, realign, h), list(T)
+    realign = functools.partial(realign, solved=realign.solved())
     while any(left):
         going = [b for b, n in enumerate(left) if n]
         rows = None if len(going) == len(left) else torch.tensor(going, device=h.device)

@@ -5,12 +5,29 @@ the space that the output embedding reads, not in the one that the input embeddi
 DiffMAS, arXiv 2604.21794).
 """
 
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["REALIGN", "Realign"]
+from diffmas.agents.eval_mode import evaluating
+from diffmas.models.adapted import adapter_state
+
+__all__ = ["REALIGN", "Realign", "Solved"]
 
 REALIGN = ("none", "norm", "ridge", "soft_token", "learned")
+CHUNK = 4096  # tokens of the vocabulary at once
+
+
+class Solved(NamedTuple):
+    """What a mode needs of the embeddings as they are. norm: the mean norm of a token's embedding. weight: W [hidden, hidden].
+    table: soft_token's E_in [V, hidden]."""
+
+    norm: Tensor | None = None
+    weight: Tensor | None = None
+    table: Tensor | None = None
 
 
 class Realign(nn.Module):
@@ -21,9 +38,15 @@ class Realign(nn.Module):
         norm: h, rescaled to the mean norm of the input embeddings.
         ridge: h W with W = (E_out' E_out + ridge I)^-1 E_out' E_in (LatentMAS), rescaled likewise. W is close to the
             identity for tied embeddings.
-        soft_token: softmax(h E_out' / temperature) E_in, the expected token embedding.
+        soft_token: softmax(head(h) / temperature) E_in, the expected token embedding.
         learned: ridge, but W is a parameter that is trained and saved with the adapter.
     ridge: relative to the mean of the diagonal of E_out' E_out.
+
+    E_in and E_out are what the two modules compute: with the active adapter (LoRA on them, saved or trained tokens) and with what
+    an embedding multiplies its weight by. Norm and W are those of the modules as they are: who trains, loads, resizes or switches
+    them gets another W at the next turn, in training one for each optimizer step, without a gradient through it. So a
+    system that is loaded has the W that it was saved with. Only the W of "learned" is solved once, and then what it is trained to.
+    What is written to the `.data` of a frozen weight is not noticed: call `forget()`.
 
     Raises ValueError for an unknown mode, and for a model without an output embedding where one is needed.
     """
@@ -35,41 +58,122 @@ class Realign(nn.Module):
         if temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         self.mode, self.ridge, self.temperature = mode, ridge, temperature
-        # Tuples hide the model from nn.Module: its weights are not this module's.
-        self._embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-        if mode in ("ridge", "soft_token", "learned") and self._embeddings[1] is None:
+        self._model = (model,)  # a tuple hides it from nn.Module: its weights are not this module's
+        if mode in ("ridge", "soft_token", "learned") and model.get_output_embeddings() is None:
             raise ValueError(f"realign: {mode!r} needs a model with an output embedding")
-        e_in = self._embeddings[0].weight
-        with torch.no_grad():
-            norm = e_in.float().norm(dim=-1).mean().to(e_in.device)
-            self.register_buffer("mean_norm", norm, persistent=False)
-            if mode in ("ridge", "learned"):
-                W = self._solve().to(e_in.device)
-                if mode == "learned":
-                    self.weight = nn.Parameter(W)
-                else:
-                    self.register_buffer("weight", W, persistent=False)
+        self._known: dict[tuple, tuple[tuple, Solved]] = {}  # by the adapters that run
+        if mode == "learned":
+            self.weight = nn.Parameter(self._solve())
 
-    def _solve(self) -> Tensor:
-        """W [hidden, hidden], float32; solved in float64."""
-        e_in = self._embeddings[0].weight.double()
-        e_out = self._embeddings[1].weight.to(e_in)
-        gram = e_out.T @ e_out
-        gram.diagonal().add_(self.ridge * gram.diagonal().mean())
-        return torch.linalg.solve(gram, e_out.T @ e_in).float()
-
-    def forward(self, h: Tensor) -> Tensor:
-        e_in, e_out = self._embeddings
+    def forward(self, h: Tensor, solved: Solved | None = None) -> Tensor:
+        """solved: of `solved()`, by default what it gives now."""
+        norm, weight, table = self.solved() if solved is None else solved
         if self.mode == "soft_token":
-            h = h.to(e_out.weight.device)
-            p = torch.softmax(h @ e_out.weight.T.to(h.dtype) / self.temperature, dim=-1)
-            return p.to(e_in.weight.device) @ e_in.weight.to(h.dtype)
-        h = h.to(e_in.weight.device)
+            head = self._model[0].get_output_embeddings()
+            p = torch.softmax(head(h.to(_device_of(head))) / self.temperature, dim=-1)
+            return p.to(table.device) @ table.to(h.dtype)
+        h = h.to(_device_of(self._model[0].get_input_embeddings()))
         if self.mode == "none":
             return h
         # In float32, autocast or not: one small product, and its rounding enters every later latent step.
         with torch.autocast(h.device.type, enabled=False):
             x = h if h.dtype == torch.float64 else h.float()
             if self.mode != "norm":
-                x = x @ self.weight.to(x.dtype)
-            return (x * (self.mean_norm.to(x.dtype) / x.norm(dim=-1, keepdim=True).clamp_min(1e-12))).to(h.dtype)
+                x = x @ (self.weight if weight is None else weight).to(x.dtype)
+            return (x * (norm.to(x.dtype) / x.norm(dim=-1, keepdim=True).clamp_min(1e-12))).to(h.dtype)
+
+    def solved(self) -> Solved:
+        """What `forward` needs of the embeddings, computed anew if they have changed; a run of latent steps asks once."""
+        if self.mode == "none":
+            return Solved()
+        e_in, e_out = self._model[0].get_input_embeddings(), self._model[0].get_output_embeddings()
+        if self.mode == "soft_token":
+            return Solved(table=e_in.weight if _plain(e_in, nn.Embedding) else _rows(e_in, 0, len(e_in.weight)))
+        modules = (e_in, e_out) if self.mode == "ridge" else (e_in,)
+        key = tuple(adapter_state(m) for m in modules)
+        state = tuple(_state(x, self.training) for m in modules for x in (*m.parameters(), *m.buffers()))
+        known = self._known.get(key)
+        if known is None or known[0] != state:
+            known = self._known[key] = state, Solved(self._norm(), self._solve() if self.mode == "ridge" else None)
+        return known[1]
+
+    def forget(self) -> None:
+        """The next turn computes norm and W anew."""
+        self._known.clear()
+
+    def _norm(self) -> Tensor:
+        e_in, total = self._model[0].get_input_embeddings(), 0.0
+        with _as_they_are(e_in):
+            for rows in _chunks(e_in):
+                total = total + _wide(rows).norm(dim=-1).sum()
+            return total / len(e_in.weight)
+
+    def _solve(self) -> Tensor:
+        """W [hidden, hidden]; solved in float64. The products are summed by chunks of the vocabulary."""
+        e_in, e_out = self._model[0].get_input_embeddings(), self._model[0].get_output_embeddings()
+        if len(e_in.weight) != len(e_out.weight):
+            raise ValueError(
+                f"realign: expected as many output as input embeddings, got {len(e_out.weight)} and {len(e_in.weight)}"
+            )
+        gram = cross = 0.0
+        with _as_they_are(e_in, e_out):
+            for x, y in zip(_chunks(e_in), _head_chunks(e_out)):
+                dtype, x = _wide(x).dtype, x.double()
+                y = y.to(x)
+                gram, cross = gram + y.T @ y, cross + y.T @ x
+            gram.diagonal().add_(self.ridge * gram.diagonal().mean())
+            return torch.linalg.solve(gram, cross).to(dtype)
+
+
+@contextlib.contextmanager
+def _as_they_are(*modules: nn.Module):
+    """Inside, modules compute what they are asked for, to be kept: without dropout, autocast and gradients."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(evaluating(module))
+            stack.enter_context(torch.autocast(_device_of(module).type, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _plain(module: nn.Module, kind: type) -> bool:
+    """Whether a module is its weight and nothing else."""
+    return type(module) is kind and "forward" not in vars(module) and getattr(module, "bias", None) is None
+
+
+def _rows(embedding: nn.Module, first: int, end: int) -> Tensor:
+    """The embeddings of tokens `first` to `end`, as the module computes them."""
+    return embedding(torch.arange(first, end, device=_device_of(embedding)))
+
+
+def _chunks(embedding: nn.Module) -> Iterator[Tensor]:
+    """E_in by chunks of the vocabulary."""
+    rows = len(embedding.weight)
+    for first in range(0, rows, CHUNK):
+        yield _rows(embedding, first, min(first + CHUNK, rows))
+
+
+def _head_chunks(head: nn.Module) -> Iterator[Tensor]:
+    """E_out by chunks of the vocabulary. An adapted head is asked for all of it: what it makes of one-hot hidden states."""
+    weight = head.weight
+    if not _plain(head, nn.Linear):
+        one_hot = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        weight = (head(one_hot) - head(torch.zeros_like(one_hot[:1]))).T
+    yield from weight.split(CHUNK)
+
+
+def _state(x: Tensor, training: bool) -> tuple:
+    """Differs when a tensor has changed. One that is being trained is read: not every optimizer counts a version."""
+    version = None if x.is_inference() else x._version
+    read = training and x.requires_grad and not x.is_meta
+    values = (float(x.detach().sum(dtype=torch.float64)), float(x.detach().norm())) if read else ()
+    return x.data_ptr(), version, x.shape, x.dtype, x.device, values

@@ -24,6 +24,7 @@ from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent, Turn
 from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling, decode, rows_ahead
+from diffmas.models.adapted import check_adapters, check_bare
 from diffmas.models.forward import forward
 from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_model, patch_of
@@ -93,6 +94,9 @@ class MultiAgentSystem(nn.Module):
         if len(set(names)) != len(names):
             raise ValueError(f"agents: expected distinct names, got {names}")
         self._without_grad = options.agents_without_grad(len(agents))
+        check_adapters(model)
+        if adapter_scope == "final_only":
+            check_bare(model)
         if adapter_scope != "shared" and not hasattr(model, "peft_config"):
             raise ValueError(f"adapter_scope: {adapter_scope!r} needs a PEFT model, got {type(model).__name__}")
         if adapter_scope == "per_role" and (missing := [n for n in names if n not in model.peft_config]):
@@ -136,7 +140,7 @@ class MultiAgentSystem(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     def _pack(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor([t for row in rows for t in row], dtype=torch.long, device=self.device)[None]

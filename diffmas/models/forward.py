@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffmas.models.adapted import check_one_adapter
 from diffmas.trace import Trace
 from diffmas.trace.cache import cache_name
 from diffmas.trace.forward_pass import ForwardPass
@@ -105,6 +106,7 @@ def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
     if trace.generation is not None:  # transformers derives positions from the mask, which knows no gaps; the trace knows them
         x, kind, reserve, positions = *trace.generation.next_forward(x), None
     B, S = x.shape[:2]
+    check_one_adapter(patch.causal_lm, B)
     valid = _new_token_mask(kwargs.get("attention_mask"), B, S)
     if valid is not None and not valid.any():
         raise ValueError("attention_mask: expected at least one token that is not padding, got none")

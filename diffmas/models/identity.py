@@ -2,56 +2,81 @@
 
 import hashlib
 import json
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from diffmas.models.adapted import adapter_tensors, base_weights
 from diffmas.models.parts import causal_lm_of
 
-__all__ = ["adapter_fingerprint", "fingerprint_of", "model_fingerprint", "rope_of"]
+__all__ = ["adapter_fingerprint", "fingerprint_of", "model_fingerprint", "rope_of", "sampled_fingerprint"]
 
-SAMPLES = 64  # values hashed per weight: enough to tell checkpoints apart, and cheap for large models
+CHUNK = 1 << 24  # values hashed at once
+SAMPLES = 64  # values of a weight in the fingerprints of earlier versions
+
+# Digests of tensors that have not changed since. The sum is for those who write to `.data`, which no version counts.
+_DIGESTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _is_adapter(name: str) -> bool:
-    return "lora_" in name or "modules_to_save" in name
+def _bytes(x: Tensor):
+    """The values as bytes on the CPU, floating-point ones as bfloat16: a model loaded in float32 and in bfloat16 is the same."""
+    if x.is_floating_point():
+        return x.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
+    return x.cpu().contiguous().view(torch.uint8).numpy()
 
 
-def _digest(named) -> str:
+def _state(x: Tensor) -> tuple:
+    version = None if x.is_inference() else x._version
+    total = x.detach().sum(dtype=torch.float64 if x.is_floating_point() else None) if x.numel() else 0
+    return x.data_ptr(), version, x.shape, x.dtype, x.device, float(total)
+
+
+def _digest_of(x: Tensor) -> str:
+    """SHA-256 of all values of a tensor; computed once as long as it does not change."""
+    known, state = _DIGESTS.get(x), _state(x)
+    if known is None or known[0] != state:
+        digest = hashlib.sha256()
+        for part in x.detach().reshape(-1).split(CHUNK):
+            digest.update(_bytes(part))
+        known = _DIGESTS[x] = state, digest.hexdigest()
+    return known[1]
+
+
+def _digest(named: list[tuple[str, Tensor]]) -> str:
+    named = sorted(named, key=lambda item: item[0])
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # hashing and copying let other threads run
+        digests = list(threads.map(_digest_of, (x for _, x in named)))
+    lines = (f"{name}{tuple(x.shape)}{digest}" for (name, x), digest in zip(named, digests))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def model_fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
+    """Hash of the base model's weights and saved buffers, 32 hex digits: of all values, as bfloat16.
+
+    The same with and without PEFT adapters, whatever these have been trained to, until one is merged. without: names of
+    weights that it leaves out (`diffmas.models.adapted.trained_in_base`).
+    """
+    return _digest([(name, x) for name, x in base_weights(model).items() if name not in without])
+
+
+def sampled_fingerprint(model: nn.Module) -> str:
+    """The fingerprint that earlier versions wrote, of 64 values a parameter."""
+    parameters = {id(x): (name, x) for name, x in reversed(base_weights(model).items()) if isinstance(x, nn.Parameter)}
     digest = hashlib.sha256()
-    for name, p in sorted(named, key=lambda item: item[0]):
+    for name, p in sorted(parameters.values(), key=lambda item: item[0]):  # a tied one once, under its first name
         flat = p.detach().flatten()
-        step = max(1, flat.numel() // SAMPLES)
-        # As bfloat16: a model loaded in float32 and in bfloat16 is the same model.
-        values = flat[::step].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+        values = flat[:: max(1, flat.numel() // SAMPLES)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
         digest.update(f"{name}{tuple(p.shape)}".encode() + values)
     return digest.hexdigest()[:32]
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Hash of the base weights, 32 hex digits; the same with and without PEFT adapters, until one is merged."""
-    weights = []
-    for name, p in causal_lm_of(model).named_parameters():
-        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        if not _is_adapter(name):
-            weights.append((name, p))
-    return _digest(weights)
-
-
 def adapter_fingerprint(model: nn.Module) -> str | None:
-    """Hash of the active adapters' weights and scaling, whatever their names; None without an active adapter."""
-    weights = []
-    for name, module in causal_lm_of(model).named_modules():
-        if not hasattr(module, "adapter_layer_names") or module.disable_adapters:  # no PEFT layer, or one that is off
-            continue
-        for i, adapter in enumerate(module.active_adapters):
-            scaling = getattr(module, "scaling", {}).get(adapter)
-            for key, p in module.named_parameters():
-                parts = key.split(".")
-                if _is_adapter(key) and adapter in parts:
-                    key = ".".join(str(i) if part == adapter else part for part in parts)
-                    weights.append((f"{name}.{key}*{scaling}", p))
-    return _digest(weights) if weights else None
+    """Hash of the active adapters' tensors and scaling, whatever their names; None without an active adapter."""
+    tensors = list(adapter_tensors(model))
+    return _digest(tensors) if tensors else None
 
 
 def rope_of(model: nn.Module) -> dict:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffmas import ops
 from diffmas.models import probe
+from diffmas.models.adapted import check_adapters
 from diffmas.models.attention import Layer, install, uninstall
 from diffmas.models.forward import after_body, before_body
 from diffmas.models.generate import generate
@@ -84,6 +85,7 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     ops.check_backend(backend)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")
+    check_adapters(model)
     causal_lm, body = causal_lm_of(model), body_of(model)
     previous = getattr(causal_lm, "diffmas_patch", None)
     if previous is not None:

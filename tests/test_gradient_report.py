@@ -231,8 +231,6 @@ BATCH = [r["question"] for r in ROWS], [r["answer"] for r in ROWS]
     "options", [{}, {"trace_content": "latent_only"}, {"realign": "learned"}, {"adapter_scope": "per_role"}]
 )
 def test_a_report_leaves_everything_as_it_was(options, checkpointing):
-    if checkpointing and "adapter_scope" in options:
-        pytest.skip("roles do not go with activation checkpointing")
     system = noisy(**options)
     if checkpointing:
         system.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

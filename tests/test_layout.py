@@ -41,7 +41,6 @@ FOREIGN = {
     "_gradient_checkpointing_func": "transformers: how layers are recomputed",
     "_n_gpu": "transformers.TrainingArguments: keeps it from DataParallel",
     "_name_or_path": "transformers: where a config was loaded from",
-    "_disable_adapters": "PEFT: whether a layer runs without its adapters",
     "_hf_hook": "accelerate: the mark of a module whose forward it has wrapped",
     "_old_forward": "accelerate: the forward inside its wrapper",
     "_replace": "namedtuple: public in spite of its name",

@@ -1,31 +1,34 @@
-"""LoRA adapters: making them, and switching to the one that an agent uses.
+"""PEFT adapters: making them, and switching to the one that an agent uses.
 
 The active adapter is state of the model, which threads may share: whoever switches it holds the model's lock until it is
-switched back, and other threads' forwards wait.
+switched back, and other threads' forwards wait. A layer that activation checkpointing recomputes in backward, when the adapter
+has been switched back, takes the adapter of its forward again.
 """
 
 import contextlib
 import copy
+import functools
 import re
 import threading
 import weakref
 
 from torch import nn
 
+from diffmas.models.adapted import check_adapter, check_bare, is_wrapper
 from diffmas.models.parts import beside_the_text, causal_lm_of
 
 __all__ = [
-    "ADAPTER_SCOPES", "add_lora", "check_checkpointing", "lora_config", "of_agent", "switched_off", "switched_to",
-    "train_roles", "will_switch",
+    "ADAPTER_SCOPES", "add_lora", "lora_config", "of_agent", "switched_off", "switched_to", "train_roles", "will_switch",
 ]  # fmt: skip
 
 ADAPTER_SCOPES = ("shared", "per_role", "final_only")
 
 
 def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_modules="all-linear"):
-    """PEFT's LoraConfig, by default with the paper's settings (arXiv 2604.21794): all linear layers of attention and MLP.
+    """PEFT's LoraConfig. The defaults are ours: DiffMAS (arXiv 2604.21794) does not say which layers its LoRA adapts.
 
-    r: rank. alpha: the update is scaled by alpha / r. dropout: probability. target_modules: "all-linear" or names.
+    r: rank. alpha: the update is scaled by alpha / r. dropout: probability. target_modules: "all-linear", all linear layers of
+    attention and MLP, or names.
     """
     from peft import LoraConfig
 
@@ -37,13 +40,15 @@ def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_module
 def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=None) -> nn.Module:
     """A PEFT model around `model`, with one adapter, or with adapter_scope "per_role" one for each agent.
 
-    agents: only needed for "per_role": the adapters get their names. config: a PEFT config, by default `lora_config()`. In a
-    multimodal model, what text does not go through (vision tower, projector) gets no adapter, unless the config has
-    exclude_modules of its own.
+    agents: only needed for "per_role": the adapters get their names. config: a PEFT config of any kind that works in the
+    model's layers, by default `lora_config()`. In a multimodal model, what text does not go through (vision tower, projector)
+    gets no adapter, unless the config has exclude_modules of its own. Raises Unsupported for a kind that works elsewhere, such
+    as prompt tuning.
     """
     from peft import get_peft_model
 
     config = config or lora_config()
+    check_adapter(config, "config")
     beside = beside_the_text(model)
     if beside and not getattr(config, "exclude_modules", None):
         config = copy.copy(config)
@@ -58,10 +63,10 @@ def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=
 
 
 def train_roles(model: nn.Module, names: list[str]) -> None:
-    """Makes the adapters of all roles trainable; PEFT makes only the active one so."""
-    for name, p in model.named_parameters():
-        if any(f".{role}." in name for role in names) and "lora_" in name:
-            p.requires_grad_(True)
+    """Makes the adapters of all roles trainable, but those that were loaded frozen; PEFT makes only the active one so."""
+    trained = [name for name in names if not model.peft_config[name].inference_mode]
+    for wrapper in filter(is_wrapper, model.modules()):
+        wrapper.set_requires_grad(trained)
 
 
 # By causal LM, for those whose adapters somebody switches. As an attribute, a lock would keep the model from being copied.
@@ -92,7 +97,8 @@ def of_agent(system, i: int):
 
 
 def switched_off(model: nn.Module):
-    """Inside, the model runs without its adapters."""
+    """Inside, the model runs without its adapters. Raises ValueError if it is not the base model then."""
+    check_bare(model)
     return _switched(model, _disable_adapters=True)
 
 
@@ -103,31 +109,65 @@ def switched_to(model: nn.Module, adapter: str):
 
 @contextlib.contextmanager
 def _switched(model: nn.Module, **state):
-    """Inside, PEFT's layers are in another state.
+    """Inside, PEFT's layers are in another state, and later in each layer that is recomputed."""
+    lock = will_switch(model)
+    with lock, contextlib.ExitStack() as stack:
+        stack.enter_context(_put(model, state))
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                stack.enter_context(_recomputed_with(module, state, lock))
+        yield
+
+
+@contextlib.contextmanager
+def _put(module: nn.Module, state: dict):
+    """Inside, PEFT's layers in a module are in another state.
 
     Not by its set_adapter and disable_adapter: these freeze every adapter that is not active, and autograd adds no gradient
     to a parameter that is frozen when another thread's backward gets there; and they make the active one trainable.
     """
-    with will_switch(model):
-        layers = [m for m in model.modules() if isinstance(getattr(m, "_disable_adapters", None), bool)]
-        before = [(m, {name: getattr(m, name) for name in state}) for m in layers]
-        try:
-            for m in layers:
-                if "_active_adapter" in state and getattr(m, "merged", False):
-                    m.unmerge()  # what is merged runs whichever adapter is active
-                vars(m).update(state)
-            yield
-        finally:
-            for m, values in before:
-                vars(m).update(values)
+    before = [(m, {name: getattr(m, name) for name in state}) for m in module.modules() if is_wrapper(m)]
+    try:
+        for m, _ in before:
+            if "_active_adapter" in state and getattr(m, "merged", False):
+                m.unmerge()  # what is merged runs whichever adapter is active
+            vars(m).update(state)
+        yield
+    finally:
+        for m, values in before:
+            vars(m).update(values)
 
 
-def check_checkpointing(system) -> None:
-    """Raises RuntimeError where layers would be recomputed with another agent's adapter."""
-    if system.adapter_scope == "shared" or not system.training:
-        return
-    if any(getattr(m, "gradient_checkpointing", False) for m in system.model.modules()):
-        raise RuntimeError(
-            f"adapter_scope {system.adapter_scope!r} does not go with activation checkpointing: layers would be "
-            "recomputed with another agent's adapter"
-        )
+@contextlib.contextmanager
+def _recomputed_with(module: nn.Module, state: dict, lock):
+    """Inside, what activation checkpointing keeps of the module to be recomputed, it recomputes with PEFT's layers in this
+    state."""
+    checkpoint = module._gradient_checkpointing_func
+    given = getattr(checkpoint, "keywords", {}).get("context_fn")
+
+    def contexts():
+        forward, again = given() if given else (contextlib.nullcontext(), contextlib.nullcontext())
+        return forward, Again(module, state, lock, again)
+
+    module._gradient_checkpointing_func = functools.partial(checkpoint, context_fn=contexts)
+    try:
+        yield
+    finally:
+        module._gradient_checkpointing_func = checkpoint
+
+
+class Again:
+    """A context for each recomputation of a module's layers: the lock, PEFT's layers in their state, and another context."""
+
+    def __init__(self, module: nn.Module, state: dict, lock, other):
+        self.module, self.state, self.lock, self.other = module, state, lock, other
+        self.entered: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for context in (self.lock, _put(self.module, self.state), self.other):
+                stack.enter_context(context)
+            self.entered.append(stack.pop_all())
+
+    def __exit__(self, *error):
+        return self.entered.pop().__exit__(*error)

@@ -42,11 +42,11 @@ class Realign(nn.Module):
         learned: ridge, but W is a parameter that is trained and saved with the adapter.
     ridge: relative to the mean of the diagonal of E_out' E_out.
 
-    E_in and E_out are what the two modules compute: with the active adapter (LoRA on them, saved or trained tokens) and with what
-    an embedding multiplies its weight by. Norm and W are those of the modules as they are: who trains, loads, resizes or switches
-    them gets another W at the next turn, in training one for each optimizer step, without a gradient through it. So a
-    system that is loaded has the W that it was saved with. Only the W of "learned" is solved once, and then what it is trained to.
-    What is written to the `.data` of a frozen weight is not noticed: call `forget()`.
+    E_in and E_out are what the two modules compute: with the active adapter (LoRA on them, saved or trained tokens) and with
+    what an embedding multiplies its weight by. Norm and W are those of the modules as they are: who trains, loads, resizes or
+    switches them gets another W at the next turn, in training one for each optimizer step, without a gradient through it. So
+    a system that is loaded has the W that it was saved with. Only the W of "learned" is solved once, and then what it is
+    trained to. What is written to the `.data` of a frozen weight is not noticed: call `forget()`.
 
     Raises ValueError for an unknown mode, and for a model without an output embedding where one is needed.
     """

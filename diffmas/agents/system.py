@@ -204,7 +204,6 @@ class MultiAgentSystem(nn.Module):
             raise ValueError("answers: expected a list, got one str")
         if answers is not None and len(answers) != len(questions):
             raise ValueError(f"answers: expected one for each of {len(questions)} questions, got {len(answers)}")
-        adapters.check_checkpointing(self)
         targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
         what = "its prompt and answer" if answers is not None else "its prompt"
         turns = self.tokenize(questions, [len(t) for t in targets], what)

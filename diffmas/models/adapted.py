@@ -1,7 +1,7 @@
 """What of a model is PEFT's: the base's weights under their own names, the active adapters' tensors, and what is refused.
 
-PEFT replaces a module by a wrapper that holds it, `base_layer` of a tuner's layer or `original_module` of a module that is trained
-as a whole. Whatever else a wrapper holds is an adapter's, of whichever kind.
+PEFT replaces a module by a wrapper that holds it, as `base_layer` of a tuner's layer or `original_module` of a module that is
+trained as a whole. Whatever else a wrapper holds is an adapter's, of whichever kind.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from diffmas.models.parts import causal_lm_of
 from diffmas.models.support import Unsupported
 
 __all__ = [
-    "adapter_state", "adapter_tensors", "base_weights", "check_adapter", "check_adapters", "check_bare", "check_one_adapter",
-    "is_wrapper", "trained_in_base",
+    "adapter_state", "adapter_tensors", "base_weights", "check_adapter", "check_adapters", "check_bare", "check_held",
+    "check_one_adapter", "is_wrapper", "trained_in_base",
 ]  # fmt: skip
 
 # Of LoRA's ways to start, those that take the start out of the base model's weight.
@@ -129,7 +129,7 @@ def check_adapter(config, what: str) -> None:
     elif getattr(config, "layer_replication", None):
         why = "layer_replication gives several layers the index of one"
     elif (start := str(getattr(config, "init_lora_weights", ""))).lower().startswith(RESIDUAL):
-        why = f"init_lora_weights={start!r} takes the adapter's start out of the base model's weights, which no adapter's file holds"
+        why = f"init_lora_weights={start!r} takes the adapter's start out of the base's weights, which no adapter's file holds"
     else:
         return
     raise Unsupported(f"{what}: {why}; use plain LoRA, or another kind that works in the model's layers alone")
@@ -140,9 +140,24 @@ def check_bare(model: nn.Module) -> None:
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "bias", "none") != "none":
             raise ValueError(
-                f"model: adapter {name!r}: expected bias='none' where agents run without it, got {config.bias!r}: biases of the "
-                "base model are trained where they are"
+                f"model: adapter {name!r}: expected bias='none' where agents run without it, got {config.bias!r}: it trains "
+                "biases of the base model where they are"
             )
+
+
+def check_held(model: nn.Module) -> None:
+    """Raises ValueError for a trainable weight of the base model that no adapter's file would hold."""
+    for name in sorted(name for name, x in base_weights(model).items() if x.requires_grad):
+        if name not in trained_in_base(model):
+            raise ValueError(
+                f"system: expected trainable parameters that an adapter's file holds, got {name} of the base model; freeze it, "
+                "or name its module in the adapter's modules_to_save"
+            )
+
+
+def _choosing_hooks(module: nn.Module) -> list[int]:
+    """The hooks by which PEFT hands `adapter_names` to its layers."""
+    return [number for number, hook in module._forward_pre_hooks.items() if "adapter_names" in getattr(hook, "keywords", {})]
 
 
 def check_one_adapter(causal_lm: nn.Module, batch: int) -> None:
@@ -150,8 +165,11 @@ def check_one_adapter(causal_lm: nn.Module, batch: int) -> None:
     if batch == 1 or not getattr(causal_lm, "peft_config", None):
         return
     wrapper = next((m for m in causal_lm.modules() if is_wrapper(m)), None)
-    hooks = [] if wrapper is None else wrapper._forward_pre_hooks.values()
-    if any("adapter_names" in getattr(hook, "keywords", {}) for hook in hooks):
+    if wrapper is not None and _choosing_hooks(wrapper):
+        for module in causal_lm.modules():  # PEFT takes its hooks away after a forward, but not after one that raises
+            for hook in _choosing_hooks(module):
+                module._forward_pre_hooks.pop(hook)
+                module._forward_pre_hooks_with_kwargs.pop(hook)
         raise ValueError(
             "adapter_names: expected one adapter for all sequences of a trace, got one for each: their tokens are packed into "
             "one row; use set_adapter, and a trace for each adapter"

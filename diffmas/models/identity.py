@@ -22,7 +22,7 @@ _DIGESTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _bytes(x: Tensor):
-    """The values as bytes on the CPU, floating-point ones as bfloat16: a model loaded in float32 and in bfloat16 is the same."""
+    """The values as bytes on the CPU, floats as bfloat16: a model loaded in float32 and in bfloat16 is the same."""
     if x.is_floating_point():
         return x.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
     return x.cpu().contiguous().view(torch.uint8).numpy()

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from diffmas.models.support import Unsupported
 
-__all__ = ["attention_layers", "beside_the_text", "body_of", "causal_lm_of", "text_stack_of"]
+__all__ = ["attention_layers", "beside_the_text", "body_of", "causal_lm_of", "text_stack_of", "trained_beside_the_text"]
 
 
 def causal_lm_of(model: nn.Module) -> nn.Module:
@@ -51,6 +51,12 @@ def beside_the_text(model: nn.Module) -> list[str]:
 
     visit(causal_lm, "")
     return found
+
+
+def trained_beside_the_text(model: nn.Module) -> bool:
+    """Whether a trainable parameter gets no gradient from text, such as an adapter in a vision tower."""
+    beside = [causal_lm_of(model).get_submodule(name) for name in beside_the_text(model)]
+    return any(p.requires_grad for module in beside for p in module.parameters())
 
 
 def attention_layers(body: nn.Module) -> list[nn.Module]:

@@ -18,6 +18,8 @@ from transformers.trainer_utils import TrainOutput
 from diffmas.agents.adapters import add_lora
 from diffmas.agents.file import check_description
 from diffmas.agents.system import MultiAgentSystem
+from diffmas.models.adapted import check_held
+from diffmas.models.parts import trained_beside_the_text
 from diffmas.training.checkpoint import check_checkpoint, check_manifest, last_checkpoint, remove_oldest, write_manifest
 from diffmas.training.data import Collator, check_row
 from diffmas.training.gradients import GradientMonitor
@@ -36,9 +38,10 @@ def _may_leave_unused(system: MultiAgentSystem) -> bool:
     """Whether DistributedDataParallel has to look for parameters without a gradient.
 
     A shared adapter always gets one through the last agent. The adapter of one role gets none if grad_scope cuts it off, or
-    if T = 0 and no latent step reads the agent's last hidden state. Ranks may differ in T, and this answer may not.
+    if T = 0 and no latent step reads the agent's last hidden state. Ranks may differ in T, and this answer may not. Text gives
+    none to an adapter in a vision tower.
     """
-    return system.adapter_scope == "per_role" or system.realign.mode == "learned"
+    return system.adapter_scope == "per_role" or system.realign.mode == "learned" or trained_beside_the_text(system.model)
 
 
 def _mean_loss(history: list[dict]) -> float:
@@ -101,6 +104,7 @@ class Trainer(transformers.Trainer):
             raise ValueError("peft_config: expected None for a model that has an adapter, got a config")
         if not any(p.requires_grad for p in system.parameters()):
             raise ValueError("system: expected trainable parameters, got a frozen adapter; load it with trainable=True")
+        check_held(system.model)
         args.remove_unused_columns = False  # it would remove every column that is no parameter of forward
         args.logging_nan_inf_filter = False  # it hides losses that must stop training, and waits for the device each step
         if args.ddp_find_unused_parameters is None:

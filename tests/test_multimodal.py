@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import diffmas
 from diffmas import MultiAgentSystem
 from diffmas.models.load import load_base
-from diffmas.training import add_lora, lora_config
+from diffmas.training import Trainer, add_lora, default_arguments, lora_config
 
 VISION = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
@@ -131,6 +131,10 @@ def test_adapters_leave_what_is_beside_the_text_alone(tmp_path):
     lora = add_lora(load_base(tmp_path / "base"), config=own)
     assert any("vision_tower" in n for n, _ in lora.named_parameters() if "lora_A" in n)  # who says so gets it
     system = MultiAgentSystem(add_lora(base), tokenizer(), AGENTS).eval()
+    for trained, unused in ((system, False), (MultiAgentSystem(lora, tokenizer(), AGENTS), True)):
+        args = default_arguments(tmp_path / "run", report_to=[])
+        trainer = Trainer(trained, args, train_dataset=[{"question": "w5", "answer": "w6"}])
+        assert trainer.args.ddp_find_unused_parameters is unused  # DDP would wait for the vision tower's gradients
     with torch.no_grad():
         for n, p in system.named_parameters():
             if "lora_B" in n:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffmas.agents.eval_mode import evaluating
 from diffmas.models.adapted import adapter_state
+from diffmas.models.identity import state_of
 
 __all__ = ["REALIGN", "Realign", "Solved"]
 
@@ -91,7 +92,10 @@ class Realign(nn.Module):
             return Solved(table=e_in.weight if _plain(e_in, nn.Embedding) else _rows(e_in, 0, len(e_in.weight)))
         modules = (e_in, e_out) if self.mode == "ridge" else (e_in,)
         key = tuple(adapter_state(m) for m in modules)
-        state = tuple(_state(x, self.training) for m in modules for x in (*m.parameters(), *m.buffers()))
+        tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
+        state = tuple(
+            state_of(x, read=self.training and x.requires_grad) for x in tensors
+        )  # not every optimizer counts versions
         known = self._known.get(key)
         if known is None or known[0] != state:
             known = self._known[key] = state, Solved(self._norm(), self._solve() if self.mode == "ridge" else None)
@@ -169,11 +173,3 @@ def _head_chunks(head: nn.Module) -> Iterator[Tensor]:
         one_hot = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         weight = (head(one_hot) - head(torch.zeros_like(one_hot[:1]))).T
     yield from weight.split(CHUNK)
-
-
-def _state(x: Tensor, training: bool) -> tuple:
-    """Differs when a tensor has changed. One that is being trained is read: not every optimizer counts a version."""
-    version = None if x.is_inference() else x._version
-    read = training and x.requires_grad and not x.is_meta
-    values = (float(x.detach().sum(dtype=torch.float64)), float(x.detach().norm())) if read else ()
-    return x.data_ptr(), version, x.shape, x.dtype, x.device, values

@@ -12,12 +12,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from diffmas.models.adapted import adapter_tensors, base_weights
 from diffmas.models.parts import causal_lm_of
 
-__all__ = ["adapter_fingerprint", "fingerprint_of", "model_fingerprint", "rope_of", "sampled_fingerprint"]
+__all__ = ["adapter_fingerprint", "fingerprint_of", "model_fingerprint", "rope_of", "sampled_fingerprint", "state_of"]
 
 CHUNK = 1 << 24  # values hashed at once
 SAMPLES = 64  # values of a weight in the fingerprints of earlier versions
 
-# Digests of tensors that have not changed since. The sum is for those who write to `.data`, which no version counts.
+# Digests of tensors, with what told that they have not changed since.
 _DIGESTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -28,15 +28,24 @@ def _bytes(x: Tensor):
     return x.cpu().contiguous().view(torch.uint8).numpy()
 
 
-def _state(x: Tensor) -> tuple:
+def state_of(x: Tensor, read: bool) -> tuple:
+    """Differs when a tensor has changed. read: also where no version counts it, as writes to `.data`, at the cost of one pass
+    over its memory."""
     version = None if x.is_inference() else x._version
-    total = x.detach().sum(dtype=torch.float64 if x.is_floating_point() else None) if x.numel() else 0
-    return x.data_ptr(), version, x.shape, x.dtype, x.device, float(total)
+    return x.data_ptr(), version, x.shape, x.dtype, x.device, _sum_of_bits(x.detach()) if read and not x.is_meta else None
+
+
+def _sum_of_bits(x: Tensor) -> int:
+    """The sum of the memory's words as integers, which any one value changes."""
+    octets = x.reshape(-1).view(torch.uint8)
+    octets = octets.clone() if octets.storage_offset() % 8 else octets
+    words = len(octets) // 8 * 8
+    return int(octets[:words].view(torch.int64).sum()) + int(octets[words:].sum())
 
 
 def _digest_of(x: Tensor) -> str:
     """SHA-256 of all values of a tensor; computed once as long as it does not change."""
-    known, state = _DIGESTS.get(x), _state(x)
+    known, state = _DIGESTS.get(x), state_of(x, read=True)
     if known is None or known[0] != state:
         digest = hashlib.sha256()
         for part in x.detach().reshape(-1).split(CHUNK):

@@ -633,7 +633,7 @@ def without(data, key):
         (lambda d: {**d, "agents": [without(d["agents"][0], "latent_steps")]}, r"agents\[0\]: .*none of \['latent_steps'\]"),
         (lambda d: {**d, "realign": "magic"}, "realign: expected one of .*'magic'"),
         (lambda d: {**d, "agents": []}, "agents: expected at least one agent"),
-        (lambda d: [d], "expected format diffmas-agents-1, got list"),
+        (lambda d: [d], "expected format diffmas-agents-2, got list"),
     ],
 )
 def test_what_agents_json_may_not_hold(tmp_path, change, message):

@@ -17,7 +17,7 @@ from diffmas.trace.views import Segment
 
 __all__ = ["read", "write"]
 
-FORMAT = "diffmas-trace-1"
+FORMAT = "diffmas-trace-2"  # the first one's fingerprints were of a sample of the weights
 
 
 def _checksum(header: dict, tensors: dict) -> str:

@@ -223,10 +223,8 @@ def test_ridge_makes_no_wide_copy_of_the_embeddings(adapted, monkeypatch):
 
 KINDS = {
     "bias": kind(bias="lora_only"),
-    "all biases": kind(bias="all"),
     "saved": kind(modules_to_save=["embed_tokens", "lm_head"]),
     "tokens": kind(trainable_token_indices=[3, 4, 5]),
-    "parameters": kind(targets=[], target_parameters=["mlp.gate_proj.weight"]),
     "IA3": kind("IA3", feedforward_modules=["gate_proj"]),
     "VeRA": kind("Vera", ["q_proj"], r=4),
     "OFT": kind("OFT", oft_block_size=4),

@@ -16,7 +16,7 @@ from diffmas.trace import Trace
 from diffmas.trace.cache import cache_name
 from diffmas.trace.forward_pass import ForwardPass
 
-__all__ = ["after_body", "before_body", "forward"]
+__all__ = ["after_body", "before_body", "forward", "skip_mask"]
 
 
 class PaddedBatch(NamedTuple):

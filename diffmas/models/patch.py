@@ -5,8 +5,9 @@ behaves as before until a Trace is passed as `past_key_values` (`cache` since tr
 plans the forward pass (diffmas.models.forward), every attention layer writes and reads the trace (diffmas.models.attention),
 and a second hook commits it.
 
-A model that needs a feature diffmas lacks is refused, by a static check of its attributes (diffmas.models.support) and by a
-numeric probe of every layer against its own forward (diffmas.models.probe); each alone misses cases.
+A model that needs a feature diffmas lacks is refused, by a static check of its attributes (diffmas.models.support), by a
+numeric probe of every layer against its own forward (diffmas.models.probe), and by the patched model's run on a trace against
+its plain one (diffmas.models.rehearsal); each alone misses cases.
 """
 
 import functools
@@ -23,6 +24,7 @@ from diffmas.models.forward import after_body, before_body
 from diffmas.models.generate import generate
 from diffmas.models.identity import fingerprint_of
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
+from diffmas.models.rehearsal import at_rest, rehearse
 from diffmas.models.support import Unsupported, refuse, unsupported, window_of
 from diffmas.trace.spec import ATTRIBUTE, ModelSpec
 
@@ -45,7 +47,7 @@ class Patch:
     spec: ModelSpec
     arguments: tuple  # of patch_model
     checkpointed: list[nn.Module] = field(default_factory=list)
-    hook_ids: tuple[int, int] = (0, 0)
+    hook_ids: tuple[int | None, int | None] = (None, None)
     capture: bool | None = None
 
     def pairs(self) -> list[tuple[nn.Module, Layer]]:
@@ -71,8 +73,9 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
 
-    Raises Unsupported (a ValueError) naming layer and feature for a model that needs a feature diffmas lacks, and leaves the
-    model as it was. Patching again with the same arguments does nothing.
+    Raises Unsupported (a ValueError) for a model that diffmas does not serve exactly, naming layer and feature where it can,
+    and leaves the model as it was. To find out, seven forwards of ten tokens or less run. Patching again with the same
+    arguments does nothing.
 
         >>> model = patch_model(model)
         >>> trace = Trace(model, batch_size=1)
@@ -84,19 +87,25 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     ops.check_backend(backend)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")
-    causal_lm, body = causal_lm_of(model), body_of(model)
+    causal_lm = causal_lm_of(model)
     previous = getattr(causal_lm, "diffmas_patch", None)
     if previous is not None:
         if previous.arguments == (backend, max_length):
             return model
         unpatch_model(model)
     try:
-        record = _examine(causal_lm, body, backend, max_length)
-    except Exception:
+        with at_rest(causal_lm):
+            record = _examine(causal_lm, body_of(model), backend, max_length)
+            _install(record)
+            rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec)
+    except BaseException as error:
+        if hasattr(causal_lm, "diffmas_patch"):
+            unpatch_model(causal_lm)
         if previous is not None:
             _install(previous)
-        raise
-    _install(record)
+        if not isinstance(error, Exception) or isinstance(error, (Unsupported, MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise Unsupported(f"diffmas cannot patch {type(causal_lm).__name__}: {type(error).__name__}: {error}") from error
     tiers = sorted({f"{type(a).__name__} {'fused' if x.family else 'generic'}" for a, x in record.pairs()})
     logger.info("diffmas: patched %d layers of %s (%s)", len(record.layers), type(causal_lm).__name__, ", ".join(tiers))
     return model
@@ -145,6 +154,7 @@ def _device(body: nn.Module, layer: int) -> torch.device:
 
 
 def _install(record: Patch) -> None:
+    record.causal_lm.diffmas_patch = record  # first: what fails on the way is undone by `unpatch_model`
     for attention, layer in record.pairs():
         install(attention, layer)
     before = record.body.register_forward_pre_hook(functools.partial(before_body, record), with_kwargs=True)
@@ -153,7 +163,6 @@ def _install(record: Patch) -> None:
     if hasattr(type(record.causal_lm), "generate"):
         record.causal_lm.generate = functools.partial(generate, record.causal_lm)
     record.body.compile = functools.partial(compile_body, record.body)
-    record.causal_lm.diffmas_patch = record
     setattr(record.causal_lm, ATTRIBUTE, record.spec)
 
 

@@ -31,6 +31,8 @@ def window_of(attention: nn.Module, config) -> int | None:
 
 def unsupported(attention: nn.Module, config, max_length: int | None) -> list[str]:
     """Features of one layer that the ops lack, as text. max_length: as in `patch_model`."""
+    if getattr(attention, "config", None) is None:
+        return ["attention of its own, not through transformers' attention interface [config]"]
     found = []
     types_ = getattr(config, "layer_types", None)
     if types_ and types_[attention.layer_idx] not in ("full_attention", "sliding_attention"):

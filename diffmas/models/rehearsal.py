@@ -53,7 +53,7 @@ def rehearse(causal_lm: nn.Module, attentions: list[nn.Module], spec: ModelSpec)
         if difference is None:
             return
     raise Unsupported(
-        f"diffmas cannot patch {type(causal_lm).__name__}: on a trace, as two chunks in a batch of two, {difference} [end to end]"
+        f"diffmas cannot patch {type(causal_lm).__name__}: on a trace, two chunks in a batch of two, {difference} [end to end]"
     )
 
 
@@ -123,7 +123,9 @@ def _run(
 
     hooks = [a.register_forward_pre_hook(look, with_kwargs=True) for a in attentions]
     try:
-        output = causal_lm(**inputs)[0]
+        output = causal_lm(**{name: x.clone() if name == "inputs_embeds" else x for name, x in inputs.items()})[
+            0
+        ]  # CTRL scales it
     finally:
         for hook in hooks:
             hook.remove()

@@ -52,7 +52,8 @@ SMALL = {
              "mamba_d_head mamba_num_heads mamba_head_dim"),
     **_named(4, "qk_rope_head_dim rotary_dim num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num"),
     **_named(2, "num_experts_per_tok num_experts_per_token moe_topk moe_k"),
-    **_named(1, "bos_token_id pad_token_id cls_token_id decoder_start_token_id sep_token_id n_group num_expert_group topk_group"),
+    **_named(1, "bos_token_id pad_token_id cls_token_id decoder_start_token_id sep_token_id n_group num_expert_group "
+             "topk_group"),
     **_named(VOCAB - 1, "eos_token_id"),
     **_named(0, "image_token_id image_token_index video_token_id audio_token_id boi_token_id eoi_token_id boa_token_id "
              "eoa_token_id boi_token_index eoi_token_index eoa_token_index vision_start_token_id vision_end_token_id"),
@@ -60,8 +61,9 @@ SMALL = {
 }  # fmt: skip
 # How much of the context layers see, whatever it is called.
 WINDOWS = (
-    "sliding_window sliding_window_size window_size attention_window_size attention_chunk_size keep_window_size local_attention "
-    "local_attention_window_len index_topk mem_len swa_window_size local_attn_chunk_length lsh_attn_chunk_length"
+    "sliding_window sliding_window_size window_size attention_window_size attention_chunk_size keep_window_size "
+    "local_attention local_attention_window_len index_topk mem_len swa_window_size local_attn_chunk_length "
+    "lsh_attn_chunk_length"
 ).split()
 LATENT_ATTENTION = dict(num_key_value_heads=4, head_dim=4)  # rotated dimensions
 QSA = dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2)
@@ -267,11 +269,12 @@ PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 WIDE, NARROW = LONGEST, 24
 INTRO = """# Model families
 
-Every family of transformers' `AutoModelForCausalLM`, from a tiny config: what `patch_model` does with it. *Exact*: logits and the
-gradients of all parameters, LoRA on attention among them, over a ragged batch of token chunks and latent steps on a trace are
-those of the model's own forward without a cache. *Within its window*: exact as long as a trace is no longer than the layers' window
-(`patch_model(max_length=...)`), and refused beyond. Everything else is refused by `diffmas.Unsupported`, and the model left as it
-was. *Not built*: transformers itself does not build it from its default config. Encoders are asked to be decoders (`is_decoder`).
+Every family of transformers' `AutoModelForCausalLM`, from a tiny config: what `patch_model` does with it. *Exact*: logits and
+the gradients of all parameters, LoRA on attention among them, over a ragged batch of token chunks and latent steps on a trace
+are those of the model's own forward without a cache. *Within its window*: exact as long as a trace is no longer than the
+layers' window (`patch_model(max_length=...)`), and refused beyond. Everything else is refused by `diffmas.Unsupported`, and the
+model left as it was. *Not built*: transformers itself does not build it from its default config. Encoders are asked to be
+decoders (`is_decoder`).
 
 `make families` writes this page; `tests/test_families.py` holds every line of it.
 

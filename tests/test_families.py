@@ -20,7 +20,8 @@ of_the_page = pytest.mark.skipif(
 def test_exact_or_refused(family):
     found = line(family)  # asserts that it is
     if f"transformers {transformers.__version__}," in PAGE.read_text(encoding="utf-8"):
-        assert said()[family] == found, "run `make families`"
+        if "ImportError" not in said()[family][1]:  # who has that package sees more
+            assert said()[family] == found, "run `make families`"
 
 
 @of_the_page

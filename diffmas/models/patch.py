@@ -37,7 +37,8 @@ logger = logging.getLogger("diffmas")
 class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
-    checkpointed: the modules that have an activation-checkpointing switch. capture: whether latent steps may be captured as a
+    checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
+    when they were patched. capture: whether latent steps may be captured as a
     CUDA graph (diffmas.agents.latent), None before the first attempt.
     """
 
@@ -47,6 +48,7 @@ class Patch:
     spec: ModelSpec
     arguments: tuple  # of patch_model
     checkpointed: list[nn.Module] = field(default_factory=list)
+    dropping: list[nn.Module] = field(default_factory=list)
     hook_ids: tuple[int | None, int | None] = (None, None)
     capture: bool | None = None
 
@@ -115,6 +117,11 @@ def _examine(causal_lm: nn.Module, body: nn.Module, backend: str, max_length: in
     """The record of a model that can be patched; changes nothing."""
     attentions = attention_layers(body)
     text_config = body.config.get_text_config()
+    for name, module in causal_lm.named_modules():  # accelerate's hooks bring weights when they are needed
+        if not hasattr(module, "_hf_hook") and any(p is not None and p.is_meta for p in module._parameters.values()):
+            raise Unsupported(
+                f"diffmas cannot patch {type(causal_lm).__name__}: weights of {name} are not in memory [device=meta]"
+            )
     for attention in attentions:
         forward = attention.__dict__.get("_old_forward" if hasattr(attention, "_hf_hook") else "forward")
         # accelerate leaves the class's own forward on the instance
@@ -133,7 +140,8 @@ def _examine(causal_lm: nn.Module, body: nn.Module, backend: str, max_length: in
         device=functools.partial(_device, body), fingerprint=functools.partial(fingerprint_of, causal_lm),
     )  # fmt: skip
     checkpointed = [m for m in body.modules() if hasattr(m, "gradient_checkpointing")]
-    return Patch(body, causal_lm, layers, spec, (backend, max_length), checkpointed)
+    dropping = [a for a, layer in zip(attentions, layers) if layer.family and hasattr(a, "attention_dropout")]
+    return Patch(body, causal_lm, layers, spec, (backend, max_length), checkpointed, dropping)
 
 
 def _limit(max_length: int | None, window: int | None) -> tuple[int | None, str]:

@@ -1,5 +1,6 @@
 # make demo   installs into .venv and runs the main job: train and compare latent agents, in minutes on a CPU
 # make test   installs into .venv and runs the tests; what CI runs
+# make families   writes docs/families.md: which model families a trace is exact for, and why the others are refused
 # make test-asan   the tests of the ops on a library that checks every memory access (gcc's sanitizers)
 # make bench  installs into .venv and measures diffmas and its peers on this machine: table, plots, page (QUICK=1: three minutes)
 #
@@ -19,7 +20,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test test-asan test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat install lint clean
+.PHONY: demo test test-asan test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
@@ -93,6 +94,9 @@ test-cuda-torch: $(INSTALLED)
 	PYTHONPATH=.compat/cuda-torch $(PY) setup.py -q build --build-base build/cuda-torch --build-lib build/cuda-torch/lib
 	PYTHONPATH=.compat/cuda-torch $(PY) -c "import sys; sys.path[0] = 'build/cuda-torch/lib'; \
 	  import torch, pytest; assert torch.version.cuda, 'CUDA_TORCH has no CUDA'; sys.exit(pytest.main('-q $(CUDA_TORCH_TESTS)'.split()))"
+
+families: $(INSTALLED)
+	$(PY) tests/families.py
 
 install: $(INSTALLED)
 

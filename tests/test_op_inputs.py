@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from op_cases import ROWS, VIEWS, attention_inputs, inject_inputs
 
 from diffmas import ops
+from diffmas.ops import backends, reference
 
 BACKENDS = [name for name in ("cpu",) if ops.available()[name] is None]
 raw = torch.ops.diffmas
@@ -280,6 +282,52 @@ def test_float64_is_for_the_reference():
     for backend in BACKENDS:
         with pytest.raises(ValueError, match="backend"):
             raw.cross_attention(*inputs.args(), backend)
+
+
+@pytest.fixture
+def nobody_warned():
+    """`_choose` and the warning are cached; what these tests pretend must not stay."""
+    caches = (backends._choose, backends._warn_of_the_reference)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_attention_without_a_kernel_warns_once(monkeypatch, nobody_warned):
+    monkeypatch.setitem(ops.BACKENDS, "cpu", backends.Backend("cpu", None, ("cpu",), backends.FLOATS, "not built here"))
+    monkeypatch.setattr(backends, "AUTO", "auto")
+    args = [*good_arguments("cross_attention").values()][:7]
+    with pytest.warns(UserWarning, match=r"float32 with heads of 64 on cpu.*all scores in memory.*not built here"):
+        o, _ = ops.cross_attention(*args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(ops.cross_attention(*args)[0], o)
+        ops.cross_attention(*args, backend="reference")  # who asks for it
+        ops.cross_attention(*(x.double() if x.is_floating_point() else x for x in args))  # its own
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
+def test_heads_that_no_gpu_kernel_takes_warn_of_it(backend, monkeypatch, nobody_warned):
+    """Without a GPU: who would be chosen there."""
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(vars(ops.BACKENDS[name]), "why_missing", None)
+    monkeypatch.setattr(ops.BACKENDS["triton"], "interpreted", False)
+    monkeypatch.setattr(ops.BACKENDS["cuda"], "has", lambda op, dtype, head_dim: backend == "cuda" and head_dim <= 256)
+    monkeypatch.setattr(ops.BACKENDS["triton"], "devices", ("cuda",))
+    monkeypatch.setattr(backends, "AUTO", "auto")
+    choose = lambda dtype, head_dim: backends._choose("cross_attention", torch.device("cuda"), dtype, head_dim, backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(torch.bfloat16, 256) is not reference and choose(torch.float32, 128) is not reference
+        if backend == "cuda":
+            assert choose(torch.float32, 192) is not reference
+    with pytest.warns(UserWarning, match="heads of 320 on cuda.*up to 256"):
+        assert choose(torch.bfloat16, 320) is reference
+    if backend != "cuda":
+        with pytest.warns(UserWarning, match="float32 with heads of 192 on cuda.*in float32 there are kernels up to 128"):
+            assert choose(torch.float32, 192) is reference
 
 
 @pytest.mark.parametrize("name", ["reference", "none-such"])

@@ -4,6 +4,7 @@ import copy
 import io
 import logging
 import pickle
+import threading
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from models import (
     error,
     gradients,
     make_config,
+    pad,
     tiny,
     tokens,
     with_lora,
@@ -136,6 +138,235 @@ def test_patching_twice_is_patching_once():
         diffmas.Trace(model)
     with pytest.raises(ValueError, match="not patched"):
         model(input_ids=NEW[None], past_key_values=trace, use_cache=True)
+
+
+def _shifted(model):
+    """Each token of a chunk mixes with the one before it, in the last layer's MLP."""
+    mlp = body(model).layers[-1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: own((x + torch.cat((x[:, :1], x[:, :-1]), 1)) / 2)
+
+
+def _counted_by_itself(model):
+    """As RoBERTa does: from where there is padding, unless it is told."""
+    layer, forward = body(model), body(model).forward
+    count = lambda x: torch.arange(2, 2 + x.shape[1])[None]  # noqa: E731
+    layer.forward = lambda input_ids=None, inputs_embeds=None, position_ids=None, **more: forward(
+        input_ids=input_ids, inputs_embeds=inputs_embeds, **more,
+        position_ids=count(inputs_embeds if input_ids is None else input_ids) if position_ids is None else position_ids,
+    )  # fmt: skip
+
+
+def _ids_needed(model):
+    """As Gemma 3n does: an embedding of its own for every layer, which a latent step has no id for."""
+    layer, forward = body(model).layers[1], body(model).layers[1].forward
+    extra, seen = torch.randn(64, 32), []
+    body(model).register_forward_pre_hook(lambda *_: seen.append(None))
+    body(model).embed_tokens.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    layer.forward = lambda x, **kwargs: forward(x if seen[-1] is None else x + extra[seen[-1]].to(x), **kwargs)
+
+
+def _stateful(model):
+    """What one call saw changes the next, plain ones too: nothing that rounding explains."""
+    layer, forward, seen = body(model).layers[1], body(model).layers[1].forward, []
+    layer.forward = lambda x, **kwargs: (seen.append(x.mean((0, 1), keepdim=True)), forward(x + sum(seen[-2:-1]), **kwargs))[1]
+
+
+def _noncausal(model):
+    """A mean over the chunk, the later tokens included."""
+    layer, forward = body(model).layers[1], body(model).layers[1].forward
+    layer.forward = lambda x, **kwargs: forward(x + x.mean(1, keepdim=True), **kwargs)
+
+
+OUTSIDE_OF_ATTENTION = [_shifted, _counted_by_itself, _ids_needed, _stateful, _noncausal]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("spoil", OUTSIDE_OF_ATTENTION)
+def test_what_no_attention_layer_shows_is_refused(spoil, dtype):
+    model = tiny("gpt2" if spoil is _counted_by_itself else "llama", dtype, patch=False)
+    spoil(model)
+    marks, rng = state(model), torch.get_rng_state()
+    with pytest.raises(diffmas.Unsupported, match="what enters layer|the output"):
+        diffmas.patch_model(model)
+    assert state(model) == marks and torch.equal(torch.get_rng_state(), rng)
+
+
+def _without_config(model):
+    del body(model).layers[1].self_attn.config
+
+
+def _raises(error):
+    def spoil(model):
+        def fail(*args, **kwargs):
+            raise error
+
+        body(model).layers[1].mlp.forward = fail
+
+    return spoil
+
+
+def _raises_on_a_trace(model):
+    def fail(module, args, kwargs):
+        if kwargs.get("diffmas_trace") is not None:
+            raise IndexError("not like this")
+
+    body(model).layers[1].register_forward_pre_hook(fail, with_kwargs=True)
+
+
+def _cannot_be_copied(model):
+    body(model).layers[1].self_attn.lock = threading.Lock()
+
+
+def _layer_types_too_short(model):
+    model.config.layer_types = ["full_attention"]
+
+
+def _takes_no_attribute(model):
+    """The patch fails half-way through."""
+    attention = body(model).layers[1].self_attn
+
+    class Closed(type(attention)):
+        def __setattr__(self, name, value):
+            raise AttributeError(f"no {name}")
+
+    Closed.__name__ = type(attention).__name__
+    attention.__class__ = Closed
+
+
+RAW = {
+    "no config": (_without_config, "attention interface"),
+    "a forward that fails": (_raises(KeyError("half")), "KeyError: 'half'"),
+    "a forward that fails on a trace": (_raises_on_a_trace, "IndexError: not like this"),
+    "what cannot be copied": (_cannot_be_copied, "TypeError: cannot pickle"),
+    "a config that does not fit": (_layer_types_too_short, "IndexError"),
+    "a patch that fails half-way": (_takes_no_attribute, "AttributeError: no "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
+@pytest.mark.parametrize("name", list(RAW))
+def test_every_failure_is_unsupported_and_leaves_no_mark(name, again):
+    spoil, words = RAW[name]
+    model = tiny("llama", patch=False)
+    if again and name not in ("no config", "a patch that fails half-way"):
+        diffmas.patch_model(model, max_length=99)
+    else:
+        again = False
+    body(model).layers[0].train()
+    spoil(model)
+    marks, rng = state(model), torch.get_rng_state()
+    with pytest.raises(diffmas.Unsupported, match="diffmas cannot patch") as raised:
+        diffmas.patch_model(model)
+    assert words in str(raised.value)
+    assert torch.equal(torch.get_rng_state(), rng)
+    if not again:  # the hooks that are put back have other numbers
+        assert state(model) == marks
+    else:
+        assert model.diffmas_spec.max_length == 99 and [m.training for m in model.modules()] == [x[2] for x in marks[0]]
+
+
+def test_a_lack_of_memory_is_not_the_models_fault():
+    model = tiny("llama", patch=False)
+    _raises(torch.OutOfMemoryError("full"))(model)
+    marks = state(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        diffmas.patch_model(model)
+    assert state(model) == marks
+
+
+def test_a_model_that_draws_random_numbers_can_be_patched():
+    """And what it drew while it was tried is drawn again."""
+    model = tiny("llama", patch=False)
+    drawn = []
+    body(model).register_forward_pre_hook(lambda *_: drawn.append(torch.rand(3)))
+    before = torch.get_rng_state()
+    diffmas.patch_model(model)
+    assert torch.equal(torch.get_rng_state(), before) and len(drawn) == 7
+
+
+def test_a_mask_that_a_layer_makes_for_itself_is_refused():
+    """Sparse attention picks rows that way; a trace shows them all."""
+    model = tiny("cohere", patch=False)
+    attention = body(model).layers[1].self_attn
+    forward = type(attention).forward
+
+    def sparse(self, hidden_states, *args, attention_mask=None, **kwargs):
+        n = hidden_states.shape[1]
+        mask = torch.zeros(1, 1, n, n).to(hidden_states).masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+        return forward(self, hidden_states, *args, attention_mask=mask, **kwargs)
+
+    attention.__class__ = type("CohereAttention", (type(attention),), {"forward": sparse})
+    with pytest.raises(diffmas.Unsupported, match=r"layer 1.*a mask that the layer makes for itself \[attention_mask\]"):
+        diffmas.patch_model(model)
+
+
+def test_models_in_16_bits_are_not_refused_for_their_rounding():
+    for seed in range(4):
+        for dtype in (torch.bfloat16, torch.float16):
+            tiny("llama", dtype, seed=seed)
+            tiny("mixtral", dtype, seed=seed)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama4_text"])
+def test_bodies_that_are_not_under_their_usual_name(family):
+    """OPT calls its decoder past what is around it; Llama 4's text model is not where its prefix says."""
+    more = dict(
+        opt=dict(ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=True),
+        llama4_text=dict(layer_types=["full_attention"] * 3, no_rope_layers=[1, 0, 1], num_local_experts=2,
+                         num_experts_per_tok=1, intermediate_size_mlp=48, attention_chunk_size=512),
+    )[family]  # fmt: skip
+    model = tiny(family, torch.float32 if family == "llama4_text" else torch.float64, **more)
+    assert_close(through_trace(model), plain(model), 2e-4 if family == "llama4_text" else 2e-5)
+
+
+def test_dropout_that_is_set_after_the_patch_is_refused():
+    for family in ("llama", "cohere"):  # fused, generic
+        model = tiny(family)
+        body(model).layers[1].self_attn.attention_dropout = 0.5
+        through_trace(model)  # in evaluation mode there is none
+        model.train()
+        with pytest.raises(diffmas.Unsupported, match=r"layer 1.*attention dropout 0.5"):
+            through_trace(model)
+        with pytest.raises(diffmas.Unsupported, match=r"layer 1.*attention dropout 0.5"), torch.no_grad():
+            through_trace(model)
+
+
+def test_token_types_of_a_padded_batch():
+    model = tiny("gpt2")
+    rows = tokens(5, 3)
+    ids, mask = pad(rows)
+    types = (ids % 5).masked_fill(mask == 0, 0)
+    trace = diffmas.Trace(model, 2)
+    got = model(input_ids=ids, attention_mask=mask, token_type_ids=types, past_key_values=trace).logits
+    for row, logits in zip(rows, got):
+        want = model(input_ids=row[None], token_type_ids=row[None] % 5, use_cache=False).logits[0]
+        assert_close(logits[-len(row) :], want)
+    assert error(got[0], model(input_ids=rows[0][None], use_cache=False).logits[0]) > 1e-3
+    with pytest.raises(ValueError, match=r"token_type_ids: expected \[2, 5\].*got \[2, 9\]"):
+        model(input_ids=ids, token_type_ids=torch.ones(2, 9, dtype=torch.long), past_key_values=trace)
+    assert trace.lengths == [5, 3]
+
+
+def test_the_experts_loss_of_a_padded_batch():
+    model = tiny("mixtral", torch.float32)
+    ids, mask = pad(tokens(5, 3))
+    ask = dict(input_ids=ids, attention_mask=mask, output_router_logits=True)
+    trace = diffmas.Trace(model, 2)
+    got, want = model(**ask, past_key_values=trace), model(**ask, use_cache=False)
+    assert_close(got.aux_loss, want.aux_loss, 1e-5)
+    for a, b in zip(got.router_logits, want.router_logits):
+        assert_close(a[mask.flatten().bool()], b[mask.flatten().bool()], 1e-4)
+    with pytest.raises(ValueError, match="output_router_logits: expected a mask of the new tokens alone"):
+        model(**{**ask, "attention_mask": torch.cat((mask, mask), 1)}, past_key_values=trace)
+
+
+def test_weights_on_the_meta_device_are_refused():
+    for place in ("model", "lm_head"):
+        model = tiny("llama", torch.float32, patch=False)
+        (model if place == "model" else model.lm_head).to("meta")
+        with pytest.raises(diffmas.Unsupported, match="meta"):
+            diffmas.patch_model(model)
 
 
 def test_a_second_patch_that_is_refused_leaves_the_first():

@@ -147,6 +147,8 @@ def generic_attention(module, query, key, value, attention_mask, *args, diffmas_
             raise refuse(module, [f"the attention argument {name}"])
     if kwargs.get("dropout"):
         raise refuse(module, [f"attention dropout {kwargs['dropout']}"])
+    if attention_mask is not None and attention_mask.numel() > 1:  # ours has one element, which nobody reads
+        raise refuse(module, ["a mask that the layer makes for itself [attention_mask]"])
     scale = kwargs.get("scaling")
     # Norms that stay in float32 under autocast leave q and k wider than v.
     o = diffmas_trace.attend(
@@ -178,7 +180,9 @@ def install(attention: nn.Module, layer: Layer) -> None:
 
 
 def uninstall(attention: nn.Module) -> None:
-    layer = attention.__dict__.pop("diffmas_layer")
+    layer = attention.__dict__.pop("diffmas_layer", None)
+    if layer is None:
+        return
     attention.config = layer.config
     if layer.family is None:
         return

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from diffmas.models.adapted import check_one_adapter
+from diffmas.models.support import refuse
 from diffmas.trace import Trace
 from diffmas.trace.cache import cache_name
 from diffmas.trace.forward_pass import ForwardPass
 
-__all__ = ["after_body", "before_body", "forward"]
+__all__ = ["after_body", "before_body", "forward", "skip_mask"]
 
 
 class PaddedBatch(NamedTuple):
@@ -33,6 +34,12 @@ class PaddedBatch(NamedTuple):
         if self.valid is None:
             return h.view(self.B, self.S, -1)
         return h.new_zeros(self.B, self.S, h.shape[-1]).masked_scatter(self.valid[..., None], h[0])
+
+    def restore_router(self, logits):
+        """[n, experts] -> [B * S, experts], as the loss that balances the experts expects them beside the caller's mask."""
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or self.valid is None:
+            return logits
+        return self.restore(logits[None]).flatten(0, 1)
 
 
 def forward(patch, trace: Trace, forward_pass: ForwardPass, *, head: bool = False, commit: bool = True, **inputs):
@@ -58,9 +65,12 @@ def skip_mask(device: torch.device) -> Tensor:
 
 
 def _check_forward(patch) -> None:
-    """Refuses the ways of checkpointing that would give wrong gradients without a word."""
+    """Refuses what would give wrong results without a word: dropout set since the patch, some ways of checkpointing."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError("a forward with a trace ran inside backward: checkpoint layers, not the whole model")
+    for attention in patch.dropping:  # the generic tier is told by its layer, these are not asked
+        if attention.attention_dropout and attention.training:
+            raise refuse(attention, [f"attention dropout {attention.attention_dropout} [attention_dropout]"])
     if not (patch.body.training and torch.is_grad_enabled()):
         return
     for module in patch.checkpointed:
@@ -108,6 +118,9 @@ def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
     B, S = x.shape[:2]
     check_one_adapter(patch.causal_lm, B)
     valid = _new_token_mask(kwargs.get("attention_mask"), B, S)
+    if kwargs.get("output_router_logits", getattr(body.config, "output_router_logits", False)):
+        if kwargs.get("attention_mask") is not None and kwargs["attention_mask"].shape[1] != S:
+            raise ValueError("output_router_logits: expected a mask of the new tokens alone, whose experts the loss balances")
     if valid is not None and not valid.any():
         raise ValueError("attention_mask: expected at least one token that is not padding, got none")
     if positions is not None:
@@ -120,6 +133,12 @@ def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
     forward_pass.batch = PaddedBatch(trace, valid, B, S)
     # Not a view of the caller's tensor: torch.compile would compile anew for other strides, and for what it is a view of.
     x = x.flatten(0, 1).clone(memory_format=torch.contiguous_format) if valid is None else x[valid]
+    for types in ("token_type_ids", "mm_token_type_ids"):
+        given = kwargs.get(types)
+        if given is not None:
+            if given.shape != (B, S):
+                raise ValueError(f"{types}: expected [{B}, {S}], one per new token, got {list(given.shape)}")
+            kwargs[types] = (given.flatten() if valid is None else given[valid.to(given.device)])[None]
     kwargs[name] = x[None]
     kwargs.update(
         attention_mask=skip_mask(x.device), position_ids=forward_pass.position_ids(x.device), use_cache=False,
@@ -156,5 +175,7 @@ def after_body(body: nn.Module, args: tuple, kwargs: dict, output):
     output.last_hidden_state = batch.restore(output.last_hidden_state)
     if getattr(output, "hidden_states", None):
         output.hidden_states = tuple(map(batch.restore, output.hidden_states))
+    if getattr(output, "router_logits", None):
+        output.router_logits = tuple(map(batch.restore_router, output.router_logits))
     setattr(output, "cache" if hasattr(output, "cache") else "past_key_values", batch.trace)
     return output

@@ -22,9 +22,11 @@ def body_of(model: nn.Module) -> nn.Module:
     if not isinstance(causal_lm, PreTrainedModel):
         raise Unsupported(f"diffmas cannot patch {type(model).__name__}: expected a transformers model, or PEFT around one")
     body = causal_lm.base_model
-    if body is causal_lm and causal_lm.get_output_embeddings() is not None:  # multimodal models before transformers 5
+    if body is causal_lm and causal_lm.get_output_embeddings() is not None:  # multimodal models before transformers 5, Llama 4
         body = getattr(causal_lm, "model", body)
-    return body
+    # OPT, and decoders taken out of encoder-decoder models: what is around the decoder is not called.
+    decoder = getattr(body, "decoder", None)
+    return decoder if isinstance(decoder, PreTrainedModel) and not hasattr(body, "encoder") else body
 
 
 def text_stack_of(body: nn.Module) -> nn.Module:

@@ -5,8 +5,9 @@ behaves as before until a Trace is passed as `past_key_values` (`cache` since tr
 plans the forward pass (diffmas.models.forward), every attention layer writes and reads the trace (diffmas.models.attention),
 and a second hook commits it.
 
-A model that needs a feature diffmas lacks is refused, by a static check of its attributes (diffmas.models.support) and by a
-numeric probe of every layer against its own forward (diffmas.models.probe); each alone misses cases.
+A model that needs a feature diffmas lacks is refused, by a static check of its attributes (diffmas.models.support), by a
+numeric probe of every layer against its own forward (diffmas.models.probe), and by the patched model's run on a trace against
+its plain one (diffmas.models.rehearsal); each alone misses cases.
 """
 
 import functools
@@ -24,6 +25,7 @@ from diffmas.models.forward import after_body, before_body
 from diffmas.models.generate import generate
 from diffmas.models.identity import fingerprint_of
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
+from diffmas.models.rehearsal import at_rest, rehearse
 from diffmas.models.support import Unsupported, refuse, unsupported, window_of
 from diffmas.trace.spec import ATTRIBUTE, ModelSpec
 
@@ -36,7 +38,8 @@ logger = logging.getLogger("diffmas")
 class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
-    checkpointed: the modules that have an activation-checkpointing switch. capture: whether latent steps may be captured as a
+    checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
+    when they were patched. capture: whether latent steps may be captured as a
     CUDA graph (diffmas.agents.latent), None before the first attempt.
     """
 
@@ -46,7 +49,8 @@ class Patch:
     spec: ModelSpec
     arguments: tuple  # of patch_model
     checkpointed: list[nn.Module] = field(default_factory=list)
-    hook_ids: tuple[int, int] = (0, 0)
+    dropping: list[nn.Module] = field(default_factory=list)
+    hook_ids: tuple[int | None, int | None] = (None, None)
     capture: bool | None = None
 
     def pairs(self) -> list[tuple[nn.Module, Layer]]:
@@ -72,8 +76,9 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
 
-    Raises Unsupported (a ValueError) naming layer and feature for a model that needs a feature diffmas lacks, and leaves the
-    model as it was. Patching again with the same arguments does nothing.
+    Raises Unsupported (a ValueError) for a model that diffmas does not serve exactly, naming layer and feature where it can,
+    and leaves the model as it was. To find out, seven forwards of ten tokens or less run. Patching again with the same
+    arguments does nothing.
 
         >>> model = patch_model(model)
         >>> trace = Trace(model, batch_size=1)
@@ -86,19 +91,25 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")
     check_adapters(model)
-    causal_lm, body = causal_lm_of(model), body_of(model)
+    causal_lm = causal_lm_of(model)
     previous = getattr(causal_lm, "diffmas_patch", None)
     if previous is not None:
         if previous.arguments == (backend, max_length):
             return model
         unpatch_model(model)
     try:
-        record = _examine(causal_lm, body, backend, max_length)
-    except Exception:
+        with at_rest(causal_lm):
+            record = _examine(causal_lm, body_of(model), backend, max_length)
+            _install(record)
+            rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec)
+    except BaseException as error:
+        if hasattr(causal_lm, "diffmas_patch"):
+            unpatch_model(causal_lm)
         if previous is not None:
             _install(previous)
-        raise
-    _install(record)
+        if not isinstance(error, Exception) or isinstance(error, (Unsupported, MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise Unsupported(f"diffmas cannot patch {type(causal_lm).__name__}: {type(error).__name__}: {error}") from error
     tiers = sorted({f"{type(a).__name__} {'fused' if x.family else 'generic'}" for a, x in record.pairs()})
     logger.info("diffmas: patched %d layers of %s (%s)", len(record.layers), type(causal_lm).__name__, ", ".join(tiers))
     return model
@@ -108,6 +119,11 @@ def _examine(causal_lm: nn.Module, body: nn.Module, backend: str, max_length: in
     """The record of a model that can be patched; changes nothing."""
     attentions = attention_layers(body)
     text_config = body.config.get_text_config()
+    for name, module in causal_lm.named_modules():  # accelerate's hooks bring weights when they are needed
+        if not hasattr(module, "_hf_hook") and any(p is not None and p.is_meta for p in module._parameters.values()):
+            raise Unsupported(
+                f"diffmas cannot patch {type(causal_lm).__name__}: weights of {name} are not in memory [device=meta]"
+            )
     for attention in attentions:
         forward = attention.__dict__.get("_old_forward" if hasattr(attention, "_hf_hook") else "forward")
         # accelerate leaves the class's own forward on the instance
@@ -126,7 +142,8 @@ def _examine(causal_lm: nn.Module, body: nn.Module, backend: str, max_length: in
         device=functools.partial(_device, body), fingerprint=functools.partial(fingerprint_of, causal_lm),
     )  # fmt: skip
     checkpointed = [m for m in body.modules() if hasattr(m, "gradient_checkpointing")]
-    return Patch(body, causal_lm, layers, spec, (backend, max_length), checkpointed)
+    dropping = [a for a, layer in zip(attentions, layers) if layer.family and hasattr(a, "attention_dropout")]
+    return Patch(body, causal_lm, layers, spec, (backend, max_length), checkpointed, dropping)
 
 
 def _limit(max_length: int | None, window: int | None) -> tuple[int | None, str]:
@@ -147,6 +164,7 @@ def _device(body: nn.Module, layer: int) -> torch.device:
 
 
 def _install(record: Patch) -> None:
+    record.causal_lm.diffmas_patch = record  # first: what fails on the way is undone by `unpatch_model`
     for attention, layer in record.pairs():
         install(attention, layer)
     before = record.body.register_forward_pre_hook(functools.partial(before_body, record), with_kwargs=True)
@@ -155,7 +173,6 @@ def _install(record: Patch) -> None:
     if hasattr(type(record.causal_lm), "generate"):
         record.causal_lm.generate = functools.partial(generate, record.causal_lm)
     record.body.compile = functools.partial(compile_body, record.body)
-    record.causal_lm.diffmas_patch = record
     setattr(record.causal_lm, ATTRIBUTE, record.spec)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmas.models.attention import FAMILIES, Layer, install, uninstall
+from diffmas.models.forward import skip_mask
 from diffmas.models.parts import text_stack_of
 from diffmas.models.support import Unsupported, refuse
 from diffmas.ops import reference
@@ -96,7 +97,9 @@ def replay(attention: nn.Module, call: tuple, scale: float, forward, **extra) ->
 
 
 def traced(attention: nn.Module, *args, **kwargs):
-    return attention.forward(*args, **kwargs)  # the patched one
+    """The patched forward, with the mask that it gets in use."""
+    ours = lambda x: skip_mask(x.device) if isinstance(x, Tensor) and x.dim() == 4 else x  # noqa: E731
+    return attention.forward(*map(ours, args), **{name: ours(x) for name, x in kwargs.items()})
 
 
 def plain_copy(attention: nn.Module) -> nn.Module:
@@ -118,6 +121,8 @@ def mismatch(attention: nn.Module, copied: nn.Module, layer: Layer, calls: list[
             install(copied, layer)
             try:
                 got = replay(copied, call[layer.index], scale, traced, **{SENTINEL: probe})
+            except Unsupported:
+                raise
             except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
                 return f"{type(error).__name__}: {error}"
             finally:
@@ -156,49 +161,21 @@ def rotation(copied: nn.Module, layer: Layer, calls: list[dict], offset: int, in
     return "unknown"
 
 
-def check_wrapper(body: nn.Module, stack: nn.Module, attentions: list[nn.Module], calls: dict, position: int) -> None:
-    """Raises Unsupported unless text goes through a multimodal body as through its language model alone, position for position.
-
-    calls: of the body, from `position` on. Whether a wrapper makes up positions of its own shows in no layer.
-    """
-    alone = record_body(stack, attentions, position)
-    for attention in attentions:
-        inputs = [
-            to_float32((call.get("hidden_states", args[0] if args else None), *call.get("position_embeddings", ())))
-            for args, call in (calls[attention.layer_idx], alone[attention.layer_idx])
-        ]
-        if any(a.shape != b.shape or (a - b).abs().max() > 1e-4 * b.abs().max() for a, b in zip(*inputs)):
-            raise Unsupported(
-                f"diffmas cannot patch {type(body).__name__}: text does not reach its {type(stack).__name__} as it was given, "
-                f"at the positions that were given (layer {attention.layer_idx}) [position_ids]"
-            )
-
-
-@torch.no_grad()
 def choose_tiers(body: nn.Module, attentions: list[nn.Module]) -> list[Layer]:
     """The tier of every layer: fused if its family is known and the probe agrees, else generic if the probe agrees.
 
-    Raises Unsupported naming layer and reason.
+    For a body in evaluation mode, without gradients. Raises Unsupported naming layer and reason.
     """
-    stack, config = text_stack_of(body), body.config.get_text_config()
+    config = body.config.get_text_config()
     meta = [a for a in attentions if any(p.is_meta for p in a.parameters())]
     if meta:
         raise refuse(meta[0], ["weights that are not in memory, so that the layer cannot be probed [device=meta]"])
     longest = getattr(config, "max_position_embeddings", 2048) or 2048
     far = max(0, min(longest, 50_000) - TOKENS)
     near = min(far, 200)  # up to here float32 angles are exact enough to tell rotations apart
-    training = [m for m in body.modules() if m.training]
-    body.eval()
-    try:
-        first, moved, last = (record_body(body, attentions, position) for position in (0, near, far))
-        if stack is not body and moved.keys() >= {a.layer_idx for a in attentions}:
-            check_wrapper(body, stack, attentions, moved, near)
-    finally:
-        for module in training:
-            module.training = True
+    first, moved, last = (record_body(body, attentions, position) for position in (0, near, far))
     calls = [first, last]
-    rotary = getattr(stack, "rotary_emb", None)
-    inv_freq = getattr(rotary, "inv_freq", None)
+    inv_freq = getattr(getattr(text_stack_of(body), "rotary_emb", None), "inv_freq", None)
     layers = []
     for attention in attentions:
         if SENTINEL not in calls[0].get(attention.layer_idx, ((), {}))[1]:

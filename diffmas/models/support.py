@@ -22,18 +22,22 @@ def refuse(attention: nn.Module, features: list[str]) -> Unsupported:
 
 
 def window_of(attention: nn.Module, config) -> int | None:
-    """The sliding window of a layer, in tokens; None if the layer sees all tokens."""
+    """The sliding window of a layer, or the length of the chunks that it cuts a text into, in tokens; None if it sees all."""
     window = getattr(attention, "sliding_window", None)
     types_ = getattr(config, "layer_types", None)
+    if types_ and types_[attention.layer_idx] == "chunked_attention":
+        return config.attention_chunk_size
     slides = types_[attention.layer_idx] == "sliding_attention" if types_ else getattr(config, "use_sliding_window", True)
     return getattr(config, "sliding_window", None) if window is None and slides else window
 
 
 def unsupported(attention: nn.Module, config, max_length: int | None) -> list[str]:
     """Features of one layer that the ops lack, as text. max_length: as in `patch_model`."""
+    if getattr(attention, "config", None) is None:
+        return ["attention of its own, not through transformers' attention interface [config]"]
     found = []
     types_ = getattr(config, "layer_types", None)
-    if types_ and types_[attention.layer_idx] not in ("full_attention", "sliding_attention"):
+    if types_ and types_[attention.layer_idx] not in ("full_attention", "sliding_attention", "chunked_attention"):
         found.append(f"layer type {types_[attention.layer_idx]!r} [layer_types]")
     window = window_of(attention, config)
     longest = max_length or getattr(config, "max_position_embeddings", None)

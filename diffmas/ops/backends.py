@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import math
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -124,7 +125,32 @@ class CudaOps:
 def _triton_or_reference(op: str, lead: Tensor):
     triton = BACKENDS["triton"]
     usable = triton.why_missing is None and triton.has(op, lead.dtype, lead.shape[-1])
-    return getattr(triton.ops if usable else reference, op)
+    return getattr(triton.ops if usable else _fall_back(op, lead.device.type, lead.dtype, lead.shape[-1]), op)
+
+
+@functools.cache
+def _warn_of_the_reference(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    if device == "cpu":
+        why = BACKENDS["cpu"].why_missing
+    elif device == "cuda" and BACKENDS["triton"].why_missing is not None:
+        why = f"triton: {BACKENDS['triton'].why_missing}; cuda: {BACKENDS['cuda'].why_missing or f'heads above {MAX_HEAD_DIM}'}"
+    elif dtype == torch.float32 and head_dim <= 256:
+        why = "in float32 there are kernels up to 128, in bfloat16 and float16 up to 256"
+    else:
+        why = "there are kernels for heads of up to 256, in bfloat16 and float16 (float32: 128)"
+    what = f"{str(dtype).removeprefix('torch.')} with heads of {head_dim} on {device}"
+    warnings.warn(
+        f"diffmas: attention of {what} has no kernel here and runs on the reference: one sequence after the other, with "
+        f"all scores in memory (heads x new tokens x rows). {why}",
+        stacklevel=2,
+    )
+
+
+def _fall_back(op: str, device: str, dtype: torch.dtype, head_dim: int):
+    """The reference, where nobody asked for it: warns once for what attention costs there. float64 is its own on a CPU."""
+    if op.startswith("cross_attention") and (device != "cpu" or dtype in FLOATS):
+        _warn_of_the_reference(device, dtype, head_dim)
+    return reference
 
 
 class CudaBackend(Backend):
@@ -197,12 +223,14 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, ba
             return native
         return Composed(lambda part: getattr(choose(part), part))
     name = AUTO if backend == "auto" else backend
+    asked = (op, device.type, dtype, head_dim)
     if name == "auto":
-        return next(b for b in BACKENDS.values() if not b.interpreted and b.serves(op, device.type, dtype, head_dim)).ops
+        found = next(b for b in BACKENDS.values() if not b.interpreted and b.serves(*asked))
+        return _fall_back(*asked) if found is BACKENDS["reference"] else found.ops
     chosen = BACKENDS[check_backend(name)]
     if not chosen.has(op, dtype, head_dim):
         triton = BACKENDS["triton"]
-        return triton.ops if name == "cuda" and triton.serves(op, device.type, dtype, head_dim) else reference
-    if not chosen.serves(op, device.type, dtype, head_dim):
+        return triton.ops if name == "cuda" and triton.serves(*asked) else _fall_back(*asked)
+    if not chosen.serves(*asked):
         raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device.type} in {dtype}")
     return chosen.ops

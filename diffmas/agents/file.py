@@ -22,8 +22,8 @@ from diffmas.models.load import load_base, load_tokenizer
 from diffmas.models.parts import causal_lm_of
 
 __all__ = [
-    "AGENTS_FILE", "add_adapter", "check_class", "check_description", "check_same", "load_model", "load_weights", "read_agents", "read_json",
-    "read_map", "save", "write_json",
+    "AGENTS_FILE", "add_adapter", "check_class", "check_description", "check_same", "load_model", "load_weights", "read_agents",
+    "read_json", "read_map", "save", "write_json",
 ]  # fmt: skip
 
 AGENTS_FILE = "agents.json"
@@ -31,7 +31,7 @@ MAP_FILE = "realign.safetensors"  # only for a learned map
 TOKENIZER_FILE = "tokenizer_config.json"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = "diffmas-agents-1"
-OF_CLASS = ("class", "own_options")  # of `MultiAgentSystem.describe()`; None in directories of older versions, which fit to any
+OF_CLASS = ("class", "own_options")  # of `MultiAgentSystem.describe()`; None, which fits to any, where older versions wrote
 SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what PEFT multiplies the weights by
 
 
@@ -76,8 +76,8 @@ def check_description(description: dict) -> None:
 def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tensor | None = None) -> None:
     """Writes a directory that `read_agents` and `load_model` read.
 
-    model: with or without PEFT adapters. tokenizer: its. description: `MultiAgentSystem.describe()`. learned_map: [hidden, hidden] or None.
-    agents.json comes last and in one step: a directory that has it is complete.
+    model: with or without PEFT adapters. tokenizer: its. description: `MultiAgentSystem.describe()`. learned_map: [hidden,
+    hidden] or None. agents.json comes last and in one step: a directory that has it is complete.
     """
     check_description(description)
     path = Path(path)
@@ -233,8 +233,8 @@ def check_class(path, described: dict, expected: str) -> None:
     """Raises ValueError unless a directory, whose `read_agents` is `described`, is of this class of systems."""
     if described["class"] != expected and not _unsaid(described, "class"):
         raise ValueError(
-            f"{path}: expected a system of the class {expected}, got one of {described['class']}; load it by that class (or change "
-            f"the name in {AGENTS_FILE}, if the class has moved)"
+            f"{path}: expected a system of the class {expected}, got one of {described['class']}; load it by that class "
+            f"(or change the name in {AGENTS_FILE}, if the class has moved)"
         )
 
 
@@ -297,8 +297,8 @@ def load_model(path, model=None, tokenizer=None, trainable: bool = False, **mode
     """The contents of a directory's agents.json, its base model with the directory's adapters, and the tokenizer.
 
     model: a loaded base model, a directory or hub name, or None for the one that agents.json names. tokenizer: by default the
-    directory's. trainable: whether the adapters are. model_options: of `diffmas.models.load.load_model`. Raises ValueError for a file of another model, and
-    for a model that has adapters.
+    directory's. trainable: whether the adapters are. model_options: of `diffmas.models.load.load_model`. Raises ValueError for
+    a file of another model, and for a model that has adapters.
     """
     described = read_agents(path)
     if hasattr(model, "peft_config"):

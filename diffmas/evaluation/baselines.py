@@ -21,7 +21,9 @@ from diffmas.agents.options import Options
 from diffmas.agents.system import Agent, MultiAgentSystem
 from diffmas.trace import Trace
 
-__all__ = ["Answers", "Latent", "Method", "Stitched", "TextAgents", "Turn", "latent_mas", "single_agent", "stitch", "with_agents"]
+__all__ = [
+    "Answers", "Latent", "Method", "Stitched", "TextAgents", "Turn", "latent_mas", "single_agent", "stitch", "with_agents",
+]  # fmt: skip
 
 MESSAGES = "messages"  # the prompt field with the earlier agents' messages
 

@@ -62,8 +62,8 @@ def adopted(args: TrainingArguments, sets: dict, unused_parameters: bool) -> Tra
         for where, rows in sets.items():
             if rows is not None and args.length_column_name not in (getattr(rows, "column_names", None) or ()):
                 raise ValueError(
-                    f"{name}: expected a datasets.Dataset with a column {args.length_column_name!r} (length_column_name), since "
-                    f"rows are text, got {where} without"
+                    f"{name}: expected a datasets.Dataset with a column {args.length_column_name!r} (length_column_name), "
+                    f"since rows are text, got {where} without"
                 )
     if args.accelerator_config.dispatch_batches:
         raise ValueError("accelerator_config: expected dispatch_batches=False, got True; batches hold text, which is not sent")

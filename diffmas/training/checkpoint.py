@@ -1,8 +1,8 @@
 """Checkpoints of a run: which are whole, which is the newest, and which may go.
 
 A checkpoint is a directory `checkpoint-N`: the PEFT adapter, tokenizer and agents.json as `MultiAgentSystem.save_pretrained`
-writes them; transformers' optimizer.pt, scheduler.pt, rng_state*.pth and trainer_state.json; and, written last, manifest.json with
-the SHA-256 of each of these files. A checkpoint without a manifest, or with a byte that differs, is not whole.
+writes them; transformers' optimizer.pt, scheduler.pt, rng_state*.pth and trainer_state.json; and, written last, manifest.json
+with the SHA-256 of each of these files. A checkpoint without a manifest, or with a byte that differs, is not whole.
 """
 
 import hashlib

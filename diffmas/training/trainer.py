@@ -129,8 +129,9 @@ class Trainer(transformers.Trainer):
         self._bad_losses, self._good_checkpoint = None, None
         self._monitor = GradientMonitor(system, gradient_report_steps, explosion_factor)
         super().__init__(
-            model=system, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, compute_loss_func=compute_loss_func,
-            data_collator=data_collator or Collator(system.tokenizer, system.tokenize if wants_ids(args) else None), **options,
+            model=system, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=data_collator or Collator(system.tokenizer, system.tokenize if wants_ids(args) else None),
+            compute_loss_func=compute_loss_func, **options,
         )  # fmt: skip
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("accelerate: expected neither FSDP nor DeepSpeed for a multi-agent system; start it with torchrun")

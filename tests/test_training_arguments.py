@@ -19,13 +19,14 @@ from diffmas.training.arguments import REFUSED
 TESTED = """
     output_dir per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate
     lr_scheduler_type warmup_steps warmup_ratio optim weight_decay max_grad_norm bf16 activation_checkpointing
-    gradient_checkpointing average_tokens_across_devices logging_steps logging_strategy report_to eval_strategy eval_steps
-    per_device_eval_batch_size save_strategy save_steps save_total_limit load_best_model_at_end metric_for_best_model greater_is_better seed
-    use_cpu ddp_backend ddp_find_unused_parameters ddp_static_graph accelerator_config train_sampling_strategy group_by_length
-    length_column_name include_num_input_tokens_seen include_tokens_per_second include_for_metrics include_inputs_for_metrics
-    enable_jit_checkpoint auto_find_batch_size batch_eval_metrics prediction_loss_only eval_accumulation_steps eval_on_start
-    eval_do_concat_batches eval_use_gather_object dataloader_num_workers dataloader_persistent_workers
-    dataloader_prefetch_factor debug torch_empty_cache_steps skip_memory_metrics full_determinism save_only_model disable_tqdm
+    gradient_checkpointing average_tokens_across_devices logging_steps logging_strategy report_to eval_strategy
+    eval_steps per_device_eval_batch_size save_strategy save_steps save_total_limit load_best_model_at_end
+    metric_for_best_model greater_is_better seed use_cpu ddp_backend ddp_find_unused_parameters ddp_static_graph
+    accelerator_config train_sampling_strategy group_by_length length_column_name include_num_input_tokens_seen
+    include_tokens_per_second include_for_metrics include_inputs_for_metrics enable_jit_checkpoint auto_find_batch_size
+    batch_eval_metrics prediction_loss_only eval_accumulation_steps eval_on_start eval_do_concat_batches
+    eval_use_gather_object dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor debug
+    torch_empty_cache_steps skip_memory_metrics full_determinism save_only_model disable_tqdm
 """.split()
 
 # What transformers, accelerate or torch do by themselves, around the forward and backward of a system.

@@ -129,6 +129,7 @@ def test_the_papers_settings(tmp_path):
     args = default_arguments(tmp_path, "paper")
     assert (args.learning_rate, args.lr_scheduler_type, args.gradient_accumulation_steps) == (5e-5, "cosine", 64)
     assert args.optim == "adamw_torch" and args.per_device_train_batch_size == 1 and args.get_warmup_steps(200) == 0
+    assert args.num_train_epochs == 1 and default_arguments(tmp_path).num_train_epochs == 3
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2))  # of Qwen3-8B's width
     model = add_lora(model)
@@ -145,6 +146,15 @@ def test_the_papers_settings(tmp_path):
     }
     trainable, total = model.get_nb_trainable_parameters()
     assert 0 < trainable < 0.05 * total
+
+
+def test_without_latent_steps_a_team_that_skips_is_the_single_agent():
+    """The paper's T = 0, which is not the default here."""
+    questions, answers = map(list, zip(*((r["question"], r["answer"]) for r in tiny.rows(4))))
+    alone = MultiAgentSystem(tiny.model(), tiny.tokenizer(), tiny.agents()[-1:])
+    skipping, prompting = (tiny.system(0, lora=False, no_latents=mode) for mode in ("skip", "prompt"))
+    losses = [system(questions, answers).loss.item() for system in (alone, skipping, prompting)]
+    assert losses[0] == losses[1] and abs(losses[2] - losses[0]) > 1e-3
 
 
 def test_a_plain_model_gets_lora(tmp_path):

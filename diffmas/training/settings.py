@@ -27,8 +27,9 @@ def default_arguments(output_dir, recipe: str = "default", **overrides) -> Train
     recipe: "default", which is ours (a learning rate of 5e-4 after a warm-up of 5 % of the steps, 4 micro-batches of 4 rows, 3
     epochs), or "paper": what is known of the DiffMAS paper's settings (arXiv 2604.21794: 5e-5, 64 accumulated micro-batches, 1
     epoch, where the paper has 1 or 10 by task), the rest of it ours (one row each, no warm-up). Both: AdamW and cosine decay as
-    in the paper, gradients clipped to norm 1. overrides: any other TrainingArguments. With an eval_strategy among them, checkpoints follow
-    it, and training ends by loading the one with the lowest eval_loss. Raises ValueError for an unknown recipe.
+    in the paper, gradients clipped to norm 1. overrides: any other TrainingArguments. With an eval_strategy among them,
+    checkpoints follow it, and training ends by loading the one with the lowest eval_loss. Raises ValueError for an unknown
+    recipe.
 
         >>> default_arguments(directory, max_steps=10).learning_rate
         0.0005
@@ -38,7 +39,8 @@ def default_arguments(output_dir, recipe: str = "default", **overrides) -> Train
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {tuple(RECIPES)}, got {recipe!r}")
     options = {
-        **RECIPES[recipe], "lr_scheduler_type": "cosine", "optim": "adamw_torch", "logging_steps": 1, "save_strategy": "epoch", "save_total_limit": 3, "report_to": ["tensorboard"], "remove_unused_columns": False,
+        **RECIPES[recipe], "lr_scheduler_type": "cosine", "optim": "adamw_torch", "logging_steps": 1, "save_strategy": "epoch",
+        "save_total_limit": 3, "report_to": ["tensorboard"], "remove_unused_columns": False,
     }  # fmt: skip
     if "warmup_ratio" in overrides:
         del options["warmup_steps"]

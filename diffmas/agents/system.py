@@ -65,8 +65,8 @@ class MultiAgentSystem(nn.Module):
     positions: keep | reindex (renumbered from 0), the positions of the rows that latent_only hands on.
     adapter_scope: shared | per_role (one PEFT adapter per agent, named as the agent) | final_only (the last agent has the
         adapter, the others the bare model).
-    no_latents: prompt | skip, whether an agent hands on its prompt or has no turn where its T is 0. At T = 0 for all, "skip" is the
-        last agent alone, as the paper's T = 0 is; the default is not.
+    no_latents: prompt | skip, whether an agent hands on its prompt or has no turn where its T is 0. At T = 0 for all, "skip"
+        is the last agent alone, as the paper's T = 0 is; the default is not.
 
     Raises ValueError naming the argument that does not fit, for no agents, and for two agents of one name.
 

@@ -127,6 +127,7 @@ class Trainer(transformers.Trainer):
             if getattr(system.model, name, None) is not None:
                 setattr(system, name, getattr(system.model, name))
         self._bad_losses, self._good_checkpoint = None, None
+        self._token_losses: list[torch.Tensor] = []  # of an evaluation's rows: the sum over tokens, and how many they are
         self._monitor = GradientMonitor(system, gradient_report_steps, explosion_factor)
         super().__init__(
             model=system, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,

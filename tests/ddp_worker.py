@@ -18,7 +18,13 @@ CASES = {
     "different": ((1, 3), {}),
     "per_role": ((1, 3), {"adapter_scope": "per_role"}),
     "unused": ((0, 2), {"adapter_scope": "per_role"}),
+    "iterable": ((2, 2), {}),
 }
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(tiny_systems.rows(8))
 
 
 def build(latent_steps: int, options: dict):
@@ -36,7 +42,8 @@ class Record(TrainerCallback):
 
 class Recording(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.seen += zip(inputs["questions"], inputs["answers"])
+        if model.training:
+            self.seen += zip(inputs["questions"], inputs["answers"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -49,16 +56,17 @@ def main(output: Path) -> None:
         )  # fmt: skip
         assert args.world_size == 2
         trainer = Recording(
-            build(steps[args.process_index], options), args, train_dataset=tiny_systems.rows(8), callbacks=[record := Record()]
-        )
+            build(steps[args.process_index], options), args, callbacks=[record := Record()],
+            train_dataset=Stream() if name == "iterable" else tiny_systems.rows(8), eval_dataset=tiny_systems.rows(5),
+        )  # fmt: skip
         trainer.seen = []
         trainer.train()
         trainer.save_model()
-        find_unused = args.ddp_find_unused_parameters
-        torch.save(
-            {"seen": trainer.seen, "grads": record.grads, "find_unused": find_unused},
-            output / f"{name}-{args.process_index}.pt",
-        )
+        found = {
+            "seen": trainer.seen, "grads": record.grads, "find_unused": trainer.args.ddp_find_unused_parameters,
+            "eval_loss": trainer.evaluate()["eval_loss"],
+        }  # fmt: skip
+        torch.save(found, output / f"{name}-{args.process_index}.pt")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line on a tiny model on disk, and what a config may hold."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from diffmas import MultiAgentSystem
 from diffmas.cli import build, config
 from diffmas.cli import main as cli
+from diffmas.evaluation import Stitched
 
 AGENTS = [{"name": a.name, "prompt": a.prompt, "latent_steps": a.latent_steps} for a in tiny.agents()]
 
@@ -59,10 +61,10 @@ def test_train_says_what_it_does_and_saves(project, trained):
     assert "parameters (" in trained and "shared, r=2, alpha=4" in trained
     assert "planner (T=2), critic (T=2) -> solver" in trained and "8 rows, 2 for validation" in trained
     assert "best eval_loss" in trained and "4 steps" in trained
-    names = {p.name for p in (project / "run").iterdir()} - {"README.md"}
+    names = {p.name for p in (project / "run").iterdir()} - {"README.md", "special_tokens_map.json"}
     assert names == {
         "adapter_config.json", "adapter_model.safetensors", "agents.json", "checkpoint-2", "checkpoint-4", "runs",
-        "gradients.csv", "gradients.png",
+        "gradients.csv", "gradients.png", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert list((project / "run").glob("runs/**/events.out.tfevents.*"))
 
@@ -94,6 +96,9 @@ def test_evaluate_compares(project, trained):
     directory = project / "run" / "evaluation"
     assert {p.name for p in directory.iterdir()} == {"results.csv", "entropy.csv", "results.png", "answers.jsonl"}
     assert len((directory / "answers.jsonl").read_text().splitlines()) == 2
+    for row in read_csv(directory / "results.csv"):
+        # Two samples of each of two questions: pass@1 is the accuracy, and pass@2 counts questions with a right one.
+        assert row["pass_at_1"] == row["accuracy"] and float(row["pass_at_1"]) <= float(row["pass_at_2"]) <= 1
     bare = call("evaluate", project / "config.yaml", "--output", project / "bare", "--device", "cpu").stdout
     assert "latent_mas" in bare and len((project / "bare" / "results.csv").read_text().splitlines()) == 4
 
@@ -165,16 +170,22 @@ def test_an_adapter_has_the_agents_that_were_asked_for(project, trained, tmp_pat
 
 def test_a_baselines_adapter_is_that_baselines(project, trained, tmp_path):
     bare = build.trained_system(config.load(project / "config.yaml"), None)
-    with pytest.raises(ValueError, match=r"run: expected agents \['writer'\], got \['planner', 'critic', 'solver'\]"):
+    with pytest.raises(ValueError, match="run: expected class 'diffmas.*Writers', got 'diffmas.*MultiAgentSystem'"):
         build.methods_of(config.load(project / "config.yaml"), bare, ["text_sft"], {"text_sft": project / "run"})
+    with pytest.raises(ValueError, match="run: expected class 'diffmas.*Stitched', got 'diffmas.*MultiAgentSystem'"):
+        build.methods_of(config.load(project / "config.yaml"), bare, ["stitch"], {"stitch": project / "run"})
+    team = build.untrained_system(config.load(project / "config.yaml"))
+    Stitched(team.model, team.tokenizer, team.agents).save_pretrained(tmp_path / "stitched")
     for change, message in (
         ({"agents": [*AGENTS[:1], {**AGENTS[1], "latent_steps": 7}, AGENTS[2]]}, "expected latent_steps 7 of agent 'critic'"),
         ({"system": {"sinks": 1}}, "expected sinks 1, got 4"),
         ({"system": {"trace_content": "latent_only"}}, "expected trace_content 'latent_only', got 'all'"),
     ):
         settings = config.load(settings_of(project, tmp_path, **change))
-        with pytest.raises(ValueError, match=f"run: {message}"):
-            build.methods_of(settings, build.trained_system(settings, None), ["stitch"], {"stitch": project / "run"})
+        with pytest.raises(ValueError, match=f"stitched: {message}"):
+            build.methods_of(settings, build.trained_system(settings, None), ["stitch"], {"stitch": tmp_path / "stitched"})
+    with pytest.raises(ValueError, match="got one of diffmas.evaluation.baselines.Stitched; load it by that class"):
+        build.trained_system(config.load(project / "config.yaml"), tmp_path / "stitched")
 
 
 def test_text_agents_of_a_task_keep_system_messages(project):
@@ -187,10 +198,18 @@ def test_text_agents_of_a_task_keep_system_messages(project):
     assert build.text_team(settings, system) == (system, None)
 
 
-def test_audit_says_who_communicates(project, trained):
+def test_audit_says_who_communicates(project, trained, tmp_path):
     result = call("audit", project / "config.yaml", "--adapter", project / "run", "--device", "cpu", "--kind", "latent")
     assert "no evidence that the team communicates" in result.stdout and "other: critic" in result.stdout
     assert {p.name for p in (project / "run" / "audit").iterdir()} == {"audit.csv", "audit.png"}
+    of_two = ("--device", "cpu", "--limit", 2, "--output", tmp_path)
+    result = call("audit", settings_of(project, tmp_path, evaluation={"data": str(project / "rows.jsonl")}), *of_two)
+    assert "2 questions" in result.stdout and "10 questions" not in result.stdout
+
+
+def read_csv(path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def settings_of(project, path, **changes):
@@ -315,6 +334,11 @@ def test_an_adapter_of_another_model_is_refused(project, trained, tmp_path):
         ({"training": {"learning_rat": 1}}, "training.learning_rat: expected one of .*did you mean 'learning_rate'"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate: expected float, got 'fast'"),
         ({"training": {"output_dir": "x"}}, "training.output_dir: expected it at the top level"),
+        (
+            {"training": {"resume_from_checkpoint": "x"}},
+            "training.resume_from_checkpoint: expected none.*`diffmas train --resume`",
+        ),
+        ({"training": {"do_eval": True}}, "training.do_eval: expected none, since it would have no effect, got True"),
         (
             {"data": {"train": "a", "validation": "b", "validation_fraction": 0.1}},
             "data.validation_fraction: expected it alone",

@@ -417,4 +417,5 @@ def test_options_have_one_list_of_names_and_defaults():
     parameters = inspect.signature(MultiAgentSystem).parameters
     assert {n: parameters[n].default for n in list(parameters)[3:]} == asdict(Options())
     described = system().describe()
-    assert {"agents": described["agents"], **asdict(Options(chat_template=False))} == described
+    of_class = {"class": "diffmas.agents.system.MultiAgentSystem", "own_options": {}}
+    assert {**of_class, "agents": described["agents"], **asdict(Options(chat_template=False))} == described

@@ -13,10 +13,11 @@ import pytest
 import tiny_systems as tiny
 import torch
 from ddp_worker import CASES, build
-from transformers import EarlyStoppingCallback, Qwen3Config, TrainerCallback
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Qwen3Config, TrainerCallback
 from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from diffmas import MultiAgentSystem
+from diffmas.evaluation import Stitched, Writers
 from diffmas.training import (
     NonFiniteLoss,
     Trainer,
@@ -29,6 +30,7 @@ from diffmas.training import (
 )
 from diffmas.training.explosion import Explosion
 
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 QUIET = dict(report_to=[], disable_tqdm=True, use_cpu=True, save_total_limit=None)
 
 
@@ -89,9 +91,9 @@ def test_logs_to_tensorboard(run):
 
 def test_a_checkpoint_holds_no_base_weights(run):
     path = Path(run.args.output_dir) / "checkpoint-4"
-    names = {p.name for p in path.iterdir()} - {"README.md"}
+    names = {p.name for p in path.iterdir()} - {"README.md", "special_tokens_map.json"}  # transformers 4 has the latter
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "agents.json",
+        "adapter_config.json", "adapter_model.safetensors", "agents.json", *TOKENIZER,
         "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json",
     }  # fmt: skip
     assert check_checkpoint(path) == path == last_checkpoint(run.args.output_dir)
@@ -127,6 +129,7 @@ def test_the_papers_settings(tmp_path):
     args = default_arguments(tmp_path, "paper")
     assert (args.learning_rate, args.lr_scheduler_type, args.gradient_accumulation_steps) == (5e-5, "cosine", 64)
     assert args.optim == "adamw_torch" and args.per_device_train_batch_size == 1 and args.get_warmup_steps(200) == 0
+    assert args.num_train_epochs == 1 and default_arguments(tmp_path).num_train_epochs == 3
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2))  # of Qwen3-8B's width
     model = add_lora(model)
@@ -143,6 +146,15 @@ def test_the_papers_settings(tmp_path):
     }
     trainable, total = model.get_nb_trainable_parameters()
     assert 0 < trainable < 0.05 * total
+
+
+def test_without_latent_steps_a_team_that_skips_is_the_single_agent():
+    """The paper's T = 0, which is not the default here."""
+    questions, answers = map(list, zip(*((r["question"], r["answer"]) for r in tiny.rows(4))))
+    alone = MultiAgentSystem(tiny.model(), tiny.tokenizer(), tiny.agents()[-1:])
+    skipping, prompting = (tiny.system(0, lora=False, no_latents=mode) for mode in ("skip", "prompt"))
+    losses = [system(questions, answers).loss.item() for system in (alone, skipping, prompting)]
+    assert losses[0] == losses[1] and abs(losses[2] - losses[0]) > 1e-3
 
 
 def test_a_plain_model_gets_lora(tmp_path):
@@ -252,9 +264,18 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for name, (steps, options) in CASES.items():
         ranks = [torch.load(tmp_path / f"{name}-{r}.pt", weights_only=False) for r in (0, 1)]
-        assert len(ranks[0]["seen"]) == len(ranks[1]["seen"]) == 4 and ranks[0]["seen"] != ranks[1]["seen"]
+        assert len(ranks[0]["seen"]) == len(ranks[1]["seen"]) == 4
+        assert sorted(map(str, ranks[0]["seen"] + ranks[1]["seen"])) == sorted(
+            str(({"question": r["question"]}, r["answer"])) for r in tiny.rows(8)
+        ), "each row once"
         assert ranks[0]["find_unused"] == ("adapter_scope" in options)
         # One process, all rows: each with the latent steps of the rank that had it.
+        if steps[0] == steps[1]:  # the mean over the tokens of five rows, of which the second process has two and a copy
+            trained = MultiAgentSystem.from_pretrained(tmp_path / name, tiny.model(), tiny.tokenizer())
+            questions, answers = zip(*((r["question"], r["answer"]) for r in tiny.rows(5)))
+            with torch.no_grad():
+                loss = trained(list(questions), list(answers)).loss.item()
+            assert [rank["eval_loss"] for rank in ranks] == pytest.approx([loss, loss], rel=1e-5)
         total, counted, expected = 0, 0, {}
         for T, rank in zip(steps, ranks):
             system = build(T, options)
@@ -289,6 +310,37 @@ def test_stops_early_and_loads_the_best(tmp_path):
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert trainer.state.global_step == len(losses) == 3 and losses[0] == min(losses)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
+
+
+def uphill(path, patience, stop=None, resume=False, **options):
+    """A run that gets worse with each step, with an evaluation and a checkpoint after each."""
+    system = tiny.system()
+    for p in system.parameters():
+        if p.requires_grad:
+            p.register_hook(torch.neg)
+    callbacks = [EarlyStoppingCallback(patience), *([Stop(stop)] if stop else [])]
+    args = arguments(path, max_steps=6, eval_strategy="steps", eval_steps=1, **options)
+    trainer = Trainer(system, args, train_dataset=tiny.rows(8), eval_dataset=tiny.rows(6), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume or None)
+    return trainer
+
+
+def test_a_run_that_stopped_early_stays_ended(tmp_path):
+    first = uphill(tmp_path, 2)
+    again = uphill(tmp_path, 2, resume=True)
+    assert first.state.global_step == again.state.global_step == 3 and not (tmp_path / "checkpoint-4").exists()
+    assert again.state.log_history == [log for log in first.state.log_history if "train_runtime" not in log]
+    best = tiny.trainable(first.model)
+    assert all(torch.equal(best[n], p) for n, p in tiny.trainable(again.model).items()), "the best weights are loaded"
+    assert uphill(tmp_path, 4, resume=True).state.global_step == 5, "more patience goes on, from the count that was kept"
+
+
+def test_an_interrupted_run_stops_as_early_as_a_whole_one(tmp_path):
+    assert uphill(tmp_path, 2, stop=2).state.global_step == 2
+    resumed, whole = uphill(tmp_path, 2, resume=True), uphill(tmp_path / "whole", 2)
+    assert resumed.state.global_step == whole.state.global_step == 3
+    losses = [[log["eval_loss"] for log in t.state.log_history if "eval_loss" in log] for t in (resumed, whole)]
+    assert losses[0] == losses[1]
 
 
 class Poison(TrainerCallback):
@@ -577,6 +629,91 @@ def test_the_best_checkpoint_is_kept(tmp_path):
             p.register_hook(torch.neg)  # uphill: the first is the best
     Trainer(system, args, train_dataset=tiny.rows(8), eval_dataset=tiny.rows(6)).train()
     assert check_checkpoint(tmp_path / "checkpoint-1") and not (tmp_path / "checkpoint-2").exists()
+
+
+# ---- what a saved system says of itself --------------------------------------------------------------------------------
+
+
+class Shouting(MultiAgentSystem):
+    """Another system, whose class must not get lost."""
+
+    def prompt_ids(self, agent, fields):
+        return super().prompt_ids(agent, fields)[::-1]
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}answer :"
+
+
+@pytest.mark.parametrize("where", ["saved", "checkpoint-1"])
+def test_a_directory_holds_the_tokenizer_and_the_chat_template(tmp_path, where):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["new"])
+    tokenizer.chat_template = TEMPLATE
+    base = tiny.model()
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    base.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    system = MultiAgentSystem(add_lora(base), tokenizer, tiny.agents())
+    trainer = Trainer(system, arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1), train_dataset=tiny.rows(4))
+    trainer.train()
+    system.save_pretrained(tmp_path / "saved")
+    again = MultiAgentSystem.from_pretrained(tmp_path / where)
+    fields = {"question": "where is the new key"}
+    assert again.tokenizer.chat_template == TEMPLATE
+    assert again.prompt_ids(again.agents[0], fields) == system.prompt_ids(system.agents[0], fields)
+    assert again.answer_ids("new")[:-1] == [len(tiny.VOCAB)]
+    plain = MultiAgentSystem.from_pretrained(tmp_path / where, tokenizer=tokenizer)
+    assert plain.tokenizer is tokenizer
+    file = tmp_path / where / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{where}: expected the whole files of a tokenizer, got damaged ones"):
+        MultiAgentSystem.from_pretrained(tmp_path / where)
+
+
+def test_a_subclass_is_loaded_as_what_it_is(tmp_path):
+    system = tiny.system()
+    other = Shouting(system.model, system.tokenizer, system.agents)
+    other.save_pretrained(tmp_path)
+    name = rf"{Shouting.__module__}\.Shouting"
+    with pytest.raises(
+        ValueError, match=rf"expected a system of the class diffmas\.agents.*, got one of {name}; load it by that"
+    ):
+        MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer())
+    with pytest.raises(ValueError, match=rf"got one of {name}"):
+        tiny.system().load_weights(tmp_path)
+    assert type(Shouting.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer())) is Shouting
+    tiny.system().save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=rf"expected a system of the class {name}, got one of diffmas\.agents.*MultiAgentSystem"
+    ):
+        Shouting.from_pretrained(tmp_path / "base", tiny.model(), tiny.tokenizer())
+
+
+def test_stitched_agents_and_writers_are_loaded_as_they_were(tmp_path):
+    system = tiny.system()
+    Stitched(system.model, system.tokenizer, system.agents, join="keep").save_pretrained(tmp_path / "stitched")
+    with pytest.raises(ValueError, match="got one of diffmas.evaluation.baselines.Stitched"):
+        MultiAgentSystem.from_pretrained(tmp_path / "stitched", tiny.model(), tiny.tokenizer())
+    assert Stitched.from_pretrained(tmp_path / "stitched", tiny.model(), tiny.tokenizer()).join == "keep"
+    with pytest.raises(ValueError, match="expected own_options {'join': 'shift'}, got {'join': 'keep'}"):
+        Stitched(system.model, system.tokenizer, system.agents).load_weights(tmp_path / "stitched")
+    Writers(system.model, system.tokenizer, system.agents).save_pretrained(tmp_path / "writers")
+    writers = Writers.from_pretrained(tmp_path / "writers", tiny.model(), tiny.tokenizer())
+    assert list(writers.roles) == ["planner", "critic", "solver"]
+    with pytest.raises(ValueError, match="agent: expected one of"):
+        writers([{"agent": "nobody", "prompt": "plan"}], ["garden"])
+
+
+def test_a_directory_that_does_not_say_its_class_is_loaded(tmp_path):
+    """As older versions wrote them."""
+    tiny.system().save_pretrained(tmp_path)
+    file = tmp_path / "agents.json"
+    described = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("class", "own_options")}
+    file.write_text(json.dumps(described))
+    for kind in (MultiAgentSystem, Stitched):
+        assert type(kind.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer())) is kind
+    tiny.system().load_weights(tmp_path)
 
 
 @pytest.mark.parametrize("scope", ["shared", "per_role"])

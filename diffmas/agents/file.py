@@ -1,4 +1,5 @@
-"""A trained system on disk: a plain PEFT adapter, and `agents.json` beside it with the agents and the adapter's base model.
+"""A trained system on disk: a plain PEFT adapter, the tokenizer with its chat template, and `agents.json` beside them with the
+agents, the system's class and the adapter's base model.
 
 Only plain data goes in and out: paths, models, dicts. `MultiAgentSystem` writes and builds itself with these functions.
 """
@@ -22,14 +23,16 @@ from diffmas.models.load import load_base, load_tokenizer
 from diffmas.models.parts import causal_lm_of
 
 __all__ = [
-    "AGENTS_FILE", "add_adapter", "check_description", "check_same", "load_model", "load_weights", "read_agents", "read_json",
-    "read_map", "save", "write_json",
+    "AGENTS_FILE", "add_adapter", "check_class", "check_description", "check_same", "load_model", "load_weights", "read_agents",
+    "read_json", "read_map", "save", "write_json",
 ]  # fmt: skip
 
 AGENTS_FILE = "agents.json"
 MAP_FILE = "realign.safetensors"  # only for a learned map
+TOKENIZER_FILE = "tokenizer_config.json"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FORMAT, SAMPLED_FORMAT = "diffmas-agents-2", "diffmas-agents-1"  # the first one's base_fingerprint was a sampled one
+OF_CLASS = ("class", "own_options")  # of `MultiAgentSystem.describe()`; None, which fits to any, where older versions wrote
 SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what PEFT multiplies the weights by
 
 
@@ -71,15 +74,16 @@ def check_description(description: dict) -> None:
             )
 
 
-def save(path, model: nn.Module, description: dict, learned_map: Tensor | None = None) -> None:
+def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tensor | None = None) -> None:
     """Writes a directory that `read_agents` and `load_model` read.
 
-    model: with or without PEFT adapters. description: `MultiAgentSystem.describe()`. learned_map: [hidden, hidden] or None.
-    agents.json comes last and in one step: a directory that has it is complete.
+    model: with or without PEFT adapters. tokenizer: its. description: `MultiAgentSystem.describe()`. learned_map: [hidden,
+    hidden] or None. agents.json comes last and in one step: a directory that has it is complete.
     """
     check_description(description)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(path))
     if hasattr(model, "peft_config"):
         model.save_pretrained(str(path))
     if learned_map is not None:
@@ -116,7 +120,7 @@ def read_agents(path) -> dict:
     described = _with_later_options(described)
     head = {
         "format": str, "base_model": str | None, "base_fingerprint": str, "trained_in_base": list, "adapters": dict,
-        "agents": list,
+        "agents": list, "class": str | None, "own_options": dict | None,
     }  # fmt: skip
     _check(described, {**head, **get_type_hints(Options)}, str(file))
     kinds = get_type_hints(Agent)
@@ -129,6 +133,7 @@ def _with_later_options(described: dict) -> dict:
     """With the options that its diffmas did not know, at what it did without them."""
     if not isinstance(described.get("agents"), list):
         return described
+    described = {**dict.fromkeys(OF_CLASS), **described}
     # Where latent_only drops nothing, sinks change nothing.
     sinks = 0 if described.get("trace_content") == "latent_only" else Options.sinks
     agents = [{"stop_change": None, **agent} if isinstance(agent, dict) else agent for agent in described["agents"]]
@@ -180,8 +185,9 @@ def load_weights(path, model: nn.Module, description: dict, learned_map: nn.Para
     path = Path(path)
     described = read_agents(path)
     check_base(described, model, path)
+    check_class(path, described, description["class"])
     for key, value in json.loads(json.dumps(description)).items():
-        if described.get(key) != value:
+        if described.get(key) != value and not _unsaid(described, key):
             raise ValueError(f"{path / AGENTS_FILE}: expected {key} {value!r}, got {described.get(key)!r}")
     adapters = adapters_of(model)
     if described["adapters"] != adapters:
@@ -226,12 +232,27 @@ def load_adapters(path, model: nn.Module, adapters: dict[str, dict], trainable: 
     return model
 
 
+def _unsaid(described: dict, key: str) -> bool:
+    return key in OF_CLASS and described[key] is None
+
+
+def check_class(path, described: dict, expected: str) -> None:
+    """Raises ValueError unless a directory, whose `read_agents` is `described`, is of this class of systems."""
+    if described["class"] != expected and not _unsaid(described, "class"):
+        raise ValueError(
+            f"{path}: expected a system of the class {expected}, got one of {described['class']}; load it by that class "
+            f"(or change the name in {AGENTS_FILE}, if the class has moved)"
+        )
+
+
 def check_same(path, described: dict, expected: dict) -> None:
     """Raises ValueError naming the directory and the first option, or field of an agent, that is not as expected.
 
     described: of `read_agents`. expected: some of the keys of `MultiAgentSystem.describe()`.
     """
     for key, value in expected.items():
+        if _unsaid(described, key):
+            continue
         found, of = described[key], ""
         if key == "agents" and value != found:
             value, found = ([agent["name"] for agent in agents] for agents in (value, found))
@@ -266,12 +287,25 @@ def add_adapter(path, model: nn.Module, name: str, expected: dict | None = None)
     return model
 
 
+def load_saved_tokenizer(path, **options):
+    """The tokenizer of a directory that `save` wrote; None if an older version did. options: as in `load_model`."""
+    from transformers import AutoTokenizer
+
+    if not (Path(path) / TOKENIZER_FILE).is_file():
+        return None
+    options = {key: options[key] for key in ("trust_remote_code", "use_fast") if key in options}
+    try:
+        return AutoTokenizer.from_pretrained(str(path), **options)
+    except Exception as error:  # of whatever kind: its files are damaged
+        raise ValueError(f"{path}: expected the whole files of a tokenizer, got damaged ones ({error})") from error
+
+
 def load_model(path, model=None, tokenizer=None, trainable: bool = False, **model_options) -> tuple[dict, nn.Module, object]:
     """The contents of a directory's agents.json, its base model with the directory's adapters, and the tokenizer.
 
-    model: a loaded base model, a directory or hub name, or None for the one that agents.json names. trainable: whether the
-    adapters are. model_options: of `diffmas.models.load.load_model`. Raises ValueError for a file of another model, and
-    for a model that has adapters.
+    model: a loaded base model, a directory or hub name, or None for the one that agents.json names. tokenizer: by default the
+    directory's. trainable: whether the adapters are. model_options: of `diffmas.models.load.load_model`. Raises ValueError for
+    a file of another model, and for a model that has adapters.
     """
     described = read_agents(path)
     if hasattr(model, "peft_config"):
@@ -282,6 +316,6 @@ def load_model(path, model=None, tokenizer=None, trainable: bool = False, **mode
             raise ValueError("model: expected a loaded model or a name, the agents file names none")
         model = load_base(name, **model_options)
     if tokenizer is None:
-        tokenizer = load_tokenizer(name, **model_options)
+        tokenizer = load_saved_tokenizer(path, **model_options) or load_tokenizer(name, **model_options)
     check_base(described, model, path)
     return described, load_adapters(path, model, described["adapters"], trainable), tokenizer

@@ -66,7 +66,8 @@ class MultiAgentSystem(nn.Module):
     positions: keep | reindex (renumbered from 0), the positions of the rows that latent_only hands on.
     adapter_scope: shared | per_role (one PEFT adapter per agent, named as the agent) | final_only (the last agent has the
         adapter, the others the bare model).
-    no_latents: prompt | skip, whether an agent hands on its prompt or has no turn where its T is 0.
+    no_latents: prompt | skip, whether an agent hands on its prompt or has no turn where its T is 0. At T = 0 for all, "skip"
+        is the last agent alone, as the paper's T = 0 is; the default is not.
 
     Raises ValueError naming the argument that does not fit, for no agents, and for two agents of one name.
 
@@ -305,9 +306,19 @@ class MultiAgentSystem(nn.Module):
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
+    def own_options(self) -> dict:
+        """Of a subclass: what its constructor takes beyond `MultiAgentSystem`'s, as plain data, to be saved and given back."""
+        return {}
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The full name of the class, as agents.json has it."""
+        return f"{cls.__module__}.{cls.__qualname__}"
+
     def describe(self) -> dict:
-        """The agents and the fields of `diffmas.agents.options.Options`, as plain data."""
+        """The class, the agents and the fields of `diffmas.agents.options.Options`, as plain data."""
         return {
+            "class": self.class_name(), "own_options": self.own_options(),
             "agents": [asdict(agent) for agent in self.agents], "realign": self.realign.mode,
             "grad_scope": self.grad_scope, "last_k": self.last_k, "trace_content": self.trace_content,
             "adapter_scope": self.adapter_scope, "no_latents": self.no_latents, "positions": self.positions,
@@ -320,11 +331,12 @@ class MultiAgentSystem(nn.Module):
         return self.realign.weight if self.realign.mode == "learned" else None
 
     def save_pretrained(self, path) -> None:
-        """Writes a directory with the PEFT adapters (if there are any), a learned realignment, and `agents.json`.
+        """Writes a directory with the PEFT adapters (if there are any), a learned realignment, the tokenizer with its chat
+        template, and `agents.json`.
 
         Raises ValueError, before anything is written, for an agent whose latent_steps are a function.
         """
-        file.save(path, self.model, self.describe(), self._learned_map)
+        file.save(path, self.model, self.tokenizer, self.describe(), self._learned_map)
 
     def load_weights(self, path) -> None:
         """Copies adapters and learned realignment of a directory that `save_pretrained` wrote into this system, in place.
@@ -335,23 +347,31 @@ class MultiAgentSystem(nn.Module):
         file.load_weights(path, self.model, self.describe(), self._learned_map)
 
     @classmethod
+    def of_description(cls, model, tokenizer, description: dict) -> "MultiAgentSystem":
+        """The system of a description, as `describe` gives it, on a model."""
+        options = {option.name: description[option.name] for option in fields(Options)}
+        agents = [Agent(**agent) for agent in description["agents"]]
+        return cls(model, tokenizer, agents, **options, **(description["own_options"] or {}))
+
+    @classmethod
     def from_pretrained(
         cls, path, model=None, tokenizer=None, *, trainable: bool = False, **model_options
     ) -> "MultiAgentSystem":
         """A system from a directory that `save_pretrained` wrote.
 
-        model: a loaded base model, a directory, GGUF file or hub name, or None for the one that agents.json names. trainable:
-        whether its adapters are. model_options: of `diffmas.models.load.load_model`. Raises ValueError naming the file that is
-        missing, damaged, or of another model.
+        model: a loaded base model, a directory, GGUF file or hub name, or None for the one that agents.json names. tokenizer:
+        by default the one that was saved. trainable: whether its adapters are. model_options: of
+        `diffmas.models.load.load_model`. Raises ValueError naming the file that is missing, damaged, or of another model, and
+        for a system of another class.
 
             >>> system.save_pretrained(directory)
             >>> MultiAgentSystem.from_pretrained(directory, base_model, tokenizer).agents == system.agents
             True
         """
+        file.check_class(path, file.read_agents(path), cls.class_name())
         described, model, tokenizer = file.load_model(path, model, tokenizer, trainable, **model_options)
-        options = {option.name: described[option.name] for option in fields(Options)}
         try:
-            system = cls(model, tokenizer, [Agent(**agent) for agent in described["agents"]], **options)
+            system = cls.of_description(model, tokenizer, described)
         except ValueError as error:
             raise ValueError(f"{Path(path) / file.AGENTS_FILE}: {error}") from error
         if (learned_map := system._learned_map) is not None:

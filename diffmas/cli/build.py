@@ -1,9 +1,8 @@
 """What a config describes, built: model, system, rows, scorer, and the methods that are compared."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from diffmas.agents.options import Options
 from diffmas.cli.config import Config, training_fields
 from diffmas.cli.methods import TRAINED
 from diffmas.evaluation.tasks import task
@@ -60,7 +59,7 @@ def trained_system(config: Config, adapter: Path | None, device: str | None = No
         return untrained_system(config, adapter=False, device=device).eval()
     wanted = {k: v for k, v in vars(config.system).items() if k not in OF_TRAINING and (k, v) != ("chat_template", None)}
     check_same(adapter, read_agents(adapter), {"agents": [asdict(agent) for agent in config.agents], **wanted})
-    return MultiAgentSystem.from_pretrained(adapter, *base_model(config, device)).eval()
+    return MultiAgentSystem.from_pretrained(adapter, config.model, dtype=config.dtype, device=device).eval()
 
 
 def trained_as(config: Config, method: str) -> Config:
@@ -128,7 +127,7 @@ def scorer_of(config: Config):
 def text_team(config: Config, system):
     """The agents as they are when they write text, and the one that answers alone (None: the last of them): a task has its own
     prompts for each, unless the system has others than the task's."""
-    from diffmas.agents.system import MultiAgentSystem
+    from diffmas.evaluation.baselines import with_agents
 
     if config.task is None:
         return system, None
@@ -136,10 +135,7 @@ def text_team(config: Config, system):
     roles = [[(a.name, a.prompt, a.system) for a in agents] for agents in (system.agents, published.agents())]
     if roles[0] != roles[1]:
         return system, None
-    described = system.describe()
-    options = {option.name: described[option.name] for option in fields(Options)}
-    options |= {"realign": "none", "grad_scope": "full", "last_k": None, "adapter_scope": "shared"}
-    return MultiAgentSystem(system.model, system.tokenizer, published.agents("text"), **options), published.agents("single")[0]
+    return with_agents(system, published.agents("text")), published.agents("single")[0]
 
 
 def methods_of(config: Config, system, names, adapters: dict[str, Path] | None = None) -> dict:
@@ -152,7 +148,10 @@ def methods_of(config: Config, system, names, adapters: dict[str, Path] | None =
 
     adapters = adapters or {}
     described = system.describe()
-    expected = {"text_sft": {"agents": [asdict(WRITER)]}, "stitch": {key: described[key] for key in TOLD}}
+    expected = {
+        "text_sft": {"class": evaluation.Writers.class_name(), "agents": [asdict(WRITER)]},
+        "stitch": {"class": evaluation.Stitched.class_name(), **{key: described[key] for key in TOLD}},
+    }
     if "text_sft" in names and "text_sft" not in adapters:
         raise ValueError("evaluation.methods: 'text_sft' needs --text-sft DIR, which `diffmas train --method text_sft` writes")
     for name, directory in adapters.items():

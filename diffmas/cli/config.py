@@ -219,6 +219,14 @@ def load(path) -> Config:
     return config
 
 
+# Fields that scripts read and transformers' Trainer does not, and what `diffmas train` has for them.
+OF_SCRIPTS = {
+    "do_eval": "evaluation follows from data.validation and eval_strategy", "do_predict": "use `diffmas evaluate`",
+    "do_train": "`diffmas train` trains", "overwrite_output_dir": "use `diffmas train --overwrite`",
+    "resume_from_checkpoint": "use `diffmas train --resume`",
+}  # fmt: skip
+
+
 def training_fields(given: dict) -> dict:
     """The `training` section, checked against TrainingArguments; numbers get the kinds of its fields.
 
@@ -232,6 +240,8 @@ def training_fields(given: dict) -> dict:
     for key, value in given.items():
         if key == "output_dir":
             raise ValueError("training.output_dir: expected it at the top level as output_dir, got it here")
+        if key in OF_SCRIPTS:
+            raise ValueError(f"training.{key}: expected none, since it would have no effect, got {value!r}; {OF_SCRIPTS[key]}")
         if key not in known:
             raise _unknown(key, known, "training.")
         kind = kinds[key]

@@ -9,7 +9,7 @@ TextAgents     the agents exchange text instead of K/V states; trained on their 
 
 import contextlib
 import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import torch
@@ -17,10 +17,13 @@ import torch
 from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.meter import Cost, Decoding, measuring, phase
+from diffmas.agents.options import Options
 from diffmas.agents.system import Agent, MultiAgentSystem
 from diffmas.trace import Trace
 
-__all__ = ["Answers", "Latent", "Method", "Stitched", "TextAgents", "Turn", "latent_mas", "single_agent", "stitch"]
+__all__ = [
+    "Answers", "Latent", "Method", "Stitched", "TextAgents", "Turn", "latent_mas", "single_agent", "stitch", "with_agents",
+]  # fmt: skip
 
 MESSAGES = "messages"  # the prompt field with the earlier agents' messages
 
@@ -104,22 +107,23 @@ def _generate(system, questions, **options) -> tuple[list[list[str]], list[list[
     return texts, [[len(sample) for sample in row] for row in tokens]
 
 
-def _with_agents(system: MultiAgentSystem, agents: list[Agent], kind=MultiAgentSystem, **options) -> MultiAgentSystem:
+def with_agents(system: MultiAgentSystem, agents: list[Agent], kind=MultiAgentSystem, **options) -> MultiAgentSystem:
     """A system of other agents on the same model, all of them with its active adapter, if there is one."""
     chat = {"chat_template": system.chat_template, "chat_options": system.chat_options}
     return kind(system.model, system.tokenizer, agents, **{"realign": "none", **chat, **options})
 
 
-# What a team has in common with another on the same model, adapters and realignment aside.
-SHARED = ("grad_scope", "last_k", "trace_content", "no_latents", "positions", "sinks", "temperature")
+# Options that another team of a system's agents has otherwise, or from `with_agents`.
+OWN = ("realign", "adapter_scope", "chat_template", "chat_options")
 
 
 def _team(system: MultiAgentSystem, kind=MultiAgentSystem, **options) -> MultiAgentSystem:
     """The system's agents, with its options but `adapter_scope`, as another kind of team. A learned realignment, which belongs
     to an adapter, becomes "ridge"; other modes stay."""
     learned = system.realign.mode == "learned"
-    shared = {k: v for k, v in system.describe().items() if k in SHARED}
-    team = _with_agents(system, system.agents, kind, realign="ridge" if learned else "none", **shared, **options)
+    described = system.describe()
+    shared = {option.name: described[option.name] for option in fields(Options) if option.name not in OWN}
+    team = with_agents(system, system.agents, kind, realign="ridge" if learned else "none", **shared, **options)
     if not learned:
         team.realign = system.realign  # no second solve
     return team
@@ -142,8 +146,7 @@ class Stitched(MultiAgentSystem):
     """Agents that do not read each other: each writes on a fork of the same empty trace, and the last one reads the join.
 
     join: how positions of the forks are joined (`Trace.join`): "shift" puts each agent's rows, as a block, behind those of the
-    one before it. Other arguments: of `MultiAgentSystem`. It is trained as that is, by `diffmas.Trainer`; a directory that it
-    is saved to does not say that it is stitched, and has to be loaded by `Stitched.from_pretrained`.
+    one before it. Other arguments: of `MultiAgentSystem`. It is trained as that is, by `diffmas.Trainer`.
 
         >>> team = Stitched(model, tokenizer, system.agents)
         >>> team(["where is the key"], ["in the garden"]).loss.backward()
@@ -152,6 +155,9 @@ class Stitched(MultiAgentSystem):
     def __init__(self, *args, join: str = "shift", **options):
         super().__init__(*args, **options)
         self.join = join
+
+    def own_options(self) -> dict:
+        return {"join": self.join}
 
     def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None) -> Trace:
         trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
@@ -174,7 +180,7 @@ def stitch(system: MultiAgentSystem, adapter: bool | str = False, join: str = "s
 
 def single_agent(system: MultiAgentSystem, agent: Agent | None = None, adapter: bool | str = False) -> Latent:
     """One agent alone, by default the last one. adapter: as in `Latent`."""
-    return Latent(_with_agents(system, [agent or system.agents[-1]]), adapter)
+    return Latent(with_agents(system, [agent or system.agents[-1]]), adapter)
 
 
 @dataclass
@@ -211,7 +217,7 @@ class TextAgents:
         for agent in system.agents:
             takes = f"{{{MESSAGES}}}" in agent.prompt
             after = agent if takes else replace(agent, prompt=f"{{{MESSAGES}}}\n\n{agent.prompt}")
-            self._readers.append([Latent(_with_agents(system, [a]), adapter) for a in (agent, after)])
+            self._readers.append([Latent(with_agents(system, [a]), adapter) for a in (agent, after)])
 
     def _read(self, i: int, questions: list[dict], messages: list[str]) -> tuple[Latent, list[dict]]:
         """Agent i as a method, and the questions as it reads them."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from diffmas.agents.meter import PHASES
 from diffmas.evaluation.baselines import Answers, Method
 from diffmas.evaluation.files import figure, room_for, write_rows
-from diffmas.evaluation.metrics import Difference, Scorer, agreements, difference_of_rates, perplexity, wilson
+from diffmas.evaluation.metrics import Difference, Scorer, agreements, difference_of_rates, pass_at_k, perplexity, wilson
 from diffmas.training.data import question_and_answer
 
 __all__ = [
@@ -31,7 +31,8 @@ class Result:
     accuracy: share of right samples; [low, high]: its 95 % Wilson interval over questions. difference: of the accuracy to the
     best baseline's, `best_baseline`, over the same questions, with its interval (`difference_of_rates`); None for that one.
     perplexity: of the gold answers, per token. vote_accuracy, agreement: self-consistency (`Scorer.self_consistency`).
-    agree: {"3 of 4": share of questions where that many samples agree, ...} (`metrics.agreements`).
+    agree: {"3 of 4": share of questions where that many samples agree, ...} (`metrics.agreements`). pass_at: {k: pass@k}, the
+    mean over questions of the unbiased estimate (`metrics.pass_at_k`), for one sample and for all.
 
     decoded_perplexity, entropy: of the distributions that the answers' tokens were drawn from, at temperature 1: exp of the
     tokens' mean negative log-likelihood; the mean over tokens, in nats. entropy_curve: by the token's place in the answer.
@@ -54,6 +55,7 @@ class Result:
     vote_accuracy: float
     agreement: float
     agree: dict[str, float]
+    pass_at: dict[int, float]
     decoded_perplexity: float
     entropy: float
     seconds: float
@@ -77,6 +79,8 @@ class Result:
                 row |= dict(zip(("difference", "difference_low", "difference_high"), gap))
             elif f.name == "agree":
                 row |= {f"agree_{name.replace(' ', '_')}": share for name, share in value.items()}
+            elif f.name == "pass_at":
+                row |= {f"pass_at_{k}": rate for k, rate in value.items()}
             elif f.name == "phases":
                 row |= {f"seconds_{name.replace('-', '_')}": seconds for name, seconds in value.items()}
             elif f.name not in ("entropy_curve", "entropy_counts", "scores", "texts"):
@@ -149,6 +153,7 @@ def _result(name: str, answers: Answers, golds, rows, samples: int, scorer: Scor
     return Result(
         name, len(texts), samples, accuracy, *wilson(accuracy, len(texts)), None, None, gold_perplexity, vote, agreement,
         agreements([scorer.vote(given, row)[1] for given, row in zip(texts, rows)], samples),
+        {k: statistics.fmean(pass_at_k(samples, round(s * samples), k) for s in scores) for k in sorted({1, samples})},
         perplexity(decoding.nll, decoded) if decoded else NAN,
         sum(e * n for e, n in zip(curve, counts)) / decoded if decoded else NAN,
         answers.seconds, cost.seconds, answers.tokens, cost.rows["prefill"], cost.rows["latent"], cost.trace_bytes,

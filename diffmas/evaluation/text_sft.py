@@ -10,7 +10,7 @@ rows as plain supervised fine-tuning, and the team answers with it as before:
     evaluate({"text": TextAgents(system), "text, trained": TextAgents(system, adapter=True)}, test_rows)
 """
 
-from dataclasses import replace
+from dataclasses import asdict
 
 from diffmas.agents.system import Agent, MultiAgentSystem
 from diffmas.evaluation.baselines import TextAgents
@@ -64,7 +64,17 @@ class Writers(MultiAgentSystem):
         super().__init__(
             model, tokenizer, [WRITER], realign="none", chat_template=chat_template, chat_options=chat_options
         )  # fmt: skip
-        self.roles = {agent.name: replace(agent, prompt="{prompt}") for agent in agents}
+        self.roles = {agent.name: Agent(agent.name, "{prompt}", system=agent.system) for agent in agents}
+
+    def own_options(self) -> dict:
+        return {"roles": [asdict(agent) for agent in self.roles.values()]}
+
+    @classmethod
+    def of_description(cls, model, tokenizer, description: dict) -> "Writers":
+        if not description["own_options"]:
+            raise ValueError("own_options: expected the roles, got none")
+        roles = [Agent(**agent) for agent in description["own_options"]["roles"]]
+        return cls(model, tokenizer, roles, description["chat_template"], description["chat_options"])
 
     def prompt_ids(self, agent: Agent, fields: dict) -> list[int]:
         """The token ids of the prompt, with the system message of the agent that the row names."""

@@ -1,8 +1,8 @@
 """Checkpoints of a run: which are whole, which is the newest, and which may go.
 
-A checkpoint is a directory `checkpoint-N`: the PEFT adapter and agents.json as `MultiAgentSystem.save_pretrained` writes
-them; transformers' optimizer.pt, scheduler.pt, rng_state*.pth and trainer_state.json; and, written last, manifest.json with
-the SHA-256 of each of these files. A checkpoint without a manifest, or with a byte that differs, is not whole.
+A checkpoint is a directory `checkpoint-N`: the PEFT adapter, tokenizer and agents.json as `MultiAgentSystem.save_pretrained`
+writes them; transformers' optimizer.pt, scheduler.pt, rng_state*.pth and trainer_state.json; and, written last, manifest.json
+with the SHA-256 of each of these files. A checkpoint without a manifest, or with a byte that differs, is not whole.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # {file: SHA-256}
+IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers has it beside the others until enable_jit_checkpoint's are written
 RESUME_FILES = ("trainer_state.json", AGENTS_FILE, "optimizer.pt", "scheduler.pt")
 
 
@@ -33,7 +34,7 @@ def _sha256(file: Path) -> str:
 
 def write_manifest(path: Path) -> None:
     """Marks a directory as whole, with the files that are in it now."""
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (MANIFEST, IN_PROGRESS))
     write_json(path / MANIFEST, {file.relative_to(path).as_posix(): _sha256(file) for file in files})
 
 

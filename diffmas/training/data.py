@@ -5,6 +5,7 @@ A row is {"question": "...", "answer": "..."}; or with several fields for the ag
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -94,15 +95,27 @@ class Collator:
 
     transformers' Trainer counts the labels that are not -100, without the first column, as num_items_in_batch. They come first
     in the batch because accelerate takes the batch size from the first value.
+
+    tokenize: of a `MultiAgentSystem`, for batches that also have what its Trainer counts, and shows to metrics, as inputs:
+    "input_ids" [B, L], of a row the tokens of all prompts in the order of turns and of the answer, padded with -100; and
+    "attention_mask" [B, L], 0 at the padding.
     """
 
     answer_ids = MultiAgentSystem.answer_ids  # needs the tokenizer only, so that workers of a DataLoader get no model
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, tokenize: Callable | None = None):
+        self.tokenizer, self.tokenize = tokenizer, tokenize
 
     def __call__(self, rows: list) -> dict:
-        questions, answers = zip(*(question_and_answer(row) for row in rows))
-        ids = [torch.tensor([-100, *self.answer_ids(answer)]) for answer in answers]
-        labels = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
-        return {"labels": labels, "questions": list(questions), "answers": list(answers)}
+        questions, answers = map(list, zip(*(question_and_answer(row) for row in rows)))
+        ids = [self.answer_ids(answer) for answer in answers]
+        batch = {"labels": _padded([[-100, *row] for row in ids]), "questions": questions, "answers": answers}
+        if self.tokenize is not None:
+            turns = zip(*self.tokenize(questions, [len(row) for row in ids]))
+            read = _padded([[t for turn in of_row for t in turn.ids] + row for of_row, row in zip(turns, ids)])
+            batch |= {"input_ids": read, "attention_mask": (read != -100).long()}
+        return batch
+
+
+def _padded(rows: list[list[int]]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-100)

@@ -6,16 +6,17 @@ from transformers import TrainingArguments
 
 __all__ = ["RECIPES", "default_arguments"]
 
+# What of these is the paper's own, and what is ours, is in docs/training.md.
 # default: for a LoRA on a pretrained model (docs/training.md). A norm of 1 is below that of an untrained team's gradient, so
 # that one bad batch weighs no more than others. The first steps are short: AdamW does not know the size of gradients yet.
 RECIPES = {
     "default": {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "learning_rate": 5e-4, "warmup_steps": 0.05,
-        "max_grad_norm": 1.0,
+        "max_grad_norm": 1.0, "num_train_epochs": 3,
     },
     "paper": {
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 64, "learning_rate": 5e-5, "warmup_steps": 0,
-        "max_grad_norm": 1.0,
+        "max_grad_norm": 1.0, "num_train_epochs": 1,
     },
 }  # fmt: skip
 
@@ -23,10 +24,12 @@ RECIPES = {
 def default_arguments(output_dir, recipe: str = "default", **overrides) -> TrainingArguments:
     """TrainingArguments for a team of agents.
 
-    recipe: "default" (a learning rate of 5e-4 after a warm-up of 5 % of the steps, 4 micro-batches of 4 rows) or "paper", the
-    settings of the DiffMAS paper (arXiv 2604.21794: 5e-5 at once, 64 micro-batches of one row). Both: AdamW, cosine decay,
-    gradients clipped to norm 1. overrides: any other TrainingArguments. With an eval_strategy among them, checkpoints follow
-    it, and training ends by loading the one with the lowest eval_loss. Raises ValueError for an unknown recipe.
+    recipe: "default", which is ours (a learning rate of 5e-4 after a warm-up of 5 % of the steps, 4 micro-batches of 4 rows, 3
+    epochs), or "paper": what is known of the DiffMAS paper's settings (arXiv 2604.21794: 5e-5, 64 accumulated micro-batches, 1
+    epoch, where the paper has 1 or 10 by task), the rest of it ours (one row each, no warm-up). Both: AdamW and cosine decay as
+    in the paper, gradients clipped to norm 1. overrides: any other TrainingArguments. With an eval_strategy among them,
+    checkpoints follow it, and training ends by loading the one with the lowest eval_loss. Raises ValueError for an unknown
+    recipe.
 
         >>> default_arguments(directory, max_steps=10).learning_rate
         0.0005
@@ -36,8 +39,8 @@ def default_arguments(output_dir, recipe: str = "default", **overrides) -> Train
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {tuple(RECIPES)}, got {recipe!r}")
     options = {
-        **RECIPES[recipe], "lr_scheduler_type": "cosine", "optim": "adamw_torch", "num_train_epochs": 3, "logging_steps": 1,
-        "save_strategy": "epoch", "save_total_limit": 3, "report_to": ["tensorboard"], "remove_unused_columns": False,
+        **RECIPES[recipe], "lr_scheduler_type": "cosine", "optim": "adamw_torch", "logging_steps": 1, "save_strategy": "epoch",
+        "save_total_limit": 3, "report_to": ["tensorboard"], "remove_unused_columns": False,
     }  # fmt: skip
     if "warmup_ratio" in overrides:
         del options["warmup_steps"]

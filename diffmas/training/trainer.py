@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from diffmas.agents.adapters import add_lora
@@ -20,9 +20,11 @@ from diffmas.agents.file import check_description
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.adapted import check_held
 from diffmas.models.parts import trained_beside_the_text
+from diffmas.training.arguments import adopted, wants_ids
 from diffmas.training.checkpoint import check_checkpoint, check_manifest, last_checkpoint, remove_oldest, write_manifest
 from diffmas.training.data import Collator, check_row
 from diffmas.training.gradients import GradientMonitor
+from diffmas.training.losses import as_causal_lm, token_losses
 from diffmas.training.settings import default_arguments
 
 __all__ = ["NonFiniteLoss", "Trainer"]
@@ -44,6 +46,23 @@ def _may_leave_unused(system: MultiAgentSystem) -> bool:
     return system.adapter_scope == "per_role" or system.realign.mode == "learned" or trained_beside_the_text(system.model)
 
 
+def _go_on_stopping(callbacks: list, state: TrainerState) -> bool:
+    """Gives the callbacks that stop early their counts in a run's state, which transformers would begin anew at 0.
+
+    Returns whether one of them has stopped that run.
+    """
+    found: dict[str, list] = {}
+    for callback in callbacks:
+        if isinstance(callback, EarlyStoppingCallback):
+            found.setdefault(type(callback).__name__, []).append(callback)
+    for name, several in found.items():
+        saved = state.stateful_callbacks.get(name, [])  # of several, those of the last checkpoint come last
+        for callback, kept in zip(several, saved[-len(several) :] if isinstance(saved, list) else [saved]):
+            callback.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
+    stopping = [callback for several in found.values() for callback in several]
+    return any(callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in stopping)
+
+
 def _mean_loss(history: list[dict]) -> float:
     """The mean over the steps of a log, whose losses are means since the entry before; NaN if none was logged."""
     total, at = 0.0, 0
@@ -57,13 +76,18 @@ class Trainer(transformers.Trainer):
     """transformers' Trainer for a `MultiAgentSystem`.
 
     system: its PEFT adapter is trained; a plain model gets one first. peft_config: for that one, by default `lora_config()`.
-    args: TrainingArguments, by default `default_arguments("diffmas-output")`.
+    args: TrainingArguments, by default `default_arguments("diffmas-output")`; they stay as they are. docs/training.md lists the
+        few fields that are refused.
     train_dataset, eval_dataset: rows of questions and answers (`diffmas.training.data`), as lists or datasets.
+    compute_loss_func: (outputs, labels, num_items_in_batch=...) -> another loss, as for a causal LM: outputs["logits"]
+        [B, 1 + A, V] at t predict labels [B, 1 + A] at t + 1, which are -100 where there is no answer token.
     gradient_report_steps: every so many steps, norms of the gradient go to the log, and to gradients.csv and gradients.png in
         output_dir: of the parameters by layers, and of dL/d(rows) and dL/dh by agent and latent step. 0: never.
-    explosion_factor: one warning, with a gradient report of that step, when the gradient's norm before clipping is more than so
-        many times its running median. None: no warning.
+    explosion_factor: one warning, with a gradient report of that step (of the answers' own loss), when the gradient's norm
+        before clipping is more than so many times its running median. None: no warning.
     options: other arguments of transformers' Trainer.
+
+    The loss of an evaluation is the mean over the tokens of its answers, on however many devices and in whatever batches.
 
     A loss or gradient that is not finite stops training with `NonFiniteLoss` before it reaches the weights.
     train(resume_from_checkpoint=True) goes on from the newest whole checkpoint, bit for bit as if it had not stopped.
@@ -80,47 +104,42 @@ class Trainer(transformers.Trainer):
 
     def __init__(
         self, system: MultiAgentSystem, args: TrainingArguments | None = None, *, train_dataset=None, eval_dataset=None,
-        peft_config=None, data_collator=None, gradient_report_steps: int = 0, explosion_factor: float | None = 100.0, **options,
+        compute_loss_func=None, peft_config=None, data_collator=None, gradient_report_steps: int = 0,
+        explosion_factor: float | None = 100.0, **options,
     ):  # fmt: skip
         if not isinstance(system, MultiAgentSystem):
             raise ValueError(f"system: expected a MultiAgentSystem, got {type(system).__name__}")
         args = default_arguments("diffmas-output") if args is None else args
-        for name in ("label_smoothing_factor", "neftune_noise_alpha", "fsdp", "deepspeed"):
-            if getattr(args, name, None):
-                raise ValueError(f"{name}: expected it to be off for a multi-agent system, got {getattr(args, name)!r}")
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+        sets = {"train_dataset": train_dataset}
+        sets |= {"eval_dataset" if k is None else f"eval_dataset[{k!r}]": rows for k, rows in evaluated.items()}
+        args = adopted(args, sets, _may_leave_unused(system))
         if args.save_strategy != "no":
             check_description(system.describe())  # not when the first checkpoint is due
-        sets = [("train_dataset", train_dataset)]
-        sets += (
-            [(f"eval_dataset[{k!r}]", v) for k, v in eval_dataset.items()]
-            if isinstance(eval_dataset, dict)
-            else [("eval_dataset", eval_dataset)]
-        )
-        for name, rows in sets:
+        for name, rows in sets.items():
             self._check_rows(system, name, rows)
         if not hasattr(system.model, "peft_config"):
             system.model = add_lora(system.model, config=peft_config)
         elif peft_config is not None:
             raise ValueError("peft_config: expected None for a model that has an adapter, got a config")
+        if options.get("processing_class") not in (None, system.tokenizer):
+            raise ValueError("processing_class: expected None or the system's own tokenizer, got another")
         if not any(p.requires_grad for p in system.parameters()):
             raise ValueError("system: expected trainable parameters, got a frozen adapter; load it with trainable=True")
         check_held(system.model)
-        args.remove_unused_columns = False  # it would remove every column that is no parameter of forward
-        args.logging_nan_inf_filter = False  # it hides losses that must stop training, and waits for the device each step
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = _may_leave_unused(system)
-        if args.n_gpu > 1:  # DataParallel replicates modules, which no trace survives; DDP is started with torchrun
-            logger.warning("training on one of %d GPUs; start it with torchrun to use them all", args.n_gpu)
-            args._n_gpu = 1
         for name in ("hf_device_map", "quantization_method"):  # transformers does not move a placed or quantized model
             if getattr(system.model, name, None) is not None:
                 setattr(system, name, getattr(system.model, name))
         self._bad_losses, self._good_checkpoint = None, None
+        self._token_losses: list[torch.Tensor] = []  # of an evaluation's rows: the sum over tokens, and how many they are
         self._monitor = GradientMonitor(system, gradient_report_steps, explosion_factor)
         super().__init__(
             model=system, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            data_collator=data_collator or Collator(system.tokenizer), **options,
+            data_collator=data_collator or Collator(system.tokenizer, system.tokenize if wants_ids(args) else None),
+            compute_loss_func=compute_loss_func, **options,
         )  # fmt: skip
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("accelerate: expected neither FSDP nor DeepSpeed for a multi-agent system; start it with torchrun")
         self.model_accepts_loss_kwargs = True
         self.label_names = ["labels"]
         self._monitor.log = self.log
@@ -138,9 +157,15 @@ class Trainer(transformers.Trainer):
     # ---- loss --------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The sum of the answer tokens' losses divided by num_items_in_batch, or their mean without it."""
+        """The sum of the answer tokens' losses divided by num_items_in_batch, or their mean without it; or what
+        compute_loss_func makes of it."""
         outputs = model(inputs["questions"], inputs["answers"], num_items_in_batch=num_items_in_batch)
-        loss = outputs["loss"]
+        if self.compute_loss_func is None:
+            loss = outputs["loss"]
+        else:
+            shifted = as_causal_lm(outputs)
+            count = (shifted["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = self.compute_loss_func(shifted, shifted["labels"], num_items_in_batch=count)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over ranks; the count is over all ranks
         return (loss, outputs) if return_outputs else loss
@@ -177,9 +202,25 @@ class Trainer(transformers.Trainer):
                 f"Last good checkpoint: {kept or 'none'}"
             )
 
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As transformers' own, with the mean over tokens as loss, which is the same however rows are batched."""
+        self._token_losses = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._token_losses:
+            nll, tokens = torch.cat(self._token_losses).cpu().double().sum(0).tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens
+        return output
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+            tokens = (outputs["labels"] != -100).sum(1)
+            # By row, since the last batch may repeat rows, to have one for each process; of another loss, a share of the mean.
+            of_row = token_losses(outputs).sum(1) if loss is outputs["loss"] else loss.detach() * tokens
+        weighed = torch.stack((of_row.float(), tokens.float()), dim=1)
+        self._token_losses.append(self.accelerator.gather_for_metrics(weighed))
         if prediction_loss_only:
             return loss.detach(), None, None
         return loss.detach(), outputs["logits"].detach(), outputs["labels"].detach()
@@ -189,7 +230,8 @@ class Trainer(transformers.Trainer):
     def train(self, resume_from_checkpoint=None, **options):
         """Like transformers' train; resume_from_checkpoint=True takes the newest whole checkpoint.
 
-        From a checkpoint of the run's end nothing is trained: the weights and the state are as the run left them.
+        From a checkpoint of the run's end, be it the last step or early stopping, nothing is trained: the weights and the
+        state are as the run left them.
 
         Raises ValueError naming a checkpoint that is damaged or of another system, and if True finds none.
         """
@@ -208,12 +250,12 @@ class Trainer(transformers.Trainer):
             )
 
     def _ended(self, checkpoint: Path) -> TrainOutput | None:
-        """The outcome of the run if the checkpoint is of its end, with what is then loaded; else None and nothing is changed.
+        """The outcome of the run if the checkpoint is of its end, with what is then loaded; else None.
 
         transformers would take one more step before it looks at the number of steps.
         """
         state = TrainerState.load_from_json(str(check_checkpoint(checkpoint) / "trainer_state.json"))
-        if state.global_step < self._last_step():
+        if not _go_on_stopping(self.callback_handler.callbacks, state) and state.global_step < self._last_step():
             return None
         logger.warning("%s is of the run's end, nothing is left to train", checkpoint)
         self._load_from_checkpoint(checkpoint)

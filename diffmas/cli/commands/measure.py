@@ -1,0 +1,183 @@
+"""diffmas tasks | evaluate | audit: questions, and who answers them right."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from diffmas.cli.methods import METHODS
+from diffmas.cli.terminal import ConfigFile, Device, console, device_of, errors
+
+__all__ = ["audit", "evaluate", "tasks"]
+
+Limit = Annotated[int | None, typer.Option(help="only so many questions, from the first", min=1)]
+
+
+def tasks():
+    """List the published tasks that `evaluate --task` and a config's `task` know."""
+    from diffmas.evaluation.tasks import TASKS
+
+    out = Table(box=box.SIMPLE_HEAD)
+    for head in ("task", "kind", "questions", "train", "on the hub", "licence"):
+        out.add_column(head, justify="right" if head == "questions" else "left", overflow="fold")
+    for t in TASKS.values():
+        licence = t.licence + (", gated" if t.gated else "")
+        out.add_row(t.name, t.kind, str(t.questions), "yes" if "train" in t.splits else "", t.hub, licence)
+    console.print(out)
+
+
+def _settings(config, task, model, path, latent_steps, output, adapter):
+    """The settings of a config file or of the options that stand for one, with the agents of --adapter if there is one."""
+    from diffmas.agents.file import read_agents
+    from diffmas.agents.options import Options
+    from diffmas.agents.prompts import Agent
+    from diffmas.cli.config import Config, Evaluation, load
+    from diffmas.evaluation import tasks
+
+    given = {"--model": model, "--path": path, "--latent-steps": latent_steps}
+    given = [name for name, value in given.items() if value is not None]
+    if config is not None:
+        if task is not None or given:
+            raise ValueError(f"{task and '--task' or given[0]}: expected it without a config file, got {config} too")
+        return load(config)
+    if task is None:
+        raise ValueError("evaluate: expected a config file, or --task and --model, got neither")
+    chosen = tasks.task(task)
+    if model is None:
+        raise ValueError(f"--model: expected a directory or hub name with --task {task}, got none")
+    agents, options = chosen.agents("latent", latent_steps), Options()
+    if adapter is not None:
+        described = read_agents(adapter)
+        agents, options = [Agent(**a) for a in described["agents"]], Options(**{k: described[k] for k in vars(options)})
+        theirs = [agent.latent_steps for agent in agents[:-1]]
+        if latent_steps is not None and any(T != latent_steps for T in theirs):
+            has = ", ".join(map(str, theirs))
+            raise ValueError(f"--latent-steps: expected none with --adapter, whose agents have T = {has}, got {latent_steps}")
+    return Config(
+        model, agents, task, output_dir=str(output or Path("runs") / task), system=options,
+        evaluation=Evaluation(data=str(path) if path else None),
+    )  # fmt: skip
+
+
+def _show_programs(results) -> None:
+    """pass@k of every method, and what the programs ran in."""
+    from diffmas.evaluation import sandbox
+
+    for r in results:
+        text = ", ".join(f"pass@{k} {100 * rate:.1f} %" for k, rate in r.pass_at.items())
+        console.print(f"{r.method}: {text}", highlight=False)
+    console.print(f"programs ran isolated by: {sandbox.isolation()}", highlight=False)
+
+
+def evaluate(
+    config: Annotated[
+        Path | None, typer.Argument(help="config.yaml; or instead --task and --model", show_default=False)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="a published task, see `diffmas tasks`")] = None,
+    model: Annotated[str | None, typer.Option(help="with --task: a directory or hub name")] = None,
+    path: Annotated[Path | None, typer.Option(help="with --task: a file in a published form, instead of the hub")] = None,
+    latent_steps: Annotated[
+        int | None, typer.Option(help="with --task: T of every agent but the last; at 0 prompts alone are handed on", min=0)
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help=f"some of {','.join(METHODS)}")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
+    text_sft: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method text_sft`")] = None,
+    stitch: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method stitch`; none: untrained")] = None,
+    limit: Limit = None,
+    samples: Annotated[int | None, typer.Option(help="answers per question", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="questions at once", min=1)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="of an answer", min=1)] = None,
+    max_message_tokens: Annotated[int | None, typer.Option(help="of a message of the text agents", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the samples")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="directory for results.csv, entropy.csv, results.png and answers.jsonl")
+    ] = None,
+    device: Device = None,
+):
+    """Compare the trained system with its baselines on the same questions, of a config or of a published task."""
+    from diffmas import evaluation
+    from diffmas.cli.build import evaluation_rows, methods_of, scorer_of, trained_system
+    from diffmas.cli.config import check_methods
+
+    settings, place = _settings(config, task, model, path, latent_steps, output, adapter), device_of(device)
+    options = settings.evaluation
+    chosen = {
+        "methods": methods and [name.strip() for name in methods.split(",")], "limit": limit, "samples": samples,
+        "batch_size": batch_size, "max_message_tokens": max_message_tokens,
+    }  # fmt: skip
+    vars(options).update({k: v for k, v in chosen.items() if v is not None})
+    decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    vars(settings.generation).update({k: v for k, v in decoding.items() if v is not None})
+    check_methods(options.methods)
+    scorer, rows = scorer_of(settings), evaluation_rows(settings)
+    adapters = {name: path for name, path in (("text_sft", text_sft), ("stitch", stitch)) if path}
+    names = {*options.methods, *adapters} - (set() if adapter else {"diffmas"})
+    if "diffmas" in options.methods and not adapter:
+        errors.print("diffmas: left out, it needs --adapter", highlight=False)
+    compared = methods_of(settings, trained_system(settings, adapter, place), names, adapters)
+    target = output or Path(settings.output_dir) / "evaluation"
+    files = [target / name for name in ("results.csv", "entropy.csv", "results.png", "answers.jsonl")]
+
+    def save(results):
+        evaluation.write_csv(results, files[0])
+        evaluation.write_entropy(results, files[1])
+        evaluation.plot(results, files[2])
+        evaluation.write_answers(results, rows, files[3])
+
+    def show(results):
+        for table in evaluation.tables(results, str(config or task)):
+            console.print(table)
+            console.print()
+        if all("tests" in row for row in rows):
+            _show_programs(results)
+        for file in files:
+            console.print(str(file), highlight=False, soft_wrap=True)
+
+    try:
+        results = evaluation.evaluate(
+            compared, rows, options.samples, scorer, options.batch_size,
+            lambda name: errors.print(f"{name} ...", highlight=False), save, [name for name in compared if name != "diffmas"],
+            **vars(settings.generation),
+        )  # fmt: skip
+    except evaluation.MethodsFailed as failure:
+        if failure.results:
+            show(failure.results)
+        written = f"{target} has {', '.join(r.method for r in failure.results)}" if failure.results else "nothing was written"
+        given = all(isinstance(error, (ValueError, OSError)) for error in failure.errors.values())
+        raise (ValueError if given else RuntimeError)(f"{failure} ({written})") from failure
+    show(results)
+
+
+def audit(
+    config: ConfigFile,
+    adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: the bare model")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="latent: only latent steps are a message; none: all that is handed on")
+    ] = None,
+    limit: Limit = None,
+    output: Annotated[Path | None, typer.Option(help="directory for audit.csv and audit.png")] = None,
+    device: Device = None,
+):
+    """Does a team communicate? Answers with each agent's own message, none, another question's, and noise."""
+    from diffmas import evaluation
+    from diffmas.cli.build import evaluation_rows, scorer_of, trained_system
+    from diffmas.cli.config import load
+
+    settings, place = load(config), device_of(device)
+    options = settings.evaluation
+    options.limit = options.limit if limit is None else limit
+    rows = evaluation_rows(settings)
+    conditions = evaluation.audit(
+        trained_system(settings, adapter, place), rows, options.samples, scorer_of(settings), options.batch_size, kind,
+        progress=lambda done: errors.print(f"{done} ...", highlight=False),
+        **vars(settings.generation),
+    )  # fmt: skip
+    target = output or Path(settings.output_dir) / "audit"
+    console.print(evaluation.audit_table(conditions, str(config)))
+    for file in (
+        evaluation.write_audit(conditions, target / "audit.csv"), evaluation.plot_audit(conditions, target / "audit.png"),
+    ):  # fmt: skip
+        console.print(str(file), highlight=False, soft_wrap=True)

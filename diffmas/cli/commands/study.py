@@ -1,0 +1,46 @@
+"""diffmas study."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffmas.cli.terminal import Device, console, device_of, errors
+
+__all__ = ["study"]
+
+
+def study(
+    name: Annotated[str, typer.Argument(help="one that comes with diffmas (benchmarks/studies), or a YAML file")],
+    model: Annotated[str | None, typer.Option(help="a directory, GGUF file or hub name, instead of the recipe's")] = None,
+    output: Annotated[Path | None, typer.Option(help="directory of adapters and of all that was measured")] = None,
+    results: Annotated[Path | None, typer.Option(help="directory for the tables and plots alone")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="only this case; may be repeated")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="only this seed; may be repeated")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a key of the recipe's config, as data.train=FILE")
+    ] = None,
+    device: Device = None,
+):
+    """Run an experiment over cases and seeds: trainings, methods side by side, a causal audit; a killed one goes on."""
+    from diffmas.cli import study as studies
+    from diffmas.evaluation import files, pooled
+
+    path = studies.named(name)
+    target = output or Path("runs") / "studies" / path.stem
+    outcome = studies.run(
+        path, target, model, device_of(device), case, seed, studies.changes_of(change or []),
+        lambda text: errors.print(f"{text} ...", highlight=False),
+    )  # fmt: skip
+    shown = results or target
+    for rows, what in ((outcome.methods, "methods"), (outcome.audits, "audit")):
+        if rows:
+            console.print(pooled.pooled_table(rows, f"{path.stem}: {what}"))
+            console.print()
+            for file in (pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(rows, shown / f"{what}.png")):
+                console.print(str(file), highlight=False, soft_wrap=True)
+    if outcome.costs:
+        console.print(str(files.write_rows(outcome.costs, shown / "costs.csv")), highlight=False, soft_wrap=True)
+    studies.write_made(outcome.made, shown)
+    if outcome.failures:
+        raise ValueError("; ".join(outcome.failures) + f" (the others are in {shown}; run it again to try these again)")

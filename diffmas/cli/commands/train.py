@@ -1,0 +1,78 @@
+"""diffmas train."""
+
+import math
+import shutil
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from diffmas.cli.methods import TRAINED
+from diffmas.cli.terminal import ConfigFile, console, errors
+
+__all__ = ["train"]
+
+
+def train(
+    config: ConfigFile,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint in output_dir")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="start afresh and remove an earlier run's checkpoints in output_dir")
+    ] = False,
+    method: Annotated[
+        str, typer.Option(help=f"one of {','.join(TRAINED)}; all but diffmas are baselines and go to OUTPUT_DIR-METHOD")
+    ] = "diffmas",
+):
+    """Train LoRA adapters as a config says; under torchrun on several GPUs.
+
+    text_sft: text agents answer the training questions, evaluation.samples times each; where the answer is right, all that
+    they wrote is what one shared adapter is trained on. stitch: agents that do not read each other.
+    """
+    from diffmas.cli.build import trained_as
+    from diffmas.cli.config import load
+    from diffmas.cli.train import trainer_of
+    from diffmas.training import checkpoints
+
+    settings = trained_as(load(config), method)
+    earlier = [] if resume else checkpoints(settings.output_dir)
+    if resume and overwrite:
+        raise ValueError("--overwrite: expected it without --resume, got both")
+    if earlier and not overwrite:
+        raise ValueError(
+            f"{settings.output_dir}: expected no checkpoints of an earlier run, found {earlier[-1].name}; go on from it with "
+            "--resume, remove it with --overwrite, or choose another output_dir"
+        )
+    trainer = trainer_of(settings, method, resume, lambda text: errors.print(f"{text} ...", highlight=False))
+    if trainer.is_world_process_zero():
+        console.print(_summary(settings, trainer))
+        for path in earlier:
+            shutil.rmtree(path)
+    result = trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        best = f", best eval_loss {trainer.state.best_metric:.4f}" if trainer.state.best_metric is not None else ""
+        console.print(f"{result.global_step} steps, training loss {result.training_loss:.4f}{best}", highlight=False)
+        console.print(f"adapter and agents.json: {settings.output_dir}", highlight=False, soft_wrap=True)
+
+
+def _summary(settings, trainer) -> Table:
+    out = Table(title="diffmas train", show_header=False)
+    system, arguments, rows, held_out = trainer.model, trainer.args, trainer.train_dataset, trainer.eval_dataset
+    trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in system.parameters())
+    step = (arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
+    rows_per_step = math.prod(step)
+    schedule = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
+    for name, value in (
+        ("model", settings.model),
+        ("agents", ", ".join(f"{a.name} (T={a.latent_steps})" for a in system.agents[:-1]) + f" -> {system.agents[-1].name}"),
+        ("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"),
+        ("adapter", f"{system.adapter_scope}, r={settings.lora.r}, alpha={settings.lora.alpha}"),
+        ("data", f"{len(rows)} rows, {len(held_out or [])} for validation"),
+        ("step", f"{rows_per_step} rows = " + " x ".join(map(str, step)) + " (micro-batch x accumulation x processes)"),
+        ("learning rate", f"{arguments.learning_rate:g}, {schedule}"),
+        ("device", str(arguments.device)),
+        ("output", settings.output_dir),
+    ):
+        out.add_row(name, str(value))
+    return out

@@ -1,0 +1,37 @@
+"""What the commands share: where they write, how they fail, and options that several of them have."""
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+__all__ = ["ConfigFile", "Device", "console", "device_of", "errors", "explained"]
+
+console = Console()
+errors = Console(stderr=True)
+
+ConfigFile = Annotated[Path, typer.Argument(help="config.yaml; see examples/train.yaml", show_default=False)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one")]
+
+
+def explained(command):
+    """Decorates a command: the user's errors become one line on stderr and exit status 1; others keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, FloatingPointError) as error:  # the last is diffmas.training.NonFiniteLoss
+            errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+    return wrapped
+
+
+def device_of(name: str | None) -> str:
+    """The device that an option names, or the default one."""
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")

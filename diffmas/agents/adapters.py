@@ -25,8 +25,8 @@ ADAPTER_SCOPES = ("shared", "per_role", "final_only")
 
 
 def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_modules="all-linear"):
-    """PEFT's LoraConfig. r and alpha are by default those of the DiffMAS paper (arXiv 2604.21794), which does not say which layers
-    its LoRA adapts.
+    """PEFT's LoraConfig. r and alpha are by default those of the DiffMAS paper (arXiv 2604.21794), which does not say which
+    layers its LoRA adapts.
 
     r: rank. alpha: the update is scaled by alpha / r. dropout: probability. target_modules: "all-linear" (of attention and MLP,
     our choice, as no dropout is) or names.

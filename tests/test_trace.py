@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from models import (
     SOME,
     assert_close,
@@ -147,6 +148,49 @@ def test_explicit_positions_of_a_padded_batch(side):
         assert_close(logits[b][mask[b].bool()], whole(model, rows[b], where[b]).logits[0])
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.long, torch.bool, torch.float32])
+def test_a_hole_in_the_mask_at_explicit_positions(mask_dtype):
+    """What transformers hides from all others is left out; what is left stays where it was."""
+    model, plain = tiny("qwen3"), tiny("qwen3", patch=False)
+    first, second = tokens(5)[0], tokens(4, seed=2)[0]
+    mask, at = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 1, 1]]).to(mask_dtype), torch.arange(5, 9)[None]
+    trace, cache = diffmas.Trace(model), transformers.DynamicCache()
+    model(first[None], past_key_values=trace)
+    got = model(second[None], mask, position_ids=at, past_key_values=trace).logits[0]
+    plain(first[None], past_key_values=cache)
+    want = plain(second[None], mask.bool(), position_ids=at, past_key_values=cache).logits[0]
+    assert_close(got[[0, 2, 3]], want[[0, 2, 3]])
+    assert trace.positions(0).tolist() == [0, 1, 2, 3, 4, 5, 7, 8]
+
+
+def test_a_mask_may_show_the_past_as_it_is():
+    """Masks that grow along, padding of earlier turns included, or that say nothing of latent steps."""
+    model = tiny("qwen3")
+    first, second, third = tokens(3, 5), tokens(4, 2, seed=2), tokens(1, 3, seed=3)
+    trace, mask = diffmas.Trace(model, 2), torch.zeros(2, 0, dtype=torch.long)
+    for rows, side in ((first, "right"), (second, "left"), (third, "left")):
+        ids, new = pad(rows, side)
+        mask = torch.cat((mask, new), dim=1)
+        logits = model(ids, mask, past_key_values=trace).logits
+    assert trace.lengths == [8, 10]
+    for b in range(2):
+        n = len(third[b])
+        want = whole(model, torch.cat((first[b], second[b], third[b]))).logits[0, -n:]
+        assert_close(logits[b, -n:], want)
+    latent_steps(model, trace, embed(model, torch.tensor([[3], [4]])), 1)
+    model(third[0].expand(2, 1), torch.ones(2, 11, dtype=torch.long), past_key_values=trace)
+    assert trace.lengths == [10, 12]
+
+
+def test_a_row_of_padding_appends_nothing():
+    model = tiny("qwen3")
+    trace = prefill(model, *tokens(4, 2))
+    ids, mask = pad(tokens(0, 3, seed=2))
+    out = body(model)(ids, mask, past_key_values=trace)
+    assert trace.lengths == [4, 5] and trace.next_positions == [4, 5]
+    assert not out.last_hidden_state[0].any() and out.last_hidden_state[1].any()
+
+
 def test_the_body_takes_positional_arguments():
     model = tiny("llama")
     rows = tokens(2, 5)
@@ -238,17 +282,40 @@ def test_a_layer_that_does_not_write_is_noticed():
         (dict(input_ids=THREE, attention_mask=torch.ones(1, 2)), "attention_mask"),
         (dict(input_ids=THREE, attention_mask=torch.zeros(1, 3)), "at least one token"),
         (dict(input_ids=THREE, attention_mask=torch.ones(1, 1, 3, 3)), "attention_mask"),
+        (dict(input_ids=THREE, attention_mask=torch.tensor([[1, 0, 1]])), "got some between them; pass position_ids"),
+        (dict(input_ids=THREE, attention_mask=torch.tensor([[0.0, -1e9, -1e9]])), "attention_mask: expected 0 for padding"),
+        (dict(input_ids=THREE, position_ids=torch.tensor([[0.0, 1.5, 2.0]])), "position_ids: expected .* torch.float32"),
+        (dict(input_ids=THREE, position_ids=torch.tensor([[False, True, True]])), "position_ids: expected .* torch.bool"),
         (dict(input_ids=THREE, position_ids=torch.tensor([[-1, 0, 1]])), "position_ids"),
+        (dict(input_ids=THREE.expand(3, 3), position_ids=torch.arange(3).expand(3, 1, 3)), "position_ids: expected"),
         (dict(input_ids=THREE, position_ids=torch.tensor([[0, 1]])), "position_ids"),
         (dict(input_ids=THREE, output_attentions=True), "output_attentions"),
     ],
 )
 def test_bad_calls_are_refused_by_name(call, message):
     model = tiny("qwen3")
-    trace = diffmas.Trace(model)
+    trace = diffmas.Trace(model, 3 if call["input_ids"].shape[0] == 3 else 1)
     with pytest.raises(ValueError, match=message):
         model(**call, past_key_values=trace)
-    assert trace.lengths == [0]
+    assert not any(trace.lengths)
+
+
+def test_a_mask_that_hides_the_past_is_refused():
+    """What a sequence sees is its view's, not its mask's: with a view the same mask gives what transformers gives."""
+    model, plain = tiny("qwen3"), tiny("qwen3", patch=False)
+    rows, new = tokens(5, 3), tokens(2, 2, seed=2)
+    trace, cache = prefill(model, *rows), transformers.DynamicCache()
+    ids, mask = pad(rows)
+    mask = torch.cat((mask, torch.ones(2, 2, dtype=torch.long)), dim=1)
+    mask[0, 1:3] = 0
+    with pytest.raises(ValueError, match="attention_mask: expected the 5 rows that sequence 0 .* 3 of them; .*Trace.keep"):
+        model(torch.stack(new), mask, past_key_values=trace)
+    assert trace.lengths == [5, 3]
+    seen = [[s._replace(length=1), s.skip(3)] if s.sequence == 0 else [s] for s in trace.segments]
+    got = model(torch.stack(new), mask, past_key_values=trace.reading(seen)).logits
+    at = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 3, 4]])
+    plain(ids, pad(rows)[1], position_ids=at[:, :5], past_key_values=cache)
+    assert_close(got, plain(torch.stack(new), mask, position_ids=at[:, 5:], past_key_values=cache).logits)
 
 
 @pytest.mark.parametrize("options", [dict(batch_size=0), dict(capacity=0)], ids=str)

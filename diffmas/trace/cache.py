@@ -47,7 +47,7 @@ class CacheFace(Cache):
         return [False] * len(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self.lengths)
+        return max(self.lengths) if self.generation is None else self.generation.columns(self.lengths)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_seq_length()

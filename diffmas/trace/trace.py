@@ -19,7 +19,7 @@ from diffmas.trace.forward_pass import ForwardPass, Table
 from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.spec import spec_of
 from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold, Store, ranges_in
-from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, joined, length_of, only, ranges_of
+from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, joined, length_of, only, ranges_of, rows_of
 
 __all__ = ["Trace"]
 
@@ -98,6 +98,16 @@ class Trace(CacheFace):
         parts = [torch.arange(s.position + s.offset, s.next_position) for s in self._segments[sequence]]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
+    def token_ids(self, sequence: int) -> Tensor:
+        """The token ids of a sequence's rows, in order, -1 for rows that no token was written to (latent steps, embeddings);
+        [length] int64."""
+        row = self._segments[sequence]
+        with self._store.lock:
+            ids = self._store.token_ids.read(rows_of(row))
+        kinds = np.repeat([KINDS.index(s.kind) for s in row], [s.length for s in row])
+        ids[kinds == KINDS.index("latent")] = -1  # whatever these rows held before
+        return torch.from_numpy(ids)
+
     def keys_values(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """A copy of one sequence's K and V rows as they were written (position offsets are not applied); [length, Hkv, D]
         each."""
@@ -171,10 +181,12 @@ class Trace(CacheFace):
             step += 1
         older = [ranges_of(row) for row, n in zip(self._segments, lengths) if n] if step == 1 else None
         table = Table(self._segments, segments, extents, after)
-        return ForwardPass(
+        forward_pass = ForwardPass(
             self.spec, self._store, lengths, positions, slots, hold.views, self._order, table, lineage=self._lineage,
             deferred=deferred, step=step, older=older, hold=hold,
         )  # fmt: skip
+        forward_pass.kind = kind
+        return forward_pass
 
     def _counts(self, name: str, values) -> list[int]:
         """One number of tokens for each sequence."""
@@ -210,6 +222,9 @@ class Trace(CacheFace):
                 f"layers {missing} did not write to the trace: the keyword argument diffmas_trace did not reach them"
             )
         _, self._segments, self._extents, self._next = forward_pass.table
+        if forward_pass.kind != "latent":
+            with self._store.lock:
+                self._store.token_ids.write(forward_pass.work.slots, forward_pass.ids)
         self._order = forward_pass.after
         self._deferred = (forward_pass.work.deferred, forward_pass.work.step)
         forward_pass.finish()
@@ -330,7 +345,6 @@ class Trace(CacheFace):
         """
         if len(segments) != self.batch_size:
             raise ValueError(f"segments: expected a list for each of {self.batch_size} sequences, got {len(segments)}")
-        rows_of = lambda row: np.concatenate([np.arange(s.start, s.end) for s in row] or [np.zeros(0, np.int64)])  # noqa: E731
         seen = rows_of(self.segments)
         for b, row in enumerate(segments):
             rows = rows_of(row)
@@ -415,8 +429,7 @@ class Trace(CacheFace):
         orders = []
         for writer in writers:
             branches = [t for t in traces if writer in store.needs_grad[t._lineage]]
-            seen = [np.arange(s.start, s.end) for t in branches for s in t.segments]
-            rows = np.unique(np.concatenate(seen or [[]])).astype(np.int64)
+            rows = np.unique(rows_of([s for t in branches for s in t.segments]))
             rows = torch.from_numpy(store.written_by(rows, writer))
             order = torch.cat([t._order.flatten() for t in branches])
             if len(rows):
@@ -433,21 +446,23 @@ class Trace(CacheFace):
         """
         total = sum(self.lengths)
         hold = Hold(self._store, self._segments)
-        src, offset, rows = [], [], []
+        offset, rows = [], []
         with self._store.allocation():
             first = done = self._store.write(self._store.allocate(total), total, self._lineage)
             hold.claimed.append((first, first + total))
         for segments in self._segments:
             row = []
             for s in segments:
-                src.append(torch.arange(s.start, s.end))
                 offset.append(torch.full((s.length,), s.offset))
                 row.append(s._replace(start=done, position=s.position + s.offset, offset=0))
                 done += s.length
             rows.append(row)
         order = self._order
         if total:
-            src, offset, dst = torch.cat(src), torch.cat(offset), torch.arange(first, done)
+            src, offset, dst = rows_of(self.segments), torch.cat(offset), np.arange(first, done)
+            with self._store.lock:
+                self._store.token_ids.write(dst, torch.from_numpy(self._store.token_ids.read(src)))
+            src, dst = torch.from_numpy(src), torch.from_numpy(dst)
             moves = []
             for layer, pool in zip(self.spec.layers, self._store.pools):
                 if pool is None:

@@ -18,6 +18,7 @@ from models import (
     monolithic,
     pad,
     prefill,
+    read,
     tiny,
     tokens,
     whole,
@@ -212,6 +213,89 @@ def test_segments_record_agent_kind_and_positions():
         (0, "planner", "prompt", 3, 0), (0, "planner", "latent", 2, 3),
         (1, "planner", "prompt", 1, 0), (1, "planner", "latent", 2, 1),
     ]  # fmt: skip
+
+
+# ---- what a trace tells, and traces of another origin ----------------------------------------------------------------
+
+
+def test_layers_can_be_looked_at():
+    """As those of a plain cache, one sequence at a time; what is written to them is refused."""
+    model, plain = tiny("qwen3"), tiny("qwen3", patch=False)
+    rows = tokens(5, 3)
+    trace = diffmas.Trace(model, 2)
+    assert [(x.keys, x.is_initialized) for x in trace.layers] == [(None, False)] * 3
+    prefill(model, *rows, trace=trace)
+    caches = [transformers.DynamicCache() for _ in rows]
+    for cache, row in zip(caches, rows):
+        plain(row[None], past_key_values=cache)
+    assert len(trace.layers) == 3
+    for i, layer in enumerate(trace.layers):
+        assert layer.keys.shape == (2, 2, 5, 8) and layer.get_seq_length() == 5 and not layer.keys[1, :, :2].any()
+        for b, (cache, row) in enumerate(zip(caches, rows)):
+            assert_close(layer.keys[b, :, 5 - len(row) :], cache.layers[i].keys[0])
+            assert_close(layer.values[b, :, 5 - len(row) :], cache.layers[i].values[0])
+        with pytest.raises(AttributeError):
+            layer.keys = layer.values
+    left, right = diffmas.Trace(model, 2).fork(2)
+    joined = diffmas.Trace.join([prefill(model, *rows, trace=t) for t in (left, right)])
+    with pytest.raises(ValueError, match="repack it first"):
+        _ = joined.layers[0].keys
+    moved = torch.cat([joined.repack().keys_values(0, b)[0] for b in range(2)])
+    assert_close(joined.repack().layers[0].keys[0].transpose(0, 1), moved[:10])
+
+
+def test_token_ids_go_with_the_rows(tmp_path):
+    model = tiny("llama")
+    (a,), (b,) = tokens(4), tokens(3, seed=2)
+    left, right = diffmas.Trace(model).fork(2)
+    with torch.no_grad():
+        prefill(model, a, trace=left)
+        prefill(model, b, trace=right)
+        latent_steps(model, left, embed(model, a[:1])[None], 2)
+        joined = diffmas.Trace.join([left, right])
+        want = [*a.tolist(), -1, -1, *b.tolist()]
+        joined.save(tmp_path / "trace")
+        views = {
+            "join": joined, "fork": joined.fork(1)[0], "select": joined.select([0, 0]), "repack": joined.repack(),
+            "file": diffmas.Trace.load(tmp_path / "trace", model), "another origin": diffmas.Trace.join([joined.repack()]),
+        }  # fmt: skip
+        assert {name: t.token_ids(0).tolist() for name, t in views.items()} == dict.fromkeys(views, want)
+        assert joined.keep("latent", sinks=1).token_ids(0).tolist() == [int(a[0]), -1, -1]
+        alone = diffmas.Trace(model)
+        adopted = diffmas.Trace.join([prefill(model, b, trace=alone), joined.detach()])
+        assert adopted.token_ids(0).tolist() == [*b.tolist(), *want]
+        for _ in range(100):  # and when rows are used again
+            trace = left.fork(1)[0]
+            model(inputs_embeds=embed(model, a)[None], past_key_values=trace)
+            assert trace.token_ids(0).tolist() == [*want[:6], -1, -1, -1, -1]
+            trace.drop_newest([4])
+            model(b[None], past_key_values=trace)
+            assert trace.token_ids(0).tolist() == want
+
+
+@pytest.mark.parametrize("order", ["live first", "loaded first"])
+def test_a_loaded_trace_joins_a_live_one(order, tmp_path):
+    """Read as if both were forks of one trace, of which the loaded one is a constant."""
+    model = tiny("qwen3")
+    memory, own, new = tokens(5, 3), tokens(2, 4, seed=2), tokens(1, 3, seed=3)
+    prefill(model, *memory).save(tmp_path / "memory")
+
+    def joined(loaded, live):
+        return diffmas.Trace.join([live, loaded] if order == "live first" else [loaded, live])
+
+    def loss_on(trace):
+        loss = sum(map(loss_of, read(model, trace, *new)))
+        loss.backward()
+        return loss.detach(), gradients(model)
+
+    origin = diffmas.Trace(model, 2)
+    first, second = origin.fork(2)
+    want = loss_on(joined(prefill(model, *memory, trace=first).detach(), prefill(model, *own, trace=second)))
+    live = prefill(model, *own)
+    got = loss_on(joined(diffmas.Trace.load(tmp_path / "memory", model), live))
+    assert_close(got[0], want[0])
+    assert_close(got[1], want[1])
+    assert live.lengths == [2, 4]
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ class Trace(CacheFace):
 
     model: a model that `diffmas.patch_model` was called on, or its `ModelSpec`. capacity: tokens per sequence to make room for
     at once; the trace grows beyond it by itself. Pass it as `past_key_values` (`cache` since transformers 5.24) to the model's
-    forward and generate. Padded tokens never enter it; the sequences of a batch may differ in length.
+    forward and generate. Padded tokens never enter it: the sequences of a batch may differ in length, and one that is padding
+    alone appends nothing (its hidden states are zeros). An attention_mask tells padding from new tokens, and hides no rows:
+    what a sequence sees is its view (`keep`, `reading`).
 
     Raises ValueError for a model that is not patched, a batch_size or capacity that is not positive.
 
@@ -43,7 +45,6 @@ class Trace(CacheFace):
     """
 
     def __init__(self, model, batch_size: int = 1, capacity: int | None = None):
-        super().__init__(layers=[])
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if capacity is not None and capacity < 1:
@@ -275,7 +276,6 @@ class Trace(CacheFace):
 
     def _view(self, segments, extents=None, next_positions=None, order=None, lineage: int | None = None) -> "Trace":
         view = object.__new__(type(self))
-        CacheFace.__init__(view, layers=[])
         view.spec, view._store, view.agent = self.spec, self._store, self.agent
         view._see(
             [[s._replace(sequence=b) for s in row] for b, row in enumerate(segments)],
@@ -390,23 +390,28 @@ class Trace(CacheFace):
         """One trace that sees, per sequence, all that the given traces see, in their order; common segments once.
 
         The traces must be forks of one trace, and share only what all of them begin with. Agents that write independently take
-        forks of an empty one: `a, b = Trace(model, batch_size).fork(2)`. `positions` of what each wrote after the common part:
-        keep: as written (branches overlap). shift: each branch is moved, as a block, behind the one before it. reindex: all
-        tokens are renumbered 0, 1, 2, ... same_branch: all branches are moved to start where the common part ends. A segment
-        read at a position offset is served by rotating the queries that read it: no key is rewritten."""
+        forks of an empty one: `a, b = Trace(model, batch_size).fork(2)`. Traces of another origin, such as loaded ones, must be
+        constants (`detach`): their rows are copied, and have nothing in common with the others. `positions` of what each wrote
+        after the common part: keep: as written (branches overlap). shift: each branch is moved, as a block, behind the one
+        before it. reindex: all tokens are renumbered 0, 1, 2, ... same_branch: all branches are moved to start where the common
+        part ends. A segment read at a position offset is served by rotating the queries that read it: no key is rewritten."""
         if not traces:
             raise ValueError("traces: expected at least one, got an empty list")
         if positions not in JOINS:
             raise ValueError(f"positions: expected one of {JOINS}, got {positions!r}")
-        first = traces[0]
-        for t in traces[1:]:
-            if t._store is not first._store:
+        home = next((t for t in traces if t._order.requires_grad), traces[0])  # nobody can copy what has a gradient
+        for t in traces:
+            if t.spec is not home.spec:
+                raise ValueError("traces: expected traces of one patched model, got one of another model or patch")
+            if t.batch_size != home.batch_size:
+                raise ValueError(f"traces: expected batch size {home.batch_size} in all, got {t.batch_size}")
+            if t._store is not home._store and t._order.requires_grad:
                 raise ValueError(
-                    "traces: expected forks of one trace, got traces of different origin; let the agents write on forks "
-                    "of one empty trace: a, b = Trace(model, batch_size).fork(2)"
+                    "traces: expected forks of one trace, got traces of different origin with gradients; let the agents write "
+                    "on forks of one empty trace: a, b = Trace(model, batch_size).fork(2)"
                 )
-            if t.batch_size != first.batch_size:
-                raise ValueError(f"traces: expected batch size {first.batch_size} in all, got {t.batch_size}")
+        traces = [t if t._store is home._store else home._adopted(t) for t in traces]
+        first = traces[0]
         rows, nexts = [], []
         for b in range(first.batch_size):
             row, end = joined([t._segments[b] for t in traces], positions)
@@ -486,7 +491,8 @@ class Trace(CacheFace):
             raise ValueError("trace: expected one that holds tokens, got an empty one")
         layers = [[self.keys_values(i, b) for b in range(self.batch_size)] for i in range(len(self))]
         kv = [tuple(torch.cat(column) for column in zip(*rows)) for rows in layers]
-        file.write(path, self.spec.fingerprint(), self._segments, self._next, kv)
+        ids = torch.cat([self.token_ids(b) for b in range(self.batch_size)])
+        file.write(path, self.spec.fingerprint(), self._segments, self._next, kv, ids)
 
     @classmethod
     def load(cls, path, model) -> "Trace":
@@ -500,17 +506,41 @@ class Trace(CacheFace):
     @classmethod
     def of_rows(
         cls, model, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]],
-        capacity: int | None = None,
+        ids: Tensor | None = None, capacity: int | None = None,
     ) -> "Trace":  # fmt: skip
-        """A trace with rows that were written before: kv, by layer, k and v [rows, Hkv, D]; segments of these rows."""
-        trace = cls(model, len(segments), capacity)
-        rows = kv[0][0].shape[0] if kv else 0
-        trace._store.write(trace._store.allocate(rows), rows, 0)
-        for layer, (k, v) in zip(trace.spec.layers, kv):
-            device = trace.spec.device(layer.index)
-            pool = trace._store.pool(layer.index, k.to(device), v.to(device))
-            pool.k[:rows], pool.v[:rows] = k.to(device), v.to(device)
-        return trace._view(segments, None, next_positions)
+        """A trace with rows that were written before: kv, by layer, k and v [rows, Hkv, D]; segments of these rows; ids [rows],
+        their token ids, -1 where there is none."""
+        return cls(model, len(segments), capacity)._with_rows(segments, next_positions, kv, ids)
+
+    def _adopted(self, other: "Trace") -> "Trace":
+        """The other's view, of a copy of its rows in this trace's store."""
+        seen, store = rows_of(other.segments), other._store
+        kv = [tuple(x[torch.from_numpy(seen).to(x.device)] for x in pool.kv) for pool in store.pools if pool]
+        with store.lock:
+            ids = torch.from_numpy(store.token_ids.read(seen))
+        rows, done = [], 0
+        for row in other._segments:
+            starts = done + np.cumsum([0, *(s.length for s in row)])
+            rows.append([s._replace(start=int(start)) for s, start in zip(row, starts)])
+            done = int(starts[-1])
+        return self._with_rows(rows, other._next, kv, ids)
+
+    def _with_rows(self, segments, next_positions, kv, ids: Tensor | None) -> "Trace":
+        """A view of rows from elsewhere, which are copied into this trace's store as constants; see `of_rows`."""
+        store, rows = self._store, kv[0][0].shape[0] if kv else 0
+        hold = Hold(store)  # until the view is there
+        with store.allocation():
+            first = store.write(store.allocate(rows), rows, self._lineage)
+            hold.claimed.append((first, first + rows))
+            store.token_ids.write(np.arange(first, first + rows), ids)
+        for layer, pair in zip(self.spec.layers, kv):
+            pair = [x.to(self.spec.device(layer.index)) for x in pair]
+            pool = store.pool(layer.index, *pair)
+            with pool.lock:
+                for mine, x in zip(pool.kv, pair):
+                    mine[first : first + rows] = x
+        moved = [[s._replace(start=s.start + first) for s in row] for row in segments]
+        return self._view(moved, None, next_positions, torch.zeros(0))
 
 
 def _counted(starts: list[int], lengths: list[int]) -> np.ndarray:

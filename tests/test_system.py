@@ -258,7 +258,7 @@ def test_sampling_depends_on_seed_not_on_batching():
     assert together == sample(seed=3, batch_size=1) == sample(seed=3, batch_size=2)
     assert together != sample(seed=4)
     assert len({t for row in together for t in row}) > 3
-    assert s.generate(QUESTIONS, max_new_tokens=8, temperature=1.0, seed=3) == [row[0] for row in together]
+    assert s.generate(QUESTIONS, max_new_tokens=8, temperature=1.0, seed=3) == [row[:1] for row in together]
 
 
 def test_sampling_follows_the_distribution():
@@ -283,9 +283,9 @@ def test_generate_stops():
     ended = [t for row in tokens for t in row if len(t) < 30]
     assert ended and all(t[-1] == EOS and EOS not in t[:-1] for t in ended)
     texts = s.generate(QUESTIONS, max_new_tokens=12, temperature=0)
-    word = texts[0].split()[2]
+    word = texts[0][0].split()[2]
     cut = s.generate(QUESTIONS, max_new_tokens=12, temperature=0, stop=[word])
-    assert cut[0] == texts[0].split(word)[0]
+    assert cut[0][0] == texts[0][0].split(word)[0]
 
 
 def test_modes_are_left_alone():

@@ -154,8 +154,12 @@ def turn_of(system, agent: Agent, b: int, fields: dict, at: int) -> Turn:
     return Turn(prompt_that_fits(system, agent, b, fields, at, T, f"its prompt and {T} latent steps"), T)
 
 
-def tokenize(system, questions: list[dict], room: list[int], what: str) -> list[list[Turn]]:
-    """See `MultiAgentSystem.tokenize`."""
+def tokenize(system, questions: list[dict], room: list[int], what: str, starts: list[int] | None = None) -> list[list[Turn]]:
+    """See `MultiAgentSystem.tokenize`. starts: the positions that the last agent begins at, if the others had their turns."""
+    if starts is not None:
+        last = system.agents[-1]
+        rows = enumerate(zip(questions, starts, room))
+        return [[Turn(prompt_that_fits(system, last, b, fields, at, n, what), 0) for b, (fields, at, n) in rows]]
     turns: list[list[Turn]] = [[] for _ in system.agents]
     for b, fields in enumerate(questions):
         at = handed = 0  # the next agent's first position, and the rows that latent_only hands on to it

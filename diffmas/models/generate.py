@@ -17,7 +17,7 @@ from diffmas.models.forward import new_token_mask
 from diffmas.trace import Trace
 from diffmas.trace.cache import cache_name
 
-__all__ = ["Generation", "generate", "left_padded", "with_past"]
+__all__ = ["Generation", "generate", "left_padded", "options_of", "with_past"]
 
 MOST_RESERVED = 512  # rows that a sequence reserves at once for generated tokens
 
@@ -116,7 +116,7 @@ def generate(self, inputs=None, *args, **kwargs):
 
 
 def _generate(self, trace: Trace, argument: str, inputs, kwargs: dict):
-    option = _options(self, kwargs)
+    option = options_of(self, kwargs)
     if option("use_cache") is False:
         raise ValueError("use_cache: expected True, a trace is the cache, got False")
     if option("prefill_chunk_size") is not None:
@@ -183,9 +183,9 @@ def _generate(self, trace: Trace, argument: str, inputs, kwargs: dict):
     return output
 
 
-def _options(self, kwargs: dict):
+def options_of(model, kwargs: dict):
     """What transformers will take for an option: of the arguments, None included, of the config passed, of the model's."""
-    configs = [c for c in (kwargs.get("generation_config"), self.generation_config) if c is not None]
+    configs = [c for c in (kwargs.get("generation_config"), model.generation_config) if c is not None]
 
     def option(name: str):
         if name in kwargs:

@@ -12,7 +12,22 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)  # fmt: skip
 
 from diffmas.agents.meter import decoded, phase
 from diffmas.models.forward import forward
@@ -33,22 +48,29 @@ OPTIONS = {
     "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "logits_processor", "max_time", "min_new_tokens", "min_p",
     "no_repeat_ngram_size", "num_beams", "pad_token_id", "prefix_allowed_tokens_fn", "remove_invalid_values",
     "renormalize_logits", "repetition_penalty", "sequence_bias", "stopping_criteria", "suppress_tokens", "temperature", "top_h",
-    "top_k", "top_p", "typical_p", "watermarking_config",
+    "top_k", "top_p", "typical_p",
 }  # fmt: skip
 OURS = ("max_new_tokens", "num_return_sequences", "stop_strings")  # and by other names
+# Of these, none looks at a text: all sequences may go through one call.
+BLIND = (
+    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
+    EpsilonLogitsWarper, EtaLogitsWarper, LogitNormalization, InfNanRemoveLogitsProcessor, SuppressTokensLogitsProcessor,
+    MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria,
+)  # fmt: skip
 NOTHING = ("bos_token_id", "decoder_start_token_id", "transformers_version")  # of a config, where there is a prompt
 
 
 @dataclass
 class Sampling:
     """How answers are decoded. seed: of all random streams. stop: strings that end an answer. samples: answers to a question.
-    arguments: of transformers' generate."""
+    arguments: of transformers' generate. together: whether no rule looks at the texts before."""
 
     max_new_tokens: int
     seed: int
     stop: list[str]
     samples: int
     arguments: dict
+    together: bool = True
 
     @classmethod
     def of(
@@ -81,21 +103,22 @@ class Sampling:
         if pad is None:
             pad = 0 if ends is None else int(torch.as_tensor(ends).flatten()[0])
         given |= {**chosen, "max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": pad}
-        given["num_return_sequences"] = samples if (own("num_beams") or 1) > 1 else 1
+        given["num_beams"] = own("num_beams") or 1
+        given["num_return_sequences"] = samples if given["num_beams"] > 1 else 1
         sampling = cls(max_new_tokens, secrets.randbits(31) if seed is None else seed, list(stop), samples, given)
-        sampling.prepared(system, torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))  # do values fit?
+        rules = sampling.prepared(system, torch.zeros(1, dtype=torch.long))  # do all values fit?
+        sampling.together = all(type(rule) in BLIND for some in rules for rule in some)
         return sampling
 
     @property
     def beams(self) -> bool:
-        return (self.arguments.get("num_beams") or 1) > 1
+        return self.arguments["num_beams"] > 1
 
-    def prepared(self, system, ids: Tensor, mask: Tensor):
-        """transformers' logits processors and stopping criteria for a batch of input ids [B, S]."""
-        lm = causal_lm_of(system.model)
-        device = {"device": system.device}
+    def prepared(self, system, text: Tensor):
+        """transformers' logits processors and stopping criteria for what goes on behind `text` [S]."""
+        lm, ids = causal_lm_of(system.model), text[None].to(system.device)
         return type(lm).generate(
-            lm, ids.to(**device), attention_mask=mask.to(**device), custom_generate=_what_is_prepared, **self.arguments
+            lm, ids, attention_mask=torch.ones_like(ids), custom_generate=_what_is_prepared, **self.arguments
         )
 
     def generator(self, question: int, sample: int) -> torch.Generator:
@@ -129,7 +152,9 @@ def _refuse_others(given: dict) -> None:
         if given.get(name):
             raise ValueError(f"{name}: expected {name[:3]}_new_tokens, since prompts differ in length, got {given[name]}")
     if unknown := sorted(given.keys() - OPTIONS - set(OURS) - {"max_length", "min_length"}):
-        raise ValueError(f"{unknown[0]}: expected an option of transformers' processors, criteria or beams, got another")
+        raise ValueError(
+            f"options: expected names of transformers' logits processors, stopping criteria and beam search, got {unknown[0]!r}"
+        )
 
 
 def _choice(own, given: dict, temperature, top_p, configured: bool) -> dict:
@@ -197,6 +222,39 @@ def _stops(tokenizer, ids: list[int], stop: list[str]) -> bool:
     return any(s in text for s in stop) or any(s in tokenizer.decode(tail) for s in _with_special(tokenizer, stop))
 
 
+class Rules:
+    """The rules for some sequences, which are one question's, or all of them where no rule looks at a text.
+
+    members: the sequences' indices. text [members, columns]: what they have been through.
+    """
+
+    def __init__(self, sampling: Sampling, system, members: list[int], text: Tensor):
+        """text [S]: before the answer."""
+        self.process, self.is_done = sampling.prepared(system, text)
+        self.members, self.text = members, text.to(system.device).expand(len(members), -1)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return self.process(self.text, logits.float()) if self.process else logits
+
+    def append(self, tokens: list[int], scores: Tensor) -> list[bool]:
+        """The next token of each sequence; returns which of them end with it."""
+        self.text = torch.cat((self.text, torch.tensor(tokens, device=self.text.device)[:, None]), dim=1)
+        return self.is_done(self.text, scores).tolist()
+
+    def keep(self, going: list[bool]) -> None:
+        self.members = [i for i, goes in zip(self.members, going) if goes]
+        self.text = self.text[torch.tensor(going, device=self.text.device)]
+
+
+def _rules(system, sampling: Sampling, trace: Trace, prompts: list[list[int]]) -> list[Rules]:
+    """In the order of the sequences, the samples of a question side by side."""
+    n = sampling.samples
+    if sampling.together:
+        return [Rules(sampling, system, list(range(n * len(prompts))), torch.zeros(1, dtype=torch.long))]
+    texts = with_past(trace, [torch.tensor(prompt) for prompt in prompts])
+    return [Rules(sampling, system, list(range(n * b, n * b + n)), text) for b, text in enumerate(texts)]
+
+
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -216,9 +274,7 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, f
     differs = [not (empty and b and prompts[b] == prompts[b - 1]) for b in range(len(prompts))]
     lead = [b for b, new in enumerate(differs) if new]
     reads = [n - 1 for n in accumulate(differs) for _ in range(samples)]  # for each sequence, which of these it reads
-    text, mask = left_padded(with_past(trace, [torch.tensor(p) for p in prompts]), sampling.arguments["pad_token_id"])
-    process, is_done = sampling.prepared(system, text, mask)
-    text = text.repeat_interleave(samples, 0).to(device)
+    rules = _rules(system, sampling, trace, prompts)
     written = trace.select(lead)
     forward_pass = written.plan([len(prompts[b]) for b in lead], "prompt", reserve=reserve if len(reads) == len(lead) else 0)
     ids = torch.tensor([t for b in lead for t in prompts[b]], device=device)[None]
@@ -234,46 +290,63 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, f
         tqdm(total=sampling.max_new_tokens, desc="decode", unit="step", disable=not progress, leave=False) as bar,
     ):
         while True:
-            scores = process(text, logits.float()) if process else logits
-            chosen = sampling.choose(scores, [generators[i] for i in active])
+            parts = logits.split([len(some.members) for some in rules])
+            scores = [some.scores(part) for some, part in zip(rules, parts)]
+            chosen = sampling.choose(torch.cat(scores), [generators[i] for i in active])
             decoded(len(tokens[active[0]]), logits, chosen)
             for i, token in zip(active, chosen):
                 tokens[i].append(token)
-            ids = torch.tensor(chosen, device=device)
-            text = torch.cat((text, ids[:, None]), dim=1)
             bar.update()
             bar.set_postfix(sequences=len(active), refresh=False)
-            done = is_done(text, scores).tolist()
-            if sampling.stop:
-                done = [d or _stops(system.tokenizer, tokens[i], sampling.stop) for i, d in zip(active, done)]
-            going = [j for j, d in enumerate(done) if not d]
+            for some, part in zip(rules, scores):
+                done = some.append([tokens[i][-1] for i in some.members], part)
+                if sampling.stop:
+                    done = [d or _stops(system.tokenizer, tokens[i], sampling.stop) for i, d in zip(some.members, done)]
+                if any(done):
+                    some.keep([not d for d in done])
+            rules = [some for some in rules if some.members]
+            going = [i for some in rules for i in some.members]
             if not going:
                 break
             if len(going) < len(active):
-                trace, active, text, ids = trace.select(going), [active[j] for j in going], text[going], ids[going]
+                place = {i: j for j, i in enumerate(active)}
+                trace, active = trace.select([place[i] for i in going]), going
             left = sampling.max_new_tokens - len(tokens[active[0]])  # the same for all that are active
             forward_pass = trace.plan([1] * len(active), "text", reserve=min(RESERVE, left))
-            logits = forward(patch, trace, forward_pass, head=True, input_ids=ids[None]).logits[0]
+            ids = torch.tensor([tokens[i][-1] for i in active], device=device)[None]
+            logits = forward(patch, trace, forward_pass, head=True, input_ids=ids).logits[0]
     rows = iter(tokens)
     return [[next(rows) for _ in range(samples)] for _ in prompts]
 
 
 def _beam_search(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, first: int):
-    """`decode` with transformers' beam search. Beams that sample go question by question, each with a random stream."""
+    """`decode` with transformers' beam search. Questions go one by one where a rule would see their padding, or for a random
+    stream of each."""
     lm, device, arguments = causal_lm_of(system.model), system.device, dict(sampling.arguments)
-    if sampling.stop:
-        arguments |= {"stop_strings": sampling.stop, "tokenizer": system.tokenizer}
-    together = [[b] for b in range(len(prompts))] if arguments["do_sample"] else [list(range(len(prompts)))]
-    tokens = []
-    for batch in together:
+    together, tokens = sampling.together and not arguments["do_sample"], []
+    for batch in [list(range(len(prompts)))] if together else [[b] for b in range(len(prompts))]:
         ids, mask = left_padded([torch.tensor(prompts[b]) for b in batch], arguments["pad_token_id"])
         arguments[cache_argument(lm)] = trace.select(batch)
+        if sampling.stop:
+            stops = TextStops(system.tokenizer, sampling.stop, len(ids[0]))
+            arguments["stopping_criteria"] = [*(sampling.arguments.get("stopping_criteria") or []), stops]
         with phase("decode"), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(sampling.generator(first + batch[0], 0).initial_seed())
             out = lm.generate(ids.to(device), attention_mask=mask.to(device), **arguments)[:, ids.shape[1] :].tolist()
         rows = iter(_without_filling(row, arguments) for row in out)
         tokens += [[next(rows) for _ in range(sampling.samples)] for _ in batch]
     return tokens
+
+
+class TextStops(StoppingCriteria):
+    """`_stops`, for transformers. before: columns ahead of the new text."""
+
+    def __init__(self, tokenizer, stop: list[str], before: int):
+        self.tokenizer, self.stop, self.before = tokenizer, stop, before
+
+    def __call__(self, input_ids, scores, **_):
+        rows = input_ids[:, self.before :].tolist()
+        return torch.tensor([_stops(self.tokenizer, row, self.stop) for row in rows], device=input_ids.device)
 
 
 def _without_filling(row: list[int], arguments: dict) -> list[int]:

@@ -255,8 +255,9 @@ class MultiAgentSystem(nn.Module):
         What is not given is generation_config's, and then the model's own; where these do not say, there are 256 tokens,
         temperature 0.6, top_p 0.95 and no top_k. Decoding ends at an end-of-sequence token of the model or the tokenizer, a
         stop string or max_new_tokens. A result depends on the seed and on the place of its question in the list. It depends on
-        batch_size only as far as the model's products round differently for other numbers of rows, which can tip a close
-        choice; attention and sampling do not. Raises ValueError naming what does not fit, before any agent runs.
+        batch_size only as far as sums round differently, which can tip a close choice: torch's products and activations do for
+        other numbers of rows, attention does from 1024 rows on, and nothing else. Raises ValueError naming what does not fit,
+        before any agent runs.
 
             >>> system.generate(["where is the key"], max_new_tokens=4, seed=0, samples=2)
             [['...', '...']]

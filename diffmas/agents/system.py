@@ -2,7 +2,7 @@
 
 An agent's turn (`think`): the prompts of the batch are packed without padding and go through the model's body in one
 forward; the last hidden state of each sequence is realigned and fed back T times, its own T. All K/V rows land on the trace,
-which the next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.sampling`) the
+which the next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.decoding`) the
 text.
 """
 
@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from diffmas.agents import adapters, file, gradients, prompts
 from diffmas.agents.chat import check_chat
+from diffmas.agents.decoding import decode, rows_ahead, text_before
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.latent import latent_steps
@@ -23,7 +24,7 @@ from diffmas.agents.meter import phase
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent, Turn
 from diffmas.agents.realign import Realign
-from diffmas.agents.sampling import Sampling, decode, rows_ahead, text_before
+from diffmas.agents.sampling import Sampling
 from diffmas.models.forward import forward
 from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_model, patch_of

@@ -35,8 +35,9 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from diffmas.agents import adapters
+from diffmas.agents.decoding import decode
 from diffmas.agents.eval_mode import evaluating
-from diffmas.agents.sampling import Sampling, decode
+from diffmas.agents.sampling import Sampling
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.evaluation.files import figure, room_for, write_rows
 from diffmas.evaluation.metrics import Difference, Scorer, difference_of_means, difference_of_rates, wilson

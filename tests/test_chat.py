@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny_systems as tiny
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from diffmas import Agent, MultiAgentSystem
 from diffmas.agents.chat import template_options
@@ -58,6 +59,19 @@ def test_special_tokens_of_the_template_are_not_doubled():
     s = system()
     s.tokenizer.add_bos_token = True
     assert s.prompt_ids(s.agents[-1], {"question": "the key"}).count(s.tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("template", ["$A <end>", "<end> $A <end>", "<end> $A", "$A"])
+def test_a_prompt_goes_on_and_an_answer_ends_once(template):
+    """Whatever the tokenizer puts around every text, and whatever the text itself ends in."""
+    tok = tiny.tokenizer()
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<end>", tok.eos_token_id)])
+    s = MultiAgentSystem(tiny.model(), tok, [Agent("solver", "{question}")])
+    begin = "<end> " if template.startswith("<end>") else ""
+    for text in ("the key", "the key <end>", "key"):
+        assert tok.decode(s.prompt_ids(s.agents[0], {"question": text})) == begin + text
+    for answer in ("in the attic", "in the attic <end>"):
+        assert tok.decode(s.answer_ids(answer)) == "in the attic <end>"
 
 
 def test_options_are_saved_and_loaded(tmp_path):

@@ -83,7 +83,7 @@ def test_generate_loads_adapter_and_agents(project, trained):
     options = ("--question", "where is the key", "--max-new-tokens", 5, "--temperature", 0, "--device", "cpu")
     output = call("generate", "--adapter", project / "run", *options).stdout
     system = MultiAgentSystem.from_pretrained(project / "run", tiny.model(), tiny.tokenizer())
-    assert output.rstrip("\n") == system.generate(["where is the key"], 5, temperature=0)[0]
+    assert output.rstrip("\n") == system.generate(["where is the key"], 5, temperature=0)[0][0]
     moved = call("generate", "--adapter", project / "run", "--model", project / "base", *options, "--samples", 2).stdout
     assert moved == output * 2
     fields = ("--field", "question=where is the key", "--device", "cpu", "--max-new-tokens", 5, "--temperature", 0)

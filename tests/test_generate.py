@@ -1,9 +1,29 @@
 """generate on a trace against transformers' own generate on the concatenated text."""
 
+import string
+
 import pytest
 import torch
-from models import EOS, FUSED, GENERIC, SOME, assert_close, body, latent_steps, pad, tiny, tokens, unroll, whole, with_lora
-from transformers import GenerationConfig
+from models import (
+    EOS,
+    FUSED,
+    GENERIC,
+    SOME,
+    assert_close,
+    body,
+    embed,
+    latent_steps,
+    pad,
+    tiny,
+    tokens,
+    unroll,
+    whole,
+    with_lora,
+)  # fmt: skip
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
+from transformers.generation import EosTokenCriteria
 
 import diffmas
 
@@ -146,18 +166,60 @@ def test_the_trace_afterwards_holds_prompt_and_text(eos):
         assert_close(logits[b], whole(model, torch.cat((texts[b], last[b]))).logits[0, -2:])
 
 
-def test_a_row_that_ends_at_a_stop_criterion():
+def test_without_an_end_the_trace_holds_all():
+    """eos_token_id=None is a value: it does not mean the config's."""
+    model, config = tiny("qwen3"), GenerationConfig(max_new_tokens=20, do_sample=False)
+    past, new, last = tokens(5), tokens(1, seed=2), tokens(2, seed=3)
+    without_end = expected(model, past, new, dict(do_sample=False, max_new_tokens=20, eos_token_id=None))
+    model.generation_config.eos_token_id = int(without_end[0, 9])
+    for given in (dict(max_new_tokens=20, do_sample=False), dict(generation_config=config)):
+        trace = prefilled(model, past)
+        out = model.generate(new[0][None], past_key_values=trace, eos_token_id=None, **given)
+        assert torch.equal(out[:, 1:], without_end) and trace.lengths == [25]
+    logits = model(last[0][None], past_key_values=trace).logits[0]
+    assert_close(logits, whole(model, torch.cat((past[0], out[0, :-1], last[0]))).logits[0, -2:])
+
+
+def letters(special=()):
+    """A tokenizer of one letter to a token, as transformers' stop strings need one, and the letter of a token."""
+    alphabet = "<>" + string.ascii_letters + string.digits
+    backend = Tokenizer(BPE({c: i for i, c in enumerate(alphabet[:EOS])}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = [alphabet[i] for i in special]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=special), alphabet
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+@pytest.mark.parametrize("how", ["criterion", "stop string", "criterion for the end"])
+def test_rows_that_end_at_a_stop_criterion(how, pad_is_eos):
+    """One row ends; what fills it up while the other goes on is no text, be it the end-of-sequence token itself."""
     model = tiny("qwen3")
+    model.generation_config.eos_token_id = EOS
+    model.generation_config.pad_token_id = EOS if pad_is_eos else 0
     past, new = tokens(5, 2), tokens(2, 4, seed=2)
-    plain = expected(model, past, new, GREEDY)
-    stop = int(plain[0, 1])
-    criteria = [lambda ids, scores, **_: ids[:, -1] == stop]
+    stop = int(expected(model, past, new, GREEDY)[0, 1])
+    options = {
+        "criterion": dict(stopping_criteria=[lambda ids, scores, **_: ids[:, -1] == stop]),
+        "stop string": dict(stop_strings=[letters()[1][stop]], tokenizer=letters()[0]),
+        "criterion for the end": dict(stopping_criteria=[EosTokenCriteria(stop)]),
+    }[how]
     ids, mask = pad(new)
     trace = prefilled(model, past)
-    out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=trace, stopping_criteria=criteria, **GREEDY)
-    first = out[0, 4:].tolist()
-    end = first.index(stop) + 1
-    assert end < out.shape[1] - 4 and trace.lengths[0] == 5 + 2 + end - 1
+    out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=trace, **options, **GREEDY)
+    ends = [(row == stop).nonzero()[:, 0].tolist() for row in out[:, 4:]]
+    assert ends[0] == [1] and out.shape[1] > 4 + 2
+    length = ends[1][0] + 1 if ends[1] else out.shape[1] - 4
+    assert trace.lengths == [5 + 2 + 2 - 1, 2 + 4 + length - 1]
+
+
+def test_a_stop_string_that_is_a_special_token():
+    model = tiny("qwen3")
+    (past,), (new,) = tokens(5), tokens(2, seed=2)
+    plain = expected(model, [past], [new], GREEDY)[0].tolist()
+    tokenizer, alphabet = letters(special=plain[2:3])
+    trace = prefilled(model, [past])
+    out = model.generate(new[None], past_key_values=trace, stop_strings=alphabet[plain[2]], tokenizer=tokenizer, **GREEDY)
+    assert out[0, 2:].tolist() == plain[:3] and trace.lengths == [5 + 2 + 2]
 
 
 def test_going_on_from_what_was_generated():
@@ -242,19 +304,59 @@ def test_default_length():
     assert out.shape == (1, 23)  # transformers' default is 20 new tokens
 
 
-def test_penalties_do_not_see_what_stands_in_for_the_past():
-    """The past is unknown to a penalty; what fills its place must not be penalised either."""
-    model = tiny("qwen3")
-    model.generation_config.pad_token_id = EOS
-    (past,), (new,) = tokens(9), tokens(3, seed=2)
-    out = model.generate(
-        input_ids=new[None], past_key_values=prefilled(model, [past]), repetition_penalty=50.0, output_scores=True,
-        return_dict_in_generate=True, **FEW,
-    )  # fmt: skip
-    logits = whole(model, torch.cat((past, new))).logits[0, -1].detach()
-    seen = torch.zeros(64, dtype=torch.bool).scatter(0, new, True)
-    want = torch.where(seen, torch.where(logits > 0, logits / 50, logits * 50), logits)
-    assert_close(out.scores[0][0].double(), want)
+RULES = {
+    "penalty": dict(repetition_penalty=5.0),
+    "n-grams": dict(no_repeat_ngram_size=1),
+    "beams": dict(repetition_penalty=5.0, num_beams=3, num_return_sequences=2),
+    "pad is eos": dict(repetition_penalty=5.0, pad_token_id=EOS),
+}
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_rules_see_the_text_of_the_past(name):
+    """As in transformers with all of the text as input, padded on the left."""
+    model, options = tiny("qwen3"), dict(do_sample=False, max_new_tokens=8, **RULES[name])
+    past, new = tokens(9, 4), tokens(2, 5, seed=2)
+    got = generated(model, past, new, options)
+    ids, mask = pad([torch.cat(rows) for rows in zip(past, new)], value=options.get("pad_token_id", 0))
+    assert torch.equal(got, model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :])
+    beams = {k: v for k, v in options.items() if k.startswith("num_")}
+    plain = generated(model, past, new, dict(do_sample=False, max_new_tokens=8, **beams))
+    assert got.tolist() != plain.tolist()
+
+
+def test_rules_see_no_token_where_there_is_none():
+    """Latent steps, and prompts that came as embeddings, have no token that a rule could see."""
+    model, seen = tiny("qwen3"), []
+    first, second, third = tokens(4, 2), tokens(2, 2, seed=2), tokens(1, 3, seed=3)
+    trace = diffmas.Trace(model, 2)
+    with torch.no_grad():
+        ids, mask = pad(first)
+        h = body(model)(input_ids=ids, attention_mask=mask, past_key_values=trace).last_hidden_state[:, -1:]
+        latent_steps(model, trace, h, 3)
+        model.generate(inputs_embeds=embed(model, torch.stack(second)), past_key_values=trace, max_new_tokens=1)
+        ids, mask = pad(third)
+        processors = [lambda ids, scores: seen.append(ids) or scores]
+        model.generate(input_ids=ids, attention_mask=mask, past_key_values=trace, logits_processor=processors, **FEW)
+    want = [torch.cat(rows) for rows in zip(first, third)]
+    assert torch.equal(seen[0], pad(want)[0]) and trace.token_ids(0).tolist()[4:9] == [-1] * 5
+
+
+def test_a_streamer_gets_the_new_tokens():
+    class Streamer(TextStreamer):
+        def __init__(self):
+            self.got = []
+
+        def put(self, value):
+            self.got.append(value.flatten().tolist())
+
+        def end(self):
+            self.got.append("end")
+
+    model, streamer = tiny("qwen3"), Streamer()
+    (past,), (new,) = tokens(9), tokens(4, seed=2)
+    out = model.generate(new[None], past_key_values=prefilled(model, [past]), streamer=streamer, **GREEDY)
+    assert streamer.got == [new.tolist(), *([t] for t in out[0, 4:].tolist()), "end"]
 
 
 def test_prompt_lookup():
@@ -298,6 +400,9 @@ def test_generate_without_a_trace_is_transformers_own():
         (dict(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False), "use_cache"),
         (dict(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 2)), "attention_mask.*at least 3"),
         (dict(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.tensor([[1, 1, 0]])), "left-padded"),
+        (dict(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1, 1]])), "mask that"),
+        (dict(input_ids=torch.ones(1, 3, dtype=torch.long), position_ids=torch.arange(3)[None]), "position_ids: expected None"),
+        (dict(input_ids=torch.ones(1, 3, dtype=torch.long), prefill_chunk_size=2), "prefill_chunk_size: expected None"),
     ],
 )
 def test_bad_calls_are_refused_by_name(call, message):

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from models import (
     SOME,
     assert_close,
@@ -17,6 +18,7 @@ from models import (
     monolithic,
     pad,
     prefill,
+    read,
     tiny,
     tokens,
     whole,
@@ -147,6 +149,49 @@ def test_explicit_positions_of_a_padded_batch(side):
         assert_close(logits[b][mask[b].bool()], whole(model, rows[b], where[b]).logits[0])
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.long, torch.bool, torch.float32])
+def test_a_hole_in_the_mask_at_explicit_positions(mask_dtype):
+    """What transformers hides from all others is left out; what is left stays where it was."""
+    model, plain = tiny("qwen3"), tiny("qwen3", patch=False)
+    first, second = tokens(5)[0], tokens(4, seed=2)[0]
+    mask, at = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 1, 1]]).to(mask_dtype), torch.arange(5, 9)[None]
+    trace, cache = diffmas.Trace(model), transformers.DynamicCache()
+    model(first[None], past_key_values=trace)
+    got = model(second[None], mask, position_ids=at, past_key_values=trace).logits[0]
+    plain(first[None], past_key_values=cache)
+    want = plain(second[None], mask.bool(), position_ids=at, past_key_values=cache).logits[0]
+    assert_close(got[[0, 2, 3]], want[[0, 2, 3]])
+    assert trace.positions(0).tolist() == [0, 1, 2, 3, 4, 5, 7, 8]
+
+
+def test_a_mask_may_show_the_past_as_it_is():
+    """Masks that grow along, padding of earlier turns included, or that say nothing of latent steps."""
+    model = tiny("qwen3")
+    first, second, third = tokens(3, 5), tokens(4, 2, seed=2), tokens(1, 3, seed=3)
+    trace, mask = diffmas.Trace(model, 2), torch.zeros(2, 0, dtype=torch.long)
+    for rows, side in ((first, "right"), (second, "left"), (third, "left")):
+        ids, new = pad(rows, side)
+        mask = torch.cat((mask, new), dim=1)
+        logits = model(ids, mask, past_key_values=trace).logits
+    assert trace.lengths == [8, 10]
+    for b in range(2):
+        n = len(third[b])
+        want = whole(model, torch.cat((first[b], second[b], third[b]))).logits[0, -n:]
+        assert_close(logits[b, -n:], want)
+    latent_steps(model, trace, embed(model, torch.tensor([[3], [4]])), 1)
+    model(third[0].expand(2, 1), torch.ones(2, 11, dtype=torch.long), past_key_values=trace)
+    assert trace.lengths == [10, 12]
+
+
+def test_a_row_of_padding_appends_nothing():
+    model = tiny("qwen3")
+    trace = prefill(model, *tokens(4, 2))
+    ids, mask = pad(tokens(0, 3, seed=2))
+    out = body(model)(ids, mask, past_key_values=trace)
+    assert trace.lengths == [4, 5] and trace.next_positions == [4, 5]
+    assert not out.last_hidden_state[0].any() and out.last_hidden_state[1].any()
+
+
 def test_the_body_takes_positional_arguments():
     model = tiny("llama")
     rows = tokens(2, 5)
@@ -168,6 +213,89 @@ def test_segments_record_agent_kind_and_positions():
         (0, "planner", "prompt", 3, 0), (0, "planner", "latent", 2, 3),
         (1, "planner", "prompt", 1, 0), (1, "planner", "latent", 2, 1),
     ]  # fmt: skip
+
+
+# ---- what a trace tells, and traces of another origin ----------------------------------------------------------------
+
+
+def test_layers_can_be_looked_at():
+    """As those of a plain cache, one sequence at a time; what is written to them is refused."""
+    model, plain = tiny("qwen3"), tiny("qwen3", patch=False)
+    rows = tokens(5, 3)
+    trace = diffmas.Trace(model, 2)
+    assert [(x.keys, x.is_initialized) for x in trace.layers] == [(None, False)] * 3
+    prefill(model, *rows, trace=trace)
+    caches = [transformers.DynamicCache() for _ in rows]
+    for cache, row in zip(caches, rows):
+        plain(row[None], past_key_values=cache)
+    assert len(trace.layers) == 3
+    for i, layer in enumerate(trace.layers):
+        assert layer.keys.shape == (2, 2, 5, 8) and layer.get_seq_length() == 5 and not layer.keys[1, :, :2].any()
+        for b, (cache, row) in enumerate(zip(caches, rows)):
+            assert_close(layer.keys[b, :, 5 - len(row) :], cache.layers[i].keys[0])
+            assert_close(layer.values[b, :, 5 - len(row) :], cache.layers[i].values[0])
+        with pytest.raises(AttributeError):
+            layer.keys = layer.values
+    left, right = diffmas.Trace(model, 2).fork(2)
+    joined = diffmas.Trace.join([prefill(model, *rows, trace=t) for t in (left, right)])
+    with pytest.raises(ValueError, match="repack it first"):
+        _ = joined.layers[0].keys
+    moved = torch.cat([joined.repack().keys_values(0, b)[0] for b in range(2)])
+    assert_close(joined.repack().layers[0].keys[0].transpose(0, 1), moved[:10])
+
+
+def test_token_ids_go_with_the_rows(tmp_path):
+    model = tiny("llama")
+    (a,), (b,) = tokens(4), tokens(3, seed=2)
+    left, right = diffmas.Trace(model).fork(2)
+    with torch.no_grad():
+        prefill(model, a, trace=left)
+        prefill(model, b, trace=right)
+        latent_steps(model, left, embed(model, a[:1])[None], 2)
+        joined = diffmas.Trace.join([left, right])
+        want = [*a.tolist(), -1, -1, *b.tolist()]
+        joined.save(tmp_path / "trace")
+        views = {
+            "join": joined, "fork": joined.fork(1)[0], "select": joined.select([0, 0]), "repack": joined.repack(),
+            "file": diffmas.Trace.load(tmp_path / "trace", model), "another origin": diffmas.Trace.join([joined.repack()]),
+        }  # fmt: skip
+        assert {name: t.token_ids(0).tolist() for name, t in views.items()} == dict.fromkeys(views, want)
+        assert joined.keep("latent", sinks=1).token_ids(0).tolist() == [int(a[0]), -1, -1]
+        alone = diffmas.Trace(model)
+        adopted = diffmas.Trace.join([prefill(model, b, trace=alone), joined.detach()])
+        assert adopted.token_ids(0).tolist() == [*b.tolist(), *want]
+        for _ in range(100):  # and when rows are used again
+            trace = left.fork(1)[0]
+            model(inputs_embeds=embed(model, a)[None], past_key_values=trace)
+            assert trace.token_ids(0).tolist() == [*want[:6], -1, -1, -1, -1]
+            trace.drop_newest([4])
+            model(b[None], past_key_values=trace)
+            assert trace.token_ids(0).tolist() == want
+
+
+@pytest.mark.parametrize("order", ["live first", "loaded first"])
+def test_a_loaded_trace_joins_a_live_one(order, tmp_path):
+    """Read as if both were forks of one trace, of which the loaded one is a constant."""
+    model = tiny("qwen3")
+    memory, own, new = tokens(5, 3), tokens(2, 4, seed=2), tokens(1, 3, seed=3)
+    prefill(model, *memory).save(tmp_path / "memory")
+
+    def joined(loaded, live):
+        return diffmas.Trace.join([live, loaded] if order == "live first" else [loaded, live])
+
+    def loss_on(trace):
+        loss = sum(map(loss_of, read(model, trace, *new)))
+        loss.backward()
+        return loss.detach(), gradients(model)
+
+    origin = diffmas.Trace(model, 2)
+    first, second = origin.fork(2)
+    want = loss_on(joined(prefill(model, *memory, trace=first).detach(), prefill(model, *own, trace=second)))
+    live = prefill(model, *own)
+    got = loss_on(joined(diffmas.Trace.load(tmp_path / "memory", model), live))
+    assert_close(got[0], want[0])
+    assert_close(got[1], want[1])
+    assert live.lengths == [2, 4]
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------
@@ -238,17 +366,40 @@ def test_a_layer_that_does_not_write_is_noticed():
         (dict(input_ids=THREE, attention_mask=torch.ones(1, 2)), "attention_mask"),
         (dict(input_ids=THREE, attention_mask=torch.zeros(1, 3)), "at least one token"),
         (dict(input_ids=THREE, attention_mask=torch.ones(1, 1, 3, 3)), "attention_mask"),
+        (dict(input_ids=THREE, attention_mask=torch.tensor([[1, 0, 1]])), "got some between them; pass position_ids"),
+        (dict(input_ids=THREE, attention_mask=torch.tensor([[0.0, -1e9, -1e9]])), "attention_mask: expected 0 for padding"),
+        (dict(input_ids=THREE, position_ids=torch.tensor([[0.0, 1.5, 2.0]])), "position_ids: expected .* torch.float32"),
+        (dict(input_ids=THREE, position_ids=torch.tensor([[False, True, True]])), "position_ids: expected .* torch.bool"),
         (dict(input_ids=THREE, position_ids=torch.tensor([[-1, 0, 1]])), "position_ids"),
+        (dict(input_ids=THREE.expand(3, 3), position_ids=torch.arange(3).expand(3, 1, 3)), "position_ids: expected"),
         (dict(input_ids=THREE, position_ids=torch.tensor([[0, 1]])), "position_ids"),
         (dict(input_ids=THREE, output_attentions=True), "output_attentions"),
     ],
 )
 def test_bad_calls_are_refused_by_name(call, message):
     model = tiny("qwen3")
-    trace = diffmas.Trace(model)
+    trace = diffmas.Trace(model, 3 if call["input_ids"].shape[0] == 3 else 1)
     with pytest.raises(ValueError, match=message):
         model(**call, past_key_values=trace)
-    assert trace.lengths == [0]
+    assert not any(trace.lengths)
+
+
+def test_a_mask_that_hides_the_past_is_refused():
+    """What a sequence sees is its view's, not its mask's: with a view the same mask gives what transformers gives."""
+    model, plain = tiny("qwen3"), tiny("qwen3", patch=False)
+    rows, new = tokens(5, 3), tokens(2, 2, seed=2)
+    trace, cache = prefill(model, *rows), transformers.DynamicCache()
+    ids, mask = pad(rows)
+    mask = torch.cat((mask, torch.ones(2, 2, dtype=torch.long)), dim=1)
+    mask[0, 1:3] = 0
+    with pytest.raises(ValueError, match="attention_mask: expected the 5 rows that sequence 0 .* 3 of them; .*Trace.keep"):
+        model(torch.stack(new), mask, past_key_values=trace)
+    assert trace.lengths == [5, 3]
+    seen = [[s._replace(length=1), s.skip(3)] if s.sequence == 0 else [s] for s in trace.segments]
+    got = model(torch.stack(new), mask, past_key_values=trace.reading(seen)).logits
+    at = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 3, 4]])
+    plain(ids, pad(rows)[1], position_ids=at[:, :5], past_key_values=cache)
+    assert_close(got, plain(torch.stack(new), mask, position_ids=at[:, 5:], past_key_values=cache).logits)
 
 
 @pytest.mark.parametrize("options", [dict(batch_size=0), dict(capacity=0)], ids=str)

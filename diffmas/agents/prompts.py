@@ -109,18 +109,29 @@ def prompt_ids(tokenizer, agent: Agent, fields: dict, chat_template: bool, chat_
         text = chat_text(tokenizer, agent, text, chat_options or {})
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        ids = tokenizer(f"{agent.system}\n\n{text}" if agent.system else text)["input_ids"]
+        text = f"{agent.system}\n\n{text}" if agent.system else text
+        ids = _not_closed(tokenizer, text)
     if not ids:
         raise ValueError(f"agent {agent.name!r}: expected a prompt of at least one token, got {text!r}")
     return list(ids)
 
 
+def _not_closed(tokenizer, text: str) -> list[int]:
+    """The token ids of a text that goes on: without the end-of-sequence token that some tokenizers put behind every text."""
+    ids, end = list(tokenizer(text)["input_ids"]), tokenizer.eos_token_id
+    if ids[-1:] == [end]:
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if own and ids[-len(own) - 1 : -1] == own:
+            ids.pop()
+    return ids
+
+
 def answer_ids(tokenizer, answer: str) -> list[int]:
-    """The token ids of an answer, closed by the end-of-sequence token."""
+    """The token ids of an answer, closed by one end-of-sequence token, be it written in the answer or not."""
     if not isinstance(answer, str):
         raise ValueError(f"answers: expected strings, got {type(answer).__name__}")
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    if tokenizer.eos_token_id is not None:
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     if not ids:
         raise ValueError(f"answers: expected at least one token, got {answer!r}")
@@ -154,8 +165,12 @@ def turn_of(system, agent: Agent, b: int, fields: dict, at: int) -> Turn:
     return Turn(prompt_that_fits(system, agent, b, fields, at, T, f"its prompt and {T} latent steps"), T)
 
 
-def tokenize(system, questions: list[dict], room: list[int], what: str) -> list[list[Turn]]:
-    """See `MultiAgentSystem.tokenize`."""
+def tokenize(system, questions: list[dict], room: list[int], what: str, starts: list[int] | None = None) -> list[list[Turn]]:
+    """See `MultiAgentSystem.tokenize`. starts: the positions that the last agent begins at, if the others had their turns."""
+    if starts is not None:
+        last = system.agents[-1]
+        rows = enumerate(zip(questions, starts, room))
+        return [[Turn(prompt_that_fits(system, last, b, fields, at, n, what), 0) for b, (fields, at, n) in rows]]
     turns: list[list[Turn]] = [[] for _ in system.agents]
     for b, fields in enumerate(questions):
         at = handed = 0  # the next agent's first position, and the rows that latent_only hands on to it

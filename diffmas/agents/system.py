@@ -2,7 +2,7 @@
 
 An agent's turn (`think`): the prompts of the batch are packed without padding and go through the model's body in one
 forward; the last hidden state of each sequence is realigned and fed back T times, its own T. All K/V rows land on the trace,
-which the next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.sampling`) the
+which the next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.decoding`) the
 text.
 """
 
@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from diffmas.agents import adapters, file, gradients, prompts
 from diffmas.agents.chat import check_chat
+from diffmas.agents.decoding import decode, rows_ahead, text_before
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.latent import latent_steps
@@ -23,7 +24,7 @@ from diffmas.agents.meter import phase
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent, Turn
 from diffmas.agents.realign import Realign
-from diffmas.agents.sampling import Sampling, decode, rows_ahead
+from diffmas.agents.sampling import Sampling
 from diffmas.models.adapted import check_adapters, check_bare
 from diffmas.models.forward import forward
 from diffmas.models.parts import causal_lm_of
@@ -75,7 +76,7 @@ class MultiAgentSystem(nn.Module):
         >>> system = MultiAgentSystem(model, tokenizer, agents)
         >>> system(["where is the key"], ["in the garden"]).loss.backward()
         >>> system.generate(["where is the key"], max_new_tokens=8, temperature=0)
-        ['...']
+        [['...']]
     """
 
     def __init__(
@@ -127,13 +128,18 @@ class MultiAgentSystem(nn.Module):
         """The token ids of an answer, closed by the end-of-sequence token."""
         return prompts.answer_ids(self.tokenizer, answer)
 
-    def tokenize(self, questions: list[dict], room: list[int], what: str = "its prompt") -> list[list[Turn]]:
+    def tokenize(
+        self, questions: list[dict], room: list[int], what: str = "its prompt", trace: Trace | None = None
+    ) -> list[list[Turn]]:
         """The turns of all agents, prompt ids and T, [agent][question]; an agent without a turn has no ids.
 
-        room[b]: tokens that follow the last agent's prompt. Raises ValueError naming the question, before any agent runs,
-        for a field that is missing and for what will not fit in the context.
+        room[b]: tokens that follow the last agent's prompt. trace: what the others have written, if they had their turns; then
+        the last agent's alone. Raises ValueError naming the question, before any agent runs, for a field that is missing and
+        for what will not fit in the context.
         """
-        return prompts.tokenize(self, questions, room, what)
+        if trace is not None and trace.batch_size != len(questions):
+            raise ValueError(f"trace: expected {len(questions)} sequences, one for each question, got {trace.batch_size}")
+        return prompts.tokenize(self, questions, room, what, None if trace is None else trace.next_positions)
 
     fields_of = staticmethod(prompts.fields_of)
 
@@ -197,8 +203,9 @@ class MultiAgentSystem(nn.Module):
 
         questions: list of str, or of dicts whose fields fill the agents' prompts. answers: list of str, one per question.
         num_items_in_batch: answer tokens over all accumulated micro-batches, as Hugging Face's Trainer counts them; the loss
-        is then the sum over this batch divided by it. trace: what the other agents have written (`communicate`); by default
-        they take their turns now. Returns a `SystemOutput`. Raises ValueError naming what does not fit.
+        is then the sum over this batch divided by it. trace: what the other agents have written (`communicate`, or a memory of
+        theirs that was saved, `Trace.load`), a sequence for each question; the last agent's rows are added to it. By default
+        the others take their turns now. Returns a `SystemOutput`. Raises ValueError naming what does not fit.
         """
         questions = self.fields_of(questions)
         if isinstance(answers, str):
@@ -207,7 +214,7 @@ class MultiAgentSystem(nn.Module):
             raise ValueError(f"answers: expected one for each of {len(questions)} questions, got {len(answers)}")
         targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
         what = "its prompt and answer" if answers is not None else "its prompt"
-        turns = self.tokenize(questions, [len(t) for t in targets], what)
+        turns = self.tokenize(questions, [len(t) for t in targets], what, trace)
         if trace is None:
             trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns)
         prompt_rows = [turn.ids for turn in turns[-1]]
@@ -236,60 +243,68 @@ class MultiAgentSystem(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, questions, max_new_tokens: int = 256, temperature: float = 0.6, top_p: float = 0.95,
-        seed: int | None = None, *, stop: list[str] | None = None, samples: int = 1, batch_size: int | None = None,
-        progress: bool = False,
-    ) -> list:  # fmt: skip
-        """The last agent's text for each question: list[str], or list[list[str]] for samples > 1.
+        self, questions, max_new_tokens: int | None = None, temperature: float | None = None, top_p: float | None = None,
+        seed: int | None = None, *, stop: list[str] | None = None, samples: int | None = None, batch_size: int | None = None,
+        progress: bool = False, trace: Trace | None = None, **options,
+    ) -> list[list[str]]:  # fmt: skip
+        """The last agent's texts, [question][sample].
 
         questions: as in `forward`. max_new_tokens: per sample. temperature: 0 takes the likeliest token. top_p: in (0, 1].
-        seed: None draws one. stop: strings that end an answer; they are cut off. samples: answers per question. batch_size:
-        questions at once, all by default. progress: show a bar.
+        seed: None draws one. stop (or stop_strings): strings that end an answer; they are cut off, and may hold special tokens.
+        samples (or num_return_sequences): answers per question. batch_size: questions at once, all by default. progress: show a
+        bar. trace: as in `forward`, and left as it is: the last agent answers, the others have had their turns. options: of
+        transformers' generate, as it takes them: generation_config, top_k, min_p, repetition_penalty, num_beams,
+        logits_processor, stopping_criteria and all else that chooses tokens or ends a text. Rules about text see the trace's
+        tokens and the prompt (`Trace.token_ids`).
 
-        A result depends on the seed and on the place of its question in the list, not on batch_size. Decoding ends at an
-        end-of-sequence token, a stop string or max_new_tokens. Raises ValueError naming what does not fit.
+        What is not given is generation_config's, and then the model's own; where these do not say, there are 256 tokens,
+        temperature 0.6, top_p 0.95 and no top_k. Decoding ends at an end-of-sequence token of the model or the tokenizer, a
+        stop string or max_new_tokens. A result depends on the seed and on the place of its question in the list. It depends on
+        batch_size only as far as sums round differently, which can tip a close choice: torch's products and activations do for
+        other numbers of rows, attention does from 1024 rows on, and nothing else. Raises ValueError naming what does not fit,
+        before any agent runs.
 
             >>> system.generate(["where is the key"], max_new_tokens=4, seed=0, samples=2)
             [['...', '...']]
+            >>> system.generate(["where is the key"], max_new_tokens=4, num_beams=3, repetition_penalty=1.2)
+            [['...']]
         """
-        tokens = self.generate_tokens(
-            questions, max_new_tokens, temperature, top_p, seed, stop=stop, samples=samples, batch_size=batch_size,
-            progress=progress,
-        )  # fmt: skip
-        texts = [[self.text_of(t, stop) for t in row] for row in tokens]
-        return texts if samples > 1 else [row[0] for row in texts]
+        sampling = Sampling.of(self, max_new_tokens, temperature, top_p, seed, stop, samples, **options)
+        tokens = self._decode(questions, sampling, batch_size, progress, trace)
+        return [[self.text_of(t, sampling.stop) for t in row] for row in tokens]
 
     @torch.no_grad()
     def generate_tokens(
-        self, questions, max_new_tokens: int = 256, temperature: float = 0.6, top_p: float = 0.95,
-        seed: int | None = None, *, stop: list[str] | None = None, samples: int = 1, batch_size: int | None = None,
-        progress: bool = False,
+        self, questions, max_new_tokens: int | None = None, temperature: float | None = None, top_p: float | None = None,
+        seed: int | None = None, *, stop: list[str] | None = None, samples: int | None = None, batch_size: int | None = None,
+        progress: bool = False, trace: Trace | None = None, **options,
     ) -> list[list[list[int]]]:  # fmt: skip
         """Like `generate`, but returns token ids, [question][sample][token], with the end-of-sequence token."""
+        sampling = Sampling.of(self, max_new_tokens, temperature, top_p, seed, stop, samples, **options)
+        return self._decode(questions, sampling, batch_size, progress, trace)
+
+    def _decode(self, questions, sampling: Sampling, batch_size: int | None, progress: bool, trace: Trace | None):
         questions = self.fields_of(questions)
-        if samples < 1:
-            raise ValueError(f"samples: expected at least 1, got {samples}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop or [])
-        turns = self.tokenize(questions, [max_new_tokens] * len(questions), "its prompt and answer")
+        turns = self.tokenize(questions, [sampling.max_new_tokens] * len(questions), "its prompt and answer", trace)
         tokens, step = [], batch_size or len(questions)
         with evaluating(self):
             for first in range(0, len(questions), step):
                 batch = [rows[first : first + step] for rows in turns]
-                trace = self._trace_for(batch, [rows_ahead(sampling, samples)] * len(batch[0]))
-                trace = self.communicate(questions[first : first + step], trace, batch)
-                trace.agent = self.agents[-1].name
+                if trace is None:
+                    read = self._trace_for(batch, [rows_ahead(sampling)] * len(batch[0]))
+                    read = self.communicate(questions[first : first + step], read, batch)
+                else:
+                    read = trace.select(range(first, first + len(batch[0])))
+                read.agent = self.agents[-1].name
                 with adapters.of_agent(self, len(self.agents) - 1):
-                    tokens += decode(self, trace, [turn.ids for turn in batch[-1]], sampling, samples, first, progress)
+                    tokens += decode(self, read, [turn.ids for turn in batch[-1]], sampling, first, progress)
         return tokens
 
     def text_of(self, ids: list[int], stop: list[str] | None = None) -> str:
         """The text of new token ids, without special tokens, cut before the first `stop` string."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        for s in stop or []:
-            text = text.split(s, 1)[0]
-        return text
+        return text_before(self.tokenizer, ids, stop or [])
 
     def gradient_report(self, questions, answers: list[str], num_items_in_batch=None) -> GradientReport:
         """Where the gradient of the answers' loss goes: norms by agent, latent step and layer, of the parameters' gradient and

@@ -35,8 +35,9 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from diffmas.agents import adapters
+from diffmas.agents.decoding import decode
 from diffmas.agents.eval_mode import evaluating
-from diffmas.agents.sampling import Sampling, decode
+from diffmas.agents.sampling import Sampling
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.evaluation.files import figure, room_for, write_rows
 from diffmas.evaluation.metrics import Difference, Scorer, difference_of_means, difference_of_rates, wilson
@@ -95,7 +96,7 @@ def audit(
     if len(rows) < 2:
         raise ValueError(f"rows: expected at least two, to give one question's message to another, got {len(rows)}")
     questions, golds = map(list, zip(*(question_and_answer(row, f"rows[{i}]") for i, row in enumerate(rows))))
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop or [])
+    sampling = Sampling.of(system, max_new_tokens, temperature, top_p, seed, stop, samples)
     system.tokenize(
         MultiAgentSystem.fields_of(questions), [max_new_tokens] * len(rows), "its prompt and answer"
     )  # do they fit?
@@ -108,7 +109,7 @@ def audit(
             asked = [questions[i] for i in batch]
             trace = system.communicate(asked)
             for name, view in conditions_of(trace, partners, kind, system.sinks, sampling.seed, batch):
-                answered = _answer(system, view, asked, [golds[i] for i in batch], done, sampling, samples)
+                answered = _answer(system, view, asked, [golds[i] for i in batch], done, sampling)
                 found.setdefault(name, {}).update(zip(batch, answered))
     if len(found) == 1:
         raise ValueError(f"system: expected agents that hand on rows{f' of kind {kind!r}' if kind else ''}, got none")
@@ -242,7 +243,7 @@ def _noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 # ---- answers -----------------------------------------------------------------------------------------------------------
 
 
-def _answer(system, trace: Trace, asked: list[dict], golds: list[str], first: int, sampling: Sampling, samples: int):
+def _answer(system, trace: Trace, asked: list[dict], golds: list[str], first: int, sampling: Sampling):
     """For each question its texts, and the nll of its gold answer, with the last agent reading `trace`."""
     out = system(asked, golds, trace=trace.fork(1)[0])
     nlls = F.cross_entropy(out.logits.float().transpose(1, 2), out.labels, reduction="none").sum(1).tolist()
@@ -251,7 +252,7 @@ def _answer(system, trace: Trace, asked: list[dict], golds: list[str], first: in
     trace.agent = last.name
     with adapters.of_agent(system, len(system.agents) - 1):
         prompts = [system.prompt_ids(last, fields) for fields in asked]
-        tokens = decode(system, trace, prompts, sampling, samples, first, False)
+        tokens = decode(system, trace, prompts, sampling, first, False)
     return [([system.text_of(t, sampling.stop) for t in row], nll) for row, nll in zip(tokens, nlls)]
 
 

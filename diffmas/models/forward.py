@@ -18,7 +18,7 @@ from diffmas.trace import Trace
 from diffmas.trace.cache import cache_name
 from diffmas.trace.forward_pass import ForwardPass
 
-__all__ = ["after_body", "before_body", "forward", "skip_mask"]
+__all__ = ["after_body", "before_body", "forward", "new_token_mask", "skip_mask"]
 
 
 class PaddedBatch(NamedTuple):
@@ -53,6 +53,7 @@ def forward(patch, trace: Trace, forward_pass: ForwardPass, *, head: bool = Fals
         return_dict=True, diffmas_trace=forward_pass,
     )  # fmt: skip
     if commit:
+        forward_pass.ids = x[0] if "input_ids" in inputs else None
         trace.commit(forward_pass)
     return output
 
@@ -113,20 +114,18 @@ def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
     if x is None or x.shape[1] == 0:
         raise ValueError("input_ids: expected input_ids or inputs_embeds of at least one token")
     kind, reserve, positions = "latent" if name == "inputs_embeds" else "prompt", 0, kwargs.get("position_ids")
-    if trace.generation is not None:  # transformers derives positions from the mask, which knows no gaps; the trace knows them
-        x, kind, reserve, positions = *trace.generation.next_forward(x), None
+    if trace.generation is None:
+        valid = new_token_mask(kwargs.get("attention_mask"), trace, *x.shape[:2], placed=positions is not None)
+    else:  # transformers derives positions and columns from ids that it knows; the trace knows its rows
+        x, valid, kind, reserve = trace.generation.next_forward(x, trace.lengths)
+        positions = None
     B, S = x.shape[:2]
     check_one_adapter(patch.causal_lm, B)
-    valid = _new_token_mask(kwargs.get("attention_mask"), B, S)
     if kwargs.get("output_router_logits", getattr(body.config, "output_router_logits", False)):
         if kwargs.get("attention_mask") is not None and kwargs["attention_mask"].shape[1] != S:
             raise ValueError("output_router_logits: expected a mask of the new tokens alone, whose experts the loss balances")
-    if valid is not None and not valid.any():
-        raise ValueError("attention_mask: expected at least one token that is not padding, got none")
     if positions is not None:
-        if positions.shape[-1] != S or positions.numel() not in (S, B * S):
-            raise ValueError(f"position_ids: expected [{B}, {S}], one per new token, got {list(positions.shape)}")
-        positions = positions.expand(B, S).cpu()
+        positions = _positions(positions, B, S)
         positions = positions.flatten() if valid is None else positions[valid]
     forward_pass = trace.plan([S] * B if valid is None else valid.sum(1).tolist(), kind, positions, reserve)
     valid = None if valid is None else valid.to(x.device)
@@ -140,6 +139,7 @@ def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
                 raise ValueError(f"{types}: expected [{B}, {S}], one per new token, got {list(given.shape)}")
             kwargs[types] = (given.flatten() if valid is None else given[valid.to(given.device)])[None]
     kwargs[name] = x[None]
+    forward_pass.ids = x if name == "input_ids" else None
     kwargs.update(
         attention_mask=skip_mask(x.device), position_ids=forward_pass.position_ids(x.device), use_cache=False,
         diffmas_trace=forward_pass,
@@ -147,15 +147,50 @@ def before_body(patch, body: nn.Module, args: tuple, kwargs: dict):
     return (), kwargs
 
 
-def _new_token_mask(mask, B: int, S: int) -> Tensor | None:
-    """The last S columns of a 2-D attention mask, as bool [B, S] on the CPU; None when nothing is padded."""
+def new_token_mask(mask, trace: Trace, B: int, S: int, placed: bool) -> Tensor | None:
+    """Which of S new columns are tokens, by a 2-D attention mask [B, at least S]; bool [B, S] on the CPU, None for all of them.
+
+    A row of padding alone appends nothing. Earlier columns are the trace's, which alone says what is seen: in a sequence's,
+    there must be all 1s, or one for each of its rows. placed: whether it is known at which positions the tokens are; if not,
+    padding is allowed before and after them, and not between. Raises ValueError for a mask that asks for something else.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] < S:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: expected a 2-D mask [{B}, at least {S}] with a trace, got {shape}")
-    mask = mask[:, -S:].bool().cpu()
-    return None if bool(mask.all()) else mask
+    mask = mask.cpu()
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"attention_mask: expected 0 for padding and 1 for tokens with a trace, got {mask.unique().tolist()}")
+    past, new = mask[:, :-S].bool(), mask[:, -S:].bool()
+    if not past.all():
+        for b, (shown, have) in enumerate(zip(past.sum(1).tolist(), trace.lengths)):
+            if shown != have and shown < past.shape[1]:
+                raise ValueError(
+                    f"attention_mask: expected the {have} rows that sequence {b} of the trace has, got a mask that shows "
+                    f"{shown} of them; what a sequence sees is the trace's to say: pass a view without the others "
+                    "(Trace.keep, Trace.reading), and a mask of the new tokens"
+                )
+    if new.all():
+        return None
+    if not new.any():
+        raise ValueError("attention_mask: expected at least one token that is not padding, got none")
+    if not placed and (new[:, 1:] > new[:, :-1]).sum(1).add(new[:, 0]).max() > 1:
+        raise ValueError(
+            "attention_mask: expected padding before and after the tokens of a sequence, got some between them; pass "
+            "position_ids, which say where they are, or leave it out of the batch"
+        )
+    return new
+
+
+def _positions(positions, B: int, S: int) -> Tensor:
+    """position_ids as [B, S] on the CPU; raises ValueError for others than one integer per new token."""
+    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
+        kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise ValueError(f"position_ids: expected a tensor of integers with a trace, got {kind}")
+    if positions.dim() > 2 or positions.shape[-1] != S or positions.numel() not in (S, B * S):
+        raise ValueError(f"position_ids: expected [{B}, {S}], one per new token, got {list(positions.shape)}")
+    return positions.expand(B, S).cpu()
 
 
 @torch.compiler.disable

@@ -2,10 +2,11 @@
 
 import inspect
 
-from torch import Tensor, zeros
+from torch import Tensor, stack, zeros
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-__all__ = ["CacheFace", "cache_argument", "cache_name"]
+__all__ = ["CacheFace", "LayerView", "cache_argument", "cache_name"]
 
 NAMES = ("cache", "past_key_values")  # of a model's argument: since transformers 5.24, which prefers it, and before
 
@@ -25,6 +26,12 @@ class CacheFace(Cache):
 
     is_compileable = False
     is_croppable = True
+    offloading, layer_class_to_replicate = False, None
+
+    @property
+    def layers(self) -> list["LayerView"]:
+        """The layers as transformers shows those of a cache; to look at alone."""
+        return [LayerView(self, i) for i in range(len(self))]
 
     @property
     def max_batch_size(self) -> int:
@@ -47,7 +54,7 @@ class CacheFace(Cache):
         return [False] * len(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self.lengths)
+        return max(self.lengths) if self.generation is None else self.generation.columns(self.lengths)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_seq_length()
@@ -84,3 +91,40 @@ class CacheFace(Cache):
 
     def activate_past_recording(self, *args, **kwargs) -> None:
         """Assisted decoding asks for it before it crops; nothing to record, rows stay where they are."""
+
+
+class LayerView:
+    """One layer of a trace as a layer of transformers' caches; read-only.
+
+    keys, values [B, Hkv, longest, D]: copies, with zeros on the left of shorter sequences; None for an empty trace. Raises
+    ValueError for keys that are read at other positions than they were written at: `repack` the trace first.
+    """
+
+    __slots__ = ("_index", "_trace")
+
+    def __init__(self, trace: CacheFace, index: int):
+        self._trace, self._index = trace, index
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._trace.is_initialized
+
+    def get_seq_length(self) -> int:
+        return max(self._trace.lengths)
+
+    @property
+    def keys(self) -> Tensor | None:
+        if any(s.offset for s in self._trace.segments):
+            raise ValueError("keys: expected a trace that is read where it was written, got position offsets; repack it first")
+        return self._padded(0)
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._padded(1)
+
+    def _padded(self, which: int) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        rows = [self._trace.keys_values(self._index, b)[which] for b in range(self._trace.batch_size)]
+        longest = max(map(len, rows))
+        return stack([pad(x, (0, 0, 0, 0, longest - len(x), 0)) for x in rows]).transpose(1, 2)

@@ -31,15 +31,18 @@ def _checksum(header: dict, tensors: dict) -> str:
 
 
 def write(
-    path, fingerprint: dict, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]]
-) -> None:
+    path, fingerprint: dict, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]],
+    ids: Tensor,
+) -> None:  # fmt: skip
     """Writes a trace's segments by sequence, the position of each sequence's next token, and its rows.
 
-    kv: by layer, k and v [rows, Hkv, D], in the order of the segments. fingerprint: of the model, as plain data. The file is
-    written beside its place first: a crash leaves the old file or the new one.
+    kv: by layer, k and v [rows, Hkv, D], in the order of the segments. ids [rows]: their token ids, -1 where there is none.
+    fingerprint: of the model, as plain data. The file is written beside its place first: a crash leaves the old file or the new
+    one.
     """
     flat = [s for row in segments for s in row]
-    tensors = {"positions": torch.cat([torch.arange(s.position + s.offset, s.next_position) for s in flat])}
+    positions = torch.cat([torch.arange(s.position + s.offset, s.next_position) for s in flat])
+    tensors = {"positions": positions, "ids": ids}
     for i, pair in enumerate(kv):
         for name, x in zip("kv", pair):
             tensors[f"{i}.{name}"] = x.detach().cpu().contiguous()
@@ -58,8 +61,9 @@ def write(
     os.replace(partial, path)
 
 
-def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[tuple[Tensor, Tensor]]]:
-    """The segments (of rows 0, 1, 2, ...), next positions and rows of a file that `write` wrote.
+def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[tuple[Tensor, Tensor]], Tensor | None]:
+    """The segments (of rows 0, 1, 2, ...), next positions, rows and token ids of a file that `write` wrote; no ids of one that
+    was written before there were any.
 
     Raises ValueError for a file that is missing, damaged, or of another fingerprint.
     """
@@ -80,9 +84,9 @@ def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[
     for what, mine in fingerprint.items():
         if header[what] != mine:
             raise ValueError(f"{path}: expected a trace of this {what} ({mine}), got one of another ({header[what]})")
-    positions = tensors.pop("positions")
+    positions, ids = tensors.pop("positions"), tensors.pop("ids", None)
     kv = [(tensors[f"{i}.k"], tensors[f"{i}.v"]) for i in range(len(tensors) // 2)]
-    return _segments(header, positions), header["next"], kv
+    return _segments(header, positions), header["next"], kv, ids
 
 
 def _segments(header: dict, positions: Tensor) -> list[list[Segment]]:

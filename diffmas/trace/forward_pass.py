@@ -5,7 +5,7 @@ takes the last hidden state, and `Trace.commit` makes the tokens part of the tra
 checkpointing) uses the same object and changes nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class ForwardPass:
     new rows at the end. past: the order token that it stands behind (diffmas.trace.autograd). table: what `Trace.commit` takes
     over. more: lineage (which gradient pools it uses), deferred and step (the run of latent steps that it is step number `step`
     of, from 1), older (with step 1, the views before the run of those who take it), hold (of the rows that it needs).
-    batch: the caller's.
+    kind: of the rows that it writes. ids [n]: the tokens that it writes, where its caller knows them. batch: the caller's.
 
     Rides through the model's keyword arguments as one opaque object: containers and anything with `.to` get rebuilt or
     cast on the way by accelerate, DDP and FSDP, `past_key_values` is dropped by activation checkpointing.
@@ -55,7 +55,7 @@ class ForwardPass:
         self.work = LayerWork(spec, store, lengths, positions, slots, views, past.requires_grad, **more)
         self.order = autograd.begin(self.work, past) if torch.is_grad_enabled() else None
         self.after: Tensor | None = None  # what the next pass stands behind
-        self.batch: Any = None
+        self.kind, self.ids, self.batch = "prompt", None, None
 
     def on(self, device: torch.device) -> Tables:
         return self.work.on(device)
@@ -105,7 +105,7 @@ class ForwardPass:
         self.work.committed = True
         self.work.hold.extents = []  # the trace has them
         # The graph of a checkpoint holds this object, so it must not lead to a graph: such a circle is never freed.
-        self.table = self.past = self.after = self.batch = None
+        self.table = self.past = self.after = self.ids = self.batch = None
 
     # ---- repeated on the device (diffmas.agents.latent) ---------------------------------------------------------------
 

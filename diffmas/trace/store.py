@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from diffmas.trace.pool import Pool
+from diffmas.trace.token_ids import TokenIds
 from diffmas.trace.views import Rows
 
 __all__ = ["Extent", "Hold", "Store", "ranges_in"]
@@ -68,6 +69,7 @@ class Store:
         self.rows = rows
         self.needs_grad = [frozenset([0])]  # by lineage (see Pool): the lineages whose rows its readers leave gradients for
         self.lock = threading.RLock()
+        self.token_ids = TokenIds()
         self._writers = np.zeros(max(rows, 1), dtype=np.int64)  # the lineage each row was written in
         self._free = [(0, NO_END)]  # ranges that are known to be free, rising
         self._swept = False

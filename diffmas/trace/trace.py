@@ -19,7 +19,7 @@ from diffmas.trace.forward_pass import ForwardPass, Table
 from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.spec import spec_of
 from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold, Store, ranges_in
-from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, joined, length_of, only, ranges_of
+from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, joined, length_of, only, ranges_of, rows_of
 
 __all__ = ["Trace"]
 
@@ -29,7 +29,9 @@ class Trace(CacheFace):
 
     model: a model that `diffmas.patch_model` was called on, or its `ModelSpec`. capacity: tokens per sequence to make room for
     at once; the trace grows beyond it by itself. Pass it as `past_key_values` (`cache` since transformers 5.24) to the model's
-    forward and generate. Padded tokens never enter it; the sequences of a batch may differ in length.
+    forward and generate. Padded tokens never enter it: the sequences of a batch may differ in length, and one that is padding
+    alone appends nothing (its hidden states are zeros). An attention_mask tells padding from new tokens, and hides no rows:
+    what a sequence sees is its view (`keep`, `reading`).
 
     Raises ValueError for a model that is not patched, a batch_size or capacity that is not positive.
 
@@ -43,7 +45,6 @@ class Trace(CacheFace):
     """
 
     def __init__(self, model, batch_size: int = 1, capacity: int | None = None):
-        super().__init__(layers=[])
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if capacity is not None and capacity < 1:
@@ -97,6 +98,16 @@ class Trace(CacheFace):
         """The positions that a sequence's tokens are read at, in order; [length] int64."""
         parts = [torch.arange(s.position + s.offset, s.next_position) for s in self._segments[sequence]]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+    def token_ids(self, sequence: int) -> Tensor:
+        """The token ids of a sequence's rows, in order, -1 for rows that no token was written to (latent steps, embeddings);
+        [length] int64."""
+        row = self._segments[sequence]
+        with self._store.lock:
+            ids = self._store.token_ids.read(rows_of(row))
+        kinds = np.repeat([KINDS.index(s.kind) for s in row], [s.length for s in row])
+        ids[kinds == KINDS.index("latent")] = -1  # whatever these rows held before
+        return torch.from_numpy(ids)
 
     def keys_values(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """A copy of one sequence's K and V rows as they were written (position offsets are not applied); [length, Hkv, D]
@@ -171,10 +182,12 @@ class Trace(CacheFace):
             step += 1
         older = [ranges_of(row) for row, n in zip(self._segments, lengths) if n] if step == 1 else None
         table = Table(self._segments, segments, extents, after)
-        return ForwardPass(
+        forward_pass = ForwardPass(
             self.spec, self._store, lengths, positions, slots, hold.views, self._order, table, lineage=self._lineage,
             deferred=deferred, step=step, older=older, hold=hold,
         )  # fmt: skip
+        forward_pass.kind = kind
+        return forward_pass
 
     def _counts(self, name: str, values) -> list[int]:
         """One number of tokens for each sequence."""
@@ -210,6 +223,9 @@ class Trace(CacheFace):
                 f"layers {missing} did not write to the trace: the keyword argument diffmas_trace did not reach them"
             )
         _, self._segments, self._extents, self._next = forward_pass.table
+        if forward_pass.kind != "latent":
+            with self._store.lock:
+                self._store.token_ids.write(forward_pass.work.slots, forward_pass.ids)
         self._order = forward_pass.after
         self._deferred = (forward_pass.work.deferred, forward_pass.work.step)
         forward_pass.finish()
@@ -260,7 +276,6 @@ class Trace(CacheFace):
 
     def _view(self, segments, extents=None, next_positions=None, order=None, lineage: int | None = None) -> "Trace":
         view = object.__new__(type(self))
-        CacheFace.__init__(view, layers=[])
         view.spec, view._store, view.agent = self.spec, self._store, self.agent
         view._see(
             [[s._replace(sequence=b) for s in row] for b, row in enumerate(segments)],
@@ -330,7 +345,6 @@ class Trace(CacheFace):
         """
         if len(segments) != self.batch_size:
             raise ValueError(f"segments: expected a list for each of {self.batch_size} sequences, got {len(segments)}")
-        rows_of = lambda row: np.concatenate([np.arange(s.start, s.end) for s in row] or [np.zeros(0, np.int64)])  # noqa: E731
         seen = rows_of(self.segments)
         for b, row in enumerate(segments):
             rows = rows_of(row)
@@ -376,23 +390,28 @@ class Trace(CacheFace):
         """One trace that sees, per sequence, all that the given traces see, in their order; common segments once.
 
         The traces must be forks of one trace, and share only what all of them begin with. Agents that write independently take
-        forks of an empty one: `a, b = Trace(model, batch_size).fork(2)`. `positions` of what each wrote after the common part:
-        keep: as written (branches overlap). shift: each branch is moved, as a block, behind the one before it. reindex: all
-        tokens are renumbered 0, 1, 2, ... same_branch: all branches are moved to start where the common part ends. A segment
-        read at a position offset is served by rotating the queries that read it: no key is rewritten."""
+        forks of an empty one: `a, b = Trace(model, batch_size).fork(2)`. Traces of another origin, such as loaded ones, must be
+        constants (`detach`): their rows are copied, and have nothing in common with the others. `positions` of what each wrote
+        after the common part: keep: as written (branches overlap). shift: each branch is moved, as a block, behind the one
+        before it. reindex: all tokens are renumbered 0, 1, 2, ... same_branch: all branches are moved to start where the common
+        part ends. A segment read at a position offset is served by rotating the queries that read it: no key is rewritten."""
         if not traces:
             raise ValueError("traces: expected at least one, got an empty list")
         if positions not in JOINS:
             raise ValueError(f"positions: expected one of {JOINS}, got {positions!r}")
-        first = traces[0]
-        for t in traces[1:]:
-            if t._store is not first._store:
+        home = next((t for t in traces if t._order.requires_grad), traces[0])  # nobody can copy what has a gradient
+        for t in traces:
+            if t.spec is not home.spec:
+                raise ValueError("traces: expected traces of one patched model, got one of another model or patch")
+            if t.batch_size != home.batch_size:
+                raise ValueError(f"traces: expected batch size {home.batch_size} in all, got {t.batch_size}")
+            if t._store is not home._store and t._order.requires_grad:
                 raise ValueError(
-                    "traces: expected forks of one trace, got traces of different origin; let the agents write on forks "
-                    "of one empty trace: a, b = Trace(model, batch_size).fork(2)"
+                    "traces: expected forks of one trace, got traces of different origin with gradients; let the agents write "
+                    "on forks of one empty trace: a, b = Trace(model, batch_size).fork(2)"
                 )
-            if t.batch_size != first.batch_size:
-                raise ValueError(f"traces: expected batch size {first.batch_size} in all, got {t.batch_size}")
+        traces = [t if t._store is home._store else home._adopted(t) for t in traces]
+        first = traces[0]
         rows, nexts = [], []
         for b in range(first.batch_size):
             row, end = joined([t._segments[b] for t in traces], positions)
@@ -415,8 +434,7 @@ class Trace(CacheFace):
         orders = []
         for writer in writers:
             branches = [t for t in traces if writer in store.needs_grad[t._lineage]]
-            seen = [np.arange(s.start, s.end) for t in branches for s in t.segments]
-            rows = np.unique(np.concatenate(seen or [[]])).astype(np.int64)
+            rows = np.unique(rows_of([s for t in branches for s in t.segments]))
             rows = torch.from_numpy(store.written_by(rows, writer))
             order = torch.cat([t._order.flatten() for t in branches])
             if len(rows):
@@ -433,21 +451,23 @@ class Trace(CacheFace):
         """
         total = sum(self.lengths)
         hold = Hold(self._store, self._segments)
-        src, offset, rows = [], [], []
+        offset, rows = [], []
         with self._store.allocation():
             first = done = self._store.write(self._store.allocate(total), total, self._lineage)
             hold.claimed.append((first, first + total))
         for segments in self._segments:
             row = []
             for s in segments:
-                src.append(torch.arange(s.start, s.end))
                 offset.append(torch.full((s.length,), s.offset))
                 row.append(s._replace(start=done, position=s.position + s.offset, offset=0))
                 done += s.length
             rows.append(row)
         order = self._order
         if total:
-            src, offset, dst = torch.cat(src), torch.cat(offset), torch.arange(first, done)
+            src, offset, dst = rows_of(self.segments), torch.cat(offset), np.arange(first, done)
+            with self._store.lock:
+                self._store.token_ids.write(dst, torch.from_numpy(self._store.token_ids.read(src)))
+            src, dst = torch.from_numpy(src), torch.from_numpy(dst)
             moves = []
             for layer, pool in zip(self.spec.layers, self._store.pools):
                 if pool is None:
@@ -471,7 +491,8 @@ class Trace(CacheFace):
             raise ValueError("trace: expected one that holds tokens, got an empty one")
         layers = [[self.keys_values(i, b) for b in range(self.batch_size)] for i in range(len(self))]
         kv = [tuple(torch.cat(column) for column in zip(*rows)) for rows in layers]
-        file.write(path, self.spec.fingerprint(), self._segments, self._next, kv)
+        ids = torch.cat([self.token_ids(b) for b in range(self.batch_size)])
+        file.write(path, self.spec.fingerprint(), self._segments, self._next, kv, ids)
 
     @classmethod
     def load(cls, path, model) -> "Trace":
@@ -485,17 +506,41 @@ class Trace(CacheFace):
     @classmethod
     def of_rows(
         cls, model, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]],
-        capacity: int | None = None,
+        ids: Tensor | None = None, capacity: int | None = None,
     ) -> "Trace":  # fmt: skip
-        """A trace with rows that were written before: kv, by layer, k and v [rows, Hkv, D]; segments of these rows."""
-        trace = cls(model, len(segments), capacity)
-        rows = kv[0][0].shape[0] if kv else 0
-        trace._store.write(trace._store.allocate(rows), rows, 0)
-        for layer, (k, v) in zip(trace.spec.layers, kv):
-            device = trace.spec.device(layer.index)
-            pool = trace._store.pool(layer.index, k.to(device), v.to(device))
-            pool.k[:rows], pool.v[:rows] = k.to(device), v.to(device)
-        return trace._view(segments, None, next_positions)
+        """A trace with rows that were written before: kv, by layer, k and v [rows, Hkv, D]; segments of these rows; ids [rows],
+        their token ids, -1 where there is none."""
+        return cls(model, len(segments), capacity)._with_rows(segments, next_positions, kv, ids)
+
+    def _adopted(self, other: "Trace") -> "Trace":
+        """The other's view, of a copy of its rows in this trace's store."""
+        seen, store = rows_of(other.segments), other._store
+        kv = [tuple(x[torch.from_numpy(seen).to(x.device)] for x in pool.kv) for pool in store.pools if pool]
+        with store.lock:
+            ids = torch.from_numpy(store.token_ids.read(seen))
+        rows, done = [], 0
+        for row in other._segments:
+            starts = done + np.cumsum([0, *(s.length for s in row)])
+            rows.append([s._replace(start=int(start)) for s, start in zip(row, starts)])
+            done = int(starts[-1])
+        return self._with_rows(rows, other._next, kv, ids)
+
+    def _with_rows(self, segments, next_positions, kv, ids: Tensor | None) -> "Trace":
+        """A view of rows from elsewhere, which are copied into this trace's store as constants; see `of_rows`."""
+        store, rows = self._store, kv[0][0].shape[0] if kv else 0
+        hold = Hold(store)  # until the view is there
+        with store.allocation():
+            first = store.write(store.allocate(rows), rows, self._lineage)
+            hold.claimed.append((first, first + rows))
+            store.token_ids.write(np.arange(first, first + rows), ids)
+        for layer, pair in zip(self.spec.layers, kv):
+            pair = [x.to(self.spec.device(layer.index)) for x in pair]
+            pool = store.pool(layer.index, *pair)
+            with pool.lock:
+                for mine, x in zip(pool.kv, pair):
+                    mine[first : first + rows] = x
+        moved = [[s._replace(start=s.start + first) for s in row] for row in segments]
+        return self._view(moved, None, next_positions, torch.zeros(0))
 
 
 def _counted(starts: list[int], lengths: list[int]) -> np.ndarray:

@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 __all__ = [
-    "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "common_prefix", "joined", "length_of", "only", "ranges_of", "share",
-    "table_of", "without_first",
+    "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "common_prefix", "joined", "length_of", "only", "ranges_of", "rows_of",
+    "share", "table_of", "without_first",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
@@ -68,6 +68,11 @@ Rows = TypeVar("Rows", Segment, KVRange)
 
 def length_of(view: Sequence[Rows]) -> int:
     return sum(x.length for x in view)
+
+
+def rows_of(view: Sequence[Rows]) -> np.ndarray:
+    """The rows of a view, in order; int64."""
+    return np.concatenate([np.arange(x.start, x.start + x.length) for x in view] or [np.zeros(0, dtype=np.int64)])
 
 
 def common_prefix(a: Sequence[Rows], b: Sequence[Rows]) -> list[Rows]:

@@ -37,5 +37,5 @@ def generate(
     texts = system.generate(
         [fields], max_new_tokens, temperature, top_p, seed, samples=samples, progress=errors.is_terminal
     )  # fmt: skip
-    for text in texts[0] if samples > 1 else texts:
+    for text in texts[0]:
         typer.echo(text)

@@ -1,0 +1,195 @@
+"""Decoding on a trace: each step forwards one token per unfinished sequence, packed; finished sequences leave the batch.
+
+Beams are transformers' own search, on the trace.
+"""
+
+from bisect import bisect_right
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import StoppingCriteria
+
+from diffmas.agents.meter import decoded, phase
+from diffmas.agents.sampling import Sampling
+from diffmas.models.forward import forward
+from diffmas.models.generate import left_padded, with_past
+from diffmas.models.parts import causal_lm_of
+from diffmas.models.patch import patch_of
+from diffmas.trace import Trace
+from diffmas.trace.cache import cache_argument
+
+__all__ = ["decode", "rows_ahead", "text_before"]
+
+RESERVE = 512  # rows a sequence reserves at once for what it decodes
+
+
+def rows_ahead(sampling: Sampling) -> int:
+    """Trace rows that `decode` needs at first for the answers to one question."""
+    return sampling.samples * (1 + min(RESERVE, sampling.max_new_tokens))
+
+
+# ---- where a text ends -----------------------------------------------------------------------------------------------
+
+
+def text_before(tokenizer, ids: list[int], stop: list[str]) -> str:
+    """The text of token ids, without special tokens, cut before the first of the strings `stop`, which may hold some."""
+    first = len(ids), ""  # tokens before the first stop string with a special token, and text of the next one before it
+    for s in _with_special(tokenizer, stop):
+        whole = tokenizer.decode(ids)
+        if (at := whole.find(s)) >= 0:
+            length = lambda n: len(tokenizer.decode(ids[:n]))  # noqa: E731
+            n = bisect_right(range(len(ids) + 1), at, key=length) - 1
+            first = min(first, (n, whole[length(n) : at]))
+    text = tokenizer.decode(ids[: first[0]], skip_special_tokens=True) + first[1]
+    for s in stop:
+        text = text.split(s, 1)[0]
+    return text
+
+
+def _with_special(tokenizer, stop: list[str]) -> list[str]:
+    return [s for s in stop if any(token in s for token in tokenizer.all_special_tokens)]
+
+
+def _stops(tokenizer, ids: list[int], stop: list[str]) -> bool:
+    """Whether the end of new token ids has one of these strings."""
+    tail = ids[-2 * max(map(len, stop)) - 8 :]
+    text = tokenizer.decode(tail, skip_special_tokens=True)
+    return any(s in text for s in stop) or any(s in tokenizer.decode(tail) for s in _with_special(tokenizer, stop))
+
+
+class Rules:
+    """The rules for some sequences, which are one question's, or all of them where no rule looks at a text.
+
+    members: the sequences' indices. text [members, columns]: what they have been through.
+    """
+
+    def __init__(self, sampling: Sampling, system, members: list[int], text: Tensor):
+        """text [S]: before the answer."""
+        self.process, self.is_done = sampling.prepared(system, text)
+        self.members, self.text = members, text.to(system.device).expand(len(members), -1)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return self.process(self.text, logits.float()) if self.process else logits
+
+    def append(self, tokens: list[int], scores: Tensor) -> list[bool]:
+        """The next token of each sequence; returns which of them end with it."""
+        self.text = torch.cat((self.text, torch.tensor(tokens, device=self.text.device)[:, None]), dim=1)
+        return self.is_done(self.text, scores).tolist()
+
+    def keep(self, going: list[bool]) -> None:
+        self.members = [i for i, goes in zip(self.members, going) if goes]
+        self.text = self.text[torch.tensor(going, device=self.text.device)]
+
+
+def _rules(system, sampling: Sampling, trace: Trace, prompts: list[list[int]]) -> list[Rules]:
+    """In the order of the sequences, the samples of a question side by side."""
+    n = sampling.samples
+    if sampling.together:
+        return [Rules(sampling, system, list(range(n * len(prompts))), torch.zeros(1, dtype=torch.long))]
+    texts = with_past(trace, [torch.tensor(prompt) for prompt in prompts])
+    return [Rules(sampling, system, list(range(n * b, n * b + n)), text) for b, text in enumerate(texts)]
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, first: int, progress: bool):
+    """Decodes the last agent's answers; returns new token ids, [question][sample][token].
+
+    trace: one sequence for each question, with the rows of the other agents. prompts: the last agent's prompt ids. first: the
+    number of the first question, from which the samples' seeds follow. The samples of one question share the rows of the
+    trace and of the prompt; so do neighbours of the same prompt on an empty trace.
+    """
+    if sampling.beams:
+        return _beam_search(system, trace, prompts, sampling, first)
+    patch, device, samples = patch_of(system.model), system.device, sampling.samples
+    reserve = min(RESERVE, sampling.max_new_tokens)
+    empty = not any(trace.lengths)
+    differs = [not (empty and b and prompts[b] == prompts[b - 1]) for b in range(len(prompts))]
+    lead = [b for b, new in enumerate(differs) if new]
+    reads = [n - 1 for n in accumulate(differs) for _ in range(samples)]  # for each sequence, which of these it reads
+    rules = _rules(system, sampling, trace, prompts)
+    written = trace.select(lead)
+    forward_pass = written.plan([len(prompts[b]) for b in lead], "prompt", reserve=reserve if len(reads) == len(lead) else 0)
+    ids = torch.tensor([t for b in lead for t in prompts[b]], device=device)[None]
+    keep = forward_pass.last_rows().tolist()
+    with phase("prefill", written):
+        logits = forward(patch, written, forward_pass, head=True, input_ids=ids, logits_to_keep=keep).logits[0]
+    logits, trace = logits[reads], written.select(reads)
+    active = list(range(len(reads)))  # for each sequence of the trace, its index in `tokens`
+    generators = [sampling.generator(first + b, s) for b in range(len(prompts)) for s in range(samples)]
+    tokens: list[list[int]] = [[] for _ in reads]
+    with (
+        phase("decode", written),
+        tqdm(total=sampling.max_new_tokens, desc="decode", unit="step", disable=not progress, leave=False) as bar,
+    ):
+        while True:
+            parts = logits.split([len(some.members) for some in rules])
+            scores = [some.scores(part) for some, part in zip(rules, parts)]
+            chosen = sampling.choose(torch.cat(scores), [generators[i] for i in active])
+            decoded(len(tokens[active[0]]), logits, chosen)
+            for i, token in zip(active, chosen):
+                tokens[i].append(token)
+            bar.update()
+            bar.set_postfix(sequences=len(active), refresh=False)
+            for some, part in zip(rules, scores):
+                done = some.append([tokens[i][-1] for i in some.members], part)
+                if sampling.stop:
+                    done = [d or _stops(system.tokenizer, tokens[i], sampling.stop) for i, d in zip(some.members, done)]
+                if any(done):
+                    some.keep([not d for d in done])
+            rules = [some for some in rules if some.members]
+            going = [i for some in rules for i in some.members]
+            if not going:
+                break
+            if len(going) < len(active):
+                place = {i: j for j, i in enumerate(active)}
+                trace, active = trace.select([place[i] for i in going]), going
+            left = sampling.max_new_tokens - len(tokens[active[0]])  # the same for all that are active
+            forward_pass = trace.plan([1] * len(active), "text", reserve=min(RESERVE, left))
+            ids = torch.tensor([tokens[i][-1] for i in active], device=device)[None]
+            logits = forward(patch, trace, forward_pass, head=True, input_ids=ids).logits[0]
+    rows = iter(tokens)
+    return [[next(rows) for _ in range(samples)] for _ in prompts]
+
+
+def _beam_search(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, first: int):
+    """`decode` with transformers' beam search. Questions go one by one where a rule would see their padding, or for a random
+    stream of each."""
+    lm, device, arguments = causal_lm_of(system.model), system.device, dict(sampling.arguments)
+    together, tokens = sampling.together and not arguments["do_sample"], []
+    for batch in [list(range(len(prompts)))] if together else [[b] for b in range(len(prompts))]:
+        ids, mask = left_padded([torch.tensor(prompts[b]) for b in batch], arguments["pad_token_id"])
+        arguments[cache_argument(lm)] = trace.select(batch)
+        if sampling.stop:
+            stops = TextStops(system.tokenizer, sampling.stop, len(ids[0]))
+            arguments["stopping_criteria"] = [*(sampling.arguments.get("stopping_criteria") or []), stops]
+        with phase("decode"), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(sampling.generator(first + batch[0], 0).initial_seed())
+            out = lm.generate(ids.to(device), attention_mask=mask.to(device), **arguments)[:, ids.shape[1] :].tolist()
+        rows = iter(_without_filling(row, arguments) for row in out)
+        tokens += [[next(rows) for _ in range(sampling.samples)] for _ in batch]
+    return tokens
+
+
+class TextStops(StoppingCriteria):
+    """`_stops`, for transformers. before: columns ahead of the new text."""
+
+    def __init__(self, tokenizer, stop: list[str], before: int):
+        self.tokenizer, self.stop, self.before = tokenizer, stop, before
+
+    def __call__(self, input_ids, scores, **_):
+        rows = input_ids[:, self.before :].tolist()
+        return torch.tensor([_stops(self.tokenizer, row, self.stop) for row in rows], device=input_ids.device)
+
+
+def _without_filling(row: list[int], arguments: dict) -> list[int]:
+    ends, pad = arguments["eos_token_id"], arguments["pad_token_id"]
+    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+    while end > 1 and row[end - 1] == pad and pad not in ends:
+        end -= 1
+    return row[:end]

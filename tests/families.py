@@ -175,7 +175,7 @@ def with_lora_in_attention(model):
 def state(model) -> dict:
     """Everything of a model that a patch could leave something in."""
     modules = {
-        name: (sorted(m.__dict__), m.training, [*m._forward_hooks], [*m._forward_pre_hooks], id(getattr(m, "config", 0)))
+        name: ({key: id(x) for key, x in vars(m).items()}, [*m._forward_hooks], [*m._forward_pre_hooks])
         for name, m in model.named_modules()
     }
     values = {name: x.detach().clone() for name, x in (*model.named_parameters(), *model.named_buffers())}

@@ -17,6 +17,7 @@ FOREIGN = {
     "_autograd": "torch._C",
     "_backward_hooks": "torch.nn.Module: whether somebody hooks into a call",
     "_backward_pre_hooks": "torch.nn.Module",
+    "_buffers": "torch.nn.Module: those that a forward has put in the place of others",
     "_cuda_endAllocateToPool": "torch._C: memory pools of captured graphs",
     "_cuda_releasePool": "torch._C",
     "_current_graph_task_id": "torch._C",

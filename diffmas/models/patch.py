@@ -100,7 +100,8 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     try:
         with at_rest(causal_lm):
             record = _examine(causal_lm, body_of(model), backend, max_length)
-            _install(record)
+        _install(record)
+        with at_rest(causal_lm):
             rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec)
     except BaseException as error:
         if hasattr(causal_lm, "diffmas_patch"):

@@ -30,17 +30,19 @@ ROUNDINGS = 5  # what may differ, in responses to rounding every layer's input o
 
 @contextmanager
 def at_rest(model: nn.Module):
-    """Evaluation mode without gradients; the mode of every module and the random state are put back."""
-    training = [m for m in model.modules() if m.training]
+    """Evaluation mode without gradients; the random state and all that modules keep in attributes and buffers are put back."""
+    before = [(part, dict(part)) for m in model.modules() for part in (vars(m), m._buffers)]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        for module in training:
-            module.training = False
         try:
+            for module in model.modules():
+                module.training = False
             yield
         finally:
-            for module in training:
-                module.training = True
+            for part, was in before:
+                for name in part.keys() - was.keys():
+                    del part[name]
+                part.update(was)
 
 
 def rehearse(causal_lm: nn.Module, attentions: list[nn.Module], spec: ModelSpec) -> None:
@@ -67,8 +69,8 @@ def _difference(causal_lm: nn.Module, attentions: list[nn.Module], trace: Trace,
     lengths = ((length - half, half), (half, length - half)) if half else ((1, 1),)  # by chunk and sequence
     ids, x = _draw(causal_lm, length, lengths[0], seed)
     run = partial(_run, causal_lm, attentions)
-    want = run(inputs_embeds=x, use_cache=False)
-    rounded = run(rounding=seed + 1, inputs_embeds=x, use_cache=False)
+    plain = dict(inputs_embeds=x, attention_mask=torch.ones_like(ids), use_cache=False)
+    want, rounded = run(**plain), run(rounding=seed + 1, **plain)
     chunks, done = [], (0, 0)
     for name, tokens, new in zip(("input_ids", "inputs_embeds"), (ids, x), lengths):
         rows = [row[at : at + n] for row, at, n in zip(tokens, done, new)]
@@ -83,10 +85,10 @@ def _difference(causal_lm: nn.Module, attentions: list[nn.Module], trace: Trace,
     states = [torch.stack([torch.cat(parts) for parts in zip(*layer)]) for layer in zip(*(seen for seen, _ in chunks))]
     output = torch.stack([torch.cat(parts) for parts in zip(*(rows for _, rows in chunks))])
     places = [f"what enters layer {a.layer_idx}" for a in attentions] + ["the output"]
+    eps = max(_eps(h.dtype) for h in want[0])  # logits may come in float32
     for place, got, own, other in zip(places, (*states, output), (*want[0], want[1]), (*rounded[0], rounded[1])):
         scale = own.float().abs().max().clamp_min(1e-30)
         gap, response = (float((y.float() - own.float()).abs().max() / scale) for y in (got, other))
-        eps = _eps(own.dtype)
         if not gap <= max(1e-4, 4 * eps, min(ROUNDINGS * response, 4 * eps**0.5)):
             return f"{place} differs from its own forward by {gap:.1e} of its largest value"
     return None

@@ -36,7 +36,7 @@ class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
     checkpointed: the modules that have an activation-checkpointing switch. capture: whether latent steps may be captured as a
-    CUDA graph (diffmas.agents.latent), None before the first attempt.
+    CUDA graph (diffmas.agents.latent); no more after an attempt that failed.
     """
 
     body: nn.Module
@@ -46,7 +46,7 @@ class Patch:
     arguments: tuple  # of patch_model
     checkpointed: list[nn.Module] = field(default_factory=list)
     hook_ids: tuple[int, int] = (0, 0)
-    capture: bool | None = None
+    capture: bool = True
 
     def pairs(self) -> list[tuple[nn.Module, Layer]]:
         return list(zip(attention_layers(self.body), self.layers))

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from diffmas.agents.capture import captured
+
 __all__ = ["Graph", "Machine", "clock", "cpu_name", "measure_machine", "own_stream", "peak_bytes", "sample"]
 
 SMALL, LARGE, LARGE_GPU = 8 << 20, 256 << 20, 1 << 30  # bytes of the working sets
@@ -92,11 +94,7 @@ class Graph:
     def __init__(self, call: Callable, device: str):
         call()  # whatever is compiled or allocated once, now
         _watched(call)
-        try:
-            self._graphs = _captured(call, device), _nothing(device)
-        except Exception:
-            _captured(lambda: None, device)  # torch's generators count on a capture until one ends well
-            raise
+        self._graphs = _captured(call, device), _nothing(device)
 
     def sample(self) -> float:
         """Seconds of one call; where that is next to nothing, noise may make it negative."""
@@ -128,27 +126,15 @@ def _watched(call: Callable) -> None:
 
 
 def _captured(work: Callable, device: str) -> torch.cuda.CUDAGraph:
-    graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     flush = _flush(device)
+
+    def calls():
+        for _ in range(Graph.CALLS):
+            flush.zero_()
+            work()
+
     torch.cuda.synchronize()
-    try:
-        # The outer stream is where torch's own context ends when a capture fails; autograd's threads launch as well.
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            for _ in range(Graph.CALLS):
-                flush.zero_()
-                work()
-    except Exception:
-        _leave(pool)
-        raise
-    return graph
-
-
-def _leave(pool: tuple[int, int]) -> None:
-    """After a capture that failed: torch's end of it throws before its allocator leaves the pool, and in there the allocator
-    lets no other capture begin."""
-    with contextlib.suppress(AttributeError, RuntimeError, TypeError):  # torch's own affair, or the pool has been left
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+    return captured(calls, torch.cuda.current_stream(), flush)  # a backward launches on its forward's stream, the current one
 
 
 @functools.cache

@@ -182,14 +182,14 @@ def _forward_tile(
 
 @triton.jit
 def _dq_tile(
-    acc, q, do, lse_log2, delta, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
+    acc, q, do, base, delta, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
     k = _load_rows(p_k, stride_kr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * scale_log2
-    p = tl.exp2(s - lse_log2[:, None])
+    p = tl.exp2(s - base[:, None])
     v = _load_rows(p_v, stride_vr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee", out_dtype=ACC) - delta[:, None])
     if MASKED:
@@ -276,26 +276,32 @@ def cross_attention_fwd_kernel_merge(
     tl.store(lse + o_r, m + tl.log2(total) / LOG2E, mask=m_r)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["n"])
 def cross_attention_bwd_kernel_delta(
-    do, o, dlse, delta, rows, stride_don, stride_doh, Hq: tl.constexpr, D: tl.constexpr, DLSE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    do, o, lse, dlse, base, delta, n, stride_don, stride_doh, Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    DLSE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(do * o) - dlse, per (token, query head)."""
+    """base = lse in log2 and delta = rowsum(do * o) - dlse of every (token, query head), [Hkv, n, G]. A row that is not finite,
+    or sees nothing, has base NaN and delta 0: it makes NaN of the keys that it sees, and dK and dV do not multiply with it."""
     o_r, o_d = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    m_r = o_r < rows
+    m_r = o_r < n * Hq
     m_o = m_r[:, None] & (o_d < D)[None, :]
     b_do = tl.load(do + (o_r // Hq * stride_don + o_r % Hq * stride_doh)[:, None] + o_d[None, :], mask=m_o, other=0).to(ACC)
     b_o = tl.load(o + o_r[:, None] * D + o_d[None, :], mask=m_o, other=0).to(ACC)
     b_delta = tl.sum(b_do * b_o, 1)
     if DLSE:
         b_delta -= tl.load(dlse + o_r, mask=m_r, other=0).to(ACC)
-    tl.store(delta + o_r, b_delta, mask=m_r)
+    b_base = tl.load(lse + o_r, mask=m_r, other=0).to(ACC) * LOG2E
+    finite = (tl.abs(b_base) < float("inf")) & (tl.abs(b_delta) < float("inf"))
+    b_n, b_head = o_r // Hq, o_r % Hq
+    o_r = (b_head // G * n + b_n) * G + b_head % G
+    tl.store(base + o_r, tl.where(finite, b_base, float("nan")), mask=m_r)
+    tl.store(delta + o_r, tl.where(finite, b_delta, 0.0), mask=m_r)
 
 
 @triton.jit(do_not_specialize=[*INDEX, "B", "n"])
 def cross_attention_bwd_kernel_dq(
-    q, do, lse, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, dq,
+    q, do, base, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, dq,
     n, B, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
     Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
     OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -312,9 +318,8 @@ def cross_attention_bwd_kernel_dq(
     p_q = q + b_n * stride_qn + b_head * stride_qh
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
     b_do = tl.load(do + b_n[:, None] * stride_don + b_head[:, None] * stride_doh + o_d[None, :], mask=m_q, other=0).to(DOT)
-    b_lse = tl.load(lse + b_n * Hq + b_head, mask=m_row, other=0).to(ACC)
-    b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse) * LOG2E
-    b_delta = tl.load(delta + b_n * Hq + b_head, mask=m_row, other=0)
+    o_r = (i_h.to(tl.int64) * n + b_n) * G + b_head % G
+    b_base, b_delta = tl.load(base + o_r, mask=m_row, other=0), tl.load(delta + o_r, mask=m_row, other=0)
     s_first, s_last, n_seg, n_first, n_end, n_all, b_last = _keys_of_tile(
         i_b, seg_indptr, seg_len, L, t_first, b_token, i_split, BLOCK_M // G, CAUSAL, SPLIT, BLOCK_N
     )
@@ -340,12 +345,12 @@ def cross_attention_bwd_kernel_dq(
         to_row = start - n_seg
         for i in range(n_from, n_full, BLOCK_N):
             acc = _dq_tile(
-                acc, b_qs, b_do, b_lse, b_delta, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2,
+                acc, b_qs, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2,
                 D, BLOCK_D, BLOCK_N, False, DOT, ACC,
             )  # fmt: skip
         for i in range(n_full, n_to, BLOCK_N):
             acc = _dq_tile(
-                acc, b_qs, b_do, b_lse, b_delta, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2,
+                acc, b_qs, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2,
                 D, BLOCK_D, BLOCK_N, True, DOT, ACC,
             )  # fmt: skip
         n_seg += length
@@ -354,10 +359,10 @@ def cross_attention_bwd_kernel_dq(
     tl.store(p_dq[:, None] + o_d[None, :], acc * scale, mask=m_q)
 
 
-@triton.jit(do_not_specialize=[*INDEX, "grad_tail", "B", "S"])
+@triton.jit(do_not_specialize=[*INDEX, "grad_tail", "n", "B", "S"])
 def cross_attention_bwd_kernel_dkv(
-    q, do, lse, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, grad_tail,
-    dk_pool, dv_pool, B, S, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh,
+    q, do, base, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, grad_tail,
+    dk_pool, dv_pool, n, B, S, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh,
     stride_dkr, stride_dkh, stride_dvr, stride_dvh, scale: tl.constexpr,
     Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
     OFFSET: tl.constexpr, GRAD_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -401,27 +406,32 @@ def cross_attention_bwd_kernel_dkv(
             needs_grad = needs_grad | m_grad.to(tl.int32)
             k = _load_rows(p_k, stride_kr, b_rows, D, BLOCK_D, m_grad, True).to(DOT)
             v = _load_rows(p_v, stride_vr, b_rows, D, BLOCK_D, m_grad, True).to(DOT)
+            o_base = (i_h.to(tl.int64) * n + q_first) * G + o_m
+            # Loaded a tile ahead, because copies of q and do ask for it. Rows that are not finite are zeros in the products, or
+            # they would reach the tile's other rows, of other sequences too, as 0 times NaN.
+            b_next = tl.load(base + o_base + t_first * G, mask=t_first * G + o_m < L * G, other=0)
             for i_m in range(t_first * G, L * G, BLOCK_M):
                 b_token, b_head = (i_m + o_m) // G, (i_h * G + (i_m + o_m) % G).to(tl.int64)
                 m_row = b_token < L
-                m_q = m_row[:, None] & (o_d < D)[None, :]
                 b_n = (q_first + b_token).to(tl.int64)
+                finite = m_row & (b_next == b_next)
+                b_next = tl.load(base + o_base + (i_m + BLOCK_M), mask=i_m + BLOCK_M + o_m < L * G, other=0)
+                m_q = finite[:, None] & (o_d < D)[None, :]
                 p_q = q + b_n * stride_qn + b_head * stride_qh
                 if OFFSET:
-                    b_q = _load_at_offset(p_q, m_row, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
+                    b_q = _load_at_offset(p_q, finite, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
                 else:
                     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
-                b_lse = tl.load(lse + b_n * Hq + b_head, mask=m_row, other=0).to(ACC)
-                b_lse = tl.where(b_lse == -float("inf"), 0.0, b_lse) * LOG2E
+                b_base = tl.load(base + o_base + i_m, mask=m_row, other=0)
                 s_t = tl.dot(k, tl.trans(b_q), input_precision="ieee", out_dtype=ACC) * scale_log2
                 seen = m_grad[:, None] & m_row[None, :]
                 if CAUSAL:
                     seen = seen & (b_pos[:, None] <= (N - L + b_token)[None, :])
-                p_t = tl.where(seen, tl.exp2(s_t - b_lse[None, :]), 0.0)
+                p_t = tl.where(seen, tl.exp2(s_t - b_base[None, :]), 0.0)
                 p_do = do + b_n[:, None] * stride_don + b_head[:, None] * stride_doh + o_d[None, :]
                 b_do = tl.load(p_do, mask=m_q, other=0).to(DOT)
                 acc_v = tl.dot(p_t.to(DOT), b_do, acc_v, input_precision="ieee", out_dtype=ACC)
-                b_delta = tl.load(delta + b_n * Hq + b_head, mask=m_row, other=0)
+                b_delta = tl.load(delta + o_base + i_m, mask=m_row, other=0)
                 ds_t = p_t * (tl.dot(v, tl.trans(b_do), input_precision="ieee", out_dtype=ACC) - b_delta[None, :])
                 acc_k = tl.dot(ds_t.to(DOT), b_q, acc_k, input_precision="ieee", out_dtype=ACC)
     m_d = (needs_grad > 0)[:, None] & (o_d < D)[None, :]
@@ -511,12 +521,12 @@ def cross_attention_backward(
         return dq
     B, S = q_indptr.shape[0] - 1, seg_start.shape[0]
     shape = _shape(q, k_pool, q_indptr, seg_offset, inv_freq)
-    delta = torch.empty_like(lse)
+    base, delta = torch.empty_like(lse), torch.empty_like(lse)
     with on(q):
         grid, constants = row_sizes("cross_attention_delta", n * Hq, D, q.dtype)
         cross_attention_bwd_kernel_delta[grid](
-            do, o, None if dlse is None else dlse.contiguous(), delta, n * Hq, *do.stride()[:2], Hq=Hq, DLSE=dlse is not None,
-            **constants,
+            do, o, lse, None if dlse is None else dlse.contiguous(), base, delta, n, *do.stride()[:2], Hq=Hq,
+            G=Hq // k_pool.shape[1], DLSE=dlse is not None, **constants,
         )  # fmt: skip
         view = q_indptr, seg_indptr, seg_start, seg_len, *_offsets(q, seg_offset, inv_freq, interleaved)
         strides = *q.stride()[:2], *do.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2]
@@ -525,12 +535,12 @@ def cross_attention_backward(
             splits = grid[2]
             whole = splits == 1 and (seg_offset is None or q.dtype == acc)
             part = dq if whole else q.new_empty((splits, n, Hq, D), dtype=acc)
-            cross_attention_bwd_kernel_dq[grid](q, do, lse, delta, k_pool, v_pool, *view, part, n, B, *strides, **constants)
+            cross_attention_bwd_kernel_dq[grid](q, do, base, delta, k_pool, v_pool, *view, part, n, B, *strides, **constants)
             if not whole:
                 dq = part.sum(0).to(q.dtype)
         grid, constants = sizes("dkv", *shape, scale, causal, interleaved, tiles)
         cross_attention_bwd_kernel_dkv[grid](
-            q, do, lse, delta, k_pool, v_pool, *view, grad_tail, dk_pool, dv_pool, B, S, *strides, *dk_pool.stride()[:2],
+            q, do, base, delta, k_pool, v_pool, *view, grad_tail, dk_pool, dv_pool, n, B, S, *strides, *dk_pool.stride()[:2],
             *dv_pool.stride()[:2], GRAD_TAIL=grad_tail is not None, **constants,
         )  # fmt: skip
     return dq

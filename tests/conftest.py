@@ -25,7 +25,6 @@ def repeating(monkeypatch):
 
     runs = []
     monkeypatch.setattr(latent, "_graphs", lambda *_: not torch.is_grad_enabled())
-    monkeypatch.setattr(latent, "_watched_step", lambda *step: (latent._step(*step), True))
     monkeypatch.setattr(latent.Repeat, "capture", lambda self: runs.append(True) or True)
     return runs
 

@@ -8,8 +8,10 @@ import torch
 from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
 from systems import QUESTIONS, system
 
+import diffmas
 from diffmas import Agent, Trace
 from diffmas.agents import latent
+from diffmas.agents.capture import captured
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace import layer_work, views
@@ -65,36 +67,105 @@ def _one_by_one(patch, realign, trace, h, T):
     return h
 
 
-def test_the_models_device_is_captured(monkeypatch):
-    """Whichever is current, and an outer stream is that device's own."""
-    second, entered, stepped = torch.device("cuda:1"), [], []
+class Stream:
+    def __init__(self, device):
+        self.device = device
+
+
+class Device:
+    """torch.cuda without a GPU. As torch's, a capture that fails leaves the allocator in its pool and generators counting."""
+
+    def __init__(self):
+        self.entered, self.pools, self.open, self.counting = [], 0, set(), False
+
+    def names(self) -> dict:
+        return dict(
+            device=self.entering, stream=self.entering, graph=self.graph, CUDAGraph=types.SimpleNamespace, Stream=Stream,
+            current_device=lambda: 0, current_stream=lambda: "current stream", graph_pool_handle=self.handle,
+        )  # fmt: skip
+
+    def handle(self):
+        self.pools += 1
+        return 0, self.pools
 
     @contextlib.contextmanager
-    def entering(*what, **options):
-        entered.append((*what, *options.values()))
-        yield
-        entered.pop()
+    def entering(self, *what):
+        self.entered.append(what)
+        try:
+            yield
+        finally:
+            self.entered.pop()
 
-    names = dict(device=entering, stream=entering, graph=entering, CUDAGraph=lambda: "graph")
-    names |= dict(current_stream=lambda device: f"current of {device}", Stream=lambda device: f"new of {device}")
-    for name, fake in names.items():
+    @contextlib.contextmanager
+    def graph(self, *what, capture_error_mode):
+        assert not self.open, "no other capture begins while the allocator is in a pool"
+        pool, self.counting = what[1], True
+        self.open.add(pool)
+        try:
+            with self.entering(*what, capture_error_mode):
+                yield
+        except torch.OutOfMemoryError:  # the capture itself is all right
+            self.open.remove(pool)
+            self.counting = False
+            raise
+        self.open.remove(pool)
+        self.counting = False
+
+    def leave(self, device, pool):
+        if pool not in self.open:
+            raise RuntimeError(f"not recording to {pool}")
+        self.open.remove(pool)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = Device()
+    for name, fake in device.names().items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    released = lambda _, pool: pool not in device.open or pytest.fail("a pool that is in use is released")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", device.leave, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", released, raising=False)
+    monkeypatch.setattr(latent, "_capture_stream", latent._capture_stream.__wrapped__)
+    return device
+
+
+def test_the_models_device_is_captured(device, monkeypatch):
+    """Whichever is current, on a stream of its own."""
+    second, stepped = torch.device("cuda:1"), []
     h = types.SimpleNamespace(device=second, clone=lambda: h)
     repeat = latent.Repeat(None, None, None, types.SimpleNamespace(on=lambda device: None), h)
-    monkeypatch.setattr(repeat, "step", lambda: stepped.extend(entered))
-    assert repeat.capture() and repeat.graph == "graph"
-    assert stepped == [(second,), ("current of cuda:1",), ("graph", "new of cuda:1", "thread_local")]
+    monkeypatch.setattr(repeat, "step", lambda: stepped.extend(device.entered))
+    assert repeat.capture()
+    (*outer, (graph, pool, stream, mode)) = stepped
+    assert outer == [(second,), ("current stream",)] and graph is repeat.graph
+    assert (pool, stream.device, mode) == ((0, 1), second, "thread_local")
 
 
-def test_a_model_that_cannot_be_captured(repeating, monkeypatch):
-    s = system(agents=[Agent("a", "w5 {question}", 6), Agent("b", "w9 {question}")])
-    monkeypatch.setattr(latent.Repeat, "capture", lambda self: False)
+@pytest.mark.parametrize("error, for_good", [(RuntimeError("it waits"), True), (torch.OutOfMemoryError("it is full"), False)])
+def test_a_model_that_cannot_be_captured(error, for_good, device, monkeypatch):
+    """The steps run one by one. Nothing that other threads see is changed meanwhile, and captures after it are possible; memory
+    that was short once is asked for again."""
+    s = system(agents=[Agent("a", "w5 {question}", 6), Agent("b", "w7 {question}", 6), Agent("c", "w9 {question}")])
+    tried, h = [], torch.zeros(2)
+
+    def step(repeat):
+        tried.append(device.counting)
+        raise error
+
+    monkeypatch.setattr(latent, "_graphs", lambda patch, *_: patch.capture)
+    monkeypatch.setattr(latent.Repeat, "step", step)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: pytest.fail("of the whole process"))
     with torch.no_grad():
-        got = s(QUESTIONS)
+        with pytest.warns(UserWarning, match="it waits") if for_good else contextlib.nullcontext():
+            got = s(QUESTIONS)
+        assert tried == [True] * (1 if for_good else 2) and patch_of(s.model).capture == (not for_good)
+        assert not device.open and not device.counting and not device.entered
+        assert captured(lambda: h.add_(1), "stream", h) and h.tolist() == [1, 1]
         monkeypatch.undo()
         want = s(QUESTIONS)
     assert_close(got.logits, want.logits, 1e-12)
     assert got.trace.segments == want.trace.segments
+    assert patch_of(diffmas.patch_model(diffmas.unpatch_model(s.model))).capture, "the next patch tries anew"
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "cohere"])

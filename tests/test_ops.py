@@ -156,12 +156,13 @@ def test_attention_mixed_storage(backend):
         within_budget(got, like, want, 64 * 2**0.5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_threads_do_not_change_bits(backend):
+def test_threads_do_not_change_bits(backend, dtype):
     before = torch.get_num_threads()
     try:
-        for name in ("prefill_on_trace", "split", "chunks", "shared_rows", "many_queries"):
-            inputs = attention_inputs(VIEWS[name]).to(torch.float32)
+        for name in ("prefill_on_trace", "split", "chunks", "shared_rows", "offset", "many_queries"):
+            inputs = attention_inputs(VIEWS[name]).to(dtype)
             do = torch.randn_like(inputs.q)
             results = []
             for threads in (1, 2, 3):
@@ -254,15 +255,16 @@ def test_reposition_budget(backend, m, H, D, Dr, interleaved, dtype):
         within_budget(got, like, want, 8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_threads_do_not_change_bits_of_small_ops(backend):
+def test_threads_do_not_change_bits_of_small_ops(backend, dtype):
     before = torch.get_num_threads()
     n, H, D = 300, 4, 128
     states = exact_in_half(n, H, D), exact_in_half(n, H), exact_in_half(n, H, D), exact_in_half(n, H)
     rows = torch.randperm(ROWS)
     move = rows[torch.randint(0, 100, (n,))], rows[100 : 100 + n], torch.arange(n), torch.rand(D // 2), False
     data = [exact_in_half(ROWS, H, D) for _ in range(4)]
-    inputs = inject_inputs(n=n).to(torch.float32)
+    inputs = inject_inputs(n=n).to(dtype)
     grads = torch.randn(2, ROWS, 2, 64)
     try:
         results = []
@@ -270,8 +272,8 @@ def test_threads_do_not_change_bits_of_small_ops(backend):
             torch.set_num_threads(threads)
             results.append(
                 (
-                    *merge_all(states, states[0], states[1], torch.float32, backend),
-                    *reposition_all(move, *data, torch.float32, backend),
+                    *merge_all(states, states[0], states[1], dtype, backend),
+                    *reposition_all(move, *data, dtype, backend),
                     *inject_all(inputs, backend, inputs.q, *grads),
                 )
             )

@@ -15,6 +15,7 @@ import transformers
 from models import assert_close, body, gradients, latent_steps, loss_of, pad, tiny, tokens, unroll
 from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer, unrolled_loss
 from threads import Meeting, together, wait
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmas
 from diffmas import MultiAgentSystem
@@ -684,3 +685,33 @@ def test_two_threads_train_one_system():
     assert chance.met >= 5
     assert got == pytest.approx(want_losses, rel=1e-9)
     assert_close(gradients(s), want, 1e-9)
+
+
+class OursOnThreads(TorchDispatchMode):
+    """Our ops run on some threads, torch's own on one: in bfloat16 the latter round as they share a long sum among threads."""
+
+    def __init__(self, threads: int):
+        super().__init__()
+        self.threads, self.seen = threads, set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        ours = op.namespace.startswith("diffmas")
+        self.seen |= {op.overloadpacket.__name__} if ours else set()
+        torch.set_num_threads(self.threads if ours else 1)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_do_not_depend_on_our_threads(dtype):
+    """Of prompts, latent steps with their deferred gradient, and an answer: all weights, bit for bit."""
+    results = []
+    for threads in (1, 2, 3):
+        s = system(dtype=dtype, lora=False)
+        with OursOnThreads(threads) as mode:
+            loss = s([" ".join([q] * 20) for q in QUESTIONS], ANSWERS).loss
+            loss.backward()
+        results.append((loss.detach(), gradients(s)))
+        assert {"inject", "inject_backward", "cross_attention", "cross_attention_backward"} <= mode.seen
+    for loss, grads in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(grads[name], x) for name, x in results[0][1].items())

@@ -340,6 +340,35 @@ def test_attention_gradient_whose_strides_are_zero():
     agree(run, torch.float32, 64 * 2**0.5)
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
+def test_a_nan_stays_in_its_sequence(name, wrong):
+    """And reaches all that it must there. Both sequences have rows in one tile of the pool; one is read at an offset, and sees
+    the wrong number in a part of its view."""
+    dtype = DTYPES[-1]
+    view = View([9, 2], [[(0, 20, 0), (40, 9, 0)], [(20, 20, 4), (49, 2, 0)]], causal=False)
+    inputs, do = attention_inputs(view, (2, 1), 32, rows=64), exact_in_half(11, 2, 32)
+    clean = attention_all(inputs.to(dtype, DEVICE), "triton", do)
+    {"do": do, **vars(inputs)}[name][7, 0, 5] = wrong  # a token, or a row, of the first sequence
+    got = attention_all(inputs.to(dtype, DEVICE), "triton", do)
+    like = attention_all(inputs.to(dtype), "reference", do)
+    rows = torch.cat((torch.arange(20, 40), torch.arange(49, 64)))
+    for i, (x, before, wanted) in enumerate(zip(got, clean, like)):
+        other = slice(9, 11) if i < 3 else rows.to(DEVICE)
+        assert torch.equal(x[other], before[other]) and not x[wanted.isnan().to(DEVICE)].isfinite().any()
+    assert like[3].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["q", "do"])
+def test_a_nan_stays_with_the_keys_that_it_sees(name):
+    """A token that is not finite gives nothing to later rows of its own sequence."""
+    inputs, do = attention_inputs(View([20], [[(40, 20, 0)]]), D=32, rows=64), exact_in_half(20, 4, 32)
+    {"do": do, "q": inputs.q}[name][9, 1, 5] = torch.nan
+    _, _, _, dk, dv = attention_all(inputs.to(DTYPES[-1], DEVICE), "triton", do)
+    for x in (dk, dv):
+        assert x[50:60].isfinite().all() and x[40:50, 0].isnan().all() and x[40:50, 1].isfinite().all()
+
+
 def test_attention_is_deterministic():
     """The results of splits and of many readers of a row are added in one order."""
     readers = View([1] * 5, [[(0, 150, 0), (400 + b, 1, 0)] for b in range(5)])

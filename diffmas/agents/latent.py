@@ -12,6 +12,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from diffmas.agents.capture import captured
 from diffmas.models.forward import forward
 from diffmas.models.patch import Patch
 from diffmas.trace import Trace
@@ -56,12 +57,8 @@ def _run(patch: Patch, realign, trace: Trace, h: Tensor, left: list[int], stop_c
                         left[b] -= steps
                     return repeat.take(steps), graphs
             graphs = False
-        before = h
-        if graphs and first:  # warms up: compilation, caches and lasting allocations must not be part of a capture
-            h, graphs = _watched_step(patch, realign, trace, forward_pass, h)
-        else:
-            h = _step(patch, realign, trace, forward_pass, h)
-        steps, first = steps - 1, False
+        before, h = h, _step(patch, realign, trace, forward_pass, h)
+        steps, first = steps - 1, False  # a first step warms up: what is compiled or allocated once is no part of a capture
         for b in going:
             left[b] -= 1
         for b, change in zip(going, _changes(before, h) if stop_change is not None else []):
@@ -83,39 +80,10 @@ def _step(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Ten
 
 def _graphs(patch: Patch, realign: nn.Module, h: Tensor) -> bool:
     """Whether steps may be captured: on one GPU, without gradients, outside of a capture, by a model that allows it."""
-    if torch.is_grad_enabled() or not h.is_cuda or patch.capture is False:
+    if torch.is_grad_enabled() or not h.is_cuda or not patch.capture:
         return False
     weights = [*patch.body.parameters(), *realign.parameters(), *realign.buffers()]
     return all(w.device == h.device for w in weights) and not torch.cuda.is_current_stream_capturing()
-
-
-def _watched_step(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Tensor) -> tuple[Tensor, bool]:
-    """Takes a step and finds out whether it can be captured; returns the hidden states and the answer.
-
-    A model that waits for the device, for example to route experts, cannot be captured. That must be known beforehand: a
-    capture that fails half-way leaves torch's allocator and generators in the capturing state.
-    """
-    if patch.capture:
-        return _step(patch, realign, trace, forward_pass, h), True
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        h_next = _step(patch, realign, trace, forward_pass, h, commit=False)
-    except RuntimeError as error:
-        torch.cuda.set_sync_debug_mode(mode)
-        _forbid(patch, error)
-        forward_pass.forget()
-        return _step(patch, realign, trace, forward_pass, h), False
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-    trace.commit(forward_pass)
-    patch.capture = True
-    return h_next, True
-
-
-def _forbid(patch: Patch, error: Exception) -> None:
-    patch.capture = False
-    warnings.warn(f"latent steps run without a CUDA graph, which this model does not allow: {error}", stacklevel=2)
 
 
 @functools.cache
@@ -139,22 +107,16 @@ class Repeat:
     def capture(self) -> bool:
         """Makes later steps replays of a CUDA graph. Returns False, with nothing changed, if the model cannot be captured."""
         self.forward_pass.on(self.h.device)  # uploads its tables, which must not be part of the capture
-        graph, device = torch.cuda.CUDAGraph(), self.h.device
+        device = self.h.device
         try:
-            # The model's device must be the current one: launches on another would run at once and leave the graph empty. The
-            # outer stream context is restored when a capture fails. "thread_local": other threads may allocate meanwhile.
-            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-                with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
-                    self.step()
-        except torch.OutOfMemoryError:
-            self.forward_pass.forget()
-            return False
+            with torch.cuda.device(device):  # launches on another device would run at once and leave the graph empty
+                self.graph = captured(self.step, _capture_stream(device), self.h)
         except RuntimeError as error:
-            _forbid(self.patch, error)
             self.forward_pass.forget()
-            return False
-        self.graph = graph
-        return True
+            if not isinstance(error, torch.OutOfMemoryError):  # which may be another's memory, and later there may be some
+                self.patch.capture = False
+                warnings.warn(f"latent steps run without a CUDA graph, which this model does not allow: {error}", stacklevel=2)
+        return self.graph is not None
 
     def take(self, steps: int) -> Tensor:
         """Takes the steps and commits them to the trace; returns the last hidden states, [B, hidden]."""

@@ -39,8 +39,8 @@ class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
     checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
-    when they were patched. capture: whether latent steps may be captured as a
-    CUDA graph (diffmas.agents.latent), None before the first attempt.
+    when they were patched. capture: whether latent steps may be captured as a CUDA graph (diffmas.agents.latent); no more
+    after an attempt that failed.
     """
 
     body: nn.Module
@@ -51,7 +51,7 @@ class Patch:
     checkpointed: list[nn.Module] = field(default_factory=list)
     dropping: list[nn.Module] = field(default_factory=list)
     hook_ids: tuple[int | None, int | None] = (None, None)
-    capture: bool | None = None
+    capture: bool = True
 
     def pairs(self) -> list[tuple[nn.Module, Layer]]:
         return list(zip(attention_layers(self.body), self.layers))

@@ -131,9 +131,8 @@ def _run(
 
     hooks = [a.register_forward_pre_hook(look, with_kwargs=True) for a in attentions]
     try:
-        output = causal_lm(**{name: x.clone() if name == "inputs_embeds" else x for name, x in inputs.items()})[
-            0
-        ]  # CTRL scales it
+        # CTRL scales the embeddings that it is given.
+        output = causal_lm(**{name: x.clone() if name == "inputs_embeds" else x for name, x in inputs.items()})[0]
     finally:
         for hook in hooks:
             hook.remove()

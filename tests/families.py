@@ -66,6 +66,10 @@ WINDOWS = (
     "lsh_attn_chunk_length"
 ).split()
 LATENT_ATTENTION = dict(num_key_value_heads=4, head_dim=4)  # rotated dimensions
+SLIDING_LATENT = dict(
+    swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=16, swa_kv_lora_rank=16, swa_head_dim=12,
+    swa_qk_nope_head_dim=8, swa_v_head_dim=8,
+)  # fmt: skip
 QSA = dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2)
 # What a family needs beyond that, by its config's own names.
 CHANGES = {
@@ -77,17 +81,11 @@ CHANGES = {
     "deepseek_v4": dict(o_lora_rank=16),
     "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1),
     "dots3_note": dict(
-        vision_config=dict(pyramid_num_routed=[0, 0, 4], adapter_in_dim=32), audio_config=dict(adapter_input_size=32)
+        text_config=SLIDING_LATENT,
+        vision_config=dict(pyramid_num_routed=[0, 0, 4], adapter_in_dim=32),
+        audio_config=dict(adapter_input_size=32),
     ),
-    "dots3_note_text": dict(
-        swa_num_attention_heads=4,
-        swa_num_key_value_heads=4,
-        swa_q_lora_rank=16,
-        swa_kv_lora_rank=16,
-        swa_head_dim=12,
-        swa_qk_nope_head_dim=8,
-        swa_v_head_dim=8,
-    ),
+    "dots3_note_text": SLIDING_LATENT,
     "falcon_h1": dict(mamba_d_ssm=64),
     "gemma3n_text": dict(num_kv_shared_layers=0, intermediate_size=48),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1], [["global"], 1]]),
@@ -99,11 +97,11 @@ CHANGES = {
     "mamba2": dict(num_heads=8, head_dim=8),
     "ministral": dict(head_dim=8),
     "nemotron": dict(head_dim=8, num_key_value_heads=2),
+    "qwen4_exp": dict(text_config=QSA),
+    "qwen4_exp_text": QSA,
     "reformer": dict(axial_pos_embds_dim=[16, 16], axial_pos_shape=[16, 16]),
     "smollm3": dict(no_rope_layers=[1, 0, 1]),
     "xmod": dict(default_language="en_XX"),
-    "qwen4_exp": dict(text_config=QSA),
-    "qwen4_exp_text": QSA,
     "zamba": dict(layers_block_type=["linear_attention", "hybrid", "hybrid"]),
     "zamba2": dict(layers_block_type=["linear_attention", "hybrid", "hybrid"]),
     "zaya": dict(num_experts_per_tok=1),
@@ -229,8 +227,8 @@ def verdict(family: str, window: int) -> tuple[str, str]:
         model = build(family, window)
     except Exception as error:  # whatever transformers raises
         return "not built", f"{type(error).__name__}: {error}"
-    before = state(model)
     plain = runs(model) and model(input_ids=torch.arange(2, 8)[None], use_cache=False).logits
+    before = state(model)  # now: some keep what they have seen
     try:
         diffmas.patch_model(model)
     except diffmas.Unsupported as error:

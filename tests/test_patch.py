@@ -228,7 +228,7 @@ def _takes_no_attribute(model):
 
     class Closed(type(attention)):
         def __setattr__(self, name, value):
-            if name == "diffmas_layer":
+            if name == "diffmas_layer" and self is attention:  # not in the probe's copy of it
                 raise AttributeError(f"no {name}")
             super().__setattr__(name, value)
 
@@ -251,10 +251,10 @@ RAW = {
 def test_every_failure_is_unsupported_and_leaves_no_mark(name, again):
     spoil, words = RAW[name]
     model = tiny("llama", patch=False)
-    if again and name not in ("no config", "a patch that fails half-way"):
+    if again and name in ("no config", "a patch that fails half-way"):
+        pytest.skip("a patch that succeeded needs what is missing")
+    if again:
         diffmas.patch_model(model, max_length=99)
-    else:
-        again = False
     body(model).layers[0].train()
     spoil(model)
     marks, rng = state(model), torch.get_rng_state()
@@ -304,10 +304,10 @@ def test_a_mask_that_a_layer_makes_for_itself_is_refused():
 
 
 def test_models_in_16_bits_are_not_refused_for_their_rounding():
-    for seed in range(4):
+    """Many layers, with peaked attention and experts: what rounding does grows from layer to layer."""
+    for family in ("llama", "mixtral"):
         for dtype in (torch.bfloat16, torch.float16):
-            tiny("llama", dtype, seed=seed)
-            tiny("mixtral", dtype, seed=seed)
+            tiny(family, dtype, num_hidden_layers=16)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama4_text"])

@@ -217,4 +217,4 @@ def report(system, questions, answers, num_items_in_batch=None) -> GradientRepor
             total.add(aliases.number[key], grad)
     count = aliases.layers + 1
     agents = {name: norms.values(count) for name, norms in aliases.agents.items()}
-    return GradientReport(float(loss), watch.take(), agents, total.values(count))
+    return GradientReport(float(loss.detach()), watch.take(), agents, total.values(count))

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 
 from transformers import TrainingArguments
 
-__all__ = ["REFUSED", "adopted", "wants_ids"]
+__all__ = ["REFUSED", "adopted", "check_arguments", "wants_ids"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,9 @@ def _by_length(args: TrainingArguments) -> str:
     return "train_sampling_strategy" if strategy in ("group_by_length", "batch_rebalance") else ""
 
 
-def adopted(args: TrainingArguments, sets: dict, unused_parameters: bool) -> TrainingArguments:
-    """A copy of the arguments as a trainer of a team takes them; the caller's stay as they are.
-
-    sets: of rows, by name. unused_parameters: whether a step may leave a trainable parameter without gradient. Raises
-    ValueError naming a field that has no effect here or a wrong one, and what to do instead.
-    """
+def check_arguments(args: TrainingArguments, sets: dict) -> None:
+    """Raises ValueError naming a field that has no effect here or a wrong one, and what to do instead. sets: of rows, by
+    name."""
     for name, instead in REFUSED.items():
         if not _off(name, value := getattr(args, name, None)):
             raise ValueError(f"{name}: expected it to be off for a multi-agent system, got {value!r}; {instead}")
@@ -67,6 +64,14 @@ def adopted(args: TrainingArguments, sets: dict, unused_parameters: bool) -> Tra
                 )
     if args.accelerator_config.dispatch_batches:
         raise ValueError("accelerator_config: expected dispatch_batches=False, got True; batches hold text, which is not sent")
+
+
+def adopted(args: TrainingArguments, unused_parameters: bool) -> TrainingArguments:
+    """A copy of the arguments as a trainer of a team takes them; the caller's stay as they are.
+
+    unused_parameters: whether a step may leave a trainable parameter without gradient. Raises ValueError if
+    ddp_static_graph says that none does.
+    """
     if unused_parameters and getattr(args, "ddp_static_graph", None):
         raise ValueError(
             "ddp_static_graph: expected it to be off where a step may leave an adapter or a learned realignment without "

@@ -20,7 +20,7 @@ from diffmas.agents.file import check_description
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.adapted import check_held
 from diffmas.models.parts import trained_beside_the_text
-from diffmas.training.arguments import adopted, wants_ids
+from diffmas.training.arguments import adopted, check_arguments, wants_ids
 from diffmas.training.checkpoint import check_checkpoint, check_manifest, last_checkpoint, remove_oldest, write_manifest
 from diffmas.training.data import Collator, check_row
 from diffmas.training.gradients import GradientMonitor
@@ -113,7 +113,7 @@ class Trainer(transformers.Trainer):
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
         sets = {"train_dataset": train_dataset}
         sets |= {"eval_dataset" if k is None else f"eval_dataset[{k!r}]": rows for k, rows in evaluated.items()}
-        args = adopted(args, sets, _may_leave_unused(system))
+        check_arguments(args, sets)
         if args.save_strategy != "no":
             check_description(system.describe())  # not when the first checkpoint is due
         for name, rows in sets.items():
@@ -127,6 +127,7 @@ class Trainer(transformers.Trainer):
         if not any(p.requires_grad for p in system.parameters()):
             raise ValueError("system: expected trainable parameters, got a frozen adapter; load it with trainable=True")
         check_held(system.model)
+        args = adopted(args, _may_leave_unused(system))
         for name in ("hf_device_map", "quantization_method"):  # transformers does not move a placed or quantized model
             if getattr(system.model, name, None) is not None:
                 setattr(system, name, getattr(system.model, name))

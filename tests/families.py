@@ -294,11 +294,11 @@ def _short(why: str) -> str:
     return (why if len(why) <= 160 else why[:157] + "...").replace("|", "\\|")
 
 
-def page(lines: dict[str, tuple[str, str]]) -> str:
+def page(lines: dict[str, tuple[str, str]], version: str = transformers.__version__) -> str:
     counts = Counter(found for found, _ in lines.values())
     summary = ", ".join(f"{counts[name]} {name}" for name in ("exact", "exact within its window", "refused", "not built"))
     table = [f"| {family} | {found} | {why} |" for family, (found, why) in lines.items()]
-    head = f"transformers {transformers.__version__}, {len(lines)} families: {summary}.\n\n| family | | |\n|---|---|---|\n"
+    head = f"transformers {version}, {len(lines)} families: {summary}.\n\n| family | | |\n|---|---|---|\n"
     return INTRO + head + "\n".join(table) + "\n"
 
 

@@ -128,7 +128,9 @@ def test_what_depends_on_the_value(tmp_path):
 
 
 def test_rows_are_sampled_by_a_column_of_lengths(tmp_path):
-    datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    import datasets
+    import pyarrow
+
     by_length = (
         {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in HERE else {"group_by_length": True}
     )
@@ -323,7 +325,7 @@ class Asked(TrainerCallback):
                     callback.jit_manager.is_checkpoint_requested = True
 
 
-@pytest.mark.skipif("enable_jit_checkpoint" not in HERE, reason="this transformers has no such field")
+@pytest.mark.skipif("enable_jit_checkpoint" not in HERE, reason="transformers 4 has no enable_jit_checkpoint to look at")
 def test_a_checkpoint_on_demand_is_whole(tmp_path):
     trainer = trainer_of(tmp_path, enable_jit_checkpoint=True, max_steps=4, callbacks=[asked := Asked()])
     asked.trainer = trainer

@@ -52,11 +52,21 @@ def _with_special(tokenizer, stop: list[str]) -> list[str]:
     return [s for s in stop if any(token in s for token in tokenizer.all_special_tokens)]
 
 
-def _stops(tokenizer, ids: list[int], stop: list[str]) -> bool:
+class Stops:
     """Whether the end of new token ids has one of these strings."""
-    tail = ids[-2 * max(map(len, stop)) - 8 :]
-    text = tokenizer.decode(tail, skip_special_tokens=True)
-    return any(s in text for s in stop) or any(s in tokenizer.decode(tail) for s in _with_special(tokenizer, stop))
+
+    def __init__(self, tokenizer, stop: list[str]):
+        self.tokenizer, self.stop, self.special = tokenizer, stop, _with_special(tokenizer, stop)
+        self.reach = 2 * max(map(len, stop), default=0) + 8  # tokens
+
+    def __call__(self, ids: list[int]) -> bool:
+        if not self.stop:
+            return False
+        tail = ids[-self.reach :]
+        text = self.tokenizer.decode(tail, skip_special_tokens=True)
+        if any(s in text for s in self.stop):
+            return True
+        return bool(self.special) and any(s in self.tokenizer.decode(tail) for s in self.special)
 
 
 class Rules:
@@ -111,7 +121,7 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, f
     differs = [not (empty and b and prompts[b] == prompts[b - 1]) for b in range(len(prompts))]
     lead = [b for b, new in enumerate(differs) if new]
     reads = [n - 1 for n in accumulate(differs) for _ in range(samples)]  # for each sequence, which of these it reads
-    rules = _rules(system, sampling, trace, prompts)
+    rules, stops = _rules(system, sampling, trace, prompts), Stops(system.tokenizer, sampling.stop)
     written = trace.select(lead)
     forward_pass = written.plan([len(prompts[b]) for b in lead], "prompt", reserve=reserve if len(reads) == len(lead) else 0)
     ids = torch.tensor([t for b in lead for t in prompts[b]], device=device)[None]
@@ -137,8 +147,7 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, f
             bar.set_postfix(sequences=len(active), refresh=False)
             for some, part in zip(rules, scores):
                 done = some.append([tokens[i][-1] for i in some.members], part)
-                if sampling.stop:
-                    done = [d or _stops(system.tokenizer, tokens[i], sampling.stop) for i, d in zip(some.members, done)]
+                done = [d or stops(tokens[i]) for i, d in zip(some.members, done)]
                 if any(done):
                     some.keep([not d for d in done])
             rules = [some for some in rules if some.members]
@@ -165,7 +174,7 @@ def _beam_search(system, trace: Trace, prompts: list[list[int]], sampling: Sampl
         ids, mask = left_padded([torch.tensor(prompts[b]) for b in batch], arguments["pad_token_id"])
         arguments[cache_argument(lm)] = trace.select(batch)
         if sampling.stop:
-            stops = TextStops(system.tokenizer, sampling.stop, len(ids[0]))
+            stops = TextStops(Stops(system.tokenizer, sampling.stop), len(ids[0]))
             arguments["stopping_criteria"] = [*(sampling.arguments.get("stopping_criteria") or []), stops]
         with phase("decode"), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(sampling.generator(first + batch[0], 0).initial_seed())
@@ -176,14 +185,14 @@ def _beam_search(system, trace: Trace, prompts: list[list[int]], sampling: Sampl
 
 
 class TextStops(StoppingCriteria):
-    """`_stops`, for transformers. before: columns ahead of the new text."""
+    """`Stops`, for transformers. before: columns ahead of the new text."""
 
-    def __init__(self, tokenizer, stop: list[str], before: int):
-        self.tokenizer, self.stop, self.before = tokenizer, stop, before
+    def __init__(self, stops: Stops, before: int):
+        self.stops, self.before = stops, before
 
     def __call__(self, input_ids, scores, **_):
         rows = input_ids[:, self.before :].tolist()
-        return torch.tensor([_stops(self.tokenizer, row, self.stop) for row in rows], device=input_ids.device)
+        return torch.tensor([self.stops(row) for row in rows], device=input_ids.device)
 
 
 def _without_filling(row: list[int], arguments: dict) -> list[int]:

@@ -300,14 +300,17 @@ def load_saved_tokenizer(path, **options):
         raise ValueError(f"{path}: expected the whole files of a tokenizer, got damaged ones ({error})") from error
 
 
-def load_model(path, model=None, tokenizer=None, trainable: bool = False, **model_options) -> tuple[dict, nn.Module, object]:
+def load_model(
+    path, system_class: str, model=None, tokenizer=None, trainable: bool = False, **model_options
+) -> tuple[dict, nn.Module, object]:  # fmt: skip
     """The contents of a directory's agents.json, its base model with the directory's adapters, and the tokenizer.
 
-    model: a loaded base model, a directory or hub name, or None for the one that agents.json names. tokenizer: by default the
-    directory's. trainable: whether the adapters are. model_options: of `diffmas.models.load.load_model`. Raises ValueError for
-    a file of another model, and for a model that has adapters.
+    system_class: its name. model: a loaded base model, a directory or hub name, or None for the one that agents.json
+    names. tokenizer: by default the directory's. trainable: whether the adapters are. model_options: of
+    `diffmas.models.load.load_model`. Raises ValueError for a file of another class or model, and for a model that has adapters.
     """
     described = read_agents(path)
+    check_class(path, described, system_class)
     if hasattr(model, "peft_config"):
         raise ValueError(f"model: expected a base model without adapters, got one with {sorted(model.peft_config)}")
     name = model if isinstance(model, (str, os.PathLike)) else described["base_model"]

@@ -93,9 +93,8 @@ class Realign(nn.Module):
         modules = (e_in, e_out) if self.mode == "ridge" else (e_in,)
         key = tuple(adapter_state(m) for m in modules)
         tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
-        state = tuple(
-            state_of(x, read=self.training and x.requires_grad) for x in tensors
-        )  # not every optimizer counts versions
+        # Not every optimizer counts versions.
+        state = tuple(state_of(x, read=self.training and x.requires_grad) for x in tensors)
         known = self._known.get(key)
         if known is None or known[0] != state:
             known = self._known[key] = state, Solved(self._norm(), self._solve() if self.mode == "ridge" else None)

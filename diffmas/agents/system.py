@@ -261,8 +261,8 @@ class MultiAgentSystem(nn.Module):
         temperature 0.6, top_p 0.95 and no top_k. Decoding ends at an end-of-sequence token of the model or the tokenizer, a
         stop string or max_new_tokens. A result depends on the seed and on the place of its question in the list. It depends on
         batch_size only as far as sums round differently, which can tip a close choice: torch's products and activations do for
-        other numbers of rows, attention does from 1024 rows on, and nothing else. Raises ValueError naming what does not fit,
-        before any agent runs.
+        other numbers of rows, attention does from 1024 rows on. Raises ValueError naming what does not fit, before any agent
+        runs.
 
             >>> system.generate(["where is the key"], max_new_tokens=4, seed=0, samples=2)
             [['...', '...']]
@@ -383,8 +383,7 @@ class MultiAgentSystem(nn.Module):
             >>> MultiAgentSystem.from_pretrained(directory, base_model, tokenizer).agents == system.agents
             True
         """
-        file.check_class(path, file.read_agents(path), cls.class_name())
-        described, model, tokenizer = file.load_model(path, model, tokenizer, trainable, **model_options)
+        described, model, tokenizer = file.load_model(path, cls.class_name(), model, tokenizer, trainable, **model_options)
         try:
             system = cls.of_description(model, tokenizer, described)
         except ValueError as error:

@@ -61,9 +61,8 @@ def write(
     os.replace(partial, path)
 
 
-def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[tuple[Tensor, Tensor]], Tensor | None]:
-    """The segments (of rows 0, 1, 2, ...), next positions, rows and token ids of a file that `write` wrote; no ids of one that
-    was written before there were any.
+def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[tuple[Tensor, Tensor]], Tensor]:
+    """The segments (of rows 0, 1, 2, ...), next positions, rows and token ids of a file that `write` wrote.
 
     Raises ValueError for a file that is missing, damaged, or of another fingerprint.
     """
@@ -84,7 +83,7 @@ def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[
     for what, mine in fingerprint.items():
         if header[what] != mine:
             raise ValueError(f"{path}: expected a trace of this {what} ({mine}), got one of another ({header[what]})")
-    positions, ids = tensors.pop("positions"), tensors.pop("ids", None)
+    positions, ids = tensors.pop("positions"), tensors.pop("ids")
     kv = [(tensors[f"{i}.k"], tensors[f"{i}.v"]) for i in range(len(tensors) // 2)]
     return _segments(header, positions), header["next"], kv, ids
 

@@ -1,9 +1,12 @@
 """Which token each row holds, for rows that came from token ids: what rules about text need to know of a trace.
 
-Nothing waits for the device while tokens are written: their ids are kept as they came, and read when somebody asks.
+Ids are kept as they came, and read when somebody asks, or when there are many: one copy from the device then has them all.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
+import torch
 from torch import Tensor
 
 __all__ = ["TokenIds"]
@@ -37,6 +40,14 @@ class TokenIds:
         if top > len(self._ids):
             more = np.full(max(top, 2 * len(self._ids)) - len(self._ids), -1, dtype=np.int64)
             self._ids = np.concatenate((self._ids, more))
+        known = [ids for _, ids in self._pending if ids is not None]
+        found = {device: _together([x for x in known if x.device == device]) for device in {x.device for x in known}}
         for rows, ids in self._pending:
-            self._ids[rows] = -1 if ids is None else ids.cpu().numpy()
+            self._ids[rows] = -1 if ids is None else next(found[ids.device])
         self._pending = []
+
+
+def _together(ids: list[Tensor]) -> Iterator[np.ndarray]:
+    """Tensors of one device as arrays, by one copy from it."""
+    together = torch.cat([x.long() for x in ids]).cpu().numpy()
+    return iter(np.split(together, np.cumsum([len(x) for x in ids])[:-1]))

@@ -401,6 +401,7 @@ def test_generate_without_a_trace_is_transformers_own():
         (dict(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 2)), "attention_mask.*at least 3"),
         (dict(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.tensor([[1, 1, 0]])), "left-padded"),
         (dict(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1, 1]])), "mask that"),
+        (dict(inputs_embeds=torch.ones(1, 4, 32), attention_mask=torch.tensor([[1, 0, 1, 1]])), "attention_mask.*between them"),
         (dict(input_ids=torch.ones(1, 3, dtype=torch.long), position_ids=torch.arange(3)[None]), "position_ids: expected None"),
         (dict(input_ids=torch.ones(1, 3, dtype=torch.long), prefill_chunk_size=2), "prefill_chunk_size: expected None"),
     ],

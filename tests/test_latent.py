@@ -168,6 +168,17 @@ def test_a_model_that_cannot_be_captured(error, for_good, device, monkeypatch):
     assert patch_of(diffmas.patch_model(diffmas.unpatch_model(s.model))).capture, "the next patch tries anew"
 
 
+def test_a_capture_that_fails_otherwise_leaves_nothing_behind(device, monkeypatch):
+    forgotten = []
+    h = types.SimpleNamespace(device=torch.device("cuda:0"), clone=lambda: h, zero_=lambda: None)
+    planned = types.SimpleNamespace(on=lambda device: None, forget=lambda: forgotten.append(True))
+    repeat = latent.Repeat(None, None, None, planned, h)
+    monkeypatch.setattr(repeat, "step", lambda: {}["no such"])
+    with pytest.raises(KeyError, match="no such"):
+        repeat.capture()
+    assert forgotten and not device.open and repeat.graph is None
+
+
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "cohere"])
 def test_a_backend_is_chosen_by_the_size_of_a_head(family, monkeypatch):
     """Also where q comes as the projection left it, with all heads in a row: most backends serve no head as long as that."""

@@ -111,8 +111,10 @@ class Repeat:
         try:
             with torch.cuda.device(device):  # launches on another device would run at once and leave the graph empty
                 self.graph = captured(self.step, _capture_stream(device), self.h)
-        except RuntimeError as error:
+        except BaseException as error:
             self.forward_pass.forget()
+            if not isinstance(error, RuntimeError):
+                raise
             if not isinstance(error, torch.OutOfMemoryError):  # which may be another's memory, and later there may be some
                 self.patch.capture = False
                 warnings.warn(f"latent steps run without a CUDA graph, which this model does not allow: {error}", stacklevel=2)

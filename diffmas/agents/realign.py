@@ -94,7 +94,7 @@ class Realign(nn.Module):
         key = tuple(adapter_state(m) for m in modules)
         tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
         # Not every optimizer counts versions.
-        state = tuple(state_of(x, read=self.training and x.requires_grad) for x in tensors)
+        state = tuple(state_of(x, read=x.requires_grad) for x in tensors)
         known = self._known.get(key)
         if known is None or known[0] != state:
             known = self._known[key] = state, Solved(self._norm(), self._solve() if self.mode == "ridge" else None)

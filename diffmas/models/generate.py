@@ -131,7 +131,8 @@ def _generate(self, trace: Trace, argument: str, inputs, kwargs: dict):
     if new.shape[0] != trace.batch_size:
         raise ValueError(f"input_ids: expected a batch of {trace.batch_size}, the trace's, got {new.shape[0]}")
     B, S = new.shape[:2]
-    mask = new_token_mask(kwargs.pop("attention_mask", None), trace, B, S, placed=True)
+    # Ids are put together again without the padding between them, embeddings stay in their columns.
+    mask = new_token_mask(kwargs.pop("attention_mask", None), trace, B, S, placed=embeds is None)
     mask = torch.ones(B, S, dtype=torch.bool) if mask is None else mask
     if not mask[:, -1].all():
         raise ValueError("attention_mask: expected left-padded sequences of at least one token, got padding at the end")

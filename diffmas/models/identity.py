@@ -6,6 +6,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -15,6 +16,7 @@ from diffmas.models.parts import causal_lm_of
 __all__ = ["adapter_fingerprint", "fingerprint_of", "model_fingerprint", "rope_of", "sampled_fingerprint", "state_of"]
 
 CHUNK = 1 << 24  # values hashed at once
+WORDS = 1 << 16  # of 8 bytes, that a core keeps in its cache while it adds them up
 SAMPLES = 64  # values of a weight in the fingerprints of earlier versions
 
 # Digests of tensors, with what told that they have not changed since.
@@ -36,11 +38,16 @@ def state_of(x: Tensor, read: bool) -> tuple:
 
 
 def _sum_of_bits(x: Tensor) -> int:
-    """The sum of the memory's words as integers, which any one value changes."""
+    """The sum of the memory's words as integers, each times an odd number of its place: any one value changes it, and so do
+    rows that change places."""
     octets = x.reshape(-1).view(torch.uint8)
-    octets = octets.clone() if octets.storage_offset() % 8 else octets
-    words = len(octets) // 8 * 8
-    return int(octets[:words].view(torch.int64).sum()) + int(octets[words:].sum())
+    if octets.storage_offset() % 8 or len(octets) % 8:
+        octets = F.pad(octets, (0, -len(octets) % 8))  # a copy
+    total, at_once = torch.zeros((), dtype=torch.int64, device=x.device), WORDS if x.device.type == "cpu" else 64 * WORDS
+    odd = torch.arange(1, 2 * at_once + 1, 2, device=x.device)
+    for k, words in enumerate(octets.view(torch.int64).split(at_once)):
+        total += (words * odd[: len(words)]).sum() + words.sum() * (2 * at_once * k)
+    return int(total)
 
 
 def _digest_of(x: Tensor) -> str:

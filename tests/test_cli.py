@@ -343,6 +343,8 @@ def test_an_adapter_of_another_model_is_refused(project, trained, tmp_path):
             {"data": {"train": "a", "validation": "b", "validation_fraction": 0.1}},
             "data.validation_fraction: expected it alone",
         ),
+        ({"data": {"train": "a", "limit": 0}}, "data.limit: expected at least 1, got 0"),
+        ({"evaluation": {"limit": -1}}, "evaluation.limit: expected at least 1, got -1"),
         ({"evaluation": {"methods": ["magic"]}}, "evaluation.methods: expected some of .*got 'magic'"),
         ({"early_stopping_patience": 2}, "early_stopping_patience: expected data.validation"),
         ({"dtype": "int8"}, "dtype: expected one of .*got 'int8'"),
@@ -378,5 +380,8 @@ def test_the_example_is_a_config(pytestconfig):
     settings = config.load(pytestconfig.rootpath / "examples" / "train.yaml")
     train, held_out = build.training_rows(settings)
     assert len(train) == 8 and len(held_out) == 2 and len(settings.agents) == 4
+    settings.data.limit = 5
+    train, held_out = build.training_rows(settings)
+    assert len(train) == 4 and len(held_out) == 1
     arguments = build.training_arguments(settings)  # also without a GPU
     assert not arguments.bf16 and arguments.gradient_accumulation_steps == 64

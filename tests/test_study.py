@@ -17,6 +17,7 @@ from diffmas.evaluation.pooled import pool
 from diffmas.evaluation.tasks import facts as tasks
 from diffmas.evaluation.tasks import task
 
+T = task("facts").latent_steps
 RECIPE = {
     "about": "Is it the same after a kill?", "seeds": [0, 3], "methods": ["single", "latent_mas", "diffmas"],
     "alone": {"all facts": "Facts: {facts} Question: {question}"}, "audit": "all",
@@ -49,7 +50,7 @@ def run(path, output, cases=("one fact",)):
     """The tables of a study, by method and by message."""
     outcome = study.run(path, output, None, "cpu", list(cases), None, {}, lambda text: None)
     for row in outcome.costs:
-        assert row["latent_steps"] == (6 * 12 if row["method"] in ("latent_mas", "diffmas") else 0)
+        assert row["latent_steps"] == (6 * 3 * T if row["method"] in ("latent_mas", "diffmas") else 0)
     assert not outcome.failures
     return outcome.methods, outcome.audits
 
@@ -112,6 +113,28 @@ def test_a_killed_study_gives_the_same_table(tmp_path, monkeypatch):
     own = next(r for r in audits if r.name == "own")
     assert own.by_seed == next(r for r in methods if r.name == "diffmas").by_seed
     assert next(r for r in methods if r.name == "all facts, bare").accuracy > 0.8  # its base model answers by recall
+
+
+def test_a_case_may_be_measured_with_the_adapters_of_another(tmp_path, monkeypatch):
+    cases = {"unseen": {"task": "facts_unseen", "trained_by": "one fact"}, "one fact": {}}
+    path, trained, train = recipe(tmp_path, cases=cases, seeds=[0]), [], training.Trainer.train
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            training.Trainer, "train", lambda self, *a, **k: (trained.append(self.args.output_dir), train(self, *a, **k))[1]
+        )
+        outcome = study.run(path, tmp_path / "out", None, "cpu", ["unseen"], None, {}, lambda text: None)
+        assert not outcome.failures and {r.case for r in outcome.methods} == {"unseen"}
+        methods, audits = run(path, tmp_path / "out", ["one fact"])
+    assert [d.rsplit("/", 3)[-3:] for d in trained] == [["one_fact", "seed0", "training"]]  # once, for both
+    assert not list((tmp_path / "out" / "unseen").rglob("adapter_model.safetensors"))
+    left = [
+        json.loads((tmp_path / "out" / case / "seed0" / "measured_diffmas.json").read_text()) for case in ("unseen", "one_fact")
+    ]
+    assert left[0]["rests_on"] == left[1]["rests_on"] and left[0]["result"]["texts"] != left[1]["result"]["texts"]
+    for of, changes in (("none", {}), ("unseen", {"third": {"trained_by": "unseen"}})):
+        bad = {"unseen": {"trained_by": "one fact" if changes else of}, "one fact": {}, **changes}
+        with pytest.raises(ValueError, match=rf"trained_by: expected one of \['one fact'\], got '{of}'"):
+            study.read(recipe(tmp_path, cases=bad))
 
 
 def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
@@ -224,13 +247,15 @@ def test_facts_are_split_between_readers(name):
         assert " ".join(parts) == row["facts"] and row["facts"].count(".") == 3 * chosen.facts_per_reader
         person = re.search(r"did (\w+) ", row["question"])[1]
         (known,) = [part for part in parts if person in part.split()]
-        assert row["answer"] in known and len(set(chosen.agents())) == 4
-    words = {w for row in train for w in (row["answer"], row["question"].split()[2])}
-    others = {w for row in test for w in (row["answer"], row["question"].split()[2])}
+        told, _, value = row["answer"].partition(" Answer: ")
+        assert {person, value} <= set(re.findall(r"\w+", told)) <= set(re.findall(r"\w+", known))
+        assert len(set(chosen.agents())) == 4
+    words = {w for row in train for w in (row["answer"].split()[-1], row["question"].split()[2])}
+    others = {w for row in test for w in (row["answer"].split()[-1], row["question"].split()[2])}
     assert (not words & others) if chosen.unseen else (others <= words)
     if chosen.long:
         assert all(20 <= len(re.findall(r"\w+|[^\w\s]", row["facts1"])) <= 30 for row in test)
-    rate = sum(row["answer"] == train[0]["answer"] for row in train) / len(train)
+    rate = sum(row["answer"].split()[-1] == train[0]["answer"].split()[-1] for row in train) / len(train)
     assert rate < 0.1  # nobody is right by always saying the same
 
 
@@ -241,9 +266,12 @@ def test_the_prompts_and_verdicts_of_facts():
     assert "{messages}" in chosen.agents("text")[-1].prompt and chosen.agents("single") == chosen.agents()[-1:]
     assert row["facts2"] in chosen.agents()[1].render(row) and row["facts2"] not in chosen.agents()[0].render(row)
     right = chosen.scorer().correct
-    assert right(f"It is the {row['answer'].title()}.", row["answer"]) and not right("nothing", row["answer"])
-    assert not right(row["answer"] + "s", row["answer"]) and not right(f"the attic, or the {row['answer']}", row["answer"])
-    starts = {tuple(agent.render(row).split()[:5]) for agent in chosen.agents()[:3] for row in chosen.rows(limit=50)}
+    value = row["answer"].split()[-1]
+    assert right(row["answer"], row["answer"]) and right(f"It is the {value.title()}.", row["answer"])
+    assert right(f"The attic? Answer: {value}, not the key", row["answer"]) and not right("nothing", row["answer"])
+    assert not right(value + "s", row["answer"]) and not right(f"the attic, or the {value}", row["answer"])
+    assert not right(f"{value}. Answer: the attic", row["answer"]) and not right(f"{value}. Answer:", row["answer"])
+    starts = {agent.render(row).split()[0] for agent in chosen.agents()[:3] for row in chosen.rows(limit=50)}
     assert len(starts) == 1  # what stays as a sink tells nothing
     for bad in ({"part": "dev"}, {"path": "rows.jsonl"}):
         with pytest.raises(ValueError, match="expected"):

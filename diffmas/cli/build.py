@@ -94,7 +94,7 @@ def training_rows(config: Config) -> tuple[list[dict], list[dict] | None]:
 
     if not config.data.train and config.task is None:
         raise ValueError("data.train: expected a file of JSON lines, got none")
-    train = _rows(config, config.data.train, "train")
+    train = _rows(config, config.data.train, "train", config.data.limit)
     if config.data.validation:
         return train, _rows(config, config.data.validation, "validation")
     if config.data.validation_fraction:

@@ -47,10 +47,12 @@ class Lora:
 class Data:
     """Files of JSON lines (`diffmas.training.data`); with a task, files in its published form, instead of the hub.
 
-    validation: a file; or instead validation_fraction, the share of the training rows that is held out, drawn with seed.
+    limit: only so many training rows, from the first. validation: a file; or instead validation_fraction, the share of the
+    training rows that is held out, drawn with seed.
     """
 
     train: str | None = None
+    limit: int | None = None
     validation: str | None = None
     validation_fraction: float | None = None
     seed: int = 0
@@ -135,6 +137,9 @@ class Config:
             self.generation.max_new_tokens = published.max_new_tokens if published else 256
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
+        for name, limit in (("data", self.data.limit), ("evaluation", self.evaluation.limit)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}.limit: expected at least 1, got {limit}")
         if self.data.validation and self.data.validation_fraction is not None:
             raise ValueError("data.validation_fraction: expected it alone, got it together with data.validation")
         check_methods(self.evaluation.methods)

@@ -55,12 +55,16 @@ def made_with() -> dict:
 
 class Stages:
     """config: its output_dir is where they leave their files. alone: prompts of one agent by name. progress: is told of
-    each."""
+    each. trained_by: the stages whose trainings these use, instead of their own."""
 
-    def __init__(self, config: Config, alone: dict[str, str], device: str, progress: Callable[[str], object]):
+    def __init__(
+        self, config: Config, alone: dict[str, str], device: str, progress: Callable[[str], object],
+        trained_by: "Stages | None" = None,
+    ):  # fmt: skip
         self.config, self.alone, self.device, self.progress = config, alone, device, progress
+        self.trained_by = trained_by
         self.directory = Path(config.output_dir)
-        self.made: list[dict] = []  # what each stage was made with
+        self.made: list[dict] = trained_by.made if trained_by else []  # what each stage was made with
         self._loaded: tuple = (None, None)
 
     def _once(self, name: str, make: Callable[[], dict], rests_on: str | None = None) -> dict:
@@ -77,11 +81,16 @@ class Stages:
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def _adapter(self, method: str) -> Path:
+    def adapter_of(self, method: str) -> Path:
+        """The directory of the adapter that `train` leaves."""
+        if self.trained_by is not None:
+            return self.trained_by.adapter_of(method)
         return Path(build.trained_as(self.config, method).output_dir) / "adapter"
 
     def train(self, method: str) -> dict:
         """id, steps, history, and tokens_per_second of an uninterrupted training."""
+        if self.trained_by is not None:
+            return self.trained_by.train(method)
 
         def make() -> dict:
             from transformers import set_seed
@@ -98,7 +107,7 @@ class Stages:
             start = time.perf_counter()
             trainer.train(resume_from_checkpoint=resume or None)
             seconds = time.perf_counter() - start
-            trainer.save_model(str(self._adapter(method)))
+            trainer.save_model(str(self.adapter_of(method)))
             rate = {} if resume else {"tokens_per_second": _tokens(trainer) / seconds}
             steps = trainer.state.global_step
             return {"id": secrets.token_hex(8), "steps": steps, **rate, "history": trainer.state.log_history}
@@ -109,7 +118,7 @@ class Stages:
         """The config's team with its trained adapter, or on the bare model; one of them is in memory at a time."""
         if self._loaded[0] is not trained:
             self._loaded = (None, None)
-            adapter = self._adapter("diffmas") if trained else None
+            adapter = self.adapter_of("diffmas") if trained else None
             self._loaded = (trained, build.trained_system(self.config, adapter, self.device))
         return self._loaded[1]
 
@@ -129,7 +138,7 @@ class Stages:
             system, agent = self._system(name == bare), Agent("alone", self.alone[bare])
             role = system.agents[-1].name if system.adapter_scope == "per_role" else True
             return evaluation.single_agent(system, agent, adapter=role if name == bare else False)
-        adapters = {name: self._adapter(name)} if name in TRAINED and name != "diffmas" else {}
+        adapters = {name: self.adapter_of(name)} if name in TRAINED and name != "diffmas" else {}
         return build.methods_of(self.config, self._system(name == "diffmas"), [name], adapters)[name]
 
     def measure(self, name: str) -> dict:

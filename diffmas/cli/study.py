@@ -7,7 +7,10 @@
     audit: latent                            # rows of this kind are a message; all: everything that is handed on
     versions: {torch: 2.13.0}                # those it was made with; others are told
     config: {...}                            # keys of config.yaml
-    cases: {one fact: {}, two facts: {task: facts_two}}   # what each changes in `config`; with methods of its own, if any
+    cases:                                   # what each changes in `config`; with methods of its own, if any
+      one fact: {}
+      two facts: {task: facts_two}
+      unseen words: {task: facts_unseen, trained_by: one fact}   # measured with that case's adapters, none of its own
 
 Every stage (a training, a method, an audit) leaves a file when it is done, which the next run finds (diffmas.cli.stages); one
 that fails is told at the end and does not stop the others. The seed is that of the adapter's first weights, of the order of the
@@ -55,6 +58,11 @@ class Recipe:
         self.cases = {name: changes or {} for name, changes in (self.cases or {"all": {}}).items()}
         if len({slug(name) for name in self.cases}) != len(self.cases):
             raise ValueError(f"cases: expected names that differ in letters or digits, got {list(self.cases)}")
+        for name, changes in self.cases.items():
+            other = changes.get("trained_by", name)
+            if other not in self.cases or "trained_by" in self.cases[other] and other != name:
+                trains = [case for case, of in self.cases.items() if "trained_by" not in of]
+                raise ValueError(f"cases.{name}.trained_by: expected one of {trains}, got {other!r}")
 
 
 def named(name: str) -> Path:
@@ -130,7 +138,7 @@ def merged(base: dict, changes: dict) -> dict:
 def config_of(recipe: Recipe, case: str, seed: int, directory: Path, model: str | None, changes: dict) -> Config:
     """The config of one case and seed. changes: of the command line. Raises ValueError naming case and key."""
     own = {"output_dir": str(directory), "training": {"seed": seed}, "generation": {"seed": seed}}
-    chosen = dict(recipe.cases[case])
+    chosen = {key: value for key, value in recipe.cases[case].items() if key != "trained_by"}
     methods = chosen.pop("methods", recipe.methods)
     data = merged(merged(merged(recipe.config, chosen), changes), own)
     data["evaluation"] = {**data.get("evaluation", {}), "methods": methods}
@@ -169,7 +177,7 @@ def run(
         raise ValueError(f"--model: expected none, since the case {own[0]!r} has its own, got {model!r}; --case chooses others")
     configs = {
         (case, seed): config_of(recipe, case, seed, output / slug(case) / f"seed{seed}", model, changes)
-        for case in cases for seed in seeds
+        for case in {*cases, *(recipe.cases[case].get("trained_by", case) for case in cases)} for seed in seeds
     }  # fmt: skip
     stamp, asked = output / "study.json", {"recipe": vars(recipe), "model": model, "changes": changes}
     if stamp.is_file():
@@ -185,15 +193,22 @@ def run(
             progress(f"{name}: the recipe was made with {wanted}, this is {here}")
     outcome = Outcome([], [], [], {**asked, "made_with": [], "training_tokens_per_second": {}}, [])
     for case in cases:
-        _run_case(recipe, case, {seed: configs[case, seed] for seed in seeds}, device, progress, outcome)
+        trainer = recipe.cases[case].get("trained_by")
+        of = {
+            seed: Stages(
+                configs[case, seed], recipe.alone, device, progress,
+                trained_by=Stages(configs[trainer, seed], recipe.alone, device, progress) if trainer else None,
+            )
+            for seed in seeds
+        }  # fmt: skip
+        _run_case(recipe, case, of, outcome)
     return outcome
 
 
-def _run_case(recipe: Recipe, case: str, configs: dict[int, Config], device, progress, outcome: Outcome) -> None:
+def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome) -> None:
     scores: dict[str, list] = {}
     told: dict[str, list] = {}
-    for seed, config in configs.items():
-        stages = Stages(config, recipe.alone, device, progress)
+    for seed, stages in of.items():
         for name in stages.methods():
             try:
                 result = stages.measure(name)
@@ -202,7 +217,7 @@ def _run_case(recipe: Recipe, case: str, configs: dict[int, Config], device, pro
                 continue
             scores.setdefault(name, []).append(result.pop("scores"))
             result.pop("texts")
-            outcome.costs.append({"case": case, "seed": seed, "model": Path(config.model).name, **result})
+            outcome.costs.append({"case": case, "seed": seed, "model": Path(stages.config.model).name, **result})
             if name in TRAINED and "tokens_per_second" in (trained := stages.train(name)):
                 outcome.made["training_tokens_per_second"].setdefault(name, []).append(trained["tokens_per_second"])
         if recipe.audit and "diffmas" in scores:
@@ -214,7 +229,7 @@ def _run_case(recipe: Recipe, case: str, configs: dict[int, Config], device, pro
         for made in stages.made:
             if made not in outcome.made["made_with"]:
                 outcome.made["made_with"].append(made)
-    baselines = [name for name in scores if name in config.evaluation.methods and name != "diffmas"]
+    baselines = [name for name in scores if name in stages.config.evaluation.methods and name != "diffmas"]
     best = max(baselines, key=lambda name: statistics.fmean(map(statistics.fmean, scores[name])), default=None)
     outcome.methods.extend(pool(case, scores, best))
     team = {name: values for name, values in told.items() if ":" not in name}  # each agent's: in audit.csv of a seed

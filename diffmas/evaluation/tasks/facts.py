@@ -78,15 +78,18 @@ def ask(rng: random.Random, fact: dict) -> tuple[str, str]:
 
 
 def make_row(
-    rng: random.Random, facts_per_reader: int = FACTS_PER_READER, long: bool = False, unseen: bool = False
+    rng: random.Random, facts_per_reader: int = FACTS_PER_READER, long: bool = False, unseen: bool = False,
+    form: str = "{value}",
 ) -> dict:  # fmt: skip
-    """A row whose answer one reader knows: facts1, facts2, ... (one text per reader), facts (all), question, answer."""
+    """A row whose answer one reader knows: facts1, facts2, ... (one text per reader), facts (all), question, answer.
+    form: of the answer, with the word that is asked for as {value} and what else the fact says as {name}, {thing}, {place}."""
     facts = make_facts(rng, READERS * facts_per_reader, unseen)
-    question, answer = ask(rng, rng.choice(facts))
+    asked = rng.choice(facts)
+    question, value = ask(rng, asked)
     told = [long_sentence(rng, fact) if long else sentence(fact) for fact in facts]
     parts = [told[i * facts_per_reader : (i + 1) * facts_per_reader] for i in range(READERS)]
     texts = {f"facts{i}": " ".join(part) for i, part in enumerate(parts, start=1)}
-    return {**texts, "facts": " ".join(told), "question": question, "answer": answer}
+    return {**texts, "facts": " ".join(told), "question": question, "answer": form.format(**asked, value=value)}
 
 
 def make_rows(count: int, seed: int, *how) -> list[dict]:
@@ -95,10 +98,13 @@ def make_rows(count: int, seed: int, *how) -> list[dict]:
     return [make_row(rng, *how) for _ in range(count)]
 
 
-# What a pretrained model reads. The first tokens, which stay as its attention sinks, say nothing of the facts.
-REAL_READER = "You tell your team what you know, and nobody else knows it. {facts}"
-REAL_SOLVER = "Your team knows who went where with what. {question} Answer with one word:"
-REAL_SOLVER_OF_NOTES = "Your team wrote down who went where with what. {messages}\n{question} Answer with one word:"
+# What a pretrained model reads: the first two tokens, which stay as its attention sinks, say nothing of the facts. It answers
+# with the note that it was told and then the word that is asked for: three words to learn from, where one alone takes
+# hundreds of steps more (docs/log.md).
+REAL_READER = "Facts: {facts}"
+REAL_SOLVER = "{question}"
+REAL_SOLVER_OF_NOTES = "{messages}\n{question}"
+REAL_ANSWER = "{name}: {thing}, {place}. Answer: {value}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Facts:
     long: bool = False
     unseen: bool = False
     kind, hub, licence, gated = "facts", "made here", "-", False
-    questions, latent_steps, max_new_tokens = 400, 4, 12
+    questions, latent_steps, max_new_tokens = 400, 2, 16
 
     # Rows and seed of each part: the validation rows and questions that are asked are none of the training's.
     splits = {"train": (20_000, 1), "validation": (200, 2), "test": (400, 3)}
@@ -124,7 +130,9 @@ class Facts:
             raise ValueError(f"part: expected one of {tuple(self.splits)}, got {part!r}")
         count, seed = self.splits[part]
         rng = random.Random(seed)
-        rows = (make_row(rng, self.facts_per_reader, self.long, self.unseen and part == "test") for _ in range(count))
+        rows = (
+            make_row(rng, self.facts_per_reader, self.long, self.unseen and part == "test", REAL_ANSWER) for _ in range(count)
+        )
         return list(islice(rows, limit))
 
     def agents(self, way: str = "latent", latent_steps: int | None = None) -> list[Agent]:
@@ -139,15 +147,17 @@ class Facts:
         return [solver] if way == "single" else [*readers, solver]
 
     def scorer(self) -> Scorer:
-        """The first thing or place in a text is the answer: a model that was not trained says more than one word."""
-        return Scorer(_first_value, "exact")
+        """The first thing or place behind the last "Answer:", or in all of a text that has none: a model that was not trained
+        says more than one word."""
+        return Scorer(_value_said, "exact")
 
 
 VALUES = {*THINGS, *PLACES, *OTHER_THINGS, *OTHER_PLACES}
 
 
-def _first_value(text: str) -> str | None:
-    return next((word for word in re.findall(r"[a-z]+", text.lower()) if word in VALUES), None)
+def _value_said(text: str) -> str | None:
+    said = text.lower().rpartition("answer:")[2]
+    return next((word for word in re.findall(r"[a-z]+", said) if word in VALUES), None)
 
 
 FACTS = (

@@ -130,7 +130,7 @@ def test_a_case_may_be_measured_with_the_adapters_of_another(tmp_path, monkeypat
     left = [
         json.loads((tmp_path / "out" / case / "seed0" / "measured_diffmas.json").read_text()) for case in ("unseen", "one_fact")
     ]
-    assert left[0]["rests_on"] == left[1]["rests_on"] and left[0]["result"]["texts"] != left[1]["result"]["texts"]
+    assert left[0]["rests_on"] == left[1]["rests_on"] and left[0]["result"]["perplexity"] != left[1]["result"]["perplexity"]
     for of, changes in (("none", {}), ("unseen", {"third": {"trained_by": "unseen"}})):
         bad = {"unseen": {"trained_by": "one fact" if changes else of}, "one fact": {}, **changes}
         with pytest.raises(ValueError, match=rf"trained_by: expected one of \['one fact'\], got '{of}'"):
@@ -271,7 +271,7 @@ def test_the_prompts_and_verdicts_of_facts():
     assert right(f"The attic? Answer: {value}, not the key", row["answer"]) and not right("nothing", row["answer"])
     assert not right(value + "s", row["answer"]) and not right(f"the attic, or the {value}", row["answer"])
     assert not right(f"{value}. Answer: the attic", row["answer"]) and not right(f"{value}. Answer:", row["answer"])
-    starts = {agent.render(row).split()[0] for agent in chosen.agents()[:3] for row in chosen.rows(limit=50)}
+    starts = {tuple(agent.render(row).split()[:5]) for agent in chosen.agents()[:3] for row in chosen.rows(limit=50)}
     assert len(starts) == 1  # what stays as a sink tells nothing
     for bad in ({"part": "dev"}, {"path": "rows.jsonl"}):
         with pytest.raises(ValueError, match="expected"):

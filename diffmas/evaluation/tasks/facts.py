@@ -98,10 +98,10 @@ def make_rows(count: int, seed: int, *how) -> list[dict]:
     return [make_row(rng, *how) for _ in range(count)]
 
 
-# What a pretrained model reads: the first two tokens, which stay as its attention sinks, say nothing of the facts. It answers
-# with the note that it was told and then the word that is asked for: three words to learn from, where one alone takes
-# hundreds of steps more (docs/log.md).
-REAL_READER = "Facts: {facts}"
+# What a pretrained model reads. The first tokens, which stay as its attention sinks, say nothing of the facts; the last make it
+# repeat them, so that soft tokens are about them before any training. The answer is the note that was told and then the word
+# that is asked for: three words to learn from (docs/log.md).
+REAL_READER = "You tell your team what you know. I know: {facts} So I tell you:"
 REAL_SOLVER = "{question}"
 REAL_SOLVER_OF_NOTES = "{messages}\n{question}"
 REAL_ANSWER = "{name}: {thing}, {place}. Answer: {value}"
@@ -117,7 +117,7 @@ class Facts:
     long: bool = False
     unseen: bool = False
     kind, hub, licence, gated = "facts", "made here", "-", False
-    questions, latent_steps, max_new_tokens = 400, 2, 16
+    questions, latent_steps, max_new_tokens = 400, 4, 16
 
     # Rows and seed of each part: the validation rows and questions that are asked are none of the training's.
     splits = {"train": (20_000, 1), "validation": (200, 2), "test": (400, 3)}

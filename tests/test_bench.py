@@ -11,8 +11,10 @@ import torch
 from contests import MACHINE, MODULES, doubling, way
 
 from diffmas.benchmarks import bench_attention, bench_generation, bench_training, machine, measure, report
+from diffmas.benchmarks.attention import problem
 from diffmas.benchmarks.machine import peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Senseless, Trial
+from diffmas.ops import reference
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
 
@@ -113,6 +115,24 @@ def test_without_attention_the_result_is_another():
         if alone.reset:
             alone.reset()
         assert measure.error(alone.read(alone.call()), p.reference(torch.float64)) > 0.1
+
+
+@pytest.mark.parametrize(
+    "regime, N, n", [("prompt", 192, 192), ("prompt on 63 segments", 256, 128), ("short prompts", 128, 128)]
+)
+def test_the_reference_in_parts_has_the_same_bits(regime, N, n, monkeypatch):
+    """A few queries at a time; sums over queries are in another order."""
+    case = next(c for c in bench_attention.GPU_CASES if c.regime == regime)
+    p = bench_attention.problem(dataclasses.replace(case, phase="full", N=N, n=n, batch=min(case.batch, 3), heads="4/2", D=32))
+    want, calls = p.reference(torch.float64), []
+    forward = reference.cross_attention
+    monkeypatch.setattr(reference, "cross_attention", lambda q, *rest: calls.append(len(q)) or forward(q, *rest))
+    monkeypatch.setattr(problem, "SCORES", 2 * 32 * N)
+    got = p.reference(torch.float64)
+    assert len(calls) >= 2 * n // 32 and max(calls) <= 2 * 32
+    assert all(torch.equal(got[name], want[name]) for name in ("o", "lse", "dq"))
+    for name in ("dk", "dv"):
+        torch.testing.assert_close(got[name], want[name], rtol=1e-13, atol=1e-13)
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import sys
 import types
 
@@ -113,10 +114,10 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(ours, "on_gpu", lambda: True)
 
 
-def contest_of(regime: str, phase: str, **providers) -> Contest:
+def contest_of(regime: str, phase: str, dtype="float32", **providers) -> Contest:
     case = next(c for c in bench_attention.GPU_CASES if (c.regime, c.phase, c.heads) == (regime, phase, "16/8"))
     shape = dict(N=96, n=1 if case.n == 1 else 96 if case.n == case.N else 16, batch=min(case.batch, 3), D=16)
-    p = bench_attention.problem(dataclasses.replace(case, dtype="float32", heads="4/2", **shape))
+    p = bench_attention.problem(dataclasses.replace(case, dtype=dtype, heads="4/2", **shape))
     return Contest(p, {OURS: bench_attention.diffmas} | providers)
 
 
@@ -168,6 +169,53 @@ def test_torch_varlen(new, regime, phase, as_on_a_gpu, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_attn if new else old_attn)
     contest = contest_of(regime, phase, varlen=libraries.varlen)
     assert "varlen" in contest.trials, contest.notes
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("new", [True, False])
+def test_flash_attention_4(new, regime, phase, as_on_a_gpu, monkeypatch):
+    """On what it is documented to compute: newer versions return lse too, older ones take no lengths."""
+
+    def new_attn(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+        assert (max_seqlen_q, max_seqlen_k) == (int(cu_seqlens_q.diff().max()), int(cu_seqlens_k.diff().max()))
+        return old_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal), None
+
+    def old_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+        assert causal and cu_seqlens_q.dtype == torch.int32
+        return packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+
+    peer = {"flash-attn 4": bench_attention.PROVIDERS["flash-attn 4"]}
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    assert not contest_of(regime, phase, **peer).notes  # there is none for float32
+    assert contest_of(regime, phase, "bfloat16", **peer).notes == {"flash-attn 4": "flash_attn.cute is not installed"}
+    library = types.SimpleNamespace(flash_attn_varlen_func=new_attn if new else old_attn)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(cute=library))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", library)
+    contest = contest_of(regime, phase, "bfloat16", **peer)
+    assert "flash-attn 4" in contest.trials, contest.notes
+
+
+@pytest.mark.parametrize("regime", ["prompt", "short prompts"])
+def test_flex_by_flash_attention(regime, as_on_a_gpu, monkeypatch):
+    """FlexAttention is asked for its other backend; the mask of even sequences captures no tensor."""
+    from torch.nn.attention import flex_attention as flex
+
+    peer, asked = {"flex, flash": bench_attention.PROVIDERS["flex, flash"]}, []
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    assert contest_of(regime, "forward", "bfloat16", **peer).notes == {"flex, flash": "flash_attn.cute is not installed"}
+    plain = flex.flex_attention
+
+    def attend(q, k, v, *, block_mask, kernel_options, **rest):
+        asked.append((kernel_options, inspect.getclosurevars(block_mask.mask_mod).nonlocals["even"]))
+        return plain(q, k, v, block_mask=block_mask, **rest)
+
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", types.SimpleNamespace())
+    monkeypatch.setattr(flex, "flex_attention", attend)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    contest = contest_of(regime, "forward", "bfloat16", **peer)
+    assert "flex, flash" in contest.trials, contest.notes
+    assert all(options == {"BACKEND": "FLASH"} and even == (regime == "prompt") for options, even in asked) and asked
 
 
 class Ragged:

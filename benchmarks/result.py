@@ -11,6 +11,7 @@ SHAPE = ("N", "n", "batch", "heads", "D", "T", "agents", "model", "layers", "dty
 ORDER = ("training_step", "attention_schedule", "generation", "latent_step", "cross_attention", "inject")  # as they are shown
 END_TO_END = ("latent_step", "training_step", "generation")
 PLAIN = ("DynamicCache", "cat + sdpa", "eager + cat")  # what most people run today
+DISTURBED = 1.2  # the canary's time / its best
 MARK = {True: "✓", None: "·", False: "✗"}
 COLOUR = {True: "green", None: "yellow", False: "red"}
 
@@ -66,6 +67,8 @@ class Result:
         wrong = [name for name, row in self.rows.items() if (row.get("why") or "").startswith(("wrong", "failed"))]
         if wrong:
             return None, f"no number for {', '.join(wrong)}: {self.rows[wrong[0]]['why']}"
+        if (self.ours.get("canary") or 1) > DISTURBED:
+            return None, f"measured on a disturbed machine: its canary took {self.ours['canary']:.2f}x of its best time"
         if missed:
             return None, f"goal missed: {'; '.join(missed)}"
         return True, f"goal met: {'; '.join(met)}" if met else "ok"

@@ -14,6 +14,7 @@ from diffmas.benchmarks import bench_attention, bench_generation, bench_training
 from diffmas.benchmarks.attention import problem
 from diffmas.benchmarks.machine import peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Senseless, Trial
+from diffmas.benchmarks.result import results
 from diffmas.ops import reference
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
@@ -316,6 +317,62 @@ def test_a_graph_takes_the_emptying_of_the_cache_off(monkeypatch):
     assert machine.Graph(lambda: launch(3), "cuda").sample() == pytest.approx(3e-3)
     assert machine.Graph(lambda: launch(-1), "cuda").sample() == pytest.approx(-1e-3)  # noise, and no time
     assert device.pool == 5  # emptying alone is captured once
+
+
+def test_launches_of_a_gpu_take_turns(monkeypatch):
+    """One launch of each, again and again; each round begins with another one; what is in a graph is sampled alone."""
+    order, resets = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(order)
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)  # launches in between, as seconds
+
+    monkeypatch.setattr(machine, "_flush", lambda device: types.SimpleNamespace(zero_=lambda: order.append("flush")))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(measure, "canary", lambda device: types.SimpleNamespace(sing=lambda: 1.0))
+
+    def named(name):
+        call = lambda: order.append(name) or 2 * torch.linspace(-1, 1, 100)
+        return lambda p: Trial(call, lambda y: {"y": y}, reset=lambda: resets.append(name))
+
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, device: (call(), 0))
+    contest = Contest(doubling(), {name: named(name) for name in (OURS, "a", "b")}, "cuda")
+    contest._repeats, contest._once = {OURS: 2, "a": 3, "b": 2}, dict.fromkeys((OURS, "a", "b"), 1.0)
+    contest._graphs["b"] = types.SimpleNamespace(sample=lambda: order.append("b") or 7.0)
+    for turn, first in ((0, OURS), (1, "a")):
+        order.clear()
+        resets.clear()
+        assert contest.round(turn) == {OURS: 1.0, "a": 1.0, "b": 7.0}
+        launches = [x for x in order if x != "flush"]
+        second = "a" if first == OURS else OURS
+        assert launches[:4] == [first, second, first, second] and sorted(resets) == ["a", "b", OURS]
+        assert order.count("flush") == 5 and launches[-2:] == ["wait", "b"]
+
+
+def test_a_canary_tells_of_a_disturbed_machine(monkeypatch):
+    """Its time against the best that it ever took, in every row; a case that it was slow in is not judged by its goal."""
+    times = iter([5.0, 2.0, 3.0, 3.0, 3.0, 2.0, 4.0, 1.0, 2.0])
+    monkeypatch.setattr(machine, "sample", lambda call, repeats, device: call() and next(times))
+    bird = machine.Canary("cpu")
+    assert bird.best == 2.0 and [bird.sing() for _ in range(4)] == [1.0, 2.0, 1.0, 2.0]
+    songs = iter([1.0, 1.5, 1.4])
+    monkeypatch.setattr(measure, "canary", lambda device: types.SimpleNamespace(sing=lambda: next(songs)))
+    contest = Contest(doubling(), {OURS: way(lambda x: 2 * x), "peer": way(lambda x: x + x)})
+    contest.warm_up()
+    rounds = [contest.round(turn) for turn in range(3)]
+    assert [list(x) for x in rounds] == [[OURS, "peer"], ["peer", OURS], [OURS, "peer"]]
+    rows = contest.rows({name: [x[name] for x in rounds] for name in rounds[0]}, MACHINE)
+    assert all(r["canary"] == 1.4 for r in rows)
+    rows = [r | {"device": "cpu", "ratio": 1.0} for r in rows]
+    assert results(rows)[0].judgement[1] == "measured on a disturbed machine: its canary took 1.40x of its best time"
+    assert results([r | {"canary": 1.1} for r in rows])[0].judgement == (True, "ok")
 
 
 def test_hopeless_providers_sit_out():

@@ -68,6 +68,21 @@ def test_a_part_of_the_suite_replaces_its_own_rows(tmp_path):
     assert store.read(tmp_path / store.FILE) == rows
 
 
+def test_rows_from_before_the_canary_can_be_read(tmp_path):
+    stored(tmp_path, ROWS)
+    with open(tmp_path / store.FILE) as file:
+        old = [{k: v for k, v in r.items() if k != "canary"} for r in csv.DictReader(file)]
+    with open(tmp_path / store.FILE, "w", newline="") as file:
+        writer = csv.DictWriter(file, old[0])
+        writer.writeheader()
+        writer.writerows(old)
+    assert len(results(store.read(tmp_path / store.FILE))) == len({r["N"] + r["phase"] + r["op"] for r in old})
+    file = store.Store(tmp_path / store.FILE, store.stamp(MACHINE), keep=True)
+    file.add([row(OURS, 0.0005, canary=1.25), row("sdpa", 0.005)])
+    file.finish()
+    assert [r["canary"] for r in store.read(tmp_path / store.FILE)][-2:] == [1.25, None]
+
+
 def test_another_csv_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="columns of `diffmas bench`"):

@@ -63,9 +63,9 @@ class Goal:
             return value / self.roofline
         if self.micros or self.peak:
             return (self.micros or self.peak) / value
-        shares = [value["ratio"] / self.times] * bool(self.times)
-        shares += [value["peak_bytes"] / (self.memory * result.ours["peak_bytes"])] * bool(self.memory)
-        return min(shares, default=math.inf)
+        faster = value["ratio"] / self.times if self.times else math.inf
+        smaller = value["peak_bytes"] / (self.memory * result.ours["peak_bytes"]) if self.memory else math.inf
+        return min(faster, smaller)
 
     def met(self, result) -> bool:
         return self.share(result) >= 1

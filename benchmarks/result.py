@@ -57,6 +57,12 @@ class Result:
     @property
     def judgement(self) -> tuple[bool | None, str]:
         """Whether it is as fast as the bar asks, and in words."""
+        good, words = self._verdict()
+        if good is not True and (self.ours.get("canary") or 1) > DISTURBED:
+            words += f"; the machine was disturbed, its canary took {self.ours['canary']:.2f}x of its best time"
+        return good, words
+
+    def _verdict(self) -> tuple[bool | None, str]:
         if not self.ours.get("seconds"):
             return False, self.ours.get("why") or "no result"
         if self.best is None:
@@ -67,8 +73,6 @@ class Result:
         wrong = [name for name, row in self.rows.items() if (row.get("why") or "").startswith(("wrong", "failed"))]
         if wrong:
             return None, f"no number for {', '.join(wrong)}: {self.rows[wrong[0]]['why']}"
-        if (self.ours.get("canary") or 1) > DISTURBED:
-            return None, f"measured on a disturbed machine: its canary took {self.ours['canary']:.2f}x of its best time"
         if missed:
             return None, f"goal missed: {'; '.join(missed)}"
         return True, f"goal met: {'; '.join(met)}" if met else "ok"

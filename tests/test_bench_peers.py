@@ -14,6 +14,7 @@ from diffmas import ops
 from diffmas.benchmarks import bench_attention, ours, run
 from diffmas.benchmarks.attention import libraries, sdpa
 from diffmas.benchmarks.goals import GOALS, SDPA
+from diffmas.benchmarks.gpu.steps import small
 from diffmas.benchmarks.measure import OURS, Contest
 from diffmas.benchmarks.result import results
 from diffmas.ops import backends, reference
@@ -74,13 +75,10 @@ def test_cases_for_a_gpu_run_right(name):
     module, seen = MODULES[name], set()
     providers = {k: v for k, v in module.PROVIDERS.items() if k not in getattr(module, "SLOW", ())}
     for case in module.GPU_CASES:
-        small = dict(N=96, n=32 if case.n < case.N else 96, batch=min(case.batch, 4), D=32, T=min(case.T, 32))
-        small |= dict(n=1) if case.n == 1 else dict(N=min(case.N, 96)) if name == "bench_inject" else {}
-        small |= dict(model="small", heads="4/2", D=64, layers=1) if case.model else {}
         if (case.regime, case.phase) in seen:
             continue
         seen.add((case.regime, case.phase))
-        contest = Contest(module.problem(dataclasses.replace(case, **small)), providers)
+        contest = Contest(module.problem(small(case)), providers)
         assert OURS in contest.trials and not contest.notes, (case.key, contest.notes)
         wanted = {g.peer for g in GOALS if (g.op, g.regime, g.phase, g.device) == (case.op, case.regime, case.phase, "cuda")}
         assert wanted - GPU_ONLY - {"", SDPA} <= set(contest.trials), case.key

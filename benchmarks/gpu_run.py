@@ -60,9 +60,13 @@ def _tests(name: str, seconds: float, file: str, only: str, **more) -> Step:
     return Step(name, seconds, "tests", dict(files=[f"tests/{f}.py" for f in file.split()], only=only, **options), **more)
 
 
-def _rows(name: str, seconds: float, module: str, peers: str = "", dry: bool = False, **where) -> Step:
-    arguments = dict(module=f"bench_{module}", where=where, peers=[p for p in peers.split(" | ") if p])
-    return Step(name, seconds, "rows", arguments, dry=dry)
+def _of(module: str, peers: str = "", **where) -> dict:
+    return dict(module=f"bench_{module}", where=where, peers=[p for p in peers.split(" | ") if p])
+
+
+def _rows(name: str, seconds: float, *groups: dict, dry: bool = False) -> Step:
+    """In one process, since each takes seconds to import what it needs."""
+    return Step(name, seconds, "rows", dict(groups=groups), dry=dry)
 
 
 # A kernel each. The first words are those of the test's name.
@@ -91,7 +95,8 @@ SANITIZED = {
     ("racecheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
     ("synccheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
 }
-LONG = ("prompt", "prompt on a trace", "prompt on 63 segments")
+LONG = ["prompt", "prompt on a trace", "prompt on 63 segments"]
+FLEX = "flex | flex, flash"
 SDPA = "sdpa | sdpa, flash | sdpa, cudnn"
 TUNED = [("fwd", 128, 128), ("fwd", 16, 128), ("dq", 64, 128), ("dkv", 64, 128)]
 
@@ -99,20 +104,16 @@ PLAN = [
     Step("environment", 60, "environment", dry=True),
     *(_tests(f"smoke: {n}", 75, *x, beside="smokes", dry=n == "triton inject") for n, x in SMOKES.items()),
     _tests("tests", 150, "test_gpu test_cuda test_triton", "not random_views", workers=WORKERS),
-    _rows("decoding", 60, "attention", f"{SDPA} | flashinfer", True, regime="latent step"),
-    _rows("latent steps", 70, "latent_run", "DynamicCache", True),
-    _rows("prompts", 50, "attention", f"{SDPA} | flash-attn 4", regime="prompt", phase="forward", dtype="bfloat16"),
-    _rows("backward", 60, "attention", f"{SDPA} | flash-attn 4", regime="prompt", phase="backward", dtype="bfloat16"),
-    _rows("parts of a backward", 40, "parts"),
-    _rows("backward of latent steps", 30, "deferred", dtype="bfloat16"),
-    _rows("inject", 40, "inject", "eager | eager + cat", True),
-    _rows("segments", 60, "attention", SDPA, regime=["prompt on 63 segments", "prompt on a trace"]),
-    _rows("offsets", 40, "offset", f"{SDPA} | flashinfer"),
-    _rows("readers", 30, "readers", "sdpa | flashinfer"),
-    _rows("short prompts", 40, "attention", f"{SDPA} | torch varlen | flash-attn 4", regime="short prompts"),
-    _rows("FlexAttention", 110, "attention", "flex | flex, flash", regime=[*LONG], n=4096, heads="16/8", dtype="bfloat16"),
-    _rows("FlexAttention, short", 40, "attention", "flex | flex, flash", regime="short prompts", heads="16/8"),
-    _rows("compiled inject", 30, "inject", "eager + cat | compiled + static", n=[8192, 65536], heads="16/8", phase="forward"),
+    _rows("decoding and latent steps", 110, _of("attention", f"{SDPA} | flashinfer", regime="latent step"),
+          _of("latent_run", "DynamicCache"), _of("deferred", dtype="bfloat16"), dry=True),
+    _rows("prompts", 120, _of("attention", f"{SDPA} | flash-attn 4", regime="prompt", dtype="bfloat16"), _of("parts")),
+    _rows("inject", 40, _of("inject", "eager | eager + cat"), dry=True),
+    _rows("segments and offsets", 120, _of("attention", SDPA, regime=LONG[1:]), _of("offset", f"{SDPA} | flashinfer"),
+          _of("readers", "sdpa | flashinfer"),
+          _of("attention", f"{SDPA} | torch varlen | flash-attn 4", regime="short prompts")),
+    _rows("compiled peers", 150, _of("attention", FLEX, regime=LONG, n=4096, heads="16/8", dtype="bfloat16"),
+          _of("attention", FLEX, regime="short prompts", heads="16/8"),
+          _of("inject", "eager + cat | compiled + static", n=[8192, 65536], heads="16/8", phase="forward")),
     Step("tiles", 60, "tiles", dict(lines=TUNED, most=6)),
     *(_tests(f"{tool}: {n}", 90, *x, beside="sanitizers", under=("compute-sanitizer", "--error-exitcode", "9", "--tool", tool))
       for (tool, n), x in SANITIZED.items()),

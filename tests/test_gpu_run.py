@@ -217,14 +217,16 @@ def test_the_plan_measures_every_goal_of_a_gpu():
     for s in PLAN:
         if s.what != "rows":
             continue
-        module, where = MODULES[s.arguments["module"]], s.arguments["where"]
-        assert set(s.arguments["peers"]) <= set(module.PROVIDERS), s.name
-        fits = lambda c: all(getattr(c, k) in (v if isinstance(v, list) else [v]) for k, v in where.items())  # noqa: B023
-        cases = [c for c in getattr(module, "GPU_CASES", module.CASES) if fits(c)]
-        assert cases, s.name
-        peers = s.arguments["peers"] + [name for name in module.PROVIDERS if name.startswith(f"{OURS},")]
-        measured += [row(OURS, 1e-3, device="cuda", roofline_percent=50, **c.columns()) for c in cases]
-        measured += [row(peer, 1e-3, device="cuda", **c.columns()) for c in cases for peer in peers]
+        keys = []
+        for group in s.arguments["groups"]:
+            module, peers = MODULES[group["module"]], group["peers"]
+            cases = steps.chosen(module, group["where"])
+            assert cases and set(peers) <= set(module.PROVIDERS), (s.name, group)
+            keys += [c.key for c in cases]
+            peers = peers + [name for name in module.PROVIDERS if name.startswith(f"{OURS},")]
+            measured += [row(OURS, 1e-3, device="cuda", roofline_percent=50, **c.columns()) for c in cases]
+            measured += [row(peer, 1e-3, device="cuda", **c.columns()) for c in cases for peer in peers]
+        assert len(keys) == len(set(keys)), s.name
     card = goals.scorecard(results(measured), "cuda")
     assert [line for line in card if line[0] is None] == []
     assert len(card) > len([g for g in goals.GOALS if g.device == "cuda"])

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from diffmas.benchmarks.gpu.record import Record
 
-__all__ = ["small"]
+__all__ = ["chosen", "each", "small"]
 
 OURS = "diffmas"  # nothing of diffmas is imported before tests/conftest.py has seen to Triton
 TIMING = "while it was timed"  # in the place of a provider
@@ -78,26 +78,27 @@ def alive() -> None:
             os._exit(LOST)
 
 
-def rows(record: Record, step: str, dry: bool, module: str, where: dict, peers: list[str], seconds: float = 45) -> int:
-    """Cases of a module of the suite whose fields are as `where` says (a value or a list of them), against some peers."""
+def chosen(module, where: dict) -> list:
+    """Cases for a GPU of a module of the suite whose fields are as `where` says: a value, or a list of them."""
+    fits = lambda case: all(getattr(case, k) in (v if isinstance(v, list) else [v]) for k, v in where.items())
+    return [case for case in getattr(module, "GPU_CASES", module.CASES) if fits(case)]
+
+
+def rows(record: Record, step: str, dry: bool, groups: list[dict], seconds: float = 45) -> int:
+    """Cases of modules of the suite against some peers. groups: of module, where and peers."""
     import torch
 
     from diffmas.benchmarks import store
     from diffmas.benchmarks.machine import Machine, measure_machine, own_stream
     from diffmas.benchmarks.measure import Contest
 
-    suite, device = importlib.import_module(f"diffmas.benchmarks.{module}"), "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1 if dry else torch.get_num_threads())
     facts = record.rows(kind="machine")
     machine = Machine(**facts[-1]["facts"]) if facts else measure_machine(device)
     stamp = store.stamp(machine)
-    fits = lambda case: all(getattr(case, k) in (v if isinstance(v, list) else [v]) for k, v in where.items())
-    chosen = [case for case in getattr(suite, "GPU_CASES", suite.CASES) if fits(case)]
-    if dry:
-        chosen = list({case.key: case for case in map(small, chosen)}.values())[:2]
-    providers = {n: p for n, p in suite.PROVIDERS.items() if n.split(",")[0] == OURS or n in peers}
 
-    def measured(case):
+    def measured(suite, case, providers):
         def measure(tried, without):
             def entering(name, provider):
                 def enter(problem):
@@ -122,8 +123,16 @@ def rows(record: Record, step: str, dry: bool, module: str, where: dict, peers: 
 
         return measure
 
+    cases = {}
+    for group in groups:
+        suite = importlib.import_module(f"diffmas.benchmarks.{group['module']}")
+        found = chosen(suite, group["where"])
+        if dry:
+            found = list({case.key: case for case in map(small, found)}.values())[:2]
+        providers = {n: p for n, p in suite.PROVIDERS.items() if n.split(",")[0] == OURS or n in group["peers"]}
+        cases |= {case.key: measured(suite, case, providers) for case in found}
     with own_stream(device):
-        return each(record, step, {case.key: measured(case) for case in chosen}, seconds)
+        return each(record, step, cases, seconds * (10 if dry else 1))
 
 
 def tiles(record: Record, step: str, dry: bool, lines: list, most: int) -> int:

@@ -137,6 +137,7 @@ def scores(goals: list[tuple], target: Path) -> bool:
         parts, names = zip(*shown)
         axes.barh(range(len(shown)), parts, color=[BLUE if part >= 1 else ORANGE for part in parts], height=0.7)
         axes.set_yticks(range(len(shown)), names, fontsize=7)
+        axes.set_ylim(-1, len(shown))
         axes.invert_yaxis()
         axes.axvline(1, color="#555555", linewidth=1)
         axes.set_xscale("log")

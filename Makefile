@@ -7,7 +7,10 @@
 # make kernel-report   compiles every Triton kernel for four GPU generations, without a GPU: registers, shared memory, spills
 # make cuda-report     the same for the CUDA kernels, with nvcc
 # make tune        tiles of the attention kernels: those that fit; on a GPU the fastest of them
-# make test-gpu, make bench-gpu   on a machine with a GPU: the tests of the kernels in all dtypes, and the suite
+# make gpu-run     builds what is missing, then, where there is a GPU, all that can be known of it in BUDGET=520 seconds, into
+#                  OUT=runs/gpu; DRY=1: the same steps on a CPU, in tiny shapes
+# make test-gpu, make bench-gpu   on a machine with a GPU: the tests of the kernels in all dtypes (N=8 side by side, at most
+#                  TIMEOUT=120 seconds each), and the suite
 # make test-cuda-torch            the library with a CUDA build of torch (CUDA_TORCH=torch==2.14.1), where there is no GPU
 #
 # PYTHON=python3.12  interpreter for .venv        PY=python3  use an environment that has everything; nothing is installed
@@ -20,7 +23,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test test-asan test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families install lint clean
+.PHONY: demo test test-asan gpu-run test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
@@ -43,18 +46,25 @@ test-asan: $(INSTALLED)
 
 # Where compute-sanitizer is installed, the smaller cases run under it too: it is a hundred times slower. Every tensor is then an
 # allocation of its own, so that what lies beyond it is nobody's.
+N ?= 8
+TIMEOUT ?= 120
 GPU_TESTS := tests/test_triton.py tests/test_cuda.py tests/test_gpu.py tests/test_latent.py tests/test_ops.py
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
 SMALL_TRITON := tests/test_triton.py -k "ragged or offset or one_row or scatter or merge or one_token"
 SMALL_CUDA := tests/test_cuda.py -k "test_inject or (test_attention and (ragged or offset or gqa3 or d80 or odd or d256))"
 test-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a GPU that torch sees'"
-	$(PY) -m pytest -q $(GPU_TESTS)
+	$(PY) -m pytest -q -n $(N) --timeout $(TIMEOUT) --timeout-method thread $(GPU_TESTS)
 	! command -v compute-sanitizer || $(SANITIZER) memcheck $(PY) -m pytest -q -x $(SMALL_TRITON)
 	! command -v compute-sanitizer || $(SANITIZER) memcheck $(PY) -m pytest -q -x $(SMALL_CUDA)
 	! command -v compute-sanitizer || $(SANITIZER) racecheck $(PY) -m pytest -q -x tests/test_triton.py -k "ragged or one_token"
 	! command -v compute-sanitizer || $(SANITIZER) racecheck $(PY) -m pytest -q -x tests/test_cuda.py -k "(test_inject or test_attention) and (ragged or gqa or offset)"
 	! command -v compute-sanitizer || $(SANITIZER) synccheck $(PY) -m pytest -q -x tests/test_cuda.py -k "test_attention and (ragged or d128)"
+
+# The machine with the GPU may have no compiler and no network: this builds anywhere, and says what to take along.
+gpu-run: $(INSTALLED)
+	test -f diffmas/libdiffmas.so || $(PY) setup.py -q build_ext --inplace
+	$(PY) benchmarks/gpu_run.py --out $(or $(OUT),runs/gpu) --budget $(or $(BUDGET),520) $(if $(DRY),--dry)
 
 bench-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make bench-gpu needs a GPU that torch sees'"

@@ -57,10 +57,12 @@ PROVIDERS = {
     "cat into a buffer + sdpa": sdpa.cat_into_buffer_sdpa,
     "eager": sdpa.eager,
     "flex": libraries.flex,
+    "flex, flash": libraries.flex_flash,
+    "flash-attn 4": libraries.flash_attn_4,
     "flashinfer": libraries.flashinfer,
     "xformers": libraries.xformers,
 }
-SLOW = {"flex"}  # compiling takes most of a minute: not with --quick
+SLOW = {"flex", "flex, flash"}  # compiling takes most of a minute: not with --quick
 
 
 def test_attention(bench, case):

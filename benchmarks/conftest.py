@@ -5,6 +5,7 @@ fixture of pytest-benchmark drives the rounds; one round takes a sample of every
 """
 
 import gc
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
@@ -103,27 +104,16 @@ def bench(benchmark, request):
             providers = {k: v for k, v in providers.items() if k not in getattr(request.module, "SLOW", ())}
         contest = Contest(problem(case), providers, session.device)
         contest.warm_up()
-        samples = defaultdict(list)
+        samples, turns = defaultdict(list), itertools.count()
 
-        def take(names):
-            for name in names:
-                seconds = contest.sample(name, len(samples[name]))
-                if seconds is not None:
-                    samples[name].append(seconds)
+        def take():
+            for name, seconds in contest.round(next(turns)).items():
+                samples[name].append(seconds)
 
-        others = [name for name in contest.trials if name != OURS]
-        ours = [name for name in contest.trials if name == OURS]
         gc.collect()
         gc.disable()
         try:
-            rounds = session.rounds(contest) if contest.trials else 1
-
-            def take_others():
-                """Each round begins with another one: none is always the one that finds the caches in its favour."""
-                take(others)
-                others[:] = others[1:] + others[:1]
-
-            benchmark.pedantic(take, (ours,), setup=take_others, rounds=rounds)
+            benchmark.pedantic(take, rounds=session.rounds(contest) if contest.trials else 1)
         finally:
             gc.enable()
         rows = session.store.add(contest.rows(samples, session.machine))

@@ -21,7 +21,10 @@ import torch
 
 from diffmas.agents.capture import captured
 
-__all__ = ["Graph", "Machine", "clock", "cpu_name", "measure_machine", "own_stream", "peak_bytes", "sample"]
+__all__ = [
+    "Canary", "Graph", "Machine", "canary", "clock", "cpu_name", "in_turns", "measure_machine", "own_stream", "peak_bytes",
+    "sample",
+]  # fmt: skip
 
 SMALL, LARGE, LARGE_GPU = 8 << 20, 256 << 20, 1 << 30  # bytes of the working sets
 
@@ -68,21 +71,62 @@ def clock(device: str) -> Callable[[], float]:
 
 def sample(call: Callable, repeats: int, device: str) -> float:
     """Seconds of one call, mean over `repeats` of them in a row; on a GPU by events, each call with a cold L2 cache."""
-    if device == "cpu":
-        now = clock(device)
-        start = now()
-        for _ in range(repeats):
-            call()
-        return (now() - start) / repeats
-    flush = _flush(device)
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in pairs:
-        flush.zero_()  # takes long enough for the host to be ahead with a call of a few launches
-        begin.record()
+    if device != "cpu":
+        return in_turns([call], [repeats], device)[0]
+    now = clock(device)
+    start = now()
+    for _ in range(repeats):
         call()
-        end.record()
+    return (now() - start) / repeats
+
+
+def in_turns(calls: list[Callable], repeats: list[int], device: str) -> list[float]:
+    """Seconds of one call of each on a GPU, mean over its repeats. Launch by launch (A B C A B C ...), so that clocks that rise
+    with the load or fall with the heat, and others' work on the GPU, are everybody's."""
+    flush = _flush(device)
+    pairs = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)] for n in repeats]
+    for turn in range(max(repeats)):
+        for call, events in zip(calls, pairs):
+            if turn < len(events):
+                begin, end = events[turn]
+                flush.zero_()  # takes long enough for the host to be ahead with a call of a few launches
+                begin.record()
+                call()
+                end.record()
     torch.cuda.synchronize()
-    return sum(begin.elapsed_time(end) for begin, end in pairs) / repeats / 1e3
+    return [sum(begin.elapsed_time(end) for begin, end in events) / len(events) / 1e3 for events in pairs]
+
+
+class Canary:
+    """The same small work again and again: a product of matrices and a sum. It slows down where the machine does, by its clock
+    or by what others run on it, and so tells of a disturbance that a ratio of two providers hides."""
+
+    def __init__(self, device: str):
+        size = 128 if device == "cpu" else 4096
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.device, self.matrix = device, torch.randn(size, size, device=device).to(dtype)
+        self.rows = torch.randn((SMALL if device == "cpu" else LARGE) // 4, device=device)
+        self.best = min(self._sing() for _ in range(5))
+
+    def _work(self) -> None:
+        self.matrix @ self.matrix
+        self.rows.sum()
+
+    def _sing(self) -> float:
+        self._work()  # what others left in the caches is no disturbance
+        return sample(self._work, 1 if self.device != "cpu" else 3, self.device)
+
+    def sing(self) -> float:
+        """Its time now / the best that it ever took."""
+        seconds = self._sing()
+        self.best = min(self.best, seconds)
+        return seconds / self.best
+
+
+@functools.cache
+def canary(device: str) -> Canary:
+    """The one of this process: disturbed is a case that is slower than all others."""
+    return Canary(device)
 
 
 class Graph:
@@ -229,14 +273,15 @@ def measure_machine(device: str = "cpu") -> Machine:
     """Takes about two seconds."""
     rates = {}
     for suffix, size in (("_cached", SMALL), ("", LARGE)) if device == "cpu" else (("", LARGE_GPU),):
-        x, y = (torch.ones(size // 4 // (1 + i), device=device) for i in range(2))
+        some = torch.randn(1 << 20, device=device)  # of ones a GPU is faster: they take less power
+        x, y = (some.repeat(size // 4 // (1 + i) // len(some)) for i in range(2))
         half = x[: y.numel()]
         # Neither sum nor dot is written to be a bandwidth test; the faster one is nearer to what memory gives.
         rates["read" + suffix] = size / min(_best(x.sum, device), _best(lambda x=x: torch.dot(x, x), device))
         rates["copy" + suffix] = size / _best(lambda y=y, half=half: y.copy_(half), device)
     for name, dtype in (("matmul", torch.float32), ("matmul_16bit", torch.bfloat16)):
         size = (768 if dtype == torch.float32 else 256) if device == "cpu" else 8192
-        a = torch.randn(size, size, device=device).to(dtype)  # of ones a GPU is faster: they take less power
+        a = torch.randn(size, size, device=device).to(dtype)
         rates[name] = 2 * size**3 / _best(lambda a=a: a @ a, device)
     if device != "cpu":
         rates |= {f"{rate}_cached": rates[rate] for rate in ("read", "copy")}

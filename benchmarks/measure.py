@@ -3,8 +3,8 @@
 A *case* says what is measured (op, phase, regime, shape). A *problem* is a case with its inputs, its float64 answer, and its
 least possible work. A *provider* is one way to do that work. It makes a *trial* of a problem: the call to be timed, and how to
 read its result; where it does not apply it raises `Cannot` with the reason. A *contest* holds the trials of one problem. It
-checks each against the float64 answer and times the right ones in turns (A B C A B C ...), so that a noisy machine disturbs all
-of them alike.
+checks each against the float64 answer and times the right ones in turns (A B C A B C ..., on a GPU launch by launch), so that a
+noisy machine disturbs all of them alike. A canary in every round says whether it was.
 """
 
 import gc
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from diffmas.benchmarks.machine import Graph, Machine, peak_bytes, sample
+from diffmas.benchmarks.machine import Graph, Machine, canary, in_turns, peak_bytes, sample
 
 __all__ = ["OURS", "Cannot", "Case", "Contest", "Problem", "Provider", "Senseless", "Trial", "drowned", "error"]
 
@@ -154,6 +154,7 @@ class Contest:
         self._repeats: dict[str, int] = {}  # calls that make a sample
         self._graphs: dict[str, Graph] = {}
         self._uncaptured: dict[str, str] = {}
+        self._canary: list[float] = []
         if "torch._dynamo" in sys.modules:  # or the limit of recompilations is reached; not later: others' code would go, too
             torch._dynamo.reset()
         want = problem.reference(torch.float64)
@@ -246,15 +247,32 @@ class Contest:
             return None
         return self._sample(name, self._repeats[name]) / self.problem.units
 
+    def round(self, turn: int) -> dict[str, float]:
+        """Seconds per unit of a sample of everybody who takes part in round `turn`. Each round begins with another one: none is
+        always the one that finds the caches, or the clock, in its favour."""
+        names = [name for name in self.trials if turn < HOPELESS_ROUNDS or not self._hopeless(name)]
+        first = turn % max(1, len(names))
+        names = names[first:] + names[:first]
+        self._canary.append(canary(self.device).sing())
+        launched = [name for name in names if self.device != "cpu" and name not in self._graphs]
+        for name in launched:
+            if self.trials[name].reset:
+                self.trials[name].reset()
+        calls, repeats = [self.trials[name].call for name in launched], [self._repeats[name] for name in launched]
+        seconds = dict(zip(launched, in_turns(calls, repeats, self.device))) if launched else {}
+        seconds |= {name: self._sample(name, self._repeats[name]) for name in names if name not in seconds}
+        return {name: seconds[name] / self.problem.units for name in names}
+
     # ---- results -----------------------------------------------------------------------------------------------------
 
     def rows(self, samples: dict[str, list[float]], machine: Machine) -> list[dict]:
         """Long form: one row per provider, and one per part of an end-to-end call.
 
         ratio: median over rounds of this provider's time / ours in the same round (above 1: diffmas is faster).
-        spread: median absolute deviation / median.
+        spread: median absolute deviation / median. canary: its median time in these rounds / the best that it ever took.
         """
         problem, out = self.problem, []
+        song = statistics.median(self._canary) if self._canary else None
         roof = machine.seconds(problem.flops, problem.read, problem.copied, problem.case.dtype) / problem.units
         noise = {name for name in self._graphs if name in samples and drowned(samples[name])}
         right = samples.get(OURS) if OURS not in noise else None
@@ -267,6 +285,7 @@ class Contest:
                 out.append(row | {"why": NOISE})
                 continue
             row |= _summary(samples[name], right) | {"peak_bytes": self.peaks[name], "why": self._uncaptured.get(name)}
+            row["canary"] = song
             if roof:
                 row["roofline_percent"] = 100 * roof / row["seconds"]
             out.append(row)

@@ -12,7 +12,7 @@ from diffmas.benchmarks.result import END_TO_END, SHAPE, Result, results
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-__all__ = ["fit", "plot"]
+__all__ = ["fit", "plot", "scores"]
 
 BLUE, GREY, ORANGE = "#2f6fde", "#9aa3af", "#e07b39"
 STYLE = {
@@ -124,3 +124,24 @@ def plot(rows: list[dict], out: Path) -> dict[str, Path]:
                     written[name] = out / f"{name}.svg"
             plt.close(figure)
     return written
+
+
+def scores(goals: list[tuple], target: Path) -> bool:
+    """Writes a PNG: what was measured as a part of its goal, a bar each. goals: as goals.scorecard gives them; -> whether any
+    has a number."""
+    shown = [(share, f"{case}: {goal}") for share, case, goal, _ in goals if share]
+    if not shown:
+        return False
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(10, 1 + 0.22 * len(shown)))
+        parts, names = zip(*shown)
+        axes.barh(range(len(shown)), parts, color=[BLUE if part >= 1 else ORANGE for part in parts], height=0.7)
+        axes.set_yticks(range(len(shown)), names, fontsize=7)
+        axes.set_ylim(-1, len(shown))
+        axes.invert_yaxis()
+        axes.axvline(1, color="#555555", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xlabel("measured / goal; 1 and more is met")
+        figure.savefig(target, dpi=160, bbox_inches="tight", metadata={"Software": None})
+        plt.close(figure)
+    return True

@@ -11,6 +11,7 @@ SHAPE = ("N", "n", "batch", "heads", "D", "T", "agents", "model", "layers", "dty
 ORDER = ("training_step", "attention_schedule", "generation", "latent_step", "cross_attention", "inject")  # as they are shown
 END_TO_END = ("latent_step", "training_step", "generation")
 PLAIN = ("DynamicCache", "cat + sdpa", "eager + cat")  # what most people run today
+DISTURBED = 1.2  # the canary's time / its best
 MARK = {True: "✓", None: "·", False: "✗"}
 COLOUR = {True: "green", None: "yellow", False: "red"}
 
@@ -56,6 +57,12 @@ class Result:
     @property
     def judgement(self) -> tuple[bool | None, str]:
         """Whether it is as fast as the bar asks, and in words."""
+        good, words = self._verdict()
+        if good is not True and (self.ours.get("canary") or 1) > DISTURBED:
+            words += f"; the machine was disturbed, its canary took {self.ours['canary']:.2f}x of its best time"
+        return good, words
+
+    def _verdict(self) -> tuple[bool | None, str]:
         if not self.ours.get("seconds"):
             return False, self.ours.get("why") or "no result"
         if self.best is None:

@@ -16,10 +16,11 @@ __all__ = ["COLUMNS", "Store", "commit", "read", "stamp"]
 FILE = "results.csv"
 TEXT = {"op", "regime", "phase", "heads", "dtype", "model", "note", "provider", "why", "device", "machine"}
 TEXT |= {"torch", "transformers", "diffmas", "commit", "date"}
-MEASURED = ("seconds", "ratio", "spread", "rounds", "peak_bytes", "roofline_percent", "error", "budget", "why")
+MEASURED = ("seconds", "ratio", "spread", "rounds", "peak_bytes", "roofline_percent", "error", "budget", "canary", "why")
 MACHINE = ("read", "read_cached", "copy", "copy_cached", "matmul", "matmul_16bit")
 STAMP = ("device", "machine", "threads", *MACHINE, "cache_bytes", "torch", "transformers", "diffmas", "commit", "date")
 COLUMNS = (*Case("", "").columns(), "provider", *MEASURED, *STAMP)
+YOUNGER = {"canary"}  # columns that rows measured earlier lack
 
 
 def commit(root: Path | None = None) -> str:
@@ -88,7 +89,7 @@ def read(path: Path) -> list[dict]:
     """Rows with numbers as numbers and empty cells as None (0 for a shape, "" for a text). ValueError for another file."""
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        missing = set(COLUMNS) - set(reader.fieldnames or ())
+        missing = set(COLUMNS) - YOUNGER - set(reader.fieldnames or ())
         if missing:
             raise ValueError(f"{path}: expected the columns of `diffmas bench`, {sorted(missing)} are missing")
         return [{k: _value(k, v) for k, v in row.items()} for row in reader]

@@ -12,6 +12,7 @@ from systems import ANSWERS, QUESTIONS, system
 import diffmas
 from diffmas import Agent, ops
 from diffmas.agents import latent
+from diffmas.agents.realign import Realign
 from diffmas.benchmarks.machine import own_stream
 from diffmas.benchmarks.measure import OURS, Case, Contest, Problem, Trial
 from diffmas.models.forward import forward
@@ -234,7 +235,7 @@ def test_a_model_that_waits_for_the_device_is_not_captured():
     with torch.no_grad():
         forward(patch_of(model), trace, trace.plan([5], "prompt"), input_ids=tokens(5)[0][None].cuda())
         latent.latent_steps(
-            patch_of(model), torch.nn.Identity(), trace, torch.randn(1, model.config.hidden_size, device="cuda"), [8]
+            patch_of(model), Realign(model, "none"), trace, torch.randn(1, model.config.hidden_size, device="cuda"), [8]
         )
     assert trace.lengths == [13] and torch.cuda.current_stream() == stream
     torch.rand(3, device="cuda")

@@ -404,7 +404,7 @@ def test_a_training_step_and_a_generation(monkeypatch):
     monkeypatch.setattr(views, "SAVED_ROWS", 1)
     results = []
     for backend in ("reference", "triton", *["cuda"] * (ops.available()["cuda"] is None)):
-        patch_of(s.model).backend = backend
+        patch_of(s.model).spec.backend = backend
         s.zero_grad()
         loss = s(QUESTIONS[:2], ANSWERS[:2]).loss
         loss.backward()

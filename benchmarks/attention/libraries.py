@@ -1,4 +1,5 @@
-"""Peers that are compiled or come from other libraries: FlexAttention, torch's varlen_attn, FlashInfer, xformers."""
+"""Peers that are compiled or come from other libraries: FlexAttention, torch's varlen_attn, FlashAttention-4, FlashInfer,
+xformers."""
 
 import importlib
 import inspect
@@ -10,7 +11,7 @@ from diffmas.benchmarks.attention.problem import Inputs, Packed
 from diffmas.benchmarks.attention.sdpa import torch_peer
 from diffmas.benchmarks.measure import Cannot, Problem, Senseless, Trial
 
-__all__ = ["flashinfer", "flex", "varlen", "xformers"]
+__all__ = ["flash_attn_4", "flashinfer", "flex", "flex_flash", "varlen", "xformers"]
 
 
 def varlen(p: Problem) -> Trial:
@@ -28,33 +29,72 @@ def varlen(p: Problem) -> Trial:
     return torch_peer(lambda y, *qkv: varlen_attn(*qkv, *index, **options), layout="packed")(p)
 
 
-def flex(p: Problem) -> Trial:
-    """FlexAttention, compiled, with a block mask; no backward on a CPU."""
+def _flex(p: Problem, **options) -> Trial:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     x: Inputs = p.inputs
-    if x.q.device.type == "cpu" and p.case.phase != "forward":
-        raise Cannot("FlexAttention has no backward on a CPU")
-    if x.q.device.type == "cpu" and not (p.case.quick and p.case.heads == "16/8" and p.case.dtype == "float32"):
-        raise Senseless("compiled for one or two shapes of each regime")
     y = x.padded
     L, N = y.q.shape[2], y.k.shape[2]
     lengths = torch.tensor([len(r) for r in x.rows], device=y.q.device)
+    even = all(len(r) == N for r in x.rows)
 
     def visible(b, h, i, j):
-        return ((j - (N - L)) <= i) & (j >= N - lengths[b])
+        below = (j - (N - L)) <= i
+        return below if even else below & (j >= N - lengths[b])
 
     try:
         mask = create_block_mask(visible, len(x.queries), None, L, N, device=str(y.q.device))
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # or the fallback runs in silence
         torch._functorch.config.donated_buffer = False  # the graph of the forward is kept
         attend = torch.compile(flex_attention, dynamic=False)
-        grouped = y.q.shape[1] != y.k.shape[1]
-        peer = torch_peer(lambda y, *qkv: attend(*qkv, block_mask=mask, scale=x.scale, enable_gqa=grouped))
+        options = dict(block_mask=mask, scale=x.scale, enable_gqa=y.q.shape[1] != y.k.shape[1]) | options
+        peer = torch_peer(lambda y, *qkv: attend(*qkv, **options))
         peer(p).call()  # compiles, for leaves and in the mode that are timed; its buffers have a gradient in them
         return peer(p)
     except Exception as reason:  # the compiler's errors are of many kinds; any of them means: does not run here
         raise Cannot(f"FlexAttention does not run here: {type(reason).__name__}: {str(reason).splitlines()[0][:120]}") from None
+
+
+def flex(p: Problem) -> Trial:
+    """FlexAttention, compiled, with a block mask; no backward on a CPU."""
+    if p.inputs.q.device.type == "cpu" and p.case.phase != "forward":
+        raise Cannot("FlexAttention has no backward on a CPU")
+    if p.inputs.q.device.type == "cpu" and not (p.case.quick and p.case.heads == "16/8" and p.case.dtype == "float32"):
+        raise Senseless("compiled for one or two shapes of each regime")
+    return _flex(p)
+
+
+def flex_flash(p: Problem) -> Trial:
+    """FlexAttention by the kernels of FlashAttention-4, which must be installed."""
+    if not ours.on_gpu() or p.case.dtype == "float32":
+        raise Senseless
+    _installed("flash_attn.cute")
+    return _flex(p, kernel_options={"BACKEND": "FLASH"})
+
+
+def _installed(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise Cannot(f"{name} is not installed") from None
+
+
+def flash_attn_4(p: Problem) -> Trial:
+    """FlashAttention-4 itself, of packed sequences; causal from the bottom right, as ours."""
+    if not ours.on_gpu() or p.case.dtype == "float32":
+        raise Senseless
+    attend = _installed("flash_attn.cute").flash_attn_varlen_func
+    y: Packed = p.inputs.packed
+    (queries, keys), longest = y.indptr(), tuple(map(max, y.lengths))
+    options = dict(cu_seqlens_q=queries, cu_seqlens_k=keys, max_seqlen_q=longest[0], max_seqlen_k=longest[1])
+    options |= dict(softmax_scale=p.inputs.scale, causal=True)
+    options = {name: x for name, x in options.items() if name in inspect.signature(attend).parameters}  # older: no lengths
+
+    def output(y: Packed, *qkv):
+        o = attend(*qkv, **options)
+        return o[0] if isinstance(o, tuple) else o  # o, lse
+
+    return torch_peer(output, layout="packed")(p)
 
 
 def gpu_library(name: str, prepare):
@@ -64,10 +104,7 @@ def gpu_library(name: str, prepare):
     def provider(p: Problem) -> Trial:
         if not ours.on_gpu() or p.case.phase != "forward":
             raise Senseless
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            raise Cannot(f"{name} is not installed") from None
+        module = _installed(name)
         return Trial(torch.no_grad()(prepare(module, p.inputs.packed)), lambda o: {"o": o})
 
     return provider

@@ -13,6 +13,8 @@ from diffmas.ops import reference
 
 __all__ = ["Inputs", "Packed", "Padded", "problem"]
 
+SCORES = 1 << 26  # of a K/V head that the reference computes at once: half a GB in float64, and it holds six times as much
+
 
 @dataclass
 class Inputs:
@@ -44,6 +46,26 @@ class Inputs:
         heads = self.k.shape[1]
         for parts in zip(*(t.chunk(heads, 1) for t in (self.q, self.do, self.k, self.v))):
             yield replace(self, **dict(zip(("q", "do", "k", "v"), (t.to(dtype) for t in parts))))
+
+    def by_queries(self, scores: int) -> Iterator["Inputs"]:
+        """Consecutive queries of one sequence at a time, of about so many scores, over all that the last of them sees. By 32,
+        so that matrix products and sums have their elements in the lanes where they have them at once: the same bits."""
+        _, seg_indptr, starts, lengths = self.view
+        first, groups = 0, self.q.shape[1] // self.k.shape[1]
+        for b, (n, rows) in enumerate(zip(self.queries, self.rows)):
+            segments = slice(seg_indptr[b], seg_indptr[b + 1])
+            length, step = lengths[segments], max(1, scores // (32 * groups * len(rows))) * 32
+            before = length.cumsum(0) - length
+            for i in range(0, n, step):
+                j = min(i + step, n)
+                seen = (len(rows) - (n - j) - before).clamp_min(0).minimum(length)
+                index = lambda *xs: torch.tensor(xs, device=self.q.device)
+                view = index(0, j - i), index(0, len(length)), starts[segments], seen
+                span = slice(first + i, first + j)
+                yield replace(
+                    self, q=self.q[span], do=self.do[span], queries=[j - i], rows=[rows[: len(rows) - (n - j)]], view=view
+                )
+            first += n
 
     def args(self) -> tuple:
         return (*self.view, self.seg_offset, self.inv_freq, self.scale, True, False)
@@ -154,14 +176,16 @@ def problem(case: Case) -> Problem:
     backward = case.phase in ("backward", "full")
 
     def answer_of_head(y: Inputs) -> dict[str, Tensor]:
-        o, lse = reference.cross_attention(y.q, y.k, y.v, *y.args())
-        out = {"o": o, "lse": lse} if forward else {}
-        if backward:
-            wide = reference.accumulator(y.q.dtype)
-            dk, dv = (torch.zeros(t.shape, dtype=wide, device=device) for t in (y.k, y.v))
-            out["dq"] = reference.cross_attention_backward(y.do, None, y.q, o, lse, y.k, y.v, *y.args(), dk, dv)
-            out |= {"dk": dk, "dv": dv}
-        return out
+        wide, out = reference.accumulator(y.q.dtype), []
+        dk, dv = (torch.zeros(t.shape, dtype=wide, device=device) for t in (y.k, y.v))
+        for part in y.by_queries(SCORES):
+            o, lse = reference.cross_attention(part.q, y.k, y.v, *part.args())
+            out.append({"o": o, "lse": lse} if forward else {})
+            if backward:
+                given = part.do, None, part.q, o, lse, y.k, y.v, *part.args()
+                out[-1]["dq"] = reference.cross_attention_backward(*given, dk, dv)
+        whole = {name: torch.cat([part[name] for part in out]) for name in out[0]}
+        return whole | ({"dk": dk, "dv": dv} if backward else {})
 
     def answer(dtype: torch.dtype) -> dict[str, Tensor]:
         heads = [answer_of_head(y) for y in x.by_head(dtype)]  # not at once: all scores in float64 would take gigabytes

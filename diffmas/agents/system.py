@@ -257,8 +257,9 @@ class MultiAgentSystem(nn.Module):
         logits_processor, stopping_criteria and all else that chooses tokens or ends a text. Rules about text see the trace's
         tokens and the prompt (`Trace.token_ids`).
 
-        What is not given is generation_config's, and then the model's own; where these do not say, there are 256 tokens,
-        temperature 0.6, top_p 0.95 and no top_k. Decoding ends at an end-of-sequence token of the model or the tokenizer, a
+        A generation_config takes the place of the model's own as it is: what it leaves out is transformers' default. Without
+        one, what is not given is the model's own; where that does not sample and does not say, temperature 0.6, top_p 0.95 and
+        no top_k. 256 tokens where nobody says it. Decoding ends at an end-of-sequence token of the model or the tokenizer, a
         stop string or max_new_tokens. A result depends on the seed and on the place of its question in the list. It depends on
         batch_size only as far as sums round differently, which can tip a close choice: torch's products and activations do for
         other numbers of rows, attention does from 1024 rows on. Raises ValueError naming what does not fit, before any agent

@@ -141,7 +141,8 @@ def _said(config: GenerationConfig) -> dict:
 
 def _taken(config: GenerationConfig) -> dict:
     """A config as it is, in the place of the model's own: what it leaves out is off, or transformers' default."""
-    taken = {name: x for name, x in vars(config).items() if name in OPTIONS | OURS and (x is not None or "token_id" not in name)}
+    taken = {name: x for name, x in vars(config).items() if name in OPTIONS | OURS}
+    taken = {name: x for name, x in taken.items() if x is not None or not name.endswith("_token_id")}
     return taken | {name: x for name, x in DEFAULTS.items() if taken.get(name) is None}
 
 

@@ -134,6 +134,22 @@ def test_w_is_solved_once_a_change(monkeypatch):
     assert len(solves) == 3
 
 
+def test_trained_embeddings_are_read_once_a_call(monkeypatch):
+    """Between calls somebody may train; a pass over their memory at each turn is not free."""
+    state_of = realign.state_of
+    monkeypatch.setattr(realign, "state_of", lambda x, read: reads.append(read) or state_of(x, read))
+    for tied in (False, True):
+        model = base(tie_word_embeddings=tied)
+        system, reads = team(model=model), []
+        system.model.get_input_embeddings().weight.requires_grad_()
+        system.model.get_output_embeddings().weight.requires_grad_()
+        logits(system)
+        assert reads == [True] * (1 if tied else 2)
+        system.generate(QUESTIONS, 2, batch_size=1)
+        assert reads == [True] * (2 if tied else 4)
+    assert not system.realign._settled
+
+
 def test_roles_have_their_own_embeddings(monkeypatch):
     model = add_lora(base(), tiny.agents(), "per_role", kind(**EMBEDDINGS["saved"]))
     system, found = trained(team(model=model, adapter_scope="per_role", realign="ridge")), []

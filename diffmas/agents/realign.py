@@ -6,6 +6,7 @@ DiffMAS, arXiv 2604.21794).
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class Realign(nn.Module):
 
     E_in and E_out are what the two modules compute: with the active adapter (LoRA on them, saved or trained tokens) and with
     what an embedding multiplies its weight by. Norm and W are those of the modules as they are: who trains, loads, resizes or
-    switches them gets another W at the next turn, in training one for each optimizer step, without a gradient through it. So
+    switches them gets another W at the next call, in training one for each optimizer step, without a gradient through it. So
     a system that is loaded has the W that it was saved with. Only the W of "learned" is solved once, and then what it is
     trained to. What is written to the `.data` of a frozen weight is not noticed: call `forget()`.
 
@@ -65,6 +66,7 @@ class Realign(nn.Module):
         if mode in ("ridge", "soft_token", "learned") and model.get_output_embeddings() is None:
             raise ValueError(f"realign: {mode!r} needs a model with an output embedding")
         self._known: dict[tuple, tuple[tuple, Solved | bool]] = {}  # by the adapters that run; for soft_token `_by_weighing`
+        self._settled: dict[int, set[tuple]] = {}  # by thread, which of these hold until `unchanging` ends
         if mode == "learned":
             self.weight = nn.Parameter(self._solve())
 
@@ -98,17 +100,32 @@ class Realign(nn.Module):
                 self._known[key] = state, _by_weighing(e_in)
             return Solved(table=None if self._known[key][1] else _rows(e_in, 0, len(e_in.weight)))
         modules = (e_in, e_out) if self.mode == "ridge" else (e_in,)
-        key = tuple(adapter_state(m) for m in modules)
-        tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
-        # Not every optimizer counts versions.
-        state = tuple(state_of(x, read=x.requires_grad) for x in tensors)
+        key, settled = tuple(adapter_state(m) for m in modules), self._settled.get(threading.get_ident())
         known = self._known.get(key)
+        if settled is not None and key in settled:
+            return known[1]
+        tensors = {id(x): x for m in modules for x in (*m.parameters(), *m.buffers())}  # those that are tied once
+        # Not every optimizer counts versions.
+        state = tuple(state_of(x, read=x.requires_grad) for x in tensors.values())
         if known is None or known[0] != state:
             known = self._known[key] = state, Solved(self._norm(), self._solve() if self.mode == "ridge" else None)
+        if settled is not None:
+            settled.add(key)
         return known[1]
 
+    @contextlib.contextmanager
+    def unchanging(self):
+        """Inside, nobody changes the embeddings: whether they have changed is looked at once, and not at each turn."""
+        thread = threading.get_ident()
+        outer = self._settled.setdefault(thread, mine := set()) is not mine
+        try:
+            yield
+        finally:
+            if not outer:
+                del self._settled[thread]
+
     def forget(self) -> None:
-        """The next turn computes norm and W anew."""
+        """The next call computes norm and W anew."""
         self._known.clear()
 
     def _norm(self) -> Tensor:
@@ -166,7 +183,8 @@ def _rows(embedding: nn.Module, first: int, end: int) -> Tensor:
 
 
 class _Weighing(TorchFunctionMode):
-    """Inside, an embedding that looks up tokens gets the mean of all rows instead, weighed by p [n, V]. read: where it looked."""
+    """Inside, an embedding that looks up tokens gets the mean of all rows instead, weighed by p [n, V]. read: where it has
+    looked."""
 
     def __init__(self, p: Tensor):
         super().__init__()

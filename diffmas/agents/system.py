@@ -216,7 +216,8 @@ class MultiAgentSystem(nn.Module):
         what = "its prompt and answer" if answers is not None else "its prompt"
         turns = self.tokenize(questions, [len(t) for t in targets], what, trace)
         if trace is None:
-            trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns)
+            with self.realign.unchanging():
+                trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns)
         prompt_rows = [turn.ids for turn in turns[-1]]
         rows = [p + t for p, t in zip(prompt_rows, targets)]
         trace.agent = self.agents[-1].name
@@ -290,7 +291,7 @@ class MultiAgentSystem(nn.Module):
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         turns = self.tokenize(questions, [sampling.max_new_tokens] * len(questions), "its prompt and answer", trace)
         tokens, step = [], batch_size or len(questions)
-        with evaluating(self):
+        with evaluating(self), self.realign.unchanging():
             for first in range(0, len(questions), step):
                 batch = [rows[first : first + step] for rows in turns]
                 if trace is None:

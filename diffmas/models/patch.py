@@ -33,14 +33,16 @@ __all__ = ["Patch", "patch_model", "patch_of", "unpatch_model"]
 
 logger = logging.getLogger("diffmas")
 
+TRIES = 3  # of a capture that runs out of memory: it costs as much as some steps each time
+
 
 @dataclass
 class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
     checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
-    when they were patched. capture: whether latent steps may be captured as a CUDA graph (diffmas.agents.latent); no more
-    after an attempt that failed.
+    when they were patched. tries: how often latent steps may still be captured as a CUDA graph (diffmas.agents.latent) without
+    success; none are left after an attempt that shows that the model cannot be.
     """
 
     body: nn.Module
@@ -51,7 +53,7 @@ class Patch:
     checkpointed: list[nn.Module] = field(default_factory=list)
     dropping: list[nn.Module] = field(default_factory=list)
     hook_ids: tuple[int | None, int | None] = (None, None)
-    capture: bool = True
+    tries: int = TRIES
 
     def pairs(self) -> list[tuple[nn.Module, Layer]]:
         return list(zip(attention_layers(self.body), self.layers))

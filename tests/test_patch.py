@@ -5,6 +5,7 @@ import io
 import logging
 import pickle
 import threading
+import types
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from models import (
 from torch import nn
 
 import diffmas
+from diffmas.models import patch
 
 PROMPT, NEW = tokens(6, 4)
 
@@ -259,14 +261,34 @@ def test_every_failure_is_unsupported_and_leaves_no_mark(name, again):
     body(model).layers[0].train()
     spoil(model)
     marks, rng = state(model), torch.get_rng_state()
-    with pytest.raises(diffmas.Unsupported, match="diffmas cannot patch") as raised:
+    with pytest.raises(diffmas.Unsupported, match="diffmas cannot patch|LlamaForCausalLM could not be patched: ") as raised:
         diffmas.patch_model(model)
     assert words in str(raised.value)
+    if "Error: " in words:
+        cause = raised.value.__cause__
+        assert f"{type(cause).__name__}: {cause}".startswith(words)
     assert torch.equal(torch.get_rng_state(), rng)
     if not again:  # the hooks that are put back have other numbers
         assert state(model) == marks
     else:
         assert model.diffmas_spec.max_length == 99 and [m.training for m in model.modules()] == [x[2] for x in marks[0]]
+
+
+@pytest.mark.parametrize("kind", [AssertionError, NameError])
+def test_a_fault_of_ours_is_not_the_models(kind, monkeypatch):
+    def fail(*args):
+        raise kind("a fault")
+
+    model = tiny("llama", patch=False)
+    marks = state(model)
+    monkeypatch.setattr(patch, "rehearse", types.FunctionType(fail.__code__, vars(patch), closure=fail.__closure__))
+    with pytest.raises(kind, match="^a fault$"):
+        diffmas.patch_model(model)
+    assert state(model) == marks
+    monkeypatch.setattr(patch, "rehearse", fail)  # of a module that is not this code
+    with pytest.raises(diffmas.Unsupported, match=f"could not be patched: {kind.__name__}: a fault$") as raised:
+        diffmas.patch_model(model)
+    assert isinstance(raised.value.__cause__, kind) and state(model) == marks
 
 
 def test_a_lack_of_memory_is_not_the_models_fault():

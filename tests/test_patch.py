@@ -1,5 +1,6 @@
 """patch_model: what it touches, what it leaves alone, what survives it, and what it refuses."""
 
+import contextlib
 import copy
 import io
 import logging
@@ -308,6 +309,34 @@ def test_a_model_that_draws_random_numbers_can_be_patched():
     before = torch.get_rng_state()
     diffmas.patch_model(model)
     assert torch.equal(torch.get_rng_state(), before) and len(drawn) == 7
+
+
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_values_that_a_forward_changes_in_place_are_put_back(inference, refused):
+    """A counter among the buffers, and a tensor that is none."""
+    model = tiny("llama", patch=False)
+    layer = body(model).layers[1]
+    with torch.inference_mode(inference):
+        layer.register_buffer("calls", torch.zeros(()))
+        layer.kept = torch.zeros(2)
+    layer.gone = torch.zeros(2)
+
+    def count(module, args):
+        with torch.inference_mode(inference):
+            for x in (layer.calls, layer.kept, layer.gone):
+                x += 1
+        layer.gone = torch.ones(3)
+
+    layer.register_forward_pre_hook(count)
+    if refused:
+        _shifted(model)
+    gone = layer.gone
+    with pytest.raises(diffmas.Unsupported) if refused else contextlib.nullcontext():
+        diffmas.patch_model(model)
+    assert layer.gone is gone and not any(x.any() for x in (layer.calls, layer.kept, gone))
+    plain(model)
+    assert layer.calls == 1
 
 
 def test_a_mask_that_a_layer_makes_for_itself_is_refused():

@@ -30,8 +30,11 @@ ROUNDINGS = 5  # what may differ, in responses to rounding every layer's input o
 
 @contextmanager
 def at_rest(model: nn.Module):
-    """Evaluation mode without gradients; the random state and all that modules keep in attributes and buffers are put back."""
+    """Evaluation mode without gradients; the random state and all that modules keep in attributes and buffers are put back, the
+    values of tensors among them."""
     before = [(part, dict(part)) for m in model.modules() for part in (vars(m), m._buffers)]
+    tensors = {id(x): x for _, was in before for x in was.values() if isinstance(x, Tensor) and not x.is_meta}
+    values = {key: x.detach().clone() for key, x in tensors.items()}
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         try:
@@ -43,6 +46,10 @@ def at_rest(model: nn.Module):
                 for name in part.keys() - was.keys():
                     del part[name]
                 part.update(was)
+            for key, x in tensors.items():
+                if not torch.equal(x, values[key]):
+                    with torch.inference_mode(x.is_inference()):
+                        x.copy_(values[key])
 
 
 def rehearse(causal_lm: nn.Module, attentions: list[nn.Module], spec: ModelSpec) -> None:

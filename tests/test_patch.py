@@ -150,6 +150,13 @@ def _shifted(model):
     mlp.forward = lambda x: own((x + torch.cat((x[:, :1], x[:, :-1]), 1)) / 2)
 
 
+def _slightly_shifted(model):
+    """By less than rounding to bfloat16 changes in some models of this size."""
+    mlp = body(model).layers[-1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: own(0.7 * x + 0.3 * torch.cat((x[:, :1], x[:, :-1]), 1))
+
+
 def _counted_by_itself(model):
     """As RoBERTa does: from where there is padding, unless it is told."""
     layer, forward = body(model), body(model).forward
@@ -181,7 +188,7 @@ def _noncausal(model):
     layer.forward = lambda x, **kwargs: forward(x + x.mean(1, keepdim=True), **kwargs)
 
 
-OUTSIDE_OF_ATTENTION = [_shifted, _counted_by_itself, _ids_needed, _stateful, _noncausal]
+OUTSIDE_OF_ATTENTION = [_shifted, _slightly_shifted, _counted_by_itself, _ids_needed, _stateful, _noncausal]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

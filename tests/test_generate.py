@@ -309,6 +309,7 @@ RULES = {
     "n-grams": dict(no_repeat_ngram_size=1),
     "beams": dict(repetition_penalty=5.0, num_beams=3, num_return_sequences=2),
     "pad is eos": dict(repetition_penalty=5.0, pad_token_id=EOS),
+    "no pad": dict(repetition_penalty=5.0, pad_token_id=None),
 }
 
 
@@ -318,7 +319,8 @@ def test_rules_see_the_text_of_the_past(name):
     model, options = tiny("qwen3"), dict(do_sample=False, max_new_tokens=8, **RULES[name])
     past, new = tokens(9, 4), tokens(2, 5, seed=2)
     got = generated(model, past, new, options)
-    ids, mask = pad([torch.cat(rows) for rows in zip(past, new)], value=options.get("pad_token_id", 0))
+    filling = EOS if options.get("pad_token_id", 0) is None else options.get("pad_token_id", 0)
+    ids, mask = pad([torch.cat(rows) for rows in zip(past, new)], value=filling)
     assert torch.equal(got, model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :])
     beams = {k: v for k, v in options.items() if k.startswith("num_")}
     plain = generated(model, past, new, dict(do_sample=False, max_new_tokens=8, **beams))

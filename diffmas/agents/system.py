@@ -358,10 +358,10 @@ class MultiAgentSystem(nn.Module):
     def load_weights(self, path) -> None:
         """Copies adapters and learned realignment of a directory that `save_pretrained` wrote into this system, in place.
 
-        Raises ValueError, before anything is changed, for a directory of another base model, other agents or options, or
-        damaged weights.
+        Raises ValueError, before anything is changed, for a directory of another base model or tokenizer, other agents or
+        options, or damaged weights.
         """
-        file.load_weights(path, self.model, self.describe(), self._learned_map)
+        file.load_weights(path, self.model, self.tokenizer, self.describe(), self._learned_map)
 
     @classmethod
     def of_description(cls, model, tokenizer, description: dict) -> "MultiAgentSystem":

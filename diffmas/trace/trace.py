@@ -498,7 +498,8 @@ class Trace(CacheFace):
     def load(cls, path, model) -> "Trace":
         """A trace of a patched model from a file that `save` wrote.
 
-        Raises ValueError for a file that is missing, damaged, or of another model or adapter.
+        Raises ValueError for a file that is missing, damaged, or of another model or adapter. These are told apart by all
+        their weights, rounded to bfloat16: what differs by less than that is the same model.
         """
         spec = spec_of(model)
         return cls.of_rows(spec, *file.read(path, spec.fingerprint()))

@@ -297,6 +297,19 @@ def test_lengths_count_as_if_there_was_no_past(how):
     assert torch.equal(out, want)
 
 
+def test_a_config_that_is_passed_leaves_to_the_models_what_it_does_not_say():
+    model, past, new = tiny("qwen3"), tokens(5, 2), tokens(2, 4, seed=2)
+    beams = generated(model, past, new, dict(do_sample=False, max_new_tokens=6, num_beams=3))
+    model.generation_config.num_beams = 3
+    got = generated(model, past, new, dict(generation_config=GenerationConfig(max_new_tokens=6)))
+    assert torch.equal(got, beams)
+    trace = prefilled(model, past)
+    ids, mask = pad(new)
+    config = GenerationConfig(max_new_tokens=6, num_beams=2)
+    model.generate(ids, attention_mask=mask, past_key_values=trace, generation_config=config)
+    assert trace.lengths == [5, 2]
+
+
 def test_default_length():
     model = tiny("qwen3")
     model.generation_config.eos_token_id = None

@@ -208,6 +208,8 @@ def _expected(embedding: nn.Module, p: Tensor) -> Tensor:
 def _by_weighing(embedding: nn.Module) -> bool:
     """Whether `_expected` is what it says: where a module scales the rows of its parameters or adds up some, as LoRA. Elsewhere
     a table of all tokens' embeddings is needed; so it is where a module makes new rows for every call."""
+    if _plain(embedding, nn.Embedding):
+        return True
     rows = len(embedding.weight)
     p = torch.zeros(1, rows, dtype=embedding.weight.dtype, device=_device_of(embedding))
     p[0, [1 % rows, rows - 1]] = 0.5  # two tokens, for which a norm of the rows, for one, is not linear

@@ -6,13 +6,11 @@ which the next agent attends to. The last agent's forward gives the loss, or its
 text.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from diffmas.agents import adapters, file, gradients, prompts
 from diffmas.agents.chat import check_chat
@@ -22,6 +20,7 @@ from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.meter import phase
 from diffmas.agents.options import Options
+from diffmas.agents.output import SystemOutput, output_of
 from diffmas.agents.prompts import Agent, Turn
 from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling
@@ -33,21 +32,6 @@ from diffmas.trace import Trace
 from diffmas.trace.views import SINKS
 
 __all__ = ["Agent", "MultiAgentSystem", "SystemOutput"]
-
-
-@dataclass
-class SystemOutput(ModelOutput):
-    """The result of `MultiAgentSystem.forward`.
-
-    loss: mean (or sum / num_items_in_batch) negative log-likelihood of the answer tokens, in nats. logits [B, A, V]:
-    logits[b, t] predicts labels[b, t]. labels [B, A] int64, -100 behind shorter answers. trace: with the rows of all agents.
-    Without answers, loss and labels are None, and A is 1: the logits of the answer's first token.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    labels: Tensor | None = None
-    trace: Trace | None = None
 
 
 class MultiAgentSystem(nn.Module):
@@ -236,11 +220,7 @@ class MultiAgentSystem(nn.Module):
         if answers is None:
             return SystemOutput(logits=logits[:, None], trace=trace)
         labels = self._pack(targets)[0].to(logits.device)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        total = F.cross_entropy(wide, labels, reduction="sum")
-        loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-        counts = [len(t) for t in targets]
-        return SystemOutput(loss=loss, logits=_padded(logits, counts, 0.0), labels=_padded(labels, counts, -100), trace=trace)
+        return output_of(logits, labels, [len(t) for t in targets], num_items_in_batch, trace)
 
     @torch.no_grad()
     def generate(
@@ -394,10 +374,3 @@ class MultiAgentSystem(nn.Module):
             with torch.no_grad():
                 learned_map.copy_(file.read_map(path, learned_map.shape))
         return system
-
-
-def _padded(packed: Tensor, counts: list[int], fill) -> Tensor:
-    """[sum(counts), ...] -> [B, max(counts), ...]."""
-    if len(set(counts)) == 1:
-        return packed.unflatten(0, (len(counts), counts[0]))
-    return nn.utils.rnn.pad_sequence(packed.split(counts), batch_first=True, padding_value=fill)

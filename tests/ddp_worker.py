@@ -8,18 +8,21 @@ from pathlib import Path
 
 import tiny_systems
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from diffmas.training import Trainer, default_arguments
 
-# name -> (latent steps of each rank, options of the system)
+# name -> (latent steps of each rank, options of the system, TrainingArguments)
 CASES = {
-    "same": ((2, 2), {}),
-    "different": ((1, 3), {}),
-    "per_role": ((1, 3), {"adapter_scope": "per_role"}),
-    "unused": ((0, 2), {"adapter_scope": "per_role"}),
-    "iterable": ((2, 2), {}),
+    "same": ((2, 2), {}, {}),
+    "different": ((1, 3), {}, {}),
+    "per_role": ((1, 3), {"adapter_scope": "per_role"}, {}),
+    "unused": ((0, 2), {"adapter_scope": "per_role"}, {}),
+    "iterable": ((2, 2), {}, {}),
 }
+if hasattr(TrainingArguments, "ddp_static_graph"):  # the second step relies on what the first one has shown
+    static = dict(ddp_static_graph=True, gradient_accumulation_steps=1, per_device_train_batch_size=4)
+    CASES["static"] = ((1, 3), {}, {**static, "max_steps": 2, "learning_rate": 0.0})
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -49,11 +52,12 @@ class Recording(Trainer):
 
 def main(output: Path) -> None:
     torch.set_num_threads(1)
-    for name, (steps, options) in CASES.items():
-        args = default_arguments(
-            output / name, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0,
-            use_cpu=True, ddp_backend="gloo", report_to=[], disable_tqdm=True, save_strategy="steps", save_steps=1,
+    for name, (steps, options, more) in CASES.items():
+        given = dict(
+            max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0, use_cpu=True,
+            ddp_backend="gloo", report_to=[], disable_tqdm=True, save_strategy="steps", save_steps=1,
         )  # fmt: skip
+        args = default_arguments(output / name, **{**given, **more})
         assert args.world_size == 2
         trainer = Recording(
             build(steps[args.process_index], options), args, callbacks=[record := Record()],
@@ -61,9 +65,10 @@ def main(output: Path) -> None:
         )  # fmt: skip
         trainer.seen = []
         trainer.train()
+        assert trainer.model_wrapped.static_graph == (name == "static")
         trainer.save_model()
         found = {
-            "seen": trainer.seen, "grads": record.grads, "find_unused": trainer.args.ddp_find_unused_parameters,
+            "seen": trainer.seen[-4:], "grads": record.grads, "find_unused": trainer.args.ddp_find_unused_parameters,
             "eval_loss": trainer.evaluate()["eval_loss"],
         }  # fmt: skip
         torch.save(found, output / f"{name}-{args.process_index}.pt")

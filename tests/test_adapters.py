@@ -80,7 +80,7 @@ def test_realign_follows_trained_embeddings(mode, changed, tmp_path):
     trained(system)
     after = logits(system)
     h = torch.randn(5, 16)
-    fixed = system.realign(h, Realign(base(), mode).solved())
+    fixed = Realign(base(), mode)(h)
     assert (system.realign(h) - fixed).abs().max() > 1e-3  # it is not the realign of the base model
     assert torch.equal(logits(team(model=system.model, realign=mode)), after) and not torch.equal(before, after)
     system.save_pretrained(tmp_path)
@@ -132,6 +132,22 @@ def test_w_is_solved_once_a_change(monkeypatch):
             p.data.mul_(1.1)  # as optimizers with kernels of their own write
     logits(system)
     assert len(solves) == 3
+
+
+def test_trained_embeddings_are_read_once_a_call(monkeypatch):
+    """Between calls somebody may train; a pass over their memory at each turn is not free."""
+    state_of = realign.state_of
+    monkeypatch.setattr(realign, "state_of", lambda x, read: reads.append(read) or state_of(x, read))
+    for tied in (False, True):
+        model = base(tie_word_embeddings=tied)
+        system, reads = team(model=model), []
+        system.model.get_input_embeddings().weight.requires_grad_()
+        system.model.get_output_embeddings().weight.requires_grad_()
+        logits(system)
+        assert reads == [True] * (1 if tied else 2)
+        system.generate(QUESTIONS, 2, batch_size=1)
+        assert reads == [True] * (2 if tied else 4)
+    assert not system.realign._settled
 
 
 def test_roles_have_their_own_embeddings(monkeypatch):
@@ -208,16 +224,55 @@ def test_embeddings_that_are_scaled_in_their_module():
 
 
 class Largest(TorchDispatchMode):
-    """The largest float64 tensor that an op made."""
+    """The largest float64 tensor that an op made; or with a dtype, of that."""
 
     numel = 0
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.dtype = dtype
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+            if isinstance(x, torch.Tensor) and x.dtype == self.dtype and not is_view(op):
                 self.numel = max(self.numel, x.numel())
         return result
+
+
+def is_view(op) -> bool:
+    return any(x.alias_info is not None for x in op._schema.returns)
+
+
+class Normed(torch.nn.Embedding):
+    """A mean of its rows is not the row of a mean."""
+
+    def forward(self, ids):
+        return torch.nn.functional.layer_norm(super().forward(ids), (self.embedding_dim,))
+
+
+class Scaled(torch.nn.Embedding):
+    """As Gemma's."""
+
+    def forward(self, ids):
+        return super().forward(ids) * 4.0
+
+
+@pytest.mark.parametrize("how", ["plain", "scaled", "lora", "saved", "tokens", "normed"])
+def test_soft_token_makes_no_table_where_it_needs_none(how):
+    model = base(vocab_size=1000)
+    if how in ("scaled", "normed"):
+        kinds = {"scaled": Scaled, "normed": Normed}
+        model.model.embed_tokens.__class__ = kinds[how]
+    elif how != "plain":
+        model = trained(get_peft_model(model, kind(**EMBEDDINGS[how])))
+    realign, h = Realign(model, "soft_token"), torch.randn(5, 16)
+    p = model.get_output_embeddings()(h).softmax(-1).detach()
+    want = p @ model.get_input_embeddings()(torch.arange(1000)).detach()
+    for _ in range(2):
+        with Largest(torch.float32) as largest, torch.no_grad():
+            assert_close(realign(h), want, 1e-5)
+        assert (largest.numel < 1000 * 16) == (how not in ("tokens", "normed"))
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -14,7 +14,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from diffmas import MultiAgentSystem
+from diffmas import MultiAgentSystem, evaluation
 from diffmas.cli import build, config
 from diffmas.cli import main as cli
 from diffmas.evaluation import Stitched
@@ -88,6 +88,29 @@ def test_generate_loads_adapter_and_agents(project, trained):
     assert moved == output * 2
     fields = ("--field", "question=where is the key", "--device", "cpu", "--max-new-tokens", 5, "--temperature", 0)
     assert call("generate", "--adapter", project / "run", *fields).stdout == output
+
+
+def test_what_nobody_says_is_the_models_own(project, trained, tmp_path):
+    """In `generate`, in a config without a section generation, and in what is written to be trained on."""
+    shutil.copytree(project / "base", tmp_path / "base")
+    own = {"do_sample": True, "top_k": 1, "max_new_tokens": 3, "transformers_version": "5.0.0"}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(own))
+    run = ("--adapter", project / "run", "--device", "cpu")
+    system = MultiAgentSystem.from_pretrained(project / "run", tmp_path / "base")
+    greedy = system.generate(["where is the key"], 3, temperature=0)[0][0]
+    options = ("--model", tmp_path / "base", "--question", "where is the key")
+    assert call("generate", *run, *options).stdout.rstrip("\n") == greedy
+    assert call("generate", *run, *options, "--max-new-tokens", 2).stdout.rstrip("\n") == " ".join(greedy.split()[:2])
+    assert [name for name, value in vars(config.Generation()).items() if value is not None] == ["seed"]
+    path = settings_of(project, tmp_path, model=str(tmp_path / "base"), generation={}, evaluation={"methods": ["diffmas"]})
+    call("evaluate", path, *run, "--output", tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    questions = [row["fields"] for row in rows]
+    assert [row["given"]["diffmas"] for row in rows] == system.generate(questions, 3, temperature=0)
+    conditions = evaluation.audit(system, tiny.rows(2))
+    assert conditions[0].texts == system.generate([row["question"] for row in tiny.rows(2)], 3, temperature=0)
+    turns, _ = evaluation.TextAgents(system, 5).write(questions)
+    assert [turn.most for turn in turns] == [5, 5, 3] and max(turns[-1].lengths) == 3
 
 
 def test_evaluate_compares(project, trained):

@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from diffmas import Agent, Trace
+from diffmas.agents.decoding import Rules
 from diffmas.agents.sampling import Sampling
 from diffmas.models.patch import patch_of
 
@@ -107,35 +108,75 @@ def test_what_is_sampled_from(options):
     assert kept == {t for t in want if p[t] >= options.get("min_p", 0.0) * p.max()} and len(everything) > 55
 
 
+def chosen(s, **given):
+    arguments = Sampling.of(s, **given).arguments
+    return [arguments[name] for name in ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")]
+
+
 def test_what_nobody_says():
-    """temperature, top_p and top_k: an argument's, a config's, the model's, and then ours, not transformers'."""
+    """temperature, top_p and top_k: an argument's, then the model's, and then ours, not transformers'."""
     s = system()
     own = patch_of(s.model).causal_lm.generation_config
-
-    def chosen(**given):
-        arguments = Sampling.of(s, **given).arguments
-        return [arguments[name] for name in ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")]
-
-    assert chosen() == [True, 0.6, 0.95, 0, 256]
+    assert chosen(s) == [True, 0.6, 0.95, 0, 256]
     ends = [Sampling.of(s, **given).arguments["eos_token_id"] for given in ({}, dict(eos_token_id=None), dict(eos_token_id=5))]
     assert ends == [[EOS], None, 5]
-    assert chosen(temperature=1.0, max_new_tokens=3) == [True, 1.0, 0.95, 0, 3]
-    assert chosen(temperature=0) == chosen(do_sample=False) == chosen(num_beams=2) == [False, None, None, None, 256]
-    assert chosen(generation_config=GenerationConfig(max_new_tokens=9)) == [False, None, None, None, 9]
-    config = GenerationConfig(do_sample=True, top_k=7, max_new_tokens=9)
-    assert chosen(generation_config=config) == [True, 0.6, 0.95, 7, 9]
-    assert chosen(generation_config=config, top_k=5, top_p=0.5) == [True, 0.6, 0.5, 5, 9]
-    own.do_sample, own.temperature, own.top_k = True, 0.7, 20
-    assert chosen() == [True, 0.7, 0.95, 20, 256] and chosen(temperature=0)[0] is False
-    assert chosen(generation_config=config) == [True, 0.7, 0.95, 7, 9]
+    assert chosen(s, temperature=1.0, max_new_tokens=3) == [True, 1.0, 0.95, 0, 3]
+    assert chosen(s, temperature=0) == chosen(s, do_sample=False) == chosen(s, num_beams=2) == [False, None, None, None, 256]
+    assert chosen(s, do_sample=True, top_k=50) == [True, 0.6, 0.95, 50, 256]
+    own.temperature = 0.7
+    assert chosen(s) == [True, 0.7, 0.95, 0, 256]
+    own.temperature = 1.0  # as transformers before version 5 has it where nobody said it
+    assert chosen(s) == [True, 0.6, 0.95, 0, 256]
+    own.do_sample = True  # it samples, so this is how
+    assert chosen(s) == [True, 1.0, 1.0, 50, 256] and chosen(s, temperature=0)[0] is False
+    own.temperature, own.top_k = 0.7, 20
+    assert chosen(s) == [True, 0.7, 1.0, 20, 256] and chosen(s, top_p=0.5, top_k=3) == [True, 0.7, 0.5, 3, 256]
+
+
+def test_a_config_that_is_passed_is_taken_as_it_is():
+    """Whatever the model's own says; what it leaves out is transformers' default, as a value that is that default."""
+    s = system()
+    own = patch_of(s.model).causal_lm.generation_config
+    plain = s.generate(QUESTIONS, max_new_tokens=6, temperature=0)
+    for _ in range(2):
+        config = GenerationConfig(do_sample=True, temperature=1.0, top_k=50, max_new_tokens=9)
+        assert chosen(s, generation_config=config) == [True, 1.0, 1.0, 50, 9]
+        assert chosen(s, generation_config=GenerationConfig(do_sample=True)) == [True, 1.0, 1.0, 50, 256]
+        assert chosen(s, generation_config=GenerationConfig(max_new_tokens=9)) == [False, None, None, None, 9]
+        assert chosen(s, generation_config=GenerationConfig(top_k=7), temperature=0.5) == [True, 0.5, 1.0, 7, 256]
+        config = GenerationConfig(do_sample=True, top_k=7, max_new_tokens=9)
+        assert chosen(s, generation_config=config) == [True, 1.0, 1.0, 7, 9]
+        assert chosen(s, generation_config=config, top_k=5, top_p=0.5) == [True, 1.0, 0.5, 5, 9]
+        config = GenerationConfig(max_new_tokens=6, repetition_penalty=1.0)
+        assert s.generate(QUESTIONS, generation_config=config) == plain
+        own.do_sample, own.temperature, own.top_k, own.max_new_tokens = True, 0.7, 20, 3  # and now the same again
+        own.repetition_penalty, own.num_return_sequences, own.stop_strings = 5.0, 2, [plain[0][0].split()[1]]
+    assert s.generate(QUESTIONS, temperature=0) != plain
 
 
 def test_sampled_beams_depend_on_seed_not_on_batching():
+    """And nobody else's random numbers on them, not even meanwhile."""
     s = system()
     sample = lambda **kw: s.generate(QUESTIONS, max_new_tokens=6, temperature=1.5, num_beams=3, **kw)  # noqa: E731
-    state = torch.get_rng_state()
+    state, seen = torch.get_rng_state(), []
     assert sample(seed=3) == sample(seed=3, batch_size=1) != sample(seed=4)
-    assert torch.equal(torch.get_rng_state(), state)
+    sample(seed=3, logits_processor=LogitsProcessorList([lambda ids, scores: seen.append(torch.get_rng_state()) or scores]))
+    assert seen and all(torch.equal(now, state) for now in (*seen, torch.get_rng_state()))
+
+
+@pytest.mark.parametrize("options, kept", [({}, 1), (dict(repetition_penalty=1.1), 5)], ids=str)
+def test_texts_are_kept_where_a_rule_looks_at_them(options, kept):
+    """Elsewhere they cost a copy of them all, and a wait for the device, at each token."""
+    s = system()
+    sampling = Sampling.of(s, max_new_tokens=4, temperature=0, **options)
+    rules = Rules(sampling, s, [0, 1, 2], torch.zeros(1, dtype=torch.long))
+    for i, done in enumerate([[False, True, False], [False, False], [False, False], [True, True]]):
+        tokens = [EOS if end and i < 3 else 5 for end in done]
+        assert rules.append(tokens, torch.zeros(len(tokens), 64)) == done
+        if i < 3:
+            rules.keep([not end for end in done])
+    assert rules.members == [0, 2] and rules.text.shape == (2, 5)
+    assert rules.text.untyped_storage().nbytes() == 8 * 2 * kept
 
 
 def test_names_of_transformers_are_names_too():

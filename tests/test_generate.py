@@ -297,6 +297,19 @@ def test_lengths_count_as_if_there_was_no_past(how):
     assert torch.equal(out, want)
 
 
+def test_a_config_that_is_passed_leaves_to_the_models_what_it_does_not_say():
+    model, past, new = tiny("qwen3"), tokens(5, 2), tokens(2, 4, seed=2)
+    beams = generated(model, past, new, dict(do_sample=False, max_new_tokens=6, num_beams=3))
+    model.generation_config.num_beams = 3
+    got = generated(model, past, new, dict(generation_config=GenerationConfig(max_new_tokens=6)))
+    assert torch.equal(got, beams)
+    trace = prefilled(model, past)
+    ids, mask = pad(new)
+    config = GenerationConfig(max_new_tokens=6, num_beams=2)
+    model.generate(ids, attention_mask=mask, past_key_values=trace, generation_config=config)
+    assert trace.lengths == [5, 2]
+
+
 def test_default_length():
     model = tiny("qwen3")
     model.generation_config.eos_token_id = None
@@ -309,6 +322,7 @@ RULES = {
     "n-grams": dict(no_repeat_ngram_size=1),
     "beams": dict(repetition_penalty=5.0, num_beams=3, num_return_sequences=2),
     "pad is eos": dict(repetition_penalty=5.0, pad_token_id=EOS),
+    "no pad": dict(repetition_penalty=5.0, pad_token_id=None),
 }
 
 
@@ -318,7 +332,8 @@ def test_rules_see_the_text_of_the_past(name):
     model, options = tiny("qwen3"), dict(do_sample=False, max_new_tokens=8, **RULES[name])
     past, new = tokens(9, 4), tokens(2, 5, seed=2)
     got = generated(model, past, new, options)
-    ids, mask = pad([torch.cat(rows) for rows in zip(past, new)], value=options.get("pad_token_id", 0))
+    filling = EOS if options.get("pad_token_id", 0) is None else options.get("pad_token_id", 0)
+    ids, mask = pad([torch.cat(rows) for rows in zip(past, new)], value=filling)
     assert torch.equal(got, model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :])
     beams = {k: v for k, v in options.items() if k.startswith("num_")}
     plain = generated(model, past, new, dict(do_sample=False, max_new_tokens=8, **beams))

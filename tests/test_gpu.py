@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from models import assert_close, gradients, latent_steps, tiny, tokens
+from models import assert_close, gradients, latent_steps, tiny, tokens, with_lora
 from op_cases import View, attention_inputs, inject_inputs
 from op_runs import raw
 from systems import ANSWERS, QUESTIONS, system
@@ -12,7 +12,10 @@ from systems import ANSWERS, QUESTIONS, system
 import diffmas
 from diffmas import Agent, ops
 from diffmas.agents import latent
+from diffmas.agents.adapters import switched_to
+from diffmas.agents.decoding import Rules
 from diffmas.agents.realign import Realign
+from diffmas.agents.sampling import Sampling
 from diffmas.benchmarks.machine import own_stream
 from diffmas.benchmarks.measure import OURS, Case, Contest, Problem, Trial
 from diffmas.models.forward import forward
@@ -259,13 +262,37 @@ def test_a_benchmark_that_is_not_captured_spoils_no_other():
     torch.cuda.synchronize()
 
 
+def test_a_backward_that_holds_the_adapters_it_waits_for():
+    """Autograd's thread recomputes the layers, and the thread that called backward has their adapters."""
+    model = with_lora(tiny("qwen3", torch.float32, patch=False)).cuda().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = tokens(5)[0].cuda()[None]
+    with switched_to(model, "default"):
+        loss = model(ids).logits.sum()
+        with pytest.raises(RuntimeError, match="backward: expected it outside of switched_to and switched_off"):
+            loss.backward()
+        loss = model(ids).logits.sum()
+    loss.backward()
+    assert gradients(model)
+
+
+def test_decoding_waits_for_the_device_once_a_token():
+    """For the tokens that were chosen. Where no rule looks at the texts, these stay on the CPU."""
+    s = system(dtype=torch.float32).cuda()
+    rules = Rules(Sampling.of(s, max_new_tokens=4), s, [0, 1], torch.zeros(1, dtype=torch.long))
+    assert rules.text.device.type == "cpu" and rules.append([5, 5], torch.zeros(2, 64, device="cuda")) == [False, False]
+    beams = dict(seed=0, num_beams=2, temperature=1.5)
+    for options in (dict(temperature=0), dict(seed=0), beams, dict(temperature=0, repetition_penalty=2.0)):
+        assert s.generate(QUESTIONS, max_new_tokens=6, **options) == s.generate(QUESTIONS, 6, batch_size=1, **options)
+
+
 def test_a_second_gpu():
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
     s = system(agents=[Agent("a", "w5 {question}", 12), Agent("b", "w9 {question}")], dtype=torch.float32).to("cuda:1")
     with torch.no_grad():
         got = s(QUESTIONS[:1]).logits  # latent steps as a graph
-        patch_of(s.model).capture = False
+        patch_of(s.model).tries = 0
         assert_close(got, s(QUESTIONS[:1]).logits, 1e-5)
     model = gpu_model().to("cuda:1")
     trace = diffmas.Trace(model)

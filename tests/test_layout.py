@@ -37,6 +37,8 @@ FOREIGN = {
     "_schema": "torch: the argument names of a registered op",
     "_version": "torch: whether a tensor was written to",
     "_top_saved_tensors_default_hooks": "torch._C._autograd: whether saved tensors are packed",
+    "_current_frames": "sys: what other threads do",
+    "_engine_run_backward": "torch.autograd.graph: where who calls backward waits for it",
     "_attn_implementation": "transformers: the attention that a config asks for",
     "_attn_implementation_internal": "transformers: its setter without the checks of a public name",
     "_gradient_checkpointing_func": "transformers: how layers are recomputed",

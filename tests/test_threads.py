@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmas
 from diffmas import MultiAgentSystem
+from diffmas.agents.adapters import AdapterLock
 from diffmas.agents.eval_mode import evaluating
 from diffmas.trace import pool
 
@@ -531,6 +532,39 @@ def test_a_copied_system_has_a_lock_of_its_own(scope):
     finally:
         handle.remove()
     assert got == [want, want] and chance.met == 0
+
+
+def test_autograds_threads_do_not_wait_for_whoever_waits_for_them(monkeypatch):
+    """On a GPU, layers are recomputed in a thread of autograd's. This one stands for it: it comes while the thread that holds
+    the adapters is in a long backward, and gets an error where it would wait for ever."""
+    monkeypatch.setattr(AdapterLock, "PATIENCE", 0.001)
+    lock, x = AdapterLock(), torch.randn(1500, 1500, requires_grad=True)
+    loss, inside = (x @ x).sum(), threading.Event()
+
+    def recompute():
+        wait(inside)
+        with lock:
+            pass
+
+    def backward():
+        with lock:
+            inside.set()
+            for _ in range(5):
+                loss.backward(retain_graph=True)
+
+    with pytest.raises(RuntimeError, match="backward: expected it outside of switched_to and switched_off"):
+        together(backward, recompute)
+    with lock:  # it is free again
+        pass
+
+    def called():  # who calls backward itself may wait
+        with lock:
+            pass
+
+    y = torch.ones(1, requires_grad=True)
+    y.register_hook(lambda grad: called())
+    inside.clear()
+    together(backward, lambda: wait(inside) or y.sum().backward())
 
 
 @pytest.mark.parametrize("scope", ["per_role", "final_only"])

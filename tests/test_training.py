@@ -13,7 +13,8 @@ import pytest
 import tiny_systems as tiny
 import torch
 from ddp_worker import CASES, build
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Qwen3Config, TrainerCallback
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Qwen3Config, TrainerCallback
 from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from diffmas import MultiAgentSystem
@@ -262,7 +263,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, (steps, options) in CASES.items():
+    for name, (steps, options, _) in CASES.items():
         ranks = [torch.load(tmp_path / f"{name}-{r}.pt", weights_only=False) for r in (0, 1)]
         assert len(ranks[0]["seen"]) == len(ranks[1]["seen"]) == 4
         assert sorted(map(str, ranks[0]["seen"] + ranks[1]["seen"])) == sorted(
@@ -799,6 +800,39 @@ def test_a_checkpoint_of_something_else_is_refused(run, tmp_path):
         MultiAgentSystem.from_pretrained(path, tiny.model(), tiny.tokenizer())
     with pytest.raises(ValueError, match="expected a whole checkpoint to resume from, found none"):
         Trainer(tiny.system(), arguments(tmp_path / "new"), train_dataset=tiny.rows(8)).train(resume_from_checkpoint=True)
+
+
+def _another_word(tokenizer):
+    tokenizer.add_tokens(["new"])
+
+
+def _another_template(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+
+
+def _another_end(tokenizer):
+    tokenizer.eos_token = "key"
+
+
+def _other_cuts(tokenizer):
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+
+@pytest.mark.parametrize("change", [_another_word, _another_template, _another_end, _other_cuts])
+def test_training_does_not_go_on_with_another_tokenizer(run, tmp_path, change):
+    copy_of(run, tmp_path, 2)
+    path = tmp_path / "checkpoint-2"
+    system = tiny.system()
+    system.tokenizer = AutoTokenizer.from_pretrained(path)
+    system.load_weights(path)  # the one that was saved is the same
+    change(system.tokenizer)
+    before = tiny.trainable(system)
+    with pytest.raises(ValueError, match="expected agents of this system's tokenizer and chat template .*, got those of oth"):
+        Trainer(system, arguments(tmp_path), train_dataset=tiny.rows(8)).train(resume_from_checkpoint=str(path))
+    assert all(torch.equal(before[n], p) for n, p in tiny.trainable(system).items())
+    file = path / "agents.json"
+    file.write_text(json.dumps(without(json.loads(file.read_text()), "tokenizer")))  # as older versions wrote it
+    system.load_weights(path)
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):

@@ -122,6 +122,8 @@ def test_what_depends_on_the_value(tmp_path):
     refused("accelerator_config: expected dispatch_batches=False, got True", accelerator_config=config)
     if "ddp_static_graph" in HERE:
         refused("ddp_static_graph: expected it to be off", tiny.system(adapter_scope="per_role"), ddp_static_graph=True)
+        static = dict(ddp_static_graph=True, gradient_accumulation_steps=2)
+        refused("ddp_static_graph: expected gradient_accumulation_steps=1 with it", **static)
     args = arguments(tmp_path, label_names=["labels"])  # what holds anyway is taken
     with pytest.raises(ValueError, match="processing_class: expected None or the system's own tokenizer, got another"):
         Trainer(tiny.system(), args, train_dataset=tiny.rows(2), processing_class=tiny.tokenizer())

@@ -9,9 +9,12 @@ import contextlib
 import copy
 import functools
 import re
+import sys
 import threading
+import traceback
 import weakref
 
+import torch
 from torch import nn
 
 from diffmas.models.adapted import check_adapter, check_bare, is_wrapper
@@ -70,15 +73,44 @@ def train_roles(model: nn.Module, names: list[str]) -> None:
         wrapper.set_requires_grad(trained)
 
 
+class AdapterLock:
+    """A re-entrant lock. Backward takes it in autograd's own threads, one for each GPU, for which whoever called it waits: if
+    that is who holds it, they would wait for each other for ever, and it raises RuntimeError instead."""
+
+    PATIENCE = 0.5  # seconds between two looks at what the holder does
+
+    def __init__(self):
+        self._lock, self._holders = threading.RLock(), []
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            engine = torch.autograd.graph._engine_run_backward.__code__
+            mine = sys._current_frames()[threading.get_ident()]
+            # Whoever has called backward itself is no thread of autograd's, and nobody waits for it.
+            called = any(frame.f_code is engine for frame, _ in traceback.walk_stack(mine))
+            while not self._lock.acquire(timeout=self.PATIENCE):
+                holder = sys._current_frames().get(next(iter(self._holders), None))
+                if not called and holder is not None and holder.f_code is engine:
+                    raise RuntimeError(
+                        "backward: expected it outside of switched_to and switched_off, where the layers that activation "
+                        "checkpointing recomputes on a GPU wait for the adapters that they hold"
+                    )
+        self._holders.append(threading.get_ident())
+
+    def __exit__(self, *error) -> None:
+        self._holders.pop()
+        self._lock.release()
+
+
 # By causal LM, for those whose adapters somebody switches. As an attribute, a lock would keep the model from being copied.
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, AdapterLock] = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
 
-def will_switch(model: nn.Module) -> threading.RLock:
+def will_switch(model: nn.Module) -> AdapterLock:
     """Gives the model a lock, and returns it: from now on forwards that need one of its adapters take turns."""
     with _LOCKS_LOCK:
-        return _LOCKS.setdefault(causal_lm_of(model), threading.RLock())
+        return _LOCKS.setdefault(causal_lm_of(model), AdapterLock())
 
 
 @contextlib.contextmanager
@@ -98,13 +130,14 @@ def of_agent(system, i: int):
 
 
 def switched_off(model: nn.Module):
-    """Inside, the model runs without its adapters. Raises ValueError if it is not the base model then."""
+    """Inside, the model runs without its adapters, and no other thread runs it: call backward outside. Raises ValueError if it
+    is not the base model then."""
     check_bare(model)
     return _switched(model, _disable_adapters=True)
 
 
 def switched_to(model: nn.Module, adapter: str):
-    """Inside, the model runs with the adapter of this name."""
+    """Inside, the model runs with the adapter of this name, and no other thread runs it: call backward outside."""
     return _switched(model, _active_adapter=[adapter], _disable_adapters=False)
 
 

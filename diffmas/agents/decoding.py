@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria
 
@@ -78,14 +79,19 @@ class Rules:
     def __init__(self, sampling: Sampling, system, members: list[int], text: Tensor):
         """text [S]: before the answer."""
         self.process, self.is_done = sampling.prepared(system, text)
-        self.members, self.text = members, text.to(system.device).expand(len(members), -1)
+        self.seen = not sampling.together
+        self.members, self.text = members, (text.to(system.device) if self.seen else text).expand(len(members), -1)
 
     def scores(self, logits: Tensor) -> Tensor:
         return self.process(self.text, logits.float()) if self.process else logits
 
     def append(self, tokens: list[int], scores: Tensor) -> list[bool]:
         """The next token of each sequence; returns which of them end with it."""
-        self.text = torch.cat((self.text, torch.tensor(tokens, device=self.text.device)[:, None]), dim=1)
+        new = torch.tensor(tokens, device=self.text.device)[:, None]
+        if self.seen:
+            self.text = torch.cat((self.text, new), dim=1)
+        else:  # the end is by the newest token and the number of columns: no text is kept, and no device waited for
+            self.text = new.expand(-1, self.text.shape[1] + 1)
         return self.is_done(self.text, scores).tolist()
 
     def keep(self, going: list[bool]) -> None:
@@ -176,12 +182,26 @@ def _beam_search(system, trace: Trace, prompts: list[list[int]], sampling: Sampl
         if sampling.stop:
             stops = TextStops(Stops(system.tokenizer, sampling.stop), len(ids[0]))
             arguments["stopping_criteria"] = [*(sampling.arguments.get("stopping_criteria") or []), stops]
-        with phase("decode"), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(sampling.generator(first + batch[0], 0).initial_seed())
+        with phase("decode"), Drawn(sampling.generator(first + batch[0], 0), device):
             out = lm.generate(ids.to(device), attention_mask=mask.to(device), **arguments)[:, ids.shape[1] :].tolist()
         rows = iter(_without_filling(row, arguments) for row in out)
         tokens += [[next(rows) for _ in range(sampling.samples)] for _ in batch]
     return tokens
+
+
+class Drawn(TorchFunctionMode):
+    """Inside, this thread's `torch.multinomial` draws from a generator like the given one, on a device: transformers' beams
+    would draw from the one that the whole process shares."""
+
+    def __init__(self, like: torch.Generator, device: torch.device):
+        super().__init__()
+        self.generator = torch.Generator(device).manual_seed(like.initial_seed())
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.multinomial, Tensor.multinomial):
+            kwargs = {**kwargs, "generator": self.generator}
+        return func(*args, **kwargs)
 
 
 class TextStops(StoppingCriteria):

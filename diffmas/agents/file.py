@@ -4,6 +4,7 @@ agents, the system's class and the adapter's base model.
 Only plain data goes in and out: paths, models, dicts. `MultiAgentSystem` writes and builds itself with these functions.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import fields
@@ -64,6 +65,18 @@ def adapter_directory(path: Path, name: str) -> Path:
     return path if name == "default" else path / name
 
 
+PROBE = "A text 12345.6 of\n\n  many  kinds: naïve, x² <b>, 汉字, é, \U0001f511."
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Hash of what a tokenizer makes of text: its vocabulary, template and end-of-sequence token, and how it cuts PROBE."""
+    made = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()), "template": getattr(tokenizer, "chat_template", None),
+        "end": tokenizer.eos_token_id, "probe": list(tokenizer(PROBE)["input_ids"]),
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def check_description(description: dict) -> None:
     """Raises ValueError for an agent of `MultiAgentSystem.describe()` that a file cannot hold."""
     for agent in description["agents"]:
@@ -92,6 +105,7 @@ def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tens
     head = {
         "format": FORMAT, "base_model": causal_lm_of(model).config._name_or_path,
         "base_fingerprint": model_fingerprint(model, trained), "trained_in_base": trained, "adapters": adapters_of(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
     }  # fmt: skip
     write_json(path / AGENTS_FILE, {**head, **description})
 
@@ -120,7 +134,7 @@ def read_agents(path) -> dict:
     described = _with_later_options(described)
     head = {
         "format": str, "base_model": str | None, "base_fingerprint": str, "trained_in_base": list, "adapters": dict,
-        "agents": list, "class": str | None, "own_options": dict | None,
+        "tokenizer": str | None, "agents": list, "class": str | None, "own_options": dict | None,
     }  # fmt: skip
     _check(described, {**head, **get_type_hints(Options)}, str(file))
     kinds = get_type_hints(Agent)
@@ -137,7 +151,8 @@ def _with_later_options(described: dict) -> dict:
     # Where latent_only drops nothing, sinks change nothing.
     sinks = 0 if described.get("trace_content") == "latent_only" else Options.sinks
     agents = [{"stop_change": None, **agent} if isinstance(agent, dict) else agent for agent in described["agents"]]
-    return {"sinks": sinks, "chat_options": None, "trained_in_base": [], **described, "agents": agents}
+    later = {"sinks": sinks, "chat_options": None, "trained_in_base": [], "tokenizer": None}
+    return {**later, **described, "agents": agents}
 
 
 def check_base(described: dict, model: nn.Module, path) -> None:
@@ -173,11 +188,11 @@ def read_map(path, shape) -> Tensor:
     return read["weight"]
 
 
-def load_weights(path, model: nn.Module, description: dict, learned_map: nn.Parameter | None = None) -> None:
+def load_weights(path, model: nn.Module, tokenizer, description: dict, learned_map: nn.Parameter | None = None) -> None:
     """Copies the adapters (and learned map) of a directory into a model that has such adapters already, in place.
 
-    description: `MultiAgentSystem.describe()`, which agents.json must agree with. Raises ValueError, before anything is
-    changed, for a directory of another base model, other agents or options, or damaged weights.
+    tokenizer: the model's. description: `MultiAgentSystem.describe()`, which agents.json must agree with. Raises ValueError,
+    before anything is changed, for a directory of another base model or tokenizer, other agents or options, or damaged weights.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -189,6 +204,11 @@ def load_weights(path, model: nn.Module, description: dict, learned_map: nn.Para
     for key, value in json.loads(json.dumps(description)).items():
         if described.get(key) != value and not _unsaid(described, key):
             raise ValueError(f"{path / AGENTS_FILE}: expected {key} {value!r}, got {described.get(key)!r}")
+    if described["tokenizer"] not in (None, mine := tokenizer_fingerprint(tokenizer)):
+        raise ValueError(
+            f"{path / AGENTS_FILE}: expected agents of this system's tokenizer and chat template (fingerprint {mine}), got "
+            f"those of others (fingerprint {described['tokenizer']}), which stand beside it"
+        )
     adapters = adapters_of(model)
     if described["adapters"] != adapters:
         raise ValueError(f"{path / AGENTS_FILE}: expected adapters {adapters}, got {described['adapters']}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffmas.agents.capture import captured
 from diffmas.models.forward import forward
-from diffmas.models.patch import Patch
+from diffmas.models.patch import TRIES, Patch
 from diffmas.trace import Trace
 from diffmas.trace.forward_pass import ForwardPass
 
@@ -80,7 +80,7 @@ def _step(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Ten
 
 def _graphs(patch: Patch, realign: nn.Module, h: Tensor) -> bool:
     """Whether steps may be captured: on one GPU, without gradients, outside of a capture, by a model that allows it."""
-    if torch.is_grad_enabled() or not h.is_cuda or not patch.capture:
+    if torch.is_grad_enabled() or not h.is_cuda or not patch.tries:
         return False
     weights = [*patch.body.parameters(), *realign.parameters(), *realign.buffers()]
     return all(w.device == h.device for w in weights) and not torch.cuda.is_current_stream_capturing()
@@ -115,9 +115,13 @@ class Repeat:
             self.forward_pass.forget()
             if not isinstance(error, RuntimeError):
                 raise
-            if not isinstance(error, torch.OutOfMemoryError):  # which may be another's memory, and later there may be some
-                self.patch.capture = False
-                warnings.warn(f"latent steps run without a CUDA graph, which this model does not allow: {error}", stacklevel=2)
+            full = isinstance(error, torch.OutOfMemoryError)  # which may be another's memory, and later there may be some
+            self.patch.tries = self.patch.tries - 1 if full else 0
+            if self.patch.tries <= 0:
+                why = "for which there was no memory several times" if full else "which this model does not allow"
+                warnings.warn(f"latent steps run without a CUDA graph, {why}: {error}", stacklevel=2)
+        else:
+            self.patch.tries = TRIES
         return self.graph is not None
 
     def take(self, steps: int) -> Tensor:

@@ -6,11 +6,14 @@ DiffMAS, arXiv 2604.21794).
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffmas.agents.eval_mode import evaluating
 from diffmas.models.adapted import adapter_state
@@ -24,7 +27,7 @@ CHUNK = 4096  # tokens of the vocabulary at once
 
 class Solved(NamedTuple):
     """What a mode needs of the embeddings as they are. norm: the mean norm of a token's embedding. weight: W [hidden, hidden].
-    table: soft_token's E_in [V, hidden]."""
+    table: E_in [V, hidden], where soft_token needs it (`_by_weighing`)."""
 
     norm: Tensor | None = None
     weight: Tensor | None = None
@@ -45,7 +48,7 @@ class Realign(nn.Module):
 
     E_in and E_out are what the two modules compute: with the active adapter (LoRA on them, saved or trained tokens) and with
     what an embedding multiplies its weight by. Norm and W are those of the modules as they are: who trains, loads, resizes or
-    switches them gets another W at the next turn, in training one for each optimizer step, without a gradient through it. So
+    switches them gets another W at the next call, in training one for each optimizer step, without a gradient through it. So
     a system that is loaded has the W that it was saved with. Only the W of "learned" is solved once, and then what it is
     trained to. What is written to the `.data` of a frozen weight is not noticed: call `forget()`.
 
@@ -62,7 +65,8 @@ class Realign(nn.Module):
         self._model = (model,)  # a tuple hides it from nn.Module: its weights are not this module's
         if mode in ("ridge", "soft_token", "learned") and model.get_output_embeddings() is None:
             raise ValueError(f"realign: {mode!r} needs a model with an output embedding")
-        self._known: dict[tuple, tuple[tuple, Solved]] = {}  # by the adapters that run
+        self._known: dict[tuple, tuple[tuple, Solved | bool]] = {}  # by the adapters that run; for soft_token `_by_weighing`
+        self._settled: dict[int, set[tuple]] = {}  # by thread, which of these hold until `unchanging` ends
         if mode == "learned":
             self.weight = nn.Parameter(self._solve())
 
@@ -72,6 +76,8 @@ class Realign(nn.Module):
         if self.mode == "soft_token":
             head = self._model[0].get_output_embeddings()
             p = torch.softmax(head(h.to(_device_of(head))) / self.temperature, dim=-1)
+            if table is None:
+                return _expected(self._model[0].get_input_embeddings(), p).to(h.dtype)
             return p.to(table.device) @ table.to(h.dtype)
         h = h.to(_device_of(self._model[0].get_input_embeddings()))
         if self.mode == "none":
@@ -89,19 +95,37 @@ class Realign(nn.Module):
             return Solved()
         e_in, e_out = self._model[0].get_input_embeddings(), self._model[0].get_output_embeddings()
         if self.mode == "soft_token":
-            return Solved(table=e_in.weight if _plain(e_in, nn.Embedding) else _rows(e_in, 0, len(e_in.weight)))
+            key, state = (adapter_state(e_in),), (id(e_in), state_of(e_in.weight, read=False)[2:])
+            if key not in self._known or self._known[key][0] != state:
+                self._known[key] = state, _by_weighing(e_in)
+            return Solved(table=None if self._known[key][1] else _rows(e_in, 0, len(e_in.weight)))
         modules = (e_in, e_out) if self.mode == "ridge" else (e_in,)
-        key = tuple(adapter_state(m) for m in modules)
-        tensors = [x for m in modules for x in (*m.parameters(), *m.buffers())]
-        # Not every optimizer counts versions.
-        state = tuple(state_of(x, read=x.requires_grad) for x in tensors)
+        key, settled = tuple(adapter_state(m) for m in modules), self._settled.get(threading.get_ident())
         known = self._known.get(key)
+        if settled is not None and key in settled:
+            return known[1]
+        tensors = {id(x): x for m in modules for x in (*m.parameters(), *m.buffers())}  # those that are tied once
+        # Not every optimizer counts versions.
+        state = tuple(state_of(x, read=x.requires_grad) for x in tensors.values())
         if known is None or known[0] != state:
             known = self._known[key] = state, Solved(self._norm(), self._solve() if self.mode == "ridge" else None)
+        if settled is not None:
+            settled.add(key)
         return known[1]
 
+    @contextlib.contextmanager
+    def unchanging(self):
+        """Inside, nobody changes the embeddings: whether they have changed is looked at once, and not at each turn."""
+        thread = threading.get_ident()
+        outer = self._settled.setdefault(thread, mine := set()) is not mine
+        try:
+            yield
+        finally:
+            if not outer:
+                del self._settled[thread]
+
     def forget(self) -> None:
-        """The next turn computes norm and W anew."""
+        """The next call computes norm and W anew."""
         self._known.clear()
 
     def _norm(self) -> Tensor:
@@ -156,6 +180,48 @@ def _plain(module: nn.Module, kind: type) -> bool:
 def _rows(embedding: nn.Module, first: int, end: int) -> Tensor:
     """The embeddings of tokens `first` to `end`, as the module computes them."""
     return embedding(torch.arange(first, end, device=_device_of(embedding)))
+
+
+class _Weighing(TorchFunctionMode):
+    """Inside, an embedding that looks up tokens gets the mean of all rows instead, weighed by p [n, V]. read: where it has
+    looked."""
+
+    def __init__(self, p: Tensor):
+        super().__init__()
+        self.p, self.read = p, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.embedding:
+            return func(*args, **(kwargs or {}))
+        weight = args[1]
+        self.read.append(weight.untyped_storage().data_ptr())
+        return self.p.to(weight) @ weight
+
+
+def _expected(embedding: nn.Module, p: Tensor) -> Tensor:
+    """The mean over tokens, weighed by p [n, V], of what a module gives for them; see `_by_weighing`."""
+    with _Weighing(p):
+        return embedding(torch.zeros(len(p), dtype=torch.long, device=_device_of(embedding)))
+
+
+@torch.no_grad()
+def _by_weighing(embedding: nn.Module) -> bool:
+    """Whether `_expected` is what it says: where a module scales the rows of its parameters or adds up some, as LoRA. Elsewhere
+    a table of all tokens' embeddings is needed; so it is where a module makes new rows for every call."""
+    if _plain(embedding, nn.Embedding):
+        return True
+    rows = len(embedding.weight)
+    p = torch.zeros(1, rows, dtype=embedding.weight.dtype, device=_device_of(embedding))
+    p[0, [1 % rows, rows - 1]] = 0.5  # two tokens, for which a norm of the rows, for one, is not linear
+    with _as_they_are(embedding), _Weighing(p) as weighing:
+        try:
+            got = embedding(torch.zeros(1, dtype=torch.long, device=p.device))
+        except (RuntimeError, TypeError, ValueError):  # rows that are packed
+            return False
+    want = _wide(torch.cat([_rows(embedding, i, i + 1) for i in (1 % rows, rows - 1)])).mean(0)
+    own = {x.untyped_storage().data_ptr() for x in embedding.parameters()}
+    close = (_wide(got)[0] - want).abs().max() <= 2 * torch.finfo(got.dtype).eps * want.abs().max()
+    return bool(weighing.read) and own.issuperset(weighing.read) and bool(close)
 
 
 def _chunks(embedding: nn.Module) -> Iterator[Tensor]:

@@ -40,7 +40,9 @@ OPTIONS = {
     "renormalize_logits", "repetition_penalty", "sequence_bias", "stopping_criteria", "suppress_tokens", "temperature", "top_h",
     "top_k", "top_p", "typical_p",
 }  # fmt: skip
-OURS = ("max_new_tokens", "num_return_sequences", "stop_strings")  # and by other names
+OURS = {"max_new_tokens", "num_return_sequences", "stop_strings"}  # and by other names
+# What transformers takes where a config leaves it out, of its options that are not off then.
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "length_penalty": 1.0, "early_stopping": False}
 # Of these, none looks at a text: all sequences may go through one call.
 BLIND = (
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
@@ -69,25 +71,24 @@ class Sampling:
     ):  # fmt: skip
         """By the names of `MultiAgentSystem.generate`. Raises ValueError naming what is out of range, unknown or not for us."""
         lm, config = causal_lm_of(system.model), options.pop("generation_config", None)
-        given = {**({} if config is None else _said(config)), **options}
-        _refuse_others(given)
+        _refuse_others({**({} if config is None else _said(config)), **options})
+        given = {**({} if config is None else _taken(config)), **options}
         for name, short, value in (("num_return_sequences", "samples", samples), ("stop_strings", "stop", stop)):
             if value is not None and name in options:
                 raise ValueError(f"{name}: expected it under one name, got {short} too")
-        own = options_of(lm, given)  # of the config passed or of the model's, where no argument says it
+        own = options_of(lm, given)  # of the model's config, where neither argument nor a config passed says it
         stop_strings = own("stop_strings")
         stop = stop if stop is not None else [stop_strings] if isinstance(stop_strings, str) else stop_strings or []
         samples = own("num_return_sequences") or 1 if samples is None else samples
         max_new_tokens = own("max_new_tokens") or 256 if max_new_tokens is None else max_new_tokens
-        for name in OURS:
-            given.pop(name, None)
+        given = {name: x for name, x in given.items() if name not in OURS}
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         if samples < 1:
             raise ValueError(f"samples: expected at least 1, got {samples}")
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop: expected a list of non-empty strings, got {stop!r}")
-        chosen = _choice(own, given, temperature, top_p, config is not None)
+        chosen = _choice(own, given, temperature, top_p, bool(lm.generation_config.do_sample))
         ends = given.get("eos_token_id", sorted(end_tokens(lm, system.tokenizer)) or None)
         pad = own("pad_token_id") if own("pad_token_id") is not None else system.tokenizer.pad_token_id
         if pad is None:
@@ -131,38 +132,50 @@ def _what_is_prepared(model, input_ids, logits_processor, stopping_criteria, gen
 
 
 def _said(config: GenerationConfig) -> dict:
-    """What a config says that transformers does not say by itself."""
+    """What a config says that transformers does not say by itself, as far as it tells the two apart: before version 5 a value
+    that is its default looks like one that was left out."""
     if not isinstance(config, GenerationConfig):
         raise ValueError(f"generation_config: expected a GenerationConfig, got {type(config).__name__}")
     return {k: v for k, v in config.to_diff_dict().items() if k not in NOTHING and v is not None}
+
+
+def _taken(config: GenerationConfig) -> dict:
+    """A config as it is, in the place of the model's own: what it leaves out is off, or transformers' default."""
+    taken = {name: x for name, x in vars(config).items() if name in OPTIONS | OURS}
+    taken = {name: x for name, x in taken.items() if x is not None or not name.endswith("_token_id")}
+    return taken | {name: x for name, x in DEFAULTS.items() if taken.get(name) is None}
 
 
 def _refuse_others(given: dict) -> None:
     for name in ("max_length", "min_length"):
         if given.get(name):
             raise ValueError(f"{name}: expected {name[:3]}_new_tokens, since prompts differ in length, got {given[name]}")
-    if unknown := sorted(given.keys() - OPTIONS - set(OURS) - {"max_length", "min_length"}):
+    if unknown := sorted(given.keys() - OPTIONS - OURS - {"max_length", "min_length"}):
         raise ValueError(
             f"options: expected names of transformers' logits processors, stopping criteria and beam search, got {unknown[0]!r}"
         )
 
 
-def _choice(own, given: dict, temperature, top_p, configured: bool) -> dict:
-    """do_sample, temperature, top_p and top_k. What nobody says is not transformers' default but this project's."""
+def _choice(own, given: dict, temperature, top_p, model_samples: bool) -> dict:
+    """do_sample, temperature, top_p and top_k. What nobody says is not transformers' default but this project's, unless the
+    model's own config samples: then it is taken as it is. given: also what was taken from a config that was passed."""
     if temperature is not None and temperature < 0:
         raise ValueError(f"temperature: expected 0 or more, got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-    plain = GenerationConfig()
 
     def said(name: str, otherwise):
         value = own(name)
-        return otherwise if value is None or (name not in given and value == getattr(plain, name)) else value
+        if name in given:
+            return otherwise if value is None else value
+        if value is None or value == DEFAULTS[name]:  # before version 5, transformers has it where nobody said it
+            return DEFAULTS[name] if model_samples else otherwise
+        return value
 
     if temperature is not None or "do_sample" in given:
-        do_sample = given["do_sample"] if temperature is None else temperature > 0
-    else:  # a config that does not say so does not sample, and neither do beams
-        do_sample = bool(own("do_sample")) or not (configured or (own("num_beams") or 1) > 1)
+        do_sample = bool(given["do_sample"]) if temperature is None else temperature > 0
+    else:  # beams do not sample unless somebody says so
+        do_sample = bool(own("do_sample")) or (own("num_beams") or 1) == 1
     if not do_sample:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return {

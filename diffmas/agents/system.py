@@ -6,13 +6,11 @@ which the next agent attends to. The last agent's forward gives the loss, or its
 text.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from diffmas.agents import adapters, file, gradients, prompts
 from diffmas.agents.chat import check_chat
@@ -22,6 +20,7 @@ from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.meter import phase
 from diffmas.agents.options import Options
+from diffmas.agents.output import SystemOutput, output_of
 from diffmas.agents.prompts import Agent, Turn
 from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling
@@ -33,21 +32,6 @@ from diffmas.trace import Trace
 from diffmas.trace.views import SINKS
 
 __all__ = ["Agent", "MultiAgentSystem", "SystemOutput"]
-
-
-@dataclass
-class SystemOutput(ModelOutput):
-    """The result of `MultiAgentSystem.forward`.
-
-    loss: mean (or sum / num_items_in_batch) negative log-likelihood of the answer tokens, in nats. logits [B, A, V]:
-    logits[b, t] predicts labels[b, t]. labels [B, A] int64, -100 behind shorter answers. trace: with the rows of all agents.
-    Without answers, loss and labels are None, and A is 1: the logits of the answer's first token.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    labels: Tensor | None = None
-    trace: Trace | None = None
 
 
 class MultiAgentSystem(nn.Module):
@@ -216,7 +200,8 @@ class MultiAgentSystem(nn.Module):
         what = "its prompt and answer" if answers is not None else "its prompt"
         turns = self.tokenize(questions, [len(t) for t in targets], what, trace)
         if trace is None:
-            trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns)
+            with self.realign.unchanging():
+                trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns)
         prompt_rows = [turn.ids for turn in turns[-1]]
         rows = [p + t for p, t in zip(prompt_rows, targets)]
         trace.agent = self.agents[-1].name
@@ -235,11 +220,7 @@ class MultiAgentSystem(nn.Module):
         if answers is None:
             return SystemOutput(logits=logits[:, None], trace=trace)
         labels = self._pack(targets)[0].to(logits.device)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        total = F.cross_entropy(wide, labels, reduction="sum")
-        loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-        counts = [len(t) for t in targets]
-        return SystemOutput(loss=loss, logits=_padded(logits, counts, 0.0), labels=_padded(labels, counts, -100), trace=trace)
+        return output_of(logits, labels, [len(t) for t in targets], num_items_in_batch, trace)
 
     @torch.no_grad()
     def generate(
@@ -257,8 +238,9 @@ class MultiAgentSystem(nn.Module):
         logits_processor, stopping_criteria and all else that chooses tokens or ends a text. Rules about text see the trace's
         tokens and the prompt (`Trace.token_ids`).
 
-        What is not given is generation_config's, and then the model's own; where these do not say, there are 256 tokens,
-        temperature 0.6, top_p 0.95 and no top_k. Decoding ends at an end-of-sequence token of the model or the tokenizer, a
+        A generation_config takes the place of the model's own as it is: what it leaves out is transformers' default. Without
+        one, what is not given is the model's own; where that does not sample and does not say, temperature 0.6, top_p 0.95 and
+        no top_k. 256 tokens where nobody says it. Decoding ends at an end-of-sequence token of the model or the tokenizer, a
         stop string or max_new_tokens. A result depends on the seed and on the place of its question in the list. It depends on
         batch_size only as far as sums round differently, which can tip a close choice: torch's products and activations do for
         other numbers of rows, attention does from 1024 rows on. Raises ValueError naming what does not fit, before any agent
@@ -289,7 +271,7 @@ class MultiAgentSystem(nn.Module):
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         turns = self.tokenize(questions, [sampling.max_new_tokens] * len(questions), "its prompt and answer", trace)
         tokens, step = [], batch_size or len(questions)
-        with evaluating(self):
+        with evaluating(self), self.realign.unchanging():
             for first in range(0, len(questions), step):
                 batch = [rows[first : first + step] for rows in turns]
                 if trace is None:
@@ -356,10 +338,10 @@ class MultiAgentSystem(nn.Module):
     def load_weights(self, path) -> None:
         """Copies adapters and learned realignment of a directory that `save_pretrained` wrote into this system, in place.
 
-        Raises ValueError, before anything is changed, for a directory of another base model, other agents or options, or
-        damaged weights.
+        Raises ValueError, before anything is changed, for a directory of another base model or tokenizer, other agents or
+        options, or damaged weights.
         """
-        file.load_weights(path, self.model, self.describe(), self._learned_map)
+        file.load_weights(path, self.model, self.tokenizer, self.describe(), self._learned_map)
 
     @classmethod
     def of_description(cls, model, tokenizer, description: dict) -> "MultiAgentSystem":
@@ -392,10 +374,3 @@ class MultiAgentSystem(nn.Module):
             with torch.no_grad():
                 learned_map.copy_(file.read_map(path, learned_map.shape))
         return system
-
-
-def _padded(packed: Tensor, counts: list[int], fill) -> Tensor:
-    """[sum(counts), ...] -> [B, max(counts), ...]."""
-    if len(set(counts)) == 1:
-        return packed.unflatten(0, (len(counts), counts[0]))
-    return nn.utils.rnn.pad_sequence(packed.split(counts), batch_first=True, padding_value=fill)

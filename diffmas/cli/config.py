@@ -60,11 +60,12 @@ class Data:
 
 @dataclass
 class Generation:
-    """Decoding, as `MultiAgentSystem.generate` takes it. max_new_tokens: by default the task's, or 256."""
+    """Decoding, as `MultiAgentSystem.generate` takes it: what is not said is the model's own. max_new_tokens: by default the
+    task's."""
 
     max_new_tokens: int | None = None
-    temperature: float = 0.6
-    top_p: float = 0.95
+    temperature: float | None = None
+    top_p: float | None = None
     seed: int = 0
     stop: list[str] | None = None
 
@@ -133,8 +134,8 @@ class Config:
         self.agents = self.agents or theirs
         if not self.agents:
             raise ValueError("agents: expected at least one agent or a task, got neither")
-        if self.generation.max_new_tokens is None:
-            self.generation.max_new_tokens = published.max_new_tokens if published else 256
+        if self.generation.max_new_tokens is None and published:
+            self.generation.max_new_tokens = published.max_new_tokens
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
         for name, limit in (("data", self.data.limit), ("evaluation", self.evaluation.limit)):

@@ -76,8 +76,9 @@ class Condition:
 
 def audit(
     system: MultiAgentSystem, rows: list[dict], samples: int = 1, scorer: Scorer | None = None, batch_size: int | None = None,
-    kind: str | None = None, seed: int | None = 0, progress: Callable[[str], None] | None = None, *, max_new_tokens: int = 256,
-    temperature: float = 0.6, top_p: float = 0.95, stop: list[str] | None = None,
+    kind: str | None = None, seed: int | None = 0, progress: Callable[[str], None] | None = None, *,
+    max_new_tokens: int | None = None, temperature: float | None = None, top_p: float | None = None,
+    stop: list[str] | None = None,
 ) -> list[Condition]:  # fmt: skip
     """The conditions of a team, "own" first, then those of all agents together, then agent by agent.
 
@@ -98,7 +99,7 @@ def audit(
     questions, golds = map(list, zip(*(question_and_answer(row, f"rows[{i}]") for i, row in enumerate(rows))))
     sampling = Sampling.of(system, max_new_tokens, temperature, top_p, seed, stop, samples)
     system.tokenize(
-        MultiAgentSystem.fields_of(questions), [max_new_tokens] * len(rows), "its prompt and answer"
+        MultiAgentSystem.fields_of(questions), [sampling.max_new_tokens] * len(rows), "its prompt and answer"
     )  # do they fit?
     found: dict[tuple, dict[int, tuple]] = {}  # by condition: for each row its texts and nll
     with evaluating(system), torch.no_grad():

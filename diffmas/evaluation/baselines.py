@@ -18,6 +18,7 @@ from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.meter import Cost, Decoding, measuring, phase
 from diffmas.agents.options import Options
+from diffmas.agents.sampling import Sampling
 from diffmas.agents.system import Agent, MultiAgentSystem
 from diffmas.trace import Trace
 
@@ -186,12 +187,13 @@ def single_agent(system: MultiAgentSystem, agent: Agent | None = None, adapter: 
 @dataclass
 class Turn:
     """What one of several text agents read and wrote. By sequence, the samples of a question side by side: prompts (without the
-    chat template), texts, and tokens of the texts."""
+    chat template), texts, and tokens of the texts. most: tokens that a text may have."""
 
     agent: Agent
     prompts: list[str]
     texts: list[str]
     lengths: list[int]
+    most: int
 
 
 class TextAgents:
@@ -230,13 +232,13 @@ class TextAgents:
         with phase("hand-over"):
             method, read = self._read(i, questions, messages)
             (agent,) = method.system.agents
-            turn = Turn(agent, [agent.render(fields) for fields in read], [], [])
+            prompts = [agent.render(fields) for fields in read]
         if i < len(self._readers) - 1:
             generation = {**generation, "max_new_tokens": self.max_message_tokens, "seed": generation["seed"] + i + 1}
         with method.switched():
-            texts, lengths = _generate(method.system, read, batch_size=batch_size, **generation)
-        turn.texts, turn.lengths = [text for (text,) in texts], [n for (n,) in lengths]
-        return turn
+            texts, lengths = _generate(method.system, read, batch_size=batch_size, samples=1, **generation)
+        most = Sampling.of(method.system, generation.get("max_new_tokens")).max_new_tokens
+        return Turn(agent, prompts, [text for (text,) in texts], [n for (n,) in lengths], most)
 
     def _turns(self, questions: list[dict], batch_size, generation):
         """The turns of all agents but the last, and what the last one reads, at the end."""

@@ -36,10 +36,9 @@ def right_turns(
     questions, golds = map(list, zip(*(question_and_answer(row, f"rows[{i}]") for i, row in enumerate(rows))))
     scorer = scorer or Scorer()
     turns, answers = team.write(questions, samples, batch_size, **generation)
-    limits = [team.max_message_tokens] * (len(turns) - 1) + [generation.get("max_new_tokens", 256)]
     right, ended, kept = 0, 0, []
     for i, correct in enumerate(verdict for samples in scorer.verdicts(answers.texts, golds, rows) for verdict in samples):
-        whole = all(turn.lengths[i] < limit for turn, limit in zip(turns, limits))
+        whole = all(turn.lengths[i] < turn.most for turn in turns)
         right, ended = right + correct, ended + whole
         if whole and correct:
             kept += [{"agent": t.agent.name, "prompt": t.prompts[i], "answer": t.texts[i]} for t in turns]

@@ -186,12 +186,15 @@ def _generate(self, trace: Trace, argument: str, inputs, kwargs: dict):
 
 def options_of(model, kwargs: dict):
     """What transformers will take for an option: of the arguments, None included, of the config passed, of the model's."""
-    configs = [c for c in (kwargs.get("generation_config"), model.generation_config) if c is not None]
+    passed, own = kwargs.get("generation_config"), model.generation_config
+    unsaid = type(own)()  # None everywhere since transformers 5
 
     def option(name: str):
         if name in kwargs:
             return kwargs[name]
-        return next((x for c in configs if (x := getattr(c, name, None)) is not None), None)
+        given = getattr(passed, name, None)
+        said = given is not None and given != getattr(unsaid, name, None)
+        return given if said else next((x for c in (own, passed) if (x := getattr(c, name, None)) is not None), None)
 
     return option
 

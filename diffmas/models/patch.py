@@ -12,6 +12,7 @@ its plain one (diffmas.models.rehearsal); each alone misses cases.
 
 import functools
 import logging
+import traceback
 from dataclasses import dataclass, field
 
 import torch
@@ -33,14 +34,17 @@ __all__ = ["Patch", "patch_model", "patch_of", "unpatch_model"]
 
 logger = logging.getLogger("diffmas")
 
+NOT_THE_MODELS = (Unsupported, MemoryError, torch.OutOfMemoryError)
+TRIES = 3  # of a capture that runs out of memory: it costs as much as some steps each time
+
 
 @dataclass
 class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
     checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
-    when they were patched. capture: whether latent steps may be captured as a CUDA graph (diffmas.agents.latent); no more
-    after an attempt that failed.
+    when they were patched. tries: how often latent steps may still be captured as a CUDA graph (diffmas.agents.latent) without
+    success; none are left after an attempt that shows that the model cannot be.
     """
 
     body: nn.Module
@@ -51,7 +55,7 @@ class Patch:
     checkpointed: list[nn.Module] = field(default_factory=list)
     dropping: list[nn.Module] = field(default_factory=list)
     hook_ids: tuple[int | None, int | None] = (None, None)
-    capture: bool = True
+    tries: int = TRIES
 
     def pairs(self) -> list[tuple[nn.Module, Layer]]:
         return list(zip(attention_layers(self.body), self.layers))
@@ -108,12 +112,18 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
             unpatch_model(causal_lm)
         if previous is not None:
             _install(previous)
-        if not isinstance(error, Exception) or isinstance(error, (Unsupported, MemoryError, torch.OutOfMemoryError)):
+        if not isinstance(error, Exception) or isinstance(error, NOT_THE_MODELS) or _is_ours(error):
             raise
-        raise Unsupported(f"diffmas cannot patch {type(causal_lm).__name__}: {type(error).__name__}: {error}") from error
+        raise Unsupported(f"{type(causal_lm).__name__} could not be patched: {type(error).__name__}: {error}") from error
     tiers = sorted({f"{type(a).__name__} {'fused' if x.family else 'generic'}" for a, x in record.pairs()})
     logger.info("diffmas: patched %d layers of %s (%s)", len(record.layers), type(causal_lm).__name__, ", ".join(tiers))
     return model
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error is a fault in this code, which no model can be the cause of."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, (AssertionError, NameError)) and frame.f_globals.get("__name__", "").split(".")[0] == "diffmas"
 
 
 def _examine(causal_lm: nn.Module, body: nn.Module, backend: str, max_length: int | None) -> Patch:

@@ -2,29 +2,26 @@
 
 Storage and view are two things. A store (diffmas.trace.store) owns the rows of every layer; a `Trace` owns, per sequence, the
 ordered list of *segments* that it sees. Forks, joins and `keep` make new views over the same rows and copy nothing. A trace
-changes in one place, `commit`, which makes the tokens of a forward pass part of it; and where transformers asks a cache to
-change in place, it becomes another view of its store (`_become`).
+changes in one place, `commit` (diffmas.trace.appending), which makes the tokens of a forward pass part of it; and where
+transformers asks a cache to change in place, it becomes another view of its store (`_become`).
 """
-
-import operator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffmas.trace import file
-from diffmas.trace.autograd import inherit, reposition
-from diffmas.trace.cache import CacheFace
-from diffmas.trace.forward_pass import ForwardPass, Table
+from diffmas.trace.appending import Appending
+from diffmas.trace.autograd import inherit
+from diffmas.trace.copying import Copying
 from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.spec import spec_of
-from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold, Store, ranges_in
-from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, joined, length_of, only, ranges_of, rows_of
+from diffmas.trace.store import Extent, Hold, Store, ranges_in
+from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, joined, length_of, only, rows_of
 
 __all__ = ["Trace"]
 
 
-class Trace(CacheFace):
+class Trace(Appending, Copying):
     """The shared K/V memory of `batch_size` episodes over all layers of a patched model.
 
     model: a model that `diffmas.patch_model` was called on, or its `ModelSpec`. capacity: tokens per sequence to make room for
@@ -133,144 +130,6 @@ class Trace(CacheFace):
 
     def __len__(self):
         return len(self.spec.layers)
-
-    # ---- appending ---------------------------------------------------------------------------------------------------
-
-    def plan(self, lengths: list[int], kind: str, positions: Tensor | None = None, reserve: int | list[int] = 0) -> ForwardPass:
-        """A forward pass that appends lengths[b] tokens to sequence b, at positions [n] or the next ones.
-
-        reserve: how many more tokens (of each sequence) will follow, so that their rows follow too. Nothing is part of the
-        trace before `commit`; a forward pass that is dropped gives its rows back. Raises ValueError naming what does not fit.
-        """
-        if len(lengths) != self.batch_size:
-            raise ValueError(f"trace: expected a batch of {self.batch_size} sequences, got {len(lengths)}")
-        if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
-        lengths = self._counts("lengths", lengths)
-        reserve = self._counts("reserve", reserve if isinstance(reserve, (list, tuple)) else [reserve] * self.batch_size)
-        if positions is None:
-            positions, after = _counted(self._next, lengths), [p + n for p, n in zip(self._next, lengths)]
-        else:
-            if not isinstance(positions, Tensor) or positions.dim() != 1 or positions.is_floating_point():
-                raise ValueError(f"positions: expected a 1-D tensor of integers, got {positions!r}")
-            positions = positions.cpu().numpy().astype(np.int64)
-            if len(positions) != sum(lengths):
-                raise ValueError(f"positions: expected {sum(lengths)} of them, got {len(positions)}")
-            if len(positions) and positions.min() < 0:
-                raise ValueError(f"position_ids: expected positions >= 0, got {int(positions.min())}")
-            parts = np.split(positions, np.cumsum(lengths)[:-1])
-            after = [max(p, int(part.max()) + 1) if len(part) else p for p, part in zip(self._next, parts)]
-        self._check_limit(lengths)
-        segments, extents, done = [list(row) for row in self._segments], list(self._extents), 0
-        hold = Hold(self._store)
-        with self._store.allocation():
-            for b, n in enumerate(lengths):
-                while n:
-                    extents[b] = self._extent_for(n, segments[b], extents[b], reserve[b], hold)
-                    rows = min(n, extents[b].end - extents[b].filled)
-                    start = self._store.write(extents[b], rows, self._lineage)
-                    hold.claimed.append((start, start + rows))
-                    self._append(segments[b], b, kind, start, positions[done : done + rows])
-                    n, done = n - rows, done + rows
-            slots = _counted([start for start, _ in hold.claimed], [end - start for start, end in hold.claimed])
-            hold.read([ranges_of(row) for row in segments])
-        deferred, step = None, 0
-        if kind == "latent" and max(lengths) == 1:
-            deferred, step = self._deferred
-            if not 0 < step < DeferredKVGrad.LONGEST or deferred.lengths != lengths:
-                deferred, step = DeferredKVGrad(lengths), 0
-            step += 1
-        older = [ranges_of(row) for row, n in zip(self._segments, lengths) if n] if step == 1 else None
-        table = Table(self._segments, segments, extents, after)
-        forward_pass = ForwardPass(
-            self.spec, self._store, lengths, positions, slots, hold.views, self._order, table, lineage=self._lineage,
-            deferred=deferred, step=step, older=older, hold=hold,
-        )  # fmt: skip
-        forward_pass.kind = kind
-        return forward_pass
-
-    def _counts(self, name: str, values) -> list[int]:
-        """One number of tokens for each sequence."""
-        if len(values) != self.batch_size:
-            raise ValueError(f"{name}: expected one for each of {self.batch_size} sequences, got {len(values)}")
-        try:
-            counts = [operator.index(x) for x in values]
-        except TypeError:
-            counts = [-1]
-        if min(counts, default=0) < 0:
-            raise ValueError(f"{name}: expected integers >= 0, got {list(values)}")
-        return counts
-
-    def claim(self, generation) -> bool:
-        """Makes the trace that of a generate; False if another one runs on it. Of two threads one gets it."""
-        with self._store.lock:
-            free = self.generation is None
-            if free:
-                self.generation = generation
-        return free
-
-    def make_room(self, tokens: int) -> None:
-        """Lets the pools grow at once for that many more tokens of each sequence and spare room, when they next have to."""
-        self._store.rows = max(self._store.rows, self._store.top + (tokens + MOST_SPARE) * self.batch_size)
-
-    def commit(self, forward_pass: ForwardPass) -> None:
-        """Makes the new tokens part of the trace; raises RuntimeError if a layer did not write its rows."""
-        if forward_pass.table is None or forward_pass.table.before is not self._segments:
-            raise RuntimeError("this forward pass was planned on another trace, or the trace has changed since")
-        missing = [i for i, ran in enumerate(forward_pass.work.ran) if not ran]
-        if missing:
-            raise RuntimeError(
-                f"layers {missing} did not write to the trace: the keyword argument diffmas_trace did not reach them"
-            )
-        _, self._segments, self._extents, self._next = forward_pass.table
-        if forward_pass.kind != "latent":
-            with self._store.lock:
-                self._store.token_ids.write(forward_pass.work.slots, forward_pass.ids)
-        self._order = forward_pass.after
-        self._deferred = (forward_pass.work.deferred, forward_pass.work.step)
-        forward_pass.finish()
-
-    def commit_repeated(self, forward_pass: ForwardPass) -> None:
-        """Commits a forward pass whose rows were written, without gradients, by another one that repeated itself."""
-        forward_pass.repeated()
-        self.commit(forward_pass)
-
-    def _check_limit(self, lengths) -> None:
-        limit = self.spec.max_length
-        if limit is not None:
-            longest = max(have + new for have, new in zip(self.lengths, lengths))
-            if longest > limit:
-                raise ValueError(f"trace: expected at most {limit} tokens a sequence ({self.spec.why}), got {longest}")
-
-    def _extent_for(self, tokens: int, row: list[Segment], extent: Extent | None, reserve: int, hold: Hold) -> Extent:
-        """Where a sequence writes next: on in its extent, unless that is full or another fork has gone on there."""
-        end = row[-1].end if row else None
-        if extent is not None and extent.filled == end:
-            self._store.lengthen(extent, tokens + reserve)
-            if extent.filled < extent.end:
-                hold.extents.append(extent)
-                return extent
-        if any(end == start for start, _ in hold.claimed):
-            end = None  # a fork in this batch has gone on there
-        spare = least = reserve
-        if not reserve and tokens == 1:  # nobody said what comes: more tokens one by one, if that is how this extent was filled
-            filled = extent.end - extent.start if extent is not None and extent.filled == end else 0
-            spare, least = min(max(filled, LEAST_SPARE), MOST_SPARE), LEAST_SPARE
-        extent = self._store.allocate(tokens, spare, end, least)
-        hold.extents.append(extent)
-        return extent
-
-    def _append(self, row: list[Segment], sequence: int, kind: str, start: int, positions: np.ndarray) -> None:
-        """Adds new rows to a sequence's segments, one for each run of consecutive positions."""
-        jumps = (np.flatnonzero(np.diff(positions) != 1) + 1).tolist() if len(positions) > 1 else []
-        bounds = [0, *jumps, len(positions)]
-        for first, last in zip(bounds, bounds[1:]):
-            new = Segment(sequence, self.agent, kind, start + first, last - first, int(positions[first]))
-            longer = row[-1].extended_by(new) if row else None
-            if longer is None:
-                row.append(new)
-            else:
-                row[-1] = longer
 
     # ---- views: nothing is copied ------------------------------------------------------------------------------------
 
@@ -410,7 +269,7 @@ class Trace(CacheFace):
                     "traces: expected forks of one trace, got traces of different origin with gradients; let the agents write "
                     "on forks of one empty trace: a, b = Trace(model, batch_size).fork(2)"
                 )
-        traces = [t if t._store is home._store else home._adopted(t) for t in traces]
+        traces = [t if t._store is home._store else home.adopted(t) for t in traces]
         first = traces[0]
         rows, nexts = [], []
         for b in range(first.batch_size):
@@ -442,111 +301,3 @@ class Trace(CacheFace):
                 order = inherit(order, [(p, rows.to(p.device)) for p in store.pools if p], lineage, writer, hold)
             orders.append(order)
         return lineage, torch.cat(orders)
-
-    def repack(self) -> "Trace":
-        """A copy of what it sees in fresh rows, one run per sequence, with position offsets applied to the keys;
-        differentiable.
-
-        Worth it before a long decode over many segments or offsets. Positions become the ones they were read at.
-        """
-        total = sum(self.lengths)
-        hold = Hold(self._store, self._segments)
-        offset, rows = [], []
-        with self._store.allocation():
-            first = done = self._store.write(self._store.allocate(total), total, self._lineage)
-            hold.claimed.append((first, first + total))
-        for segments in self._segments:
-            row = []
-            for s in segments:
-                offset.append(torch.full((s.length,), s.offset))
-                row.append(s._replace(start=done, position=s.position + s.offset, offset=0))
-                done += s.length
-            rows.append(row)
-        order = self._order
-        if total:
-            src, offset, dst = rows_of(self.segments), torch.cat(offset), np.arange(first, done)
-            with self._store.lock:
-                self._store.token_ids.write(dst, torch.from_numpy(self._store.token_ids.read(src)))
-            src, dst = torch.from_numpy(src), torch.from_numpy(dst)
-            moves = []
-            for layer, pool in zip(self.spec.layers, self._store.pools):
-                if pool is None:
-                    continue
-                with self._store.lock:
-                    pool.reserve(self._store.top, self._store.rows)
-                by = offset if layer.rope != "none" else torch.zeros_like(offset)
-                inv_freq = self.spec.frequencies(layer, pool.device) if by.any() else torch.zeros(0, device=pool.device)
-                moves.append((pool, (*(x.to(pool.device) for x in (src, dst, by)), inv_freq, layer.rope == "interleaved")))
-            order = reposition(order, moves, self._lineage, self.spec.backend, hold)
-        return self._view(rows, None, self._next, order)
-
-    # ---- files -------------------------------------------------------------------------------------------------------
-
-    def save(self, path) -> None:
-        """Writes the rows it sees to one safetensors file, with fingerprints of model, adapter and RoPE, and a checksum.
-
-        Raises ValueError for an empty trace.
-        """
-        if not any(self.lengths):
-            raise ValueError("trace: expected one that holds tokens, got an empty one")
-        layers = [[self.keys_values(i, b) for b in range(self.batch_size)] for i in range(len(self))]
-        kv = [tuple(torch.cat(column) for column in zip(*rows)) for rows in layers]
-        ids = torch.cat([self.token_ids(b) for b in range(self.batch_size)])
-        file.write(path, self.spec.fingerprint(), self._segments, self._next, kv, ids)
-
-    @classmethod
-    def load(cls, path, model) -> "Trace":
-        """A trace of a patched model from a file that `save` wrote.
-
-        Raises ValueError for a file that is missing, damaged, or of another model or adapter.
-        """
-        spec = spec_of(model)
-        return cls.of_rows(spec, *file.read(path, spec.fingerprint()))
-
-    @classmethod
-    def of_rows(
-        cls, model, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]],
-        ids: Tensor | None = None, capacity: int | None = None,
-    ) -> "Trace":  # fmt: skip
-        """A trace with rows that were written before: kv, by layer, k and v [rows, Hkv, D]; segments of these rows; ids [rows],
-        their token ids, -1 where there is none."""
-        return cls(model, len(segments), capacity)._with_rows(segments, next_positions, kv, ids)
-
-    def _adopted(self, other: "Trace") -> "Trace":
-        """The other's view, of a copy of its rows in this trace's store."""
-        seen, store = rows_of(other.segments), other._store
-        kv = [tuple(x[torch.from_numpy(seen).to(x.device)] for x in pool.kv) for pool in store.pools if pool]
-        with store.lock:
-            ids = torch.from_numpy(store.token_ids.read(seen))
-        rows, done = [], 0
-        for row in other._segments:
-            starts = done + np.cumsum([0, *(s.length for s in row)])
-            rows.append([s._replace(start=int(start)) for s, start in zip(row, starts)])
-            done = int(starts[-1])
-        return self._with_rows(rows, other._next, kv, ids)
-
-    def _with_rows(self, segments, next_positions, kv, ids: Tensor | None) -> "Trace":
-        """A view of rows from elsewhere, which are copied into this trace's store as constants; see `of_rows`."""
-        store, rows = self._store, kv[0][0].shape[0] if kv else 0
-        hold = Hold(store)  # until the view is there
-        with store.allocation():
-            first = store.write(store.allocate(rows), rows, self._lineage)
-            hold.claimed.append((first, first + rows))
-            store.token_ids.write(np.arange(first, first + rows), ids)
-        for layer, pair in zip(self.spec.layers, kv):
-            pair = [x.to(self.spec.device(layer.index)) for x in pair]
-            pool = store.pool(layer.index, *pair)
-            with pool.lock:
-                for mine, x in zip(pool.kv, pair):
-                    mine[first : first + rows] = x
-        moved = [[s._replace(start=s.start + first) for s in row] for row in segments]
-        return self._view(moved, None, next_positions, torch.zeros(0))
-
-
-def _counted(starts: list[int], lengths: list[int]) -> np.ndarray:
-    """lengths[i] numbers from starts[i] on, for every i; int64."""
-    if len(starts) == 1:
-        return np.arange(starts[0], starts[0] + lengths[0], dtype=np.int64)
-    lengths = np.asarray(lengths, dtype=np.int64)
-    done = lengths.cumsum() - lengths
-    return np.repeat(np.asarray(starts, dtype=np.int64) - done, lengths) + np.arange(lengths.sum())

@@ -70,13 +70,19 @@ def adopted(args: TrainingArguments, unused_parameters: bool) -> TrainingArgumen
     """A copy of the arguments as a trainer of a team takes them; the caller's stay as they are.
 
     unused_parameters: whether a step may leave a trainable parameter without gradient. Raises ValueError if
-    ddp_static_graph says that none does.
+    ddp_static_graph says that none does, and where torch has no static graph.
     """
-    if unused_parameters and getattr(args, "ddp_static_graph", None):
-        raise ValueError(
-            "ddp_static_graph: expected it to be off where a step may leave an adapter or a learned realignment without "
-            "gradient, got True"
-        )
+    if getattr(args, "ddp_static_graph", None):
+        if unused_parameters:
+            raise ValueError(
+                "ddp_static_graph: expected it to be off where a step may leave an adapter or a learned realignment without "
+                "gradient, got True"
+            )
+        if args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "ddp_static_graph: expected gradient_accumulation_steps=1 with it, since torch's static graph fails in a "
+                f"backward that does not synchronize, got {args.gradient_accumulation_steps}"
+            )
     args = copy.copy(args)
     args.accelerator_config = copy.copy(args.accelerator_config)
     args.accelerator_config.dispatch_batches = False  # an IterableDataset's batches would be sent from the first process

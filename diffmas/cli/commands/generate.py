@@ -17,14 +17,15 @@ def generate(
     model: Annotated[
         str | None, typer.Option(help="base model (directory, GGUF file or hub name), if it is not where it was")
     ] = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
+    max_new_tokens: Annotated[int | None, typer.Option(help="of an answer", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    top_p: float | None = None,
     seed: int | None = None,
-    samples: int = 1,
+    samples: Annotated[int | None, typer.Option(help="answers", min=1)] = None,
     device: Device = None,
 ):
-    """Answer a question with a trained system."""
+    """Answer a question with a trained system. What is not given is the model's own generation config's, or 256 tokens at
+    temperature 0.6 and top-p 0.95."""
     from diffmas.agents.system import MultiAgentSystem
 
     fields = {"question": question} if question else {}

@@ -51,13 +51,12 @@ def product(opcode):
     kind = opcode[-1]
     if kind.startswith("f"):
         return operator.mul, kind
-    wider = TYPES[kind[0] + str(2 * int(kind[1:]))] if kind not in ("s64", "u64") else None
     if "wide" in opcode:
-        return lambda a, b: a.astype(wider) * b.astype(wider), kind[0] + str(2 * int(kind[1:]))
+        result = kind[0] + str(2 * int(kind[1:]))
+        return lambda a, b: a.astype(TYPES[result]) * b.astype(TYPES[result]), result
     if "hi" in opcode:
-        if wider is None:
-            raise Fault("the executor has no upper half of 64-bit products")
-        return lambda a, b: (a.astype(wider) * b.astype(wider) >> wider.type(8 * a.itemsize)).astype(a.dtype), kind
+        exact = lambda x: x.astype(object if x.itemsize == 8 else "i8")
+        return lambda a, b: (exact(a) * exact(b) >> 8 * a.itemsize).astype(a.dtype), kind
     return operator.mul, kind
 
 

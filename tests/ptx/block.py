@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ptx import arithmetic, memory_access, tensor_cores, warps  # noqa: F401  they fill `decode.instructions`
-from ptx.decode import Code
+from ptx.decode import Code, poison
 from ptx.memory import GlobalMemory, SharedMemory
-from ptx.numbers import IN_FLIGHT
+from ptx.numbers import IN_FLIGHT, UNSIGNED
 from ptx.text import Fault
 
 __all__ = ["Block", "Counts"]
@@ -149,7 +149,7 @@ class Block:
         if mask is not None:
             old = self.values[slot]
             if old is None:
-                old = np.full(self.threads, 0 if value.dtype == bool else -1, value.dtype.str.replace("u", "i"))
+                old = poison(self.threads, value.dtype if value.dtype.kind == "b" else UNSIGNED[value.itemsize])
             value = np.where(mask, value, old.view(value.dtype))
         elif self.values[slot] is IN_FLIGHT:
             raise Fault("a register is overwritten before the product that writes it was waited for")

@@ -8,7 +8,7 @@ from ptx.memory import SHARED
 from ptx.numbers import TYPES, read
 from ptx.text import Address, Fault, Instruction, Program
 
-__all__ = ["Code", "instructions", "decoder"]
+__all__ = ["Code", "decoder", "instructions", "poison"]
 
 instructions: dict = {}  # first part of an opcode -> a function of (Code, Instruction) to execute(block, mask)
 
@@ -27,6 +27,11 @@ NUMBERS = {"0f": ("<I", "<f"), "0d": ("<Q", "<d")}
 SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
 
 
+def poison(threads: int, dtype: np.dtype) -> np.ndarray:
+    """NaN as a float, far away as an address, -1 as a number."""
+    return np.zeros(threads, bool) if dtype.kind == "b" else np.full(threads, ~dtype.type(0))
+
+
 class Code:
     """A program, ready to run: `steps` are (slot of the predicate or None, negated, execute, kind, target of a branch); kind is
     None, branch, barrier or end."""
@@ -35,7 +40,11 @@ class Code:
         self.program, self.threads = program, program.threads
         self.slots: dict = {}
         self.initial: list = []
+        self.written: set[int] = set()
         self.steps = [self.step(one) for one in program.instructions]
+        for text, slot in self.slots.items():  # the compiler reads what it does not write where the number does not matter
+            if text.startswith("%") and text not in SPECIAL and slot not in self.written:
+                self.initial[slot] = poison(self.threads, TYPES[program.width_of(text)])
 
     def step(self, one: Instruction) -> tuple:
         predicate = None if one.predicate is None else self.slot(one.predicate)
@@ -76,7 +85,7 @@ class Code:
             value = np.full(self.threads, SHARED + int(text.partition("+")[2] or "0", 0), dtype)
         else:
             number = int(text.rstrip("U"), 0)
-            if dtype == bool:
+            if dtype.kind == "b":
                 value = np.full(self.threads, number != 0)
             else:
                 bits = 8 * dtype.itemsize
@@ -100,6 +109,7 @@ class Code:
         if text == "_":
             return lambda block, value, mask: None
         slot, width = self.slot(text), TYPES[self.program.width_of(text)]
+        self.written.add(slot)
 
         def put(block, value, mask):
             if value.dtype.itemsize != width.itemsize:

@@ -169,8 +169,8 @@ class SharedMemory(Memory):
         return end
 
     def begin_product(self, addresses, threads, what):
-        """What an asynchronous product of a warpgroup reads, 2 bytes at each of the addresses. -> the bits, and a function to be
-        called when the product is waited for. threads [4]: one of each warp."""
+        """What an asynchronous product of a warpgroup reads, 2 bytes at each of the addresses. -> the bits, and a function to
+        be called when the product is waited for. threads [4]: one of each warp."""
         everyone = np.broadcast_to(threads[:1], addresses.shape)
         rows = self.rows(addresses, 2, everyone, what)
         self.reads(rows, 2, everyone, what)

@@ -23,7 +23,7 @@ def read(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return value
     if value.dtype.itemsize == dtype.itemsize:
         return value.view(dtype)
-    if dtype == bool or value.dtype == bool:
+    if "b" in (dtype.kind, value.dtype.kind):
         raise Fault(f"a predicate and {dtype} are mixed")
     return value.view(UNSIGNED[value.dtype.itemsize]).astype(UNSIGNED[dtype.itemsize]).view(dtype)
 

@@ -112,8 +112,8 @@ SWIZZLES = {1: 128, 2: 64, 3: 32}  # bytes of a row, by the mode of a descriptor
 def element_addresses(descriptor: int, rows: int, across: bool) -> np.ndarray:
     """Where a shared operand [rows, 16] lies, [rows, 16] addresses. across: a line of memory has one k and many rows.
 
-    A descriptor (PTX ISA, matrix descriptor) has the first address, a leading and a stride byte offset and the swizzle. Lines of
-    32, 64 or 128 bytes stand eight by eight; the swizzle exchanges the 16-byte columns by the number of the line.
+    A descriptor (PTX ISA, matrix descriptor) has the first address, a leading and a stride byte offset and the swizzle. Lines
+    of 32, 64 or 128 bytes stand eight by eight; the swizzle exchanges the 16-byte columns by the number of the line.
     """
     field = lambda bit: (descriptor >> bit & 0x3FFF) << 4
     first, leading, stride, mode = field(0), field(16), field(32), descriptor >> 62
@@ -168,6 +168,7 @@ def asynchronous_product(code, one):
     in_registers = isinstance(a, tuple)
     across = dict(zip("b" if in_registers else "ab", transposed, strict=True))
     slots = [code.slot(text) for text in sums]
+    code.written.update(slots)
     left = [code.source(text, "b32") for text in a] if in_registers else code.source(a, "b64")
     left_slots = [code.slot(text) for text in a] if in_registers else []
     right, accumulates = code.source(b, "b64"), code.source(adds, "pred")

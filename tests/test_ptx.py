@@ -1,41 +1,185 @@
-"""The compiled Triton kernels, executed: the PTX for sm_80 and sm_90 in numpy (tests/ptx), against the float64 reference."""
+"""The compiled Triton kernels, executed: their PTX for sm_80 and sm_90 in numpy (tests/ptx) against the float64 reference, within
+the budget of test_ops.py; what programs without work cost; and faults made on purpose, each of which is found."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
-from op_cases import View, attention_inputs, head_major
-from op_runs import exact_in_half, finite, within_budget
+from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs, random_attention
+from op_runs import attention_all, exact_in_half, finite, inject_all, merge_all, raw, reposition_all, within_budget
 
 pytest.importorskip("triton")
 
 from ptx.kernels import executed  # noqa: E402
+from ptx.text import Fault  # noqa: E402
 
+from diffmas import ops  # noqa: E402
 from diffmas.kernels import backend  # noqa: E402
 
-ROWS = 704
 ARCHITECTURES = [80, 90]
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
 
-def attention(inputs, launches, do, dlse=None, grad_tail=None, want_dq=True):
+@pytest.fixture(autouse=True)
+def numbers_everywhere(monkeypatch):
+    """The executor takes CPU tensors of all dtypes, and memory that nobody wrote to is NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(ops.BACKENDS["triton"], "dtypes", None)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def agree(results, run, dtype, terms, products=FLOAT):
+    """results of the kernels, against `run(dtype, "reference")` in that precision and in float64."""
+    for got, like, want in zip(results, run(dtype, "reference"), run(torch.float64, "reference"), strict=True):
+        assert got.shape == want.shape and got.dtype == like.dtype
+        if got.numel():
+            within_budget(got, like, want, terms, products)
+
+
+@dataclass
+class Attention:
+    """A call of cross_attention and its backward. rows: of the pool."""
+
+    view: View
+    dtype: torch.dtype
+    D: int = 128
+    heads: tuple[int, int] = (4, 2)
+    Dr: int | None = None
+    interleaved: bool = False
+    rows: int = 352
+    grad_tail: list[int] | None = None
+
+    def inputs(self):
+        return attention_inputs(self.view, self.heads, self.D, self.Dr, self.interleaved, rows=self.rows)
+
+
+TWO = View([30], [[(0, 130, 0), (300, 30, 0)]])
+ATTENTION = {
+    "tile_of_64_rows": Attention(TWO, BRAIN),
+    "tile_of_128_rows": Attention(View([75, 1], [[(0, 80, 0), (200, 75, 0)], [(5, 77, 0)]]), BRAIN, rows=288),
+    "group_of_3": Attention(View([30], TWO.segments, causal=False), BRAIN, 96, (6, 2)),
+    "latent_step": Attention(
+        View([1, 1], [[(0, 190, 0), (300, 3, 0)], [(0, 90, 0), (310, 1, 0)]]), BRAIN, grad_tail=[1, 0]
+    ),
+    "short_heads": Attention(VIEWS["ragged"], BRAIN, 80, (2, 2), rows=320),
+    "offset": Attention(
+        View([40, 7], [[(0, 100, 13), (200, 40, 0)], [(0, 100, -40_000), (250, 7, 0)]]), BRAIN, 64, (4, 2), 48, True, 272
+    ),
+    "float16": Attention(View([12], [[(0, 150, 0), (160, 12, 0)]]), HALF, 128, (8, 2), rows=192),
+    "float32": Attention(View([20, 2], [[(0, 40, 0), (100, 20, 0)], [(7, 9, 0)]]), FLOAT, 64, rows=128),
+    "float32_offset": Attention(VIEWS["offset"], FLOAT, 40, (3, 1), 20, rows=448),
+    "long_heads": Attention(View([5], [[(0, 50, 0), (60, 5, 0)]]), BRAIN, 256, (2, 1), rows=80),
+}  # fmt: skip
+
+
+def attend(inputs, launches, do, dlse=None, grad_tail=None, want_dq=True):
     """As op_runs.attention_all, with the launchers and tiles of an architecture."""
     args = inputs.args()
     o, lse = backend.cross_attention(*args, tiles=launches.tiles)
-    dk, dv = (head_major(*inputs.k_pool.shape, torch.float32, 0.5) for _ in "kv")
+    dk, dv = (head_major(*inputs.k_pool.shape, FLOAT, 0.5) for _ in "kv")
     dq = backend.cross_attention_backward(
         do.to(o), dlse, args[0], o, lse, *args[1:], dk, dv, grad_tail, want_dq, tiles=launches.tiles
     )
     return o, finite(lse), dq, dk, dv
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_attention(arch):
-    from op_runs import attention_all
-
-    dtype = torch.bfloat16
-    x = attention_inputs(View([30], [[(0, 130, 0), (300, 30, 0)]]), (4, 2), 128, rows=ROWS)
-    do, dlse = exact_in_half(*x.q.shape), exact_in_half(*x.q.shape[:2])
-    exact = attention_all(x.to(torch.float64), "reference", do, dlse)
-    same = attention_all(x.to(dtype), "reference", do, dlse.float())
+def check_attention(inputs, arch, dtype, grad_tail=None):
+    do, dlse = exact_in_half(*inputs.q.shape), exact_in_half(*inputs.q.shape[:2])
     with executed(arch) as launches:
-        results = attention(x.to(dtype), launches, do, dlse.float())
-    for got, like, want in zip(results, same, exact):
-        within_budget(got, like, want, 128 * 2**0.5, dtype)
+        results = attend(inputs.to(dtype), launches, do, dlse.float(), grad_tail)
+
+    def run(dtype, name):
+        wide = torch.promote_types(dtype, FLOAT)
+        return attention_all(inputs.to(dtype), name, do, dlse.to(wide), grad_tail)
+
+    Hq, Hkv = inputs.q.shape[1], inputs.k_pool.shape[1]
+    agree(results, run, dtype, inputs.q.shape[2] * (Hq / Hkv) ** 0.5, products=dtype)
+    return launches
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, arch):
+    case = ATTENTION[name]
+    tail = None if case.grad_tail is None else torch.tensor(case.grad_tail)
+    launches = check_attention(case.inputs(), arch, case.dtype, tail)
+    products = sum(counts.by_name["products"] for one in launches.seen for counts in one.counts.values())
+    assert (products > 0) == (case.dtype != FLOAT)
+
+
+@pytest.mark.parametrize("arch, seed, dtype", [(80, 2, BRAIN), (90, 3, HALF)])
+def test_attention_of_random_views(arch, seed, dtype):
+    check_attention(random_attention(seed, 304), arch, dtype)
+
+
+def check(run, arch, dtype, terms):
+    """run(dtype, backend) of an op and its backward."""
+    with executed(arch):
+        results = run(dtype, "triton")
+    agree(results, run, dtype, terms)
+
+
+INJECT = {
+    "bfloat16": (BRAIN, dict(n=9, heads=(8, 2), D=128, strided=True)),
+    "float16": (HALF, dict(n=9, D=80, Dr=48, interleaved=True)),
+    "float32": (FLOAT, dict(n=5, heads=(18, 9), D=37, Dr=22, strided=True)),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", INJECT)
+def test_inject(name, arch):
+    dtype, what = INJECT[name]
+    inputs = inject_inputs(**what, rows=48)
+    dq_rot, (dk, dv) = exact_in_half(*inputs.q.shape), exact_in_half(2, 48, *inputs.k.shape[1:])
+    run = lambda dtype, name: inject_all(inputs.to(dtype), name, dq_rot, dk, dv, 48)
+    check(run, arch, dtype, inputs.q.shape[2])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, n, H, D", [(BRAIN, 12, 8, 128), (HALF, 7, 2, 80), (FLOAT, 5, 3, 37)])
+def test_merge_states(dtype, n, H, D, arch):
+    parts = exact_in_half(n, 2 * H, D).split(H, dim=1)
+    lses = [4 * exact_in_half(n, H) for _ in "ab"]
+    lses[0][::5] = lses[1][::3] = -torch.inf
+    do, dlse = exact_in_half(n, H, D), exact_in_half(n, H)
+    states = parts[0], lses[0], parts[1], lses[1]
+    check(lambda *where: merge_all(states, do, dlse, *where), arch, dtype, D)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, H, D, interleaved", [(BRAIN, 2, 128, False), (HALF, 1, 80, True), (FLOAT, 2, 37, False)])
+def test_reposition(dtype, H, D, interleaved, arch):
+    rows, Dr = torch.randperm(ROWS), D // 4 * 2
+    inv_freq = 1e4 ** (-torch.arange(0, Dr, 2).float() / Dr)
+    move = rows[torch.randint(0, 5, (9,))], rows[9:18], torch.randint(-100_000, 100_000, (9,)), inv_freq, interleaved
+    data = [exact_in_half(ROWS, H, D) for _ in range(4)]
+    check(lambda *where: reposition_all(move, *data, *where), arch, dtype, 8)
+
+
+# ---- what a program costs
+
+
+# Instructions and barriers of a program whose tile of rows nobody reads, and of one whose rows have readers that do not learn
+# there, as they are today. Fewer is better.
+IDLE = {80: ((937, 56), (1601, 76)), 90: ((852, 20), (1515, 40))}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_programs_of_rows_that_do_not_learn_are_short(arch):
+    """dK and dV of a latent step: two sequences read 300 rows and learn the newest alone."""
+    view = View([1, 1], [[(0, 300, 0), (600, 1, 0)], [(0, 300, 0), (610, 1, 0)]])
+    launches = check_attention(Attention(view, BRAIN, rows=704).inputs(), arch, BRAIN, torch.tensor([1, 1]))
+    (launch,) = launches.of("dkv")
+    block = launch.constants["BLOCK_N"]
+    unread, unlearnt = IDLE[arch]
+    for (tile, _), counts in launch.counts.items():
+        first, last = tile * block, tile * block + block
+        if last <= 300:
+            assert counts.instructions <= unlearnt[0] and counts.barriers <= unlearnt[1]
+        elif first >= 300 and not first <= 600 < last and not first <= 610 < last:
+            assert counts.instructions <= unread[0] and counts.barriers <= unread[1] and counts.global_loads <= 2

@@ -1,5 +1,5 @@
-"""The Triton kernels against the float64 reference, within the budget of test_ops.py: on the GPU where there is one, in all
-dtypes; else in Triton's interpreter, which cannot do bfloat16."""
+"""The Triton kernels against the float64 reference, within the budget of test_ops.py: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from dataclasses import replace
 
@@ -23,7 +23,18 @@ from diffmas.trace.views import KVRange
 pytestmark = pytest.mark.skipif(ops.available()["triton"] is not None, reason=str(ops.available()["triton"]))
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bfloat16():
+    if DEVICE == "cuda":
+        yield
+        return
+    from interpreted_bfloat16 import interpreted_bfloat16
+
+    with interpreted_bfloat16():
+        yield
 
 
 @pytest.fixture(params=DTYPES, ids=str)

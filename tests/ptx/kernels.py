@@ -65,7 +65,7 @@ class Launches:
     """What `executed` yields. tiles: for the attention launchers."""
 
     arch: int
-    edit: Callable[[str, str], str]
+    edit: Callable[[str, str, list[str]], str]
     seen: list[Launch] = field(default_factory=list)
 
     def tiles(self, kernel, rows, head_dim, wide, offset, device) -> dict:
@@ -111,11 +111,11 @@ class Executed:
         options = tuple((name, x) for name, x in kwargs.items() if name not in names)
         arguments = tuple((name, described(name, values[name])) for name in names)
         made = compiled(Request(self.module, self.kernel.__name__, arguments, options, self.launches.arch))
-        code = code_of(self.launches.edit(self.kernel.__name__, made.ptx))
+        code = code_of(self.launches.edit(self.kernel.__name__, made.ptx, made.parameters))
         assert code.threads == threads
         # two more parameters, for scratch memory that these kernels do not ask for
         given = dict(zip(code.program.parameters, [numbers[name] for name in made.parameters] + [0, 0], strict=True))
-        launch = Launch(self.kernel.__name__, tuple(grid), {name: x for name, x in kwargs.items()})
+        launch = Launch(self.kernel.__name__, tuple(grid), kwargs)
         self.launches.seen.append(launch)
         size = (*grid, 1, 1)[:3]
         with np.errstate(all="ignore"):
@@ -126,9 +126,9 @@ class Executed:
 
 
 @contextlib.contextmanager
-def executed(arch: int, edit: Callable[[str, str], str] = lambda kernel, ptx: ptx):
+def executed(arch: int, edit: Callable[[str, str, list[str]], str] = lambda kernel, ptx, parameters: ptx):
     """Every Triton kernel of the package is compiled for compute capability arch / 10 and executed, on tensors of the CPU.
-    edit: (name of the kernel, PTX) -> the PTX that is run."""
+    edit: (name of the kernel, PTX, names of its parameters in order) -> the PTX that is run."""
     launches, kept = Launches(arch, edit), []
     for module in MODULES:
         for name, kernel in list(vars(module).items()):

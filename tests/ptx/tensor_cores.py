@@ -95,6 +95,7 @@ def multiply(code, one):
 
     def execute(block, mask):
         block.whole_warps(mask)
+        block.counts.by_name["products"] += 1
         values = block.values
         left, right = left_fragments([x(values) for x in a], convert), right_fragments([x(values) for x in b], convert)
         sums = (left @ right.transpose(0, 2, 1)).reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)

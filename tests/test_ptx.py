@@ -1,9 +1,8 @@
-"""The compiled Triton kernels, executed: their PTX for sm_80 and sm_90 in numpy (tests/ptx) against the float64 reference, within
-the budget of test_ops.py; what programs without work cost; and faults made on purpose, each of which is found."""
+"""The compiled Triton kernels, executed: their PTX for sm_80 and sm_90 in numpy (tests/ptx) against the float64 reference,
+within the budget of test_ops.py; what programs without work cost; and faults made on purpose, each of which is found."""
 
 import re
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
@@ -154,11 +153,16 @@ def test_merge_states(dtype, n, H, D, arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype, H, D, interleaved", [(BRAIN, 2, 128, False), (HALF, 1, 80, True), (FLOAT, 2, 37, False)])
 def test_reposition(dtype, H, D, interleaved, arch):
+    move, data = moves(H, D, interleaved)
+    check(lambda *where: reposition_all(move, *data, *where), arch, dtype, 8)
+
+
+def moves(H, D, interleaved=False):
+    """Nine rows of a pool, turned by far offsets in half of their dimensions, and the pools."""
     rows, Dr = torch.randperm(ROWS), D // 4 * 2
     inv_freq = 1e4 ** (-torch.arange(0, Dr, 2).float() / Dr)
     move = rows[torch.randint(0, 5, (9,))], rows[9:18], torch.randint(-100_000, 100_000, (9,)), inv_freq, interleaved
-    data = [exact_in_half(ROWS, H, D) for _ in range(4)]
-    check(lambda *where: reposition_all(move, *data, *where), arch, dtype, 8)
+    return move, [exact_in_half(ROWS, H, D) for _ in range(4)]
 
 
 # ---- what a program costs
@@ -183,3 +187,130 @@ def test_programs_of_rows_that_do_not_learn_are_short(arch):
             assert counts.instructions <= unlearnt[0] and counts.barriers <= unlearnt[1]
         elif first >= 300 and not first <= 600 < last and not first <= 610 < last:
             assert counts.instructions <= unread[0] and counts.barriers <= unread[1] and counts.global_loads <= 2
+
+
+# ---- mutants: PTX with one fault
+
+
+def replaced(pattern: str, new, after: str = "", which: int | None = None):
+    """An edit of PTX: the matches of `pattern` (or one of them) that come after the first match of `after`."""
+
+    def edit(ptx: str, parameters: list[str]) -> str:
+        begin = re.search(after, ptx).start()
+        found = [one for one in re.finditer(pattern, ptx) if one.start() >= begin]
+        assert found, f"nothing like {pattern} to edit"
+        for one in found[::-1] if which is None else [found[which]]:
+            ptx = ptx[: one.start()] + (one.expand(new) if isinstance(new, str) else new(one)) + ptx[one.end() :]
+        return ptx
+
+    return edit
+
+
+def swapped(first: str, second: str):
+    """An edit of PTX: one parameter in the place of another."""
+
+    def edit(ptx: str, parameters: list[str]) -> str:
+        a, b = (f"_param_{parameters.index(name)}]" for name in (first, second))
+        return ptx.replace(a, "_param_x]").replace(b, a).replace("_param_x]", b)
+
+    return edit
+
+
+def counted(difference: int):
+    """The last number of a match, changed."""
+    return lambda one: re.sub(r"\d+$", lambda number: str(int(number[0]) + difference), one[0])
+
+
+COPY = r"cp\.async\.c[ag]"
+WAIT = r"cp\.async\.wait_group \s*\d+"
+BARRIER = r"\s*bar\.sync \s*0;"
+PRODUCT = r"(mma\.sync\S+ \s*\{[^}]*\}, \{ %r\d+, )(%r\d+), (%r\d+)"
+MUTANTS = {
+    "a wait for fewer copies": ("fwd", [80, 90], replaced(WAIT, counted(1), which=1)),
+    "a group of copies that is not closed": ("fwd", [80, 90], replaced(r"cp\.async\.commit_group;", "", which=1)),
+    "no barrier after a wait": ("fwd", [80, 90], replaced(f"({WAIT};){BARRIER}", r"\1", which=1)),
+    "no barrier before memory is used again": (
+        "fwd", [80, 90], replaced(BARRIER + r"((?:[^;\n]*[;\n]){1,6}\s*" + COPY + ")", r"\1", which=-1)
+    ),
+    "no barrier between threads that read and write a row": ("reposition_bwd_kernel", [80, 90], replaced(BARRIER, "")),
+    "a wrong comparison": ("fwd", [80, 90], replaced(r"setp\.le\.s32", "setp.lt.s32", after=COPY)),
+    "a swapped stride": ("fwd", [80, 90], swapped("stride_kr", "stride_kh")),
+    "a changed shift": ("fwd", [80, 90], replaced(r"shl\.b32 \s*%r\d+, %r\d+, \d+", counted(-1), after=COPY)),
+    "a load without its predicate": ("fwd", [80, 90], replaced(r"@%p\d+ (ld\.global\.v4)", r"\1")),
+    "a store without its predicate": ("dkv", [80, 90], replaced(r"@%p\d+ (st\.global)", r"\1")),
+    "a shuffle with another lane": (
+        "fwd", [80, 90], replaced(r"(shfl\.sync\.bfly\.b32 \s*%r\d+, %r\d+, )1,", r"\g<1>4,", after=COPY)
+    ),
+    "rows for columns": ("fwd", [80], replaced(r"\.trans", "", which=0)),
+    "registers of a product swapped": ("fwd", [80], replaced(PRODUCT, r"\1\3, \2", which=0)),
+    "registers of a product swapped, backward": ("dkv", [80], replaced(PRODUCT, r"\1\3, \2", which=0)),
+    "a product that is not waited for": (
+        "fwd", [90], replaced(r"wgmma\.wait_group\.sync\.aligned \d+", counted(1), after=r"wgmma\.mma_async", which=0)
+    ),
+    "no fence between threads and products": ("fwd", [90], replaced(r"fence\.proxy\.async[^;]*;", "", which=0)),
+    "no fence of a product's registers": ("fwd", [90], replaced(r"wgmma\.fence[^;]*;", "", which=1)),
+    "another swizzle": (
+        "fwd", [90], replaced(r"46\d{17}(?=;)", lambda one: str(int(one[0]) ^ 3 << 62), after=r"wgmma\.fence", which=0)
+    ),
+}  # fmt: skip
+
+
+def forward(launches):
+    inputs = ATTENTION["tile_of_64_rows"].inputs()
+    results = backend.cross_attention(*inputs.to(BRAIN).args(), tiles=launches.tiles)
+    run = lambda dtype, name: raw.cross_attention(*inputs.to(dtype).args(), name)
+    agree(results, run, BRAIN, 128 * 2**0.5, BRAIN)
+
+
+def gradients(launches):
+    """dK and dV alone."""
+    inputs = Attention(View([12], [[(0, 20, 0), (60, 12, 0)]]), BRAIN, rows=72).inputs()
+    do = exact_in_half(*inputs.q.shape)
+
+    def run(dtype, name):
+        args = inputs.to(dtype).args()
+        o, lse = raw.cross_attention(*args, "reference")
+        grads = [head_major(*inputs.k_pool.shape, lse.dtype, 0.5) for _ in "kv"]
+        rest = do.to(o), None, args[0], o, lse, *args[1:], *grads, None, False
+        if name == "reference":
+            raw.cross_attention_backward(*rest, name)
+        else:
+            backend.cross_attention_backward(*rest, tiles=launches.tiles)
+        return grads
+
+    agree(run(BRAIN, "triton"), run, BRAIN, 128 * 2**0.5, BRAIN)
+
+
+def repositioned(launches):
+    move, data = moves(2, 37)
+    agree_on = lambda *where: reposition_all(move, *data, *where)
+    agree(agree_on(FLOAT, "triton"), agree_on, FLOAT, 8)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("run", [forward, gradients, repositioned])
+def test_without_a_fault_nothing_is_found(run, arch):
+    with executed(arch) as launches:
+        run(launches)
+
+
+@pytest.mark.parametrize("name, arch", [(name, arch) for name, (_, archs, _) in MUTANTS.items() for arch in archs])
+def test_a_fault_is_found(name, arch):
+    kernel, _, edit = MUTANTS[name]
+    run = {"fwd": forward, "dkv": gradients}.get(kernel, repositioned)
+    edited = []
+
+    def mutate(one, ptx, parameters):
+        if one != f"cross_attention_{kernel}_kernel" and not one.endswith(kernel):
+            return ptx
+        edited.append(edit(ptx, parameters))
+        assert edited[-1] != ptx
+        return edited[-1]
+
+    with executed(arch, mutate) as launches:
+        try:
+            run(launches)
+        except (Fault, AssertionError):
+            assert edited  # and not the edit went wrong
+            return
+    raise AssertionError("nobody noticed")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from ptx import block
 from ptx.block import Block
 from ptx.decode import Code
 from ptx.memory import GlobalMemory
@@ -165,6 +166,7 @@ FAULTS = {
     "instruction brev": "brev.b32 %r1, %r0;",
     "outside of global memory": "cvt.u32.u64 %r1, %rd2; cvt.u64.u32 %rd4, %r1; ld.global.b32 %r2, [%rd4];",
     "outside of every tensor": "ld.global.b32 %r1, [%rd2+4];",
+    "does not end": "$L_x: bra.uni $L_x;",
     "misaligned": "ld.global.b32 %r1, [%rd2+2];",
     "outside of shared memory": "shl.b32 %r1, %r0, 2; ld.shared.b32 %r2, [%r1];",
     "nothing was written to": "bra.uni $L_y; mov.b32 %r2, 1; $L_y: add.s32 %r3, %r2, 1;",
@@ -176,7 +178,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("message", FAULTS)
-def test_what_no_program_may(message):
+def test_what_no_program_may(message, monkeypatch):
+    monkeypatch.setattr(block, "LIMIT", 1000)
     threads = 128 if message == "descriptor" else 64
     with pytest.raises(Fault, match=message):
         execute(FAULTS[message].replace("; ", ";\n"), threads)

@@ -12,10 +12,12 @@ import numpy as np
 from ptx import arithmetic, memory_access, tensor_cores, warps  # noqa: F401  they fill `decode.instructions`
 from ptx.decode import Code, poison
 from ptx.memory import GlobalMemory, SharedMemory
-from ptx.numbers import IN_FLIGHT, UNSIGNED
+from ptx.numbers import IN_FLIGHT, UNSIGNED, UNWRITTEN
 from ptx.text import Fault
 
-__all__ = ["Block", "Counts"]
+__all__ = ["LIMIT", "Block", "Counts"]
+
+LIMIT = 1_000_000  # instructions of a program
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Block:
                     mask = mask if active is None else mask & active
                     if mask.all():
                         mask = None
-                    elif kind is None and not mask.any():
+                    elif not mask.any() and kind in (None, "barrier"):
                         at += 1
                         continue
                 if kind is None:
@@ -112,6 +114,8 @@ class Block:
                 elif kind == "barrier":
                     self.counts.by_name["barriers"] += 1
                     self.whole_warps(mask)
+                    if predicate is not None and mask is not None:
+                        raise Fault("the executor has no barriers of some threads")
                     if not alone or active is not None:
                         return [Group(at, active, waits=True)]
                     self.shared.order.meet()
@@ -119,6 +123,8 @@ class Block:
                 elif mask is None or (active is not None and (mask == active).all()):  # a branch, or the end, of all
                     if kind == "end":
                         return []
+                    if self.counts.instructions + count > LIMIT:
+                        raise Fault(f"the program does not end within {LIMIT} instructions")
                     at = target
                     continue
                 elif mask.any():
@@ -127,12 +133,9 @@ class Block:
                 at += 1
             return []
         except Exception as error:
+            what = str(error) if isinstance(error, Fault) else repr(error)
             where = f"{self.code.program.name}, instruction {at}: {self.code.program.instructions[at].text[:160]}"
-            known = isinstance(error, Fault)
-            message = str(error) if known else f"{type(error).__name__}: {error}"
-            if values is not None and isinstance(error, AttributeError) and "NoneType" in message:
-                message = "a register is read that nothing was written to"
-            raise Fault(f"{message}\n  {where}") from (None if known else error)
+            raise Fault(f"{what}\n  {where}") from error
         finally:
             self.counts.instructions += count
 
@@ -148,7 +151,7 @@ class Block:
         """A register gets `value` in the threads of the mask."""
         if mask is not None:
             old = self.values[slot]
-            if old is None:
+            if old is UNWRITTEN:
                 old = poison(self.threads, value.dtype if value.dtype.kind == "b" else UNSIGNED[value.itemsize])
             value = np.where(mask, value, old.view(value.dtype))
         elif self.values[slot] is IN_FLIGHT:

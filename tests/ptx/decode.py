@@ -5,7 +5,7 @@ import struct
 import numpy as np
 
 from ptx.memory import SHARED
-from ptx.numbers import TYPES, read
+from ptx.numbers import TYPES, UNWRITTEN, read
 from ptx.text import Address, Fault, Instruction, Program
 
 __all__ = ["Code", "decoder", "instructions", "poison"]
@@ -66,7 +66,7 @@ class Code:
 
     # ---- operands
 
-    def slot(self, text: str, value=None) -> int:
+    def slot(self, text: str, value=UNWRITTEN) -> int:
         """Of a register or of a constant array."""
         if text not in self.slots:
             self.slots[text] = len(self.initial)

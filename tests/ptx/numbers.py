@@ -4,7 +4,7 @@ import numpy as np
 
 from ptx.text import Fault
 
-__all__ = ["IN_FLIGHT", "TYPES", "UNSIGNED", "from_bfloat16", "read", "to_bfloat16"]
+__all__ = ["IN_FLIGHT", "TYPES", "UNSIGNED", "UNWRITTEN", "from_bfloat16", "read", "to_bfloat16"]
 
 # numpy has no bfloat16: its bits are uint16 here, converted where an instruction computes with them
 TYPES = {
@@ -40,11 +40,15 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded.astype(np.uint16))
 
 
-class InFlight:
-    """In a register whose number is not there yet: whatever is done with it is a fault."""
+class Missing:
+    """In a register that has no number: whatever is done with it is a fault."""
+
+    def __init__(self, why: str):
+        self.why = why
 
     def __getattr__(self, name):
-        raise Fault("the result of a product is used before it was waited for")
+        raise Fault(self.why)
 
 
-IN_FLIGHT = InFlight()
+IN_FLIGHT = Missing("the result of a product is used before it was waited for")
+UNWRITTEN = Missing("a register is read that nothing was written to")

@@ -168,25 +168,21 @@ def moves(H, D, interleaved=False):
 # ---- what a program costs
 
 
-# Instructions and barriers of a program whose tile of rows nobody reads, and of one whose rows have readers that do not learn
-# there, as they are today. Fewer is better.
-IDLE = {80: ((937, 56), (1601, 76)), 90: ((852, 20), (1515, 40))}
+# Instructions of a program of dK and dV that multiplies nothing: nobody reads its rows, or those who do learn nothing there.
+# As it is today, with grad_tail and without; fewer is better.
+IDLE = {80: {True: 1601, False: 937}, 90: {True: 1515, False: 852}}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_programs_of_rows_that_do_not_learn_are_short(arch):
-    """dK and dV of a latent step: two sequences read 300 rows and learn the newest alone."""
+@pytest.mark.parametrize("tail", [True, False])
+def test_programs_without_work_end_early(tail, arch):
+    """Two sequences read 300 rows, and the newest of their own; most of the pool is nobody's."""
     view = View([1, 1], [[(0, 300, 0), (600, 1, 0)], [(0, 300, 0), (610, 1, 0)]])
-    launches = check_attention(Attention(view, BRAIN, rows=704).inputs(), arch, BRAIN, torch.tensor([1, 1]))
-    (launch,) = launches.of("dkv")
-    block = launch.constants["BLOCK_N"]
-    unread, unlearnt = IDLE[arch]
-    for (tile, _), counts in launch.counts.items():
-        first, last = tile * block, tile * block + block
-        if last <= 300:
-            assert counts.instructions <= unlearnt[0] and counts.barriers <= unlearnt[1]
-        elif first >= 300 and not first <= 600 < last and not first <= 610 < last:
-            assert counts.instructions <= unread[0] and counts.barriers <= unread[1] and counts.global_loads <= 2
+    inputs = Attention(view, BRAIN, rows=1024).inputs()
+    launches = check_attention(inputs, arch, BRAIN, torch.tensor([1, 1]) if tail else None)
+    counts = [counts for one in launches.seen if "dkv" in one.kernel for counts in one.counts.values()]
+    idle = [one.instructions for one in counts if not one.by_name["products"]]
+    assert len(idle) < len(counts) and max(idle) <= IDLE[arch][tail]
 
 
 # ---- mutants: PTX with one fault

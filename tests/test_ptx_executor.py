@@ -5,7 +5,7 @@ import pytest
 from ptx import block
 from ptx.block import Block
 from ptx.decode import Code
-from ptx.memory import GlobalMemory
+from ptx.memory import GlobalMemory, SharedMemory
 from ptx.text import Fault, parse
 
 HEAD = """
@@ -42,7 +42,7 @@ def execute(body, threads=64, shared=4096, words=None, programs=1):
     with np.errstate(all="ignore"):
         for i in range(programs):
             memory.enter(i)
-            counts.append(Block(code, given, memory, shared, (i, 0, 0), (programs, 1, 1)).run())
+            counts.append(Block(code, given, memory, SharedMemory(shared, threads), (i, 0, 0), (programs, 1, 1)).run())
     memory.give_back()
     return first, second, counts
 

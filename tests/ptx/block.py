@@ -46,10 +46,9 @@ class Group:
 class Block:
     """One program of a grid."""
 
-    def __init__(self, code: Code, arguments: dict, memory: GlobalMemory, shared: int, program: tuple, grid: tuple):
-        """arguments: numbers by the names of the parameters; shared: bytes; program, grid: x, y, z."""
-        self.code, self.threads, self.memory = code, code.threads, memory
-        self.shared = SharedMemory(shared, code.threads)
+    def __init__(self, code: Code, arguments: dict, memory: GlobalMemory, shared: SharedMemory, program: tuple, grid: tuple):
+        """arguments: numbers by the names of the parameters; program, grid: x, y, z."""
+        self.code, self.threads, self.memory, self.shared = code, code.threads, memory, shared
         self.everyone = np.arange(code.threads)
         self.values = code.registers(arguments, program, grid)
         self.counts = Counts()

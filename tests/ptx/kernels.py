@@ -12,19 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import triton
 
 from diffmas.kernels import cross_attention, inject, merge_states, reposition
 from diffmas.kernels.blocks import launch_options, line_of, table
 from ptx.block import Block, Counts
 from ptx.compiler import Compiled, Pointer, Request
 from ptx.decode import Code
-from ptx.memory import GLOBAL, GlobalMemory
+from ptx.memory import GLOBAL, GlobalMemory, SharedMemory
 from ptx.text import parse
 
 __all__ = ["Launch", "Launches", "executed"]
 
 MODULES = (cross_attention, inject, merge_states, reposition)
 ROOT = Path(__file__).parents[2]
+
+# Triton 3.6 puts no fence between an asynchronous copy and wgmma. PTX asks for one; newer versions have it.
+FENCED_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 
 @functools.cache
@@ -121,7 +125,8 @@ class Executed:
         with np.errstate(all="ignore"):
             for i, at in enumerate(np.ndindex(*size)):
                 memory.enter(i)
-                launch.counts[at[: len(grid)]] = Block(code, given, memory, made.shared, at, size).run()
+                shared = SharedMemory(made.shared, threads, FENCED_COPIES)
+                launch.counts[at[: len(grid)]] = Block(code, given, memory, shared, at, size).run()
         memory.give_back()
 
 

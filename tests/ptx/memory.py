@@ -127,12 +127,14 @@ class SharedMemory(Memory):
 
     kind = "shared"
 
-    def __init__(self, size: int, threads: int):
+    def __init__(self, size: int, threads: int, fenced_copies: bool = True):
+        """fenced_copies: a fence has to stand between an asynchronous copy and a product, as between a store and a product."""
         super().__init__(SHARED, np.full(-(-size // 16) * 16, 0xFF, np.uint8), threads)
         self.arriving = np.zeros(len(self.data), bool)
         self.multiplied = np.zeros(len(self.data), np.int16)  # how many products read there
         self.unfenced = np.zeros(len(self.data), bool)  # stored by a thread, not yet visible to the matrix unit
         self.copies = self.products = 0  # on their way
+        self.fenced_copies = fenced_copies
 
     def reads(self, rows, n, threads, what):
         if self.copies and self.arriving.reshape(-1, n)[rows].any():
@@ -163,7 +165,7 @@ class SharedMemory(Memory):
         def end():
             self.copies -= 1
             self.arriving.reshape(-1, n)[rows] = False
-            self.unfenced.reshape(-1, n)[rows] = True
+            self.unfenced.reshape(-1, n)[rows] = self.fenced_copies
             self.order.writes(rows, n, threads, what)  # by its thread, now
 
         return end

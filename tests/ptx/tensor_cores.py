@@ -208,9 +208,13 @@ def asynchronous_product(code, one):
         for slot in slots:
             values[slot] = IN_FLIGHT
 
+        operands = [values[slot] for slot in left_slots]
+
         def end():
             for one_end in ends:
                 one_end()
+            if any(values[slot] is not value for slot, value in zip(left_slots, operands)):
+                raise Fault("wgmma: a register of an operand was overwritten before the product was waited for")
             if block.in_flight.get(slots[0]) is results:  # else a later product adds to them
                 del block.in_flight[slots[0]]
                 for slot, value in zip(slots, results):

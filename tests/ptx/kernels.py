@@ -1,5 +1,6 @@
 """Launches of the package's launchers, compiled and run here."""
 
+import atexit
 import contextlib
 import functools
 import os
@@ -33,11 +34,13 @@ FENCED_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 @functools.cache
 def compiler() -> subprocess.Popen:
-    """The process that compiles; it ends with this one."""
+    """The process that compiles. It ends with its input, that is, with this process."""
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     command = [sys.executable, "-m", "ptx.compiler"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT)
+    atexit.register(process.communicate)
+    return process
 
 
 @functools.cache

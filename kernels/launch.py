@@ -38,9 +38,8 @@ def accumulator(dtype: torch.dtype):
 
 
 def dot_dtype(*operands: torch.dtype):
-    """The dtype of products: the widest of the operands'. The interpreter cannot compute in bfloat16."""
-    widest = functools.reduce(torch.promote_types, operands)
-    return tl.float32 if widest == torch.bfloat16 and interpreting() else TYPES[widest]
+    """The dtype of products: the widest of the operands'."""
+    return TYPES[functools.reduce(torch.promote_types, operands)]
 
 
 @functools.cache

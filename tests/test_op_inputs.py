@@ -316,6 +316,7 @@ def test_heads_that_no_gpu_kernel_takes_warn_of_it(backend, monkeypatch, nobody_
     monkeypatch.setattr(ops.BACKENDS["triton"], "interpreted", False)
     monkeypatch.setattr(ops.BACKENDS["cuda"], "has", lambda op, dtype, head_dim: backend == "cuda" and head_dim <= 256)
     monkeypatch.setattr(ops.BACKENDS["triton"], "devices", ("cuda",))
+    monkeypatch.setattr(ops.BACKENDS["triton"], "dtypes", backends.FLOATS)
     monkeypatch.setattr(backends, "AUTO", "auto")
     choose = lambda dtype, head_dim: backends._choose("cross_attention", torch.device("cuda"), dtype, head_dim, backend)
     with warnings.catch_warnings():

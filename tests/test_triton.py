@@ -1,5 +1,5 @@
-"""The Triton kernels against the float64 reference, within the budget of test_ops.py: on the GPU where there is one, in all
-dtypes; else in Triton's interpreter, which cannot do bfloat16."""
+"""The Triton kernels against the float64 reference, within the budget of test_ops.py: on the GPU where there is one, else in
+Triton's interpreter."""
 
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from systems import ANSWERS, QUESTIONS, system
 from diffmas import Agent, ops
 from diffmas.models.patch import patch_of
 from diffmas.ops import reference
+from diffmas.ops.backends import TritonBackend
 from diffmas.trace import views
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.spec import LayerSpec, ModelSpec
@@ -23,7 +24,18 @@ from diffmas.trace.views import KVRange
 pytestmark = pytest.mark.skipif(ops.available()["triton"] is not None, reason=str(ops.available()["triton"]))
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bfloat16():
+    if DEVICE == "cuda":
+        yield
+        return
+    from interpreted_bfloat16 import interpreted_bfloat16
+
+    with interpreted_bfloat16():
+        yield
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -210,6 +222,13 @@ def test_what_the_backend_takes():
     else:
         assert chosen(64, "auto") is ops.BACKENDS["cpu" if ops.available()["cpu"] is None else "reference"].ops.inject
         assert chosen(64, "auto", torch.float64) is reference.inject
+
+
+def test_the_interpreter_takes_no_bfloat16_by_itself(monkeypatch):
+    """It would multiply bits as if they were numbers."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    served = lambda dtype: TritonBackend().serves("inject", "cpu", dtype, 64)
+    assert [served(dtype) for dtype in (*DTYPES, torch.float64)] == [True, True, False, True]
 
 
 POOL = 704  # rows: the program of a tile that nobody reads costs time in the interpreter

@@ -21,6 +21,8 @@ from diffmas.ops.fused import PARTS, Composed
 
 __all__ = ["BACKENDS", "available", "check_backend", "implementation"]
 
+INTERPRETED = (torch.float32, torch.float16, torch.float64)
+
 
 class Backend:
     """A set of op implementations, and the devices, dtypes and head sizes that it serves."""
@@ -42,12 +44,12 @@ class Backend:
 
 class TritonBackend(Backend):
     """Triton and its kernels are imported when first needed. With TRITON_INTERPRET=1 its interpreter runs them, on CPU tensors
-    and in float64 too."""
+    and in float64 too, but not in bfloat16, of which it multiplies the bits."""
 
     def __init__(self):
         self.name, self.max_head_dim = "triton", 256
         self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        self.devices, self.dtypes = (None, None) if self.interpreted else (("cuda",), FLOATS)
+        self.devices, self.dtypes = (None, INTERPRETED) if self.interpreted else (("cuda",), FLOATS)
 
     @functools.cached_property
     def why_missing(self) -> str | None:
@@ -232,5 +234,6 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, ba
         triton = BACKENDS["triton"]
         return triton.ops if name == "cuda" and triton.serves(*asked) else _fall_back(*asked)
     if not chosen.serves(*asked):
-        raise ValueError(f"backend: {name!r} serves {chosen.devices} in {chosen.dtypes}, got {device.type} in {dtype}")
+        devices = chosen.devices or "all devices"
+        raise ValueError(f"backend: {name!r} serves {devices} in {chosen.dtypes}, got {device.type} in {dtype}")
     return chosen.ops

@@ -1,0 +1,312 @@
+"""The compiled Triton kernels, executed: their PTX for sm_80 and sm_90 in numpy (tests/ptx) against the float64 reference,
+within the budget of test_ops.py; what programs without work cost; and faults made on purpose, each of which is found."""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs, random_attention
+from op_runs import attention_all, exact_in_half, finite, inject_all, merge_all, raw, reposition_all, within_budget
+
+pytest.importorskip("triton")
+
+from ptx.kernels import executed  # noqa: E402
+from ptx.text import Fault  # noqa: E402
+
+from diffmas import ops  # noqa: E402
+from diffmas.kernels import backend  # noqa: E402
+
+ARCHITECTURES = [80, 90]
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def numbers_everywhere(monkeypatch):
+    """The executor takes CPU tensors of all dtypes, and memory that nobody wrote to is NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(ops.BACKENDS["triton"], "dtypes", None)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def agree(results, run, dtype, terms, products=FLOAT):
+    """results of the kernels, against `run(dtype, "reference")` in that precision and in float64."""
+    for got, like, want in zip(results, run(dtype, "reference"), run(torch.float64, "reference"), strict=True):
+        assert got.shape == want.shape and got.dtype == like.dtype
+        if got.numel():
+            within_budget(got, like, want, terms, products)
+
+
+@dataclass
+class Attention:
+    """A call of cross_attention and its backward. rows: of the pool."""
+
+    view: View
+    dtype: torch.dtype
+    D: int = 128
+    heads: tuple[int, int] = (4, 2)
+    Dr: int | None = None
+    interleaved: bool = False
+    rows: int = 352
+    grad_tail: list[int] | None = None
+
+    def inputs(self):
+        return attention_inputs(self.view, self.heads, self.D, self.Dr, self.interleaved, rows=self.rows)
+
+
+TWO = View([30], [[(0, 130, 0), (300, 30, 0)]])
+ATTENTION = {
+    "tile_of_64_rows": Attention(TWO, BRAIN),
+    "tile_of_128_rows": Attention(View([75, 1], [[(0, 80, 0), (200, 75, 0)], [(5, 77, 0)]]), BRAIN, rows=288),
+    "group_of_3": Attention(View([30], TWO.segments, causal=False), BRAIN, 96, (6, 2)),
+    "latent_step": Attention(
+        View([1, 1], [[(0, 190, 0), (300, 3, 0)], [(0, 90, 0), (310, 1, 0)]]), BRAIN, grad_tail=[1, 0]
+    ),
+    "short_heads": Attention(VIEWS["ragged"], BRAIN, 80, (2, 2), rows=320),
+    "offset": Attention(
+        View([40, 7], [[(0, 100, 13), (200, 40, 0)], [(0, 100, -40_000), (250, 7, 0)]]), BRAIN, 64, (4, 2), 48, True, 272
+    ),
+    "float16": Attention(View([12], [[(0, 150, 0), (160, 12, 0)]]), HALF, 128, (8, 2), rows=192),
+    "float32": Attention(View([20, 2], [[(0, 40, 0), (100, 20, 0)], [(7, 9, 0)]]), FLOAT, 64, rows=128),
+    "float32_offset": Attention(VIEWS["offset"], FLOAT, 40, (3, 1), 20, rows=448),
+    "long_heads": Attention(View([5], [[(0, 50, 0), (60, 5, 0)]]), BRAIN, 256, (2, 1), rows=80),
+}  # fmt: skip
+
+
+def attend(inputs, launches, do, dlse=None, grad_tail=None, want_dq=True):
+    """As op_runs.attention_all, with the launchers and tiles of an architecture."""
+    args = inputs.args()
+    o, lse = backend.cross_attention(*args, tiles=launches.tiles)
+    dk, dv = (head_major(*inputs.k_pool.shape, FLOAT, 0.5) for _ in "kv")
+    dq = backend.cross_attention_backward(
+        do.to(o), dlse, args[0], o, lse, *args[1:], dk, dv, grad_tail, want_dq, tiles=launches.tiles
+    )
+    return o, finite(lse), dq, dk, dv
+
+
+def check_attention(inputs, arch, dtype, grad_tail=None):
+    do, dlse = exact_in_half(*inputs.q.shape), exact_in_half(*inputs.q.shape[:2])
+    with executed(arch) as launches:
+        results = attend(inputs.to(dtype), launches, do, dlse.float(), grad_tail)
+
+    def run(dtype, name):
+        wide = torch.promote_types(dtype, FLOAT)
+        return attention_all(inputs.to(dtype), name, do, dlse.to(wide), grad_tail)
+
+    Hq, Hkv = inputs.q.shape[1], inputs.k_pool.shape[1]
+    agree(results, run, dtype, inputs.q.shape[2] * (Hq / Hkv) ** 0.5, products=dtype)
+    return launches
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, arch):
+    case = ATTENTION[name]
+    tail = None if case.grad_tail is None else torch.tensor(case.grad_tail)
+    launches = check_attention(case.inputs(), arch, case.dtype, tail)
+    products = sum(counts.by_name["products"] for one in launches.seen for counts in one.counts.values())
+    assert (products > 0) == (case.dtype != FLOAT)
+
+
+@pytest.mark.parametrize("arch, seed, dtype", [(80, 2, BRAIN), (90, 3, HALF)])
+def test_attention_of_random_views(arch, seed, dtype):
+    check_attention(random_attention(seed, 304), arch, dtype)
+
+
+def check(run, arch, dtype, terms):
+    """run(dtype, backend) of an op and its backward."""
+    with executed(arch):
+        results = run(dtype, "triton")
+    agree(results, run, dtype, terms)
+
+
+INJECT = {
+    "bfloat16": (BRAIN, dict(n=9, heads=(8, 2), D=128, strided=True)),
+    "float16": (HALF, dict(n=9, D=80, Dr=48, interleaved=True)),
+    "float32": (FLOAT, dict(n=5, heads=(18, 9), D=37, Dr=22, strided=True)),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", INJECT)
+def test_inject(name, arch):
+    dtype, what = INJECT[name]
+    inputs = inject_inputs(**what, rows=48)
+    dq_rot, (dk, dv) = exact_in_half(*inputs.q.shape), exact_in_half(2, 48, *inputs.k.shape[1:])
+    run = lambda dtype, name: inject_all(inputs.to(dtype), name, dq_rot, dk, dv, 48)
+    check(run, arch, dtype, inputs.q.shape[2])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, n, H, D", [(BRAIN, 12, 8, 128), (HALF, 7, 2, 80), (FLOAT, 5, 3, 37)])
+def test_merge_states(dtype, n, H, D, arch):
+    parts = exact_in_half(n, 2 * H, D).split(H, dim=1)
+    lses = [4 * exact_in_half(n, H) for _ in "ab"]
+    lses[0][::5] = lses[1][::3] = -torch.inf
+    do, dlse = exact_in_half(n, H, D), exact_in_half(n, H)
+    states = parts[0], lses[0], parts[1], lses[1]
+    check(lambda *where: merge_all(states, do, dlse, *where), arch, dtype, D)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, H, D, interleaved", [(BRAIN, 2, 128, False), (HALF, 1, 80, True), (FLOAT, 2, 37, False)])
+def test_reposition(dtype, H, D, interleaved, arch):
+    move, data = moves(H, D, interleaved)
+    check(lambda *where: reposition_all(move, *data, *where), arch, dtype, 8)
+
+
+def moves(H, D, interleaved=False):
+    """Nine rows of a pool, turned by far offsets in half of their dimensions, and the pools."""
+    rows, Dr = torch.randperm(ROWS), D // 4 * 2
+    inv_freq = 1e4 ** (-torch.arange(0, Dr, 2).float() / Dr)
+    move = rows[torch.randint(0, 5, (9,))], rows[9:18], torch.randint(-100_000, 100_000, (9,)), inv_freq, interleaved
+    return move, [exact_in_half(ROWS, H, D) for _ in range(4)]
+
+
+# ---- what a program costs
+
+
+# Instructions of a program of dK and dV that multiplies nothing: nobody reads its rows, or those who do learn nothing there.
+# As it is today, with grad_tail and without; fewer is better.
+IDLE = {80: {True: 1601, False: 937}, 90: {True: 1515, False: 852}}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("tail", [True, False])
+def test_programs_without_work_end_early(tail, arch):
+    """Two sequences read 300 rows, and the newest of their own; most of the pool is nobody's."""
+    view = View([1, 1], [[(0, 300, 0), (600, 1, 0)], [(0, 300, 0), (610, 1, 0)]])
+    inputs = Attention(view, BRAIN, rows=1024).inputs()
+    launches = check_attention(inputs, arch, BRAIN, torch.tensor([1, 1]) if tail else None)
+    counts = [counts for one in launches.seen if "dkv" in one.kernel for counts in one.counts.values()]
+    idle = [one.instructions for one in counts if not one.by_name["products"]]
+    assert len(idle) < len(counts) and max(idle) <= IDLE[arch][tail]
+
+
+# ---- mutants: PTX with one fault
+
+
+def replaced(pattern: str, new, after: str = "", which: int | None = None):
+    """An edit of PTX: the matches of `pattern` (or one of them) that come after the first match of `after`."""
+
+    def edit(ptx: str, parameters: list[str]) -> str:
+        begin = re.search(after, ptx).start()
+        found = [one for one in re.finditer(pattern, ptx) if one.start() >= begin]
+        assert found, f"nothing like {pattern} to edit"
+        for one in found[::-1] if which is None else [found[which]]:
+            ptx = ptx[: one.start()] + (one.expand(new) if isinstance(new, str) else new(one)) + ptx[one.end() :]
+        return ptx
+
+    return edit
+
+
+def swapped(first: str, second: str):
+    """An edit of PTX: one parameter in the place of another."""
+
+    def edit(ptx: str, parameters: list[str]) -> str:
+        a, b = (f"_param_{parameters.index(name)}]" for name in (first, second))
+        return ptx.replace(a, "_param_x]").replace(b, a).replace("_param_x]", b)
+
+    return edit
+
+
+def counted(difference: int):
+    """The last number of a match, changed."""
+    return lambda one: re.sub(r"\d+$", lambda number: str(int(number[0]) + difference), one[0])
+
+
+COPY = r"cp\.async\.c[ag]"
+WAIT = r"cp\.async\.wait_group \s*\d+"
+BARRIER = r"\s*bar\.sync \s*0;"
+PRODUCT = r"(mma\.sync\S+ \s*\{[^}]*\}, \{ %r\d+, )(%r\d+), (%r\d+)"
+MUTANTS = {
+    "a wait for fewer copies": ("fwd", [80, 90], replaced(WAIT, counted(1), which=1)),
+    "a group of copies that is not closed": ("fwd", [80, 90], replaced(r"cp\.async\.commit_group;", "", which=1)),
+    "no barrier after a wait": ("fwd", [80, 90], replaced(f"({WAIT};){BARRIER}", r"\1", which=1)),
+    "no barrier before memory is used again": (
+        "fwd", [80, 90], replaced(BARRIER + r"((?:[^;\n]*[;\n]){1,6}\s*" + COPY + ")", r"\1", which=-1)
+    ),
+    "no barrier between threads that read and write a row": ("reposition_bwd_kernel", [80, 90], replaced(BARRIER, "")),
+    "a wrong comparison": ("fwd", [80, 90], replaced(r"setp\.le\.s32", "setp.lt.s32", after=COPY)),
+    "a swapped stride": ("fwd", [80, 90], swapped("stride_kr", "stride_kh")),
+    "a changed shift": ("fwd", [80, 90], replaced(r"shl\.b32 \s*%r\d+, %r\d+, \d+", counted(-1), after=COPY)),
+    "a load without its predicate": ("fwd", [80, 90], replaced(r"@%p\d+ (ld\.global\.v4)", r"\1")),
+    "a store without its predicate": ("dkv", [80, 90], replaced(r"@%p\d+ (st\.global)", r"\1")),
+    "a shuffle with another lane": (
+        "fwd", [80, 90], replaced(r"(shfl\.sync\.bfly\.b32 \s*%r\d+, %r\d+, )1,", r"\g<1>4,", after=COPY)
+    ),
+    "rows for columns": ("fwd", [80], replaced(r"\.trans", "", which=0)),
+    "registers of a product swapped": ("fwd", [80], replaced(PRODUCT, r"\1\3, \2", which=0)),
+    "registers of a product swapped, backward": ("dkv", [80], replaced(PRODUCT, r"\1\3, \2", which=0)),
+    "a product that is not waited for": (
+        "fwd", [90], replaced(r"wgmma\.wait_group\.sync\.aligned \d+", counted(1), after=r"wgmma\.mma_async", which=0)
+    ),
+    "no fence between threads and products": ("fwd", [90], replaced(r"fence\.proxy\.async[^;]*;", "", which=0)),
+    "no fence of a product's registers": ("fwd", [90], replaced(r"wgmma\.fence[^;]*;", "", which=1)),
+    "another swizzle": (
+        "fwd", [90], replaced(r"46\d{17}(?=;)", lambda one: str(int(one[0]) ^ 3 << 62), after=r"wgmma\.fence", which=0)
+    ),
+}  # fmt: skip
+
+
+def forward(launches):
+    inputs = ATTENTION["tile_of_64_rows"].inputs()
+    results = backend.cross_attention(*inputs.to(BRAIN).args(), tiles=launches.tiles)
+    run = lambda dtype, name: raw.cross_attention(*inputs.to(dtype).args(), name)
+    agree(results, run, BRAIN, 128 * 2**0.5, BRAIN)
+
+
+def gradients(launches):
+    """dK and dV alone."""
+    inputs = Attention(View([12], [[(0, 20, 0), (60, 12, 0)]]), BRAIN, rows=72).inputs()
+    do = exact_in_half(*inputs.q.shape)
+
+    def run(dtype, name):
+        args = inputs.to(dtype).args()
+        o, lse = raw.cross_attention(*args, "reference")
+        grads = [head_major(*inputs.k_pool.shape, lse.dtype, 0.5) for _ in "kv"]
+        rest = do.to(o), None, args[0], o, lse, *args[1:], *grads, None, False
+        if name == "reference":
+            raw.cross_attention_backward(*rest, name)
+        else:
+            backend.cross_attention_backward(*rest, tiles=launches.tiles)
+        return grads
+
+    agree(run(BRAIN, "triton"), run, BRAIN, 128 * 2**0.5, BRAIN)
+
+
+def repositioned(launches):
+    move, data = moves(2, 37)
+    agree_on = lambda *where: reposition_all(move, *data, *where)
+    agree(agree_on(FLOAT, "triton"), agree_on, FLOAT, 8)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("run", [forward, gradients, repositioned])
+def test_without_a_fault_nothing_is_found(run, arch):
+    with executed(arch) as launches:
+        run(launches)
+
+
+@pytest.mark.parametrize("name, arch", [(name, arch) for name, (_, archs, _) in MUTANTS.items() for arch in archs])
+def test_a_fault_is_found(name, arch):
+    kernel, _, edit = MUTANTS[name]
+    run = {"fwd": forward, "dkv": gradients}.get(kernel, repositioned)
+    edited = []
+
+    def mutate(one, ptx, parameters):
+        if one != f"cross_attention_{kernel}_kernel" and not one.endswith(kernel):
+            return ptx
+        edited.append(edit(ptx, parameters))
+        assert edited[-1] != ptx
+        return edited[-1]
+
+    with executed(arch, mutate) as launches:
+        try:
+            run(launches)
+        except (Fault, AssertionError):
+            assert edited  # and not the edit went wrong
+            return
+    raise AssertionError("nobody noticed")

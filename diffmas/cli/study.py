@@ -177,7 +177,7 @@ def run(
         raise ValueError(f"--model: expected none, since the case {own[0]!r} has its own, got {model!r}; --case chooses others")
     configs = {
         (case, seed): config_of(recipe, case, seed, output / slug(case) / f"seed{seed}", model, changes)
-        for case in {*cases, *(recipe.cases[case].get("trained_by", case) for case in cases)} for seed in seeds
+        for case in dict.fromkeys([*cases, *(recipe.cases[case].get("trained_by", case) for case in cases)]) for seed in seeds
     }  # fmt: skip
     stamp, asked = output / "study.json", {"recipe": vars(recipe), "model": model, "changes": changes}
     if stamp.is_file():

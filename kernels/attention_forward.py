@@ -1,0 +1,118 @@
+"""The forward of cross-agent attention."""
+
+import triton
+import triton.language as tl
+
+from diffmas.kernels.attention_tiles import (
+    INDEX,
+    LOG2E,
+    keys_of_tile,
+    load_at_offset,
+    load_rows,
+    rows_of_tile,
+    sequence_of_tile,
+)
+
+__all__ = ["cross_attention_fwd_kernel", "cross_attention_fwd_kernel_merge"]
+
+
+@triton.jit
+def _forward_tile(
+    acc, m, total, q, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over BLOCK_N keys from pool row `row`, at view position n_tile; the segment's part ends at n_end."""
+    o_n = tl.arange(0, BLOCK_N)
+    inside = n_tile + o_n < n_end
+    k = load_rows(p_k, stride_kr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * scale_log2
+    if MASKED:
+        s = tl.where(inside[None, :] & (n_tile + o_n[None, :] <= b_last[:, None]), s, -float("inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    base = m_new
+    if MASKED:
+        base = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing yet
+    p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(m - base)
+    v = load_rows(p_v, stride_vr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
+    acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
+    return acc, m_new, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=[*INDEX, "B", "n"])
+def cross_attention_fwd_kernel(
+    q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, o, lse,
+    n, B, stride_qn, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
+    Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; if SPLIT, one for every split."""
+    # The last tiles of a causal sequence see most: they start first.
+    i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, q_first, L, t_first = sequence_of_tile(i_tile, q_indptr, B, BLOCK_M // G)
+    if t_first >= L:
+        return
+    b_n, b_head, b_token, m_row = rows_of_tile(i_h, q_first, L, t_first, G, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_q = m_row[:, None] & (o_d < D)[None, :]
+    p_q = q + b_n * stride_qn + b_head * stride_qh
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
+    s_first, s_last, n_seg, n_first, n_end, n_all, b_last = keys_of_tile(
+        i_b, seg_indptr, seg_len, L, t_first, b_token, i_split, BLOCK_M // G, CAUSAL, SPLIT, BLOCK_N
+    )
+
+    p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
+    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    m, total = tl.full((BLOCK_M,), -float("inf"), ACC), tl.zeros((BLOCK_M,), ACC)
+    scale_log2: tl.constexpr = scale * LOG2E
+    for s in range(s_first, s_last):
+        start, length = tl.load(seg_start + s).to(tl.int32), tl.load(seg_len + s).to(tl.int32)
+        n_from, n_to = tl.maximum(n_seg, n_first), tl.minimum(n_seg + length, n_end)
+        n_full = n_from + tl.maximum(tl.minimum(n_to, n_all) - n_from, 0) // BLOCK_N * BLOCK_N
+        b_qs = b_q
+        if OFFSET:
+            here = m_row & (b_token < tl.where(n_from < n_to, L, 0))
+            b_qs = load_at_offset(p_q, here, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
+        to_row = start - n_seg
+        for i in range(n_from, n_full, BLOCK_N):
+            acc, m, total = _forward_tile(
+                acc, m, total, b_qs, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2, D, BLOCK_D,
+                BLOCK_N, False, DOT, ACC,
+            )  # fmt: skip
+        for i in range(n_full, n_to, BLOCK_N):
+            acc, m, total = _forward_tile(
+                acc, m, total, b_qs, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2, D, BLOCK_D,
+                BLOCK_N, True, DOT, ACC,
+            )  # fmt: skip
+        n_seg += length
+
+    empty = total == 0
+    b_o = acc / tl.where(empty, 1.0, total)[:, None]
+    b_lse = tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) / LOG2E)
+    b_n += i_split.to(tl.int64) * n
+    tl.store(o + (b_n * Hq + b_head)[:, None] * D + o_d[None, :], b_o, mask=m_q)
+    tl.store(lse + b_n * Hq + b_head, b_lse, mask=m_row)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def cross_attention_fwd_kernel_merge(
+    o_parts, lse_parts, o, lse, rows, splits,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Merges the states of the splits. A row is one (token, query head)."""
+    o_r, o_d = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    m_r = o_r < rows
+    m_o = m_r[:, None] & (o_d < D)[None, :]
+    acc, total, m = tl.zeros((BLOCK_R, BLOCK_D), ACC), tl.zeros((BLOCK_R,), ACC), tl.full((BLOCK_R,), -float("inf"), ACC)
+    for i in range(splits):
+        o_part = i * rows.to(tl.int64) + o_r
+        b_lse = tl.load(lse_parts + o_part, mask=m_r, other=-float("inf"))
+        m_new = tl.maximum(m, b_lse)
+        base = tl.where(m_new == -float("inf"), 0.0, m_new)
+        shrink, weight = tl.exp2((m - base) * LOG2E), tl.exp2((b_lse - base) * LOG2E)
+        b_o = tl.load(o_parts + o_part[:, None] * D + o_d[None, :], mask=m_o, other=0)
+        acc, total, m = acc * shrink[:, None] + weight[:, None] * b_o, total * shrink + weight, m_new
+    total = tl.where(total == 0, 1.0, total)
+    tl.store(o + o_r[:, None] * D + o_d[None, :], acc / total[:, None], mask=m_o)
+    tl.store(lse + o_r, m + tl.log2(total) / LOG2E, mask=m_r)

@@ -11,7 +11,7 @@ Nothing is read back from the device: tiles, splits and grids follow from shapes
 
 import torch
 
-from diffmas.kernels.attention_dkv import cross_attention_bwd_kernel_dkv
+from diffmas.kernels.attention_dkv import cross_attention_bwd_kernel_dkv, cross_attention_bwd_kernel_dkv_tail
 from diffmas.kernels.attention_dq import cross_attention_bwd_kernel_delta, cross_attention_bwd_kernel_dq
 from diffmas.kernels.attention_forward import cross_attention_fwd_kernel, cross_attention_fwd_kernel_merge
 from diffmas.kernels.blocks import attention_blocks, blocks
@@ -33,16 +33,22 @@ def _shape(q, k_pool, q_indptr, seg_offset, inv_freq) -> tuple:
 def sizes(
     kernel, n, Hq, D, R, Hkv, B, dtype, pool_dtype, device, rotated, scale, causal, interleaved, tiles
 ) -> tuple[tuple[int, ...], dict]:
-    """The grid of fwd, dq or dkv, and the constants of its launch. From shapes alone: a split's share of the view is found on
-    the device."""
+    """The grid of fwd, dq, dkv or dkv_tail, and the constants of its launch. From shapes alone: a split's share of the view is
+    found on the device."""
     G, offset, dot = Hq // Hkv, rotated is not None, dot_dtype(dtype, pool_dtype)
-    block = tiles(kernel, ceil_div(n, B) * G, D, dot.primitive_bitwidth > 16, offset, device)
+    block = tiles(kernel.removesuffix("_tail"), ceil_div(n, B) * G, D, dot.primitive_bitwidth > 16, offset, device)
     constants = block | dict(
         scale=float(scale), Hq=Hq, G=G, D=D, HALF=rotated or 0, CAUSAL=causal, INTERLEAVED=interleaved, OFFSET=offset,
         BLOCK_D=max(16, power_of_two(D)), DOT=dot, ACC=accumulator(dtype),
     )  # fmt: skip
     if kernel == "dkv":
         return (ceil_div(R, block["BLOCK_N"]), Hkv), constants
+    if kernel == "dkv_tail":
+        # As many programs a sequence as windows if it had all of the tokens, but no more than fill the GPU, or than four times
+        # the average; two at least, since the tail of a run of latent steps is longer than the step.
+        average, most = ceil_div(n, B * block["BLOCK_N"]), ceil_div(n, block["BLOCK_N"])
+        programs = max(2, min(most, max(4 * average, ceil_div(2 * processors(device), Hkv))))
+        return (B, Hkv, programs), constants
     BLOCK_M = max(block["BLOCK_M"], power_of_two(G))  # a tile holds a group
     count = n // (BLOCK_M // G) + B
     wanted = ceil_div(2 * processors(device), count * Hkv)
@@ -119,9 +125,15 @@ def cross_attention_backward(
             cross_attention_bwd_kernel_dq[grid](q, do, base, delta, k_pool, v_pool, *view, part, n, B, *strides, **constants)
             if not whole:
                 dq = part.sum(0).to(q.dtype)
-        grid, constants = sizes("dkv", *shape, scale, causal, interleaved, tiles)
-        cross_attention_bwd_kernel_dkv[grid](
-            q, do, base, delta, k_pool, v_pool, *view, grad_tail, dk_pool, dv_pool, n, B, S, *strides, *dk_pool.stride()[:2],
-            *dv_pool.stride()[:2], GRAD_TAIL=grad_tail is not None, **constants,
-        )  # fmt: skip
+        dkv_strides = *strides, *dk_pool.stride()[:2], *dv_pool.stride()[:2]
+        if grad_tail is None:
+            grid, constants = sizes("dkv", *shape, scale, causal, interleaved, tiles)
+            cross_attention_bwd_kernel_dkv[grid](
+                q, do, base, delta, k_pool, v_pool, *view, dk_pool, dv_pool, n, B, S, *dkv_strides, **constants
+            )
+        else:
+            grid, constants = sizes("dkv_tail", *shape, scale, causal, interleaved, tiles)
+            cross_attention_bwd_kernel_dkv_tail[grid](
+                q, do, base, delta, k_pool, v_pool, *view, grad_tail, dk_pool, dv_pool, n, *dkv_strides, **constants
+            )
     return dq

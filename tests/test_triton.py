@@ -255,6 +255,30 @@ def test_attention_backward_of_the_last_tokens(name):
     agree(attending(attention_inputs(view, rows=POOL), grad_tail, want_dq=False), torch.float32, 64 * 2**0.5)
 
 
+def test_attention_backward_of_a_tail_of_many_windows():
+    """More windows of rows than a sequence has programs; they begin and end in the middle of segments, at three offsets. One
+    tail is longer than its view, one is nothing."""
+    first, second = [(300, 150, 3), (20, 90, 0), (130, 2, 0)], [(500, 9, 0), (150, 70, -2)]
+    view = View([2, 3, 1, 1], [first, second, [(240, 5, 0)], [(0, 4, 0)]])
+    grad_tail = torch.tensor([201, 75, 9, 0])
+    agree(attending(attention_inputs(view, rows=POOL), grad_tail), torch.float32, 64 * 2**0.5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter's tiles")
+def test_dkv_of_a_latent_step_is_launched_over_the_newest_rows():
+    """Two programs for each sequence and K/V head, however long the pool is; of a prompt, no more than fill the device or than
+    four times its share."""
+    from diffmas.kernels.blocks import attention_blocks
+    from diffmas.kernels.cross_attention import sizes
+
+    def grid(n, B, R):
+        rest = torch.float32, torch.float32, torch.device("cpu"), None, 0.1, True, False, attention_blocks
+        return sizes("dkv_tail", n, 4, 64, R, 2, B, *rest)[0]
+
+    assert grid(3, 3, 1000) == grid(3, 3, 10**6) == (3, 2, 2)
+    assert grid(320, 1, 1000) == (1, 2, 10) and grid(3200, 16, 10**4) == (16, 2, 28)
+
+
 @pytest.mark.parametrize("seed", range(60 if DEVICE == "cuda" else 4))
 def test_attention_of_random_views(seed, dtype):
     inputs = random_attention(seed, 3000 if DEVICE == "cuda" else 300)

@@ -55,6 +55,26 @@ def test_kernels_compile_for_sm_90():
         assert cost["stack"] == cost["spills"] == 0 and cost["shared"] <= SHARED, (kernel, cost)
 
 
+IDLE = """
+import json
+from tools.triton_report import binary, launches, opcodes
+for op in ("attention_backward", "attention_backward, latent step"):
+    for launch in launches(op, groups=2):
+        if "dkv" in launch.kernel.__name__:
+            codes = opcodes(binary(launch, 90))
+            work = next(i for i, code in enumerate(codes) if code == "HGMMA")
+            print(json.dumps([launch.kernel.__name__, [i + 1 for i in range(work) if codes[i] == "EXIT"]]))
+"""
+
+
+def test_a_program_of_dkv_without_work_ends_early():
+    """Instructions until the last EXIT before any product: of a tile of the pool that nobody reads (up to 128 segments), and of
+    the latent step's second program, where the tail is one window."""
+    exits = dict(printed_by(IDLE))
+    assert 0 < exits["cross_attention_bwd_kernel_dkv"][-1] < 60
+    assert 0 < exits["cross_attention_bwd_kernel_dkv_tail"][0] < 30
+
+
 REPORTED = """
 import json
 from diffmas.kernels.blocks import table

@@ -29,7 +29,7 @@ from diffmas.kernels import cross_attention, inject, merge_states, reposition
 from diffmas.kernels.blocks import ARCHITECTURES, launch_options, line_of, table
 from diffmas.kernels.launch import interpreting
 
-__all__ = ["OPS", "Launch", "binary", "compiled", "fits", "launches", "tiles_for"]
+__all__ = ["OPS", "Launch", "binary", "compiled", "fits", "launches", "opcodes", "tiles_for"]
 
 TABLE = Path(__file__).with_name("triton_report.csv")
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have
@@ -193,20 +193,29 @@ def binary(launch: Launch, arch: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
-def compiled(launch: Launch, arch: int = 90, listing: bool = True) -> dict[str, int]:
-    """What it costs: registers, shared memory and stack in bytes; and, from its listing, spill and matrix instructions."""
-    kernel = binary(launch, arch)
+def _read(kernel, *tool: str) -> str:
+    """What one of the tools that come with Triton says of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        read = lambda *tool: subprocess.run([*tool, file.name], capture_output=True, text=True, check=True).stdout
-        usage, sass = read(TOOLS / "cuobjdump", "-res-usage"), read(TOOLS / "nvdisasm", "-ndf", "-c") if listing else ""
+        return subprocess.run([TOOLS / tool[0], *tool[1:], file.name], capture_output=True, text=True, check=True).stdout
+
+
+def opcodes(kernel) -> list[str]:
+    """Its instructions by name, as they lie in memory."""
+    sass = _read(kernel, "nvdisasm", "-ndf", "-c")
+    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w]*)", sass, flags=re.M)
+
+
+def compiled(launch: Launch, arch: int = 90, listing: bool = True) -> dict[str, int]:
+    """What it costs: registers, shared memory and stack in bytes; and, from its listing, spill and matrix instructions."""
+    kernel = binary(launch, arch)
+    usage, codes = _read(kernel, "cuobjdump", "-res-usage"), opcodes(kernel) if listing else []
     number = lambda name: int(re.search(rf"\b{name}:(\d+)", usage).group(1))
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, flags=re.M)
-    count = lambda *heads: sum(code.split(".")[0] in heads for code in opcodes)
+    count = lambda *names: sum(code in names for code in codes)
     return dict(
         registers=number("REG"), shared=kernel.metadata.shared, stack=number("STACK"), spills=count("LDL", "STL"),
-        mma=count("HMMA", "HGMMA", "UTCHMMA"), instructions=len(opcodes),
+        mma=count("HMMA", "HGMMA", "UTCHMMA"), instructions=len(codes),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from diffmas.kernels.attention_tiles import (
     sequence_of_tile,
 )
 
-__all__ = ["cross_attention_fwd_kernel", "cross_attention_fwd_kernel_merge"]
+__all__ = ["cross_attention_fwd_kernel"]
 
 
 @triton.jit
@@ -25,14 +25,18 @@ def _forward_tile(
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
     k = load_rows(p_k, stride_kr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * scale_log2
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
+    # Scaled behind the maximum, in one instruction with the difference. Not where a scale turns the order round.
+    factor: tl.constexpr = scale_log2 if scale_log2 > 0 else 1.0
+    if scale_log2 <= 0:
+        s *= scale_log2
     if MASKED:
         s = tl.where(inside[None, :] & (n_tile + o_n[None, :] <= b_last[:, None]), s, -float("inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * factor)
     base = m_new
     if MASKED:
         base = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing yet
-    p = tl.exp2(s - base[:, None])
+    p = tl.exp2(s * factor - base[:, None])
     shrink = tl.exp2(m - base)
     v = load_rows(p_v, stride_vr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
     acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
@@ -47,7 +51,7 @@ def cross_attention_fwd_kernel(
     OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; if SPLIT, one for every split."""
+    """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; if SPLIT, one for every split, lse in log2."""
     # The last tiles of a causal sequence see most: they start first.
     i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, q_first, L, t_first = sequence_of_tile(i_tile, q_indptr, B, BLOCK_M // G)
@@ -89,30 +93,9 @@ def cross_attention_fwd_kernel(
 
     empty = total == 0
     b_o = acc / tl.where(empty, 1.0, total)[:, None]
-    b_lse = tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) / LOG2E)
-    b_n += i_split.to(tl.int64) * n
-    tl.store(o + (b_n * Hq + b_head)[:, None] * D + o_d[None, :], b_o, mask=m_q)
-    tl.store(lse + b_n * Hq + b_head, b_lse, mask=m_row)
-
-
-@triton.jit(do_not_specialize=["rows", "splits"])
-def cross_attention_fwd_kernel_merge(
-    o_parts, lse_parts, o, lse, rows, splits,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Merges the states of the splits. A row is one (token, query head)."""
-    o_r, o_d = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    m_r = o_r < rows
-    m_o = m_r[:, None] & (o_d < D)[None, :]
-    acc, total, m = tl.zeros((BLOCK_R, BLOCK_D), ACC), tl.zeros((BLOCK_R,), ACC), tl.full((BLOCK_R,), -float("inf"), ACC)
-    for i in range(splits):
-        o_part = i * rows.to(tl.int64) + o_r
-        b_lse = tl.load(lse_parts + o_part, mask=m_r, other=-float("inf"))
-        m_new = tl.maximum(m, b_lse)
-        base = tl.where(m_new == -float("inf"), 0.0, m_new)
-        shrink, weight = tl.exp2((m - base) * LOG2E), tl.exp2((b_lse - base) * LOG2E)
-        b_o = tl.load(o_parts + o_part[:, None] * D + o_d[None, :], mask=m_o, other=0)
-        acc, total, m = acc * shrink[:, None] + weight[:, None] * b_o, total * shrink + weight, m_new
-    total = tl.where(total == 0, 1.0, total)
-    tl.store(o + o_r[:, None] * D + o_d[None, :], acc / total[:, None], mask=m_o)
-    tl.store(lse + o_r, m + tl.log2(total) / LOG2E, mask=m_r)
+    b_lse = tl.where(empty, -float("inf"), m + tl.log2(tl.where(empty, 1.0, total)))
+    if not SPLIT:
+        b_lse /= LOG2E
+    o_r = (b_n + i_split.to(tl.int64) * n) * Hq + b_head
+    tl.store(o + o_r[:, None] * D + o_d[None, :], b_o, mask=m_q)
+    tl.store(lse + o_r, b_lse, mask=m_row)

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "ARCHITECTURES", "HEAD_DIMS", "NARROW", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks", "launch_options", "line_of",
-    "table",
+    "ARCHITECTURES", "FUSION", "HEAD_DIMS", "NARROW", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks", "launch_options",
+    "line_of", "table",
 ]  # fmt: skip
 
 BLOCKS = {
@@ -28,7 +28,6 @@ BLOCKS = {
     "merge_states_backward": dict(BLOCK_R=16, num_warps=4),
     "reposition": dict(BLOCK_R=16, num_warps=4),
     "reposition_backward": dict(BLOCK_R=16, num_warps=4),
-    "cross_attention_merge": dict(BLOCK_R=16, num_warps=4, maxnreg=255),  # 40, as ptxas likes, spills at D = 80
     "cross_attention_delta": dict(BLOCK_R=16, num_warps=4),
 }
 FUSION = dict(enable_fp_fusion=True)  # explicit, because Triton's default is about to change

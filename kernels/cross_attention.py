@@ -2,9 +2,10 @@
 
 A tile is BLOCK_M query rows, (token, head of the GQA group) pairs of one sequence and one K/V head, so that a group reads
 each K/V row once. It walks the segments of its sequence's view where they lie: tiles that it cannot see cost nothing, those
-that all of its rows see need no mask. Short queries over a long view are split over the view's keys; the parts are merged
-by a second kernel. dK and dV belong to the program that owns a tile of pool rows and loops over the tile's readers: no
-atomics, the same bits on every run. Where a segment is read at a position offset, q is rotated, never the keys.
+that all of its rows see need no mask. Short queries over a long view are split over the view's keys; a second kernel merges
+the parts, with a program for each row. dK and dV belong to the program that owns a tile of pool rows, or of the newest rows
+of a view, and loops over the tile's readers: no atomics, the same bits on every run. Where a segment is read at a position
+offset, q is rotated, never the keys.
 
 Nothing is read back from the device: tiles, splits and grids follow from shapes, programs find their sequence themselves.
 """
@@ -13,8 +14,9 @@ import torch
 
 from diffmas.kernels.attention_dkv import cross_attention_bwd_kernel_dkv, cross_attention_bwd_kernel_dkv_tail
 from diffmas.kernels.attention_dq import cross_attention_bwd_kernel_delta, cross_attention_bwd_kernel_dq
-from diffmas.kernels.attention_forward import cross_attention_fwd_kernel, cross_attention_fwd_kernel_merge
-from diffmas.kernels.blocks import attention_blocks, blocks
+from diffmas.kernels.attention_forward import cross_attention_fwd_kernel
+from diffmas.kernels.attention_merge import cross_attention_merge_kernel
+from diffmas.kernels.blocks import FUSION, attention_blocks, blocks
 from diffmas.kernels.launch import accumulator, ceil_div, dot_dtype, on, once_per_shape, power_of_two, processors, rows_of
 from diffmas.ops import reference
 
@@ -58,9 +60,16 @@ def sizes(
 
 @once_per_shape
 def row_sizes(op, rows, D, dtype) -> tuple[tuple[int], dict]:
-    """As `sizes`, for the kernels merge and delta. A row is one (token, query head)."""
+    """As `sizes`, for the kernel delta. A row is one (token, query head)."""
     block = blocks(op)
     return (ceil_div(rows, block["BLOCK_R"]),), dict(D=D, BLOCK_D=max(16, power_of_two(D)), ACC=accumulator(dtype)) | block
+
+
+@once_per_shape
+def merge_constants(D) -> dict:
+    """Of the launch of the kernel merge: 64 numbers a thread. One compilation serves any number of splits."""
+    BLOCK_D = max(16, power_of_two(D))
+    return dict(D=D, BLOCK_S=MAX_SPLITS, BLOCK_D=BLOCK_D, num_warps=max(1, MAX_SPLITS * BLOCK_D // 2048)) | FUSION
 
 
 def _offsets(q, seg_offset, inv_freq, interleaved) -> tuple:
@@ -92,8 +101,7 @@ def cross_attention(
             *v_pool.stride()[:2], **constants,
         )  # fmt: skip
         if splits > 1:
-            grid, constants = row_sizes("cross_attention_merge", n * Hq, D, q.dtype)
-            cross_attention_fwd_kernel_merge[grid](*parts, o, lse, n * Hq, splits, **constants)
+            cross_attention_merge_kernel[(n * Hq,)](*parts, o, lse, n * Hq, splits, **merge_constants(D))
     return o, lse
 
 
@@ -121,10 +129,10 @@ def cross_attention_backward(
             grid, constants = sizes("dq", *shape, scale, causal, interleaved, tiles)
             splits = grid[2]
             whole = splits == 1 and (seg_offset is None or q.dtype == acc)
-            part = dq if whole else q.new_empty((splits, n, Hq, D), dtype=acc)
-            cross_attention_bwd_kernel_dq[grid](q, do, base, delta, k_pool, v_pool, *view, part, n, B, *strides, **constants)
+            parts = dq if whole else q.new_empty((splits, n, Hq, D), dtype=acc)
+            cross_attention_bwd_kernel_dq[grid](q, do, base, delta, k_pool, v_pool, *view, parts, n, B, *strides, **constants)
             if not whole:
-                dq = part.sum(0).to(q.dtype)
+                cross_attention_merge_kernel[(n * Hq,)](parts, None, dq, None, n * Hq, splits, **merge_constants(D))
         dkv_strides = *strides, *dk_pool.stride()[:2], *dv_pool.stride()[:2]
         if grad_tail is None:
             grid, constants = sizes("dkv", *shape, scale, causal, interleaved, tiles)

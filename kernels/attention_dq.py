@@ -9,6 +9,7 @@ from diffmas.kernels.attention_tiles import (
     keys_of_tile,
     load_at_offset,
     load_rows,
+    pointers_of_tile,
     rotate,
     rows_of_tile,
     sequence_of_tile,
@@ -42,15 +43,15 @@ def cross_attention_bwd_kernel_delta(
 
 @triton.jit
 def _dq_tile(
-    acc, q, do, base, delta, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
+    acc, q, do, base, delta, p_k, p_v, stride_kr, stride_vr, n_tile, n_end, b_last, scale_log2: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
-    k = load_rows(p_k, stride_kr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
+    k = load_rows(p_k + tl.cast(n_tile, tl.int64) * stride_kr, inside, D, BLOCK_D, MASKED).to(DOT)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * scale_log2
     p = tl.exp2(s - base[:, None])
-    v = load_rows(p_v, stride_vr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
+    v = load_rows(p_v + tl.cast(n_tile, tl.int64) * stride_vr, inside, D, BLOCK_D, MASKED).to(DOT)
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee", out_dtype=ACC) - delta[:, None])
     if MASKED:
         ds = tl.where(inside[None, :] & (n_tile + o_n[None, :] <= b_last[:, None]), ds, 0.0)
@@ -82,7 +83,7 @@ def cross_attention_bwd_kernel_dq(
         i_b, seg_indptr, seg_len, L, t_first, b_token, i_split, BLOCK_M // G, CAUSAL, SPLIT, BLOCK_N
     )
 
-    p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
+    k_pool, v_pool = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
     p_dq = dq + ((b_n + i_split.to(tl.int64) * n) * Hq + b_head) * D
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)  # dq / scale, rotated as q is for the segment at hand
     acc_offset, s_acc = tl.full((), 0, tl.int64), s_first
@@ -100,15 +101,16 @@ def cross_attention_bwd_kernel_dq(
                 acc = rotate(acc, p_dq, m_row, acc_offset, cos, sin, s_acc, 1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
                 acc = rotate(acc, p_dq, m_row, offset, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
                 acc_offset, s_acc = offset, s
-        to_row = start - n_seg
+        p_k = pointers_of_tile(k_pool, stride_kr, start - n_seg, BLOCK_N, BLOCK_D)  # of view position 0
+        p_v = pointers_of_tile(v_pool, stride_vr, start - n_seg, BLOCK_N, BLOCK_D)
         for i in range(n_from, n_full, BLOCK_N):
             acc = _dq_tile(
-                acc, b_qs, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2,
+                acc, b_qs, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2,
                 D, BLOCK_D, BLOCK_N, False, DOT, ACC,
             )  # fmt: skip
         for i in range(n_full, n_to, BLOCK_N):
             acc = _dq_tile(
-                acc, b_qs, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2,
+                acc, b_qs, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2,
                 D, BLOCK_D, BLOCK_N, True, DOT, ACC,
             )  # fmt: skip
         n_seg += length

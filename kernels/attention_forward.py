@@ -9,6 +9,7 @@ from diffmas.kernels.attention_tiles import (
     keys_of_tile,
     load_at_offset,
     load_rows,
+    pointers_of_tile,
     rows_of_tile,
     sequence_of_tile,
 )
@@ -18,13 +19,14 @@ __all__ = ["cross_attention_fwd_kernel"]
 
 @triton.jit
 def _forward_tile(
-    acc, m, total, q, p_k, p_v, stride_kr, stride_vr, row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
+    acc, m, total, q, p_k, p_v, stride_kr, stride_vr, n_tile, n_end, b_last, scale_log2: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over BLOCK_N keys from pool row `row`, at view position n_tile; the segment's part ends at n_end."""
+    """Online softmax over BLOCK_N keys from view position n_tile; p_k, p_v are those of position 0 in this segment, whose part
+    ends at n_end."""
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
-    k = load_rows(p_k, stride_kr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
+    k = load_rows(p_k + tl.cast(n_tile, tl.int64) * stride_kr, inside, D, BLOCK_D, MASKED).to(DOT)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     # Scaled behind the maximum, in one instruction with the difference. Not where a scale turns the order round.
     factor: tl.constexpr = scale_log2 if scale_log2 > 0 else 1.0
@@ -38,7 +40,7 @@ def _forward_tile(
         base = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing yet
     p = tl.exp2(s * factor - base[:, None])
     shrink = tl.exp2(m - base)
-    v = load_rows(p_v, stride_vr, row + o_n, D, BLOCK_D, inside, MASKED).to(DOT)
+    v = load_rows(p_v + tl.cast(n_tile, tl.int64) * stride_vr, inside, D, BLOCK_D, MASKED).to(DOT)
     acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
     return acc, m_new, total * shrink + tl.sum(p, 1)
 
@@ -66,7 +68,7 @@ def cross_attention_fwd_kernel(
         i_b, seg_indptr, seg_len, L, t_first, b_token, i_split, BLOCK_M // G, CAUSAL, SPLIT, BLOCK_N
     )
 
-    p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
+    k_pool, v_pool = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     m, total = tl.full((BLOCK_M,), -float("inf"), ACC), tl.zeros((BLOCK_M,), ACC)
     scale_log2: tl.constexpr = scale * LOG2E
@@ -78,15 +80,16 @@ def cross_attention_fwd_kernel(
         if OFFSET:
             here = m_row & (b_token < tl.where(n_from < n_to, L, 0))
             b_qs = load_at_offset(p_q, here, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
-        to_row = start - n_seg
+        p_k = pointers_of_tile(k_pool, stride_kr, start - n_seg, BLOCK_N, BLOCK_D)  # of view position 0
+        p_v = pointers_of_tile(v_pool, stride_vr, start - n_seg, BLOCK_N, BLOCK_D)
         for i in range(n_from, n_full, BLOCK_N):
             acc, m, total = _forward_tile(
-                acc, m, total, b_qs, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2, D, BLOCK_D,
+                acc, m, total, b_qs, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2, D, BLOCK_D,
                 BLOCK_N, False, DOT, ACC,
             )  # fmt: skip
         for i in range(n_full, n_to, BLOCK_N):
             acc, m, total = _forward_tile(
-                acc, m, total, b_qs, p_k, p_v, stride_kr, stride_vr, to_row + i, i, n_to, b_last, scale_log2, D, BLOCK_D,
+                acc, m, total, b_qs, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2, D, BLOCK_D,
                 BLOCK_N, True, DOT, ACC,
             )  # fmt: skip
         n_seg += length

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "INDEX", "LOG2E", "SCAN", "keys_of_tile", "load_at_offset", "load_rows", "rank", "rotate", "rows_of_tile",
-    "sequence_of_tile", "sum_of",
+    "INDEX", "LOG2E", "SCAN", "keys_of_tile", "load_at_offset", "load_rows", "pointers_of_tile", "rank", "rotate",
+    "rows_of_tile", "sequence_of_tile", "sum_of",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -135,11 +135,16 @@ def rotate(
 
 
 @triton.jit
-def load_rows(p_rows, stride_row, b_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, mask, MASKED: tl.constexpr):
-    """Pool rows [BLOCK_N, BLOCK_D]; rows outside the mask are 0, whatever lies there."""
-    o_d = tl.arange(0, BLOCK_D)
-    p_x = p_rows + b_rows.to(tl.int64)[:, None] * stride_row + o_d[None, :]
+def pointers_of_tile(p_rows, stride_row, row, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where BLOCK_N rows from `row` on lie, [BLOCK_N, BLOCK_D]. A loop over a segment adds one number to go on to the next."""
+    b_rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
+    return p_rows + b_rows[:, None] * stride_row + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_rows(p_x, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Pool rows [BLOCK_N, BLOCK_D] at pointers p_x; rows outside the mask are 0, whatever lies there."""
     if MASKED or D != BLOCK_D:
-        return tl.load(p_x, mask=mask[:, None] & (o_d < D)[None, :], other=0)
+        return tl.load(p_x, mask=mask[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0)
     else:
         return tl.load(p_x)

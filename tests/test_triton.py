@@ -60,6 +60,7 @@ INJECTS = {
     "no_rope": dict(n=9, Dr=0),
     "scatter": dict(n=9, Dr=0, norm=False),
     "odd": dict(n=5, heads=(18, 9), D=37, Dr=22, strided=True),
+    "more_tiles_than_programs": dict(n=70, heads=(16, 8), D=16),
     "reference_s": dict(n=2, heads=(2, 1), D=512),
     "no_tokens": dict(n=0),
 }
@@ -71,10 +72,45 @@ def test_inject(name, dtype):
     agree(injecting(inputs), dtype, inputs.q.shape[2])
 
 
+@pytest.mark.parametrize("n", [3, 40])
 @pytest.mark.parametrize("missing", ["q_weight", "k_weight"])
-def test_inject_with_one_norm(missing):
-    inputs = replace(inject_inputs(n=3), **{missing: None})
+def test_inject_with_one_norm(missing, n):
+    inputs = replace(inject_inputs(n=n), **{missing: None})
     agree(injecting(inputs), torch.float32, 64)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """-> the (kernel, grid) of every launch from now on."""
+    from diffmas.kernels import cross_attention, inject
+
+    seen = []
+
+    class Noted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            seen.append((self.name, grid))
+            return self.kernel[grid]
+
+    for module in (cross_attention, inject):
+        for name, kernel in vars(module).copy().items():
+            if "_kernel" in name:
+                monkeypatch.setattr(module, name, Noted(name, kernel))
+    return seen
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter's processors")
+def test_inject_backward_loops_over_its_tiles(launched):
+    """As many programs as run at once, not as tiles; one more launch for the weights, none where one program did it all."""
+    for n, heads in ((200, (16, 8)), (1, (2, 1))):
+        inputs = inject_inputs(n=n, heads=heads, D=16)
+        injecting(inputs)(torch.float32, "triton", DEVICE)
+    (forward, _), (backward, (programs,)), (weights, grid), *others = launched
+    assert (forward, backward, weights, grid) == ("inject_fwd_kernel", "inject_bwd_kernel", "inject_bwd_kernel_weights", (1, 2))
+    assert programs <= 24 < 300 == 200 * 24 // 16
+    assert [name for name, _ in others] == ["inject_fwd_kernel", "inject_bwd_kernel"]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -315,6 +351,24 @@ def test_attention_of_a_split_over_many_segments():
     """Splits that begin in the second scan over the index; a group of seven; rows one by one, in any order."""
     segments = [(2 * (i * 67 % 150), 1 + i % 2, 0) for i in range(150)]
     agree(attending(attention_inputs(View([1], [segments]), (7, 1), 24, rows=POOL)), torch.float32, 64)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter's processors")
+def test_parts_are_merged_by_a_program_for_each_row(launched):
+    """Of the forward and of dq, in one launch each."""
+    attending(attention_inputs(VIEWS["one_query_long_view"], rows=POOL))(torch.float32, "triton", DEVICE)
+    names = [name.removeprefix("cross_attention_") for name, _ in launched]
+    assert names == ["fwd_kernel", "merge_kernel", "bwd_kernel_delta", "bwd_kernel_dq", "merge_kernel", "bwd_kernel_dkv"]
+    assert launched[1][1] == launched[4][1] == (4,)  # one token of four heads
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_attention_of_a_scale_that_is_not_positive(scale):
+    """Scores are scaled behind their maximum, where the order stays the same."""
+    inputs = replace(attention_inputs(VIEWS["ragged"], rows=POOL), scale=scale)
+    cast = lambda dtype, device: replace(inputs.to(dtype, device), scale=scale)
+    do = exact_in_half(*inputs.q.shape)
+    agree(lambda dtype, backend, device: attention_all(cast(dtype, device), backend, do), torch.float32, 64 * 2**0.5)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tiles of the GPU's architecture are in the table")

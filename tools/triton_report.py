@@ -29,7 +29,7 @@ from diffmas.kernels import cross_attention, inject, merge_states, reposition
 from diffmas.kernels.blocks import ARCHITECTURES, launch_options, line_of, table
 from diffmas.kernels.launch import interpreting
 
-__all__ = ["OPS", "Launch", "binary", "compiled", "fits", "launches", "opcodes", "tiles_for"]
+__all__ = ["OPS", "Launch", "binary", "compiled", "fits", "inner_loops", "launches", "opcodes", "tiles_for"]
 
 TABLE = Path(__file__).with_name("triton_report.csv")
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have
@@ -90,17 +90,21 @@ OPS = {
     "reposition, interleaved": (reposition, reposition_call, dict(interleaved=True)),
     "reposition_backward": (reposition, reposition_call, dict(backward=True)),
     "attention": (cross_attention, attention_call, dict(tokens=128)),
+    "attention, group of 2": (cross_attention, attention_call, dict(tokens=128, groups=2)),
     "attention, no group": (cross_attention, attention_call, dict(tokens=128, groups=1)),
     "attention, offset": (cross_attention, attention_call, dict(tokens=128, offset=True)),
     "attention, not causal": (cross_attention, attention_call, dict(tokens=128, causal=False)),
     "attention, small-q": (cross_attention, attention_call, dict(tokens=12)),
     "attention, small-q, offset": (cross_attention, attention_call, dict(tokens=12, offset=True)),
     "attention, latent step": (cross_attention, attention_call, {}),
+    "attention, latent step, group of 2": (cross_attention, attention_call, dict(groups=2)),
     "attention, latent step, offset": (cross_attention, attention_call, dict(offset=True)),
     "attention_backward": (cross_attention, attention_call, dict(tokens=128, backward=True)),
+    "attention_backward, group of 2": (cross_attention, attention_call, dict(tokens=128, groups=2, backward=True)),
     "attention_backward, no group": (cross_attention, attention_call, dict(tokens=128, groups=1, backward=True)),
     "attention_backward, offset": (cross_attention, attention_call, dict(tokens=128, backward=True, offset=True)),
     "attention_backward, latent step": (cross_attention, attention_call, dict(backward=True, grad_tail=True)),
+    "attention_backward, step, group of 2": (cross_attention, attention_call, dict(groups=2, backward=True, grad_tail=True)),
     "attention_backward, step, offset": (cross_attention, attention_call, dict(backward=True, grad_tail=True, offset=True)),
     "attention_backward, flush": (cross_attention, attention_call, dict(tokens=16, backward=True, causal=False)),
 }
@@ -201,10 +205,25 @@ def _read(kernel, *tool: str) -> str:
         return subprocess.run([TOOLS / tool[0], *tool[1:], file.name], capture_output=True, text=True, check=True).stdout
 
 
+LISTED = re.compile(r"^(\.L\w+):|^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+,?\s+)?([A-Z]\w*)(?:.*`\((\.L\w+)\))?", flags=re.M)
+
+
 def opcodes(kernel) -> list[str]:
     """Its instructions by name, as they lie in memory."""
-    sass = _read(kernel, "nvdisasm", "-ndf", "-c")
-    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w]*)", sass, flags=re.M)
+    return [code for _, code, _ in LISTED.findall(_read(kernel, "nvdisasm", "-ndf", "-c")) if code]
+
+
+def inner_loops(kernel) -> list[list[str]]:
+    """The instructions of each loop that has no other loop in it."""
+    codes, labels, loops = [], {}, []
+    for label, code, target in LISTED.findall(_read(kernel, "nvdisasm", "-ndf", "-c")):
+        if label:
+            labels[label] = len(codes)
+            continue
+        codes.append(code)
+        if code == "BRA" and target in labels:  # backwards
+            loops.append((labels[target], len(codes)))
+    return [codes[a:b] for a, b in loops if not any(a <= c < d <= b and (a, b) != (c, d) for c, d in loops)]
 
 
 def compiled(launch: Launch, arch: int = 90, listing: bool = True) -> dict[str, int]:

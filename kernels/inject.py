@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 
 from diffmas.kernels.blocks import blocks
-from diffmas.kernels.launch import accumulator, ceil_div, on, once_per_shape, power_of_two, processors, rows_of
+from diffmas.kernels.launch import Launch, accumulator, ceil_div, on, once_per_shape, power_of_two, processors, rows_of
 
 __all__ = ["inject", "inject_backward"]
 
 PROGRAMS = 4  # of the backward on a multiprocessor: as many as its registers allow
-WEIGHTS = blocks("inject_weights")
 
 
 @triton.jit
@@ -250,9 +249,9 @@ def inject_bwd_kernel_weights(
 
 
 @once_per_shape
-def sizes(op, n, Hq, D, Hkv, Dr, interleaved, dtype, device) -> tuple[int, int, dict]:
-    """How many programs for q, how many for k and v, and the constants of the launch. In the backward no more than the device
-    runs at once, which then loop over their rows: one row of weights' gradients for each program, not for each tile."""
+def sizes(op, n, Hq, D, Hkv, Dr, interleaved, dtype, device) -> tuple[int, int, Launch]:
+    """How many programs for q, how many for k and v, and their launch. In the backward no more than the device runs at once,
+    which then loop over their rows: one row of weights' gradients for each program, not for each tile."""
     block = blocks(op)
     programs = [ceil_div(n * heads, block["BLOCK_R"]) for heads in (Hq, Hkv)]
     if op == "inject_backward":
@@ -263,7 +262,13 @@ def sizes(op, n, Hq, D, Hkv, Dr, interleaved, dtype, device) -> tuple[int, int, 
         Hq=Hq, Hkv=Hkv, D=D, Dr=Dr, INTERLEAVED=interleaved, BLOCK_D=power_of_two(D), BLOCK_P=power_of_two(Dr // 2),
         BLOCK_TAIL=power_of_two(D - Dr), ACC=accumulator(dtype),
     )  # fmt: skip
-    return *programs, constants | block
+    return *programs, Launch((sum(programs),), constants | block)
+
+
+@once_per_shape
+def weight_sizes(D, dtype, of_q, of_k) -> Launch:
+    block = blocks("inject_weights")
+    return Launch((ceil_div(D, block["BLOCK_C"]), 2), dict(Q=of_q, K=of_k, D=D, ACC=accumulator(dtype)) | block)
 
 
 def shape_of(q, k, cos) -> tuple[int, ...]:
@@ -278,38 +283,37 @@ def inject(q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_poo
     q_rot = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not q.shape[0]:
         return q_rot
-    programs_q, programs_kv, constants = sizes("inject", *shape_of(q, k, cos), interleaved, q.dtype, q.device)
+    _, _, launch = sizes("inject", *shape_of(q, k, cos), interleaved, q.dtype, q.device)
+    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *row_strides(cos, sin)
     with on(q):
-        inject_fwd_kernel[(programs_q + programs_kv,)](
-            q, k, v, cos, sin, slots.contiguous(), q_weight, k_weight, q_rot, k_pool, v_pool, q.shape[0], eps,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *row_strides(cos, sin),
-            *k_pool.stride()[:2], *v_pool.stride()[:2], **constants,
+        launch(
+            inject_fwd_kernel, (q, k, v, cos, sin, slots.contiguous(), q_weight, k_weight, q_rot, k_pool, v_pool),
+            (q.shape[0], eps, *strides, *k_pool.stride()[:2], *v_pool.stride()[:2]),
         )  # fmt: skip
     return q_rot
 
 
 def inject_backward(dq_rot, q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, dk_pool, dv_pool):
     n, _, D = q.shape
-    programs_q, programs_kv, constants = sizes("inject_backward", *shape_of(q, k, cos), interleaved, q.dtype, q.device)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     empty = lambda *shape, dtype=q.dtype: torch.empty(shape, dtype=dtype, device=q.device)
     dq, dk, dv = empty(*q.shape), empty(*k.shape), empty(*k.shape)
     weights = [empty(0 if weight is None else D, dtype=wide) for weight in (q_weight, k_weight)]
     if not n:
         return dq, dk, dv, *(dw.zero_() for dw in weights)
+    programs_q, programs_kv, launch = sizes("inject_backward", *shape_of(q, k, cos), interleaved, q.dtype, q.device)
     # With one program for q and one for k and v, each leaves its row where the sum would go.
     one = programs_q == programs_kv == 1
     parts = weights if one else [empty(p, dw.shape[0], dtype=wide) for p, dw in zip((programs_q, programs_kv), weights)]
     dq_rot = rows_of(dq_rot)
+    strides = *dq_rot.stride()[:2], *q.stride()[:2], *k.stride()[:2], *row_strides(cos, sin)
     with on(q):
-        inject_bwd_kernel[(programs_q + programs_kv,)](
-            dq_rot, q, k, cos, sin, slots.contiguous(), q_weight, k_weight, dq, dk, dv, *parts, dk_pool, dv_pool, n, programs_q,
-            eps, *dq_rot.stride()[:2], *q.stride()[:2], *k.stride()[:2], *row_strides(cos, sin), *dk_pool.stride()[:2],
-            *dv_pool.stride()[:2], **constants,
+        launch(
+            inject_bwd_kernel,
+            (dq_rot, q, k, cos, sin, slots.contiguous(), q_weight, k_weight, dq, dk, dv, *parts, dk_pool, dv_pool),
+            (n, programs_q, eps, *strides, *dk_pool.stride()[:2], *dv_pool.stride()[:2]),
         )  # fmt: skip
         if not one and (q_weight is not None or k_weight is not None):
-            inject_bwd_kernel_weights[(ceil_div(D, WEIGHTS["BLOCK_C"]), 2)](
-                *parts, *weights, programs_q, programs_kv, Q=q_weight is not None, K=k_weight is not None, D=D,
-                ACC=constants["ACC"], **WEIGHTS,
-            )  # fmt: skip
+            launch = weight_sizes(D, q.dtype, q_weight is not None, k_weight is not None)
+            launch(inject_bwd_kernel_weights, (*parts, *weights), (programs_q, programs_kv))
     return dq, dk, dv, *weights

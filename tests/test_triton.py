@@ -309,7 +309,7 @@ def test_dkv_of_a_latent_step_is_launched_over_the_newest_rows():
 
     def grid(n, B, R):
         rest = torch.float32, torch.float32, torch.device("cpu"), None, 0.1, True, False, attention_blocks
-        return sizes("dkv_tail", n, 4, 64, R, 2, B, *rest)[0]
+        return sizes("dkv_tail", n, 4, 64, R, 2, B, *rest).grid
 
     assert grid(3, 3, 1000) == grid(3, 3, 10**6) == (3, 2, 2)
     assert grid(320, 1, 1000) == (1, 2, 10) and grid(3200, 16, 10**4) == (16, 2, 28)
@@ -408,6 +408,34 @@ def test_a_launch_enters_its_device_only_where_another_is_current(current, monke
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     entered = launch.on(OnDevice1)
     assert entered.idx == 1 if current == 0 else entered is launch.NOTHING
+
+
+def test_a_launch_finds_its_binary_once_for_arguments_of_a_kind():
+    """Another dtype, alignment or number is another kind; constants follow in the order of the kernel's arguments."""
+    from diffmas.kernels.launch import Launch
+
+    ran, compiled = [], []
+
+    class Kernel:
+        arg_names = ["x", "y", "n", "D", "FLAG"]
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: compiled.append((grid, args, constants)) or self.Binary()
+
+        class Binary:
+            def __getitem__(self, grid):
+                return lambda *args: ran.append((grid, args))
+
+    kernel, launch, x = Kernel(), Launch((3, 2), dict(FLAG=True, num_warps=4, D=64)), torch.zeros(64)
+    launch(kernel, (x, None), (5,))
+    assert compiled == [((3, 2), (x, None, 5), dict(FLAG=True, num_warps=4, D=64))] and not ran
+    launch(kernel, (x[4:], None), (5,))  # 16 bytes further
+    ((grid, (first, *rest)),) = ran
+    assert grid == (3, 2, 1) and first.data_ptr() == x[4:].data_ptr() and rest == [None, 5, 64, True] and len(compiled) == 1
+    for pointers, number in (((x[1:], None), 5), ((x.double(), None), 5), ((x, x), 5), ((x, None), 16)):
+        launch(kernel, pointers, (number,))
+    launch(Kernel(), (x, None), (5,))
+    assert len(compiled) == 6 and len(ran) == 1
 
 
 def test_attention_gradient_whose_strides_are_zero():

@@ -95,6 +95,67 @@ def test_what_a_loop_costs():
     assert len(tiles) == 2 and all(loop.count("BAR") <= 1 for loop in tiles)
 
 
+HOST = """
+import time, torch, triton
+from triton.backends.compiler import GPUTarget
+from diffmas.kernels import blocks, launch
+blocks.architecture = lambda device: 90
+launch.processors = lambda device: 132
+from diffmas.kernels import cross_attention, inject
+assert cross_attention.processors is inject.processors is launch.processors
+
+class Driver:
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_active_torch_device = lambda self: torch.device("cpu")
+
+class Binary:
+    def run(self, *args): launches.append(args)
+    def launch_metadata(self, *args): return None
+    packed_metadata = function = None
+    def __getitem__(self, grid):
+        def runner(*args):
+            active = triton.runtime.driver.active
+            self.run(*grid, active.get_current_stream(active.get_current_device()), *args)
+        return runner
+
+def compile(self, key, signature, device, *_):
+    return self.device_caches[device][0].setdefault(key, Binary())
+
+triton.runtime.driver.set_active(Driver())
+triton.runtime.jit.JITFunction._do_compile = compile
+torch.set_num_threads(1)
+launches = []
+rand = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16)
+pools = rand(2, 8, 32768, 128).transpose(1, 2).unbind()
+q, k, table, weight = rand(1, 16, 128), rand(1, 8, 128), rand(1, 128), rand(128)
+index = lambda *x: torch.tensor(x)
+view = index(0, 1), index(0, 1), index(0), index(4096), None, None, 0.088, True, False
+slot = index(3)
+
+def layer():
+    q_rot = inject.inject(q, k, k, table, table, slot, weight, weight, 1e-6, False, *pools)
+    cross_attention.cross_attention(q_rot, *pools, *view)
+
+layer()
+print(len(launches))
+best, end = 1.0, time.perf_counter() + 20
+while best > 40e-6 and time.perf_counter() < end:  # other work may be on the machine
+    start = time.perf_counter()
+    for _ in range(50):
+        layer()
+    best = min(best, (time.perf_counter() - start) / 50)
+print(best * 1e6)
+"""
+
+
+def test_the_host_of_one_token():
+    """inject and attention of a token that splits its view of 32k rows: three launches, 40 microseconds of the host but for the
+    driver's share. About 27 where it was 56, on one core."""
+    launches, microseconds = printed_by(HOST)
+    assert launches == 3 and microseconds <= 40
+
+
 REPORTED = """
 import json
 from diffmas.kernels.blocks import table

@@ -33,7 +33,7 @@ def _add_readers(
         m_q = finite[:, None] & (o_d < D)[None, :]
         p_q = q + b_n * stride_qn + b_head * stride_qh
         if OFFSET:
-            b_q = load_at_offset(p_q, finite, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
+            b_q = load_at_offset(p_q, finite, cos, sin, s, 0, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
         else:
             b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
         b_base = tl.load(p_base + o_r, mask=m_row, other=0)

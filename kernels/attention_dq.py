@@ -7,12 +7,12 @@ from diffmas.kernels.attention_tiles import (
     INDEX,
     LOG2E,
     keys_of_tile,
-    load_at_offset,
     load_rows,
     pointers_of_tile,
     rotate,
     rows_of_tile,
     sequence_of_tile,
+    turn,
 )
 
 __all__ = ["cross_attention_bwd_kernel_delta", "cross_attention_bwd_kernel_dq"]
@@ -60,7 +60,7 @@ def _dq_tile(
 
 @triton.jit(do_not_specialize=[*INDEX, "B", "n"])
 def cross_attention_bwd_kernel_dq(
-    q, do, base, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, dq,
+    q, do, base, delta, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, q_turned, dq,
     n, B, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
     Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
     OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -88,15 +88,21 @@ def cross_attention_bwd_kernel_dq(
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)  # dq / scale, rotated as q is for the segment at hand
     acc_offset, s_acc = tl.full((), 0, tl.int64), s_first
     scale_log2: tl.constexpr = scale * LOG2E
+    if OFFSET:
+        q_offset = tl.full((), 0, tl.int64)  # that p_turned has been turned by
+        p_turned = q_turned + ((b_n + i_split.to(tl.int64) * n) * Hq + b_head) * D
+        tl.store(p_turned[:, None] + o_d[None, :], b_q, mask=m_q)
+        tl.debug_barrier()
     for s in range(s_first, s_last):
         start, length = tl.load(seg_start + s).to(tl.int32), tl.load(seg_len + s).to(tl.int32)
         n_from, n_to = tl.maximum(n_seg, n_first), tl.minimum(n_seg + length, n_end)
         n_full = n_from + tl.maximum(tl.minimum(n_to, n_all) - n_from, 0) // BLOCK_N * BLOCK_N
-        b_qs = b_q
         if OFFSET:
-            here = m_row & (b_token < tl.where(n_from < n_to, L, 0))
-            b_qs = load_at_offset(p_q, here, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC).to(DOT)
             offset = tl.load(seg_offset + s)
+            if (n_from < n_to) & (offset != q_offset):
+                turn(p_q, p_turned, m_row, cos, sin, s, D, BLOCK_D, HALF, INTERLEAVED, ACC)
+                q_offset = offset
+            b_q = tl.load(p_turned[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
             if (n_from < n_to) & (offset != acc_offset):
                 acc = rotate(acc, p_dq, m_row, acc_offset, cos, sin, s_acc, 1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
                 acc = rotate(acc, p_dq, m_row, offset, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
@@ -105,12 +111,12 @@ def cross_attention_bwd_kernel_dq(
         p_v = pointers_of_tile(v_pool, stride_vr, start - n_seg, BLOCK_N, BLOCK_D)
         for i in range(n_from, n_full, BLOCK_N):
             acc = _dq_tile(
-                acc, b_qs, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2,
+                acc, b_q, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2,
                 D, BLOCK_D, BLOCK_N, False, DOT, ACC,
             )  # fmt: skip
         for i in range(n_full, n_to, BLOCK_N):
             acc = _dq_tile(
-                acc, b_qs, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2,
+                acc, b_q, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2,
                 D, BLOCK_D, BLOCK_N, True, DOT, ACC,
             )  # fmt: skip
         n_seg += length

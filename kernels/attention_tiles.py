@@ -5,7 +5,7 @@ import triton.language as tl
 
 __all__ = [
     "INDEX", "LOG2E", "SCAN", "keys_of_tile", "load_at_offset", "load_rows", "pointers_of_tile", "rank", "rotate",
-    "rows_of_tile", "sequence_of_tile", "sum_of",
+    "rows_of_tile", "sequence_of_tile", "sum_of", "turn",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -92,15 +92,15 @@ def keys_of_tile(
 
 @triton.jit
 def load_at_offset(
-    p_rows, m_row, cos, sin, s, SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+    p_rows, m_row, cos, sin, s, d_first, SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Loads the rows at p_rows [M] and rotates them by SIGN * the offset of segment s in their first 2 * HALF dimensions:
     SIGN -1 makes of q what the segment's keys are multiplied with, SIGN 1 undoes that. cos, sin [S, 2 * HALF] of the offsets.
-    -> [M, BLOCK_D] in ACC.
+    -> [M, BLOCK_D] in ACC, of the dimensions from d_first on.
 
     The other dimension of a pair is read from memory: in registers it is another thread's."""
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = d_first + tl.arange(0, BLOCK_D)
     rotated = o_d < 2 * HALF
     if INTERLEAVED:
         first, partner = o_d % 2 == 0, o_d ^ 1
@@ -120,6 +120,22 @@ def load_at_offset(
 
 
 @triton.jit
+def turn(
+    p_rows, p_turned, m_row, cos, sin, s, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Rotates the rows at p_rows [M] by minus the offset of segment s to p_turned [M], memory that only this program uses: some
+    dimensions after the others, since all at once need more registers than the products."""
+    PART: tl.constexpr = min(BLOCK_D, 32)
+    tl.debug_barrier()  # nobody writes there before all have read
+    for d_first in range(0, BLOCK_D, PART):
+        o_d = d_first + tl.arange(0, PART)
+        x = load_at_offset(p_rows, m_row, cos, sin, s, d_first, -1, D, PART, HALF, INTERLEAVED, ACC)
+        tl.store(p_turned[:, None] + o_d[None, :], x, mask=m_row[:, None] & (o_d < D)[None, :])
+    tl.debug_barrier()
+
+
+@triton.jit
 def rotate(
     x, p_rows, m_row, offset, cos, sin, s, SIGN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, ACC: tl.constexpr,
@@ -129,7 +145,7 @@ def rotate(
         o_d = tl.arange(0, BLOCK_D)
         tl.store(p_rows[:, None] + o_d[None, :], x, mask=m_row[:, None] & (o_d < D)[None, :])
         tl.debug_barrier()
-        x = load_at_offset(p_rows, m_row, cos, sin, s, SIGN, D, BLOCK_D, HALF, INTERLEAVED, ACC)
+        x = load_at_offset(p_rows, m_row, cos, sin, s, 0, SIGN, D, BLOCK_D, HALF, INTERLEAVED, ACC)
         tl.debug_barrier()  # nobody writes there before all have read
     return x
 

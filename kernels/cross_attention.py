@@ -87,6 +87,13 @@ def _offsets(q, seg_offset, inv_freq, interleaved) -> tuple:
     return seg_offset, *reference.offset_tables(seg_offset, inv_freq, interleaved, reference.accumulator(q.dtype))
 
 
+def _turned(splits, q, k_pool, seg_offset) -> torch.Tensor | None:
+    """Memory for q as it is turned for segments at an offset."""
+    if seg_offset is None:
+        return None
+    return q.new_empty((splits, *q.shape), dtype=torch.promote_types(q.dtype, k_pool.dtype))
+
+
 def cross_attention(
     q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved,
     *, tiles=attention_blocks,
@@ -100,11 +107,12 @@ def cross_attention(
     splits = launch.grid[2]
     view = q_indptr, seg_indptr, seg_start, seg_len, *_offsets(q, seg_offset, inv_freq, interleaved)
     strides = *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2]
+    turned = _turned(splits, q, k_pool, seg_offset)
     parts = (o, lse)
     if splits > 1:
         parts = q.new_empty((splits, n, Hq, D), dtype=acc), q.new_empty((splits, n, Hq), dtype=acc)
     with on(q):
-        launch(cross_attention_fwd_kernel, (q, k_pool, v_pool, *view, *parts), (n, q_indptr.shape[0] - 1, *strides))
+        launch(cross_attention_fwd_kernel, (q, k_pool, v_pool, *view, turned, *parts), (n, q_indptr.shape[0] - 1, *strides))
         if splits > 1:
             merge_sizes(n * Hq, D)(cross_attention_merge_kernel, (*parts, o, lse), (n * Hq, splits))
     return o, lse
@@ -136,7 +144,7 @@ def cross_attention_backward(
             splits = launch.grid[2]
             whole = splits == 1 and (seg_offset is None or q.dtype == acc)
             parts = dq if whole else q.new_empty((splits, n, Hq, D), dtype=acc)
-            launch(cross_attention_bwd_kernel_dq, (*read, parts), (n, B, *strides))
+            launch(cross_attention_bwd_kernel_dq, (*read, _turned(splits, q, k_pool, seg_offset), parts), (n, B, *strides))
             if not whole:
                 merge_sizes(n * Hq, D)(cross_attention_merge_kernel, (parts, None, dq, None), (n * Hq, splits))
         strides = *strides, *dk_pool.stride()[:2], *dv_pool.stride()[:2]

@@ -39,6 +39,18 @@ def test_every_tile_is_in_the_table():
     assert {key for key in table() if key[2] != NARROW} == lines
 
 
+def test_warpgroups_of_hopper_do_not_compute_the_same_scores():
+    """A product of 64 rows is one warpgroup's: a tile of 64 has four warps, or it does not fit in the registers of four."""
+    from diffmas.kernels.blocks import table
+
+    twice = {
+        (kernel, head_dim, offset)
+        for (kernel, _, head_dim, wide, offset, arch), line in table().items()
+        if arch == 90 and not wide and line["num_warps"] == 8 and line["BLOCK_N" if kernel == "dkv" else "BLOCK_M"] == 64
+    }
+    assert twice == {("fwd", 256, False), ("dq", 128, True), ("dkv", 128, False)}
+
+
 def printed_by(code: str) -> list:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)

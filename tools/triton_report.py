@@ -1,6 +1,8 @@
 """Compiles the kernels for a GPU that need not be there, and says what they cost: registers, shared memory, stack, spills.
 
     python -m tools.triton_report                         # all of them, into triton_report.csv (make kernel-report)
+    python -m tools.triton_report --kernel dq dkv         # those of these kernels again; the others stay
+    python -m tools.triton_report --missing               # goes on where a run ended early
     python -m tools.triton_report "attention" --arch 80 90 100 120 --dtype float32 --head-dim 64        # printed
 
 What is compiled is what the launchers ask for: they run on small CPU tensors with the kernels replaced by recorders. Not under
@@ -287,12 +289,27 @@ def _row(i: int) -> dict:
     return {"triton": triton.__version__, **row, **compiled(launch, row["arch"])}
 
 
+def _write(rows: list[dict]) -> None:
+    places = {_key(row): i for i, (row, _) in enumerate(_expected())}
+    newest_first = lambda one: ([-int(x) for x in str(one["triton"]).split(".")], places.get(_key(one), len(places)))
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=newest_first))
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row[name] for name in ("op", "kernel", "dtype", "head_dim", "arch", "tile"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="*", help="entries of OPS, to be printed; the whole table is written by default")
     parser.add_argument("--arch", nargs="+", type=int, default=[90])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--kernel", nargs="+", default=[""], help="ends of the names of kernels that are compiled again")
+    parser.add_argument("--missing", action="store_true", help="only what the table does not have yet")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     args = parser.parse_args()
     if interpreting():
@@ -304,14 +321,17 @@ def main() -> None:
                     what = dict(op=op, kernel=one.kernel.__name__, arch=arch, tile=_tile(one)) | compiled(one, arch)
                     print("  ".join(f"{name} {value}" for name, value in what.items()), flush=True)
         return
-    kept = [one for one in read_table() if one["triton"] != triton.__version__] if TABLE.exists() else []
-    count = len(_expected())
+    table, here = read_table() if TABLE.exists() else [], triton.__version__
+    expected = [_key(row) for row, _ in _expected()]
+    again = lambda key: not args.missing and key[1].endswith(tuple(args.kernel))
+    rows = [one for one in table if one["triton"] != here or (_key(one) in expected and not again(_key(one)))]
+    have = {_key(one) for one in rows if one["triton"] == here}
+    wanted = [i for i, key in enumerate(expected) if key not in have]
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as workers:
-        rows = list(tqdm(workers.map(_row, range(count)), total=count, desc="compile"))
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(kept + rows, key=lambda one: tuple(map(int, str(one["triton"]).split("."))), reverse=True))
+        for row in tqdm(workers.map(_row, wanted), total=len(wanted), desc="compile"):
+            rows.append(row)
+            _write(rows)  # after each: what was found is not lost
+    rows = [one for one in rows if one["triton"] == here]
     bad = list(filter(wrong, rows))
     print(f"{TABLE}: {len(rows)} kernels, {len(bad)} that spill, do not fit in shared memory or have no tensor cores")
     for one in bad:

@@ -50,6 +50,15 @@ def _add_readers(
 
 
 @triton.jit
+def _covering(seg_start, seg_len, i_scan, S, r_first, BLOCK_N: tl.constexpr):
+    """Which of SCAN segments from i_scan on cover any of BLOCK_N pool rows from r_first on, 0 or 1."""
+    o_s = i_scan + tl.arange(0, SCAN)
+    b_start = tl.load(seg_start + o_s, mask=o_s < S, other=0).to(tl.int32)
+    b_end = b_start + tl.load(seg_len + o_s, mask=o_s < S, other=0).to(tl.int32)
+    return ((b_start < r_first + BLOCK_N) & (b_end > r_first)).to(tl.int32)
+
+
+@triton.jit
 def _add_to_rows(p_rows, stride_row, b_rows, m_row, acc, D: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
     p_d = p_rows + b_rows.to(tl.int64)[:, None] * stride_row + o_d[None, :]
@@ -68,12 +77,9 @@ def cross_attention_bwd_kernel_dkv(
 ):  # fmt: skip
     """Grid (tiles of pool rows, K/V heads): a program owns its rows and finds the segments that cover them."""
     r_first, i_h = tl.program_id(0) * BLOCK_N, tl.program_id(1)
-    readers = 0
-    for i_scan in range(0, S, SCAN):
-        o_s = i_scan + tl.arange(0, SCAN)
-        b_start = tl.load(seg_start + o_s, mask=o_s < S, other=0).to(tl.int32)
-        b_end = b_start + tl.load(seg_len + o_s, mask=o_s < S, other=0).to(tl.int32)
-        readers += tl.sum(((b_start < r_first + BLOCK_N) & (b_end > r_first)).to(tl.int32))
+    readers = tl.sum(_covering(seg_start, seg_len, 0, S, r_first, BLOCK_N))
+    for i_scan in range(SCAN, S, SCAN):
+        readers += tl.sum(_covering(seg_start, seg_len, i_scan, S, r_first, BLOCK_N))
     if readers == 0:
         return
     b_rows = r_first + tl.arange(0, BLOCK_N)
@@ -82,9 +88,7 @@ def cross_attention_bwd_kernel_dkv(
     covered = tl.zeros((BLOCK_N,), tl.int32)
     for i_scan in range(0, S, SCAN):
         o_s = i_scan + tl.arange(0, SCAN)
-        b_start = tl.load(seg_start + o_s, mask=o_s < S, other=0).to(tl.int32)
-        b_end = b_start + tl.load(seg_len + o_s, mask=o_s < S, other=0).to(tl.int32)
-        hit = ((b_start < r_first + BLOCK_N) & (b_end > r_first)).to(tl.int32)
+        hit = _covering(seg_start, seg_len, i_scan, S, r_first, BLOCK_N)
         nth = tl.cumsum(hit, 0) * hit
         for i_hit in range(1, tl.sum(hit) + 1):
             s = tl.sum(tl.where(nth == i_hit, o_s, 0))

@@ -13,7 +13,7 @@ from diffmas.kernels.launch import Launch, accumulator, ceil_div, on, once_per_s
 
 __all__ = ["inject", "inject_backward"]
 
-PROGRAMS = 4  # of the backward on a multiprocessor: as many as its registers allow
+PROGRAMS = 4  # of the backward on a multiprocessor: about as many as its registers allow
 
 
 @triton.jit
@@ -253,6 +253,8 @@ def sizes(op, n, Hq, D, Hkv, Dr, interleaved, dtype, device) -> tuple[int, int, 
     """How many programs for q, how many for k and v, and their launch. In the backward no more than the device runs at once,
     which then loop over their rows: one row of weights' gradients for each program, not for each tile."""
     block = blocks(op)
+    if op == "inject_backward" and D > 128:  # registers: a tile and the sums of the weights' gradients
+        block = block | dict(BLOCK_R=block["BLOCK_R"] // 2)
     programs = [ceil_div(n * heads, block["BLOCK_R"]) for heads in (Hq, Hkv)]
     if op == "inject_backward":
         traffic = 6 * Hq, 22 * Hkv  # bytes of a token and dimension, with 16-bit queries: both halves end at the same time

@@ -7,7 +7,7 @@ from diffmas.kernels.attention_tiles import (
     INDEX,
     LOG2E,
     keys_of_tile,
-    load_rows,
+    load_tile,
     pointers_of_tile,
     rotate,
     rows_of_tile,
@@ -43,15 +43,16 @@ def cross_attention_bwd_kernel_delta(
 
 @triton.jit
 def _dq_tile(
-    acc, q, do, base, delta, p_k, p_v, stride_kr, stride_vr, n_tile, n_end, b_last, scale_log2: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    acc, q, do, base, delta, p_k, p_v, stride_kr, stride_vr, to_row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr, MASKED: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
-    k = load_rows(p_k + tl.cast(n_tile, tl.int64) * stride_kr, inside, D, BLOCK_D, MASKED).to(DOT)
+    k = load_tile(p_k, stride_kr, n_tile, to_row, inside, D, BLOCK_N, BLOCK_D, HOIST, MASKED).to(DOT)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * scale_log2
     p = tl.exp2(s - base[:, None])
-    v = load_rows(p_v + tl.cast(n_tile, tl.int64) * stride_vr, inside, D, BLOCK_D, MASKED).to(DOT)
+    v = load_tile(p_v, stride_vr, n_tile, to_row, inside, D, BLOCK_N, BLOCK_D, HOIST, MASKED).to(DOT)
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee", out_dtype=ACC) - delta[:, None])
     if MASKED:
         ds = tl.where(inside[None, :] & (n_tile + o_n[None, :] <= b_last[:, None]), ds, 0.0)
@@ -64,7 +65,7 @@ def cross_attention_bwd_kernel_dq(
     n, B, stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
     Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
     OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr,
+    HOIST: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid as in the forward. dq [n, Hq, D]; if SPLIT, one for every split; in ACC if SPLIT or OFFSET."""
     i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -107,17 +108,20 @@ def cross_attention_bwd_kernel_dq(
                 acc = rotate(acc, p_dq, m_row, acc_offset, cos, sin, s_acc, 1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
                 acc = rotate(acc, p_dq, m_row, offset, cos, sin, s, -1, D, BLOCK_D, HALF, INTERLEAVED, ACC)
                 acc_offset, s_acc = offset, s
-        p_k = pointers_of_tile(k_pool, stride_kr, start - n_seg, BLOCK_N, BLOCK_D)  # of view position 0
-        p_v = pointers_of_tile(v_pool, stride_vr, start - n_seg, BLOCK_N, BLOCK_D)
+        to_row = start - n_seg
+        p_k, p_v = k_pool, v_pool
+        if HOIST:
+            p_k = pointers_of_tile(k_pool, stride_kr, to_row, BLOCK_N, BLOCK_D)
+            p_v = pointers_of_tile(v_pool, stride_vr, to_row, BLOCK_N, BLOCK_D)
         for i in range(n_from, n_full, BLOCK_N):
             acc = _dq_tile(
-                acc, b_q, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2,
-                D, BLOCK_D, BLOCK_N, False, DOT, ACC,
+                acc, b_q, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, to_row, i, n_to, b_last, scale_log2,
+                D, BLOCK_D, BLOCK_N, HOIST, False, DOT, ACC,
             )  # fmt: skip
         for i in range(n_full, n_to, BLOCK_N):
             acc = _dq_tile(
-                acc, b_q, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2,
-                D, BLOCK_D, BLOCK_N, True, DOT, ACC,
+                acc, b_q, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, to_row, i, n_to, b_last, scale_log2,
+                D, BLOCK_D, BLOCK_N, HOIST, True, DOT, ACC,
             )  # fmt: skip
         n_seg += length
     if OFFSET:

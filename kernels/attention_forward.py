@@ -7,7 +7,7 @@ from diffmas.kernels.attention_tiles import (
     INDEX,
     LOG2E,
     keys_of_tile,
-    load_rows,
+    load_tile,
     pointers_of_tile,
     rows_of_tile,
     sequence_of_tile,
@@ -19,14 +19,15 @@ __all__ = ["cross_attention_fwd_kernel"]
 
 @triton.jit
 def _forward_tile(
-    acc, m, total, q, p_k, p_v, stride_kr, stride_vr, n_tile, n_end, b_last, scale_log2: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    acc, m, total, q, p_k, p_v, stride_kr, stride_vr, to_row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr, MASKED: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over BLOCK_N keys from view position n_tile; p_k, p_v are those of position 0 in this segment, whose part
-    ends at n_end."""
+    """Online softmax over BLOCK_N keys from view position n_tile; p_k, p_v, to_row: as `load_tile` has them;
+    the segment's part ends at n_end."""
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
-    k = load_rows(p_k + tl.cast(n_tile, tl.int64) * stride_kr, inside, D, BLOCK_D, MASKED).to(DOT)
+    k = load_tile(p_k, stride_kr, n_tile, to_row, inside, D, BLOCK_N, BLOCK_D, HOIST, MASKED).to(DOT)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     # Scaled behind the maximum, in one instruction with the difference. Not where a scale turns the order round.
     factor: tl.constexpr = scale_log2 if scale_log2 > 0 else 1.0
@@ -40,7 +41,7 @@ def _forward_tile(
         base = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing yet
     p = tl.exp2(s * factor - base[:, None])
     shrink = tl.exp2(m - base)
-    v = load_rows(p_v + tl.cast(n_tile, tl.int64) * stride_vr, inside, D, BLOCK_D, MASKED).to(DOT)
+    v = load_tile(p_v, stride_vr, n_tile, to_row, inside, D, BLOCK_N, BLOCK_D, HOIST, MASKED).to(DOT)
     acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
     return acc, m_new, total * shrink + tl.sum(p, 1)
 
@@ -51,7 +52,7 @@ def cross_attention_fwd_kernel(
     n, B, stride_qn, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
     Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
     OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr,
+    HOIST: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; if SPLIT, one for every split, lse in log2."""
     # The last tiles of a causal sequence see most: they start first.
@@ -87,17 +88,20 @@ def cross_attention_fwd_kernel(
                 turn(p_q, p_turned, m_row, cos, sin, s, D, BLOCK_D, HALF, INTERLEAVED, ACC)
                 q_offset = offset
             b_q = tl.load(p_turned[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
-        p_k = pointers_of_tile(k_pool, stride_kr, start - n_seg, BLOCK_N, BLOCK_D)  # of view position 0
-        p_v = pointers_of_tile(v_pool, stride_vr, start - n_seg, BLOCK_N, BLOCK_D)
+        to_row = start - n_seg
+        p_k, p_v = k_pool, v_pool
+        if HOIST:
+            p_k = pointers_of_tile(k_pool, stride_kr, to_row, BLOCK_N, BLOCK_D)
+            p_v = pointers_of_tile(v_pool, stride_vr, to_row, BLOCK_N, BLOCK_D)
         for i in range(n_from, n_full, BLOCK_N):
             acc, m, total = _forward_tile(
-                acc, m, total, b_q, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2, D, BLOCK_D,
-                BLOCK_N, False, DOT, ACC,
+                acc, m, total, b_q, p_k, p_v, stride_kr, stride_vr, to_row, i, n_to, b_last, scale_log2, D, BLOCK_D,
+                BLOCK_N, HOIST, False, DOT, ACC,
             )  # fmt: skip
         for i in range(n_full, n_to, BLOCK_N):
             acc, m, total = _forward_tile(
-                acc, m, total, b_q, p_k, p_v, stride_kr, stride_vr, i, n_to, b_last, scale_log2, D, BLOCK_D,
-                BLOCK_N, True, DOT, ACC,
+                acc, m, total, b_q, p_k, p_v, stride_kr, stride_vr, to_row, i, n_to, b_last, scale_log2, D, BLOCK_D,
+                BLOCK_N, HOIST, True, DOT, ACC,
             )  # fmt: skip
         n_seg += length
 

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "INDEX", "LOG2E", "SCAN", "keys_of_tile", "load_at_offset", "load_rows", "pointers_of_tile", "rank", "rotate",
-    "rows_of_tile", "sequence_of_tile", "sum_of", "turn",
+    "INDEX", "LOG2E", "SCAN", "keys_of_tile", "load_at_offset", "load_rows", "load_tile", "pointers_of_tile", "rank",
+    "rotate", "rows_of_tile", "sequence_of_tile", "sum_of", "turn",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -152,7 +152,7 @@ def rotate(
 
 @triton.jit
 def pointers_of_tile(p_rows, stride_row, row, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where BLOCK_N rows from `row` on lie, [BLOCK_N, BLOCK_D]. A loop over a segment adds one number to go on to the next."""
+    """Where BLOCK_N pool rows from `row` on lie, [BLOCK_N, BLOCK_D]."""
     b_rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
     return p_rows + b_rows[:, None] * stride_row + tl.arange(0, BLOCK_D)[None, :]
 
@@ -164,3 +164,16 @@ def load_rows(p_x, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.cons
         return tl.load(p_x, mask=mask[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0)
     else:
         return tl.load(p_x)
+
+
+@triton.jit
+def load_tile(
+    p_x, stride_row, n_tile, to_row, mask, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HOIST: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows of the tile at view position n_tile, in pool rows from to_row + n_tile on. p_x: the pool; or, if HOIST, pointers to
+    the rows of position 0, so that a loop adds one number to them. That takes registers."""
+    if HOIST:
+        return load_rows(p_x + tl.cast(n_tile, tl.int64) * stride_row, mask, D, BLOCK_D, MASKED)
+    else:
+        return load_rows(pointers_of_tile(p_x, stride_row, to_row + n_tile, BLOCK_N, BLOCK_D), mask, D, BLOCK_D, MASKED)

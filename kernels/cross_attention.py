@@ -46,10 +46,12 @@ def sizes(kernel, n, Hq, D, R, Hkv, B, dtype, pool_dtype, device, rotated, scale
     """Of fwd, dq, dkv or dkv_tail, from shapes alone: a split's share of the view is found on the device."""
     G, offset, dot = Hq // Hkv, rotated is not None, dot_dtype(dtype, pool_dtype)
     block = tiles(kernel.removesuffix("_tail"), ceil_div(n, B) * G, D, dot.primitive_bitwidth > 16, offset, device)
+    BLOCK_D = max(16, power_of_two(D))
     constants = block | dict(
         scale=float(scale), Hq=Hq, G=G, D=D, HALF=rotated or 0, CAUSAL=causal, INTERLEAVED=interleaved, OFFSET=offset,
-        BLOCK_D=max(16, power_of_two(D)), DOT=dot, ACC=accumulator(dtype),
+        BLOCK_D=BLOCK_D, DOT=dot, ACC=accumulator(dtype),
     )  # fmt: skip
+    hoist = constants.pop("HOIST", True)
     if kernel == "dkv":
         return Launch((ceil_div(R, block["BLOCK_N"]), Hkv), constants)
     if kernel == "dkv_tail":
@@ -62,7 +64,8 @@ def sizes(kernel, n, Hq, D, R, Hkv, B, dtype, pool_dtype, device, rotated, scale
     count = n // (BLOCK_M // G) + B
     wanted = ceil_div(2 * processors(device), count * Hkv)
     splits = max(1, min(wanted, MAX_SPLITS, ceil_div(R, 4 * block["BLOCK_N"])))
-    return Launch((count, Hkv, splits), constants | dict(BLOCK_M=BLOCK_M, SPLIT=splits > 1))
+    hoist = hoist and block["BLOCK_N"] * BLOCK_D <= 2048 * block.get("num_warps", 8)  # eight pointers a thread, or fewer
+    return Launch((count, Hkv, splits), constants | dict(BLOCK_M=BLOCK_M, SPLIT=splits > 1, HOIST=hoist))
 
 
 @once_per_shape

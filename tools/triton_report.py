@@ -166,7 +166,7 @@ def tiles_for(arch: int, forced: dict[str, dict] | None = None):
 
     def tiles(kernel, rows, head_dim, wide, offset, device):
         lines.append(line_of(kernel, rows, head_dim, wide, offset, arch))
-        return launch_options((forced or {}).get(kernel) or table()[lines[-1]])
+        return launch_options((forced or {}).get(kernel) or table()[lines[-1]], lines[-1][-1])
 
     return tiles, lines
 

@@ -17,18 +17,18 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "ARCHITECTURES", "HEAD_DIMS", "NARROW", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks", "launch_options", "line_of",
-    "table",
+    "ARCHITECTURES", "FUSION", "HEAD_DIMS", "NARROW", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks", "launch_options",
+    "line_of", "table",
 ]  # fmt: skip
 
 BLOCKS = {
     "inject": dict(BLOCK_R=16, num_warps=4),
-    "inject_backward": dict(BLOCK_R=16, num_warps=4),
+    "inject_backward": dict(BLOCK_R=16, num_warps=4, maxnreg=255),  # 64, as ptxas likes, spills at D = 64
+    "inject_weights": dict(BLOCK_S=128, BLOCK_C=32, num_warps=4),
     "merge_states": dict(BLOCK_R=16, num_warps=4),
     "merge_states_backward": dict(BLOCK_R=16, num_warps=4),
     "reposition": dict(BLOCK_R=16, num_warps=4),
     "reposition_backward": dict(BLOCK_R=16, num_warps=4),
-    "cross_attention_merge": dict(BLOCK_R=16, num_warps=4, maxnreg=255),  # 40, as ptxas likes, spills at D = 80
     "cross_attention_delta": dict(BLOCK_R=16, num_warps=4),
 }
 FUSION = dict(enable_fp_fusion=True)  # explicit, because Triton's default is about to change
@@ -53,7 +53,7 @@ def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, offset: 
     arch = architecture(device)
     if arch is None:  # the interpreter: small inputs still have several tiles
         return dict(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32)
-    return launch_options(table()[line_of(kernel, rows, head_dim, wide, offset, arch)])
+    return launch_options(table()[line_of(kernel, rows, head_dim, wide, offset, arch)], 0 if wide else arch)
 
 
 def line_of(kernel: str, rows: int, head_dim: int, wide: bool, offset: bool, arch: int) -> tuple:
@@ -65,9 +65,10 @@ def line_of(kernel: str, rows: int, head_dim: int, wide: bool, offset: bool, arc
     return narrow if 64 < head_dim <= NARROW and narrow in table() else key(next(d for d in HEAD_DIMS if head_dim <= d))
 
 
-def launch_options(line: dict) -> dict:
-    """The keyword arguments that a line of the table asks for."""
-    return {name: line[name] or None for name in TILE} | FUSION
+def launch_options(line: dict, arch: int) -> dict:
+    """The keyword arguments that a line of the table asks for, for one of ARCHITECTURES or all, 0. HOIST: pointers to a
+    segment's rows stay in registers, which there are where operands of products, or accumulators, are elsewhere."""
+    return {name: line[name] or None for name in TILE} | dict(HOIST=arch in (90, 100)) | FUSION
 
 
 @functools.cache

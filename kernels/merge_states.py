@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from diffmas.kernels.blocks import blocks
-from diffmas.kernels.launch import accumulator, ceil_div, on, once_per_shape, power_of_two, rows_of
+from diffmas.kernels.launch import Launch, accumulator, ceil_div, on, once_per_shape, power_of_two, rows_of
 
 __all__ = ["merge_states", "merge_states_backward"]
 
@@ -77,35 +77,32 @@ def merge_states_bwd_kernel(
 
 
 @once_per_shape
-def sizes(op, n, H, D, dtype) -> tuple[int, tuple[int], dict]:
-    """Rows, the grid, and the constants of the launch."""
+def sizes(op, n, H, D, dtype) -> Launch:
     block = blocks(op)
     constants = dict(H=H, D=D, BLOCK_D=power_of_two(D), ACC=accumulator(dtype))
-    return n * H, (ceil_div(n * H, block["BLOCK_R"]),), constants | block
+    return Launch((ceil_div(n * H, block["BLOCK_R"]),), constants | block)
 
 
 def merge_states(o_a, lse_a, o_b, lse_b):
+    n, H, D = o_a.shape
     o = torch.empty(o_a.shape, dtype=o_a.dtype, device=o_a.device)
     wide = torch.float64 if o.dtype == torch.float64 else torch.float32
-    lse = torch.empty(o_a.shape[:2], dtype=wide, device=o_a.device)
-    rows, grid, constants = sizes("merge_states", *o.shape, o.dtype)
-    if rows:
+    lse = torch.empty((n, H), dtype=wide, device=o_a.device)
+    if n * H:
+        pointers = o_a, lse_a.contiguous(), o_b, lse_b.contiguous(), o, lse
         with on(o):
-            merge_states_fwd_kernel[grid](
-                o_a, lse_a.contiguous(), o_b, lse_b.contiguous(), o, lse, rows,
-                *o_a.stride()[:2], *o_b.stride()[:2], **constants,
-            )  # fmt: skip
+            launch = sizes("merge_states", n, H, D, o.dtype)
+            launch(merge_states_fwd_kernel, pointers, (n * H, *o_a.stride()[:2], *o_b.stride()[:2]))
     return o, lse
 
 
 def merge_states_backward(do, dlse, o_a, lse_a, o_b, lse_b, o, lse):
+    n, H, D = o_a.shape
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (o_a, lse_a, o_b, lse_b))
-    rows, grid, constants = sizes("merge_states_backward", *o_a.shape, o_a.dtype)
-    if rows:
+    if n * H:
         do = rows_of(do)
+        pointers = do, dlse.contiguous(), o_a, lse_a.contiguous(), o_b, lse_b.contiguous(), o, lse.contiguous(), *grads
+        strides = *do.stride()[:2], *o_a.stride()[:2], *o_b.stride()[:2], *o.stride()[:2]
         with on(o):
-            merge_states_bwd_kernel[grid](
-                do, dlse.contiguous(), o_a, lse_a.contiguous(), o_b, lse_b.contiguous(), o, lse.contiguous(), *grads, rows,
-                *do.stride()[:2], *o_a.stride()[:2], *o_b.stride()[:2], *o.stride()[:2], **constants,
-            )  # fmt: skip
+            sizes("merge_states_backward", n, H, D, o_a.dtype)(merge_states_bwd_kernel, pointers, (n * H, *strides))
     return grads

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from diffmas.kernels.blocks import blocks
 from diffmas.kernels.inject import load_pairs, load_span, store_pairs, store_span
-from diffmas.kernels.launch import accumulator, ceil_div, on, once_per_shape, power_of_two
+from diffmas.kernels.launch import Launch, accumulator, ceil_div, on, once_per_shape, power_of_two
 
 __all__ = ["reposition", "reposition_backward"]
 
@@ -93,14 +93,13 @@ def reposition_bwd_kernel(
 
 
 @once_per_shape
-def sizes(op, m, H, D, Dr, interleaved, dtype) -> tuple[tuple[int], dict]:
-    """The grid and the constants of the launch."""
+def sizes(op, m, H, D, Dr, interleaved, dtype) -> Launch:
     block = blocks(op)
     constants = dict(
         H=H, D=D, Dr=Dr, INTERLEAVED=interleaved, BLOCK_D=power_of_two(D), BLOCK_P=power_of_two(Dr // 2),
         BLOCK_TAIL=power_of_two(D - Dr), ACC=accumulator(dtype),
     )  # fmt: skip
-    return (ceil_div(m * H, block["BLOCK_R"]),), constants | block
+    return Launch((ceil_div(m * H, block["BLOCK_R"]),), constants | block)
 
 
 def add_rows(pool, rows, values) -> None:
@@ -115,12 +114,10 @@ def reposition(src, dst, offset, inv_freq, interleaved, k_pool, v_pool) -> None:
     m = src.shape[0]
     if not m:
         return
-    grid, constants = sizes("reposition", m, *k_pool.shape[1:], 2 * inv_freq.shape[0], interleaved, k_pool.dtype)
+    launch = sizes("reposition", m, *k_pool.shape[1:], 2 * inv_freq.shape[0], interleaved, k_pool.dtype)
+    pointers = src.contiguous(), dst.contiguous(), offset.contiguous(), inv_freq.contiguous(), k_pool, v_pool
     with on(k_pool):
-        reposition_fwd_kernel[grid](
-            src.contiguous(), dst.contiguous(), offset.contiguous(), inv_freq.contiguous(), k_pool, v_pool, m,
-            *k_pool.stride()[:2], *v_pool.stride()[:2], **constants,
-        )  # fmt: skip
+        launch(reposition_fwd_kernel, pointers, (m, *k_pool.stride()[:2], *v_pool.stride()[:2]))
 
 
 def reposition_backward(src, dst, offset, inv_freq, interleaved, dk_pool, dv_pool) -> None:
@@ -128,12 +125,12 @@ def reposition_backward(src, dst, offset, inv_freq, interleaved, dk_pool, dv_poo
     if not m:
         return
     _, H, D = dk_pool.shape
-    grid, constants = sizes("reposition_backward", m, H, D, 2 * inv_freq.shape[0], interleaved, dk_pool.dtype)
+    launch = sizes("reposition_backward", m, H, D, 2 * inv_freq.shape[0], interleaved, dk_pool.dtype)
     dk, dv = (torch.empty(H, m, D, dtype=dk_pool.dtype, device=dk_pool.device).transpose(0, 1) for _ in "kv")
     with on(dk_pool):
-        reposition_bwd_kernel[grid](
-            dst.contiguous(), offset.contiguous(), inv_freq.contiguous(), dk_pool, dv_pool, dk, dv, m,
-            *dk_pool.stride()[:2], *dv_pool.stride()[:2], *dk.stride()[:2], **constants,
+        launch(
+            reposition_bwd_kernel, (dst.contiguous(), offset.contiguous(), inv_freq.contiguous(), dk_pool, dv_pool, dk, dv),
+            (m, *dk_pool.stride()[:2], *dv_pool.stride()[:2], *dk.stride()[:2]),
         )  # fmt: skip
     add_rows(dk_pool, src, dk)
     add_rows(dv_pool, src, dv)

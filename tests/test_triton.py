@@ -72,6 +72,7 @@ INJECTS = {
     "no_rope": dict(n=9, Dr=0),
     "scatter": dict(n=9, Dr=0, norm=False),
     "odd": dict(n=5, heads=(18, 9), D=37, Dr=22, strided=True),
+    "more_tiles_than_programs": dict(n=70, heads=(16, 8), D=16),
     "reference_s": dict(n=2, heads=(2, 1), D=512),
     "no_tokens": dict(n=0),
 }
@@ -83,10 +84,45 @@ def test_inject(name, dtype):
     agree(injecting(inputs), dtype, inputs.q.shape[2])
 
 
+@pytest.mark.parametrize("n", [3, 40])
 @pytest.mark.parametrize("missing", ["q_weight", "k_weight"])
-def test_inject_with_one_norm(missing):
-    inputs = replace(inject_inputs(n=3), **{missing: None})
+def test_inject_with_one_norm(missing, n):
+    inputs = replace(inject_inputs(n=n), **{missing: None})
     agree(injecting(inputs), torch.float32, 64)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """-> the (kernel, grid) of every launch from now on."""
+    from diffmas.kernels import cross_attention, inject
+
+    seen = []
+
+    class Noted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            seen.append((self.name, grid))
+            return self.kernel[grid]
+
+    for module in (cross_attention, inject):
+        for name, kernel in vars(module).copy().items():
+            if "_kernel" in name:
+                monkeypatch.setattr(module, name, Noted(name, kernel))
+    return seen
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter's processors")
+def test_inject_backward_loops_over_its_tiles(launched):
+    """As many programs as run at once, not as tiles; one more launch for the weights, none where one program did it all."""
+    for n, heads in ((200, (16, 8)), (1, (2, 1))):
+        inputs = inject_inputs(n=n, heads=heads, D=16)
+        injecting(inputs)(torch.float32, "triton", DEVICE)
+    (forward, _), (backward, (programs,)), (weights, grid), *others = launched
+    assert (forward, backward, weights, grid) == ("inject_fwd_kernel", "inject_bwd_kernel", "inject_bwd_kernel_weights", (1, 2))
+    assert programs <= 24 < 300 == 200 * 24 // 16
+    assert [name for name, _ in others] == ["inject_fwd_kernel", "inject_bwd_kernel"]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -274,6 +310,30 @@ def test_attention_backward_of_the_last_tokens(name):
     agree(attending(attention_inputs(view, rows=POOL), grad_tail, want_dq=False), torch.float32, 64 * 2**0.5)
 
 
+def test_attention_backward_of_a_tail_of_many_windows():
+    """More windows of rows than a sequence has programs; they begin and end in the middle of segments, at three offsets. One
+    tail is longer than its view, one is nothing."""
+    first, second = [(300, 150, 3), (20, 90, 0), (130, 2, 0)], [(500, 9, 0), (150, 70, -2)]
+    view = View([2, 3, 1, 1], [first, second, [(240, 5, 0)], [(0, 4, 0)]])
+    grad_tail = torch.tensor([201, 75, 9, 0])
+    agree(attending(attention_inputs(view, rows=POOL), grad_tail), torch.float32, 64 * 2**0.5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter's tiles")
+def test_dkv_of_a_latent_step_is_launched_over_the_newest_rows():
+    """Two programs for each sequence and K/V head, however long the pool is; of a prompt, no more than fill the device or than
+    four times its share."""
+    from diffmas.kernels.blocks import attention_blocks
+    from diffmas.kernels.cross_attention import sizes
+
+    def grid(n, B, R):
+        rest = torch.float32, torch.float32, torch.device("cpu"), None, 0.1, True, False, attention_blocks
+        return sizes("dkv_tail", n, 4, 64, R, 2, B, *rest).grid
+
+    assert grid(3, 3, 1000) == grid(3, 3, 10**6) == (3, 2, 2)
+    assert grid(320, 1, 1000) == (1, 2, 10) and grid(3200, 16, 10**4) == (16, 2, 28)
+
+
 @pytest.mark.parametrize("seed", range(60 if DEVICE == "cuda" else 4))
 def test_attention_of_random_views(seed, dtype):
     inputs = random_attention(seed, 3000 if DEVICE == "cuda" else 300)
@@ -312,8 +372,26 @@ def test_attention_of_a_split_over_many_segments():
     agree(attending(attention_inputs(View([1], [segments]), (7, 1), 24, rows=POOL)), torch.float32, 64)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter's processors")
+def test_parts_are_merged_by_a_program_for_each_row(launched):
+    """Of the forward and of dq, in one launch each."""
+    attending(attention_inputs(VIEWS["one_query_long_view"], rows=POOL))(torch.float32, "triton", DEVICE)
+    names = [name.removeprefix("cross_attention_") for name, _ in launched]
+    assert names == ["fwd_kernel", "merge_kernel", "bwd_kernel_delta", "bwd_kernel_dq", "merge_kernel", "bwd_kernel_dkv"]
+    assert launched[1][1] == launched[4][1] == (4,)  # one token of four heads
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_attention_of_a_scale_that_is_not_positive(scale):
+    """Scores are scaled behind their maximum, where the order stays the same."""
+    inputs = replace(attention_inputs(VIEWS["ragged"], rows=POOL), scale=scale)
+    cast = lambda dtype, device: replace(inputs.to(dtype, device), scale=scale)
+    do = exact_in_half(*inputs.q.shape)
+    agree(lambda dtype, backend, device: attention_all(cast(dtype, device), backend, do), torch.float32, 64 * 2**0.5)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="tiles of the GPU's architecture are in the table")
-@pytest.mark.parametrize("block", [dict(BLOCK_M=16, BLOCK_N=64), dict(BLOCK_M=64, BLOCK_N=16)], ids=str)
+@pytest.mark.parametrize("block", [dict(BLOCK_M=16, BLOCK_N=64), dict(BLOCK_M=64, BLOCK_N=16, HOIST=False)], ids=str)
 def test_attention_in_tiles_that_the_caller_chooses(block, dtype):
     """Launchers take their tiles from an argument, and do not remember one caller's for another."""
     from diffmas.kernels import backend
@@ -349,6 +427,34 @@ def test_a_launch_enters_its_device_only_where_another_is_current(current, monke
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     entered = launch.on(OnDevice1)
     assert entered.idx == 1 if current == 0 else entered is launch.NOTHING
+
+
+def test_a_launch_finds_its_binary_once_for_arguments_of_a_kind():
+    """Another dtype, alignment or number is another kind; constants follow in the order of the kernel's arguments."""
+    from diffmas.kernels.launch import Launch
+
+    ran, compiled = [], []
+
+    class Kernel:
+        arg_names = ["x", "y", "n", "D", "FLAG"]
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: compiled.append((grid, args, constants)) or self.Binary()
+
+        class Binary:
+            def __getitem__(self, grid):
+                return lambda *args: ran.append((grid, args))
+
+    kernel, launch, x = Kernel(), Launch((3, 2), dict(FLAG=True, num_warps=4, D=64)), torch.zeros(64)
+    launch(kernel, (x, None), (5,))
+    assert compiled == [((3, 2), (x, None, 5), dict(FLAG=True, num_warps=4, D=64))] and not ran
+    launch(kernel, (x[4:], None), (5,))  # 16 bytes further
+    ((grid, (first, *rest)),) = ran
+    assert grid == (3, 2, 1) and first.data_ptr() == x[4:].data_ptr() and rest == [None, 5, 64, True] and len(compiled) == 1
+    for pointers, number in (((x[1:], None), 5), ((x.double(), None), 5), ((x, x), 5), ((x, None), 16)):
+        launch(kernel, pointers, (number,))
+    launch(Kernel(), (x, None), (5,))
+    assert len(compiled) == 6 and len(ran) == 1
 
 
 def test_attention_gradient_whose_strides_are_zero():

@@ -1,6 +1,8 @@
 """Compiles the kernels for a GPU that need not be there, and says what they cost: registers, shared memory, stack, spills.
 
     python -m tools.triton_report                         # all of them, into triton_report.csv (make kernel-report)
+    python -m tools.triton_report --kernel dq dkv         # those of these kernels again; the others stay
+    python -m tools.triton_report --missing               # goes on where a run ended early
     python -m tools.triton_report "attention" --arch 80 90 100 120 --dtype float32 --head-dim 64        # printed
 
 What is compiled is what the launchers ask for: they run on small CPU tensors with the kernels replaced by recorders. Not under
@@ -29,7 +31,7 @@ from diffmas.kernels import cross_attention, inject, merge_states, reposition
 from diffmas.kernels.blocks import ARCHITECTURES, launch_options, line_of, table
 from diffmas.kernels.launch import interpreting
 
-__all__ = ["OPS", "Launch", "binary", "compiled", "fits", "launches", "tiles_for"]
+__all__ = ["OPS", "Launch", "binary", "compiled", "fits", "inner_loops", "launches", "opcodes", "tiles_for"]
 
 TABLE = Path(__file__).with_name("triton_report.csv")
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have
@@ -90,17 +92,21 @@ OPS = {
     "reposition, interleaved": (reposition, reposition_call, dict(interleaved=True)),
     "reposition_backward": (reposition, reposition_call, dict(backward=True)),
     "attention": (cross_attention, attention_call, dict(tokens=128)),
+    "attention, group of 2": (cross_attention, attention_call, dict(tokens=128, groups=2)),
     "attention, no group": (cross_attention, attention_call, dict(tokens=128, groups=1)),
     "attention, offset": (cross_attention, attention_call, dict(tokens=128, offset=True)),
     "attention, not causal": (cross_attention, attention_call, dict(tokens=128, causal=False)),
     "attention, small-q": (cross_attention, attention_call, dict(tokens=12)),
     "attention, small-q, offset": (cross_attention, attention_call, dict(tokens=12, offset=True)),
     "attention, latent step": (cross_attention, attention_call, {}),
+    "attention, latent step, group of 2": (cross_attention, attention_call, dict(groups=2)),
     "attention, latent step, offset": (cross_attention, attention_call, dict(offset=True)),
     "attention_backward": (cross_attention, attention_call, dict(tokens=128, backward=True)),
+    "attention_backward, group of 2": (cross_attention, attention_call, dict(tokens=128, groups=2, backward=True)),
     "attention_backward, no group": (cross_attention, attention_call, dict(tokens=128, groups=1, backward=True)),
     "attention_backward, offset": (cross_attention, attention_call, dict(tokens=128, backward=True, offset=True)),
     "attention_backward, latent step": (cross_attention, attention_call, dict(backward=True, grad_tail=True)),
+    "attention_backward, step, group of 2": (cross_attention, attention_call, dict(groups=2, backward=True, grad_tail=True)),
     "attention_backward, step, offset": (cross_attention, attention_call, dict(backward=True, grad_tail=True, offset=True)),
     "attention_backward, flush": (cross_attention, attention_call, dict(tokens=16, backward=True, causal=False)),
 }
@@ -160,7 +166,7 @@ def tiles_for(arch: int, forced: dict[str, dict] | None = None):
 
     def tiles(kernel, rows, head_dim, wide, offset, device):
         lines.append(line_of(kernel, rows, head_dim, wide, offset, arch))
-        return launch_options((forced or {}).get(kernel) or table()[lines[-1]])
+        return launch_options((forced or {}).get(kernel) or table()[lines[-1]], lines[-1][-1])
 
     return tiles, lines
 
@@ -193,20 +199,44 @@ def binary(launch: Launch, arch: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
-def compiled(launch: Launch, arch: int = 90, listing: bool = True) -> dict[str, int]:
-    """What it costs: registers, shared memory and stack in bytes; and, from its listing, spill and matrix instructions."""
-    kernel = binary(launch, arch)
+def _read(kernel, *tool: str) -> str:
+    """What one of the tools that come with Triton says of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        read = lambda *tool: subprocess.run([*tool, file.name], capture_output=True, text=True, check=True).stdout
-        usage, sass = read(TOOLS / "cuobjdump", "-res-usage"), read(TOOLS / "nvdisasm", "-ndf", "-c") if listing else ""
+        return subprocess.run([TOOLS / tool[0], *tool[1:], file.name], capture_output=True, text=True, check=True).stdout
+
+
+LISTED = re.compile(r"^(\.L\w+):|^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+,?\s+)?([A-Z]\w*)(?:.*`\((\.L\w+)\))?", flags=re.M)
+
+
+def opcodes(kernel) -> list[str]:
+    """Its instructions by name, as they lie in memory."""
+    return [code for _, code, _ in LISTED.findall(_read(kernel, "nvdisasm", "-ndf", "-c")) if code]
+
+
+def inner_loops(kernel) -> list[list[str]]:
+    """The instructions of each loop that has no other loop in it."""
+    codes, labels, loops = [], {}, []
+    for label, code, target in LISTED.findall(_read(kernel, "nvdisasm", "-ndf", "-c")):
+        if label:
+            labels[label] = len(codes)
+            continue
+        codes.append(code)
+        if code == "BRA" and target in labels:  # backwards
+            loops.append((labels[target], len(codes)))
+    return [codes[a:b] for a, b in loops if not any(a <= c < d <= b and (a, b) != (c, d) for c, d in loops)]
+
+
+def compiled(launch: Launch, arch: int = 90, listing: bool = True) -> dict[str, int]:
+    """What it costs: registers, shared memory and stack in bytes; and, from its listing, spill and matrix instructions."""
+    kernel = binary(launch, arch)
+    usage, codes = _read(kernel, "cuobjdump", "-res-usage"), opcodes(kernel) if listing else []
     number = lambda name: int(re.search(rf"\b{name}:(\d+)", usage).group(1))
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, flags=re.M)
-    count = lambda *heads: sum(code.split(".")[0] in heads for code in opcodes)
+    count = lambda *names: sum(code in names for code in codes)
     return dict(
         registers=number("REG"), shared=kernel.metadata.shared, stack=number("STACK"), spills=count("LDL", "STL"),
-        mma=count("HMMA", "HGMMA", "UTCHMMA"), instructions=len(opcodes),
+        mma=count("HMMA", "HGMMA", "UTCHMMA"), instructions=len(codes),
     )  # fmt: skip
 
 
@@ -259,12 +289,27 @@ def _row(i: int) -> dict:
     return {"triton": triton.__version__, **row, **compiled(launch, row["arch"])}
 
 
+def _write(rows: list[dict]) -> None:
+    places = {_key(row): i for i, (row, _) in enumerate(_expected())}
+    newest_first = lambda one: ([-int(x) for x in str(one["triton"]).split(".")], places.get(_key(one), len(places)))
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=newest_first))
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row[name] for name in ("op", "kernel", "dtype", "head_dim", "arch", "tile"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="*", help="entries of OPS, to be printed; the whole table is written by default")
     parser.add_argument("--arch", nargs="+", type=int, default=[90])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--kernel", nargs="+", default=[""], help="ends of the names of kernels that are compiled again")
+    parser.add_argument("--missing", action="store_true", help="only what the table does not have yet")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     args = parser.parse_args()
     if interpreting():
@@ -276,14 +321,17 @@ def main() -> None:
                     what = dict(op=op, kernel=one.kernel.__name__, arch=arch, tile=_tile(one)) | compiled(one, arch)
                     print("  ".join(f"{name} {value}" for name, value in what.items()), flush=True)
         return
-    kept = [one for one in read_table() if one["triton"] != triton.__version__] if TABLE.exists() else []
-    count = len(_expected())
+    table, here = read_table() if TABLE.exists() else [], triton.__version__
+    expected = [_key(row) for row, _ in _expected()]
+    again = lambda key: not args.missing and key[1].endswith(tuple(args.kernel))
+    rows = [one for one in table if one["triton"] != here or (_key(one) in expected and not again(_key(one)))]
+    have = {_key(one) for one in rows if one["triton"] == here}
+    wanted = [i for i, key in enumerate(expected) if key not in have]
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as workers:
-        rows = list(tqdm(workers.map(_row, range(count)), total=count, desc="compile"))
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(kept + rows, key=lambda one: tuple(map(int, str(one["triton"]).split("."))), reverse=True))
+        for row in tqdm(workers.map(_row, wanted), total=len(wanted), desc="compile"):
+            rows.append(row)
+            _write(rows)  # after each: what was found is not lost
+    rows = [one for one in rows if one["triton"] == here]
     bad = list(filter(wrong, rows))
     print(f"{TABLE}: {len(rows)} kernels, {len(bad)} that spill, do not fit in shared memory or have no tensor cores")
     for one in bad:

@@ -197,8 +197,8 @@ def cross_attention_backward(
 ) -> Tensor:  # fmt: skip
     """Adds dK and dV of the rows read into the gradient pools; -> dq [n, Hq, D], or [0] if it is not wanted.
 
-    grad_tail [B]: only the last grad_tail[b] tokens of view b get their dK and dV (the rest are constants, or wait for a later
-    call: o and lse may be those of a larger view than the one given); None: all of them.
+    grad_tail [B]: only the last grad_tail[b] tokens of view b, in rows that no other tail has, get their dK and dV (the rest
+    are constants, or wait for a later call: o and lse may be those of a larger view than the one given); None: all of them.
 
     With p = exp(s - lse) and delta = rowsum(do * o) - dlse:  dV = p' do,  ds = p * (do v' - delta) * scale,  dq = ds k.
     """

@@ -117,7 +117,7 @@ class Facts:
     long: bool = False
     unseen: bool = False
     kind, hub, licence, gated = "facts", "made here", "-", False
-    questions, latent_steps, max_new_tokens = 400, 4, 16
+    questions, latent_steps, max_new_tokens = 400, 8, 16
 
     # Rows and seed of each part: the validation rows and questions that are asked are none of the training's.
     splits = {"train": (20_000, 1), "validation": (200, 2), "test": (400, 3)}

@@ -38,6 +38,7 @@ def _add_readers(
             b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
         b_base = tl.load(p_base + o_r, mask=m_row, other=0)
         s_t = tl.dot(k, tl.trans(b_q), input_precision="ieee", out_dtype=ACC) * scale_log2
+        # Rows that are missing are seen by none, or add nothing: their q, do and delta are 0.
         seen = b_first[:, None] <= tl.where(m_row, b_token, -1)[None, :]
         p_t = tl.where(seen, tl.exp2(s_t - b_base[None, :]), 0.0)
         p_do = do + b_n[:, None] * stride_don + b_head[:, None] * stride_doh + o_d[None, :]
@@ -127,11 +128,12 @@ def cross_attention_bwd_kernel_dkv_tail(
     windows of BLOCK_N counted from the end. The programs of a sequence share the windows among them, those with the most
     readers first; the host need not know how many there are."""
     i_b, i_h, i_p = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tail = tl.load(grad_tail + i_b).to(tl.int32)
-    if i_p * BLOCK_N >= tail:
+    asked = tl.load(grad_tail + i_b)
+    if i_p * BLOCK_N >= asked:
         return
-    windows = tl.cdiv(tail, BLOCK_N)
     s_first, s_last = tl.load(seg_indptr + i_b).to(tl.int32), tl.load(seg_indptr + i_b + 1).to(tl.int32)
+    tail = tl.minimum(asked, sum_of(seg_len, s_first, s_last)).to(tl.int32)  # any number may be asked for
+    windows = tl.cdiv(tail, BLOCK_N)
     q_first = tl.load(q_indptr + i_b).to(tl.int32)
     L = tl.load(q_indptr + i_b + 1).to(tl.int32) - q_first
     p_k, p_v = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh

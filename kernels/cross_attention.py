@@ -33,6 +33,7 @@ from diffmas.ops import reference
 __all__ = ["cross_attention", "cross_attention_backward"]
 
 MAX_SPLITS = 64
+MAX_PROGRAMS = 65_535  # CUDA's limit of a grid's third number
 
 
 def _shape(q, k_pool, q_indptr, seg_offset, inv_freq) -> tuple:
@@ -58,7 +59,8 @@ def sizes(kernel, n, Hq, D, R, Hkv, B, dtype, pool_dtype, device, rotated, scale
         # As many programs a sequence as windows if it had all of the tokens, but no more than fill the GPU, or than four times
         # the average; two at least, since the tail of a run of latent steps is longer than the step.
         average, most = ceil_div(n, B * block["BLOCK_N"]), ceil_div(n, block["BLOCK_N"])
-        programs = max(2, min(most, max(4 * average, ceil_div(2 * processors(device), Hkv))))
+        wanted = max(4 * average, ceil_div(2 * processors(device), Hkv))
+        programs = max(2, min(most, wanted, MAX_PROGRAMS))
         return Launch((B, Hkv, programs), constants)
     BLOCK_M = max(block["BLOCK_M"], power_of_two(G))  # a tile holds a group
     count = n // (BLOCK_M // G) + B
@@ -148,7 +150,9 @@ def cross_attention_backward(
             whole = splits == 1 and (seg_offset is None or q.dtype == acc)
             parts = dq if whole else q.new_empty((splits, n, Hq, D), dtype=acc)
             launch(cross_attention_bwd_kernel_dq, (*read, _turned(splits, q, k_pool, seg_offset), parts), (n, B, *strides))
-            if not whole:
+            if splits == 1 and not whole:
+                dq.copy_(parts[0])
+            elif splits > 1:
                 merge_sizes(n * Hq, D)(cross_attention_merge_kernel, (parts, None, dq, None), (n * Hq, splits))
         strides = *strides, *dk_pool.stride()[:2], *dv_pool.stride()[:2]
         if grad_tail is None:

@@ -114,9 +114,8 @@ def norm_and_rotate_backward(
             b_wt = load_span(weight, True, Dr, D, BLOCK_TAIL, ACC)
             b_square += tl.sum(b_tail * b_tail, 1)
             b_dot += tl.sum(b_dt * b_wt * b_tail, 1)
-        b_r = tl.rsqrt(b_square / D + eps)
-        b_m = (b_r * b_r * b_dot / D)[:, None]
-        b_r = b_r[:, None]
+        b_r = tl.where(m_x, tl.rsqrt(b_square / D + eps)[:, None], 0)  # a row that is not there has no square, eps may be 0
+        b_m = b_r * b_r * b_dot[:, None] / D
         if Dr > 0:
             dw_1, dw_2 = dw_1 + b_d1 * b_1 * b_r, dw_2 + b_d2 * b_2 * b_r
             b_d1, b_d2 = b_r * (b_d1 * b_w1 - b_1 * b_m), b_r * (b_d2 * b_w2 - b_2 * b_m)

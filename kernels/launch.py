@@ -26,7 +26,8 @@ class Launch:
     kernel[grid](*pointers, *numbers, **constants).
 
     Triton looks at each argument of each launch to find the binary, which takes twice as long as all else that the host does.
-    What it found is remembered here for arguments of the same kinds: dtypes, alignments, values of the numbers, device.
+    What it found is remembered here for arguments of the same kinds: dtypes, alignments, values of the numbers, device. Of what
+    Triton does at a launch, only its launch hooks run from then on.
     """
 
     __slots__ = ("_ready", "constants", "grid")

@@ -129,17 +129,18 @@ class InjectInputs:
     q_weight: torch.Tensor | None
     k_weight: torch.Tensor | None
     interleaved: bool
+    eps: float = 1e-6
 
     def to(self, dtype, device="cpu"):
         cast = lambda x: None if x is None else as_it_lies(x, dtype, device)  # noqa: E731
         return InjectInputs(
             *(cast(getattr(self, n)) for n in ("q", "k", "v", "cos", "sin")), self.slots.to(device), cast(self.q_weight),
-            cast(self.k_weight), self.interleaved,
+            cast(self.k_weight), self.interleaved, self.eps,
         )  # fmt: skip
 
     def rope(self):
         """cos .. interleaved, as the raw ops take them."""
-        return self.cos, self.sin, self.slots, self.q_weight, self.k_weight, 1e-6, self.interleaved
+        return self.cos, self.sin, self.slots, self.q_weight, self.k_weight, self.eps, self.interleaved
 
 
 def inject_inputs(

@@ -168,21 +168,21 @@ def moves(H, D, interleaved=False):
 # ---- what a program costs
 
 
-# Instructions of a program of dK and dV that multiplies nothing: nobody reads its rows, or those who do learn nothing there.
-# As it is today, with grad_tail and without; fewer is better.
-IDLE = {80: {True: 1601, False: 937}, 90: {True: 1515, False: 852}}
+# Instructions of a program of dK and dV that multiplies nothing: nobody reads its rows, or, with grad_tail, the sequence's tail
+# ends before them.
+IDLE = {True: 20, False: 60}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("tail", [True, False])
 def test_programs_without_work_end_early(tail, arch):
-    """Two sequences read 300 rows, and the newest of their own; most of the pool is nobody's."""
+    """Two sequences read 300 rows, and the newest of their own; most of the pool is nobody's. 11 and 44 instructions today."""
     view = View([1, 1], [[(0, 300, 0), (600, 1, 0)], [(0, 300, 0), (610, 1, 0)]])
     inputs = Attention(view, BRAIN, rows=1024).inputs()
     launches = check_attention(inputs, arch, BRAIN, torch.tensor([1, 1]) if tail else None)
     counts = [counts for one in launches.seen if "dkv" in one.kernel for counts in one.counts.values()]
     idle = [one.instructions for one in counts if not one.by_name["products"]]
-    assert len(idle) < len(counts) and max(idle) <= IDLE[arch][tail]
+    assert len(idle) < len(counts) and max(idle) <= IDLE[tail]
 
 
 # ---- mutants: PTX with one fault

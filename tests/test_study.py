@@ -6,13 +6,17 @@ import re
 import shutil
 
 import pytest
+import test_tasks
+import tiny_systems as tiny
 import yaml
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from diffmas import training
 from diffmas.cli import build, study
 from diffmas.cli import main as cli
 from diffmas.demo.experiment import BASE
+from diffmas.evaluation import Scorer
 from diffmas.evaluation.pooled import pool
 from diffmas.evaluation.tasks import facts as tasks
 from diffmas.evaluation.tasks import task
@@ -279,3 +283,39 @@ def test_the_prompts_and_verdicts_of_facts():
     with pytest.raises(ValueError, match="way: expected one of .*got 'magic'"):
         chosen.agents("magic")
     assert tasks.make_rows(3, 5) == tasks.make_rows(3, 5) != tasks.make_rows(3, 6)
+
+
+# ---- the paper's experiments -----------------------------------------------------------------------------------------
+
+CHAT = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}"
+PAPERS = {
+    "aime24": ("Qwen3-8B", test_tasks.AIME), "gpqa_diamond": ("Qwen3-8B", test_tasks.GPQA),
+    "humaneval_plus": ("Qwen3-4B", test_tasks.HUMANEVAL), "mbpp_plus": ("Qwen3-4B", test_tasks.PLUS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_recipes_run_to_their_end(name, tmp_path, monkeypatch):
+    """On a model of two layers and a published record: nothing is changed but how much there is to do, and that text agents are
+    right, so that there is something to train them on."""
+    pytest.importorskip("math_verify")
+    case, record = PAPERS[name]
+    base = tiny.save_base(tmp_path / "base", max_position_embeddings=4096)
+    words = tiny.tokenizer()
+    words.chat_template = CHAT
+    words.save_pretrained(base)
+    GenerationConfig(eos_token_id=list(range(2, 14)), pad_token_id=0).save_pretrained(base)  # half of the words end a turn
+    monkeypatch.setattr(Scorer, "verdicts", lambda self, texts, *rest: [[True] * len(row) for row in texts])
+    data = test_tasks.published(tmp_path / "data.jsonl", [record, record])
+    less = {
+        "data.train": data, "evaluation.data": data, "evaluation.samples": 2, "evaluation.max_message_tokens": 12,
+        "generation.max_new_tokens": 12, "training.num_train_epochs": 1, "training.gradient_accumulation_steps": 2,
+        "training.use_cpu": True, "dtype": "float32",
+    }  # fmt: skip
+    changes = [part for key, value in less.items() for part in ("--set", f"{key}={value}")]
+    call(name, "--model", base, "--case", case, "--seed", 0, "--output", tmp_path / "out", "--device", "cpu", *changes)
+    with (tmp_path / "out" / "costs.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["single", "text", "text_sft", "latent_mas", "stitch", "diffmas"]
+    assert {name for name, row in rows.items() if int(row["latent_steps"])} == {"latent_mas", "stitch", "diffmas"}
+    assert (tmp_path / "out" / "audit.png").is_file()

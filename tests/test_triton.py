@@ -91,6 +91,11 @@ def test_inject_with_one_norm(missing, n):
     agree(injecting(inputs), torch.float32, 64)
 
 
+def test_inject_without_an_epsilon():
+    """Of the last tile there are rows that no token has: 21 rows of 256 dimensions, eight in a tile."""
+    agree(injecting(replace(inject_inputs(n=7, heads=(3, 3), D=256), eps=0.0)), torch.float32, 256)
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """-> the (kernel, grid) of every launch from now on."""
@@ -312,17 +317,17 @@ def test_attention_backward_of_the_last_tokens(name):
 
 def test_attention_backward_of_a_tail_of_many_windows():
     """More windows of rows than a sequence has programs; they begin and end in the middle of segments, at three offsets. One
-    tail is longer than its view, one is nothing."""
+    tail is far longer than its view, one is nothing."""
     first, second = [(300, 150, 3), (20, 90, 0), (130, 2, 0)], [(500, 9, 0), (150, 70, -2)]
     view = View([2, 3, 1, 1], [first, second, [(240, 5, 0)], [(0, 4, 0)]])
-    grad_tail = torch.tensor([201, 75, 9, 0])
+    grad_tail = torch.tensor([201, 75, 2**40, 0])
     agree(attending(attention_inputs(view, rows=POOL), grad_tail), torch.float32, 64 * 2**0.5)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter's tiles")
 def test_dkv_of_a_latent_step_is_launched_over_the_newest_rows():
     """Two programs for each sequence and K/V head, however long the pool is; of a prompt, no more than fill the device or than
-    four times its share."""
+    four times its share, or than a grid can have."""
     from diffmas.kernels.blocks import attention_blocks
     from diffmas.kernels.cross_attention import sizes
 
@@ -332,6 +337,7 @@ def test_dkv_of_a_latent_step_is_launched_over_the_newest_rows():
 
     assert grid(3, 3, 1000) == grid(3, 3, 10**6) == (3, 2, 2)
     assert grid(320, 1, 1000) == (1, 2, 10) and grid(3200, 16, 10**4) == (16, 2, 28)
+    assert grid(4_000_000, 1, 10**7) == (1, 2, 65_535)
 
 
 @pytest.mark.parametrize("seed", range(60 if DEVICE == "cuda" else 4))
@@ -455,6 +461,13 @@ def test_a_launch_finds_its_binary_once_for_arguments_of_a_kind():
         launch(kernel, pointers, (number,))
     launch(Kernel(), (x, None), (5,))
     assert len(compiled) == 6 and len(ran) == 1
+
+    class Elsewhere(torch.Tensor):
+        def get_device(self):
+            return 1
+
+    launch(kernel, (x.as_subclass(Elsewhere), None), (5,))
+    assert len(compiled) == 7 and len(ran) == 1
 
 
 def test_attention_gradient_whose_strides_are_zero():

@@ -19,19 +19,19 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
 
 
-def model(seed: int = 0, dtype=torch.float32):
+def model(seed: int = 0, dtype=torch.float32, max_position_embeddings: int = 128):
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "qwen3", vocab_size=len(VOCAB), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=128, initializer_range=0.25,
+        num_key_value_heads=1, head_dim=8, initializer_range=0.25, max_position_embeddings=max_position_embeddings,
         eos_token_id=2, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
-def save_base(path, seed: int = 0):
+def save_base(path, seed: int = 0, **options):
     """A base model and its tokenizer on disk, as `diffmas train` takes them by name."""
-    model(seed).save_pretrained(path)
+    model(seed, **options).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path
 

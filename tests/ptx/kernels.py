@@ -76,7 +76,8 @@ class Launches:
     seen: list[Launch] = field(default_factory=list)
 
     def tiles(self, kernel, rows, head_dim, wide, offset, device) -> dict:
-        return launch_options(table()[line_of(kernel, rows, head_dim, wide, offset, self.arch)])
+        line = line_of(kernel, rows, head_dim, wide, offset, self.arch)
+        return launch_options(table()[line], line[-1])
 
     def of(self, kernel: str) -> list[Launch]:
         """The launches of a kernel whose name ends so."""

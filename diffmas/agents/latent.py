@@ -15,7 +15,7 @@ from diffmas.agents import learning
 from diffmas.agents.capture import LEAST_REPLAYS, capture_pass, possible
 from diffmas.agents.learning import LearningSteps
 from diffmas.models.forward import forward
-from diffmas.models.observers import observed, random_state
+from diffmas.models.observers import hooked, observed, random_state
 from diffmas.models.patch import Patch
 from diffmas.trace import Trace
 from diffmas.trace.forward_pass import ForwardPass
@@ -96,13 +96,12 @@ def _step(patch: Patch, realign, trace: Trace | None, forward_pass: ForwardPass,
 
 
 def _can_repeat(patch: Patch, realign: nn.Module, h: Tensor) -> bool:
-    """Whether steps may be captured; with gradients, where nobody wants to see or change what happens in them."""
+    """Whether steps may be captured: where nobody wants to see or change what happens in them."""
     weights = (w for some in (patch.body.parameters(), realign.parameters(), realign.buffers()) for w in some)
-    if not torch.is_grad_enabled():
-        return possible(patch, WHAT, h.device, weights)
-    if not possible(patch, learning.WHAT, h.device, weights):
-        return False
-    return not observed((m for some in (patch.causal_lm, realign) for m in some.modules()), patch.hook_ids)
+    what, seen = (learning.WHAT, observed) if torch.is_grad_enabled() else (WHAT, hooked)
+    return possible(patch, what, h.device, weights) and not seen(
+        [*patch.causal_lm.modules(), *realign.modules()], patch.hook_ids
+    )
 
 
 class Repeat:

@@ -1,6 +1,6 @@
 """Whether something happens in a model's forward and backward that a graph of their kernels would not repeat."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -8,25 +8,25 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from diffmas.models.patch import CompiledForward
 
-__all__ = ["observed", "random_state"]
+__all__ = ["hooked", "observed", "random_state"]
 
 
-def observed(modules: Iterable[nn.Module], own: Iterable[int | None] = ()) -> bool:
+def observed(modules: Collection[nn.Module], own: Iterable[int | None] = ()) -> bool:
     """Whether somebody hooks into the modules or their trainable parameters, packs what is saved for backward, checkpoints
     layers or compiles them. own: the ids of hooks that do not count."""
-    own = set(own)
     return (
-        _has_any_global_hook()
+        hooked(modules, own)
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        or any(_hooked(m, own) or _compiled(m) or (m.training and getattr(m, "gradient_checkpointing", False)) for m in modules)
+        or any(_compiled(m) or (m.training and getattr(m, "gradient_checkpointing", False)) for m in modules)
+        or any(p is not None and p.requires_grad and p._backward_hooks for m in modules for p in m._parameters.values())
     )
 
 
-def _hooked(module: nn.Module, own: set) -> bool:
-    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    if any(hooks and not hooks.keys() <= own for hooks in kinds):
-        return True
-    return any(p is not None and p.requires_grad and p._backward_hooks for p in module._parameters.values())
+def hooked(modules: Iterable[nn.Module], own: Iterable[int | None] = ()) -> bool:
+    """Whether somebody hooks into the calls of modules. own: as in `observed`."""
+    own = set(own)
+    kinds = lambda m: (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
+    return _has_any_global_hook() or any(hooks and not hooks.keys() <= own for m in modules for hooks in kinds(m))
 
 
 def _compiled(module: nn.Module) -> bool:

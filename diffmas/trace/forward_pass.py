@@ -19,7 +19,7 @@ from diffmas.trace.store import Extent, Store
 from diffmas.trace.tables import Tables
 from diffmas.trace.views import KVRange, Segment
 
-__all__ = ["ForwardPass", "Table"]
+__all__ = ["ForwardPass", "Place", "Table"]
 
 
 class Table(NamedTuple):
@@ -29,6 +29,14 @@ class Table(NamedTuple):
     segments: list[list[Segment]]
     extents: list[Extent | None]
     next: list[int]
+
+
+class Place(NamedTuple):
+    """Where a forward pass leaves off: its rows and positions, and the segments with them."""
+
+    slots: np.ndarray
+    positions: np.ndarray
+    segments: list[list[Segment]]
 
 
 class ForwardPass:
@@ -135,6 +143,16 @@ class ForwardPass:
         these."""
         rooms, store = (e.end - e.filled for e, n in zip(self.table.extents, self.lengths) if n), self.work.store
         return all(room >= steps - 1 for room in rooms) and all(p.rows >= store.top for p in store.pools)
+
+    def place(self) -> Place:
+        return Place(self.work.slots, self.positions, self.table.segments)
+
+    def follows(self, before: Place) -> bool:
+        """Whether it is what a pass that left off there becomes by a `move` of 1: all its sequences go on in the next row, at
+        the next position, and nothing else has changed."""
+        if self.table.before is not before.segments or len(self.positions) != len(before.positions):
+            return False
+        return bool((self.work.slots == before.slots + 1).all() and (self.positions == before.positions + 1).all())
 
     def can_move(self, device: torch.device) -> None:
         """Makes ready for `move`: uploads what it moves."""

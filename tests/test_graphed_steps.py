@@ -130,12 +130,31 @@ def test_families(family, repeating):
     assert len(repeating) == 2
 
 
-def test_all_weights_are_trained(repeating):
+def test_all_weights_are_trained(repeating, monkeypatch):
     """Norms of queries and keys too, which no torch function is asked about, and embeddings by their position."""
+    inputs, take = [], learning.LearningSteps.take
+    monkeypatch.setattr(learning.LearningSteps, "take", lambda run, *args: inputs.extend(run.inputs[1:]) or take(run, *args))
     for family in ("qwen3", "gpt2"):
         s = system(family, agents=TWO, lora=False, realign="norm")
         assert_as_eager(s)
     assert len(repeating) == 4
+    # A parameter's own node may belong to another stream, which cannot be captured along.
+    assert inputs and not any(x.is_leaf for x in inputs)
+
+
+def test_steps_of_which_the_first_records_less(repeating):
+    """Hidden states without a gradient, and nothing to learn in the first layers."""
+    model, found = with_lora(tiny("qwen3"), layers_to_transform=[2]), []
+    for graphs in (True, False):
+        patch_of(model).graphs = graphs
+        trace = Trace(model, batch_size=1)
+        with torch.no_grad():
+            h = body(model)(input_ids=tokens(4)[0][None], past_key_values=trace).last_hidden_state
+        steps(model, trace, h, 8)
+        loss_of(read(model, trace, *tokens(3))[0]).backward()
+        found.append(gradients(model))
+    assert_equal(*found)
+    assert len(repeating) == 2
 
 
 def test_an_adapter_for_each_agent(repeating):

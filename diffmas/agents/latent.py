@@ -74,7 +74,7 @@ def _repeat(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: T
     grads = torch.is_grad_enabled() and h.requires_grad
     if grads:
         steps = min(steps, forward_pass.run_left)
-    if steps <= LEAST_REPLAYS or not forward_pass.repeatable(steps) or (grads and not forward_pass.learns):
+    if steps <= LEAST_REPLAYS or not forward_pass.repeatable(steps):
         return h, 0, True
     step = functools.partial(_step, patch, realign, None, forward_pass, commit=False)
     with forward_pass.still(), torch.set_grad_enabled(grads):

@@ -129,14 +129,8 @@ class ForwardPass:
 
     @property
     def run_left(self) -> int:
-        """How many latent steps, from this one on, may share a flush."""
-        return DeferredKVGrad.LONGEST - self.work.step + 1
-
-    @property
-    def learns(self) -> bool:
-        """Whether it is a latent step all of whose layers were recorded in the first step of its run."""
-        work = self.work
-        return work.step > 1 and len(work.deferred.flushed) == len(work.spec.layers)
+        """How many latent steps, from this one on, share a flush that stands before an earlier one."""
+        return DeferredKVGrad.LONGEST - self.work.step + 1 if self.work.step > 1 else 0
 
     def repeatable(self, steps: int) -> bool:
         """Whether `steps` steps from this one stay in their extents and in the pools there are: a capture must not move

@@ -248,6 +248,16 @@ def test_latent_steps_with_gradients_as_graphs(dtype, monkeypatch):
         assert_close(got, found[0], 1e-4 if dtype == torch.float32 else 0.1)
 
 
+def test_decoding_as_a_graph(monkeypatch):
+    s = system(dtype=torch.float32).cuda()
+    captured, attempt, found = [], capture.attempt, []
+    monkeypatch.setattr(capture, "attempt", lambda *args: captured.append(attempt(*args)) or captured[-1])
+    for graphs in (False, True):
+        patch_of(s.model).graphs = graphs
+        found.append(s.generate_tokens(QUESTIONS, max_new_tokens=30, temperature=0, samples=2))
+    assert found[0] == found[1] and captured and all(captured)
+
+
 def test_a_model_that_waits_for_the_device_is_not_captured():
     """Experts that are chosen on the host: the steps run one by one, and the device is as it was."""
     model = tiny("qwen3_moe", torch.float32, experts_implementation="eager").cuda()

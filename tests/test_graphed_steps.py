@@ -358,6 +358,17 @@ def test_what_a_run_leaves(monkeypatch, repeating):
         gc.enable()
 
 
+def test_a_run_keeps_its_hidden_states_alone(repeating):
+    model = with_lora(tiny("qwen3"))
+    trace = Trace(model, batch_size=2)
+    h = body(model)(input_ids=torch.stack(tokens(4, 4)), past_key_values=trace).last_hidden_state
+    node, saved = steps(model, trace, h, 8).grad_fn.next_functions[0][0], []  # that of the selection is not of the run
+    while "Step" in node.name():
+        saved.append([tuple(x.shape) for x in node.saved_tensors])
+        node = node.next_functions[0][0]
+    assert saved == [[(2, 32), (0,)]] * 7
+
+
 # ---- what the host does ----------------------------------------------------------------------------------------------
 
 
@@ -376,7 +387,7 @@ class Launches(TorchDispatchMode):
 def test_the_host_does_next_to_nothing(repeating, monkeypatch):
     """No layer runs in Python. Backward goes to the step, sets its hidden state and what comes back to it, and copies what lies
     in the graph's memory."""
-    s, forwards, backwards, layers = two(), [], [], []
+    s, forwards, backwards, layers, given = two(), [], [], [], []
     patch_of(s.model).graphs = True
     forward_of, backward_of = learning.LearningSteps.forward, learning.LearningSteps.backward
     attend, attend_backward = LayerWork.attend, LayerWork.attend_backward
@@ -387,6 +398,7 @@ def test_the_host_does_next_to_nothing(repeating, monkeypatch):
             with Launches() as launches:
                 out = method(*args)
             calls.append((launches.names, len(layers)))
+            given.extend(x for x in (out if isinstance(out, list) else [out]) if x is not None)
             return out
 
         return run
@@ -403,6 +415,8 @@ def test_the_host_does_next_to_nothing(repeating, monkeypatch):
         launched = [n for n in names if n not in ("detach", "alias", "empty_like")]
         assert launched == ["add_", "copy_", "copy_", "_foreach_copy_", "_foreach_copy_"]
     assert all(len(graph.ops) > 200 for graph in repeating)
+    # Autograd adds gradients on streams of its own choice: none lies where the next replay writes.
+    assert len({x.data_ptr() for x in given}) == len(given)
 
 
 # ---- steps that are not captured -------------------------------------------------------------------------------------

@@ -137,11 +137,11 @@ class Backward:
         self._borrowed = Borrowed(grads, {})
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
-        self._found: tuple[Tensor | None, ...] = ()
+        self._found: list[Tensor | None] = []
 
     def clear(self) -> None:
         """The backward pass is over."""
-        self._graph, self._borrowed, self._found = None, None, ()
+        self._graph, self._borrowed, self._found = None, None, []
 
     def take(self, dh: Tensor | None, left: int) -> list[Tensor | None]:
         """The step whose forward the run has just replayed. left: steps, this one included."""
@@ -156,11 +156,11 @@ class Backward:
         self._graph.replay()
         return self._kept(_copies(self._found))
 
-    def _recorded(self, root: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def _recorded(self, root: Tensor, grad: Tensor) -> list[Tensor | None]:
         self._borrowed.kept.clear()
         self.work.borrowed = self._borrowed
         try:
-            return torch.autograd.grad(root, self.run.inputs, grad, retain_graph=True, allow_unused=True)
+            return list(torch.autograd.grad(root, self.run.inputs, grad, retain_graph=True, allow_unused=True))
         finally:
             self.work.borrowed = None
 
@@ -178,7 +178,7 @@ class Backward:
         return found
 
 
-def _copies(xs) -> list[Tensor | None]:
+def _copies(xs: list[Tensor | None]) -> list[Tensor | None]:
     copies = [None if x is None else torch.empty_like(x) for x in xs]
     for dtype in {x.dtype for x in xs if x is not None}:  # of one dtype they are a few launches
         pairs = [(new, x) for new, x in zip(copies, xs) if x is not None and x.dtype == dtype]

@@ -302,6 +302,17 @@ def gradients_of(loss, s):
     return torch.autograd.grad(loss, [p for p in s.parameters() if p.requires_grad], retain_graph=True)
 
 
+def test_two_threads_train_one_model(repeating):
+    s = two()
+    patch_of(s.model).graphs = False
+    want = [gradients_of(s(q, a).loss, s) for q, a in zip((QUESTIONS, QUESTIONS[:1]), (ANSWERS, ANSWERS[:1]))]
+    patch_of(s.model).graphs = True
+    jobs = [lambda n=n: gradients_of(s(QUESTIONS[:n], ANSWERS[:n]).loss, s) for n in (3, 1)]
+    for got, wanted in zip(together(*jobs), want):
+        assert all(map(torch.equal, got, wanted))
+    assert len(repeating) == 4
+
+
 def test_twice_is_refused(repeating):
     s = two()
     patch_of(s.model).graphs = True

@@ -1,6 +1,7 @@
 """Latent steps that repeat on the device, and views that several sequences share: the same results as the plain way."""
 
 import contextlib
+import threading
 import types
 import warnings
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
 from systems import QUESTIONS, system
+from threads import together
 
 import diffmas
 from diffmas import Agent, Trace
@@ -187,6 +189,12 @@ def test_a_capture_that_succeeds_forgets_that_memory_was_short(device):
     assert capture.attempt(once, "work", lambda: None, on("cuda:0")) and once.tries == {"work": 3}
     never = patch(work=0)
     assert capture.attempt(never, "work", lambda: pytest.fail("it was in vain"), on("cuda:0")) is None
+
+
+def test_captures_take_turns(device):
+    """They share a stream, and what is put there is part of the graph that is being made."""
+    wait = lambda: threading.Event().wait(0.05)
+    together(*[lambda: capture.attempt(patch(), "work", wait, on("cuda:0"))] * 3)
 
 
 def test_a_capture_that_fails_otherwise_leaves_nothing_behind(device):

@@ -6,6 +6,7 @@ by an error in every thread of the process that does.
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -15,10 +16,14 @@ from torch import Tensor
 from diffmas.models.patch import Patch
 from diffmas.trace.forward_pass import ForwardPass
 
-__all__ = ["LEAST_REPLAYS", "attempt", "capture_pass", "captured", "possible"]
+__all__ = ["LEAST_REPLAYS", "attempt", "capture_pass", "captured", "on_capture_stream", "possible"]
 
 LEAST_REPLAYS = 3  # a capture costs about as much as a step
 TRIES = 3  # of a capture that runs out of memory: it costs as much as some steps each time
+
+# Held while work is put on the stream of captures, or recorded there: what another thread put there meanwhile would not run,
+# but be part of the graph.
+on_capture_stream = threading.RLock()
 
 
 def possible(patch: Patch, what: str, device: torch.device, weights: Iterable[Tensor]) -> bool:
@@ -39,7 +44,10 @@ def attempt(patch: Patch, what: str, work: Callable, spare: Tensor) -> torch.cud
     if patch.tries.get(what, TRIES) <= 0:
         return None
     try:
-        with torch.cuda.device(device):  # launches on another device would run at once and leave the graph empty
+        with (
+            on_capture_stream,
+            torch.cuda.device(device),
+        ):  # launches on another device would run at once and leave the graph empty
             graph = captured(work, _capture_stream(device), spare)
     except RuntimeError as error:
         full = isinstance(error, torch.OutOfMemoryError)  # which may be another's memory, and later there may be some

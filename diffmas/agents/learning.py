@@ -16,13 +16,14 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from diffmas.agents.capture import LEAST_REPLAYS, attempt, capture_pass
+from diffmas.agents.capture import LEAST_REPLAYS, attempt, capture_pass, on_capture_stream
 from diffmas.models.patch import Patch
 from diffmas.trace import Trace
 from diffmas.trace.autograd import begin, carrier
@@ -134,14 +135,13 @@ class Backward:
         grads = [pool.grads() for pool in self.work.store.pools]
         for g in grads:
             g.of(self.work.lineage)  # no memory of the graph's
-        self._borrowed = Borrowed(grads, {})
+        self._grads, self._warm = grads, False
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._warm = False
-        self._found: list[Tensor | None] = []
+        self._found: Found | None = None  # in the graph's memory
 
     def clear(self) -> None:
         """The backward pass is over."""
-        self._graph, self._borrowed, self._found = None, None, []
+        self._graph = self._found = self._grads = None
 
     def take(self, dh: Tensor | None, left: int) -> list[Tensor | None]:
         """The step whose forward the run has just replayed. left: steps, this one included."""
@@ -154,15 +154,16 @@ class Backward:
         if self._graph is None:
             return self._kept(self._recorded(self.run.out, self.dh))
         self._graph.replay()
-        return self._kept(_copies(self._found))
+        return self._kept(Found(_copies(self._found.grads), self._found.kept))
 
-    def _recorded(self, root: Tensor, grad: Tensor) -> list[Tensor | None]:
-        self._borrowed.kept.clear()
-        self.work.borrowed = self._borrowed
+    def _recorded(self, root: Tensor, grad: Tensor) -> "Found":
+        borrowed = self.work.borrowed = Borrowed(self._grads, {})
         try:
-            return list(torch.autograd.grad(root, self.run.inputs, grad, retain_graph=True, allow_unused=True))
+            with on_capture_stream:  # where autograd runs the backward of what was captured there
+                found = torch.autograd.grad(root, self.run.inputs, grad, retain_graph=True, allow_unused=True)
         finally:
             self.work.borrowed = None
+        return Found(list(found), borrowed.kept)
 
     def _capture(self) -> None:
         def work() -> None:
@@ -170,12 +171,19 @@ class Backward:
 
         self._graph = attempt(self.run.patch, BACKWARD, work, self.dh)
 
-    def _kept(self, found: list[Tensor | None]) -> list[Tensor | None]:
-        """Hands what the flush needs of this step to the others'."""
-        names, kept = self._borrowed.kept.keys(), iter(_copies([x for of in self._borrowed.kept.values() for x in of]))
-        for i, of_layer in zip(names, zip(*[kept] * 4)):
-            self._borrowed.grads[i].steps(self.work.lineage, self.work.deferred).append(of_layer)
-        return found
+    def _kept(self, found: "Found") -> list[Tensor | None]:
+        """Puts what the flush needs of this step to the others', and returns the gradients."""
+        copies = iter(_copies([x for of_layer in found.kept.values() for x in of_layer]))
+        for i, of_layer in zip(found.kept, zip(*[copies] * 4)):
+            self._grads[i].steps(self.work.lineage, self.work.deferred).append(of_layer)
+        return found.grads
+
+
+class Found(NamedTuple):
+    """What the backward of the recorded step gives. grads: of its inputs. kept: as in `Borrowed`."""
+
+    grads: list[Tensor | None]
+    kept: dict[int, tuple[Tensor, ...]]
 
 
 def _copies(xs: list[Tensor | None]) -> list[Tensor | None]:

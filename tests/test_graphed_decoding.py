@@ -9,6 +9,7 @@ from systems import QUESTIONS, system
 
 from diffmas import Agent, MultiAgentSystem
 from diffmas.agents import decoding, next_tokens
+from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace import views
 from diffmas.trace.layer_work import LayerWork
@@ -28,7 +29,7 @@ def answers(s, monkeypatch):
 
     def run(graphs, questions=QUESTIONS, **options):
         patch_of(s.model).graphs, logits = graphs, []
-        monkeypatch.setattr(decoding, "decoded", lambda t, x, tokens: logits.append(x.clone()))
+        monkeypatch.setattr(decoding, "decoded", lambda t, x, tokens: logits.append(x))
         tokens = s.generate_tokens(questions, **{"max_new_tokens": 14, "temperature": 0, "eos_token_id": None, **options})
         return tokens, logits
 
@@ -87,6 +88,47 @@ def test_room_that_ends(rows, least, most, answers, repeating, monkeypatch):
     monkeypatch.setattr(decoding, "RESERVE", rows)
     assert_as_eager(answers, max_new_tokens=60)
     assert least <= sum(g.replays for g in repeating) <= most
+
+
+def test_pools_that_grow_at_the_end(answers, repeating, monkeypatch):
+    """A sequence that goes on in the next row, where no pool has one yet."""
+    monkeypatch.setattr(next_tokens, "RESERVE", 7)
+    monkeypatch.setattr(decoding, "RESERVE", 7)
+    assert_as_eager(answers, questions=QUESTIONS[:1], max_new_tokens=60)
+    assert len(repeating) == 3 and sum(g.replays for g in repeating) > 40  # they grow twice
+
+
+def keep_sinks(s, trace, fork):
+    return trace.keep(agent="solver")
+
+
+def grow_pools(s, trace, fork):
+    before = trace.memory()
+    fork.agent = "planner"
+    ids = torch.arange(900)[None] % 50 + 2
+    with torch.no_grad():
+        forward(patch_of(s.model), fork, fork.plan([300, 300, 300], "prompt"), input_ids=ids)
+    assert trace.memory() > before
+    return trace
+
+
+@pytest.mark.parametrize("change, captured", [(keep_sinks, 2), (grow_pools, 2)])
+def test_what_changes_between_two_tokens(change, captured, s, repeating):
+    """Another view of the same rows, at whose end the next one follows; pools that another trace makes grow."""
+    found = []
+    for graphs in (True, False):
+        patch_of(s.model).graphs = graphs
+        trace, tokens, logits = s.communicate(s.fields_of(QUESTIONS)), [5, 6, 7], []
+        trace.agent, (fork,) = "solver", trace.fork(1)
+        next_of = next_tokens.NextTokens(patch_of(s.model), s.device)
+        for left in range(24, 0, -1):
+            if left == 14:
+                trace = change(s, trace, fork)
+            with torch.no_grad():
+                logits.append(next_of(trace, tokens, left))
+            tokens = logits[-1].argmax(-1).tolist()
+        found.append(logits)
+    assert all(map(torch.equal, *found)) and len(repeating) == captured
 
 
 def test_stop_strings(answers, repeating):

@@ -44,10 +44,8 @@ def attempt(patch: Patch, what: str, work: Callable, spare: Tensor) -> torch.cud
     if patch.tries.get(what, TRIES) <= 0:
         return None
     try:
-        with (
-            on_capture_stream,
-            torch.cuda.device(device),
-        ):  # launches on another device would run at once and leave the graph empty
+        # The device: launches on another one would run at once and leave the graph empty.
+        with on_capture_stream, torch.cuda.device(device):
             graph = captured(work, _capture_stream(device), spare)
     except RuntimeError as error:
         full = isinstance(error, torch.OutOfMemoryError)  # which may be another's memory, and later there may be some

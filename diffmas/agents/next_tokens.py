@@ -38,9 +38,9 @@ class NextTokens:
         """Appends a token to each sequence of the trace; returns their logits, [n, V]. left: tokens that are still to come,
         these included."""
         forward_pass = trace.plan([1] * len(tokens), "text", reserve=min(RESERVE, left))
-        follows = self._place is not None and forward_pass.follows(self._place)
-        self._place, self._together = forward_pass.place(), self._together + 1 if follows else 0
         if self._graphs:
+            follows = self._place is not None and forward_pass.follows(self._place)
+            self._place, self._together = forward_pass.place(), self._together + 1 if follows else 0
             with forward_pass.still():
                 self._repeat = self._repeat_of(forward_pass, len(tokens), left)
                 if self._repeat is not None:

@@ -100,8 +100,11 @@ class ForwardPass:
             args = (q, k, v, order, cos, sin, q_weight, k_weight, eps, scale, work.ticket, layer.number)
             return torch.ops.diffmas.attend(*args)[0]
         if recording:
-            weights = (w.view_as(w) if w is not None and w.requires_grad else w for w in (q_weight, k_weight))
-            return autograd.attend(q, k, v, self.order, *weights, (work, layer, cos, sin, eps, scale))
+            if q_weight is not None and q_weight.requires_grad:
+                q_weight = q_weight.view_as(q_weight)  # a torch function, which whoever gives aliases of parameters sees
+            if k_weight is not None and k_weight.requires_grad:
+                k_weight = k_weight.view_as(k_weight)
+            return autograd.attend(q, k, v, self.order, q_weight, k_weight, (work, layer, cos, sin, eps, scale))
         return work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, False)[0]
 
     def end(self, h: Tensor) -> None:

@@ -90,11 +90,11 @@ def _one_by_one(model, rows, case: Case):
     run, patch = _traced(model, rows, case), patch_of(model)
 
     def eager(x):
-        before, patch.capture = patch.capture, False
+        before, patch.graphs = patch.graphs, False
         try:
             return run(x)
         finally:
-            patch.capture = before
+            patch.graphs = before
 
     return eager
 
@@ -117,7 +117,7 @@ def _cached(model, rows, case: Case):
 
 def _provider(way, gpu_only=False):
     def provider(p: Problem) -> Trial:
-        if gpu_only and not (ours.on_gpu() and p.case.phase == "forward"):
+        if gpu_only and not ours.on_gpu():
             raise Senseless  # elsewhere steps are taken one by one anyhow
         return _trial(p.case, p.inputs, way)
 

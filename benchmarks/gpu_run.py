@@ -86,6 +86,8 @@ SMOKES = {
     "cuda many queries, D = 128": ("test_cuda", "test_attention_of_many_queries and d128"),
     "an op in a graph": ("test_gpu", "test_ops_in_a_graph"),
     "latent steps in a graph": ("test_gpu", "test_latent_steps_as_a_graph"),
+    "latent steps with gradients in graphs": ("test_gpu", "test_latent_steps_with_gradients"),
+    "decoding in a graph": ("test_gpu", "test_decoding_as_a_graph"),
 }
 SANITIZED = {
     ("memcheck", "triton"): ("test_triton", "test_attention and ragged and not last_tokens"),

@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 import pytest
@@ -20,13 +21,17 @@ def reproducible():
 
 @pytest.fixture
 def repeating(monkeypatch):
-    """Without a GPU the same latent steps run, one by one, where a GPU replays its graph. -> one entry for each capture."""
-    from diffmas.agents import latent
+    """Steps are captured and replayed without a GPU (fake_graph). -> the graphs."""
+    from fake_graph import FakeGraph
 
-    runs = []
-    monkeypatch.setattr(latent, "_graphs", lambda *_: not torch.is_grad_enabled())
-    monkeypatch.setattr(latent.Repeat, "capture", lambda self: runs.append(True) or True)
-    return runs
+    from diffmas.agents import capture
+
+    graphs = []
+    monkeypatch.setattr(capture, "_on_one_gpu", lambda *_: True)
+    monkeypatch.setattr(capture, "_capture_stream", lambda device: None)
+    monkeypatch.setattr(capture, "captured", lambda *args: graphs.append(FakeGraph(*args)) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    return graphs
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from systems import ANSWERS, QUESTIONS, system
 
 import diffmas
 from diffmas import Agent, ops
-from diffmas.agents import latent
+from diffmas.agents import capture, latent, learning
 from diffmas.agents.adapters import switched_to
 from diffmas.agents.decoding import Rules
 from diffmas.agents.realign import Realign
@@ -219,15 +219,43 @@ def test_latent_steps_as_a_graph(T, monkeypatch):
     s = system(agents=[Agent("a", "w5 {question}", "T"), Agent("b", "w9 {question}")], dtype=torch.float32).cuda()
     questions = [{"question": q, "T": n} for q, n in zip(QUESTIONS, T)]
     captured = []
-    capture = latent.Repeat.capture
-    monkeypatch.setattr(latent.Repeat, "capture", lambda self: captured.append(capture(self)) or captured[-1])
+    attempt = capture.attempt
+    monkeypatch.setattr(capture, "attempt", lambda *args: captured.append(attempt(*args)) or captured[-1])
     with torch.no_grad():
         got = s(questions)
-        assert captured == [True] * len(set(T) - {0})
-        monkeypatch.setattr(latent, "_graphs", lambda *_: False)
+        assert all(captured) and len(captured) == len(set(T) - {0})
+        patch_of(s.model).graphs = False
         want = s(questions)
     assert_close(got.logits, want.logits, 1e-5)
     assert got.trace.segments == want.trace.segments
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latent_steps_with_gradients_as_graphs(dtype, monkeypatch):
+    """Their forward and their backward, in several backward passes over one episode."""
+    s = system(agents=[Agent("a", "w5 {question}", 9), Agent("b", "w9 {question}")], dtype=dtype).cuda()
+    captured, attempt, found = [], capture.attempt, []
+    monkeypatch.setattr(capture, "attempt", lambda *args: captured.append(attempt(*args)) or captured[-1])
+    monkeypatch.setattr(learning, "attempt", capture.attempt)
+    for graphs in (False, True):
+        patch_of(s.model).graphs = graphs
+        loss = s(QUESTIONS, ANSWERS).loss
+        for again in (True, False):
+            loss.backward(retain_graph=again)
+            found.append(gradients(s))
+    assert len(captured) == 3 and all(captured)
+    for got in found[1:]:
+        assert_close(got, found[0], 1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_decoding_as_a_graph(monkeypatch):
+    s = system(dtype=torch.float32).cuda()
+    captured, attempt, found = [], capture.attempt, []
+    monkeypatch.setattr(capture, "attempt", lambda *args: captured.append(attempt(*args)) or captured[-1])
+    for graphs in (False, True):
+        patch_of(s.model).graphs = graphs
+        found.append(s.generate_tokens(QUESTIONS, max_new_tokens=30, temperature=0, samples=2))
+    assert found[0] == found[1] and captured and all(captured)
 
 
 def test_a_model_that_waits_for_the_device_is_not_captured():
@@ -292,7 +320,7 @@ def test_a_second_gpu():
     s = system(agents=[Agent("a", "w5 {question}", 12), Agent("b", "w9 {question}")], dtype=torch.float32).to("cuda:1")
     with torch.no_grad():
         got = s(QUESTIONS[:1]).logits  # latent steps as a graph
-        patch_of(s.model).tries = 0
+        patch_of(s.model).graphs = False
         assert_close(got, s(QUESTIONS[:1]).logits, 1e-5)
     model = gpu_model().to("cuda:1")
     trace = diffmas.Trace(model)

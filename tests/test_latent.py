@@ -1,6 +1,7 @@
 """Latent steps that repeat on the device, and views that several sequences share: the same results as the plain way."""
 
 import contextlib
+import threading
 import types
 import warnings
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
 from systems import QUESTIONS, system
+from threads import together
 
 import diffmas
 from diffmas import Agent, Trace
-from diffmas.agents import latent
+from diffmas.agents import capture, latent
 from diffmas.agents.capture import captured
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
@@ -126,20 +128,24 @@ def device(monkeypatch):
     released = lambda _, pool: pool not in device.open or pytest.fail("a pool that is in use is released")
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", device.leave, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", released, raising=False)
-    monkeypatch.setattr(latent, "_capture_stream", latent._capture_stream.__wrapped__)
+    monkeypatch.setattr(capture, "_capture_stream", capture._capture_stream.__wrapped__)
     return device
 
 
-def test_the_models_device_is_captured(device, monkeypatch):
+def patch(**tries):
+    return types.SimpleNamespace(graphs=True, tries={"work": tries["work"]} if tries else {})
+
+
+def on(device):
+    return types.SimpleNamespace(device=torch.device(device), zero_=lambda: None)
+
+
+def test_the_models_device_is_captured(device):
     """Whichever is current, on a stream of its own."""
-    second, stepped = torch.device("cuda:1"), []
-    h = types.SimpleNamespace(device=second, clone=lambda: h)
-    planned = types.SimpleNamespace(on=lambda device: None)
-    repeat = latent.Repeat(types.SimpleNamespace(tries=1), None, None, planned, h)
-    monkeypatch.setattr(repeat, "step", lambda: stepped.extend(device.entered))
-    assert repeat.capture()
-    (*outer, (graph, pool, stream, mode)) = stepped
-    assert outer == [(second,), ("current stream",)] and graph is repeat.graph
+    second, entered = torch.device("cuda:1"), []
+    graph = capture.attempt(patch(), "work", lambda: entered.extend(device.entered), on(second))
+    (*outer, (entered_graph, pool, stream, mode)) = entered
+    assert outer == [(second,), ("current stream",)] and entered_graph is graph
     assert (pool, stream.device, mode) == ((0, 1), second, "thread_local")
 
 
@@ -151,14 +157,16 @@ def test_a_model_that_cannot_be_captured(error, tries, device, monkeypatch):
     """The steps run one by one, with one warning. Nothing that other threads see is changed meanwhile, and captures after it
     are possible; memory that was short is asked for again, but not without end."""
     s = system(agents=[Agent("a", "w5 {question}", 6), Agent("b", "w7 {question}", 6), Agent("c", "w9 {question}")])
-    tried, h = [], torch.zeros(2)
+    tried, h, step = [], torch.zeros(2), latent._step
 
-    def step(repeat):
-        tried.append(device.counting)
-        raise error
+    def failing(*args, commit=True):
+        if not commit:
+            tried.append(device.counting)
+            raise error
+        return step(*args)
 
-    monkeypatch.setattr(latent, "_graphs", lambda patch, *_: patch.tries)
-    monkeypatch.setattr(latent.Repeat, "step", step)
+    monkeypatch.setattr(capture, "_on_one_gpu", lambda *_: True)
+    monkeypatch.setattr(latent, "_step", failing)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: pytest.fail("of the whole process"))
     with torch.no_grad():
         with warnings.catch_warnings(record=True) as caught:
@@ -166,33 +174,46 @@ def test_a_model_that_cannot_be_captured(error, tries, device, monkeypatch):
             for _ in range(3):  # two runs of latent steps each
                 got = s(QUESTIONS)
         assert [str(error) in str(w.message) for w in caught if "CUDA graph" in str(w.message)] == [True]
-        assert tried == [True] * tries and not patch_of(s.model).tries
+        assert tried == [True] * tries and patch_of(s.model).tries == {"latent steps": 0}
         assert not device.open and not device.counting and not device.entered
         assert captured(lambda: h.add_(1), "stream", h) and h.tolist() == [1, 1]
         monkeypatch.undo()
         want = s(QUESTIONS)
     assert_close(got.logits, want.logits, 1e-12)
     assert got.trace.segments == want.trace.segments
-    assert patch_of(diffmas.patch_model(diffmas.unpatch_model(s.model))).tries, "the next patch tries anew"
+    assert not patch_of(diffmas.patch_model(diffmas.unpatch_model(s.model))).tries, "the next patch tries anew"
 
 
-def test_a_capture_that_succeeds_forgets_that_memory_was_short(device, monkeypatch):
-    patch = types.SimpleNamespace(tries=1)
-    h = types.SimpleNamespace(device=torch.device("cuda:0"), clone=lambda: h, zero_=lambda: None)
-    repeat = latent.Repeat(patch, None, None, types.SimpleNamespace(on=lambda device: None), h)
-    monkeypatch.setattr(repeat, "step", lambda: None)
-    assert repeat.capture() and patch.tries == 3
+def test_a_capture_that_succeeds_forgets_that_memory_was_short(device):
+    once = patch(work=1)
+    assert capture.attempt(once, "work", lambda: None, on("cuda:0")) and once.tries == {"work": 3}
+    never = patch(work=0)
+    assert capture.attempt(never, "work", lambda: pytest.fail("it was in vain"), on("cuda:0")) is None
 
 
-def test_a_capture_that_fails_otherwise_leaves_nothing_behind(device, monkeypatch):
-    forgotten = []
-    h = types.SimpleNamespace(device=torch.device("cuda:0"), clone=lambda: h, zero_=lambda: None)
-    planned = types.SimpleNamespace(on=lambda device: None, forget=lambda: forgotten.append(True))
-    repeat = latent.Repeat(None, None, None, planned, h)
-    monkeypatch.setattr(repeat, "step", lambda: {}["no such"])
+def test_captures_take_turns(device):
+    """They share a stream, and what is put there is part of the graph that is being made."""
+    wait = lambda: threading.Event().wait(0.05)
+    together(*[lambda: capture.attempt(patch(), "work", wait, on("cuda:0"))] * 3)
+
+
+def test_a_capture_that_fails_otherwise_leaves_nothing_behind(device):
+    moved, forgotten = [], []
+    planned = types.SimpleNamespace(
+        can_move=lambda device: None, move=lambda device, n: moved.append(n), forget=lambda: forgotten.append(True)
+    )
     with pytest.raises(KeyError, match="no such"):
-        repeat.capture()
-    assert forgotten and not device.open and repeat.graph is None
+        capture.capture_pass(patch(), "work", planned, lambda: {}["no such"], on("cuda:0"))
+    assert forgotten and sum(moved[:1] + moved[2:]) == 0 and not device.open, "a recorded move has not run"
+
+
+def test_no_graphs_where_they_are_not_wanted(repeating):
+    s = system(agents=[Agent("a", "w5 {question}", 6), Agent("c", "w9 {question}")])
+    for graphs in (True, False):
+        diffmas.patch_model(s.model, graphs=graphs)
+        with torch.no_grad():
+            s(QUESTIONS)
+        assert len(repeating) == 1
 
 
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "cohere"])

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria
 
 from diffmas.agents.meter import decoded, phase
+from diffmas.agents.next_tokens import RESERVE, NextTokens
 from diffmas.agents.sampling import Sampling
 from diffmas.models.forward import forward
 from diffmas.models.generate import left_padded, with_past
@@ -22,8 +23,6 @@ from diffmas.trace import Trace
 from diffmas.trace.cache import cache_argument
 
 __all__ = ["decode", "rows_ahead", "text_before"]
-
-RESERVE = 512  # rows a sequence reserves at once for what it decodes
 
 
 def rows_ahead(sampling: Sampling) -> int:
@@ -138,6 +137,7 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, f
     active = list(range(len(reads)))  # for each sequence of the trace, its index in `tokens`
     generators = [sampling.generator(first + b, s) for b in range(len(prompts)) for s in range(samples)]
     tokens: list[list[int]] = [[] for _ in reads]
+    next_tokens = NextTokens(patch, device)
     with (
         phase("decode", written),
         tqdm(total=sampling.max_new_tokens, desc="decode", unit="step", disable=not progress, leave=False) as bar,
@@ -164,9 +164,7 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, f
                 place = {i: j for j, i in enumerate(active)}
                 trace, active = trace.select([place[i] for i in going]), going
             left = sampling.max_new_tokens - len(tokens[active[0]])  # the same for all that are active
-            forward_pass = trace.plan([1] * len(active), "text", reserve=min(RESERVE, left))
-            ids = torch.tensor([tokens[i][-1] for i in active], device=device)[None]
-            logits = forward(patch, trace, forward_pass, head=True, input_ids=ids).logits[0]
+            logits = next_tokens(trace, [tokens[i][-1] for i in active], left)
     rows = iter(tokens)
     return [[next(rows) for _ in range(samples)] for _ in prompts]
 

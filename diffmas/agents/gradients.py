@@ -77,13 +77,13 @@ class Measured(NamedTuple):
 class GradientWatch:
     """Measures the gradients that reach the forward passes of a system, from `start` to `stop`; as a context too.
 
-    on: whether forward passes are watched right now. rows: whether dL/d(rows) is measured; the backward of attention then takes
-    two calls a layer for one. Neither changes a gradient. Passes of several episodes, as accumulated micro-batches are, count
-    together: the norms are those of the sum of their losses.
+    rows: whether dL/d(rows) is measured; the backward of attention then takes two calls a layer for one. Neither changes a
+    gradient. While it watches, latent steps are forwards one by one, which can be told apart. Passes of several episodes, as
+    accumulated micro-batches are, count together: the norms are those of the sum of their losses.
     """
 
-    def __init__(self, system, on: bool = True, rows: bool = True, aliases: "Aliases | None" = None):
-        self.on, self.rows = on, rows
+    def __init__(self, system, rows: bool = True, aliases: "Aliases | None" = None):
+        self.rows = rows
         self._agents, self._aliases = [agent.name for agent in system.agents], aliases
         self._body, self._realign = patch_of(system.model).body, system.realign
         self._layers = len(attention_layers(self._body))
@@ -118,7 +118,7 @@ class GradientWatch:
     def _before(self, body, args, kwargs) -> None:
         forward_pass = kwargs.get("diffmas_trace")
         self._place = None
-        if not self.on or forward_pass is None or forward_pass.table is None:
+        if forward_pass is None or forward_pass.table is None:
             return
         newest = next(row[-1] for row, n in zip(forward_pass.table.segments, forward_pass.lengths) if n)
         kind = "answer" if newest.agent == self._agents[-1] else newest.kind

@@ -2,25 +2,27 @@
 
 Sequences that have taken their steps leave the batch: the later steps are forwards over the others alone.
 
-On a GPU, launching a step's kernels takes longer than running them. Without gradients a step is therefore captured as a CUDA
-graph, which advances its own forward pass, and replayed: the host does nothing in between.
+On a GPU, launching a step's kernels takes longer than running them. A step is therefore captured as a CUDA graph, which
+advances its own forward pass, and replayed: the host does nothing in between. With gradients: diffmas.agents.learning.
 """
 
 import functools
-import warnings
 
 import torch
 from torch import Tensor, nn
 
-from diffmas.agents.capture import captured
+from diffmas.agents import learning
+from diffmas.agents.capture import LEAST_REPLAYS, capture_pass, possible
+from diffmas.agents.learning import LearningSteps
 from diffmas.models.forward import forward
-from diffmas.models.patch import TRIES, Patch
+from diffmas.models.observers import hooked, observed, random_state
+from diffmas.models.patch import Patch
 from diffmas.trace import Trace
 from diffmas.trace.forward_pass import ForwardPass
 
 __all__ = ["latent_steps"]
 
-LEAST_REPLAYS = 3  # a capture costs about as much as a step
+WHAT = "latent steps"
 
 
 def latent_steps(
@@ -30,7 +32,7 @@ def latent_steps(
 
     h [B, hidden]: the last hidden state of each sequence. Returns the last hidden states after the steps, [B, hidden].
     """
-    graphs, left = stop_change is None and _graphs(patch, realign, h), list(T)
+    graphs, left = stop_change is None and _can_repeat(patch, realign, h), list(T)
     realign = functools.partial(realign, solved=realign.solved())
     while any(left):
         going = [b for b, n in enumerate(left) if n]
@@ -45,26 +47,41 @@ def _run(patch: Patch, realign, trace: Trace, h: Tensor, left: list[int], stop_c
 
     h [n, hidden]: of these sequences alone. Returns it after the steps, and whether later steps may be captured.
     """
-    going, first = [b for b, n in enumerate(left) if n], True
+    going, warm = [b for b, n in enumerate(left) if n], False
     lengths, steps = [int(n > 0) for n in left], min(left[b] for b in going)
+    drawn = random_state(h.device) if graphs and torch.is_grad_enabled() else ()
     while steps:
-        forward_pass = trace.plan(lengths, "latent", reserve=[max(n - 1, 0) for n in left])
-        if graphs and not first and steps > LEAST_REPLAYS and forward_pass.repeatable(steps):
-            with forward_pass.still():
-                repeat = Repeat(patch, realign, trace, forward_pass, h)
-                if repeat.capture():
-                    for b in going:
-                        left[b] -= steps
-                    return repeat.take(steps), graphs
-            graphs = False
-        before, h = h, _step(patch, realign, trace, forward_pass, h)
-        steps, first = steps - 1, False  # a first step warms up: what is compiled or allocated once is no part of a capture
+        forward_pass, taken = trace.plan(lengths, "latent", reserve=[max(n - 1, 0) for n in left]), 0
+        if graphs and warm:
+            h, taken, graphs = _repeat(patch, realign, trace, forward_pass, h, steps)
+        if not taken:
+            before, h, taken = h, _step(patch, realign, trace, forward_pass, h), 1
+            if drawn and not warm:
+                graphs = all(map(torch.equal, drawn, random_state(h.device)))
+            warm = True  # a first step warms up: what is compiled or allocated once is no part of a capture
+        steps -= taken
         for b in going:
-            left[b] -= 1
+            left[b] -= taken
         for b, change in zip(going, _changes(before, h) if stop_change is not None else []):
             if change < stop_change:
                 left[b] = steps = 0  # the others go on in a run of their own
     return h, graphs
+
+
+def _repeat(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Tensor, steps: int) -> tuple[Tensor, int, bool]:
+    """As many of the steps as can be taken by replaying one of them, or none. Returns h after them, how many, and whether
+    later steps may be captured."""
+    grads = torch.is_grad_enabled() and h.requires_grad
+    if grads:
+        steps = min(steps, forward_pass.run_left)
+    if steps <= LEAST_REPLAYS or not forward_pass.repeatable(steps):
+        return h, 0, True
+    step = functools.partial(_step, patch, realign, None, forward_pass, commit=False)
+    with forward_pass.still(), torch.set_grad_enabled(grads):
+        repeat = LearningSteps(patch, forward_pass, h) if grads else Repeat(patch, forward_pass, h)
+        if not repeat.capture(step):
+            return h, 0, False
+        return repeat.take(trace, h, steps), steps, True
 
 
 @torch.no_grad()
@@ -74,61 +91,38 @@ def _changes(before: Tensor, after: Tensor) -> list[float]:
     return ((after - before).norm(dim=-1) / before.norm(dim=-1)).tolist()
 
 
-def _step(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Tensor, **options) -> Tensor:
+def _step(patch: Patch, realign, trace: Trace | None, forward_pass: ForwardPass, h: Tensor, **options) -> Tensor:
     return forward(patch, trace, forward_pass, inputs_embeds=realign(h)[None], **options).last_hidden_state[0]
 
 
-def _graphs(patch: Patch, realign: nn.Module, h: Tensor) -> bool:
-    """Whether steps may be captured: on one GPU, without gradients, outside of a capture, by a model that allows it."""
-    if torch.is_grad_enabled() or not h.is_cuda or not patch.tries:
+def _can_repeat(patch: Patch, realign: nn.Module, h: Tensor) -> bool:
+    """Whether steps may be captured: where nobody wants to see or change what happens in them."""
+    weights = (w for some in (patch.body.parameters(), realign.parameters(), realign.buffers()) for w in some)
+    what, seen = (learning.WHAT, observed) if torch.is_grad_enabled() else (WHAT, hooked)
+    if not possible(patch, what, h.device, weights):
         return False
-    weights = [*patch.body.parameters(), *realign.parameters(), *realign.buffers()]
-    return all(w.device == h.device for w in weights) and not torch.cuda.is_current_stream_capturing()
-
-
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures. One, because a stream keeps the workspace of captured matrix products, 32 MB, for good."""
-    return torch.cuda.Stream(device)
+    return not seen([*patch.causal_lm.modules(), *realign.modules()], patch.hook_ids)
 
 
 class Repeat:
     """A latent step that repeats without the host: hidden states and forward pass advance in place."""
 
-    def __init__(self, patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Tensor):
-        """forward_pass: of the first step; its extents have room for all the steps."""
-        self.patch, self.realign, self.trace, self.forward_pass, self.h = patch, realign, trace, forward_pass, h.clone()
-        self.graph: torch.cuda.CUDAGraph | None = None  # without one, steps run as they are
+    def __init__(self, patch: Patch, forward_pass: ForwardPass, h: Tensor):
+        """forward_pass: of the first step; its extents have room for all the steps. h [B, hidden]: before it."""
+        self.patch, self.forward_pass, self.h = patch, forward_pass, h.clone()
+        self.graph: torch.cuda.CUDAGraph | None = None
 
-    def step(self) -> None:
-        self.h.copy_(_step(self.patch, self.realign, self.trace, self.forward_pass, self.h, commit=False))
-        self.forward_pass.step_on(self.h.device)
-
-    def capture(self) -> bool:
-        """Makes later steps replays of a CUDA graph. Returns False, with nothing changed, if the model cannot be captured."""
-        self.forward_pass.on(self.h.device)  # uploads its tables, which must not be part of the capture
-        device = self.h.device
-        try:
-            with torch.cuda.device(device):  # launches on another device would run at once and leave the graph empty
-                self.graph = captured(self.step, _capture_stream(device), self.h)
-        except BaseException as error:
-            self.forward_pass.forget()
-            if not isinstance(error, RuntimeError):
-                raise
-            full = isinstance(error, torch.OutOfMemoryError)  # which may be another's memory, and later there may be some
-            self.patch.tries = self.patch.tries - 1 if full else 0
-            if self.patch.tries <= 0:
-                why = "for which there was no memory several times" if full else "which this model does not allow"
-                warnings.warn(f"latent steps run without a CUDA graph, {why}: {error}", stacklevel=2)
-        else:
-            self.patch.tries = TRIES
+    def capture(self, step) -> bool:
+        """step: the latent step, of hidden states [B, hidden], on this forward pass. Returns False, with nothing changed, if
+        the model cannot be captured."""
+        self.graph = capture_pass(self.patch, WHAT, self.forward_pass, lambda: self.h.copy_(step(self.h)), self.h)
         return self.graph is not None
 
-    def take(self, steps: int) -> Tensor:
+    def take(self, trace: Trace, h: Tensor, steps: int) -> Tensor:
         """Takes the steps and commits them to the trace; returns the last hidden states, [B, hidden]."""
         for _ in range(steps):
-            self.graph.replay() if self.graph else self.step()
-        self.trace.commit_repeated(self.forward_pass)
+            self.graph.replay()
+        trace.commit_repeated(self.forward_pass)
         for _ in range(steps - 1):
-            self.trace.commit_repeated(self.trace.plan(self.forward_pass.lengths, "latent"))
+            trace.commit_repeated(trace.plan(self.forward_pass.lengths, "latent"))
         return self.h

@@ -44,8 +44,9 @@ class PaddedBatch(NamedTuple):
 
 def forward(patch, trace: Trace, forward_pass: ForwardPass, *, head: bool = False, commit: bool = True, **inputs):
     """The body's output, or with `head` the causal LM's, over packed tokens (input_ids [1, n] or inputs_embeds [1, n,
-    hidden])."""
-    _check_forward(patch)
+    hidden]). commit: not where the pass repeats itself, after one like it that was checked and committed."""
+    if commit:
+        _check_forward(patch)
     x = next(iter(inputs.values()))
     module = patch.causal_lm if head else patch.body
     output = module(

@@ -35,7 +35,6 @@ __all__ = ["Patch", "patch_model", "patch_of", "unpatch_model"]
 logger = logging.getLogger("diffmas")
 
 NOT_THE_MODELS = (Unsupported, MemoryError, torch.OutOfMemoryError)
-TRIES = 3  # of a capture that runs out of memory: it costs as much as some steps each time
 
 
 @dataclass
@@ -43,8 +42,8 @@ class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
     checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
-    when they were patched. tries: how often latent steps may still be captured as a CUDA graph (diffmas.agents.latent) without
-    success; none are left after an attempt that shows that the model cannot be.
+    when they were patched. graphs: whether steps may be CUDA graphs (diffmas.agents.capture). tries: by what is captured, how
+    often that may still fail.
     """
 
     body: nn.Module
@@ -55,7 +54,8 @@ class Patch:
     checkpointed: list[nn.Module] = field(default_factory=list)
     dropping: list[nn.Module] = field(default_factory=list)
     hook_ids: tuple[int | None, int | None] = (None, None)
-    tries: int = TRIES
+    graphs: bool = True
+    tries: dict[str, int] = field(default_factory=dict)
 
     def pairs(self) -> list[tuple[nn.Module, Layer]]:
         return list(zip(attention_layers(self.body), self.layers))
@@ -69,13 +69,16 @@ def patch_of(model: nn.Module) -> Patch:
     return record
 
 
-def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None = None) -> nn.Module:
+def patch_model(
+    model: nn.Module, backend: str = "auto", max_length: int | None = None, *, graphs: bool = True
+) -> nn.Module:  # fmt: skip
     """Patches a model in place to take a `diffmas.Trace` as past_key_values, and returns it.
 
     model: a transformers causal LM, or a PEFT model around one; a multimodal one takes a trace with text alone. backend:
     "auto", or one of `diffmas.ops.BACKENDS`. max_length: the most tokens per sequence that a trace of this model may hold. A
     sliding window must be at least that long; without max_length it must be as long as the model's context, and then limits
-    traces itself.
+    traces itself. graphs: whether latent steps, with their backward, and decoding of a system may be captured as CUDA graphs on
+    a GPU; a model that cannot be runs without, after one warning.
 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
@@ -99,11 +102,13 @@ def patch_model(model: nn.Module, backend: str = "auto", max_length: int | None 
     previous = getattr(causal_lm, "diffmas_patch", None)
     if previous is not None:
         if previous.arguments == (backend, max_length):
+            previous.graphs = graphs
             return model
         unpatch_model(model)
     try:
         with at_rest(causal_lm):
             record = _examine(causal_lm, body_of(model), backend, max_length)
+        record.graphs = graphs
         _install(record)
         with at_rest(causal_lm):
             rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec)

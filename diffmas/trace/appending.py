@@ -115,9 +115,10 @@ class Appending(CacheFace):
         self._deferred = (forward_pass.work.deferred, forward_pass.work.step)
         forward_pass.finish()
 
-    def commit_repeated(self, forward_pass: ForwardPass) -> None:
-        """Commits a forward pass whose rows were written, without gradients, by another one that repeated itself."""
-        forward_pass.repeated()
+    def commit_repeated(self, forward_pass: ForwardPass, h: Tensor | None = None) -> None:
+        """Commits a forward pass whose rows were written by another one that repeated itself. h: as `ForwardPass.repeated`
+        takes it."""
+        forward_pass.repeated(h)
         self.commit(forward_pass)
 
     def _check_limit(self, lengths) -> None:

@@ -25,11 +25,11 @@ from diffmas.trace.layer_work import LayerWork, on_stream, stream_of, work_of
 from diffmas.trace.pool import Pool
 from diffmas.trace.store import Hold
 
-__all__ = ["attend", "begin", "end", "inherit", "reposition"]
+__all__ = ["attend", "begin", "carrier", "end", "inherit", "reposition"]
 
 
-def _carrier(owned) -> Tensor:
-    """A tensor to save, that keeps what it carries alive."""
+def carrier(owned) -> Tensor:
+    """A tensor to save, that keeps what it carries alive until backward lets go of it."""
     tensor = torch.empty(0)
     tensor.owned = owned
     return tensor
@@ -67,7 +67,7 @@ _leaf = torch.zeros(0, requires_grad=True)  # gets no gradient: backward gives N
 def begin(work: LayerWork, past: Tensor) -> Tensor:
     """The order token of a pass, which stands behind `past`. It always needs a gradient, so that a graph compiled for one pass
     serves all; a layer that records nothing does not take it."""
-    return _apply(Begin)(_carrier(work), _leaf, past)
+    return _apply(Begin)(carrier(work), _leaf, past)
 
 
 def end(h: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def reposition(past: Tensor, moves: list[tuple[Pool, tuple]], lineage: int, back
     for pool, move in moves:
         with pool.lock:
             call("reposition", pool.k, *move, *pool.kv, backend=backend)
-    return Reposition.apply(past, _carrier(hold), moves, lineage, backend) if torch.is_grad_enabled() else past
+    return Reposition.apply(past, carrier(hold), moves, lineage, backend) if torch.is_grad_enabled() else past
 
 
 class Inherit(torch.autograd.Function):
@@ -235,4 +235,4 @@ class Inherit(torch.autograd.Function):
 def inherit(past: Tensor, rows: list[tuple[Pool, Tensor]], readers: int, writers: int, hold: Hold) -> Tensor:
     """The order token for readers of lineage `readers` of rows that were written in lineage `writers`: hands the gradient that
     they leave on to that of the writers. rows: of each pool, distinct."""
-    return Inherit.apply(past, _carrier(hold), rows, readers, writers)
+    return Inherit.apply(past, carrier(hold), rows, readers, writers)

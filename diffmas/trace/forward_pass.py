@@ -13,12 +13,13 @@ from torch import Tensor
 
 from diffmas.trace import autograd
 from diffmas.trace.layer_work import LayerWork
+from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.spec import LayerSpec, ModelSpec
 from diffmas.trace.store import Extent, Store
 from diffmas.trace.tables import Tables
 from diffmas.trace.views import KVRange, Segment
 
-__all__ = ["ForwardPass", "Table"]
+__all__ = ["ForwardPass", "Place", "Table"]
 
 
 class Table(NamedTuple):
@@ -28,6 +29,14 @@ class Table(NamedTuple):
     segments: list[list[Segment]]
     extents: list[Extent | None]
     next: list[int]
+
+
+class Place(NamedTuple):
+    """Where a forward pass leaves off: its rows and positions, and the segments with them."""
+
+    slots: np.ndarray
+    positions: np.ndarray
+    segments: list[list[Segment]]
 
 
 class ForwardPass:
@@ -91,6 +100,10 @@ class ForwardPass:
             args = (q, k, v, order, cos, sin, q_weight, k_weight, eps, scale, work.ticket, layer.number)
             return torch.ops.diffmas.attend(*args)[0]
         if recording:
+            if q_weight is not None and q_weight.requires_grad:
+                q_weight = q_weight.view_as(q_weight)  # a torch function, which whoever gives aliases of parameters sees
+            if k_weight is not None and k_weight.requires_grad:
+                k_weight = k_weight.view_as(k_weight)
             return autograd.attend(q, k, v, self.order, q_weight, k_weight, (work, layer, cos, sin, eps, scale))
         return work.attend(layer, q, k, v, cos, sin, q_weight, k_weight, eps, scale, False)[0]
 
@@ -107,11 +120,20 @@ class ForwardPass:
         # The graph of a checkpoint holds this object, so it must not lead to a graph: such a circle is never freed.
         self.table = self.past = self.after = self.ids = self.batch = None
 
-    # ---- repeated on the device (diffmas.agents.latent) ---------------------------------------------------------------
+    # ---- repeated on the device (diffmas.agents.repeat) ---------------------------------------------------------------
 
     def still(self):
         """A context in which no other thread allocates rows and no pool moves."""
         return self.work.store.still()
+
+    def storage(self) -> list[tuple[Tensor, Tensor]]:
+        """K and V of every layer's pool, where they lie now."""
+        return [pool.kv for pool in self.work.store.pools]
+
+    @property
+    def run_left(self) -> int:
+        """How many latent steps, from this one on, share a flush that stands before an earlier one."""
+        return DeferredKVGrad.LONGEST - self.work.step + 1 if self.work.step > 1 else 0
 
     def repeatable(self, steps: int) -> bool:
         """Whether `steps` steps from this one stay in their extents and in the pools there are: a capture must not move
@@ -119,15 +141,29 @@ class ForwardPass:
         rooms, store = (e.end - e.filled for e, n in zip(self.table.extents, self.lengths) if n), self.work.store
         return all(room >= steps - 1 for room in rooms) and all(p.rows >= store.top for p in store.pools)
 
-    def step_on(self, device: torch.device) -> None:
-        """Becomes the pass of the next latent step, on the device alone: one row and one position on."""
-        self.work.on(device).step_on()
-        self.forget()
+    def place(self) -> Place:
+        return Place(self.work.slots, self.positions, self.table.segments)
+
+    def follows(self, before: Place) -> bool:
+        """Whether it is what a pass that left off there becomes by a `move` of 1: all its sequences go on in the next row, at
+        the next position, and nothing else has changed."""
+        if self.table.before is not before.segments or len(self.positions) != len(before.positions):
+            return False
+        return bool((self.work.slots == before.slots + 1).all() and (self.positions == before.positions + 1).all())
+
+    def can_move(self, device: torch.device) -> None:
+        """Makes ready for `move`: uploads what it moves."""
+        self.work.on(device).can_move(self.work.deferred is not None)
+
+    def move(self, device: torch.device, steps: int) -> None:
+        """Becomes the pass so many steps of one token later, or earlier, on the device alone: rows and positions further."""
+        self.work.on(device).move(steps)
 
     def forget(self) -> None:
         """As if no layer had attended yet."""
         self.work.forget()
 
-    def repeated(self) -> None:
-        """As if all layers had attended, without gradients: another pass that repeated itself has written its rows."""
-        self.work.ran, self.after = [True] * len(self.work.ran), self.past
+    def repeated(self, h: Tensor | None = None) -> None:
+        """As if all layers had attended: another pass that repeated itself has written its rows. h: its last hidden states,
+        where it has a gradient."""
+        self.work.ran, self.after = [True] * len(self.work.ran), self.past if h is None else autograd.end(h)

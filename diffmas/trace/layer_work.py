@@ -17,6 +17,7 @@ import functools
 import itertools
 import weakref
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from diffmas.ops.fused import Composed, in_layout_of, packed_table, with_heads
 from diffmas.ops.register import call
-from diffmas.trace.pool import DeferredKVGrad, Pool
+from diffmas.trace.pool import DeferredKVGrad, GradPools, Pool
 from diffmas.trace.spec import LayerSpec, ModelSpec
 from diffmas.trace.store import Hold, Store
 from diffmas.trace.tables import Tables
 from diffmas.trace.views import KVRange
 
-__all__ = ["LayerWork", "work_of"]
+__all__ = ["Borrowed", "LayerWork", "work_of"]
 
 _numbers = itertools.count()
 _alive: "weakref.WeakValueDictionary[int, LayerWork]" = weakref.WeakValueDictionary()
@@ -54,6 +55,17 @@ def on_stream(stream):
     return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
+class Borrowed(NamedTuple):
+    """For a layer's backward that is a graph task of its own inside of another: what that one has.
+
+    grads: of each layer. kept: by layer, what the flush needs of a latent step; not with the other steps' yet, since the next
+    step may come to lie in the same memory.
+    """
+
+    grads: list[GradPools]
+    kept: dict[int, tuple[Tensor, ...]]
+
+
 @dataclass(eq=False)
 class LayerWork:
     """n packed new tokens of B sequences. Fields: see `ForwardPass`."""
@@ -72,6 +84,7 @@ class LayerWork:
     hold: Hold | None = None
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
+    borrowed: Borrowed | None = None  # as long as a backward of it runs inside of another
 
     def __post_init__(self):
         self.hold = self.hold or Hold(self.store, self.views)
@@ -175,7 +188,8 @@ class LayerWork:
         """-> dq, dk, dv in the layout of o; dq_weight, dk_weight, needed if weight_grads. do: None where nobody used o, only
         the rows. q, k: None without a norm. copy: what is kept for the flush is a copy; the caller's memory is used again."""
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
-        grads, tables = self.store.pools[i].grads(), self.on(q_rot.device)
+        borrowed, tables = self.borrowed, self.on(q_rot.device)
+        grads = self.store.pools[i].grads() if borrowed is None else borrowed.grads[i]
         dk_pool, dv_pool = grads.of(self.lineage)
         own_rows_only, deferred = self._choices[i]
         rope = (cos, sin, tables.slots, q_weight, k_weight, eps, interleaved)
@@ -192,7 +206,10 @@ class LayerWork:
             return *(in_layout_of(o, x) for x in rows), dq_weight, dk_weight
         if deferred is not None:
             kept = (do, q_rot, o, lse)
-            grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
+            if borrowed is not None:
+                borrowed.kept[i] = kept
+            else:
+                grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
         view = self._views(tables, layer, q_rot.device)["all"]
         return run(
             "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, grads.k, grads.v, *view, scale, dk_pool, dv_pool,

@@ -4,12 +4,13 @@ import ctypes
 import mmap
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-__all__ = ["DeferredKVGrad", "GradPools", "Pool"]
+__all__ = ["DeferredKVGrad", "GradPools", "Pool", "of_this_pass"]
 
 HUGE_PAGE = 2 << 20  # bytes; a core reads K and V 10 to 20 % faster from huge pages
 _libc = ctypes.CDLL(None) if hasattr(mmap, "MADV_HUGEPAGE") else None
@@ -33,6 +34,23 @@ def _rows_of_heads(rows: int, heads: int, head_dim: int, dtype: torch.dtype, dev
     x = torch.empty(heads, rows, head_dim, dtype=dtype, device=device)
     _ask_for_huge_pages(x)
     return x.zero_().transpose(0, 1)
+
+
+def of_this_pass(known: weakref.WeakValueDictionary, make: Callable):
+    """What belongs to the backward pass that is running on this thread; made when the pass first asks, gone with the pass.
+
+    Keyed by the pass (autograd's graph task): passes that overlap or nest, and one that was aborted, do not see each other's.
+    Autograd's graph task keeps it alive, through a callback, its `clear`, that runs, and is let go, at its end. The caller has
+    a lock for `known`: a pass on a GPU may ask from two threads, as nodes without a tensor on the device run on the thread that
+    called backward()."""
+    task = torch._C._current_graph_task_id()
+    if task == -1:
+        raise RuntimeError("a gradient of a trace was asked for outside of a backward pass")
+    found = known.get(task)
+    if found is None:
+        found = known[task] = make()
+        Variable._execution_engine.queue_callback(found.clear)
+    return found
 
 
 class Pool:
@@ -78,20 +96,9 @@ class Pool:
             self._take(new)
 
     def grads(self) -> "GradPools":
-        """The gradient of the backward pass that is running on this thread; made when a pass first asks, gone with the pass.
-
-        Keyed by the pass (autograd's graph task): passes that overlap or nest, and one that was aborted, do not see each
-        other's. Autograd's graph task keeps it alive, through a callback that runs, and is let go, at its end. A pass on a GPU
-        may ask from two threads: nodes without a tensor on the device run on the thread that called backward()."""
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            raise RuntimeError("a gradient of a trace was asked for outside of a backward pass")
+        """The gradient of the backward pass that is running on this thread (`of_this_pass`)."""
         with self.lock:
-            grads = self._grads.get(task)
-            if grads is None:
-                grads = self._grads[task] = GradPools(self.kv, min(self.rows, -(-self._used // 16) * 16))
-                Variable._execution_engine.queue_callback(grads.clear)
-            return grads
+            return of_this_pass(self._grads, lambda: GradPools(self.kv, min(self.rows, -(-self._used // 16) * 16)))
 
 
 class DeferredKVGrad:

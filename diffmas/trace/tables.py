@@ -31,9 +31,10 @@ class Tables:
             sizes, shared, rest = groups
             ends = [0, *(end for end, last in zip(accumulate(lengths), _last_of_each(sizes)) if last)]
             parts += [ends, *table_of(shared), *table_of(rest)]
-        packed = _upload(np.concatenate((slots, positions, list(chain.from_iterable(parts)))), device)
-        sizes = [len(slots), len(positions), *map(len, parts)]
-        self.slots, positions, self.q_indptr, self.grad_tail, *tables = packed.split_with_sizes(sizes)
+        self._packed = _upload(np.concatenate((slots, positions, list(chain.from_iterable(parts)))), device)
+        self._sizes = [len(slots), len(positions), *map(len, parts)]
+        self._step: Tensor | None = None  # what a latent step adds to `_packed`
+        self.slots, positions, self.q_indptr, self.grad_tail, *tables = self._packed.split_with_sizes(self._sizes)
         self.position_ids = positions[None]
         self._all, tables = tables[:4], tables[4:]
         self._older = self._groups = self._shared = self._rest = None
@@ -60,14 +61,23 @@ class Tables:
             self._at_offsets = self._views(inv_freq)
         return self._at_offsets
 
-    def step_on(self) -> None:
-        """One row and one position on, the newest range of each view a row longer; nobody reads a view that has no new row."""
-        self.slots.add_(1)
-        self.position_ids.add_(1)
-        for table in (self._all, self._rest):
-            if table is not None:
-                indptr, _, length, _ = table
-                length[indptr[1:] - 1] += 1
+    def can_move(self, run: bool) -> None:
+        """Makes ready for `move`. run: the rows of a run's earlier steps learn too, one more with every step."""
+        self._step = torch.zeros_like(self._packed)
+        slots, positions, _, grad_tail, *tables = self._step.split_with_sizes(self._sizes)
+        slots.fill_(1)
+        positions.fill_(1)
+        if run:
+            grad_tail.copy_(self.q_indptr.diff())
+        # The newest range of each view is a row longer; nobody reads a view that has no new row.
+        tables[2][self._all[0][1:] - 1] = 1
+        if self._rest is not None:
+            tables[-2][self._rest[0][1:] - 1] = 1
+
+    def move(self, steps: int) -> None:
+        """Becomes those of the pass so many latent steps later, or earlier; one addition, that whoever saved these for a
+        gradient does not see."""
+        self._packed.data.add_(self._step, alpha=steps)
 
 
 def _read(table: Sequence[Tensor], inv_freq: Tensor | None) -> tuple:

@@ -39,7 +39,7 @@ class GradientMonitor(TrainerCallback):
         self.log = None  # of the trainer
         body = patch_of(system.model).body
         self._layer_of, self._layers = layers_of_parameters(body), len(attention_layers(body))
-        self._watch = GradientWatch(system, on=False)
+        self._watch = GradientWatch(system)
         self._micro_batches: list[tuple] = []
         self._scalars: dict[str, float] = {}
 
@@ -48,8 +48,7 @@ class GradientMonitor(TrainerCallback):
         """While a trainer runs; directory: for the files, None in a process that writes none."""
         self.explosion = Explosion(self.explosion_factor)
         try:
-            with self._watch if self.report_steps else contextlib.nullcontext():
-                yield
+            yield
         finally:
             if self.report_steps and directory and (directory / CSV).is_file():
                 plot_gradients(directory / CSV, directory / PLOT)
@@ -59,11 +58,8 @@ class GradientMonitor(TrainerCallback):
         """Around a forward and backward of optimizer step `step`; batch: questions, answers, num_items_in_batch."""
         if self.explosion.factor is not None:
             self._micro_batches.append(batch)
-        self._watch.on = self.reports(step)
-        try:
+        with self._watch if self.reports(step) else contextlib.nullcontext():
             yield
-        finally:
-            self._watch.on = False
 
     def reports(self, step: int) -> bool:
         return self.report_steps > 0 and step % self.report_steps == 0

@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from models import body, loss_of, read, tiny, tokens, with_lora
 from systems import ANSWERS, QUESTIONS, roles_model, system, tokenizer
 from threads import together
@@ -134,10 +135,11 @@ def test_all_weights_are_trained(repeating, monkeypatch):
     """Norms of queries and keys too, which no torch function is asked about, and embeddings by their position."""
     inputs, take = [], learning.LearningSteps.take
     monkeypatch.setattr(learning.LearningSteps, "take", lambda run, *args: inputs.extend(run.inputs[1:]) or take(run, *args))
-    for family in ("qwen3", "gpt2"):
+    families = ["qwen3", "gpt2"] if transformers.__version__ >= "5" else ["qwen3"]  # 4's head of gpt2 takes no trace
+    for family in families:
         s = system(family, agents=TWO, lora=False, realign="norm")
         assert_as_eager(s)
-    assert len(repeating) == 4
+    assert len(repeating) == 2 * len(families)
     # A parameter's own node may belong to another stream, which cannot be captured along.
     assert inputs and not any(x.is_leaf for x in inputs)
 

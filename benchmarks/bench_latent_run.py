@@ -79,7 +79,7 @@ def _trial(case: Case, given, way) -> Trial:
 
 
 def _traced(model, rows, case: Case):
-    patch, realign = patch_of(patch_model(model)), Realign(model, "none")
+    patch, realign = patch_of(patch_model(model, training_graphs=True)), Realign(model, "none")
     base = Trace.of_rows(
         model, [[Segment(0, None, "prompt", 0, case.N, 0)]], [case.N], rows, capacity=case.N + 4 * case.T
     )  # fmt: skip
@@ -90,11 +90,11 @@ def _one_by_one(model, rows, case: Case):
     run, patch = _traced(model, rows, case), patch_of(model)
 
     def eager(x):
-        before, patch.graphs = patch.graphs, False
+        patch.graphs = False
         try:
             return run(x)
         finally:
-            patch.graphs = before
+            patch.graphs = True
 
     return eager
 

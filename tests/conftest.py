@@ -24,6 +24,7 @@ def repeating(monkeypatch):
     """Steps are captured and replayed without a GPU (fake_graph). -> the graphs."""
     from fake_graph import FakeGraph
 
+    from diffmas import patch_model
     from diffmas.agents import capture
 
     graphs = []
@@ -31,6 +32,7 @@ def repeating(monkeypatch):
     monkeypatch.setattr(capture, "_capture_stream", lambda device: None)
     monkeypatch.setattr(capture, "captured", lambda *args: graphs.append(FakeGraph(*args)) or graphs[-1])
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setitem(patch_model.__kwdefaults__, "training_graphs", True)
     return graphs
 
 

@@ -238,7 +238,7 @@ def test_latent_steps_with_gradients_as_graphs(dtype, monkeypatch):
     monkeypatch.setattr(capture, "attempt", lambda *args: captured.append(attempt(*args)) or captured[-1])
     monkeypatch.setattr(learning, "attempt", capture.attempt)
     for graphs in (False, True):
-        patch_of(s.model).graphs = graphs
+        patch_of(s.model).training_graphs = graphs
         loss = s(QUESTIONS, ANSWERS).loss
         for again in (True, False):
             loss.backward(retain_graph=again)

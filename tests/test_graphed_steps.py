@@ -336,6 +336,40 @@ def test_weights_that_have_changed(repeating):
     assert len(repeating) == 2
 
 
+def test_weights_that_no_backward_needs_have_changed(repeating):
+    """Steps one by one do not notice a bias, which autograd does not save; a replay computes with it."""
+    s = system("qwen2", agents=TWO, realign="norm")
+    loss = s(QUESTIONS, ANSWERS).loss
+    with torch.no_grad():
+        next(p for n, p in s.named_parameters() if n.endswith("v_proj.base_layer.bias") or n.endswith("v_proj.bias")).add_(0.3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_training_is_captured_where_it_was_asked_for(repeating):
+    s = system(agents=TWO)
+    patch_model(s.model, training_graphs=False)
+    s(QUESTIONS, ANSWERS).loss.backward()
+    assert not repeating
+    with torch.no_grad():
+        s(QUESTIONS, ANSWERS)
+    assert repeating
+
+
+@pytest.mark.parametrize("current", ["captures", "mine"])
+def test_a_backward_on_the_stream_of_captures_waits_for_the_current_one(current, monkeypatch):
+    waited = []
+
+    class Stream(str):
+        def wait_stream(self, other):
+            waited.append((self, other))
+
+    monkeypatch.setattr(capture, "_capture_stream", lambda device: Stream("captures"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(current))
+    with capture.on_capture_stream(torch.device("cuda", 0)):
+        assert waited == ([] if current == "captures" else [("captures", "mine")])
+
+
 def test_pools_that_grow_before_backward(repeating):
     """The graph writes where the rows were."""
     s, found = two(), []

@@ -23,7 +23,19 @@ TRIES = 3  # of a capture that runs out of memory: it costs as much as some step
 
 # Held while work is put on the stream of captures, or recorded there: what another thread put there meanwhile would not run,
 # but be part of the graph.
-on_capture_stream = threading.RLock()
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def on_capture_stream(device: torch.device):
+    """For work that autograd puts on the stream of captures, since its forward was captured there. It begins after what the
+    current stream has ahead; autograd itself sees to that only where it starts from a gradient on the device."""
+    with _lock:
+        if device.type == "cuda":
+            captures, current = _capture_stream(device), torch.cuda.current_stream(device)
+            if captures != current:
+                captures.wait_stream(current)
+        yield
 
 
 def possible(patch: Patch, what: str, device: torch.device, weights: Iterable[Tensor]) -> bool:
@@ -45,7 +57,7 @@ def attempt(patch: Patch, what: str, work: Callable, spare: Tensor) -> torch.cud
         return None
     try:
         # The device: launches on another one would run at once and leave the graph empty.
-        with on_capture_stream, torch.cuda.device(device):
+        with _lock, torch.cuda.device(device):
             graph = captured(work, _capture_stream(device), spare)
     except RuntimeError as error:
         full = isinstance(error, torch.OutOfMemoryError)  # which may be another's memory, and later there may be some

@@ -98,8 +98,9 @@ def _step(patch: Patch, realign, trace: Trace | None, forward_pass: ForwardPass,
 def _can_repeat(patch: Patch, realign: nn.Module, h: Tensor) -> bool:
     """Whether steps may be captured: where nobody wants to see or change what happens in them."""
     weights = (w for some in (patch.body.parameters(), realign.parameters(), realign.buffers()) for w in some)
-    what, seen = (learning.WHAT, observed) if torch.is_grad_enabled() else (WHAT, hooked)
-    if not possible(patch, what, h.device, weights):
+    grads = torch.is_grad_enabled()
+    what, seen = (learning.WHAT, observed) if grads else (WHAT, hooked)
+    if (grads and not patch.training_graphs) or not possible(patch, what, h.device, weights):
         return False
     return not seen([*patch.causal_lm.modules(), *realign.modules()], patch.hook_ids)
 

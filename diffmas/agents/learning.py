@@ -67,13 +67,25 @@ class LearningSteps:
                 forward_pass.order = order
         if self.graph is None:
             return False
-        self._at -= 1
+        self._step = step  # holds tables that the graph reads and autograd has not saved
+        self._versions = self._versions_now()
+        self._at -= 1  # the step at which the tables stand
         # Whoever stands behind the last step may read its rows and nothing else of it.
         self.rows_alone = begin(forward_pass.work, forward_pass.after)
         self.parameters, places = aliases.reached(self.out, self.x)
         self.inputs = [self.x, *places]
         self._storage = forward_pass.storage()  # the graph writes there, also when the pools have moved on
         return True
+
+    def _versions_now(self) -> list[int]:
+        return [w._version for w in self.patch.body.parameters() if not w.is_inference()]
+
+    def check_weights(self) -> None:
+        """A replay computes with the weights that there are; autograd itself watches only those that it has saved."""
+        if self._versions_now() != self._versions:
+            raise RuntimeError(
+                "a weight has been modified by an inplace operation between the forward of latent steps and their backward"
+            )
 
     def take(self, trace: Trace, h: Tensor, steps: int) -> Tensor:
         """Takes the steps and commits them to the trace; h: the last hidden states, [B, hidden], which it returns, with a
@@ -131,6 +143,7 @@ class Backward:
     takes the gradient pools of this one."""
 
     def __init__(self, run: LearningSteps):
+        run.check_weights()
         self.run, self.work, self.dh = run, run.forward_pass.work, torch.empty_like(run.h)
         grads = [pool.grads() for pool in self.work.store.pools]
         for g in grads:
@@ -159,7 +172,7 @@ class Backward:
     def _recorded(self, root: Tensor, grad: Tensor) -> "Found":
         borrowed = self.work.borrowed = Borrowed(self._grads, {})
         try:
-            with on_capture_stream:  # where autograd runs the backward of what was captured there
+            with on_capture_stream(self.dh.device):
                 found = torch.autograd.grad(root, self.run.inputs, grad, retain_graph=True, allow_unused=True)
         finally:
             self.work.borrowed = None

@@ -42,7 +42,7 @@ class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
     checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
-    when they were patched. graphs: whether steps may be CUDA graphs (diffmas.agents.capture). tries: by what is captured, how
+    when they were patched. graphs, training_graphs: see `patch_model` (diffmas.agents.capture). tries: by what is captured, how
     often that may still fail.
     """
 
@@ -55,6 +55,7 @@ class Patch:
     dropping: list[nn.Module] = field(default_factory=list)
     hook_ids: tuple[int | None, int | None] = (None, None)
     graphs: bool = True
+    training_graphs: bool = False
     tries: dict[str, int] = field(default_factory=dict)
 
     def pairs(self) -> list[tuple[nn.Module, Layer]]:
@@ -70,15 +71,17 @@ def patch_of(model: nn.Module) -> Patch:
 
 
 def patch_model(
-    model: nn.Module, backend: str = "auto", max_length: int | None = None, *, graphs: bool = True
+    model: nn.Module, backend: str = "auto", max_length: int | None = None, *, graphs: bool = True,
+    training_graphs: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Patches a model in place to take a `diffmas.Trace` as past_key_values, and returns it.
 
     model: a transformers causal LM, or a PEFT model around one; a multimodal one takes a trace with text alone. backend:
     "auto", or one of `diffmas.ops.BACKENDS`. max_length: the most tokens per sequence that a trace of this model may hold. A
     sliding window must be at least that long; without max_length it must be as long as the model's context, and then limits
-    traces itself. graphs: whether latent steps, with their backward, and decoding of a system may be captured as CUDA graphs on
-    a GPU; a model that cannot be runs without, after one warning.
+    traces itself. graphs: whether latent steps and decoding of a system may be captured as CUDA graphs on a GPU; a model that
+    cannot be runs without, after one warning. training_graphs: latent steps with gradients too, and their backward; off as long
+    as no GPU has shown the gradients to be right.
 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
@@ -102,13 +105,13 @@ def patch_model(
     previous = getattr(causal_lm, "diffmas_patch", None)
     if previous is not None:
         if previous.arguments == (backend, max_length):
-            previous.graphs = graphs
+            previous.graphs, previous.training_graphs = graphs, training_graphs
             return model
         unpatch_model(model)
     try:
         with at_rest(causal_lm):
             record = _examine(causal_lm, body_of(model), backend, max_length)
-        record.graphs = graphs
+        record.graphs, record.training_graphs = graphs, training_graphs
         _install(record)
         with at_rest(causal_lm):
             rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec)

@@ -111,6 +111,7 @@ OPTIONS = {
     "reindexed": dict(trace_content="latent_only", positions="reindex", realign="norm"),
     "a realignment that is trained": dict(realign="learned"),
     "soft tokens": dict(realign="soft_token"),
+    "clipped": dict(latent_grad_clip=0.3),
     "detached": dict(grad_scope="detach_trace"),
     "the last two": dict(grad_scope="last_k", last_k=2),
     "final_only": dict(adapter_scope="final_only"),

@@ -7,12 +7,14 @@ advances its own forward pass, and replayed: the host does nothing in between. W
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from diffmas.agents import learning
 from diffmas.agents.capture import LEAST_REPLAYS, capture_pass, possible
+from diffmas.agents.gradient_clip import current_clip
 from diffmas.agents.learning import LearningSteps
 from diffmas.models.forward import forward
 from diffmas.models.observers import hooked, observed, random_state
@@ -32,20 +34,24 @@ def latent_steps(
 
     h [B, hidden]: the last hidden state of each sequence. Returns the last hidden states after the steps, [B, hidden].
     """
-    graphs, left = stop_change is None and _can_repeat(patch, realign, h), list(T)
+    graphs, left, clip = stop_change is None and _can_repeat(patch, realign, h), list(T), current_clip()
     realign = functools.partial(realign, solved=realign.solved())
     while any(left):
         going = [b for b, n in enumerate(left) if n]
         rows = None if len(going) == len(left) else torch.tensor(going, device=h.device)
-        x, graphs = _run(patch, realign, trace, h if rows is None else h[rows], left, stop_change, graphs)
+        clipped = None if clip is None else functools.partial(clip.step, sequences=rows)
+        x, graphs = _run(patch, realign, trace, h if rows is None else h[rows], left, stop_change, graphs, clipped)
         h = x if rows is None else h.index_copy(0, rows, x)
     return h
 
 
-def _run(patch: Patch, realign, trace: Trace, h: Tensor, left: list[int], stop_change, graphs: bool) -> tuple[Tensor, bool]:
+def _run(
+    patch: Patch, realign, trace: Trace, h: Tensor, left: list[int], stop_change, graphs: bool, clipped: Callable | None
+) -> tuple[Tensor, bool]:  # fmt: skip
     """Steps of the sequences that have some left, until the first of them has none; counts them down in `left`.
 
-    h [n, hidden]: of these sequences alone. Returns it after the steps, and whether later steps may be captured.
+    h [n, hidden]: of these sequences alone. clipped: gives h as each step takes it (`GradientClip.step`). Returns h after the
+    steps, and whether later steps may be captured.
     """
     going, warm = [b for b, n in enumerate(left) if n], False
     lengths, steps = [int(n > 0) for n in left], min(left[b] for b in going)
@@ -53,9 +59,10 @@ def _run(patch: Patch, realign, trace: Trace, h: Tensor, left: list[int], stop_c
     while steps:
         forward_pass, taken = trace.plan(lengths, "latent", reserve=[max(n - 1, 0) for n in left]), 0
         if graphs and warm:
-            h, taken, graphs = _repeat(patch, realign, trace, forward_pass, h, steps)
+            h, taken, graphs = _repeat(patch, realign, trace, forward_pass, h, steps, clipped)
         if not taken:
-            before, h, taken = h, _step(patch, realign, trace, forward_pass, h), 1
+            x = h if clipped is None else clipped(h)
+            before, h, taken = h, _step(patch, realign, trace, forward_pass, x), 1
             if drawn and not warm:
                 graphs = all(map(torch.equal, drawn, random_state(h.device)))
             warm = True  # a first step warms up: what is compiled or allocated once is no part of a capture
@@ -68,7 +75,9 @@ def _run(patch: Patch, realign, trace: Trace, h: Tensor, left: list[int], stop_c
     return h, graphs
 
 
-def _repeat(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Tensor, steps: int) -> tuple[Tensor, int, bool]:
+def _repeat(
+    patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: Tensor, steps: int, clipped: Callable | None
+) -> tuple[Tensor, int, bool]:  # fmt: skip
     """As many of the steps as can be taken by replaying one of them, or none. Returns h after them, how many, and whether
     later steps may be captured."""
     grads = torch.is_grad_enabled() and h.requires_grad
@@ -78,7 +87,7 @@ def _repeat(patch: Patch, realign, trace: Trace, forward_pass: ForwardPass, h: T
         return h, 0, True
     step = functools.partial(_step, patch, realign, None, forward_pass, commit=False)
     with forward_pass.still(), torch.set_grad_enabled(grads):
-        repeat = LearningSteps(patch, forward_pass, h) if grads else Repeat(patch, forward_pass, h)
+        repeat = LearningSteps(patch, forward_pass, h, clipped) if grads else Repeat(patch, forward_pass, h)
         if not repeat.capture(step):
             return h, 0, False
         return repeat.take(trace, h, steps), steps, True

@@ -40,9 +40,10 @@ BACKWARD = "the backward passes of latent steps"
 class LearningSteps:
     """A run of latent steps, captured at one of them. h [B, hidden]: the last hidden states before it."""
 
-    def __init__(self, patch: Patch, forward_pass: ForwardPass, h: Tensor):
-        """forward_pass: of the first step; its extents have room for all steps."""
-        self.patch, self.forward_pass, self.h = patch, forward_pass, h.detach().clone()
+    def __init__(self, patch: Patch, forward_pass: ForwardPass, h: Tensor, clipped: Callable[[Tensor], Tensor] | None = None):
+        """forward_pass: of the first step; its extents have room for all steps. clipped: gives h as a step takes it; what is
+        done there to gradients is outside of the graphs."""
+        self.patch, self.forward_pass, self.h, self.clipped = patch, forward_pass, h.detach().clone(), clipped
         self.graph: torch.cuda.CUDAGraph | None = None
         self._at = self._first = forward_pass.work.step
         self._lock = threading.Lock()  # of two backward passes one uses the graph's memory
@@ -92,7 +93,7 @@ class LearningSteps:
         gradient."""
         carried = carrier(self)
         for step in range(self._first, self._first + steps):
-            h = Step.apply(h, carried, step, *self.parameters)
+            h = Step.apply(h if self.clipped is None else self.clipped(h), carried, step, *self.parameters)
         with torch.no_grad():  # the steps are nodes of their own
             trace.commit_repeated(self.forward_pass)
             for _ in range(steps - 2):

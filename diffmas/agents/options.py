@@ -36,6 +36,7 @@ class Options:
     temperature: float = 1.0
     sinks: int = SINKS
     chat_options: dict | None = None
+    latent_grad_clip: float | None = None
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -43,6 +44,9 @@ class Options:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
         if not isinstance(self.sinks, int) or isinstance(self.sinks, bool) or self.sinks < 0:
             raise ValueError(f"sinks: expected an integer >= 0, got {self.sinks!r}")
+        clip = self.latent_grad_clip
+        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0):
+            raise ValueError(f"latent_grad_clip: expected a positive number or None, got {clip!r}")
         if self.chat_options is not None and not _plain(self.chat_options):
             raise ValueError(f"chat_options: expected a dict of what JSON can hold, got {self.chat_options!r}")
 

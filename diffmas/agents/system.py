@@ -16,6 +16,7 @@ from diffmas.agents import adapters, file, gradients, prompts
 from diffmas.agents.chat import check_chat
 from diffmas.agents.decoding import decode, rows_ahead, text_before
 from diffmas.agents.eval_mode import evaluating
+from diffmas.agents.gradient_clip import clipping
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.meter import phase
@@ -51,6 +52,9 @@ class MultiAgentSystem(nn.Module):
     positions: keep | reindex (renumbered from 0), the positions of the rows that latent_only hands on.
     adapter_scope: shared | per_role (one PEFT adapter per agent, named as the agent) | final_only (the last agent has the
         adapter, the others the bare model).
+    latent_grad_clip: the largest norm of the gradient that a latent step hands to the hidden state before it, for each
+        sequence, in norms of what its answer's last hidden states get (`diffmas.agents.gradient_clip`); None: no limit. In
+        training by `forward` without a trace.
     no_latents: prompt | skip, whether an agent hands on its prompt or has no turn where its T is 0. At T = 0 for all, "skip"
         is the last agent alone, as the paper's T = 0 is; the default is not.
 
@@ -67,12 +71,12 @@ class MultiAgentSystem(nn.Module):
         self, model: nn.Module, tokenizer, agents: list[Agent], realign: str = "ridge", grad_scope: str = "full",
         trace_content: str = "all", *, last_k: int | None = None, adapter_scope: str = "shared",
         no_latents: str = "prompt", positions: str = "keep", chat_template: bool | None = None, temperature: float = 1.0,
-        sinks: int = SINKS, chat_options: dict | None = None,
+        sinks: int = SINKS, chat_options: dict | None = None, latent_grad_clip: float | None = None,
     ):  # fmt: skip
         super().__init__()
         options = Options(
             realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature,
-            sinks, chat_options,
+            sinks, chat_options, latent_grad_clip,
         )  # fmt: skip
         if not agents:
             raise ValueError("agents: expected at least one agent, got an empty list")
@@ -94,7 +98,7 @@ class MultiAgentSystem(nn.Module):
         self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
         self.grad_scope, self.last_k, self.trace_content = grad_scope, last_k, trace_content
         self.adapter_scope, self.no_latents, self.positions, self.sinks = adapter_scope, no_latents, positions, sinks
-        self.chat_options = chat_options
+        self.chat_options, self.latent_grad_clip = chat_options, latent_grad_clip
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.training = model.training
         if adapter_scope != "shared":
@@ -199,13 +203,16 @@ class MultiAgentSystem(nn.Module):
         targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
         what = "its prompt and answer" if answers is not None else "its prompt"
         turns = self.tokenize(questions, [len(t) for t in targets], what, trace)
+        clip = None
         if trace is None:
-            with self.realign.unchanging():
+            with self.realign.unchanging(), clipping(self.latent_grad_clip) as clip:
                 trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns)
         prompt_rows = [turn.ids for turn in turns[-1]]
         rows = [p + t for p, t in zip(prompt_rows, targets)]
         trace.agent = self.agents[-1].name
         forward_pass = trace.plan([len(r) for r in rows], "prompt")
+        if clip is not None:
+            forward_pass.ending = clip.answer([len(r) for r in rows])
         # The rows whose next token is an answer token: the last of the prompt and all of the answer but its end.
         first, predict = 0, []
         for p, t in zip(prompt_rows, targets):
@@ -320,7 +327,7 @@ class MultiAgentSystem(nn.Module):
             "grad_scope": self.grad_scope, "last_k": self.last_k, "trace_content": self.trace_content,
             "adapter_scope": self.adapter_scope, "no_latents": self.no_latents, "positions": self.positions,
             "chat_template": self.chat_template, "temperature": self.realign.temperature, "sinks": self.sinks,
-            "chat_options": self.chat_options,
+            "chat_options": self.chat_options, "latent_grad_clip": self.latent_grad_clip,
         }  # fmt: skip
 
     @property

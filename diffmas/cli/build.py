@@ -13,7 +13,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-OF_TRAINING = ("grad_scope", "last_k", "adapter_scope")  # options that say how an adapter was trained
+OF_TRAINING = ("grad_scope", "last_k", "adapter_scope", "latent_grad_clip")  # options that say how an adapter was trained
 TOLD = ("agents", "trace_content", "sinks", "positions", "no_latents")  # what the last agent of a team reads
 
 

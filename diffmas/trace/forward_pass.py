@@ -47,6 +47,7 @@ class ForwardPass:
     over. more: lineage (which gradient pools it uses), deferred and step (the run of latent steps that it is step number `step`
     of, from 1), older (with step 1, the views before the run of those who take it), hold (of the rows that it needs).
     kind: of the rows that it writes. ids [n]: the tokens that it writes, where its caller knows them. batch: the caller's.
+    ending: a function that is told the last hidden state, in any shape.
 
     Rides through the model's keyword arguments as one opaque object: containers and anything with `.to` get rebuilt or
     cast on the way by accelerate, DDP and FSDP, `past_key_values` is dropped by activation checkpointing.
@@ -64,7 +65,7 @@ class ForwardPass:
         self.work = LayerWork(spec, store, lengths, positions, slots, views, past.requires_grad, **more)
         self.order = autograd.begin(self.work, past) if torch.is_grad_enabled() else None
         self.after: Tensor | None = None  # what the next pass stands behind
-        self.kind, self.ids, self.batch = "prompt", None, None
+        self.kind, self.ids, self.batch, self.ending = "prompt", None, None, None
 
     def on(self, device: torch.device) -> Tables:
         return self.work.on(device)
@@ -109,6 +110,8 @@ class ForwardPass:
 
     def end(self, h: Tensor) -> None:
         """After the last layer; h: the last hidden state, in any shape."""
+        if self.ending is not None:
+            self.ending(h)
         self.after = autograd.end(h) if torch.is_grad_enabled() and any(self.work.recorded) else self.past
         if self.order is not None:  # recomputations take another: this object keeps no graph
             self.order = torch.zeros(0, requires_grad=True)
@@ -118,7 +121,7 @@ class ForwardPass:
         self.work.committed = True
         self.work.hold.extents = []  # the trace has them
         # The graph of a checkpoint holds this object, so it must not lead to a graph: such a circle is never freed.
-        self.table = self.past = self.after = self.ids = self.batch = None
+        self.table = self.past = self.after = self.ids = self.batch = self.ending = None
 
     # ---- repeated on the device (diffmas.agents.capture) ---------------------------------------------------------------
 

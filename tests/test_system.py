@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace
 from diffmas.agents import prompts
+from diffmas.agents.adapters import add_lora
 from diffmas.agents.options import Options
 from diffmas.agents.realign import REALIGN
 from diffmas.models.patch import patch_of
@@ -167,6 +168,26 @@ def test_grad_scope(options, needs_grad):
         full.loss.backward()
         for name, g in gradients(shared).items():
             assert_close(sum(grads[name.replace("default", role)] for role in needs_grad), g)
+
+
+def test_agents_of_a_role_share_its_adapter(tmp_path):
+    agents = [replace(agent, role="reader") if agent is not AGENTS[-1] else agent for agent in AGENTS]
+    made = add_lora(tiny("qwen3", patch=False), agents, "per_role")
+    assert sorted(made.peft_config) == ["reader", "solver"]
+    s = MultiAgentSystem(roles_model(("reader", "solver")), tokenizer(), agents, adapter_scope="per_role")
+    s(QUESTIONS, ANSWERS).loss.backward()
+    grads = gradients(s)
+    each = MultiAgentSystem(roles_model(), tokenizer(), AGENTS, adapter_scope="per_role")
+    each(QUESTIONS, ANSWERS).loss.backward()
+    own = gradients(each)
+    assert sum(".reader." in name for name in grads) == 12
+    for name, g in grads.items():
+        others = ("planner", "critic") if ".reader." in name else ("solver",)
+        role = "reader" if ".reader." in name else "solver"
+        assert_close(g, sum(own[name.replace(f".{role}.", f".{other}.")] for other in others))
+    s.save_pretrained(tmp_path)
+    loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer())
+    assert loaded.agents == agents and sorted(loaded.model.peft_config) == ["reader", "solver"]
 
 
 def test_final_only_leaves_the_others_without_adapter():

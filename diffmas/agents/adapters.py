@@ -42,12 +42,12 @@ def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_module
 
 
 def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=None) -> nn.Module:
-    """A PEFT model around `model`, with one adapter, or with adapter_scope "per_role" one for each agent.
+    """A PEFT model around `model`, with one adapter, or with adapter_scope "per_role" one for each role.
 
-    agents: only needed for "per_role": the adapters get their names. config: a PEFT config of any kind that works in the
-    model's layers, by default `lora_config()`. In a multimodal model, what text does not go through (vision tower, projector)
-    gets no adapter, unless the config has exclude_modules of its own. Raises Unsupported for a kind that works elsewhere, such
-    as prompt tuning.
+    agents: only needed for "per_role": the adapters get their roles' names (`Agent.adapter`). config: a PEFT config of any kind
+    that works in the model's layers, by default `lora_config()`. In a multimodal model, what text does not go through (vision
+    tower, projector) gets no adapter, unless the config has exclude_modules of its own. Raises Unsupported for a kind that
+    works elsewhere, such as prompt tuning.
     """
     from peft import get_peft_model
 
@@ -59,7 +59,7 @@ def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=
         config.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?"
     if adapter_scope != "per_role":
         return get_peft_model(model, config)
-    first, *others = [agent.name for agent in agents]
+    first, *others = dict.fromkeys(agent.adapter for agent in agents)
     model = get_peft_model(model, config, adapter_name=first)
     for name in others:
         model.add_adapter(name, config)
@@ -117,7 +117,7 @@ def will_switch(model: nn.Module) -> AdapterLock:
 def of_agent(system, i: int):
     """Inside, the system's model has the adapter of agent i."""
     if system.adapter_scope == "per_role":
-        with _switched(system.model, _active_adapter=[system.agents[i].name]):
+        with _switched(system.model, _active_adapter=[system.agents[i].adapter]):
             yield
     elif system.adapter_scope == "final_only" and i < len(system.agents) - 1:
         with switched_off(system.model):

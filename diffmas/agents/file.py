@@ -150,7 +150,9 @@ def _with_later_options(described: dict) -> dict:
     described = {**dict.fromkeys(OF_CLASS), **described}
     # Where latent_only drops nothing, sinks change nothing.
     sinks = 0 if described.get("trace_content") == "latent_only" else Options.sinks
-    agents = [{"stop_change": None, **agent} if isinstance(agent, dict) else agent for agent in described["agents"]]
+    agents = [
+        {"stop_change": None, "role": None, **agent} if isinstance(agent, dict) else agent for agent in described["agents"]
+    ]
     later = {"sinks": sinks, "chat_options": None, "latent_grad_clip": None, "trained_in_base": [], "tokenizer": None}
     return {**later, **described, "agents": agents}
 

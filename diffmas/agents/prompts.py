@@ -20,9 +20,10 @@ class Agent:
     how many latent steps follow the prompt; the last agent decodes text instead. An integer, or for each question its own: the
     name of the question's field that has it, or a function of the question's fields (which cannot be saved). system: a system
     message. stop_change: ends a question's latent steps before T, after the first step that changes its last hidden state by
-    less than this, |h_t - h_(t-1)| / |h_(t-1)|; None takes all T. Waits for the device at each step.
+    less than this, |h_t - h_(t-1)| / |h_(t-1)|; None takes all T. Waits for the device at each step. role: with adapter_scope
+    "per_role" the agents of a role have one adapter, of its name; None is a role of the agent's own, named as it is.
 
-    Raises ValueError for T < 0, stop_change <= 0, an empty name or a prompt that is no string.
+    Raises ValueError for T < 0, stop_change <= 0, an empty name or role, or a prompt that is no string.
 
         >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
         'Plan how to answer: 2 + 2?'
@@ -35,6 +36,7 @@ class Agent:
     latent_steps: int | str | Callable = 0
     system: str | None = None
     stop_change: float | None = None
+    role: str | None = None
 
     def __post_init__(self):
         T = self.latent_steps
@@ -46,8 +48,15 @@ class Agent:
             raise ValueError(f"agent {self.name!r}: stop_change: expected a number > 0 or None, got {self.stop_change!r}")
         if not self.name:
             raise ValueError("name: expected a name for every agent, got an empty one")
+        if self.role is not None and not (isinstance(self.role, str) and self.role):
+            raise ValueError(f"agent {self.name!r}: role: expected a name or None, got {self.role!r}")
         if not isinstance(self.prompt, str):
             raise ValueError(f"agent {self.name!r}: prompt: expected a format string, got {type(self.prompt).__name__}")
+
+    @property
+    def adapter(self) -> str:
+        """The name of its adapter, where each role has its own."""
+        return self.role or self.name
 
     def render(self, fields: dict) -> str:
         """The prompt with the question's fields filled in; raises ValueError naming a field that is not there."""

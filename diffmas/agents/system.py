@@ -50,7 +50,7 @@ class MultiAgentSystem(nn.Module):
     sinks: the first so many tokens of a sequence stay with latent_only, whoever wrote them: pretrained models use them as
         attention sink (StreamingLLM, arXiv 2309.17453), and without them their attention breaks.
     positions: keep | reindex (renumbered from 0), the positions of the rows that latent_only hands on.
-    adapter_scope: shared | per_role (one PEFT adapter per agent, named as the agent) | final_only (the last agent has the
+    adapter_scope: shared | per_role (one PEFT adapter for each `Agent.role`) | final_only (the last agent has the
         adapter, the others the bare model).
     latent_grad_clip: the largest norm of the gradient that a latent step hands to the hidden state before it, for each
         sequence, in norms of what its answer's last hidden states get (`diffmas.agents.gradient_clip`); None: no limit. In
@@ -89,8 +89,9 @@ class MultiAgentSystem(nn.Module):
             check_bare(model)
         if adapter_scope != "shared" and not hasattr(model, "peft_config"):
             raise ValueError(f"adapter_scope: {adapter_scope!r} needs a PEFT model, got {type(model).__name__}")
-        if adapter_scope == "per_role" and (missing := [n for n in names if n not in model.peft_config]):
-            raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every agent, the model has none for {missing}")
+        roles = list(dict.fromkeys(agent.adapter for agent in agents))
+        if adapter_scope == "per_role" and (missing := [n for n in roles if n not in model.peft_config]):
+            raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every role, the model has none for {missing}")
         self.chat_template = bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
         check_chat(tokenizer, self.chat_template, chat_options or {}, agents)
         if not hasattr(causal_lm_of(model), "diffmas_patch"):
@@ -104,7 +105,7 @@ class MultiAgentSystem(nn.Module):
         if adapter_scope != "shared":
             adapters.will_switch(model)
         if adapter_scope == "per_role":
-            adapters.train_roles(model, names)
+            adapters.train_roles(model, roles)
 
     # ---- text to tokens ----------------------------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ class Stages:
         bare = name.removesuffix(", bare")
         if bare in self.alone:
             system, agent = self._system(name == bare), Agent("alone", self.alone[bare])
-            role = system.agents[-1].name if system.adapter_scope == "per_role" else True
+            role = system.agents[-1].adapter if system.adapter_scope == "per_role" else True
             return evaluation.single_agent(system, agent, adapter=role if name == bare else False)
         adapters = {name: self.adapter_of(name)} if name in TRAINED and name != "diffmas" else {}
         return build.methods_of(self.config, self._system(name == "diffmas"), [name], adapters)[name]

@@ -141,7 +141,7 @@ class Facts:
             raise ValueError(f"way: expected one of ('latent', 'text', 'single'), got {way!r}")
         T = 0 if way == "text" else self.latent_steps if latent_steps is None else latent_steps
         readers = [
-            Agent(f"reader{i}", REAL_READER.format(facts=f"{{facts{i}}}"), T) for i in range(1, READERS + 1)
+            Agent(f"reader{i}", REAL_READER.format(facts=f"{{facts{i}}}"), T, role="reader") for i in range(1, READERS + 1)
         ]  # fmt: skip
         solver = Agent("solver", REAL_SOLVER_OF_NOTES if way == "text" else REAL_SOLVER)
         return [solver] if way == "single" else [*readers, solver]

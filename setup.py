@@ -39,11 +39,15 @@ if os.environ.get("DIFFMAS_SANITIZE") == "1":
 # csrc/cpu/kernels/ is compiled once per instruction set; csrc/cpu/dispatch.cpp picks one when the library is loaded.
 # Where a loop starts within a line of code is worth up to 3 %: no kernel may lose that because another one has changed.
 KERNEL_FLAGS = ["-falign-loops=64"]
-ISAS = {"generic": []}
+ISAS, BFLOAT_ISAS = {"generic": []}, {}
 if X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    dots, tiles = ["-mavx512bf16"], ["-mamx-tile", "-mamx-bf16"]
     ISAS |= {"avx2": avx2, "avx512": avx2 + avx512}
+    # Attention in bfloat16 (csrc/cpu/kernels/instructions.h); left out where the compiler does not know the instructions.
+    BFLOAT_ISAS = {"avx512_bf16": avx2 + avx512 + dots, "amx": avx2 + avx512 + dots + tiles}
+    INSTRUCTION = {"avx512_bf16": "vdpbf16ps %zmm0, %zmm1, %zmm2", "amx": "tdpbf16ps %tmm0, %tmm1, %tmm2"}
 # Binaries for these only: an older or newer GPU has none, and diffmas.ops says so.
 CUDA_TARGETS = ["80", "90a", "100a", "120a"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t2", "--compress-mode=size"]  # to a seventh
@@ -125,19 +129,31 @@ def compile_cuda(build_dir):
     return objects, [str(runtime), "-Wl,--exclude-libs,libcudart_static.a", "-lpthread", "-ldl", "-lrt"]
 
 
+def knows(command, isa, build_dir):
+    """Whether the compiler takes the form's flags, and the assembler its instruction."""
+    build_dir.mkdir(parents=True, exist_ok=True)
+    source = build_dir / f"knows_{isa}.cpp"
+    source.write_text(f'void f() {{ asm volatile("{INSTRUCTION[isa]}"); }}\n')
+    command = [*command, *BFLOAT_ISAS[isa], "-c", str(source), "-o", str(source.with_suffix(".o"))]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def compile_library(target, build_dir):
-    """-> why there are no CUDA kernels in it, or None."""
+    """-> the forms of the CPU kernels in it, and why there are no CUDA kernels, or None."""
     compiler, torch = find_compiler(), find_torch()
     if compiler is None:
         raise BuildError("no C++ compiler found at install time (looked for $CXX, g++, c++, clang++)")
     if torch is None:
         raise BuildError("torch was not installed when diffmas was built")
     command = [*compiler, *FLAGS, *SANITIZE, f"-I{CSRC}"] + (["-DDIFFMAS_X86"] if X86 else [])
-    jobs = [(source, f"{source.stem}.cpu.o", command) for source in sorted(CSRC.glob("cpu/*.cpp"))]
+    bfloat_isas = {isa: more for isa, more in BFLOAT_ISAS.items() if knows(command, isa, build_dir)}
+    forms = [f"-DDIFFMAS_HAS_{isa.upper()}" for isa in bfloat_isas]
+    jobs = [(source, f"{source.stem}.cpu.o", [*command, *forms]) for source in sorted(CSRC.glob("cpu/*.cpp"))]
     jobs += [
         (source, f"{source.stem}.{isa}.o", [*command, f"-DDIFFMAS_ISA={isa}", *KERNEL_FLAGS, *more])
-        for source in sorted(CSRC.glob("cpu/kernels/*.cpp"))
-        for isa, more in ISAS.items()
+        for isas, sources in ((ISAS, "*.cpp"), (bfloat_isas, "attention_*.cpp"))
+        for source in sorted(CSRC.glob(f"cpu/kernels/{sources}"))
+        for isa, more in isas.items()
     ]
     objects = compile_all(jobs, build_dir)
     why_no_cuda, links, cuda = None, [], []
@@ -153,7 +169,7 @@ def compile_library(target, build_dir):
     target.parent.mkdir(parents=True, exist_ok=True)
     link = [*compiler, *SANITIZE, "-shared", *objects, *links, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)]
     run(link, compiler[0])
-    return why_no_cuda
+    return [*ISAS, *bfloat_isas], why_no_cuda
 
 
 class BuildExtension(build_ext):
@@ -164,9 +180,9 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
-        info = {"library": LIBRARY, "error": None, "cuda_targets": [], "cuda_error": None}
+        info = {"library": LIBRARY, "error": None, "cpu_forms": [], "cuda_targets": [], "cuda_error": None}
         try:
-            info["cuda_error"] = compile_library(target, Path(self.build_temp))
+            info["cpu_forms"], info["cuda_error"] = compile_library(target, Path(self.build_temp))
             info["cuda_targets"] = [] if info["cuda_error"] else CUDA_TARGETS
         except (BuildError, OSError) as error:
             target.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from diffmas.agents.capture import captured
+from diffmas.ops import extension
 
 __all__ = [
     "Canary", "Graph", "Machine", "canary", "clock", "cpu_name", "in_turns", "measure_machine", "own_stream", "peak_bytes",
@@ -258,7 +259,8 @@ def cpu_name() -> str:
     fields = {k.strip(): v.strip() for k, v in fields.items()}
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     simd = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), "no SIMD")
-    return f"{fields.get('model name', platform.machine())}, {os.cpu_count()} cores, {simd}"
+    form = f", kernels for {extension.cpu_form()}" if extension.loaded else ""
+    return f"{fields.get('model name', platform.machine())}, {os.cpu_count()} cores, {simd}{form}"
 
 
 def _cache_bytes(device: str) -> int:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import on_host
 import pytest
 import torch
+from host_attention import HostAttention
 from op_cases import VIEWS, View, as_it_lies, attention_inputs, head_major, random_attention
 from op_runs import attention_all, exact_in_half, raw, within_budget
 
@@ -16,35 +17,19 @@ pytestmark = pytest.mark.skipif(not on_host.COMPILER, reason="no g++ here")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MAX_SHARED = {False: 101376, True: 232448}  # bytes of a block on sm_120, the least of our targets, and on sm_90
-INPUTS = "q k_pool v_pool q_indptr seg_indptr seg_start seg_len seg_offset inv_freq".split()
-NUMBERS = "scale causal interleaved".split()
 
 
-class Kernels:
-    """What diffmas.ops sees in the place of torch.ops.diffmas_native. processors: decides how many parts a view is cut into."""
+class Kernels(HostAttention):
+    """processors: decides how many parts a view is cut into."""
 
     def __init__(self):
-        self.seed, self.processors, self.vectors = 0, 1, True
+        super().__init__("attention")
+        self.processors, self.vectors = 1, True
         self.warpgroups = False  # on sm_90, whose form of dK and dV must then serve
 
-    def cross_attention(self, *args):
-        q = args[0]
-        outputs = dict(o=torch.full_like(q, torch.nan), lse=torch.full(q.shape[:2], torch.nan))
-        self.run(False, args, {}, outputs)
-        return outputs["o"], outputs["lse"]
-
-    def cross_attention_backward(self, do, dlse, q, o, lse, *args):
-        args, (dk_pool, dv_pool, grad_tail, want_dq) = (q, *args[:-4]), args[-4:]
-        outputs = dict(dk_pool=dk_pool, dv_pool=dv_pool) | (dict(dq=torch.full_like(q, torch.nan)) if want_dq else {})
-        self.run(True, args, {"do": do.contiguous(), "dlse": dlse, "o": o, "lse": lse, "grad_tail": grad_tail}, outputs)
-        return outputs["dq"] if want_dq else q.new_empty(0)
-
-    def run(self, backward, args, more, outputs):
-        inputs, numbers = dict(zip(INPUTS, args)), dict(zip(NUMBERS, args[len(INPUTS) :]))
-        numbers |= dict(backward=backward, processors=self.processors, vectors=self.vectors)
-        numbers |= dict(warpgroups=self.warpgroups, max_shared=MAX_SHARED[self.warpgroups])
-        if inputs["q"].shape[0]:
-            on_host.run("attention", numbers, inputs | more, outputs, self.seed)
+    def more(self):
+        numbers = dict(processors=self.processors, vectors=self.vectors, warpgroups=self.warpgroups)
+        return numbers | dict(max_shared=MAX_SHARED[self.warpgroups])
 
 
 @pytest.fixture

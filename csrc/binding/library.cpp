@@ -1,11 +1,16 @@
 // Registers the ops of torch.ops.diffmas_native, an implementation per device. LibTorch stable ABI: one binary for torch 2.10 and
 // newer. Python defines their schemas, from the dictionary that also has those of torch.ops.diffmas, before it loads this library.
+#include "cpu/dispatch.h"
 #include "ops.h"
 #ifdef DIFFMAS_CUDA
 #include "cuda.h"
 #endif
 
 using namespace diffmas::binding;
+
+static std::string cpu_form() { return diffmas::cpu::form(); }
+
+STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CompositeExplicitAutograd, m) { m.impl("cpu_form", TORCH_BOX(&cpu_form)); }
 
 STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CPU, m) {
   m.impl("inject", TORCH_BOX(&inject));

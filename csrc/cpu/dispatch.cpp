@@ -1,50 +1,103 @@
 // Picks the kernels that are compiled for this CPU's instruction set.
+#include "dispatch.h"
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#if defined(DIFFMAS_X86)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 #include "kernels/kernels.h"
 
 namespace diffmas::cpu {
 namespace {
 
-#define DIFFMAS_KERNELS(isa)                                                                                          \
+#define DIFFMAS_ATTENTION(isa) \
+  isa::attention_forward_task, isa::attention_merge_task, isa::attention_backward_unit, isa::attention_backward_reduce_task
+#define DIFFMAS_KERNELS(isa, attention_isa)                                                                           \
   Kernels {                                                                                                           \
     isa::inject_forward_range, isa::inject_backward_block, isa::merge_states_range, isa::merge_states_backward_range, \
-        isa::reposition_range, isa::reposition_backward_head, isa::attention_forward_task, isa::attention_merge_task, \
-        isa::attention_backward_unit, isa::attention_backward_reduce_task                                             \
+        isa::reposition_range, isa::reposition_backward_head, DIFFMAS_ATTENTION(attention_isa)                        \
   }
 
-bool has(const char* isa) {
-#ifdef DIFFMAS_X86
-  if (!std::strcmp(isa, "avx512"))
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  // Every CPU with AVX2 and FMA converts halves too (F16C).
-  if (!std::strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return !std::strcmp(isa, "generic");
+#if defined(DIFFMAS_X86)
+bool has_bit(unsigned leaf, unsigned subleaf, int word, int bit) {  // word: 0 for EAX, 3 for EDX
+  unsigned words[4] = {};
+  return __get_cpuid_count(leaf, subleaf, words, words + 1, words + 2, words + 3) && (words[word] >> bit & 1);
 }
 
-// The widest instruction set that this CPU has, or the one that DIFFMAS_CPU_ISA names (for tests; refused where the CPU lacks it).
-Kernels pick() {
-  const char* wanted = std::getenv("DIFFMAS_CPU_ISA");
-  if (wanted && !has(wanted))
-    throw std::runtime_error(std::string("DIFFMAS_CPU_ISA: expected generic, avx2 or avx512, and a CPU that has it, got ") + wanted);
-  const auto use = [&](const char* isa) { return wanted ? !std::strcmp(isa, wanted) : has(isa); };
-#ifdef DIFFMAS_X86
-  if (use("avx512")) return DIFFMAS_KERNELS(avx512);
-  if (use("avx2")) return DIFFMAS_KERNELS(avx2);
+// The kernel saves the tiles of those processes only that have asked for them.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
 #endif
-  return DIFFMAS_KERNELS(generic);
+}
+#endif
+
+bool has(const char* isa) {
+  const auto is = [&](const char* name) { return !std::strcmp(isa, name); };
+#ifdef DIFFMAS_X86
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  const bool dots = avx512 && has_bit(7, 1, 0, 5);
+  if (is("amx")) return dots && has_bit(7, 0, 3, 22) && has_bit(7, 0, 3, 24) && may_use_tiles();
+  if (is("avx512_bf16")) return dots;
+  if (is("avx512")) return avx512;
+  // Every CPU with AVX2 and FMA converts halves too (F16C).
+  if (is("avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return is("generic");
+}
+
+struct Form {
+  const char* name;
+  Kernels kernels;
+};
+
+// The widest first. What a compiler does not know is left out (setup.py).
+const Form kForms[] = {
+#ifdef DIFFMAS_X86
+#ifdef DIFFMAS_HAS_AMX
+    {"amx", DIFFMAS_KERNELS(avx512, amx)},
+#endif
+#ifdef DIFFMAS_HAS_AVX512_BF16
+    {"avx512_bf16", DIFFMAS_KERNELS(avx512, avx512_bf16)},
+#endif
+    {"avx512", DIFFMAS_KERNELS(avx512, avx512)},
+    {"avx2", DIFFMAS_KERNELS(avx2, avx2)},
+#endif
+    {"generic", DIFFMAS_KERNELS(generic, generic)},
+};
+
+// The first that this CPU has, or the one that DIFFMAS_CPU_ISA names (refused where it is not to be had).
+const Form& pick() {
+  const char* wanted = std::getenv("DIFFMAS_CPU_ISA");
+  std::string names;
+  for (const Form& form : kForms) {
+    if ((!wanted || !std::strcmp(form.name, wanted)) && has(form.name)) return form;
+    if (has(form.name)) names += std::string(names.empty() ? "" : ", ") + form.name;
+  }
+  throw std::runtime_error("DIFFMAS_CPU_ISA: expected what this CPU and this build have, " + names + "; got " + wanted);
+}
+
+const Form& picked() {
+  static const Form& form = pick();
+  return form;
 }
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels picked = pick();
-  return picked;
-}
+const Kernels& kernels() { return picked().kernels; }
+
+const char* form() { return picked().name; }
 
 }  // namespace diffmas::cpu

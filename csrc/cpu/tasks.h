@@ -58,7 +58,7 @@ struct ScheduledAttention : AttentionArgs {
   const Tile* tiles;
   const Block* blocks;
   float* partials;
-  int64_t padded_dim;  // row length of partials and scratch rows, a multiple of 16
+  int64_t padded_dim;  // row length of partials and scratch rows, a multiple of 32
   int64_t block_rows;  // of the largest block: room for rows in a partial
 
   // always_inline: no copy compiled for one instruction set may be shared with another (kernels.h).
@@ -68,13 +68,14 @@ struct ScheduledAttention : AttentionArgs {
   __attribute__((always_inline)) int64_t backward_partial_size() const { return kv_heads * block_rows * padded_dim; }
 };
 
-inline int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+// A multiple of every form's rows.
+inline int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
 
-// Floats of scratch that a thread needs for one task. The K and V buffers of a large-q task fit where a small-q task has one.
-static_assert(2 * kTileKeys <= kSmallQKeys && kSmallQRows * kSmallQKeys <= kBlockRows * kTileKeys);
+// Floats of scratch that a thread needs for one task. The buffers of K and V of a large-q task fit where a small-q task has one.
+static_assert(3 * kTileKeys <= kSmallQKeys && kSmallQRows * kSmallQKeys <= kBlockRows * kTileKeys);
 inline int64_t forward_scratch_size(int64_t d) { return 4 * kBlockRows * d + kSmallQKeys * d + kBlockRows * kTileKeys + 8 * kBlockRows; }
 inline int64_t backward_scratch_size(int64_t d) {
-  return 7 * kBlockRows * d + 2 * kSmallQKeys * d + 2 * kBlockRows * kTileKeys + 8 * kBlockRows;
+  return 8 * kBlockRows * d + 2 * kSmallQKeys * d + 3 * kBlockRows * kTileKeys + 8 * kBlockRows;
 }
 
 }  // namespace diffmas::cpu

@@ -3,6 +3,7 @@ runs on its other backends.
 
 loaded        whether the library is in this process
 error         why not, as one line for a person; None when loaded
+cpu_forms     what its CPU kernels are compiled for: "generic", "avx2", ...; cpu_form() runs
 cuda_targets  what it has CUDA binaries for: "80", "90a", ...
 cuda_error    why it has none
 """
@@ -22,6 +23,7 @@ _library = torch.library.Library("diffmas_native", "DEF")
 for _name, _schema in (SCHEMAS | FUSED).items():
     _library.define(_name + _schema)
 _library.define("versions() -> (int driver, int runtime)")  # of CUDA
+_library.define("cpu_form() -> str")
 
 
 def _build_info() -> dict:
@@ -48,7 +50,14 @@ def _cuda_error() -> str | None:
     return _build_info().get("cuda_error") or "the extension was built by an older version: install diffmas again"
 
 
+def cpu_form() -> str:
+    """Which form of the CPU kernels runs here: "amx", "avx512_bf16", "avx512", "avx2" or "generic", the first that this CPU has
+    unless DIFFMAS_CPU_ISA names another. Raises RuntimeError for one that it, or the build, has not."""
+    return torch.ops.diffmas_native.cpu_form()
+
+
 error: str | None = _load()
 loaded: bool = error is None
+cpu_forms: list[str] = _build_info().get("cpu_forms", []) if loaded else []
 cuda_targets: list[str] = _build_info().get("cuda_targets", []) if loaded else []
 cuda_error: str | None = _cuda_error()

@@ -20,24 +20,30 @@ void rescale(float* o, float alpha, int64_t d) {
   for (int64_t c = 0; c < d; c += W) store(o + c, load(o + c) * alpha);
 }
 
-void small_q_tile(const QueryBlock& q, const float* x, const Tile& tile, int64_t count, float* buffer, float* s, State state) {
+// x and p are Elements; the scores [rows, kSmallQKeys] become p in place.
+template <class N>
+void small_q_tile(const QueryBlock& q, const typename N::Element* x, const Tile& tile, int64_t count, float* buffer, float* s,
+                  State state) {
+  constexpr int64_t kVector = N::kNumbers * W;
   const int64_t d = q.d;
+  const float factor = N::of_scores(q.args.scale);
   RowTable table;
-  find_whole_rows(table, q.args, tile, count, q.args.k_pool, q.head, buffer);
-  scores(table, count, d, x, q.rows(), s);
-  find_whole_rows(table, q.args, tile, count, q.args.v_pool, q.head, buffer);
+  find_whole_rows<N>(table, q.args, tile, count, q.args.k_pool, q.head, kVector, buffer);
+  scores(table, count, round_up(d, kVector), x, q.rows(), s);
+  find_whole_rows<N>(table, q.args, tile, count, q.args.v_pool, q.head, N::kRowLength, buffer);
   fetch_first(table, d);  // they arrive while the softmax runs
   const int64_t padded = round_up(count, W);
   for (int64_t r = 0; r < q.rows(); ++r) {
     float* sr = s + r * kSmallQKeys;
     for (int64_t i = max(0, min(count, q.limit(r) - tile.view + 1)); i < padded; ++i) sr[i] = -kInf;
     vf mv = splat(state.max[r]);
-    for (int64_t i = 0; i < padded; i += W) mv = max(load(sr + i), mv);
+    for (int64_t i = 0; i < padded; i += W) mv = max(load(sr + i) * factor, mv);
     const float m = maximum(mv), base = m == -kInf ? 0 : m;
     vf total = {};
     for (int64_t i = 0; i < padded; i += W) {
-      const vf p = exp(load(sr + i) - base);
-      store(sr + i, p);
+      const vf p = exp(load(sr + i) * factor - base);
+      if constexpr (N::kNumbers == 1) store(sr + i, p);
+      else *reinterpret_cast<vh_any*>(&reinterpret_cast<Pair*>(sr)->first + i) = narrow(p);
       total += p;
     }
     const float alpha = exp(splat(state.max[r] - base))[0];
@@ -45,7 +51,7 @@ void small_q_tile(const QueryBlock& q, const float* x, const Tile& tile, int64_t
     state.sum[r] = state.sum[r] * alpha + sum(total);
     rescale(state.o + r * d, alpha, d);
   }
-  weighted_sum(table, count, d, s, state.o, q.rows());
+  weighted_sum(table, count, d, reinterpret_cast<const typename N::Element*>(s), state.o, q.rows());
 }
 
 // o = state.o / sum, lse = max + log(sum). Nothing seen: o = 0, lse = -inf.
@@ -71,92 +77,126 @@ void finish(const QueryBlock& q, const ForwardTask& task, State state) {
   for (int64_t r = 0; r < q.rows(); ++r) partial[r] = state.max[r], partial[args.block_rows + r] = state.sum[r];
 }
 
+template <class N>
 void small_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) {
+  using E = typename N::Element;
   const ScheduledAttention& args = q.args;
   const int64_t d = q.d;
-  float* plain = take(scratch, kSmallQRows * d);    // queries times the scale of the scores
+  float* plain = take(scratch, kSmallQRows * d);    // queries times their part of the scale
   float* rotated = take(scratch, kSmallQRows * d);  // and at the current offset
+  E* x_buffer = take<E>(scratch, kSmallQRows * d);
   float* buffer = take(scratch, kSmallQKeys * d);
   float* s = take(scratch, kSmallQRows * kSmallQKeys);
   State state{take(scratch, kSmallQRows * d), take(scratch, kBlockRows), take(scratch, kBlockRows)};
   for (int64_t i = 0; i < q.rows() * d; ++i) state.o[i] = 0;
   for (int64_t i = 0; i < q.rows(); ++i) state.max[i] = -kInf, state.sum[i] = 0;
 
-  q.load_rows(plain, args.q, args.scale);
+  q.load_rows(plain, args.q, N::of_queries(args.scale));
+  int32_t rotation = -2;  // of x
+  const E* x = nullptr;
   for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
     const Tile& tile = args.tiles[t];
-    if (tile.rotation >= 0 && (t == task.tile_begin || tile.rotation != args.tiles[t - 1].rotation))
-      q.rotate(rotated, plain, tile.rotation, false);
-    small_q_tile(q, tile.rotation >= 0 ? rotated : plain, tile, q.visible(tile), buffer, s, state);
+    if (tile.rotation != rotation) {
+      rotation = tile.rotation;
+      if (rotation >= 0) q.rotate(rotated, plain, rotation, false);
+      x = as_elements(q, rotation >= 0 ? rotated : plain, x_buffer);
+    }
+    small_q_tile<N>(q, x, tile, q.visible(tile), buffer, s, state);
   }
   finish(q, task, state);
 }
 
-// Replaces the scores [count, NV * W] (row length kPanel) of a panel by exp(score - max) and updates the running state of its lanes;
-// alpha gets the rescale factors of o. Before a lane has seen a token its max is -inf: 0 stands in, or -inf - -inf would give NaN.
-template <int NV>
-void softmax_lanes(float* s, int64_t count, float* row_max, float* row_sum, float* alpha) {
+// Replaces the scores [count, NV * W] (row length kPanel) of a panel by exp(factor * score - max) as a right operand of keys, and updates
+// the running state of its lanes; alpha gets the rescale factors of o. Before a lane has seen a token its max is -inf: 0 stands in, or
+// -inf - -inf would give NaN.
+template <class N, int NV>
+void softmax_lanes(float* s, int64_t count, float factor, float* row_max, float* row_sum, float* alpha) {
+  const auto scaled = [&](int64_t i, int j) __attribute__((always_inline)) {
+    const vf x = load(s + i * kPanel + j * W);
+    return N::kNumbers == 1 ? x : x * factor;
+  };
   vf base[NV], total[NV] = {};
   for (int j = 0; j < NV; ++j) base[j] = load(row_max + j * W);
   for (int64_t i = 0; i < count; ++i)
-    for (int j = 0; j < NV; ++j) base[j] = max(load(s + i * kPanel + j * W), base[j]);
+    for (int j = 0; j < NV; ++j) base[j] = max(scaled(i, j), base[j]);
   for (int j = 0; j < NV; ++j) {
     const vf old = load(row_max + j * W);
     store(row_max + j * W, base[j]);
     base[j] = base[j] == splat(-kInf) ? vf{} : base[j];
     store(alpha + j * W, exp(old - base[j]));
   }
-  for (int64_t i = 0; i < count; ++i)
-    for (int j = 0; j < NV; ++j) {
-      const vf p = exp(load(s + i * kPanel + j * W) - base[j]);
-      store(s + i * kPanel + j * W, p);
-      total[j] += p;
-    }
+  if constexpr (N::kNumbers == 1) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int j = 0; j < NV; ++j) {
+        const vf p = exp(scaled(i, j) - base[j]);
+        store(s + i * kPanel + j * W, p);
+        total[j] += p;
+      }
+  } else {
+    const int64_t end = round_up(count, N::kDepth);
+    for (int64_t i = count; i < end; ++i)
+      for (int j = 0; j < NV; ++j) store(s + i * kPanel + j * W, splat(-kInf));
+    for (int64_t i = 0; i < end; i += 2)
+      for (int j = 0; j < NV; ++j) {
+        const vf p = exp(scaled(i, j) - base[j]), next = exp(scaled(i + 1, j) - base[j]);
+        store(reinterpret_cast<Pair*>(s) + i / 2 * kPanel + j * W, narrow(p, next));
+        total[j] += p + next;
+      }
+  }
   for (int j = 0; j < NV; ++j) store(row_sum + j * W, load(row_sum + j * W) * load(alpha + j * W) + total[j]);
 }
 
-void softmax(int vectors, float* s, int64_t count, float* row_max, float* row_sum, float* alpha) {
+template <class N>
+void softmax(int vectors, float* s, int64_t count, float factor, float* row_max, float* row_sum, float* alpha) {
   switch (vectors) {
-    case 1: return softmax_lanes<1>(s, count, row_max, row_sum, alpha);
-    case 2: return softmax_lanes<2>(s, count, row_max, row_sum, alpha);
-    default: return softmax_lanes<3>(s, count, row_max, row_sum, alpha);
+    case 1: return softmax_lanes<N, 1>(s, count, factor, row_max, row_sum, alpha);
+    case 2: return softmax_lanes<N, 2>(s, count, factor, row_max, row_sum, alpha);
+    default: return softmax_lanes<N, 3>(s, count, factor, row_max, row_sum, alpha);
   }
 }
 
+template <class N>
 void large_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) {
+  using E = typename N::Element;
   const ScheduledAttention& args = q.args;
   const int64_t d = q.d;
-  float* plain = take(scratch, kBlockRows * d);    // queries times the scale of the scores
+  float* plain = take(scratch, kBlockRows * d);    // queries times their part of the scale
   float* rotated = take(scratch, kBlockRows * d);  // and at the current offset
-  float* packed = take(scratch, kBlockRows * d);
-  float* k_buffer = take(scratch, kTileKeys * d);
-  float* v_buffer = take(scratch, kTileKeys * d);
+  E* packed = take<E>(scratch, kBlockRows * d);
+  E* k_buffer = take<E>(scratch, kTileKeys * d);
+  E* v_buffer = take<E>(scratch, kTileKeys * d);
+  E* v_columns = take<E>(scratch, kTileKeys * d);
   float* s = take(scratch, kTileKeys * kPanel);
   State state{take(scratch, kBlockRows * d), take(scratch, kBlockRows), take(scratch, kBlockRows)};
   for (int64_t i = 0; i < q.panels() * kPanel * d; ++i) state.o[i] = 0;
   for (int64_t i = 0; i < q.panels() * kPanel; ++i) state.max[i] = -kInf, state.sum[i] = 0;
 
-  q.load_rows(plain, args.q, args.scale);
+  q.load_rows(plain, args.q, N::of_queries(args.scale));
+  const float factor = N::of_scores(args.scale);
+  const UsingTiles<N> tiles;
   int32_t rotation = -2;  // of `packed`
   for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
     const Tile& tile = args.tiles[t];
     if (tile.rotation != rotation) {
       rotation = tile.rotation;
       if (rotation >= 0) q.rotate(rotated, plain, rotation, false);
-      q.pack(packed, rotation >= 0 ? rotated : plain);
+      q.pack(packed, rotation >= 0 ? rotated : plain, reinterpret_cast<float*>(k_buffer));
     }
     const int64_t count = q.visible(tile);
-    const FloatRows k = tile_rows(args, tile, count, args.k_pool, task.head, k_buffer);
-    const FloatRows v = tile_rows(args, tile, count, args.v_pool, task.head, v_buffer);
+    const TileRows<E> k = tile_rows<N>(args, tile, count, args.k_pool, task.head, d, k_buffer);
+    const TileRows<E> v = tile_rows<N>(args, tile, count, args.v_pool, task.head, d, v_buffer);
+    const Left<E> v_left = columns(v, count, d, v_columns);
     Ahead ahead = t + 1 < task.tile_end ? ahead_of(args.tiles[t + 1], args.k_pool, args.v_pool, q) : Ahead{};
     for (int64_t p = 0; p < q.panels(); ++p) {
       const int64_t seen = q.panel_visible(tile, p);
       if (seen == 0) continue;
       alignas(64) float alpha[kPanel];
-      q.panel_product<Into::set>(p, seen, d, {k.data, k.stride, 1}, packed + p * d * kPanel, kPanel, s, kPanel, nullptr, &ahead);
+      const E* right = packed + p * d * kPanel / N::kNumbers;
+      q.panel_product<N, Into::set>(p, seen, d, k.left(), right, kPanel, s, kPanel, nullptr, &ahead);
       q.mask(tile, p, s, kPanel, seen);
-      softmax(q.panel_vectors(p), s, seen, state.max + p * kPanel, state.sum + p * kPanel, alpha);
-      q.panel_product<Into::scaled_add>(p, d, seen, {v.data, 1, v.stride}, s, kPanel, state.o + p * d * kPanel, kPanel, alpha);
+      softmax<N>(q.panel_vectors(p), s, seen, factor, state.max + p * kPanel, state.sum + p * kPanel, alpha);
+      right = reinterpret_cast<const E*>(s);
+      q.panel_product<N, Into::scaled_add>(p, d, seen, v_left, right, kPanel, state.o + p * d * kPanel, kPanel, alpha);
     }
   }
   q.unpack(plain, state.o);
@@ -167,8 +207,11 @@ void large_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) 
 
 void attention_forward_task(const ScheduledAttention& args, const ForwardTask& task, float* scratch) {
   const QueryBlock q(args, args.blocks[task.block], task.head);
-  if (q.rows() <= kSmallQRows) small_q_task(q, task, scratch);
-  else large_q_task(q, task, scratch);
+  const bool small = q.rows() <= kSmallQRows;
+#if defined(DIFFMAS_DOTS)
+  if (in_bfloats(args)) return (small ? small_q_task<Bfloats> : large_q_task<Bfloats>)(q, task, scratch);
+#endif
+  (small ? small_q_task<Floats> : large_q_task<Floats>)(q, task, scratch);
 }
 
 // Joins the states of a block's splits, in order.

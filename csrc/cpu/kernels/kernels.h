@@ -1,6 +1,8 @@
 // The kernels as one instruction set provides them. The .cpp files of this folder are compiled once per instruction set, each into its
 // own namespace; dispatch.cpp picks one at load time.
 //
+// What multiplies bfloat16 (avx512_bf16, amx) is attention only; the other kernels are avx512's.
+//
 // Those files must not use inline functions from outside that namespace (the standard library's too): the linker keeps one copy of
 // such a function, and it could be the one compiled for a CPU that this is not.
 #pragma once
@@ -27,24 +29,31 @@ struct Kernels {
 // Of this CPU.
 const Kernels& kernels();
 
-#define DIFFMAS_DECLARE_KERNELS(isa)                                                                          \
+#define DIFFMAS_DECLARE_ATTENTION(isa)                                                                        \
   namespace isa {                                                                                             \
-  void inject_forward_range(const InjectArgs&, int64_t token_begin, int64_t token_end);                       \
-  void inject_backward_block(const InjectArgs&, int64_t block);                                               \
-  void merge_states_range(const MergeArgs&, int64_t token_begin, int64_t token_end);                          \
-  void merge_states_backward_range(const MergeArgs&, int64_t token_begin, int64_t token_end);                 \
-  void reposition_range(const RepositionArgs&, int64_t begin, int64_t end);                                   \
-  void reposition_backward_head(const RepositionArgs&, int64_t head);                                         \
   void attention_forward_task(const ScheduledAttention&, const ForwardTask&, float* scratch);                 \
   void attention_merge_task(const ScheduledAttention&, const MergeTask&);                                     \
   void attention_backward_unit(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch); \
   void attention_backward_reduce_task(const ScheduledAttention&, const MergeTask&);                           \
   }
+#define DIFFMAS_DECLARE_KERNELS(isa)                                                          \
+  DIFFMAS_DECLARE_ATTENTION(isa)                                                              \
+  namespace isa {                                                                             \
+  void inject_forward_range(const InjectArgs&, int64_t token_begin, int64_t token_end);       \
+  void inject_backward_block(const InjectArgs&, int64_t block);                               \
+  void merge_states_range(const MergeArgs&, int64_t token_begin, int64_t token_end);          \
+  void merge_states_backward_range(const MergeArgs&, int64_t token_begin, int64_t token_end); \
+  void reposition_range(const RepositionArgs&, int64_t begin, int64_t end);                   \
+  void reposition_backward_head(const RepositionArgs&, int64_t head);                         \
+  }
 DIFFMAS_DECLARE_KERNELS(generic)
 #ifdef DIFFMAS_X86
 DIFFMAS_DECLARE_KERNELS(avx2)
 DIFFMAS_DECLARE_KERNELS(avx512)
+DIFFMAS_DECLARE_ATTENTION(avx512_bf16)
+DIFFMAS_DECLARE_ATTENTION(amx)
 #endif
 #undef DIFFMAS_DECLARE_KERNELS
+#undef DIFFMAS_DECLARE_ATTENTION
 
 }  // namespace diffmas::cpu

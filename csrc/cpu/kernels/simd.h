@@ -7,12 +7,12 @@
 #endif
 
 #ifndef DIFFMAS_ISA
-#error "compile with -DDIFFMAS_ISA=<generic|avx2|avx512>"
+#error "compile with -DDIFFMAS_ISA=<generic|avx2|avx512|avx512_bf16|amx>"
 #endif
 
 namespace diffmas::cpu::DIFFMAS_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(DIFFMAS_HOST_EMULATION)
 constexpr int W = 16;
 #elif defined(__AVX__)
 constexpr int W = 8;
@@ -75,7 +75,10 @@ DIFFMAS_INLINE f4 fold(vf x) {
 #elif defined(__AVX__)
   return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
 #else
-  return x;
+  f4 part[W / 4], total = {};
+  __builtin_memcpy(part, &x, sizeof x);
+  for (int i = 0; i < W / 4; ++i) total += part[i];
+  return total;
 #endif
 }
 
@@ -130,6 +133,14 @@ DIFFMAS_INLINE uint16_t float_to_bfloat(float f) {
   const uint32_t u = float_to_bits(f);
   if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 0x40);
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// Rounded to nearest even.
+DIFFMAS_INLINE vh to_bfloats(vf x) {
+  const vu u = (vu)x;
+  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const vu nan = u >> 16 | 0x40;
+  return __builtin_convertvector(x == x ? rounded : nan, vh);
 }
 
 DIFFMAS_INLINE vf load_bfloats(const uint16_t* p) { return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu) << 16); }
@@ -191,13 +202,7 @@ static void store_row(void* dst, const float* src, DType dtype, int64_t d) {
     for (; i < d; ++i) t[i] = src[i];
   } else if (dtype == DType::bf16) {
     uint16_t* t = static_cast<uint16_t*>(dst);
-    for (; i + W <= d; i += W) {
-      const vf x = load(src + i);
-      const vu u = (vu)x;
-      const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-      const vu nan = u >> 16 | 0x40;
-      *reinterpret_cast<vh_any*>(t + i) = __builtin_convertvector(x == x ? rounded : nan, vh);
-    }
+    for (; i + W <= d; i += W) *reinterpret_cast<vh_any*>(t + i) = to_bfloats(load(src + i));
     for (; i < d; ++i) t[i] = float_to_bfloat(src[i]);
   } else {
     uint16_t* t = static_cast<uint16_t*>(dst);

@@ -1,7 +1,8 @@
 // Products of small-q tasks (decoding, latent steps), which are bound by the speed at which memory delivers K and V.
 //
 // Measured: one core reads memory at full speed only when it asks for it strictly in address order. So K and V are read one row
-// after another, each row once for all query rows, converted from its stored dtype on the way.
+// after another, each row once for all query rows, converted from its stored dtype on the way, or as it is where the instruction set
+// multiplies bfloat16.
 #pragma once
 #include "tile.h"
 
@@ -9,8 +10,9 @@ namespace diffmas::cpu::DIFFMAS_ISA {
 
 // Query rows that share the registers in one pass over a row of K or V; more rows make more passes, over L1.
 constexpr int kPass = 4;
-// Rows fetched ahead, only where that pays: two rows of V at a time, scattered rows, and 2-byte rows, whose many instructions per
-// line leave few loads in flight.
+// Rows fetched ahead, only where that pays: two rows of V at a time, scattered rows, and 2-byte rows that are converted, whose many
+// instructions per line leave few loads in flight. (Rows that are multiplied as they are: V for one query row, 42 % more from memory;
+// K and V otherwise 10 to 60 % less.)
 constexpr int64_t kAhead = 8;
 constexpr int64_t kPast = kAhead + 4;  // keys are taken by fours
 
@@ -21,22 +23,62 @@ struct RowTable {
   bool fetch;  // ask for rows ahead
 };
 
-static void find_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head) {
+static void find_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head,
+                      bool ahead) {
   table.dtype = pool.dtype;
-  table.fetch = tile.row < 0 || pool.dtype != DType::f32;
+  table.fetch = ahead || tile.row < 0;
   for_rows(args, tile, count, [&](int64_t i, int64_t row) { table.row[i] = row_of(pool, row, head); });
   for (int64_t i = 0; i < kPast; ++i) table.row[count + i] = table.row[count - 1];
 }
 
-// The same for rows that are read as whole vectors: others go through the buffer [kSmallQKeys, d], padded with zeros.
+// The same for rows that are read as whole vectors, of `multiple` numbers: others go through the buffer [kSmallQKeys, d], padded with
+// zeros.
+template <class N>
 static void find_whole_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool,
-                            int64_t head, float* buffer) {
-  if (args.head_dim % W == 0) return find_rows(table, args, tile, count, pool, head);
-  const FloatRows padded = tile_rows(args, tile, count, pool, head, buffer);
-  table.dtype = DType::f32;
+                            int64_t head, int64_t multiple, float* buffer) {
+  using E = typename N::Element;
+  if (args.head_dim % multiple == 0) return find_rows(table, args, tile, count, pool, head, N::kNumbers == 1 && pool.dtype != DType::f32);
+  const TileRows<E> padded = tile_rows<N>(args, tile, count, pool, head, round_up(args.head_dim, multiple), reinterpret_cast<E*>(buffer));
+  table.dtype = N::kNumbers == 1 ? DType::f32 : pool.dtype;
   table.fetch = false;
   for (int64_t i = 0; i < count + kPast; ++i) table.row[i] = reinterpret_cast<const char*>(padded.data + min(i, count - 1) * padded.stride);
 }
+
+// How rows of K and V are multiplied. Queries and weights are Elements.
+template <DType kStored>
+struct Converted {
+  using Element = float;
+  static constexpr DType kType = kStored;
+  static constexpr int kNumbers = 1;  // in an element: along a row of K, or keys of V
+
+  static vf load(const char* row, int64_t c) { return load_as<kType>(row, c); }                         // from number c on
+  static vf keys(const char* const* rows, int64_t j, int64_t c) { return load_as<kType>(rows[j], c); }  // element j of the keys
+};
+
+#if defined(DIFFMAS_DOTS)
+struct Paired {
+  using Element = Pair;
+  static constexpr DType kType = DType::bf16;
+  static constexpr int kNumbers = 2;
+
+  static vu load(const char* row, int64_t c) { return DIFFMAS_ISA::load(reinterpret_cast<const Pair*>(row + 2 * c)); }
+  static vu keys(const char* const* rows, int64_t j, int64_t c) {
+    const auto half = [&](int64_t i) __attribute__((always_inline)) { return *reinterpret_cast<const vh_any*>(rows[i] + 2 * c); };
+    return interleave(half(2 * j), half(2 * j + 1));
+  }
+};
+#endif
+
+// Query rows [rows, d] as Elements, what `scores` takes.
+DIFFMAS_INLINE const float* as_elements(const QueryBlock&, const float* rows, float*) { return rows; }
+#if defined(DIFFMAS_DOTS)
+static const Pair* as_elements(const QueryBlock& q, const float* rows, Pair* buffer) {
+  const int64_t length = round_up(q.d, 2 * W);
+  for (int64_t i = 0; i < q.rows() * length / 2; ++i) buffer[i] = {};
+  for (int64_t r = 0; r < q.rows(); ++r) narrow_row(buffer + r * length / 2, rows + r * q.d, q.d);
+  return buffer;
+}
+#endif
 
 template <int N>
 DIFFMAS_INLINE void fetch(const char* const* row, int64_t bytes) {
@@ -58,22 +100,24 @@ DIFFMAS_INLINE void for_passes(int64_t rows, const F& pass) {
 }
 
 // s[r, i] = x[r, :] . k[i, :] for 4 keys i: x [R, d], s row length kSmallQKeys.
-template <DType kType, int R>
-DIFFMAS_INLINE void dots(const char* const* k, int64_t d, const float* x, float* s) {
+template <class S, int R>
+DIFFMAS_INLINE void dots(const char* const* k, int64_t d, const typename S::Element* x, float* s) {
+  constexpr int kVector = S::kNumbers * W;
+  const auto query = [&](int r, int64_t c) __attribute__((always_inline)) { return load(x + (r * d + c) / S::kNumbers); };
   vf products[R][4];
   for (int j = 0; j < 4; ++j) {
     vf even[R] = {}, odd[R] = {};
     int64_t c = 0;
-    for (; c + 2 * W <= d; c += 2 * W) {
-      const vf k0 = load_as<kType>(k[j], c), k1 = load_as<kType>(k[j], c + W);
+    for (; c + 2 * kVector <= d; c += 2 * kVector) {
+      const auto k0 = S::load(k[j], c), k1 = S::load(k[j], c + kVector);
       for (int r = 0; r < R; ++r) {
-        even[r] += k0 * load(x + r * d + c);
-        odd[r] += k1 * load(x + r * d + c + W);
+        multiply_add(even[r], k0, query(r, c));
+        multiply_add(odd[r], k1, query(r, c + kVector));
       }
     }
     if (c < d) {
-      const vf k0 = load_as<kType>(k[j], c);
-      for (int r = 0; r < R; ++r) even[r] += k0 * load(x + r * d + c);
+      const auto k0 = S::load(k[j], c);
+      for (int r = 0; r < R; ++r) multiply_add(even[r], k0, query(r, c));
     }
     for (int r = 0; r < R; ++r) products[r][j] = even[r] + odd[r];
   }
@@ -82,50 +126,55 @@ DIFFMAS_INLINE void dots(const char* const* k, int64_t d, const float* x, float*
 }
 
 // kD is the row length where it is known: fewer instructions, so more lines of K on their way from memory.
-template <DType kType, int64_t kD>
-static void scores_of(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
+template <class S, int64_t kD>
+static void scores_of(const RowTable& k, int64_t count, int64_t d, const typename S::Element* x, int64_t rows, float* s) {
   if (kD) d = kD;
   for (int64_t i = 0; i < count; i += 4) {
-    if (k.fetch) fetch<4>(k.row + i + kAhead, d * element_size(kType));
+    if (k.fetch) fetch<4>(k.row + i + kAhead, d * element_size(S::kType));
     for_passes(rows, [&](int64_t r, int64_t size) __attribute__((always_inline)) {
+      const typename S::Element* xr = x + r * d / S::kNumbers;
       switch (size) {
-        case 1: return dots<kType, 1>(k.row + i, d, x + r * d, s + r * kSmallQKeys + i);
-        case 2: return dots<kType, 2>(k.row + i, d, x + r * d, s + r * kSmallQKeys + i);
-        case 3: return dots<kType, 3>(k.row + i, d, x + r * d, s + r * kSmallQKeys + i);
-        default: return dots<kType, 4>(k.row + i, d, x + r * d, s + r * kSmallQKeys + i);
+        case 1: return dots<S, 1>(k.row + i, d, xr, s + r * kSmallQKeys + i);
+        case 2: return dots<S, 2>(k.row + i, d, xr, s + r * kSmallQKeys + i);
+        case 3: return dots<S, 3>(k.row + i, d, xr, s + r * kSmallQKeys + i);
+        default: return dots<S, 4>(k.row + i, d, xr, s + r * kSmallQKeys + i);
       }
     });
   }
 }
 
-template <DType kType>
-static void scores_as(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
-  if (d == 128) return scores_of<kType, 128>(k, count, d, x, rows, s);
-  if (d == 64) return scores_of<kType, 64>(k, count, d, x, rows, s);
-  scores_of<kType, 0>(k, count, d, x, rows, s);
+template <class S>
+static void scores_as(const RowTable& k, int64_t count, int64_t d, const typename S::Element* x, int64_t rows, float* s) {
+  if (d == 128) return scores_of<S, 128>(k, count, d, x, rows, s);
+  if (d == 64) return scores_of<S, 64>(k, count, d, x, rows, s);
+  scores_of<S, 0>(k, count, d, x, rows, s);
 }
 
 // s [rows, kSmallQKeys] = x [rows, d] . k [count, d]; writes s up to the next multiple of 4 keys.
 static void scores(const RowTable& k, int64_t count, int64_t d, const float* x, int64_t rows, float* s) {
   switch (k.dtype) {
-    case DType::f32: return scores_as<DType::f32>(k, count, d, x, rows, s);
-    case DType::bf16: return scores_as<DType::bf16>(k, count, d, x, rows, s);
-    case DType::f16: return scores_as<DType::f16>(k, count, d, x, rows, s);
+    case DType::f32: return scores_as<Converted<DType::f32>>(k, count, d, x, rows, s);
+    case DType::bf16: return scores_as<Converted<DType::bf16>>(k, count, d, x, rows, s);
+    case DType::f16: return scores_as<Converted<DType::f16>>(k, count, d, x, rows, s);
   }
 }
 
 // y [d] += p [count] . v [count, d] for one query row: N vectors of y stay in registers, the rest goes through L1.
-template <DType kType, int N, int64_t kD = 0>
-static void add_one(const RowTable& v, int64_t count, int64_t d, const float* p, float* y) {
+template <class S, int N, int64_t kD = 0>
+static void add_one(const RowTable& v, int64_t count, int64_t d, const typename S::Element* p, float* y) {
   if (kD) d = kD;
   vf sum[N];
   for (int j = 0; j < N; ++j) sum[j] = load(y + j * W);
-  for (int64_t i = 0; i < count; ++i) {
-    const char* row = v.row[i];
-    const vf weight = splat(p[i]);
-    if (v.fetch) fetch<1>(v.row + i + kAhead, d * element_size(kType));
-    for (int j = 0; j < N; ++j) sum[j] += weight * load_as<kType>(row, j * W);
-    for (int64_t c = N * W; c < d; c += W) store(y + c, load(y + c) + weight * load_as<kType>(row, c));
+  for (int64_t i = 0; i < count; i += S::kNumbers) {
+    const char* const* rows = v.row + i;
+    const auto weight = splat(p[i / S::kNumbers]);
+    if (v.fetch || S::kNumbers == 2) fetch<S::kNumbers>(rows + kAhead, d * element_size(S::kType));
+    for (int j = 0; j < N; ++j) multiply_add(sum[j], weight, S::keys(rows, 0, j * W));
+    for (int64_t c = N * W; c < d; c += W) {
+      vf rest = load(y + c);
+      multiply_add(rest, weight, S::keys(rows, 0, c));
+      store(y + c, rest);
+    }
   }
   for (int j = 0; j < N; ++j) store(y + j * W, sum[j]);
 }
@@ -138,61 +187,73 @@ DIFFMAS_INLINE void fetch_rows(const char* const* v, int64_t d, int64_t c) {
   for (int i = 0; i < 2 * W * kSize; i += 64) __builtin_prefetch(p + i);
 }
 
-// y[r, :] += p[r, j] v[j, :] for B rows of v: y [R, d], p row length kSmallQKeys.
-template <DType kType, int R, int B>
-DIFFMAS_INLINE void axpys(const char* const* v, int64_t d, const float* p, float* y, bool fetch) {
-  vf weight[R][B];
+// y[r, :] += p[r, j] v[j, :] for B elements of keys of v: y [R, d], p row length kSmallQKeys.
+template <class S, int R, int B>
+DIFFMAS_INLINE void axpys(const char* const* v, int64_t d, const typename S::Element* p, float* y, bool fetch) {
+  decltype(splat(*p)) weight[R][B];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < B; ++j) weight[r][j] = splat(p[r * kSmallQKeys + j]);
   for (int64_t c = 0; c < d; c += W) {
-    if (fetch) fetch_rows<kType>(v + kAhead, d, c);
-    vf row[B];
-    for (int j = 0; j < B; ++j) row[j] = load_as<kType>(v[j], c);
+    if (fetch) fetch_rows<S::kType>(v + kAhead, d, c);
+    decltype(S::keys(v, 0, c)) row[B];
+    for (int j = 0; j < B; ++j) row[j] = S::keys(v, j, c);
     for (int r = 0; r < R; ++r) {
       vf sum = load(y + r * d + c);
-      for (int j = 0; j < B; ++j) sum += weight[r][j] * row[j];
+      for (int j = 0; j < B; ++j) multiply_add(sum, weight[r][j], row[j]);
       store(y + r * d + c, sum);
     }
   }
 }
 
-template <DType kType, int B>
-DIFFMAS_INLINE void add_some(const char* const* v, int64_t d, const float* p, float* y, int64_t rows) {
+template <class S, int B>
+DIFFMAS_INLINE void add_some(const char* const* v, int64_t d, const typename S::Element* p, float* y, int64_t rows, bool ahead) {
   for_passes(rows, [&](int64_t r, int64_t size) __attribute__((always_inline)) {
-    const bool fetch = B == 2 && r == 0;
+    const bool fetch = ahead && B * S::kNumbers == 2 && r == 0;
     switch (size) {
-      case 1: return axpys<kType, 1, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
-      case 2: return axpys<kType, 2, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
-      case 3: return axpys<kType, 3, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
-      default: return axpys<kType, 4, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
+      case 1: return axpys<S, 1, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
+      case 2: return axpys<S, 2, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
+      case 3: return axpys<S, 3, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
+      default: return axpys<S, 4, B>(v, d, p + r * kSmallQKeys, y + r * d, fetch);
     }
   });
 }
 
-template <DType kType>
-static void weighted_sum_of(const RowTable& v, int64_t count, int64_t d, const float* p, float* y, int64_t rows) {
+template <class S>
+static void weighted_sum_of(const RowTable& v, int64_t count, int64_t d, const typename S::Element* p, float* y, int64_t rows) {
   if (rows == 1) {
     constexpr int kMost = W == 16 ? 16 : 12;
     constexpr int k128 = 128 / W < kMost ? 128 / W : kMost;
-    if (d == 128) return add_one<kType, k128, 128>(v, count, d, p, y);
-    if (d >= kMost * W) return add_one<kType, kMost>(v, count, d, p, y);
-    if (d >= 8 * W) return add_one<kType, 8>(v, count, d, p, y);
-    if (d >= 4 * W) return add_one<kType, 4>(v, count, d, p, y);
-    return add_one<kType, 1>(v, count, d, p, y);
+    if (d == 128) return add_one<S, k128, 128>(v, count, d, p, y);
+    if (d >= kMost * W) return add_one<S, kMost>(v, count, d, p, y);
+    if (d >= 8 * W) return add_one<S, 8>(v, count, d, p, y);
+    if (d >= 4 * W) return add_one<S, 4>(v, count, d, p, y);
+    return add_one<S, 1>(v, count, d, p, y);
   }
+  constexpr int B = 2 / S::kNumbers;
+  const bool ahead = S::kNumbers == 1 || v.fetch;
   int64_t i = 0;
-  for (; i + 2 <= count; i += 2) add_some<kType, 2>(v.row + i, d, p + i, y, rows);
-  if (i < count) add_some<kType, 1>(v.row + i, d, p + i, y, rows);
+  for (; i + 2 <= count; i += 2) add_some<S, B>(v.row + i, d, p + i / S::kNumbers, y, rows, ahead);
+  if (i < count) add_some<S, 1>(v.row + i, d, p + i / S::kNumbers, y, rows, false);
 }
 
 // y [rows, d] += p [rows, kSmallQKeys] . v [count, d]
 static void weighted_sum(const RowTable& v, int64_t count, int64_t d, const float* p, float* y, int64_t rows) {
   switch (v.dtype) {
-    case DType::f32: return weighted_sum_of<DType::f32>(v, count, d, p, y, rows);
-    case DType::bf16: return weighted_sum_of<DType::bf16>(v, count, d, p, y, rows);
-    case DType::f16: return weighted_sum_of<DType::f16>(v, count, d, p, y, rows);
+    case DType::f32: return weighted_sum_of<Converted<DType::f32>>(v, count, d, p, y, rows);
+    case DType::bf16: return weighted_sum_of<Converted<DType::bf16>>(v, count, d, p, y, rows);
+    case DType::f16: return weighted_sum_of<Converted<DType::f16>>(v, count, d, p, y, rows);
   }
 }
+
+#if defined(DIFFMAS_DOTS)
+// The same of pairs: of numbers along a row, and of keys, whose last weight is zero where their number is odd.
+static void scores(const RowTable& k, int64_t count, int64_t d, const Pair* x, int64_t rows, float* s) {
+  scores_as<Paired>(k, count, d, x, rows, s);
+}
+static void weighted_sum(const RowTable& v, int64_t count, int64_t d, const Pair* p, float* y, int64_t rows) {
+  weighted_sum_of<Paired>(v, count, d, p, y, rows);
+}
+#endif
 
 // out [n] += sum_r weights[r * kSmallQKeys] x[r, 0:n], x row length d. kN is n where it is known.
 template <int R, int64_t kN = 0>

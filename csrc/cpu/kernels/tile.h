@@ -1,7 +1,6 @@
-// Between memory and the matrix products: query blocks and K/V tiles as float rows.
+// Between memory and the matrix products: query blocks and K/V tiles.
 #pragma once
-#include "../tasks.h"
-#include "gemm.h"
+#include "operands.h"
 
 namespace diffmas::cpu::DIFFMAS_ISA {
 
@@ -11,43 +10,14 @@ namespace diffmas::cpu::DIFFMAS_ISA {
 constexpr int kPanel = 3 * W;
 static_assert(kBlockRows % kPanel == 0, "a block is a whole number of panels");
 
-DIFFMAS_INLINE float* take(float*& scratch, int64_t size) {
-  float* p = scratch;
-  scratch += size;
-  return p;
-}
-
-// dst[c, r] = src[r, c] for up to 4 rows, zeros in place of missing ones; cols a multiple of 4.
-DIFFMAS_INLINE void transpose_four(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t cols) {
-  for (int64_t c = 0; c < cols; c += 4) {
-    f4 x[4], y[4];
-    for (int i = 0; i < 4; ++i) x[i] = i < rows ? *reinterpret_cast<const f4_any*>(src + i * lds + c) : f4{};
-    for (int i = 0; i < 4; i += 2) {
-      y[i] = DIFFMAS_SHUFFLE4(x[i], x[i + 1], 0, 4, 1, 5);
-      y[i + 1] = DIFFMAS_SHUFFLE4(x[i], x[i + 1], 2, 6, 3, 7);
-    }
-    for (int i = 0; i < 2; ++i) {
-      *reinterpret_cast<f4_any*>(dst + (c + 2 * i) * ldd) = DIFFMAS_SHUFFLE4(y[i], y[i + 2], 0, 1, 4, 5);
-      *reinterpret_cast<f4_any*>(dst + (c + 2 * i + 1) * ldd) = DIFFMAS_SHUFFLE4(y[i], y[i + 2], 2, 3, 6, 7);
-    }
-  }
-}
-
-// dst[c, r] = src[r, c], rows rounded up to W with zeros; cols a multiple of 4.
-static void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t cols) {
-  const int64_t whole = rows / 4 * 4;
-  for (int64_t r = 0; r < whole; r += 4) transpose_four(dst + r, ldd, src + r * lds, lds, 4, cols);
-  for (int64_t r = whole; r < round_up(rows, W); r += 4) transpose_four(dst + r, ldd, src + r * lds, lds, rows - r, cols);
-}
-
 struct QueryBlock {
   const ScheduledAttention& args;
   const Block& block;
   int64_t head;  // kv head
-  int64_t d;     // row length in scratch: head_dim rounded up to W, zero filled
+  int64_t d;     // row length in scratch
 
   QueryBlock(const ScheduledAttention& args, const Block& block, int64_t head)
-      : args(args), block(block), head(head), d(round_up(args.head_dim, W)) {}
+      : args(args), block(block), head(head), d(row_length(args)) {}
 
   int64_t rows() const { return block.rows; }
   int64_t panels() const { return (block.rows + kPanel - 1) / kPanel; }
@@ -89,10 +59,18 @@ struct QueryBlock {
   // Tokens of the tile that some row of panel p sees.
   int64_t panel_visible(const Tile& tile, int64_t p) const { return visible(tile, p * kPanel + panel_rows(p) - 1); }
 
-  // dst [panels, d, kPanel] = src [rows, d] transposed; idle lanes of the last vector are zero.
-  void pack(float* dst, const float* src) const {
+  // dst [panels, d, kPanel] = src [rows, d] transposed, for the right operand; idle lanes of the last vector are zero.
+  void pack(float* dst, const float* src, float*) const {
     for (int64_t p = 0; p < panels(); ++p, dst += d * kPanel, src += kPanel * d) transpose(dst, kPanel, src, d, panel_rows(p), d);
   }
+#if defined(DIFFMAS_DOTS)
+  void pack(Pair* dst, const float* src, float* spare) const {  // spare [d, kPanel]
+    for (int64_t p = 0; p < panels(); ++p, dst += d * kPanel / 2, src += kPanel * d) {
+      transpose(spare, kPanel, src, d, panel_rows(p), d);
+      pair_rows(dst, spare, kPanel, d, kPanel);
+    }
+  }
+#endif
 
   // dst [rows rounded up to 4, d] = src [panels, d, kPanel] transposed back.
   void unpack(float* dst, const float* src) const {
@@ -100,10 +78,11 @@ struct QueryBlock {
       transpose(dst, d, src, kPanel, d, round_up(panel_rows(p), 4));
   }
 
-  // C [m, lanes of panel p] (Into) A [m, depth] B [depth, lanes].
-  template <Into kInto>
-  void panel_product(int64_t p, int64_t m, int64_t depth, Left a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                     const float* alpha = nullptr, Ahead* ahead = nullptr) const {
+  // C [m, lanes of panel p] (Into) A [m, depth] B [depth, lanes], m and depth rounded up to what a product takes. B has rows of kPanel.
+  template <class N, Into kInto>
+  void panel_product(int64_t p, int64_t m, int64_t depth, Left<typename N::Element> a, const typename N::Element* b, int64_t ldb, float* c,
+                     int64_t ldc, const float* alpha = nullptr, Ahead* ahead = nullptr) const {
+    m = round_up(m, N::kRows), depth = round_up(depth, N::kDepth) / N::kNumbers;
     switch (panel_vectors(p)) {
       case 1: return strip<1, kInto>(m, depth, a, b, ldb, c, ldc, alpha, ahead);
       case 2: return strip<2, kInto>(m, depth, a, b, ldb, c, ldc, alpha, ahead);
@@ -111,15 +90,18 @@ struct QueryBlock {
     }
   }
 
-  // out [tokens, d] (row length ldo) += weights x, weights [key, kBlockRows], x [rows, d]. seen[p] is what panel p
-  // sees: a token takes part with the rows from the first panel on that sees it.
-  void add_outer(float* out, int64_t ldo, const float* weights, const float* x, const int64_t* seen) const {
+  // out [tokens, d] (row length ldo) += weights x, weights [key, kBlockRows numbers], x [rows, d]. seen[p] is what panel p
+  // sees: a token takes part with the rows from the first panel on that sees it. Tiles begin with earlier rows, whose weights are zero.
+  template <class N>
+  void add_outer(float* out, int64_t ldo, const typename N::Element* weights, const typename N::Element* x, const int64_t* seen) const {
+    constexpr int64_t kLength = kBlockRows / N::kNumbers;
     int64_t done = 0;
     for (int64_t p = 0; p < panels(); ++p) {
-      const int64_t r = p * kPanel;
-      if (seen[p] > done)
-        add_product(seen[p] - done, d, rows() - r, {weights + done * kBlockRows + r, kBlockRows, 1}, x + r * d, d, out + done * ldo, ldo);
-      done = seen[p];
+      const int64_t r = p * kPanel / N::kDepth * N::kDepth, e = r / N::kNumbers, end = round_up(seen[p], N::kRows);
+      if (end > done)
+        add_product(end - done, d, round_up(rows() - r, N::kDepth) / N::kNumbers, {weights + done * kLength + e, kLength, 1}, x + e * d, d,
+                    out + done * ldo, ldo);
+      done = end;
     }
   }
 
@@ -151,16 +133,6 @@ DIFFMAS_INLINE void for_rows(const ScheduledAttention& args, const Tile& tile, i
   }
 }
 
-struct FloatRows {
-  float* data;
-  int64_t stride;
-};
-
-// The rows of a tile where they lie, when they are float32, consecutive and need no padding.
-DIFFMAS_INLINE bool in_place(const ScheduledAttention& args, const Tile& tile, const Rows& pool) {
-  return tile.row >= 0 && pool.dtype == DType::f32 && args.head_dim % W == 0;
-}
-
 // To ask for a tile's rows of two pools of one dtype while `panels` panels go through a product of kTileKeys rows.
 DIFFMAS_INLINE Ahead ahead_of(const Tile& tile, const Rows& k, const Rows& v, const QueryBlock& q) {
   if (tile.row < 0) return {};
@@ -175,14 +147,29 @@ DIFFMAS_INLINE Ahead ahead_of(const Tile& tile, const Rows& k, const Rows& v, co
           0};
 }
 
-static FloatRows tile_rows(const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head, float* buffer) {
-  if (in_place(args, tile, pool)) return {reinterpret_cast<float*>(row_of(pool, tile.row, head)), pool.stride_row};
-  const int64_t d = round_up(args.head_dim, W);
+// The rows of a tile where they lie, when they are what a product takes, or a copy of them in the buffer, rows of d numbers.
+template <class N>
+static TileRows<typename N::Element> tile_rows(const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool,
+                                               int64_t head, int64_t d, typename N::Element* buffer) {
+  using E = typename N::Element;
+  constexpr bool kFloats = N::kNumbers == 1;
+  const bool fits = args.head_dim == d && count % N::kRows == 0 && pool.stride_row % N::kNumbers == 0;
+  if (tile.row >= 0 && fits && (!kFloats || pool.dtype == DType::f32))
+    return {reinterpret_cast<const E*>(row_of(pool, tile.row, head)), pool.stride_row / N::kNumbers};
+  const int64_t length = d / N::kNumbers;
   for_rows(args, tile, count, [&](int64_t i, int64_t row) {
-    load_row(buffer + i * d, row_of(pool, row, head), pool.dtype, args.head_dim);
-    for (int64_t c = args.head_dim; c < d; ++c) buffer[i * d + c] = 0;
+    const char* from = row_of(pool, row, head);
+    if constexpr (kFloats) {
+      load_row(buffer + i * length, from, pool.dtype, args.head_dim);
+      for (int64_t c = args.head_dim; c < d; ++c) buffer[i * length + c] = 0;
+    } else {
+      char* to = reinterpret_cast<char*>(buffer + i * length);
+      __builtin_memcpy(to, from, uint64_t(2 * args.head_dim));
+      __builtin_memset(to + 2 * args.head_dim, 0, uint64_t(2 * (d - args.head_dim)));
+    }
   });
-  return {buffer, d};
+  for (int64_t i = count * length; i < round_up(count, N::kRows) * length; ++i) buffer[i] = E{};
+  return {buffer, length};
 }
 
 }  // namespace diffmas::cpu::DIFFMAS_ISA

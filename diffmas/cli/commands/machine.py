@@ -53,6 +53,17 @@ def bench(
     raise typer.Exit(suite.run(target, quick, only, threads, max_rounds, console))
 
 
+def _cpu_forms() -> str:
+    """Which form of the CPU kernels runs, and what else is in the library."""
+    from diffmas.ops import extension
+
+    try:
+        runs = extension.cpu_form()
+    except RuntimeError as error:  # DIFFMAS_CPU_ISA
+        return f", [red]{error}[/]"
+    return f", CPU kernels: {runs} (of {', '.join(extension.cpu_forms)})"
+
+
 def env():
     """Show backends, extension, versions and devices as diffmas finds them."""
     import torch
@@ -67,10 +78,11 @@ def env():
     for name, missing in ops.available().items():
         how = " by name, in Triton's interpreter" if ops.BACKENDS[name].interpreted else ""
         out.add_row(f"backend {name}", f"[green]usable[/]{how}" if missing is None else f"[yellow]missing[/]: {missing}")
+    forms = _cpu_forms() if extension.loaded else ""
     kernels = f", CUDA kernels for {', '.join('sm_' + t for t in extension.cuda_targets)}" if extension.cuda_targets else ""
     out.add_row(
         "C++ extension",
-        f"[green]loaded[/]{kernels}" if extension.loaded else f"[yellow]not loaded[/]: {extension.error}",
+        f"[green]loaded[/]{forms}{kernels}" if extension.loaded else f"[yellow]not loaded[/]: {extension.error}",
         end_section=True,
     )
     out.add_row("python", f"{platform.python_version()} on {platform.platform()}")

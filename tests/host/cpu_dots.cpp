@@ -1,0 +1,2 @@
+#define DIFFMAS_DOTS
+#include "cpu_attention.h"

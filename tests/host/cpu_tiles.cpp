@@ -1,0 +1,3 @@
+#define DIFFMAS_DOTS
+#define DIFFMAS_TILES
+#include "cpu_attention.h"

@@ -47,7 +47,7 @@ def _cpu_cases() -> list[Case]:
     for heads in ("8/8", "32/8"):
         add("latent step", 2048, heads=heads)
         add("latent step", 8192, heads=heads, quick=("forward",))
-    for N in (2048, 8192):
+    for N in (2048, 4096, 8192, 16384):
         add("latent step", N, dtype="bfloat16", phases=("forward",), quick=("forward",) if N == 2048 else ())
     add("small-q", 8192, 16, quick=("forward",))
     add("small-q", 8192, 16, heads="32/8", phases=("forward",))
@@ -58,7 +58,10 @@ def _cpu_cases() -> list[Case]:
     add("prompt", 1024, 1024, heads="32/8")
     add("prompt", 2048, 2048)
     add("prompt", 4096, 4096, phases=("forward",))
-    add("prompt", 1024, 1024, dtype="bfloat16", phases=("forward",))
+    for D, heads in ((64, "8/8"), (128, "16/8")):
+        add("prompt", 1024, 1024, D=D, heads=heads, dtype="bfloat16", quick=("forward",) if D == 128 else ())
+        add("prompt on a trace", 4096, 512, D=D, heads=heads, dtype="bfloat16")
+        add("small-q", 4096, 16, D=D, heads=heads, dtype="bfloat16", phases=("forward",))
     add("prompt on a trace", 2048, 256, quick=("forward",))
     add("prompt on a trace", 4096, 512)
     add("prompt on a trace", 8192, 1024, phases=("forward",))

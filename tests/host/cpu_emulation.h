@@ -42,8 +42,11 @@ struct Tiles {
 };
 inline Tiles tiles;
 
-void configure_tiles() {
+void configure_tiles(const TileConfig& config) {
   if (tiles.configured) host::fail("tiles are configured twice");
+  if (config.palette != 1 || config.start_row) host::fail("palette %d", config.palette);
+  for (int t = 0; t < 16; ++t)  // the CPU has eight, and refuses any other that is asked for
+    if (config.row_bytes[t] != (t < 8 ? 64 : 0) || config.rows[t] != (t < 8 ? 16 : 0)) host::fail("tile %d is not one of 16 x 64 bytes", t);
   tiles.configured = true;
   for (bool& written : tiles.written) written = false;
 }

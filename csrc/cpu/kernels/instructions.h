@@ -34,9 +34,18 @@ DIFFMAS_INLINE vf dot(vf sum, vu a, vu b);
 DIFFMAS_INLINE vh narrow(vf x);
 DIFFMAS_INLINE vu narrow(vf first, vf second);
 
-// Eight tiles of 16 rows of 64 bytes, for a thread's task: none may be used before, and other code pays for those that were not
-// released. A tile is loaded from, and stored to, rows that are `stride` bytes apart.
-DIFFMAS_INLINE void configure_tiles();
+// What tiles there are: palette 1, bytes of a row and rows of each.
+struct TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+static_assert(sizeof(TileConfig) == 64);
+constexpr TileConfig kTiles = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};  // all eight, 16 x 16 words
+
+// No tile may be used before, and other code pays for tiles that were not released. A tile is loaded from, and stored to, rows
+// that are `stride` bytes apart.
+DIFFMAS_INLINE void configure_tiles(const TileConfig& config);
 DIFFMAS_INLINE void release_tiles();
 template <int kTile>
 DIFFMAS_INLINE void tile_zero();
@@ -59,14 +68,7 @@ DIFFMAS_INLINE vu narrow(vf first, vf second) {
 #endif
 
 #if !defined(DIFFMAS_HOST_EMULATION) && defined(DIFFMAS_TILES)
-DIFFMAS_INLINE void configure_tiles() {
-  struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-  asm volatile("ldtilecfg %0" ::"m"(config));
-}
+DIFFMAS_INLINE void configure_tiles(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
 DIFFMAS_INLINE void release_tiles() { asm volatile("tilerelease"); }
 template <int kTile>
 DIFFMAS_INLINE void tile_zero() {

@@ -60,7 +60,7 @@ struct UsingTiles {
 #if defined(DIFFMAS_TILES)
 template <>
 struct UsingTiles<Bfloats> {
-  UsingTiles() { configure_tiles(); }
+  UsingTiles() { configure_tiles(kTiles); }
   ~UsingTiles() { release_tiles(); }
 };
 #endif

@@ -21,7 +21,7 @@ ScheduledAttention scheduled(const AttentionArgs& args, const Rotations& rotatio
 void attention_forward(const AttentionArgs& args, const Threads& threads, const Workspace& workspace) {
   const Rotations rotations(args.view);
   ScheduledAttention s = scheduled(args, rotations);
-  const ForwardSchedule schedule(args.view, rotations, s.group(), args.kv_heads);
+  const ForwardSchedule schedule(args.view, rotations, s.group(), args.kv_heads, kernels().one_row_keys(args));
   s.tiles = schedule.tiles.data();
   s.blocks = schedule.blocks.data();
   if (schedule.partials) s.partials = workspace.take(workspace.context, schedule.partials * s.forward_partial_size());
@@ -35,7 +35,8 @@ void attention_forward(const AttentionArgs& args, const Threads& threads, const 
 void attention_backward(const AttentionArgs& args, const Threads& threads, const Workspace& workspace) {
   const Rotations rotations(args.view);
   ScheduledAttention s = scheduled(args, rotations);
-  const BackwardSchedule schedule(args.view, rotations, s.group(), args.kv_heads, s.padded_dim, args.dq.data != nullptr);
+  const BackwardSchedule schedule(args.view, rotations, s.group(), args.kv_heads, s.padded_dim, kernels().one_row_keys(args),
+                                  args.dq.data != nullptr);
   s.tiles = schedule.tiles.data();
   s.blocks = schedule.blocks.data();
   int64_t partials = 0;

@@ -18,8 +18,9 @@
 namespace diffmas::cpu {
 namespace {
 
-#define DIFFMAS_ATTENTION(isa) \
-  isa::attention_forward_task, isa::attention_merge_task, isa::attention_backward_unit, isa::attention_backward_reduce_task
+#define DIFFMAS_ATTENTION(isa)                                                                                       \
+  isa::attention_one_row_keys, isa::attention_forward_task, isa::attention_merge_task, isa::attention_backward_unit, \
+      isa::attention_backward_reduce_task
 #define DIFFMAS_KERNELS(isa, attention_isa)                                                                           \
   Kernels {                                                                                                           \
     isa::inject_forward_range, isa::inject_backward_block, isa::merge_states_range, isa::merge_states_backward_range, \

@@ -86,8 +86,9 @@ std::vector<int32_t> append_tiles(const std::vector<Piece>& pieces, int64_t tile
 }
 
 // Keys in a tile of sequence b.
-int64_t tile_keys(const Segments& s, int64_t b, int64_t group) {
-  return (s.q_indptr[b + 1] - s.q_indptr[b]) * group <= kSmallQRows ? kSmallQKeys : kTileKeys;
+int64_t tile_keys(const Segments& s, int64_t b, int64_t group, int64_t one_row_keys) {
+  const int64_t rows = (s.q_indptr[b + 1] - s.q_indptr[b]) * group;
+  return rows == 1 ? one_row_keys : rows <= kSmallQRows ? kSmallQKeys : kTileKeys;
 }
 
 // Query blocks of sequence b.
@@ -159,13 +160,13 @@ int64_t largest_block(const Segments& s, int64_t group) {
   return std::min(kBlockRows, queries * group);
 }
 
-ForwardSchedule::ForwardSchedule(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads) {
+ForwardSchedule::ForwardSchedule(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t one_row_keys) {
   std::vector<std::pair<int64_t, int64_t>> ranges;  // of each block's tiles
   for (int64_t b = 0; b < s.batch; ++b) {
     const int64_t begin = int64_t(tiles.size()), block = int64_t(blocks.size());
     append_blocks(s, b, group, blocks);
     if (block == int64_t(blocks.size())) continue;
-    append_tiles(pieces_of(s, rotations, b, {}), tile_keys(s, b, group), tiles);
+    append_tiles(pieces_of(s, rotations, b, {}), tile_keys(s, b, group, one_row_keys), tiles);
     for (size_t i = block; i < blocks.size(); ++i)
       ranges.push_back({begin, visible_end(blocks[i], group, tiles, begin, int64_t(tiles.size()))});
   }
@@ -195,7 +196,7 @@ ForwardSchedule::ForwardSchedule(const Segments& s, const Rotations& rotations, 
 }
 
 BackwardSchedule::BackwardSchedule(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim,
-                                   bool want_dq) {
+                                   int64_t one_row_keys, bool want_dq) {
   const std::vector<int64_t> bounds = chunk_bounds(s, kv_heads);
   const int64_t chunks = int64_t(bounds.size()) + 1;
   const int64_t partial_budget =
@@ -219,7 +220,7 @@ BackwardSchedule::BackwardSchedule(const Segments& s, const Rotations& rotations
     if (block == blocks.size()) continue;
     // Ranges of tiles by chunk; a chunk's tiles stay in view order.
     std::vector<Tile> unordered;
-    const std::vector<int32_t> chunk_of = append_tiles(pieces_of(s, rotations, b, bounds), tile_keys(s, b, group), unordered);
+    const std::vector<int32_t> chunk_of = append_tiles(pieces_of(s, rotations, b, bounds), tile_keys(s, b, group, one_row_keys), unordered);
     std::vector<int64_t> order(unordered.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = int64_t(i);
     std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return chunk_of[x] < chunk_of[y]; });

@@ -28,7 +28,8 @@ struct ForwardSchedule {
   int64_t partials = 0;
   int64_t pairs = 0;  // of a query row and a key, at most
 
-  ForwardSchedule(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads);
+  // one_row_keys: of a tile where a sequence has one query row.
+  ForwardSchedule(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t one_row_keys);
 };
 
 // Backward runs in phases over consecutive query blocks, so that the partial dq of all chunks stays small.
@@ -44,7 +45,8 @@ struct BackwardSchedule {
   std::vector<Block> blocks;
   std::vector<BackwardPhase> phases;
 
-  BackwardSchedule(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim, bool want_dq);
+  BackwardSchedule(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim,
+                   int64_t one_row_keys, bool want_dq);
 };
 
 }  // namespace diffmas::cpu

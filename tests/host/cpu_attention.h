@@ -13,6 +13,7 @@ namespace diffmas::cpu {
 const Kernels& kernels() {
   static const Kernels emulated = [] {
     Kernels k{};
+    k.one_row_keys = emulated::attention_one_row_keys;
     k.attention_forward = emulated::attention_forward_task, k.attention_merge = emulated::attention_merge_task;
     k.attention_backward = emulated::attention_backward_unit, k.attention_backward_reduce = emulated::attention_backward_reduce_task;
     return k;

@@ -72,8 +72,8 @@ void small_q_unit(const QueryBlock& q, const BackwardUnit& unit, float* dq, floa
   E* d_o_elements = take<E>(scratch, kSmallQRows * d);
   float* dq_rotated = take(scratch, kSmallQRows * d);  // dq at the current offset
   float* spare = take(scratch, kSmallQRows * d);
-  float* k_buffer = take(scratch, kSmallQKeys * d);
-  float* v_buffer = take(scratch, kSmallQKeys * d);
+  float* k_buffer = take(scratch, kSmallQKeys * round_up(d, N::kNumbers * W));
+  float* v_buffer = take(scratch, kSmallQKeys * round_up(d, N::kNumbers * W));
   Products<N> t{take(scratch, kSmallQRows * kSmallQKeys), take(scratch, kSmallQRows * kSmallQKeys),
                 take<E>(scratch, kSmallQRows * kSmallQKeys)};
   float* lse = take(scratch, kBlockRows);

@@ -20,18 +20,10 @@ void rescale(float* o, float alpha, int64_t d) {
   for (int64_t c = 0; c < d; c += W) store(o + c, load(o + c) * alpha);
 }
 
-// x and p are Elements; the scores [rows, kSmallQKeys] become p in place.
+// Turns the scores [rows, kSmallQKeys] of `count` keys into p, Elements, in place.
 template <class N>
-void small_q_tile(const QueryBlock& q, const typename N::Element* x, const Tile& tile, int64_t count, float* buffer, float* s,
-                  State state) {
-  constexpr int64_t kVector = N::kNumbers * W;
-  const int64_t d = q.d;
+void small_q_softmax(const QueryBlock& q, const Tile& tile, int64_t count, float* s, State state) {
   const float factor = N::of_scores(q.args.scale);
-  RowTable table;
-  find_whole_rows<N>(table, q.args, tile, count, q.args.k_pool, q.head, kVector, buffer);
-  scores(table, count, round_up(d, kVector), x, q.rows(), s);
-  find_whole_rows<N>(table, q.args, tile, count, q.args.v_pool, q.head, N::kRowLength, buffer);
-  fetch_first(table, d);  // they arrive while the softmax runs
   const int64_t padded = round_up(count, W);
   for (int64_t r = 0; r < q.rows(); ++r) {
     float* sr = s + r * kSmallQKeys;
@@ -49,9 +41,8 @@ void small_q_tile(const QueryBlock& q, const typename N::Element* x, const Tile&
     const float alpha = exp(splat(state.max[r] - base))[0];
     state.max[r] = m;
     state.sum[r] = state.sum[r] * alpha + sum(total);
-    rescale(state.o + r * d, alpha, d);
+    rescale(state.o + r * q.d, alpha, q.d);
   }
-  weighted_sum(table, count, d, reinterpret_cast<const typename N::Element*>(s), state.o, q.rows());
 }
 
 // o = state.o / sum, lse = max + log(sum). Nothing seen: o = 0, lse = -inf.
@@ -80,12 +71,14 @@ void finish(const QueryBlock& q, const ForwardTask& task, State state) {
 template <class N>
 void small_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) {
   using E = typename N::Element;
+  constexpr int64_t kVector = N::kNumbers * W;
   const ScheduledAttention& args = q.args;
   const int64_t d = q.d;
   float* plain = take(scratch, kSmallQRows * d);    // queries times their part of the scale
   float* rotated = take(scratch, kSmallQRows * d);  // and at the current offset
   E* x_buffer = take<E>(scratch, kSmallQRows * d);
-  float* buffer = take(scratch, kSmallQKeys * d);
+  float* k_buffer = take(scratch, kSmallQKeys * round_up(d, kVector));
+  float* v_buffer = take(scratch, kSmallQKeys * d);
   float* s = take(scratch, kSmallQRows * kSmallQKeys);
   State state{take(scratch, kSmallQRows * d), take(scratch, kBlockRows), take(scratch, kBlockRows)};
   for (int64_t i = 0; i < q.rows() * d; ++i) state.o[i] = 0;
@@ -94,14 +87,31 @@ void small_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) 
   q.load_rows(plain, args.q, N::of_queries(args.scale));
   int32_t rotation = -2;  // of x
   const E* x = nullptr;
+  RowTable k, v;
+  const auto find_k = [&](int64_t t) {
+    find_whole_rows<N>(k, args, args.tiles[t], q.visible(args.tiles[t]), args.k_pool, q.head, kVector, k_buffer);
+  };
+  const auto find_v = [&](int64_t t) {
+    find_whole_rows<N>(v, args, args.tiles[t], q.visible(args.tiles[t]), args.v_pool, q.head, N::kRowLength, v_buffer);
+  };
+  const bool asks = N::kNumbers == 2 && q.rows() > 1;  // for V during the scores, and for the next tile's K during the sums
   for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
     const Tile& tile = args.tiles[t];
+    const int64_t count = q.visible(tile);
     if (tile.rotation != rotation) {
       rotation = tile.rotation;
       if (rotation >= 0) q.rotate(rotated, plain, rotation, false);
       x = as_elements(q, rotation >= 0 ? rotated : plain, x_buffer);
     }
-    small_q_tile<N>(q, x, tile, q.visible(tile), buffer, s, state);
+    if (!asks || t == task.tile_begin) find_k(t);
+    if (asks) find_v(t), k.next = &v;
+    scores(k, count, round_up(d, kVector), x, q.rows(), s);
+    if (!asks) find_v(t);
+    fetch_first(v, d);  // they arrive while the softmax runs
+    small_q_softmax<N>(q, tile, count, s, state);
+    v.next = nullptr;
+    if (asks && t + 1 < task.tile_end) find_k(t + 1), v.next = &k;
+    weighted_sum(v, count, d, reinterpret_cast<const E*>(s), state.o, q.rows());
   }
   finish(q, task, state);
 }
@@ -204,6 +214,8 @@ void large_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) 
 }
 
 }  // namespace
+
+int64_t attention_one_row_keys(const AttentionArgs& args) { return in_bfloats(args) ? kOneRowKeys : kSmallQKeys; }
 
 void attention_forward_task(const ScheduledAttention& args, const ForwardTask& task, float* scratch) {
   const QueryBlock q(args, args.blocks[task.block], task.head);

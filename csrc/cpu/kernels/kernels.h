@@ -20,6 +20,7 @@ struct Kernels {
   void (*merge_states_backward)(const MergeArgs&, int64_t token_begin, int64_t token_end);
   void (*reposition)(const RepositionArgs&, int64_t begin, int64_t end);
   void (*reposition_backward)(const RepositionArgs&, int64_t head);
+  int64_t (*one_row_keys)(const AttentionArgs&);  // kOneRowKeys where the form multiplies these dtypes as they are
   void (*attention_forward)(const ScheduledAttention&, const ForwardTask&, float* scratch);
   void (*attention_merge)(const ScheduledAttention&, const MergeTask&);
   void (*attention_backward)(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch);
@@ -31,6 +32,7 @@ const Kernels& kernels();
 
 #define DIFFMAS_DECLARE_ATTENTION(isa)                                                                        \
   namespace isa {                                                                                             \
+  int64_t attention_one_row_keys(const AttentionArgs&);                                                       \
   void attention_forward_task(const ScheduledAttention&, const ForwardTask&, float* scratch);                 \
   void attention_merge_task(const ScheduledAttention&, const MergeTask&);                                     \
   void attention_backward_unit(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch); \

@@ -42,7 +42,7 @@ struct Bfloats {
   static float of_dq(float scale) { return of_queries(scale); }
 };
 
-DIFFMAS_INLINE bool in_bfloats(const ScheduledAttention& args) {
+DIFFMAS_INLINE bool in_bfloats(const AttentionArgs& args) {
   const auto is = [](const Rows& rows) { return rows.dtype == DType::bf16; };
   return kHasDots && is(args.q) && is(args.k_pool) && is(args.v_pool) && (!args.d_o.data || is(args.d_o));
 }

@@ -4,45 +4,12 @@
 // after another, each row once for all query rows, converted from its stored dtype on the way, or as it is where the instruction set
 // multiplies bfloat16.
 #pragma once
-#include "tile.h"
+#include "row_table.h"
 
 namespace diffmas::cpu::DIFFMAS_ISA {
 
 // Query rows that share the registers in one pass over a row of K or V; more rows make more passes, over L1.
 constexpr int kPass = 4;
-// Rows fetched ahead, only where that pays: two rows of V at a time, scattered rows, and 2-byte rows that are converted, whose many
-// instructions per line leave few loads in flight. (Rows that are multiplied as they are: V for one query row, 42 % more from memory;
-// K and V otherwise 10 to 60 % less.)
-constexpr int64_t kAhead = 8;
-constexpr int64_t kPast = kAhead + 4;  // keys are taken by fours
-
-// The rows of a tile where they lie.
-struct RowTable {
-  const char* row[kSmallQKeys + kPast];  // past the count the last row again
-  DType dtype;
-  bool fetch;  // ask for rows ahead
-};
-
-static void find_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head,
-                      bool ahead) {
-  table.dtype = pool.dtype;
-  table.fetch = ahead || tile.row < 0;
-  for_rows(args, tile, count, [&](int64_t i, int64_t row) { table.row[i] = row_of(pool, row, head); });
-  for (int64_t i = 0; i < kPast; ++i) table.row[count + i] = table.row[count - 1];
-}
-
-// The same for rows that are read as whole vectors, of `multiple` numbers: others go through the buffer [kSmallQKeys, d], padded with
-// zeros.
-template <class N>
-static void find_whole_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool,
-                            int64_t head, int64_t multiple, float* buffer) {
-  using E = typename N::Element;
-  if (args.head_dim % multiple == 0) return find_rows(table, args, tile, count, pool, head, N::kNumbers == 1 && pool.dtype != DType::f32);
-  const TileRows<E> padded = tile_rows<N>(args, tile, count, pool, head, round_up(args.head_dim, multiple), reinterpret_cast<E*>(buffer));
-  table.dtype = N::kNumbers == 1 ? DType::f32 : pool.dtype;
-  table.fetch = false;
-  for (int64_t i = 0; i < count + kPast; ++i) table.row[i] = reinterpret_cast<const char*>(padded.data + min(i, count - 1) * padded.stride);
-}
 
 // How rows of K and V are multiplied. Queries and weights are Elements.
 template <DType kStored>
@@ -79,15 +46,6 @@ static const Pair* as_elements(const QueryBlock& q, const float* rows, Pair* buf
   return buffer;
 }
 #endif
-
-template <int N>
-DIFFMAS_INLINE void fetch(const char* const* row, int64_t bytes) {
-  for (int i = 0; i < N; ++i)
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row[i] + b);
-}
-
-// Asks for the first rows of the table.
-DIFFMAS_INLINE void fetch_first(const RowTable& table, int64_t d) { fetch<kAhead>(table.row, d * element_size(table.dtype)); }
 
 // Calls pass(first row, size) for passes of up to kPass of the rows, as even as they go.
 template <class F>
@@ -131,6 +89,7 @@ static void scores_of(const RowTable& k, int64_t count, int64_t d, const typenam
   if (kD) d = kD;
   for (int64_t i = 0; i < count; i += 4) {
     if (k.fetch) fetch<4>(k.row + i + kAhead, d * element_size(S::kType));
+    if (S::kNumbers == 2) fetch_next<4>(k, i, d * element_size(S::kType));
     for_passes(rows, [&](int64_t r, int64_t size) __attribute__((always_inline)) {
       const typename S::Element* xr = x + r * d / S::kNumbers;
       switch (size) {
@@ -166,9 +125,10 @@ static void add_one(const RowTable& v, int64_t count, int64_t d, const typename 
   vf sum[N];
   for (int j = 0; j < N; ++j) sum[j] = load(y + j * W);
   for (int64_t i = 0; i < count; i += S::kNumbers) {
-    const char* const* rows = v.row + i;
+    const char* rows[S::kNumbers];  // here, or they are read again after every store
+    for (int j = 0; j < S::kNumbers; ++j) rows[j] = v.row[i + j];
     const auto weight = splat(p[i / S::kNumbers]);
-    if (v.fetch || S::kNumbers == 2) fetch<S::kNumbers>(rows + kAhead, d * element_size(S::kType));
+    if (v.fetch || S::kNumbers == 2) fetch<S::kNumbers>(v.row + i + kAhead, d * element_size(S::kType));
     for (int j = 0; j < N; ++j) multiply_add(sum[j], weight, S::keys(rows, 0, j * W));
     for (int64_t c = N * W; c < d; c += W) {
       vf rest = load(y + c);
@@ -232,7 +192,10 @@ static void weighted_sum_of(const RowTable& v, int64_t count, int64_t d, const t
   constexpr int B = 2 / S::kNumbers;
   const bool ahead = S::kNumbers == 1 || v.fetch;
   int64_t i = 0;
-  for (; i + 2 <= count; i += 2) add_some<S, B>(v.row + i, d, p + i / S::kNumbers, y, rows, ahead);
+  for (; i + 2 <= count; i += 2) {
+    if (S::kNumbers == 2) fetch_next<2>(v, i, d * element_size(S::kType));
+    add_some<S, B>(v.row + i, d, p + i / S::kNumbers, y, rows, ahead);
+  }
   if (i < count) add_some<S, 1>(v.row + i, d, p + i / S::kNumbers, y, rows, false);
 }
 

@@ -88,8 +88,10 @@ template <class S, int64_t kD>
 static void scores_of(const RowTable& k, int64_t count, int64_t d, const typename S::Element* x, int64_t rows, float* s) {
   if (kD) d = kD;
   for (int64_t i = 0; i < count; i += 4) {
-    if (k.fetch) fetch<4>(k.row + i + kAhead, d * element_size(S::kType));
-    if (S::kNumbers == 2) fetch_next<4>(k, i, d * element_size(S::kType));
+    const int64_t bytes = d * element_size(S::kType);
+    if (k.fetch) fetch<4>(k.row + i + kAhead, bytes);
+    else if (S::kNumbers == 2 && !k.next) fetch<4, To::L2>(k.row + i + kAhead, bytes);
+    if (S::kNumbers == 2) fetch_next<4>(k, i, bytes);
     for_passes(rows, [&](int64_t r, int64_t size) __attribute__((always_inline)) {
       const typename S::Element* xr = x + r * d / S::kNumbers;
       switch (size) {

@@ -1,7 +1,7 @@
 """One forward and backward of every op on a backend and device, and the error budget that the results are held to."""
 
 import torch
-from op_cases import ROWS, as_it_lies, head_major
+from op_cases import ROWS, View, as_it_lies, attention_inputs, head_major
 
 from diffmas.ops import reference
 
@@ -40,6 +40,39 @@ def attention_all(inputs, backend, do, dlse=None, grad_tail=None, want_dq=True):
     dlse, grad_tail = (None if x is None else x.to(o.device) for x in (dlse, grad_tail))
     dq = raw.cross_attention_backward(do.to(o), dlse, args[0], o, lse, *args[1:], dk, dv, grad_tail, want_dq, backend)
     return o, finite(lse), dq, dk, dv
+
+
+def nan_stays_in_its_sequence(backend, name, dtype):
+    """And reaches all that it must there. Both sequences have rows in one tile of the pool; one part of a view has the NaN of
+    tensor `name`: q, do, k_pool or v_pool."""
+    view = View([20, 2], [[(0, 300, 0), (620, 20, 0)], [(300, 320, 4), (640, 2, 0)]], causal=False)
+    inputs, do = attention_inputs(view, rows=650), exact_in_half(22, 4, 64)
+    want = attention_all(inputs.to(dtype), backend, do)
+    {"do": do, **vars(inputs)}[name][9, 0, 5] = torch.nan  # a token, or a row, of the first sequence
+    got, like = (attention_all(inputs.to(dtype), by, do) for by in (backend, "reference"))
+    rows = torch.cat((torch.arange(300, 620), torch.arange(640, 650)))
+    for i, (x, clean, wanted) in enumerate(zip(got, want, like)):
+        other = slice(20, 22) if i < 3 else rows
+        assert torch.equal(x[other], clean[other]) and x[wanted.isnan()].isnan().all()
+    assert like[2].isnan().any() and like[3].isnan().any()
+
+
+def row_makes_nan_of_what_it_sees(backend, name, value, dtype, queries, keys=150, D=64):
+    """And of nothing else, bit for bit: a query row of q or do (`name`) with a `value` that is not finite, in a causal view."""
+    inputs = attention_inputs(View([queries], [[(3, 40, 0), (100, keys - 40, 5)]]), D=D, rows=300)
+    do, token, head = exact_in_half(queries, 4, D), queries // 2, 3
+    want = attention_all(inputs.to(dtype), backend, do)
+    {"do": do, "q": inputs.q}[name][token, head, D - 2] = value
+    got = attention_all(inputs.to(dtype), backend, do)
+    slots = torch.cat((torch.arange(3, 43), torch.arange(100, 60 + keys)))
+    reached = torch.zeros(300, 2, dtype=torch.bool)
+    reached[slots[: keys - queries + token + 1], head // 2] = True
+    for x, clean in zip(got[3:], want[3:]):
+        assert x[reached].isnan().all() and torch.equal(x[~reached], clean[~reached])
+    others = torch.ones(queries, 4, dtype=torch.bool)
+    others[token, head] = False
+    assert got[2][token, head].isnan().all()
+    assert all(torch.equal(x[others], clean[others]) for x, clean in zip(got[:3], want[:3]))
 
 
 def inject_all(inputs, backend, dq_rot, dk, dv, rows=ROWS):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from host_attention import HostAttention
 from op_cases import VIEWS, View, as_it_lies, attention_inputs, head_major, random_attention
-from op_runs import attention_all, exact_in_half, raw, within_budget
+from op_runs import attention_all, exact_in_half, nan_stays_in_its_sequence, raw, within_budget
 
 from diffmas import ops
 from diffmas.ops import backends, reference
@@ -208,18 +208,8 @@ def test_many_sequences_and_segments(kernels):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
 def test_a_nan_stays_in_its_sequence(name, dtype, kernels):
-    """And reaches all that it must there. Both sequences have rows in one tile of the pool; one part of a view has the NaN."""
     kernels.processors = 8
-    view = View([20, 2], [[(0, 300, 0), (620, 20, 0)], [(300, 320, 4), (640, 2, 0)]], causal=False)
-    inputs, do = attention_inputs(view, rows=650), exact_in_half(22, 4, 64)
-    want = attention_all(inputs.to(dtype), "cuda", do)
-    {"do": do, **vars(inputs)}[name][9, 0, 5] = torch.nan  # a token, or a row, of the first sequence
-    got, like = (attention_all(inputs.to(dtype), backend, do) for backend in ("cuda", "reference"))
-    rows = torch.cat((torch.arange(300, 620), torch.arange(640, 650)))
-    for i, (x, clean, wanted) in enumerate(zip(got, want, like)):
-        other = slice(20, 22) if i < 3 else rows
-        assert torch.equal(x[other], clean[other]) and x[wanted.isnan()].isnan().all()
-    assert like[2].isnan().any() and like[3].isnan().any()
+    nan_stays_in_its_sequence("cuda", name, dtype)
 
 
 class Recorder:

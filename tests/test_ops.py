@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
-from op_runs import attention_all, exact_in_half, inject_all, merge_all, reposition_all, within_budget
+from op_runs import (
+    attention_all, exact_in_half, inject_all, merge_all, nan_stays_in_its_sequence, reposition_all, row_makes_nan_of_what_it_sees,
+    within_budget,
+)  # fmt: skip
 
 from diffmas import ops
 from diffmas.ops import extension
@@ -138,12 +141,28 @@ def test_attention_takes_any_scale(backend, scale):
             within_budget(got, like, want, 64 * 2**0.5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_stays_in_its_sequence(backend, name, dtype):
+    nan_stays_in_its_sequence(backend, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["q", "do"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_is_not_finite(backend, name, value, dtype):
+    for queries in (1, 5, 100):  # one row of a group, few, and blocks
+        row_makes_nan_of_what_it_sees(backend, name, value, dtype, queries)
+
+
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(isa):
     """The op tests once more with the CPU kernels' other forms, in a process of its own: the form is picked at load time."""
     if "cpu" not in BACKENDS:
         pytest.skip("the C++ extension is not built")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "budget and (float32 or bfloat16)"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "(budget or nan or not_finite) and (float32 or bfloat16)"]
     done = subprocess.run(command, env={**os.environ, "DIFFMAS_CPU_ISA": isa}, capture_output=True, text=True)
     if "DIFFMAS_CPU_ISA: expected" in done.stdout:
         pytest.skip(f"this CPU has no {isa}")

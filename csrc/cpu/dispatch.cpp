@@ -33,7 +33,7 @@ bool has_bit(unsigned leaf, unsigned subleaf, int word, int bit) {  // word: 0 f
   return __get_cpuid_count(leaf, subleaf, words, words + 1, words + 2, words + 3) && (words[word] >> bit & 1);
 }
 
-// The kernel saves the tiles of those processes only that have asked for them.
+// The kernel saves the tiles of those processes only that have asked for them; where it (XCR0) or a sandbox knows none, it refuses.
 bool may_use_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -82,11 +82,11 @@ const Form kForms[] = {
 // The first that this CPU has, or the one that DIFFMAS_CPU_ISA names (refused where it is not to be had).
 const Form& pick() {
   const char* wanted = std::getenv("DIFFMAS_CPU_ISA");
-  std::string names;
-  for (const Form& form : kForms) {
+  for (const Form& form : kForms)
     if ((!wanted || !std::strcmp(form.name, wanted)) && has(form.name)) return form;
+  std::string names;
+  for (const Form& form : kForms)
     if (has(form.name)) names += std::string(names.empty() ? "" : ", ") + form.name;
-  }
   throw std::runtime_error("DIFFMAS_CPU_ISA: expected what this CPU and this build have, " + names + "; got " + wanted);
 }
 

@@ -83,6 +83,7 @@ void small_q_unit(const QueryBlock& q, const BackwardUnit& unit, float* dq, floa
   q.load_rows(d_o, args.d_o);
   q.load_rows(spare, args.o);
   load_statistics(q, d_o, spare, 1, lse, delta);
+  take_out_what_is_not_finite(q, plain, d_o, lse);
 
   int32_t rotation = -2;
   Queries<N> in{plain, d_o, nullptr, as_elements(q, d_o, d_o_elements), lse, delta};

@@ -4,6 +4,17 @@
 
 namespace diffmas::cpu::DIFFMAS_ISA {
 
+struct Weights {
+  vf p, ds;
+};
+
+// Of scores that are -inf where the row does not see the token: zeros there, also of a row that is not finite.
+DIFFMAS_INLINE Weights weights(vf score, vf dp, vf lse, vf delta) {
+  const vi hidden = score == splat(-kInf);
+  const vf p = hidden ? vf{} : exp(score - lse);
+  return {p, hidden ? vf{} : p * (dp - delta)};
+}
+
 // What becomes of a panel's scores and dp, [key, lane]: p and ds, left operands of products over the block's rows, and ds as a right
 // operand of one over the keys. r0: the panel's first lane.
 template <class N>
@@ -26,9 +37,9 @@ struct Gradients<Floats> {
     float *pi = p + r0, *dsi = ds + r0;
     for (int64_t i = 0; i < count; ++i, pi += kBlockRows, dsi += kBlockRows)
       for (int j = 0; j < NV * W; j += W) {
-        const vf w = exp(load(pi + j) - load(lse + j));
-        store(pi + j, w);
-        store(dsi + j, w * (load(dsi + j) - load(delta + j)));
+        const Weights w = weights(load(pi + j), load(dsi + j), load(lse + j), load(delta + j));
+        store(pi + j, w.p);
+        store(dsi + j, w.ds);
       }
   }
 };
@@ -68,15 +79,14 @@ struct Gradients<Bfloats> {
     for (int64_t i = count * kPanel; i < end * kPanel; i += W) store(s + i, splat(-kInf)), store(t + i, vf{});
     for (int64_t i = 0; i < end; i += 2)
       for (int j = 0; j < NV * W; j += W) {
-        vf g[2];
+        Weights w[2];
         for (int k = 0; k < 2; ++k) {
           const int64_t from = (i + k) * kPanel + j;
-          const vf w = exp(load(s + from) * factor - load(lse + j));
-          g[k] = w * (load(t + from) * factor - load(delta + j));
-          *reinterpret_cast<vh_any*>(at(p, i + k, r0 + j)) = narrow(w);
-          *reinterpret_cast<vh_any*>(at(ds, i + k, r0 + j)) = narrow(g[k]);
+          w[k] = weights(load(s + from) * factor, load(t + from) * factor, load(lse + j), load(delta + j));
+          *reinterpret_cast<vh_any*>(at(p, i + k, r0 + j)) = narrow(w[k].p);
+          *reinterpret_cast<vh_any*>(at(ds, i + k, r0 + j)) = narrow(w[k].ds);
         }
-        store(ds_right + i / 2 * kPanel + j, narrow(g[0], g[1]));
+        store(ds_right + i / 2 * kPanel + j, narrow(w[0].ds, w[1].ds));
       }
   }
 };
@@ -111,6 +121,17 @@ static void load_statistics(const QueryBlock& q, const float* d_o, const float* 
   }
 }
 
+// A query row x or d_o that is not finite makes NaN of what it sees, by its lse, and of nothing else: zeros stand in for it.
+static void take_out_what_is_not_finite(const QueryBlock& q, float* x, float* d_o, float* lse) {
+  for (int64_t r = 0; r < q.rows(); ++r, x += q.d, d_o += q.d) {
+    vf zeros = {};  // NaN where a factor is not finite
+    for (int64_t c = 0; c < q.d; c += W) zeros += load(x + c) * 0.f + load(d_o + c) * 0.f;
+    if (sum(zeros) == 0) continue;
+    if (lse[r] != kInf) lse[r] = __builtin_nanf("");
+    for (int64_t c = 0; c < q.d; ++c) x[c] = d_o[c] = 0;
+  }
+}
+
 template <class N>
 static void large_q_unit(const QueryBlock& q, const BackwardUnit& unit, float* dq, float* scratch) {
   using E = typename N::Element;
@@ -138,6 +159,7 @@ static void large_q_unit(const QueryBlock& q, const BackwardUnit& unit, float* d
   q.load_rows(d_o, args.d_o);
   q.load_rows(spare, args.o);
   load_statistics(q, d_o, spare, factor, lse, delta);
+  take_out_what_is_not_finite(q, plain, d_o, lse);
   q.pack(d_o_panels, d_o, grad_buffer);
   const E* d_o_right = by_rows(d_o, q.rows(), d, d_o_buffer);
   const E* x_right = nullptr;

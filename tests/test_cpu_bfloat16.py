@@ -8,7 +8,13 @@ import pytest
 import torch
 from host_attention import HostAttention
 from op_cases import VIEWS, View, attention_inputs, random_attention
-from op_runs import attention_all, exact_in_half, within_budget
+from op_runs import (
+    attention_all,
+    exact_in_half,
+    nan_stays_in_its_sequence,
+    row_makes_nan_of_what_it_sees,
+    within_budget,
+)
 
 from diffmas import ops
 from diffmas.ops import backends, reference
@@ -63,6 +69,50 @@ def test_shapes(name, kernels):
     agree(attention_inputs(view, **shape, rows=520))
 
 
+# Every remainder of a vector, a pair and a tile.
+@pytest.mark.parametrize("D", [2, 8, 20, 33, 80, 96, 130, 250, 256])
+def test_head_sizes(D, kernels):
+    view = View([19, 1, 2, 1], [[(40, 33, 7), (10, 1, 0)], [(0, 1, 0)], [(100, 35, -3)], []])
+    agree(attention_inputs(view, heads=(1, 1), D=D, Dr=D // 4 * 2, rows=150))
+
+
+@pytest.mark.parametrize("keys", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65])
+def test_numbers_of_keys(keys, kernels):
+    """Of a tile; blocks, few query rows and one."""
+    for queries in (13, 3, 1):
+        agree(attention_inputs(View([queries], [[(30, keys, 0)]], causal=False), heads=(1, 1), D=32, rows=100))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("D", [64, 80])
+def test_rows_that_lie_anyhow(D, heads, kernels):
+    """Rows begin at any element, odd ones too; the numbers between them are NaN, and the sanitizer knows them."""
+    inputs = attention_inputs(View([21, 1], [[(7, 64, 0), (100, 21, 0)], [(0, 90, 0)]]), heads=heads, D=D, rows=130)
+    want = attention_all(inputs.to(torch.bfloat16), "cpu", inputs.q)
+
+    def apart(x):  # [rows, heads, D] in rows of heads * (D + 1) elements and one more
+        rows, heads, D = x.shape
+        wide = torch.full((rows, heads * (D + 1) + 1), torch.nan, dtype=x.dtype)
+        return wide[:, 1:].unflatten(1, (heads, -1))[..., :D].copy_(x)
+
+    half = inputs.to(torch.bfloat16)
+    half.k_pool, half.v_pool = apart(half.k_pool), apart(half.v_pool)
+    assert half.k_pool.stride(0) % 2 == (heads[1] + heads[1] * D + 1) % 2
+    assert all(torch.equal(a, b) for a, b in zip(attention_all(half, "cpu", inputs.q), want))
+
+
+@pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
+def test_a_nan_stays_in_its_sequence(name, kernels):
+    nan_stays_in_its_sequence("cpu", name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["q", "do"])
+@pytest.mark.parametrize("queries", [1, 5, 55])
+def test_a_row_that_is_not_finite(queries, name, kernels):
+    for value in (torch.nan, torch.inf):
+        row_makes_nan_of_what_it_sees("cpu", name, value, torch.bfloat16, queries, keys=120)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_views(seed, kernels):
     agree(random_attention(seed, 300))
@@ -86,12 +136,14 @@ def test_backward_of_the_grad_tail(kernels):
     assert all(torch.equal(a, b) for a, b in zip(results[0][3:], results[1][3:]))
 
 
-def test_other_dtypes_stay_floats(kernels):
-    """A dtype that the instructions do not multiply is as exact as ever: bfloat16 pools under float32 queries."""
-    inputs = attention_inputs(VIEWS["prefill"], rows=300)
-    single, half = inputs.to(torch.float32), inputs.to(torch.bfloat16)
-    single.k_pool, single.v_pool = half.k_pool, half.v_pool
-    exact = attention_all(inputs, "reference", inputs.q)
-    same = attention_all(inputs.to(torch.float32), "reference", inputs.q)
-    for got, like, want in zip(attention_all(single, "cpu", inputs.q), same, exact):
-        within_budget(got, like, want, 64 * 2**0.5)
+@pytest.mark.parametrize("queries, pools", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")])
+def test_mixed_dtypes_stay_floats(queries, pools, kernels):
+    """What the instructions do not multiply is as exact as ever, in blocks and with few rows."""
+    for name in ("prefill", "ragged"):
+        inputs = attention_inputs(VIEWS[name], rows=400)
+        exact = attention_all(inputs, "reference", inputs.q)
+        mixed, others = inputs.to(getattr(torch, queries)), inputs.to(getattr(torch, pools))
+        same = attention_all(mixed, "reference", inputs.q)
+        mixed.k_pool, mixed.v_pool = others.k_pool, others.v_pool
+        for got, like, want in zip(attention_all(mixed, "cpu", inputs.q), same, exact):
+            within_budget(got, like, want, 64 * 2**0.5)

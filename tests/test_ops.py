@@ -13,9 +13,15 @@ import pytest
 import torch
 from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
 from op_runs import (
-    attention_all, exact_in_half, inject_all, merge_all, nan_stays_in_its_sequence, reposition_all, row_makes_nan_of_what_it_sees,
+    attention_all,
+    exact_in_half,
+    inject_all,
+    merge_all,
+    nan_stays_in_its_sequence,
+    reposition_all,
+    row_makes_nan_of_what_it_sees,
     within_budget,
-)  # fmt: skip
+)
 
 from diffmas import ops
 from diffmas.ops import extension
@@ -52,17 +58,18 @@ def test_attention_budget(backend, name, dtype):
 
 @pytest.mark.parametrize(
     "D, Dr, interleaved",
-    [(32, 32, False), (80, 80, True), (96, 48, False), (128, 128, False), (256, 64, True), (40, 20, False)],
+    [(32, 32, False), (80, 80, True), (96, 48, False), (128, 128, False), (256, 64, True), (40, 20, False), (20, 8, False)],
 )
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_head_sizes(backend, D, Dr, interleaved):
+def test_attention_head_sizes(backend, dtype, D, Dr, interleaved):
     for name in ("offset", "ragged"):
         inputs = attention_inputs(VIEWS[name], (4, 2), D, Dr, interleaved)
-        do, dlse = torch.randn_like(inputs.q), torch.randn(inputs.q.shape[:2])
+        do, dlse = exact_in_half(*inputs.q.shape), torch.randn(inputs.q.shape[:2])
         exact = attention_all(inputs, "reference", do, dlse.double())
-        same = attention_all(inputs.to(torch.float32), "reference", do, dlse)
-        for got, like, want in zip(attention_all(inputs.to(torch.float32), backend, do, dlse), same, exact):
-            within_budget(got, like, want, D * 2**0.5)
+        same = attention_all(inputs.to(dtype), "reference", do, dlse)
+        for got, like, want in zip(attention_all(inputs.to(dtype), backend, do, dlse), same, exact):
+            within_budget(got, like, want, D * 2**0.5, products(backend, dtype))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +169,8 @@ def test_every_instruction_set(isa):
     """The op tests once more with the CPU kernels' other forms, in a process of its own: the form is picked at load time."""
     if "cpu" not in BACKENDS:
         pytest.skip("the C++ extension is not built")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "(budget or nan or not_finite) and (float32 or bfloat16)"]
+    which = "(budget or nan or not_finite or head_sizes) and (float32 or bfloat16)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", which]
     done = subprocess.run(command, env={**os.environ, "DIFFMAS_CPU_ISA": isa}, capture_output=True, text=True)
     if "DIFFMAS_CPU_ISA: expected" in done.stdout:
         pytest.skip(f"this CPU has no {isa}")

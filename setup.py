@@ -30,6 +30,7 @@ CSRC = Path("csrc")
 LIBRARY = "libdiffmas.so"
 BUILD_INFO = "build_info.json"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+ARM = platform.machine().lower() in ("aarch64", "arm64")
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 # DIFFMAS_SANITIZE=1 checks every access; such a library needs libasan loaded first (make test-asan).
@@ -39,15 +40,17 @@ if os.environ.get("DIFFMAS_SANITIZE") == "1":
 # csrc/cpu/kernels/ is compiled once per instruction set; csrc/cpu/dispatch.cpp picks one when the library is loaded.
 # Where a loop starts within a line of code is worth up to 3 %: no kernel may lose that because another one has changed.
 KERNEL_FLAGS = ["-falign-loops=64"]
-ISAS, BFLOAT_ISAS = {"generic": []}, {}
+# BFLOAT_ISAS: attention in bfloat16 (csrc/cpu/kernels/instructions.h); left out where the compiler does not know INSTRUCTION.
+ISAS, BFLOAT_ISAS, INSTRUCTION = {"generic": []}, {}, {}
 if X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     dots, tiles = ["-mavx512bf16"], ["-mamx-tile", "-mamx-bf16"]
     ISAS |= {"avx2": avx2, "avx512": avx2 + avx512}
-    # Attention in bfloat16 (csrc/cpu/kernels/instructions.h); left out where the compiler does not know the instructions.
     BFLOAT_ISAS = {"avx512_bf16": avx2 + avx512 + dots, "amx": avx2 + avx512 + dots + tiles}
     INSTRUCTION = {"avx512_bf16": "vdpbf16ps %zmm0, %zmm1, %zmm2", "amx": "tdpbf16ps %tmm0, %tmm1, %tmm2"}
+if ARM:
+    BFLOAT_ISAS, INSTRUCTION = {"arm_bf16": ["-march=armv8.2-a+bf16"]}, {"arm_bf16": "bfdot v0.4s, v1.8h, v2.8h"}
 # Binaries for these only: an older or newer GPU has none, and diffmas.ops says so.
 CUDA_TARGETS = ["80", "90a", "100a", "120a"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t2", "--compress-mode=size"]  # to a seventh

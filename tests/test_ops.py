@@ -39,7 +39,7 @@ raw = torch.ops.diffmas
 
 def products(backend, dtype):
     """What p and ds are rounded to: bfloat16 where this machine's form of the CPU kernels multiplies it."""
-    bfloats = backend == "cpu" and dtype == torch.bfloat16 and extension.cpu_form() in ("avx512_bf16", "amx")
+    bfloats = backend == "cpu" and dtype == torch.bfloat16 and extension.cpu_form() in ("avx512_bf16", "amx", "arm_bf16")
     return dtype if bfloats else torch.float32
 
 
@@ -164,7 +164,7 @@ def test_a_row_that_is_not_finite(backend, name, value, dtype):
         row_makes_nan_of_what_it_sees(backend, name, value, dtype, queries)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx", "arm_bf16"])
 def test_every_instruction_set(isa):
     """The op tests once more with the CPU kernels' other forms, in a process of its own: the form is picked at load time."""
     if "cpu" not in BACKENDS:

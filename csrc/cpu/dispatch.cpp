@@ -11,6 +11,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(DIFFMAS_HAS_ARM_BF16)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #endif
 
 #include "kernels/kernels.h"
@@ -42,6 +48,19 @@ bool may_use_tiles() {
   return false;
 #endif
 }
+#elif defined(DIFFMAS_HAS_ARM_BF16)
+bool has_arm_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1 << 14;  // HWCAP2_BF16
+  return getauxval(AT_HWCAP2) & kBf16;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return !sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) && has;
+#else
+  return false;
+#endif
+}
 #endif
 
 bool has(const char* isa) {
@@ -55,6 +74,8 @@ bool has(const char* isa) {
   if (is("avx512")) return avx512;
   // Every CPU with AVX2 and FMA converts halves too (F16C).
   if (is("avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(DIFFMAS_HAS_ARM_BF16)
+  if (is("arm_bf16")) return has_arm_bf16();
 #endif
   return is("generic");
 }
@@ -75,6 +96,8 @@ const Form kForms[] = {
 #endif
     {"avx512", DIFFMAS_KERNELS(avx512, avx512)},
     {"avx2", DIFFMAS_KERNELS(avx2, avx2)},
+#elif defined(DIFFMAS_HAS_ARM_BF16)
+    {"arm_bf16", DIFFMAS_KERNELS(generic, arm_bf16)},
 #endif
     {"generic", DIFFMAS_KERNELS(generic, generic)},
 };

@@ -3,7 +3,7 @@
 
 namespace diffmas::cpu {
 
-// Its name: amx, avx512_bf16, avx512, avx2 or generic. Throws where DIFFMAS_CPU_ISA names one that is not to be had.
+// Its name: amx, avx512_bf16, avx512, avx2, arm_bf16 or generic. Throws where DIFFMAS_CPU_ISA names one that is not to be had.
 const char* form();
 
 }  // namespace diffmas::cpu

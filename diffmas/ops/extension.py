@@ -51,8 +51,8 @@ def _cuda_error() -> str | None:
 
 
 def cpu_form() -> str:
-    """Which form of the CPU kernels runs here: "amx", "avx512_bf16", "avx512", "avx2" or "generic", the first that this CPU has
-    unless DIFFMAS_CPU_ISA names another. Raises RuntimeError for one that it, or the build, has not."""
+    """Which form of the CPU kernels runs here: "amx", "avx512_bf16", "avx512", "avx2", "arm_bf16" or "generic", the first that
+    this CPU has unless DIFFMAS_CPU_ISA names another. Raises RuntimeError for one that it, or the build, has not."""
     return torch.ops.diffmas_native.cpu_form()
 
 

@@ -1,11 +1,15 @@
-// cross_attention and its backward by the CPU kernels, with an emulation of the instructions that multiply bfloat16. The program that
-// includes this says which: DIFFMAS_DOTS alone, or DIFFMAS_TILES too.
+// cross_attention and its backward by the CPU kernels. With DIFFMAS_HOST_EMULATION the instructions that multiply bfloat16 are
+// emulated, and the program that includes this says which: DIFFMAS_DOTS alone, or DIFFMAS_TILES too.
 #define DIFFMAS_ISA emulated
 #include "cpu/attention.cpp"
 #include "cpu/kernels/attention_backward.cpp"
 #include "cpu/kernels/attention_forward.cpp"
 #include "cpu/schedule.cpp"
 
+// Tensors come with it, whether or not kernels were emulated.
+#if !defined(DIFFMAS_HOST_EMULATION)
+#define DIFFMAS_HOST_EMULATION
+#endif
 #include "attention_args.h"
 
 namespace diffmas::cpu {

@@ -24,7 +24,7 @@ vh narrow(vf x) {
   for (int i = 0; i < W; ++i) y[i] = float_to_bfloat(flushed(x[i]));
   return y;
 }
-vu narrow(vf first, vf second) { return __builtin_convertvector(narrow(first), vu) | __builtin_convertvector(narrow(second), vu) << 16; }
+vu narrow(vf first, vf second) { return interleave(narrow(first), narrow(second)); }
 
 #if defined(DIFFMAS_TILES)
 struct Tiles {

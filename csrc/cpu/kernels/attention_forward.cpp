@@ -3,8 +3,6 @@
 #include "small_q.h"
 #include "tile.h"
 
-extern "C" float logf(float);
-
 namespace diffmas::cpu::DIFFMAS_ISA {
 namespace {
 
@@ -51,7 +49,7 @@ void finish_row(const QueryBlock& q, int64_t r, float* o, float max, float sum) 
   for (int64_t c = 0; c < q.d; c += W) store(o + c, load(o + c) * inverse);
   const ScheduledAttention& args = q.args;
   store_row(row_of(args.o, q.token(r), q.query_head(r)), o, args.o.dtype, args.head_dim);
-  args.lse[q.token(r) * args.q_heads + q.query_head(r)] = sum == 0 ? -kInf : max + logf(sum);
+  args.lse[q.token(r) * args.q_heads + q.query_head(r)] = sum == 0 ? -kInf : max + __builtin_logf(sum);
 }
 
 // Writes the rows of a task that saw all keys to o and lse, those of a split to its partial.

@@ -1,11 +1,14 @@
-// Instructions on bfloat16 beyond the vectors of simd.h: dot products of pairs (AVX512-BF16) and tiles (AMX). Pairs are two
+// Instructions on bfloat16 beyond the vectors of simd.h: dot products of pairs (AVX512-BF16, ARM's BF16) and tiles (AMX). Pairs are two
 // numbers that are neighbours along the reduced dimension of a product. Tests put an emulation in their place, with the contracts
 // that are stated here: tests/host/cpu_emulation.h.
 #pragma once
 #include "simd.h"
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#endif
 
 // Which of the two there are; the tests define them themselves.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define DIFFMAS_DOTS
 #endif
 #if defined(__AMX_BF16__)
@@ -30,10 +33,13 @@ DIFFMAS_INLINE vu splat(Pair x) {
 
 // sum + a.first * b.first + a.second * b.second in every lane, rounded in between as the CPU does it; subnormals count as zero.
 DIFFMAS_INLINE vf dot(vf sum, vu a, vu b);
-// Rounded to nearest even; subnormals become zero. Of two vectors: pairs.
+// Rounded to nearest even; subnormals may become zero. Of two vectors: pairs.
 DIFFMAS_INLINE vh narrow(vf x);
 DIFFMAS_INLINE vu narrow(vf first, vf second);
 
+DIFFMAS_INLINE vu interleave(vh first, vh second) { return __builtin_convertvector(first, vu) | __builtin_convertvector(second, vu) << 16; }
+
+#if defined(DIFFMAS_TILES)
 // What tiles there are: palette 1, bytes of a row and rows of each.
 struct TileConfig {
   uint8_t palette, start_row, reserved[14];
@@ -56,8 +62,9 @@ DIFFMAS_INLINE void tile_store(void* rows, int64_t stride);
 // C [16, 16] floats += A [16, 16 pairs] B [16 pairs, 16]
 template <int kC, int kA, int kB>
 DIFFMAS_INLINE void tile_dot();
+#endif
 
-#if !defined(DIFFMAS_HOST_EMULATION) && defined(DIFFMAS_DOTS)
+#if !defined(DIFFMAS_HOST_EMULATION) && defined(__AVX512BF16__)
 DIFFMAS_INLINE vf dot(vf sum, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 DIFFMAS_INLINE vh narrow(vf x) { return (vh)_mm512_cvtneps_pbh((__m512)x); }
 DIFFMAS_INLINE vu narrow(vf first, vf second) {
@@ -65,6 +72,12 @@ DIFFMAS_INLINE vu narrow(vf first, vf second) {
                                          18, 2, 17, 1, 16, 0);
   return (vu)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 }
+#endif
+
+#if !defined(DIFFMAS_HOST_EMULATION) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+DIFFMAS_INLINE vf dot(vf sum, vu a, vu b) { return (vf)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b); }
+DIFFMAS_INLINE vh narrow(vf x) { return (vh)vcvt_bf16_f32((float32x4_t)x); }
+DIFFMAS_INLINE vu narrow(vf first, vf second) { return interleave(narrow(first), narrow(second)); }
 #endif
 
 #if !defined(DIFFMAS_HOST_EMULATION) && defined(DIFFMAS_TILES)

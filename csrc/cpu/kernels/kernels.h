@@ -1,7 +1,7 @@
 // The kernels as one instruction set provides them. The .cpp files of this folder are compiled once per instruction set, each into its
 // own namespace; dispatch.cpp picks one at load time.
 //
-// What multiplies bfloat16 (avx512_bf16, amx) is attention only; the other kernels are avx512's.
+// What multiplies bfloat16 (avx512_bf16, amx, arm_bf16) is attention only; the other kernels are avx512's, on ARM generic's.
 //
 // Those files must not use inline functions from outside that namespace (the standard library's too): the linker keeps one copy of
 // such a function, and it could be the one compiled for a CPU that this is not.
@@ -54,6 +54,8 @@ DIFFMAS_DECLARE_KERNELS(avx2)
 DIFFMAS_DECLARE_KERNELS(avx512)
 DIFFMAS_DECLARE_ATTENTION(avx512_bf16)
 DIFFMAS_DECLARE_ATTENTION(amx)
+#else
+DIFFMAS_DECLARE_ATTENTION(arm_bf16)
 #endif
 #undef DIFFMAS_DECLARE_KERNELS
 #undef DIFFMAS_DECLARE_ATTENTION

@@ -114,7 +114,6 @@ DIFFMAS_INLINE const float* by_rows(const float* rows, int64_t, int64_t, float*)
 
 #if defined(DIFFMAS_DOTS)
 DIFFMAS_INLINE const uint16_t* numbers(const Pair* p) { return &p->first; }
-DIFFMAS_INLINE vu interleave(vh first, vh second) { return __builtin_convertvector(first, vu) | __builtin_convertvector(second, vu) << 16; }
 
 // dst [rows / 2, cols] = pairs of float rows, padded with zeros to the depth of a product.
 static void pair_rows(Pair* dst, const float* src, int64_t lds, int64_t rows, int64_t cols) {

@@ -7,7 +7,7 @@
 #endif
 
 #ifndef DIFFMAS_ISA
-#error "compile with -DDIFFMAS_ISA=<generic|avx2|avx512|avx512_bf16|amx>"
+#error "compile with -DDIFFMAS_ISA=<generic|avx2|avx512|avx512_bf16|amx|arm_bf16>"
 #endif
 
 namespace diffmas::cpu::DIFFMAS_ISA {

@@ -186,6 +186,7 @@ class BuildExtension(build_ext):
         info = {"library": LIBRARY, "error": None, "cpu_forms": [], "cuda_targets": [], "cuda_error": None}
         try:
             info["cpu_forms"], info["cuda_error"] = compile_library(target, Path(self.build_temp))
+            info["cpu_forms_left_out"] = [isa for isa in BFLOAT_ISAS if isa not in info["cpu_forms"]]
             info["cuda_targets"] = [] if info["cuda_error"] else CUDA_TARGETS
         except (BuildError, OSError) as error:
             target.unlink(missing_ok=True)

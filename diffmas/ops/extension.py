@@ -1,11 +1,12 @@
 """Defines torch.ops.diffmas_native and loads its compiled kernels, for CPU and CUDA tensors. Never raises: without them diffmas
 runs on its other backends.
 
-loaded        whether the library is in this process
-error         why not, as one line for a person; None when loaded
-cpu_forms     what its CPU kernels are compiled for: "generic", "avx2", ...; cpu_form() runs
-cuda_targets  what it has CUDA binaries for: "80", "90a", ...
-cuda_error    why it has none
+loaded              whether the library is in this process
+error               why not, as one line for a person; None when loaded
+cpu_forms           what its CPU kernels are compiled for: "generic", "avx2", ...; cpu_form() runs
+cpu_forms_left_out  those that the compiler did not know
+cuda_targets        what it has CUDA binaries for: "80", "90a", ...
+cuda_error          why it has none
 """
 
 from __future__ import annotations
@@ -59,5 +60,6 @@ def cpu_form() -> str:
 error: str | None = _load()
 loaded: bool = error is None
 cpu_forms: list[str] = _build_info().get("cpu_forms", []) if loaded else []
+cpu_forms_left_out: list[str] = _build_info().get("cpu_forms_left_out", []) if loaded else []
 cuda_targets: list[str] = _build_info().get("cuda_targets", []) if loaded else []
 cuda_error: str | None = _cuda_error()

@@ -7,6 +7,7 @@ namespace diffmas::cpu::DIFFMAS_ISA {
 
 inline float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0, x) : x; }
 
+// Of two bfloat16.
 inline float add_product(float sum, uint16_t a, uint16_t b) {
   return flushed(flushed(sum) + flushed(flushed(bfloat_to_float(a)) * flushed(bfloat_to_float(b))));
 }
@@ -72,8 +73,14 @@ void tile_dot() {
   static_assert(kC != kA && kC != kB && kA != kB);  // the CPU refuses others
   auto &c = tiles.tile(kC, true), &a = tiles.tile(kA, true), &b = tiles.tile(kB, true);
   for (int m = 0; m < Tiles::kRows; ++m)
-    for (int k = 0; k < Tiles::kWords; ++k)
-      for (int n = 0; n < Tiles::kWords; ++n) c[m][n] = float_to_bits(add_pair(bits_to_float(c[m][n]), a[m][k], b[k][n]));
+    for (int n = 0; n < Tiles::kWords; ++n) {
+      float first = 0, second = 0;  // the CPU has a sum for each number of the pairs
+      for (int k = 0; k < Tiles::kWords; ++k) {
+        first = add_product(first, uint16_t(a[m][k]), uint16_t(b[k][n]));
+        second = add_product(second, uint16_t(a[m][k] >> 16), uint16_t(b[k][n] >> 16));
+      }
+      c[m][n] = float_to_bits(flushed(flushed(bits_to_float(c[m][n])) + flushed(first + second)));
+    }
 }
 #endif
 

@@ -59,7 +59,7 @@ template <int kTile>
 DIFFMAS_INLINE void tile_load(const void* rows, int64_t stride);
 template <int kTile>
 DIFFMAS_INLINE void tile_store(void* rows, int64_t stride);
-// C [16, 16] floats += A [16, 16 pairs] B [16 pairs, 16]
+// C [16, 16] floats += A [16, 16 pairs] B [16 pairs, 16], rounded in between as the CPU does it; subnormals count as zero.
 template <int kC, int kA, int kB>
 DIFFMAS_INLINE void tile_dot();
 #endif

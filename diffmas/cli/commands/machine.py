@@ -61,7 +61,8 @@ def _cpu_forms() -> str:
         runs = extension.cpu_form()
     except RuntimeError as error:  # DIFFMAS_CPU_ISA
         return f", [red]{error}[/]"
-    return f", CPU kernels: {runs} (of {', '.join(extension.cpu_forms)})"
+    left_out = f"; the compiler did not know {', '.join(extension.cpu_forms_left_out)}" if extension.cpu_forms_left_out else ""
+    return f", CPU kernels: {runs} (of {', '.join(extension.cpu_forms)}{left_out})"
 
 
 def env():

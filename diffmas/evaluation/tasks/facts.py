@@ -82,7 +82,7 @@ def make_row(
     form: str = "{value}",
 ) -> dict:  # fmt: skip
     """A row whose answer one reader knows: facts1, facts2, ... (one text per reader), facts (all), question, answer.
-    form: of the answer, with the word that is asked for as {value} and what else the fact says as {name}, {thing}, {place}."""
+    form: of the answer; {value} is the word that is asked for, {name}, {verb}, {thing} and {place} what the fact says."""
     facts = make_facts(rng, READERS * facts_per_reader, unseen)
     asked = rng.choice(facts)
     question, value = ask(rng, asked)
@@ -99,12 +99,13 @@ def make_rows(count: int, seed: int, *how) -> list[dict]:
 
 
 # What a pretrained model reads. The first tokens, which stay as its attention sinks, say nothing of the facts; the last make it
-# repeat them, so that soft tokens are about them before any training. The answer is the note that was told and then the word
-# that is asked for: three words to learn from (docs/log.md).
+# repeat them, so that soft tokens are about them before any training. The answer repeats what was told, in its words, and ends
+# with the one that is asked for: the solver learns to look up, and a reader that says its fact helps from the first step on.
+# Other words would be said by readers, too: one whose solver wanted "Answer:" ended up saying nothing else (docs/log.md).
 REAL_READER = "You tell your team what you know. I know: {facts} So I tell you:"
 REAL_SOLVER = "{question}"
 REAL_SOLVER_OF_NOTES = "{messages}\n{question}"
-REAL_ANSWER = "{name}: {thing}, {place}. Answer: {value}"
+REAL_ANSWER = "{name} {verb} the {thing} to the {place}. Answer: {value}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Facts:
     long: bool = False
     unseen: bool = False
     kind, hub, licence, gated = "facts", "made here", "-", False
-    questions, latent_steps, max_new_tokens = 400, 8, 16
+    questions, latent_steps, max_new_tokens = 400, 8, 20
 
     # Rows and seed of each part: the validation rows and questions that are asked are none of the training's.
     splits = {"train": (20_000, 1), "validation": (200, 2), "test": (400, 3)}
@@ -141,7 +142,7 @@ class Facts:
             raise ValueError(f"way: expected one of ('latent', 'text', 'single'), got {way!r}")
         T = 0 if way == "text" else self.latent_steps if latent_steps is None else latent_steps
         readers = [
-            Agent(f"reader{i}", REAL_READER.format(facts=f"{{facts{i}}}"), T, role="reader") for i in range(1, READERS + 1)
+            Agent(f"reader{i}", REAL_READER.format(facts=f"{{facts{i}}}"), T) for i in range(1, READERS + 1)
         ]  # fmt: skip
         solver = Agent("solver", REAL_SOLVER_OF_NOTES if way == "text" else REAL_SOLVER)
         return [solver] if way == "single" else [*readers, solver]

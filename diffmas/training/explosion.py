@@ -72,6 +72,8 @@ def _advice(system: MultiAgentSystem) -> str:
     tries = []
     if system.trace_content != "all" and system.sinks == 0:
         tries.append(f"sinks=4 ({system.trace_content!r} without them drops the first tokens: pretrained models need these)")
+    if system.latent_grad_clip is None and any(agent.latent_steps for agent in system.agents):
+        tries.append("latent_grad_clip=0.2")
     if system.realign.mode in ("none", "soft_token"):
         tries.append(f"realign='ridge' or 'norm' for {system.realign.mode!r}")
     tries.append("a lower learning_rate, more warmup_steps, a smaller max_grad_norm")

@@ -21,13 +21,11 @@ cpu::Matrix matrix(const char* name, const Tensor& t, int64_t columns) {
 
 // a [rank, in], b [out, rank]; see Lora. -> u and what must live as long as the call.
 struct Small {
-  Tensor u, b_rows, x_floats;
+  Tensor u, b_rows;
 };
 Small take_lora(cpu::LinearArgs& args, const Tensor& x, const Optional& a, const Optional& b, double scale, int64_t in, int64_t out) {
   const int64_t rank = a ? a->size(0) : 0;
-  Small small{empty(x, {args.n, rank}, ScalarType::Float), empty(x, {rank, out}, ScalarType::Float),
-              empty(x, {args.x.dtype == DType::f32 ? 0 : args.n, args.from}, ScalarType::Float)};
-  if (args.x.dtype != DType::f32) args.x_floats = floats_of_own(small.x_floats);
+  Small small{empty(x, {args.n, rank}, ScalarType::Float), empty(x, {rank, out}, ScalarType::Float)};
   if (!rank) return small;
   const float *a_rows = floats("a", a, {rank, in}, kCpu), *b_data = floats("b", b, {out, rank}, kCpu);
   float* b_rows = floats_of_own(small.b_rows);
@@ -47,6 +45,7 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const O
   args.x = matrix("x", x, args.from), args.weight = matrix("weight", weight, in);
   check(args.to % cpu::kLinearColumns == 0, "weight", "a number of rows that is a multiple of 32", weight);
   check_dtype("weight", weight, x.scalar_type());
+  check(args.n <= cpu::kLinearRows, "x", "at most 32 rows", x);
   if (bias) {
     check_shape("bias", *bias, {args.to}), check_dtype("bias", *bias, x.scalar_type());
     check(bias->is_contiguous() && !bias->is_cuda(), "bias", "a contiguous tensor on the CPU", *bias);
@@ -55,6 +54,8 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const O
   Tensor y = empty(x, {args.n, args.to}, x.scalar_type());
   args.y = {y.data_ptr(), args.to, args.x.dtype};
   const Small small = take_lora(args, x, a, b, scale, in, out);
+  const Tensor x_floats = empty(x, {args.x.dtype == DType::f32 ? 1 : args.n, args.from}, ScalarType::Float);
+  args.x_floats = floats_of_own(x_floats);
   cpu::linear(args, threads());
   return {y, small.u};
 }

@@ -5,8 +5,8 @@
 
 namespace diffmas::cpu {
 
-// Lengths of rows are multiples of this.
-inline constexpr int64_t kLinearColumns = 32;
+// Lengths of rows are multiples of this; few rows are at most so many.
+inline constexpr int64_t kLinearColumns = 32, kLinearRows = 32;
 
 // A matrix of float32 or bfloat16: its rows are `stride` elements apart.
 struct Matrix {
@@ -30,7 +30,7 @@ struct LinearArgs {
   Matrix x, weight, y;
   const void* bias;  // [to], of y's dtype; or null
   bool transposed;
-  float* x_floats;  // [n, from]; null where x is float32
+  float* x_floats;  // memory for [n, from], unused where x is float32; null for add_lora
   Lora lora;
 };
 

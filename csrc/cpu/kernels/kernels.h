@@ -26,7 +26,7 @@ struct Kernels {
   void (*attention_merge)(const ScheduledAttention&, const MergeTask&);
   void (*attention_backward)(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch);
   void (*attention_backward_reduce)(const ScheduledAttention&, const MergeTask&);
-  void (*linear_prepare)(const LinearArgs&, int64_t row_begin, int64_t row_end);
+  void (*linear_prepare)(const LinearArgs&);
   void (*linear)(const LinearArgs&, int64_t column_begin, int64_t column_end, float* scratch);
   void (*add_lora)(const LinearArgs&, int64_t row_begin, int64_t row_end, float* scratch);
   void (*lora_grad)(const LoraGradArgs&, int64_t column_begin, int64_t column_end);
@@ -42,7 +42,7 @@ const Kernels& kernels();
   void attention_merge_task(const ScheduledAttention&, const MergeTask&);                                     \
   void attention_backward_unit(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch); \
   void attention_backward_reduce_task(const ScheduledAttention&, const MergeTask&);                           \
-  void linear_prepare(const LinearArgs&, int64_t row_begin, int64_t row_end);                                 \
+  void linear_prepare(const LinearArgs&);                                                                     \
   void linear_columns(const LinearArgs&, int64_t column_begin, int64_t column_end, float* scratch);           \
   void add_lora_rows(const LinearArgs&, int64_t row_begin, int64_t row_end, float* scratch);                  \
   void lora_grad_columns(const LoraGradArgs&, int64_t column_begin, int64_t column_end);                      \

@@ -142,7 +142,8 @@ void products_across(const Bytes& x, int64_t rows, const Bytes& w, int64_t begin
         for (int64_t k = 0; k < deep; k += N::kDepth) {
           typename N::Vector right[kC];
           for (int j = 0; j < kC; ++j) right[j] = N::template across<kType>(w.row(slab + k), w.stride, c + j * W);
-          for (int d = 0; d < N::kDepth; ++d) fetch(w.row(slab + k + d + kSlab) + c * w.size);
+          for (int d = 0; d < N::kDepth; ++d)
+            for (int64_t line = 0; line < kC * W * w.size; line += 64) fetch(w.row(slab + k + d + kSlab) + c * w.size + line);
           for (int r = 0; r < kR; ++r) {
             const typename N::Vector left = splat(numbers[k / N::kDepth][first + r]);
             for (int j = 0; j < kC; ++j) acc[r][j] = N::add(acc[r][j], left, right[j]);

@@ -16,7 +16,7 @@ __all__ = ["available", "linear", "lora_grads", "serves"]
 COLUMNS = 32  # row lengths are multiples of it
 # Against torch on one core of a Zen 4, weights of 192 x 576 to 2048 x 2048 that come from memory: bfloat16 forward
 # 4.2-2.1x with one row, 2.7-1.7x with 12, 1.6-1.3x with 32, to the input 3.4-2.5x, 2.0-1.7x and 1.2-1.1x; float32 forward
-# 1.9-1.4x, 2.3-2.0x and 1.6-1.4x, to the input 2.3-1.8x and 1.5-1.2x; one row of it torch reads at the rate of memory (1.4-0.7x).
+# 1.9-1.4x, 2.3-2.0x and 1.6-1.4x, to the input 2.3-1.8x and 1.5-1.2x; one row of it stays torch's (1.4-0.7x).
 FEW_ROWS = 32
 
 

@@ -154,8 +154,8 @@ def compile_library(target, build_dir):
     jobs = [(source, f"{source.stem}.cpu.o", [*command, *forms]) for source in sorted(CSRC.glob("cpu/*.cpp"))]
     jobs += [
         (source, f"{source.stem}.{isa}.o", [*command, f"-DDIFFMAS_ISA={isa}", *KERNEL_FLAGS, *more])
-        for isas, sources in ((ISAS, "*.cpp"), (bfloat_isas, "attention_*.cpp"))
-        for source in sorted(CSRC.glob(f"cpu/kernels/{sources}"))
+        for isas, sources in ((ISAS, ["*.cpp"]), (bfloat_isas, ["attention_*.cpp", "linear.cpp"]))
+        for source in sorted(x for some in sources for x in CSRC.glob(f"cpu/kernels/{some}"))
         for isa, more in isas.items()
     ]
     objects = compile_all(jobs, build_dir)

@@ -1,7 +1,8 @@
 """A training step of latent agents: forward through all of them, backward, optimizer; against the plain Hugging Face way.
 
 The peer is `diffmas.evaluation.plain_hf`: DynamicCache, torch.cat, autograd, correct masks. The "LatentMAS way" is the same
-with the whole model called for every agent: logits of all tokens, hidden states of all layers. LoRA r = 8 on all linear layers.
+with the whole model called for every agent: logits of all tokens, hidden states of all layers. LoRA r = 8 on all linear layers;
+"PEFT's linears": ours with these unfused.
 The learning rate is 0, so that every step does the same work on the same weights. Loss and each parameter's gradient are
 compared with the plain way's.
 """
@@ -10,6 +11,7 @@ from functools import cache, partial
 
 import torch
 
+from diffmas import patch_model
 from diffmas.benchmarks.measure import OURS, Case, Problem, Senseless, Trial
 from diffmas.benchmarks.systems import Stopwatch, eager_attention, end_to_end, make_system
 
@@ -83,6 +85,14 @@ def _plain(*args, **options):
     return plain_loss(*args, **options)
 
 
+def _own_linears(system, questions, answers):
+    patch_model(system.model, fuse=False)
+    try:
+        return system(questions, answers).loss
+    finally:
+        patch_model(system.model)
+
+
 def _eager(system, *args):
     with eager_attention(system):
         return _plain(system, *args)
@@ -101,6 +111,7 @@ def where(fits, provider):
 
 PROVIDERS = {
     OURS: _way(lambda system, questions, answers: system(questions, answers).loss),
+    "PEFT's linears": where(lambda c: c.N * c.batch <= 4096, _way(_own_linears)),
     "DynamicCache": _way(_plain),
     "DynamicCache, eager": where(lambda c: c.model == "small" and c.N * c.batch <= 1024, _way(_eager)),
     "LatentMAS way": where(lambda c: c.N * c.batch <= 4096 and c.T not in (0, 40), _way(partial(_plain, every_logit=True))),

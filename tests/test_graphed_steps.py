@@ -99,11 +99,19 @@ def assert_as_eager(s, **what):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_an_episode(dtype, backend, repeating):
     s = system(agents=AGENTS, dtype=dtype)
-    patch_model(s.model, backend)
+    patch_model(s.model, backend, fuse=False)  # fused, steps one by one sum LoRA's gradients as a run; graphs are a GPU's
     assert_as_eager(s)
     # The forwards of each run, 7 and 6 steps, twice; and their backward, which for the last step is of its rows alone, and with
     # the step before it warms up.
     assert [g.replays for g in repeating] == [2 * 7, 2 * 6, 6 - 2, 7 - 2]
+
+
+def test_captured_steps_with_fused_linears(repeating):
+    s = system(agents=TWO, dtype=torch.float32)
+    (got, _), (want, _) = (episode(s, graphs=graphs) for graphs in (True, False))
+    assert len(repeating) == 2 and patch_of(s.model).fuse and got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4 * float(want[name].abs().max()))
 
 
 OPTIONS = {

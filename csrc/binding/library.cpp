@@ -19,6 +19,9 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CPU, m) {
   m.impl("cross_attention_backward", TORCH_BOX(&cross_attention_backward));
   m.impl("inject_attend", TORCH_BOX(&inject_attend));
   m.impl("inject_attend_backward", TORCH_BOX(&inject_attend_backward));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("add_lora", TORCH_BOX(&add_lora));
+  m.impl("lora_grad", TORCH_BOX(&lora_grad));
   m.impl("merge_states", TORCH_BOX(&merge_states));
   m.impl("merge_states_backward", TORCH_BOX(&merge_states_backward));
   m.impl("reposition", TORCH_BOX(&reposition));

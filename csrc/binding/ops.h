@@ -52,6 +52,12 @@ std::tuple<Tensor, Tensor, Tensor, Optional, Optional> inject_attend_backward(
     const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq, double scale, const Tensor& dk_pool,
     const Tensor& dv_pool, const Optional& grad_tail, bool weight_grads);
 
+// y and LoRA's u (cpu/linear.h); a, b: both or neither.
+std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& a, const Optional& b,
+                                  double scale, bool transposed);
+Tensor add_lora(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, bool transposed);
+Tensor lora_grad(const Tensor& c, const Tensor& z, double scale);
+
 std::tuple<Tensor, Tensor> merge_states(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b);
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_states_backward(Tensor d_o, Tensor dlse, Tensor o_a, Tensor lse_a, Tensor o_b,
                                                                  Tensor lse_b, Tensor o, Tensor lse);

@@ -24,13 +24,13 @@
 namespace diffmas::cpu {
 namespace {
 
-#define DIFFMAS_ATTENTION(isa)                                                                                       \
+#define DIFFMAS_PRODUCTS(isa)                                                                                       \
   isa::attention_one_row_keys, isa::attention_forward_task, isa::attention_merge_task, isa::attention_backward_unit, \
-      isa::attention_backward_reduce_task
-#define DIFFMAS_KERNELS(isa, attention_isa)                                                                           \
+      isa::attention_backward_reduce_task, isa::linear_prepare, isa::linear_columns, isa::add_lora_rows, isa::lora_grad_columns
+#define DIFFMAS_KERNELS(isa, products_isa)                                                                           \
   Kernels {                                                                                                           \
     isa::inject_forward_range, isa::inject_backward_block, isa::merge_states_range, isa::merge_states_backward_range, \
-        isa::reposition_range, isa::reposition_backward_head, DIFFMAS_ATTENTION(attention_isa)                        \
+        isa::reposition_range, isa::reposition_backward_head, DIFFMAS_PRODUCTS(products_isa)                        \
   }
 
 #if defined(DIFFMAS_X86)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from diffmas.agents.eval_mode import evaluating
 from diffmas.models.adapted import adapter_state
 from diffmas.models.identity import state_of
+from diffmas.models.linears import product
 
 __all__ = ["REALIGN", "Realign", "Solved"]
 
@@ -75,9 +76,12 @@ class Realign(nn.Module):
         norm, weight, table = self.solved() if solved is None else solved
         if self.mode == "soft_token":
             head = self._model[0].get_output_embeddings()
-            p = torch.softmax(head(h.to(_device_of(head))) / self.temperature, dim=-1)
+            logits = product(self._model[0], head, h) if _plain(head, nn.Linear) else None
+            p = torch.softmax((head(h.to(_device_of(head))) if logits is None else logits) / self.temperature, dim=-1)
             if table is None:
-                return _expected(self._model[0].get_input_embeddings(), p).to(h.dtype)
+                embedding = self._model[0].get_input_embeddings()
+                x = product(self._model[0], embedding, p, transposed=True) if _plain(embedding, nn.Embedding) else None
+                return (_expected(embedding, p) if x is None else x).to(h.dtype)
             return p.to(table.device) @ table.to(h.dtype)
         h = h.to(_device_of(self._model[0].get_input_embeddings()))
         if self.mode == "none":

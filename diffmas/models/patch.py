@@ -25,9 +25,11 @@ from diffmas.models.attention import Layer, install, uninstall
 from diffmas.models.forward import after_body, before_body
 from diffmas.models.generate import generate
 from diffmas.models.identity import fingerprint_of
+from diffmas.models.linears import fuse_linears, restore_linears
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
 from diffmas.models.rehearsal import at_rest, rehearse
 from diffmas.models.support import Unsupported, refuse, unsupported, window_of
+from diffmas.ops import linear
 from diffmas.trace.spec import ATTRIBUTE, ModelSpec
 
 __all__ = ["Patch", "patch_model", "patch_of", "unpatch_model"]
@@ -42,8 +44,8 @@ class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
     checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
-    when they were patched. graphs, training_graphs: see `patch_model` (diffmas.agents.capture). tries: by what is captured, how
-    often that may still fail.
+    when they were patched. graphs, training_graphs: see `patch_model` (diffmas.agents.capture). fuse: the same, and there are
+    kernels for it here (diffmas.models.linears). tries: by what is captured, how often that may still fail.
     """
 
     body: nn.Module
@@ -56,6 +58,7 @@ class Patch:
     hook_ids: tuple[int | None, int | None] = (None, None)
     graphs: bool = True
     training_graphs: bool = False
+    fuse: bool = True
     tries: dict[str, int] = field(default_factory=dict)
 
     def pairs(self) -> list[tuple[nn.Module, Layer]]:
@@ -72,7 +75,7 @@ def patch_of(model: nn.Module) -> Patch:
 
 def patch_model(
     model: nn.Module, backend: str = "auto", max_length: int | None = None, *, graphs: bool = True,
-    training_graphs: bool = False,
+    training_graphs: bool = False, fuse: bool = True,
 ) -> nn.Module:  # fmt: skip
     """Patches a model in place to take a `diffmas.Trace` as past_key_values, and returns it.
 
@@ -81,7 +84,9 @@ def patch_model(
     sliding window must be at least that long; without max_length it must be as long as the model's context, and then limits
     traces itself. graphs: whether latent steps and decoding of a system may be captured as CUDA graphs on a GPU; a model that
     cannot be runs without, after one warning. training_graphs: latent steps with gradients too, and their backward; off as long
-    as no GPU has shown the gradients to be right.
+    as no GPU has shown the gradients to be right. fuse: whether, in forwards over a trace on a CPU, a frozen
+    linear and its plain LoRA adapter are one op, and the adapter's gradients of a run of latent steps one product; what is
+    adapted in another way, or is on a GPU, is PEFT's own. Adapters that are added later are fused once it is patched again.
 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
@@ -106,12 +111,13 @@ def patch_model(
     if previous is not None:
         if previous.arguments == (backend, max_length):
             previous.graphs, previous.training_graphs = graphs, training_graphs
+            _fuse(previous, fuse)
             return model
         unpatch_model(model)
     try:
         with at_rest(causal_lm):
             record = _examine(causal_lm, body_of(model), backend, max_length)
-        record.graphs, record.training_graphs = graphs, training_graphs
+        record.graphs, record.training_graphs, record.fuse = graphs, training_graphs, fuse
         _install(record)
         with at_rest(causal_lm):
             rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec)
@@ -182,10 +188,18 @@ def _device(body: nn.Module, layer: int) -> torch.device:
     return next(attention_layers(body)[layer].parameters()).device
 
 
+def _fuse(record: Patch, fuse: bool) -> None:
+    restore_linears(record.body)
+    record.fuse = fuse and linear.available(record.spec.backend)
+    if record.fuse:
+        fuse_linears(record.body)
+
+
 def _install(record: Patch) -> None:
     record.causal_lm.diffmas_patch = record  # first: what fails on the way is undone by `unpatch_model`
     for attention, layer in record.pairs():
         install(attention, layer)
+    _fuse(record, record.fuse)
     before = record.body.register_forward_pre_hook(functools.partial(before_body, record), with_kwargs=True)
     after = record.body.register_forward_hook(after_body, with_kwargs=True)
     record.hook_ids = (before.id, after.id)
@@ -238,6 +252,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     record = patch_of(model)
     for attention, _ in record.pairs():
         uninstall(attention)
+    restore_linears(record.body)
     before, after = record.hook_ids
     for hooks, hook in (
         (record.body._forward_pre_hooks, before), (record.body._forward_pre_hooks_with_kwargs, before),

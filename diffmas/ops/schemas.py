@@ -1,6 +1,6 @@
 """The schemas of the ops: torch.ops.diffmas_native (csrc/binding) has them as they are, torch.ops.diffmas with a backend."""
 
-__all__ = ["FUSED", "LEAD", "SCHEMAS", "with_backend"]
+__all__ = ["FUSED", "LEAD", "LINEAR", "SCHEMAS", "with_backend"]
 
 ROPE = "Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved"
 TABLES = "Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_offset, Tensor? inv_freq"
@@ -26,6 +26,13 @@ FUSED = {
     "inject_attend_backward": f"(Tensor do, Tensor q_rot, Tensor o, Tensor lse, Tensor? q, Tensor? k, {ROPE}, Tensor k_pool, "
     f"Tensor v_pool, {TABLES}, float scale, {GRADS}, Tensor? grad_tail, bool weight_grads) "
     "-> (Tensor, Tensor, Tensor, Tensor?, Tensor?)",
+}
+
+# Of torch.ops.diffmas_native alone, and only on the CPU: diffmas/ops/linear.py.
+LINEAR = {
+    "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale, bool transposed) -> (Tensor, Tensor)",
+    "add_lora": "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, float scale, bool transposed) -> Tensor",
+    "lora_grad": "(Tensor c, Tensor z, float scale) -> Tensor",
 }
 
 

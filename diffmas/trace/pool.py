@@ -111,6 +111,7 @@ class DeferredKVGrad:
     def __init__(self, lengths: list[int]):
         self.lengths = lengths
         self.flushed: dict[int, bool] = {}
+        self.lora = None  # of LoRA's weights, where there are any: diffmas.trace.lora_run
 
 
 class GradPools:

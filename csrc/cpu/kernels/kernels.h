@@ -1,11 +1,12 @@
 // The kernels as one instruction set provides them. The .cpp files of this folder are compiled once per instruction set, each into its
 // own namespace; dispatch.cpp picks one at load time.
 //
-// What multiplies bfloat16 (avx512_bf16, amx, arm_bf16) is attention only; the other kernels are avx512's, on ARM generic's.
+// What multiplies bfloat16 (avx512_bf16, amx, arm_bf16) is attention and linears; the other kernels are avx512's, on ARM generic's.
 //
 // Those files must not use inline functions from outside that namespace (the standard library's too): the linker keeps one copy of
 // such a function, and it could be the one compiled for a CPU that this is not.
 #pragma once
+#include "../linear.h"
 #include "../merge_states.h"
 #include "../reposition.h"
 #include "../tasks.h"
@@ -25,21 +26,29 @@ struct Kernels {
   void (*attention_merge)(const ScheduledAttention&, const MergeTask&);
   void (*attention_backward)(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch);
   void (*attention_backward_reduce)(const ScheduledAttention&, const MergeTask&);
+  void (*linear_prepare)(const LinearArgs&);
+  void (*linear)(const LinearArgs&, int64_t column_begin, int64_t column_end, float* scratch);
+  void (*add_lora)(const LinearArgs&, int64_t row_begin, int64_t row_end, float* scratch);
+  void (*lora_grad)(const LoraGradArgs&, int64_t column_begin, int64_t column_end);
 };
 
 // Of this CPU.
 const Kernels& kernels();
 
-#define DIFFMAS_DECLARE_ATTENTION(isa)                                                                        \
+#define DIFFMAS_DECLARE_PRODUCTS(isa)                                                                        \
   namespace isa {                                                                                             \
   int64_t attention_one_row_keys(const AttentionArgs&);                                                       \
   void attention_forward_task(const ScheduledAttention&, const ForwardTask&, float* scratch);                 \
   void attention_merge_task(const ScheduledAttention&, const MergeTask&);                                     \
   void attention_backward_unit(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch); \
   void attention_backward_reduce_task(const ScheduledAttention&, const MergeTask&);                           \
+  void linear_prepare(const LinearArgs&);                                                                     \
+  void linear_columns(const LinearArgs&, int64_t column_begin, int64_t column_end, float* scratch);           \
+  void add_lora_rows(const LinearArgs&, int64_t row_begin, int64_t row_end, float* scratch);                  \
+  void lora_grad_columns(const LoraGradArgs&, int64_t column_begin, int64_t column_end);                      \
   }
 #define DIFFMAS_DECLARE_KERNELS(isa)                                                          \
-  DIFFMAS_DECLARE_ATTENTION(isa)                                                              \
+  DIFFMAS_DECLARE_PRODUCTS(isa)                                                              \
   namespace isa {                                                                             \
   void inject_forward_range(const InjectArgs&, int64_t token_begin, int64_t token_end);       \
   void inject_backward_block(const InjectArgs&, int64_t block);                               \
@@ -52,12 +61,12 @@ DIFFMAS_DECLARE_KERNELS(generic)
 #ifdef DIFFMAS_X86
 DIFFMAS_DECLARE_KERNELS(avx2)
 DIFFMAS_DECLARE_KERNELS(avx512)
-DIFFMAS_DECLARE_ATTENTION(avx512_bf16)
-DIFFMAS_DECLARE_ATTENTION(amx)
+DIFFMAS_DECLARE_PRODUCTS(avx512_bf16)
+DIFFMAS_DECLARE_PRODUCTS(amx)
 #else
-DIFFMAS_DECLARE_ATTENTION(arm_bf16)
+DIFFMAS_DECLARE_PRODUCTS(arm_bf16)
 #endif
 #undef DIFFMAS_DECLARE_KERNELS
-#undef DIFFMAS_DECLARE_ATTENTION
+#undef DIFFMAS_DECLARE_PRODUCTS
 
 }  // namespace diffmas::cpu

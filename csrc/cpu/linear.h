@@ -1,0 +1,52 @@
+// Linear layers of few rows, whose weight is read once, and the small products of LoRA, on the CPU.
+#pragma once
+#include "common/rows.h"
+#include "threads.h"
+
+namespace diffmas::cpu {
+
+// Lengths of rows are multiples of this; few rows are at most so many.
+inline constexpr int64_t kLinearColumns = 32, kLinearRows = 32;
+
+// A matrix of float32 or bfloat16: its rows are `stride` elements apart.
+struct Matrix {
+  void* data;
+  int64_t stride;
+  DType dtype;
+};
+
+// scale * (x down') up for rows x [n, from] -> [n, to]. One of down [rank, from] and up [rank, to] is b_rows, the copy of b [., rank]
+// with its rows together, which is made first. u [n, rank]: takes x down'.
+struct Lora {
+  int64_t rank;  // 0: none
+  float scale;
+  const float *b, *down, *up;
+  float *b_rows, *u;
+};
+
+// y [n, to] = x [n, from] weight' + bias + LoRA's; weight [to, from], or as it is, [from, to], where it is `transposed`.
+struct LinearArgs {
+  int64_t n, from, to;
+  Matrix x, weight, y;
+  const void* bias;  // [to], of y's dtype; or null
+  bool transposed;
+  float* x_floats;  // memory for [n, from], unused where x is float32; null for add_lora
+  Lora lora;
+};
+
+// weight and bias aside: y is added to.
+void linear(const LinearArgs& args, const Threads& threads);
+void add_lora(const LinearArgs& args, const Threads& threads);
+
+// grad [rank, length] = scale * c' z; c [n, rank], z [n, length].
+struct LoraGradArgs {
+  int64_t n, rank, length;
+  float scale;
+  const float* c;
+  Matrix z;
+  float* grad;
+};
+
+void lora_grad(const LoraGradArgs& args, const Threads& threads);
+
+}  // namespace diffmas::cpu

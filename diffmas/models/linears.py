@@ -1,0 +1,255 @@
+"""The linear layers of a patched model in a forward over a trace: each one op, with the LoRA adapter that is active in it.
+
+What is fused: a frozen `nn.Linear` on the CPU, alone or in PEFT's LoRA layer with no or one active adapter that is plain LoRA,
+its weights float32 and without dropout. All else, and every forward without a trace, runs as it is. Nothing is decided for
+good: an adapter that is switched, merged, hooked or replaced is looked at again in each forward.
+"""
+
+import functools
+import threading
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from diffmas.models.adapted import is_wrapper
+from diffmas.models.parts import attention_layers, causal_lm_of
+from diffmas.ops.linear import linear, lora_grads, serves
+from diffmas.trace.forward_pass import ForwardPass
+from diffmas.trace.lora_run import LoraRun
+
+__all__ = ["fuse_linears", "product", "restore_linears"]
+
+
+class Running(threading.local):
+    """Of this thread: the forward pass whose layer runs."""
+
+    forward_pass: ForwardPass | None = None
+
+
+_running = Running()
+
+
+class LayerForward:
+    """The forward of one decoder layer, whose linears learn of its forward pass; also where it is recomputed."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        layer, forward_pass = self.layer, kwargs.get("diffmas_trace")
+        if forward_pass is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return type(layer).forward(layer, *args, **kwargs)
+        forward = type(layer).forward
+        recomputed = _recomputed(forward)
+        if recomputed is not forward and layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+            run = functools.partial(self.run, recomputed, forward_pass, kwargs)
+            return layer._gradient_checkpointing_func(run, *args)
+        return self.run(forward, forward_pass, kwargs, *args)
+
+    def run(self, forward, forward_pass: ForwardPass, kwargs: dict, *args):
+        before, _running.forward_pass = _running.forward_pass, forward_pass
+        try:
+            return forward(self.layer, *args, **kwargs)
+        finally:
+            _running.forward_pass = before
+
+
+@functools.cache
+def _recomputed(forward):
+    """What activation checkpointing recomputes of a decoder layer's forward: since transformers 5.24 the class's forward
+    checkpoints another one; before, the module's call did."""
+    while getattr(getattr(forward, "__code__", None), "co_name", "") == "forward_with_checkpointing":
+        forward = forward.__wrapped__
+    return forward
+
+
+class LinearForward:
+    """The forward of one linear, or of PEFT's layer around it."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        module = self.module
+        if not torch.compiler.is_compiling() and not args and not kwargs and _running.forward_pass is not None:
+            parts = (plain_parts if type(module) is nn.Linear else lora_parts)(module)
+            if parts is not None and x.dtype == parts[0].dtype and type(x) is Tensor:
+                return run(x, *parts, _running.forward_pass)
+        return type(module).forward(module, x, *args, **kwargs)
+
+
+def run(x: Tensor, weight, bias, a, b, scale: float, forward_pass: ForwardPass) -> Tensor:
+    """x [..., in] -> [..., out]"""
+    rows = x.reshape(-1, x.shape[-1])
+    if not torch.is_grad_enabled() or not (x.requires_grad or (a is not None and (a.requires_grad or b.requires_grad))):
+        y = linear(rows, weight, bias, a, b, scale)[0]
+    else:
+        token, run_of, number = None, None, 0
+        deferred = forward_pass.work.deferred
+        if a is not None and deferred is not None and _defers(a, b, forward_pass):
+            if deferred.lora is None:
+                deferred.lora = LoraRun()
+            run_of = deferred.lora
+            token, number = run_of.token(a, b, scale)
+            trained = (None, None)
+        else:  # a torch function, which whoever gives aliases of parameters sees
+            trained = tuple(w.view_as(w) if w is not None and w.requires_grad else None for w in (a, b))
+        y = LoraLinear.apply(rows, token, *trained, (weight, bias, a, b, scale, run_of, number))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _defers(a: Tensor, b: Tensor, forward_pass: ForwardPass) -> bool:
+    """Whether the gradients of a and b may wait for the end of the run: where autograd gives them to the parameters alone, and
+    not to aliases that tell one step's from another's (diffmas.agents.gradients, diffmas.agents.learning)."""
+    return a.requires_grad and b.requires_grad and a.is_leaf and b.is_leaf and forward_pass.order.requires_grad
+
+
+class LoraLinear(torch.autograd.Function):
+    """token: of a run that a and b wait for; else these are inputs, where they are trained."""
+
+    @staticmethod
+    def forward(ctx, x, token, a_input, b_input, rest):
+        weight, bias, a, b, scale, run_of, number = rest
+        y, u = linear(x, weight, bias, a, b, scale)
+        ctx.save_for_backward(x, u, weight, a, b)
+        ctx.rest = scale, run_of, number
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, dy)
+
+
+def _backward(ctx, dy):
+    x, u, weight, a, b = ctx.saved_tensors
+    scale, run_of, number = ctx.rest
+    dx_wanted, _, da_wanted, db_wanted, _ = ctx.needs_input_grad
+    dx, v, da, db = None, None, None, None
+    if dx_wanted:
+        dx, v = linear(dy, weight, None, a, b, scale, transposed=True)
+    elif a is not None:
+        v = dy.to(b.dtype) @ b
+    if run_of is not None:
+        run_of.keep(number, x, u, dy, v)
+    elif da_wanted or db_wanted:
+        da, db = lora_grads(x, u, dy, v, scale)
+    return dx, None, da if da_wanted else None, db if db_wanted else None, None
+
+
+_backward_once = once_differentiable(_backward)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, transposed):
+        ctx.save_for_backward(weight)
+        ctx.transposed = transposed
+        return linear(x, weight, None, None, None, 0.0, transposed)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return linear(dy, *ctx.saved_tensors, None, None, None, 0.0, not ctx.transposed)[0], None, None
+
+
+def product(model: nn.Module, module: nn.Module, x: Tensor, transposed: bool = False) -> Tensor | None:
+    """x [n, in] times the frozen weight [out, in] of a module, transposed or not; None where `model` is not to be fused, or
+    does not have what the kernels take."""
+    patch, weight = getattr(causal_lm_of(model), "diffmas_patch", None), module._parameters.get("weight")
+    if patch is None or not patch.fuse or type(weight) is not nn.Parameter or weight.requires_grad or not serves(weight):
+        return None
+    hooked = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
+    if hooked or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return None
+    return Product.apply(x, weight, transposed)
+
+
+# ---- what may be fused -----------------------------------------------------------------------------------------------
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether a module is a plain Linear that nobody hooks into."""
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    forward = module.__dict__.get("forward")
+    return not module._backward_hooks and not module._backward_pre_hooks and (forward is None or _is_ours(forward))
+
+
+def plain_parts(module: nn.Module):
+    """weight, bias, a, b and scale of a linear as `run` takes them; None where it must run as it is."""
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if weight.requires_grad or type(weight) is not nn.Parameter or not serves(weight):
+        return None
+    if bias is not None and (bias.requires_grad or bias.dtype != weight.dtype):
+        return None
+    return weight, bias, None, None, 0.0
+
+
+def lora_parts(module: nn.Module):
+    """The same of PEFT's LoRA layer."""
+    modules = module._modules
+    base = modules["base_layer"]
+    if module.merged_adapters or not _bare(base) or _has_any_global_hook():
+        return None
+    parts = plain_parts(base)
+    if parts is None or module.disable_adapters:
+        return parts
+    names = [name for name in module.active_adapters if name in modules["lora_A"]._modules]
+    if not names:
+        return parts
+    name = names[0]
+    if len(names) > 1 or name in getattr(module, "lora_variant", ()) or module.use_dora.get(name):
+        return None
+    a_module, b_module, dropout = (modules[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
+    if not _bare(a_module) or not _bare(b_module) or b_module._parameters["bias"] is not None:
+        return None
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or (dropout.p and dropout.training)):
+        return None
+    a, b = a_module._parameters["weight"], b_module._parameters["weight"]
+    if a.dtype != torch.float32 or b.dtype != torch.float32 or not getattr(module, "cast_input_dtype_enabled", True):
+        return None
+    if a.device.type != "cpu" or b.device.type != "cpu" or not a.is_contiguous() or not b.is_contiguous():
+        return None
+    return *parts[:2], a, b, module.scaling[name]
+
+
+# ---- putting it in, and taking it out --------------------------------------------------------------------------------
+
+
+def _is_ours(forward) -> bool:
+    return isinstance(getattr(forward, "__self__", None), (LayerForward, LinearForward))
+
+
+def _is_free(module: nn.Module) -> bool:
+    """Whether nobody else has replaced a module's forward."""
+    return "forward" not in module.__dict__ and not hasattr(module, "_hf_hook")
+
+
+def _linears(module: nn.Module):
+    """The plain linears in a module, and PEFT's LoRA layers in place of those that they hold."""
+    for child in module.children():
+        kind = type(child)
+        if kind is nn.Linear or (kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"):
+            yield child
+        elif not is_wrapper(child):
+            yield from _linears(child)
+
+
+def fuse_linears(body: nn.Module) -> None:
+    """Fuses the linears of a body's decoder layers, but those whose forward is somebody else's."""
+    inside = {id(child): module for module in body.modules() for child in module.children()}
+    for layer in {id(x): x for x in (inside[id(attention)] for attention in attention_layers(body))}.values():
+        if not _is_free(layer) and not _is_ours(layer.__dict__.get("forward")):
+            continue
+        layer.forward = LayerForward(layer).forward
+        for module in _linears(layer):
+            if _is_free(module):
+                module.forward = LinearForward(module).forward
+
+
+def restore_linears(model: nn.Module) -> None:
+    for module in model.modules():
+        if _is_ours(module.__dict__.get("forward")):
+            del module.forward

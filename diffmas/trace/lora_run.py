@@ -1,0 +1,71 @@
+"""The gradients of LoRA's weights in a run of latent steps: one product for all steps, as with dK and dV of older rows.
+
+A step's backward keeps what the gradients are made of, (x, u, dy, v) of diffmas.ops.linear. Before the run, in autograd's
+graph, stands a node for each adapted linear (`Begin`): it has the weights' gradients to give, each step takes its token, and so
+it runs when all steps have run backward.
+"""
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from diffmas.ops.linear import lora_grads
+from diffmas.trace.pool import of_this_pass
+
+__all__ = ["LoraRun"]
+
+
+class Kept:
+    """By linear, what the steps that a backward pass has been through have kept, the last step first."""
+
+    def __init__(self):
+        self.steps: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    def clear(self) -> None:
+        self.steps = {}
+
+
+class LoraRun:
+    """The linears of one run."""
+
+    def __init__(self):
+        self._tokens: dict[tuple[int, int], tuple[Tensor, int, Tensor, Tensor]] = {}
+        self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def token(self, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, int]:
+        """What a step's linear with these weights depends on, and the number under which it keeps."""
+        found = self._tokens.get((id(a), id(b)))
+        if found is None:
+            number = len(self._tokens)
+            token = Begin.apply(a, b, weakref.ref(self), number, scale)
+            found = self._tokens[id(a), id(b)] = token, number, a, b
+        return found[:2]
+
+    def keep(self, number: int, *step: Tensor) -> None:
+        self.kept(number).append(step)
+
+    def kept(self, number: int) -> list[tuple[Tensor, ...]]:
+        with self._lock:
+            return of_this_pass(self._kept, Kept).steps.setdefault(number, [])
+
+
+class Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, run, number, scale):
+        ctx.rest = run, number, scale
+        return torch.zeros(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        run, number, scale = ctx.rest
+        steps = run().kept(number)
+        if not steps:  # nothing came back to any of them
+            return None, None, None, None, None
+        x, u, dy, v = (torch.cat(parts) for parts in zip(*steps))
+        steps.clear()
+        return *lora_grads(x, u, dy, v, scale), None, None, None

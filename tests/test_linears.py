@@ -1,0 +1,354 @@
+"""Linears and their LoRA adapters as one op: the numbers of PEFT's own, whatever is adapted, and one product a run."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from models import make_config, randomize
+from systems import ANSWERS, QUESTIONS, tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from diffmas import Agent, MultiAgentSystem, Trace, patch_model, unpatch_model
+from diffmas.agents.adapters import add_lora, switched_off, switched_to
+from diffmas.models import linears
+from diffmas.models.patch import patch_of
+from diffmas.ops import extension
+from diffmas.trace import lora_run
+
+pytestmark = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels are missing: {extension.error}")
+
+T = 4
+AGENTS = [Agent("planner", "w5 {question} w6", T), Agent("critic", "w7 w8 {question}", T - 1), Agent("solver", "w9 {question}")]
+LINEARS = 3 * 7  # of the model, all with an adapter
+
+
+def base(family="qwen2", dtype=torch.float32):
+    config = make_config(family, hidden_size=64, intermediate_size=96, num_key_value_heads=4)
+    model = calm(AutoModelForCausalLM.from_config(config)).to(dtype)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, config.vocab_size - 1
+    return model
+
+
+def calm(model):
+    """Weights so small that rounding is not amplified from step to step."""
+    for p in randomize(model).parameters():
+        if p.dim() == 2:
+            p.data *= 0.4
+    return model
+
+
+def lora(model, scope="shared", b=0.05, **options):
+    from peft import LoraConfig
+
+    model = add_lora(model, AGENTS, scope, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options))
+    return with_b(model, b)
+
+
+def with_b(model, b=0.05):
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = (b * torch.randn(p.shape, generator=generator)).to(p.dtype)
+    return model
+
+
+def system(model=None, **options) -> MultiAgentSystem:
+    made = MultiAgentSystem(lora(base()) if model is None else model, tokenizer(), AGENTS, **options)
+    made.train()
+    return made
+
+
+def gradients(made, backward=lambda loss: loss.backward()):
+    torch.manual_seed(0)
+    loss = made(QUESTIONS, ANSWERS).loss
+    backward(loss)
+    grads = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+    made.zero_grad(set_to_none=True)
+    return {"loss": loss.detach()} | grads
+
+
+def assert_close(got, want, tolerance=2e-5):
+    assert got.keys() == want.keys() and len(want) > 1
+    wrong = {n: (got[n] - want[n]).norm() / want[n].norm() for n in want if want[n].norm()}
+    assert max(wrong.values()) < tolerance, {n: float(e) for n, e in wrong.items() if e >= tolerance}
+
+
+@contextlib.contextmanager
+def counted(owner, name):
+    """How often a function of a module is called, inside."""
+    calls, original = [], getattr(owner, name)
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counting)
+    try:
+        yield calls
+    finally:
+        setattr(owner, name, original)
+
+
+def with_and_without(made, tolerance=2e-5):
+    """-> the calls of the fused linear."""
+    want = gradients(unfused(made))
+    patch_model(made.model)
+    with counted(linears, "run") as calls:
+        assert_close(gradients(made), want, tolerance)
+    return calls
+
+
+def unfused(made):
+    patch_model(made.model, fuse=False)
+    return made
+
+
+# ---- what is fused, and what is PEFT's own ---------------------------------------------------------------------------
+
+
+def two_active(model):
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    return with_b(model)
+
+
+def merged(model):
+    model.merge_adapter()
+    return model
+
+
+def hooked(model):
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.register_forward_hook(lambda *_: None)
+    return model
+
+
+KINDS = {
+    "lora": (True, {}, None),
+    "rank 5, scaled by rsLoRA": (True, {"r": 5, "use_rslora": True}, None),
+    "dropout in training": (False, {"lora_dropout": 0.2}, None),
+    "dora": (False, {"use_dora": True}, None),
+    "a bias of the adapter": (False, {"lora_bias": True}, None),
+    "two at once": (False, {}, two_active),
+    "merged": (False, {}, merged),
+    "hooked": (False, {}, hooked),
+    "another length": (False, {}, None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_the_gradients_of_pefts_own(kind):
+    fused, options, change = KINDS[kind]
+    model = base()
+    if kind == "another length":
+        config = make_config("qwen2", hidden_size=24, intermediate_size=40, num_attention_heads=3, num_key_value_heads=3)
+        model = calm(AutoModelForCausalLM.from_config(config))
+    model = lora(model, **options)
+    if change:
+        model = change(model)
+    if kind == "merged":  # nothing of it trains
+        made = system(model)
+        made.model.requires_grad_(False)
+        made.model.get_input_embeddings().weight.requires_grad_(True)
+    else:
+        made = system(model)
+    assert bool(with_and_without(made)) == fused
+
+
+def test_dropout_is_none_in_evaluation():
+    made = system(lora(base(), lora_dropout=0.2)).eval()
+    assert with_and_without(made)
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_role", "final_only"])
+def test_every_scope(scope):
+    made = system(lora(base(), scope), adapter_scope=scope)
+    passes = 2 + T + T - 1 + 1
+    assert len(with_and_without(made)) == passes * LINEARS
+
+
+def test_bfloat16_is_as_near_as_pefts_own():
+    made = system(lora(base(dtype=torch.bfloat16), b=0.02))
+    x = made.model.get_input_embeddings().weight[3:40].detach()[None]
+
+    def run(fuse, model):
+        patch_model(model, fuse=fuse)
+        given = x.to(model.dtype).clone().requires_grad_()
+        with counted(linears, "run") as calls:
+            h = model.base_model.model.model(inputs_embeds=given, past_key_values=Trace(model, 1)).last_hidden_state
+        assert bool(calls) == fuse
+        h.backward(torch.ones_like(h))
+        grads = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return {"h": h.detach().double(), "x": given.grad.double()} | grads
+
+    exact = run(False, copy.deepcopy(unpatch_model(made.model)).float())
+    error = lambda got: sum(float((got[n] - exact[n]).norm() / exact[n].norm()) for n in exact) / len(exact)
+    assert error(run(True, made.model)) <= 1.1 * error(run(False, made.model))
+
+
+def test_a_trained_base_is_its_own():
+    made = system(base())
+    assert not with_and_without(made)
+
+
+def test_plain_linears_without_an_adapter_and_without_gradients():
+    made = system(base().requires_grad_(False))
+    with torch.no_grad(), counted(linears, "run") as calls:
+        fused = made(QUESTIONS, ANSWERS).loss
+        assert len(calls) == (2 + T + T - 1 + 1) * LINEARS
+        assert torch.allclose(fused, unfused(made)(QUESTIONS, ANSWERS).loss, rtol=1e-5)
+        assert len(calls) == (2 + T + T - 1 + 1) * LINEARS
+
+
+def test_soft_tokens_read_the_embeddings_once():
+    made = system(realign="soft_token", temperature=0.5)
+    want = gradients(unfused(made))
+    patch_model(made.model)
+    with counted(linears.Product, "apply") as calls:
+        assert_close(gradients(made), want)
+    assert len(calls) == 2 * (T + T - 1)
+
+
+def test_switched_adapters():
+    made = system(lora(base(), "per_role"), adapter_scope="per_role")
+    ids = torch.tensor([[3, 4, 5]])
+    run = lambda: made.model(input_ids=ids, past_key_values=Trace(made.model, 1)).logits
+    with torch.no_grad():
+        for switch in (lambda: switched_off(made.model), lambda: switched_to(made.model, "critic")):
+            with switch():
+                patch_model(made.model)
+                with counted(linears, "run") as calls:
+                    fused = run()
+                assert len(calls) == LINEARS
+                patch_model(made.model, fuse=False)
+                assert torch.allclose(fused, run(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_without_a_trace_is_the_models_own():
+    model, ids = lora(base()), torch.tensor([[3, 4, 5]])
+    want = model(input_ids=ids).logits
+    assert torch.equal(patch_model(model)(input_ids=ids).logits, want)
+
+
+def test_unpatch_takes_everything_out_and_fuse_false_too():
+    model = patch_model(lora(base()))
+    own = lambda: [m for m in model.modules() if "forward" in vars(m)]
+    assert len(own()) == 3 + 3 + LINEARS  # attention, layers, linears
+    patch_model(model, fuse=False)
+    assert len(own()) == 3 and not patch_of(model).fuse
+    patch_model(model)
+    assert len(own()) == 6 + LINEARS
+    unpatch_model(model)
+    assert not own()
+
+
+def test_adapters_added_later_are_fused_when_it_is_patched_again():
+    model = lora(patch_model(base()))
+    made = system(model)
+    assert with_and_without(made)
+
+
+def test_somebody_elses_forward_stays():
+    model = base()
+    linear = model.model.layers[0].mlp.up_proj
+    linear.forward = lambda x: 0 * nn.Linear.forward(linear, x)
+    theirs = linear.forward
+    patch_model(model)
+    assert linear.forward is theirs
+    unpatch_model(model)
+    assert linear.forward is theirs
+
+
+# ---- the run's gradients ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_one_product_for_each_linear():
+    made = system()
+    with counted(lora_run, "lora_grads") as of_runs, counted(linears, "lora_grads") as of_passes:
+        gradients(made)
+    assert len(of_runs) == 2 * LINEARS
+    assert len(of_passes) == (3 - 1) * LINEARS + LINEARS
+    rows = {len(args[0]) for args in of_runs}
+    assert rows == {T * len(QUESTIONS), (T - 1) * len(QUESTIONS)}
+
+
+def test_backward_twice_through_one_graph():
+    made = system()
+    want = gradients(made)
+
+    def twice(loss):
+        loss.backward(retain_graph=True)
+        made.zero_grad(set_to_none=True)
+        loss.backward()
+
+    got = gradients(made, twice)
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_a_backward_that_asks_for_some_only():
+    made = system()
+    want = gradients(made)
+    name, p = next((n, p) for n, p in made.named_parameters() if "layers.1" in n and "up_proj.lora_A" in n)
+    found = {}
+    gradients_of_one = lambda loss: found.update({name: torch.autograd.grad(loss, p)[0]})
+    gradients(made, gradients_of_one)
+    assert torch.equal(found[name], want[name])
+
+
+def test_a_second_order_is_refused():
+    made = system()
+    weights = [p for p in made.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        loss = made(QUESTIONS, ANSWERS).loss
+        sum(g.sum() for g in torch.autograd.grad(loss, weights, create_graph=True)).backward()
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_role"])
+def test_checkpointed_layers(scope):
+    made = system(lora(base(), scope), adapter_scope=scope)
+    want = gradients(made)
+    made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with counted(lora_run, "lora_grads") as of_runs, counted(linears, "run") as calls:
+        got = gradients(made)
+    passes = 2 + T + T - 1 + 1
+    assert len(of_runs) == 2 * LINEARS and len(calls) == 2 * passes * LINEARS  # forward, and again
+    assert_close(got, want, 1e-5)
+
+
+def test_the_report_tells_passes_apart():
+    made = system()
+    fused = made.gradient_report(QUESTIONS, ANSWERS)
+    own = unfused(made).gradient_report(QUESTIONS, ANSWERS)
+    assert len(fused.passes) == len(own.passes)
+    for x, y in zip(fused.passes, own.passes):
+        assert x.parameters == pytest.approx(y.parameters, rel=1e-4, abs=1e-7)
+    assert fused.parameters == pytest.approx(own.parameters, rel=1e-4)
+
+
+def test_hooks_on_parameters_see_the_whole_gradient_once():
+    made, seen = system(), []
+    p = next(p for n, p in made.named_parameters() if "lora_A" in n)
+    p.register_hook(lambda g: seen.append(g.clone()))
+    p.register_post_accumulate_grad_hook(lambda q: seen.append(q.grad.clone()))
+    gradients(made)
+    assert len(seen) == 2 and torch.equal(*seen)
+
+
+def test_distributed_data_parallel(tmp_path):
+    import torch.distributed as dist
+
+    made = system()
+    want = gradients(made)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(made)
+        loss = wrapped(QUESTIONS, ANSWERS).loss
+        loss.backward()
+        got = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+        assert_close({"loss": loss.detach()} | got, want, 1e-6)
+    finally:
+        dist.destroy_process_group()

@@ -38,6 +38,30 @@ def test_the_op(n, dtype):
             assert torch.equal(linear(dy[i : i + 2], weight, None, a, b, 0.7, transposed=True)[0], dx[i : i + 2])
 
 
+@pytest.mark.parametrize("n", [5, 40])
+def test_rows_that_lie_anyhow(n):
+    """Transposed, or one number for all, as the gradient of a sum is."""
+    torch.manual_seed(0)
+    weight, a, b = torch.randn(96, 64), torch.randn(4, 64), torch.randn(96, 4)
+    x, dy = torch.randn(64, n).t(), torch.ones(()).expand(n, 96)
+    (y, u), (dx, v) = linear(x, weight, None, a, b, 0.5), linear(dy, weight, None, a, b, 0.5, transposed=True)
+    laid = x.contiguous(), u, dy.contiguous(), v
+    assert torch.equal(y, linear(laid[0], weight, None, a, b, 0.5)[0])
+    assert torch.equal(dx, linear(laid[2], weight, None, a, b, 0.5, transposed=True)[0])
+    assert all(map(torch.equal, lora_grads(x, u, dy, v, 0.5), lora_grads(*laid, 0.5)))
+
+
+def test_gradients_of_many_rows():
+    """Sums over many rows round like torch's: not one float after the other."""
+    torch.manual_seed(0)
+    n = 20_000
+    x, u, dy, v = (torch.rand(n, width) for width in (64, 4, 32, 4))
+    for got, want, plain in zip(
+        lora_grads(x, u, dy, v, 1.0), (v.double().T @ x.double(), dy.double().T @ u.double()), (v.T @ x, dy.T @ u)
+    ):
+        assert (got.double() - want).norm() < 3 * (plain.double() - want).norm()
+
+
 def test_bits_do_not_depend_on_the_threads():
     torch.manual_seed(0)
     x, weight = torch.randn(12, 1024), torch.randn(768, 1024)

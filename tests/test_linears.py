@@ -8,6 +8,7 @@ import torch
 from models import make_config, randomize
 from systems import ANSWERS, QUESTIONS, tokenizer
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
 from diffmas import Agent, MultiAgentSystem, Trace, patch_model, unpatch_model
@@ -352,3 +353,87 @@ def test_distributed_data_parallel(tmp_path):
         assert_close({"loss": loss.detach()} | got, want, 1e-6)
     finally:
         dist.destroy_process_group()
+
+
+# ---- what others do with the layers ----------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_a_sum():
+    """Of a layer's hidden states, whose strides are 0."""
+    made, found = system(), []
+    for fuse in (False, True):
+        patch_model(made.model, fuse=fuse)
+        trace, h = Trace(made.model, batch_size=1), []
+        hook = patch_of(made.model).body.layers[-1].register_forward_hook(lambda *args, h=h: h.append(args[-1]))
+        made.model(input_ids=torch.tensor([[5, 6, 7, 8, 9]]), past_key_values=trace)
+        hook.remove()
+        (h[0][0] if isinstance(h[0], tuple) else h[0]).sum().backward()
+        found.append({n: p.grad for n, p in made.named_parameters() if p.grad is not None})
+        made.zero_grad(set_to_none=True)
+    assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("adapted", [[], ["q_proj", "v_proj"], "all-linear"], ids=["none", "two", "all"])
+def test_no_more_is_kept_for_backward(adapted):
+    """Than without: the input of a linear only where an adapter is trained."""
+    model = lora(base(), target_modules=adapted) if adapted else base()
+    if not adapted:
+        model.requires_grad_(False)
+        model.get_input_embeddings().weight.requires_grad_()
+    kept = []
+    for fuse in (False, True):
+        patch_model(model, fuse=fuse)
+        seen, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(x, seen=seen, weights=weights):
+            if x.untyped_storage().data_ptr() not in weights:
+                seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = model(input_ids=torch.arange(5, 35)[None], past_key_values=Trace(model, batch_size=1))
+        kept.append(sum(size for size, _ in seen.values()))
+        del out
+    assert kept[1] <= kept[0], kept
+
+
+def parametrized(linear):
+    nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity())
+
+
+def pruned(linear):
+    prune.l1_unstructured(linear, "weight", 0.2)
+
+
+@pytest.mark.parametrize("change", [parametrized, pruned, nn.utils.weight_norm], ids=["parametrized", "pruned", "weight norm"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_somebody_else_makes(change):
+    model = patch_model(base().requires_grad_(False)).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    change(model.model.layers[0].mlp.up_proj)
+    with counted(linears, "run") as calls:
+        got = model(input_ids=ids, past_key_values=Trace(model, batch_size=1)).logits
+    want = patch_model(model, fuse=False)(input_ids=ids, past_key_values=Trace(model, batch_size=1)).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert len(calls) == LINEARS - 1
+
+
+def test_another_scale_within_a_run():
+    """Each step's gradients have its own."""
+    made, found = system(), []
+    layers = [m for m in made.model.modules() if type(m).__name__ == "Linear" and hasattr(m, "scaling")]
+    realign = made.realign.forward
+
+    def scaled(h, *args, **options):
+        for layer in layers:
+            layer.scaling["default"] *= 1.25
+        return realign(h, *args, **options)
+
+    for fuse in (False, True):
+        patch_model(made.model, fuse=fuse)
+        for layer in layers:
+            layer.scaling["default"] = 1.0
+        made.realign.forward = scaled
+        found.append(gradients(made))
+        del made.realign.forward
+    assert_close(found[1], found[0], 1e-4)

@@ -190,6 +190,13 @@ def test_agents_of_a_role_share_its_adapter(tmp_path):
     assert loaded.agents == agents and sorted(loaded.model.peft_config) == ["reader", "solver"]
 
 
+def test_a_role_that_means_another_agent_is_refused():
+    agents = [replace(AGENTS[0], role="critic"), *AGENTS[1:]]
+    with pytest.raises(ValueError, match="'planner': role: expected a name that no agent of another role has, got 'critic'"):
+        system(agents=agents)
+    system(agents=[replace(agent, role="critic") for agent in AGENTS])  # one that they share
+
+
 def test_final_only_leaves_the_others_without_adapter():
     s = MultiAgentSystem(with_lora(tiny("qwen3", patch=False)), tokenizer(), AGENTS, adapter_scope="final_only")
     trace = s(QUESTIONS, ANSWERS).trace

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallb
 from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from diffmas import MultiAgentSystem
+from diffmas.agents.file import check_same, read_agents
 from diffmas.evaluation import Stitched, Writers
 from diffmas.training import (
     NonFiniteLoss,
@@ -704,6 +706,25 @@ def test_stitched_agents_and_writers_are_loaded_as_they_were(tmp_path):
     assert list(writers.roles) == ["planner", "critic", "solver"]
     with pytest.raises(ValueError, match="agent: expected one of"):
         writers([{"agent": "nobody", "prompt": "plan"}], ["garden"])
+    file = tmp_path / "writers" / "agents.json"
+    older = json.loads(file.read_text())
+    for agent in older["own_options"]["roles"] + older["agents"]:
+        del agent["role"]
+    del older["latent_grad_clip"]
+    file.write_text(json.dumps(older))
+    Writers(system.model, system.tokenizer, system.agents).load_weights(tmp_path / "writers")
+
+
+def test_roles_are_compared_where_they_mean_something(tmp_path):
+    tiny.system().save_pretrained(tmp_path / "shared")
+    tiny.system(adapter_scope="per_role").save_pretrained(tmp_path / "roles")
+    agents = [asdict(agent) | {"role": "team"} for agent in tiny.agents()]
+    check_same(tmp_path, read_agents(tmp_path / "shared"), {"agents": agents})
+    with pytest.raises(ValueError, match="expected role 'team' of agent 'planner', got None"):
+        check_same(tmp_path, read_agents(tmp_path / "roles"), {"agents": agents})
+    agents[0]["prompt"] = "another"
+    with pytest.raises(ValueError, match="expected prompt 'another' of agent 'planner'"):
+        check_same(tmp_path, read_agents(tmp_path / "shared"), {"agents": agents})
 
 
 def test_a_directory_that_does_not_say_its_class_is_loaded(tmp_path):

@@ -148,13 +148,17 @@ def _with_later_options(described: dict) -> dict:
     if not isinstance(described.get("agents"), list):
         return described
     described = {**dict.fromkeys(OF_CLASS), **described}
+
+    def filled(agents: list) -> list:
+        return [{"stop_change": None, "role": None, **agent} if isinstance(agent, dict) else agent for agent in agents]
+
+    own = described["own_options"]
+    if isinstance(own, dict) and isinstance(own.get("roles"), list):  # agents of `diffmas.evaluation.Writers`
+        described["own_options"] = {**own, "roles": filled(own["roles"])}
     # Where latent_only drops nothing, sinks change nothing.
     sinks = 0 if described.get("trace_content") == "latent_only" else Options.sinks
-    agents = [
-        {"stop_change": None, "role": None, **agent} if isinstance(agent, dict) else agent for agent in described["agents"]
-    ]
     later = {"sinks": sinks, "chat_options": None, "latent_grad_clip": None, "trained_in_base": [], "tokenizer": None}
-    return {**later, **described, "agents": agents}
+    return {**later, **described, "agents": filled(described["agents"])}
 
 
 def check_base(described: dict, model: nn.Module, path) -> None:
@@ -276,10 +280,12 @@ def check_same(path, described: dict, expected: dict) -> None:
         if _unsaid(described, key):
             continue
         found, of = described[key], ""
+        if key == "agents" and described["adapter_scope"] != "per_role":  # where roles mean nothing
+            value, found = ([{**agent, "role": None} for agent in agents] for agents in (value, found))
         if key == "agents" and value != found:
+            pairs = list(zip(value, found))
             value, found = ([agent["name"] for agent in agents] for agents in (value, found))
             if value == found:
-                pairs = zip(expected[key], described[key])
                 of, key, value, found = next(
                     (f" of agent {a['name']!r}", k, a[k], b[k]) for a, b in pairs for k in a if a[k] != b[k]
                 )

@@ -89,6 +89,12 @@ class MultiAgentSystem(nn.Module):
             check_bare(model)
         if adapter_scope != "shared" and not hasattr(model, "peft_config"):
             raise ValueError(f"adapter_scope: {adapter_scope!r} needs a PEFT model, got {type(model).__name__}")
+        for agent in agents:
+            if (other := next((x for x in agents if agent.role == x.name != x.role and x is not agent), None)) is not None:
+                raise ValueError(
+                    f"agent {agent.name!r}: role: expected a name that no agent of another role has, got {agent.role!r}; to "
+                    f"share an adapter with {other.name!r}, give both one role"
+                )
         roles = list(dict.fromkeys(agent.adapter for agent in agents))
         if adapter_scope == "per_role" and (missing := [n for n in roles if n not in model.peft_config]):
             raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every role, the model has none for {missing}")

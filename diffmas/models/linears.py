@@ -74,7 +74,7 @@ class LinearForward:
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         module = self.module
         if not torch.compiler.is_compiling() and not args and not kwargs and _running.forward_pass is not None:
-            parts = (plain_parts if type(module) is nn.Linear else lora_parts)(module)
+            parts = _parts(module)
             if parts is not None and x.dtype == parts[0].dtype and type(x) is Tensor:
                 return run(x, *parts, _running.forward_pass)
         return type(module).forward(module, x, *args, **kwargs)
@@ -113,6 +113,8 @@ class LoraLinear(torch.autograd.Function):
     def forward(ctx, x, token, a_input, b_input, rest):
         weight, bias, a, b, scale, run_of, number = rest
         y, u = linear(x, weight, bias, a, b, scale)
+        if not any(ctx.needs_input_grad[1:4]):
+            x = u = None  # as in torch, the gradient to the input needs the weights alone
         ctx.save_for_backward(x, u, weight, a, b)
         ctx.rest = scale, run_of, number
         return y
@@ -125,13 +127,13 @@ class LoraLinear(torch.autograd.Function):
 def _backward(ctx, dy):
     x, u, weight, a, b = ctx.saved_tensors
     scale, run_of, number = ctx.rest
-    dx_wanted, _, da_wanted, db_wanted, _ = ctx.needs_input_grad
+    dx_wanted, deferred, da_wanted, db_wanted, _ = ctx.needs_input_grad
     dx, v, da, db = None, None, None, None
     if dx_wanted:
         dx, v = linear(dy, weight, None, a, b, scale, transposed=True)
-    elif a is not None:
+    elif deferred or da_wanted or db_wanted:
         v = dy.to(b.dtype) @ b
-    if run_of is not None:
+    if deferred:
         run_of.keep(number, x, u, dy, v)
     elif da_wanted or db_wanted:
         da, db = lora_grads(x, u, dy, v, scale)
@@ -177,10 +179,18 @@ def _bare(module: nn.Module) -> bool:
     return not module._backward_hooks and not module._backward_pre_hooks and (forward is None or _is_ours(forward))
 
 
+def _parts(module: nn.Module):
+    """weight, bias, a, b and scale as `run` takes them; None where the module must run as it is. Its class may have changed:
+    torch's parametrizations do that."""
+    if type(module) is nn.Linear:
+        return plain_parts(module)
+    return lora_parts(module) if _is_lora(module) else None
+
+
 def plain_parts(module: nn.Module):
-    """weight, bias, a, b and scale of a linear as `run` takes them; None where it must run as it is."""
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    if weight.requires_grad or type(weight) is not nn.Parameter or not serves(weight):
+    """The same of a linear."""
+    weight, bias = module._parameters.get("weight"), module._parameters["bias"]  # None: torch's weight_norm has taken it away
+    if type(weight) is not nn.Parameter or weight.requires_grad or not serves(weight):
         return None
     if bias is not None and (bias.requires_grad or bias.dtype != weight.dtype):
         return None
@@ -227,11 +237,15 @@ def _is_free(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not hasattr(module, "_hf_hook")
 
 
+def _is_lora(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"
+
+
 def _linears(module: nn.Module):
     """The plain linears in a module, and PEFT's LoRA layers in place of those that they hold."""
     for child in module.children():
-        kind = type(child)
-        if kind is nn.Linear or (kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"):
+        if type(child) is nn.Linear or _is_lora(child):
             yield child
         elif not is_wrapper(child):
             yield from _linears(child)

@@ -49,5 +49,6 @@ def linear(
 
 def lora_grads(x: Tensor, u: Tensor, dy: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """da [r, in] and db [out, r] of what `linear` gave: y, u of x and dx, v of dy."""
+    x, dy = (z if z.stride(1) == 1 else z.contiguous() for z in (x, dy))  # a sum's gradient has strides of 0
     grad = torch.ops.diffmas_native.lora_grad
     return grad(v, x, scale), grad(u, dy, scale).t().contiguous()

@@ -32,17 +32,17 @@ class LoraRun:
     """The linears of one run."""
 
     def __init__(self):
-        self._tokens: dict[tuple[int, int], tuple[Tensor, int, Tensor, Tensor]] = {}
+        self._tokens: dict[tuple[int, int, float], tuple[Tensor, int, Tensor, Tensor]] = {}
         self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def token(self, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, int]:
         """What a step's linear with these weights depends on, and the number under which it keeps."""
-        found = self._tokens.get((id(a), id(b)))
+        found = self._tokens.get((id(a), id(b), scale))
         if found is None:
             number = len(self._tokens)
             token = Begin.apply(a, b, weakref.ref(self), number, scale)
-            found = self._tokens[id(a), id(b)] = token, number, a, b
+            found = self._tokens[id(a), id(b), scale] = token, number, a, b
         return found[:2]
 
     def keep(self, number: int, *step: Tensor) -> None:

@@ -39,7 +39,8 @@ def test_peers_of_attention_agree_on_every_regime():
         seen.add((case.regime, case.phase, case.dtype))
         providers = {k: v for k, v in bench_attention.PROVIDERS.items() if k not in bench_attention.SLOW}
         contest = Contest(bench_attention.problem(shape), providers)
-        assert not contest.notes and "sdpa" in contest.trials and "eager" in contest.trials, (case.key, contest.notes)
+        plain = {"sdpa"} if case.phase == "backward" and case.dtype != "float32" else {"sdpa", "eager"}
+        assert not contest.notes and plain <= contest.trials.keys(), (case.key, contest.notes)
 
 
 @pytest.mark.parametrize("name", ["inject", "linear", "merge", "reposition", "deferred", "latent_step", "latent_run", "host"])

@@ -88,7 +88,7 @@ bench-readme: $(INSTALLED)
 # The Hugging Face side against the oldest supported transformers and one in between; .venv holds the newest. With a datasets that
 # goes with its huggingface_hub: transformers imports the one that is there.
 COMPAT ?= 4.56.2 5.17.0
-COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate decoding gradients passes threads latent linears gradient_clip graphed_steps graphed_decoding system adapters training training_arguments evaluation files load chat multimodal sinks ragged audit gradient_report))
+COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate decoding gradients passes threads latent linears lora_run gradient_clip graphed_steps graphed_decoding system adapters training training_arguments evaluation files load chat multimodal sinks ragged audit gradient_report))
 compat: $(INSTALLED)
 	for v in $(COMPAT); do \
 	  test -d .compat/$$v || { $(PY) -m pip install -q --target .compat/$$v.part "transformers==$$v" datasets && mv .compat/$$v.part .compat/$$v; } || exit 1; \

@@ -1,11 +1,8 @@
 """The CPU's op of a linear layer and its LoRA adapter, against float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from forms import FORMS, run_again
 
 from diffmas.ops import extension
 from diffmas.ops.linear import linear, lora_grads
@@ -78,13 +75,9 @@ def test_bits_do_not_depend_on_the_threads():
     assert all(torch.equal(one, two) for one, two in zip(*found))
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
-def test_every_instruction_set(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "test_the_op", __file__]
-    done = subprocess.run(command, env=os.environ | {"DIFFMAS_CPU_ISA": isa}, capture_output=True, text=True)
-    if "DIFFMAS_CPU_ISA: expected" in done.stdout + done.stderr:
-        pytest.skip(f"this CPU has no {isa}")
-    assert done.returncode == 0, done.stdout[-2000:]
+@pytest.mark.parametrize("form", FORMS)
+def test_every_instruction_set(form):
+    run_again(form, __file__, "test_the_op")
 
 
 def test_the_op_says_what_is_wrong():

@@ -1,110 +1,36 @@
-"""Linears and their LoRA adapters as one op: the numbers of PEFT's own, whatever is adapted, and one product a run."""
+"""Linears and their LoRA adapters as one op: the numbers of PEFT's own, whatever is adapted."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
-from models import make_config, randomize
-from systems import ANSWERS, QUESTIONS, tokenizer
+from linear_systems import (
+    LINEARS,
+    T,
+    assert_close,
+    base,
+    calm,
+    counted,
+    gradients,
+    lora,
+    system,
+    unfused,
+    with_and_without,
+    with_b,
+)  # fmt: skip
+from models import make_config
+from systems import ANSWERS, QUESTIONS
 from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
-from diffmas import Agent, MultiAgentSystem, Trace, patch_model, unpatch_model
-from diffmas.agents.adapters import add_lora, switched_off, switched_to
+from diffmas import Trace, patch_model, unpatch_model
+from diffmas.agents.adapters import switched_off, switched_to
 from diffmas.models import linears
 from diffmas.models.patch import patch_of
 from diffmas.ops import extension
-from diffmas.trace import lora_run
 
 pytestmark = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels are missing: {extension.error}")
-
-T = 4
-AGENTS = [Agent("planner", "w5 {question} w6", T), Agent("critic", "w7 w8 {question}", T - 1), Agent("solver", "w9 {question}")]
-LINEARS = 3 * 7  # of the model, all with an adapter
-
-
-def base(family="qwen2", dtype=torch.float32):
-    config = make_config(family, hidden_size=64, intermediate_size=96, num_key_value_heads=4)
-    model = calm(AutoModelForCausalLM.from_config(config)).to(dtype)
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, config.vocab_size - 1
-    return model
-
-
-def calm(model):
-    """Weights so small that rounding is not amplified from step to step."""
-    for p in randomize(model).parameters():
-        if p.dim() == 2:
-            p.data *= 0.4
-    return model
-
-
-def lora(model, scope="shared", b=0.05, **options):
-    from peft import LoraConfig
-
-    model = add_lora(model, AGENTS, scope, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options))
-    return with_b(model, b)
-
-
-def with_b(model, b=0.05):
-    generator = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data = (b * torch.randn(p.shape, generator=generator)).to(p.dtype)
-    return model
-
-
-def system(model=None, **options) -> MultiAgentSystem:
-    made = MultiAgentSystem(lora(base()) if model is None else model, tokenizer(), AGENTS, **options)
-    made.train()
-    return made
-
-
-def gradients(made, backward=lambda loss: loss.backward()):
-    torch.manual_seed(0)
-    loss = made(QUESTIONS, ANSWERS).loss
-    backward(loss)
-    grads = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
-    made.zero_grad(set_to_none=True)
-    return {"loss": loss.detach()} | grads
-
-
-def assert_close(got, want, tolerance=2e-5):
-    assert got.keys() == want.keys() and len(want) > 1
-    wrong = {n: (got[n] - want[n]).norm() / want[n].norm() for n in want if want[n].norm()}
-    assert max(wrong.values()) < tolerance, {n: float(e) for n, e in wrong.items() if e >= tolerance}
-
-
-@contextlib.contextmanager
-def counted(owner, name):
-    """How often a function of a module is called, inside."""
-    calls, original = [], getattr(owner, name)
-
-    def counting(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, counting)
-    try:
-        yield calls
-    finally:
-        setattr(owner, name, original)
-
-
-def with_and_without(made, tolerance=2e-5):
-    """-> the calls of the fused linear."""
-    want = gradients(unfused(made))
-    patch_model(made.model)
-    with counted(linears, "run") as calls:
-        assert_close(gradients(made), want, tolerance)
-    return calls
-
-
-def unfused(made):
-    patch_model(made.model, fuse=False)
-    return made
-
 
 # ---- what is fused, and what is PEFT's own ---------------------------------------------------------------------------
 
@@ -262,97 +188,6 @@ def test_somebody_elses_forward_stays():
     assert linear.forward is theirs
     unpatch_model(model)
     assert linear.forward is theirs
-
-
-# ---- the run's gradients ---------------------------------------------------------------------------------------------
-
-
-def test_a_run_has_one_product_for_each_linear():
-    made = system()
-    with counted(lora_run, "lora_grads") as of_runs, counted(linears, "lora_grads") as of_passes:
-        gradients(made)
-    assert len(of_runs) == 2 * LINEARS
-    assert len(of_passes) == (3 - 1) * LINEARS + LINEARS
-    rows = {len(args[0]) for args in of_runs}
-    assert rows == {T * len(QUESTIONS), (T - 1) * len(QUESTIONS)}
-
-
-def test_backward_twice_through_one_graph():
-    made = system()
-    want = gradients(made)
-
-    def twice(loss):
-        loss.backward(retain_graph=True)
-        made.zero_grad(set_to_none=True)
-        loss.backward()
-
-    got = gradients(made, twice)
-    assert all(torch.equal(got[n], want[n]) for n in want)
-
-
-def test_a_backward_that_asks_for_some_only():
-    made = system()
-    want = gradients(made)
-    name, p = next((n, p) for n, p in made.named_parameters() if "layers.1" in n and "up_proj.lora_A" in n)
-    found = {}
-    gradients_of_one = lambda loss: found.update({name: torch.autograd.grad(loss, p)[0]})
-    gradients(made, gradients_of_one)
-    assert torch.equal(found[name], want[name])
-
-
-def test_a_second_order_is_refused():
-    made = system()
-    weights = [p for p in made.parameters() if p.requires_grad]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        loss = made(QUESTIONS, ANSWERS).loss
-        sum(g.sum() for g in torch.autograd.grad(loss, weights, create_graph=True)).backward()
-
-
-@pytest.mark.parametrize("scope", ["shared", "per_role"])
-def test_checkpointed_layers(scope):
-    made = system(lora(base(), scope), adapter_scope=scope)
-    want = gradients(made)
-    made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with counted(lora_run, "lora_grads") as of_runs, counted(linears, "run") as calls:
-        got = gradients(made)
-    passes = 2 + T + T - 1 + 1
-    assert len(of_runs) == 2 * LINEARS and len(calls) == 2 * passes * LINEARS  # forward, and again
-    assert_close(got, want, 1e-5)
-
-
-def test_the_report_tells_passes_apart():
-    made = system()
-    fused = made.gradient_report(QUESTIONS, ANSWERS)
-    own = unfused(made).gradient_report(QUESTIONS, ANSWERS)
-    assert len(fused.passes) == len(own.passes)
-    for x, y in zip(fused.passes, own.passes):
-        assert x.parameters == pytest.approx(y.parameters, rel=1e-4, abs=1e-7)
-    assert fused.parameters == pytest.approx(own.parameters, rel=1e-4)
-
-
-def test_hooks_on_parameters_see_the_whole_gradient_once():
-    made, seen = system(), []
-    p = next(p for n, p in made.named_parameters() if "lora_A" in n)
-    p.register_hook(lambda g: seen.append(g.clone()))
-    p.register_post_accumulate_grad_hook(lambda q: seen.append(q.grad.clone()))
-    gradients(made)
-    assert len(seen) == 2 and torch.equal(*seen)
-
-
-def test_distributed_data_parallel(tmp_path):
-    import torch.distributed as dist
-
-    made = system()
-    want = gradients(made)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(made)
-        loss = wrapped(QUESTIONS, ANSWERS).loss
-        loss.backward()
-        got = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
-        assert_close({"loss": loss.detach()} | got, want, 1e-6)
-    finally:
-        dist.destroy_process_group()
 
 
 # ---- what others do with the layers ----------------------------------------------------------------------------------

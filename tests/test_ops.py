@@ -4,13 +4,11 @@ Budget (DESIGN section 8): a backend's error is at most twice that of the plain-
 """
 
 import itertools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from forms import FORMS, run_again
 from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
 from op_runs import (
     attention_all,
@@ -164,17 +162,11 @@ def test_a_row_that_is_not_finite(backend, name, value, dtype):
         row_makes_nan_of_what_it_sees(backend, name, value, dtype, queries)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx", "arm_bf16"])
-def test_every_instruction_set(isa):
-    """The op tests once more with the CPU kernels' other forms, in a process of its own: the form is picked at load time."""
+@pytest.mark.parametrize("form", FORMS)
+def test_every_instruction_set(form):
     if "cpu" not in BACKENDS:
         pytest.skip("the C++ extension is not built")
-    which = "(budget or nan or not_finite or head_sizes) and (float32 or bfloat16)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", which]
-    done = subprocess.run(command, env={**os.environ, "DIFFMAS_CPU_ISA": isa}, capture_output=True, text=True)
-    if "DIFFMAS_CPU_ISA: expected" in done.stdout:
-        pytest.skip(f"this CPU has no {isa}")
-    assert done.returncode == 0, done.stdout[-2000:]
+    run_again(form, __file__, "(budget or nan or not_finite or head_sizes) and (float32 or bfloat16)")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

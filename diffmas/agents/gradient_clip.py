@@ -1,8 +1,8 @@
 """Clipping the gradient that goes from a latent step to the hidden state before it.
 
-A latent step can multiply a gradient, and T of them by its T-th power: hardly anything of most sequences comes back to an
-agent's first steps, and of one in a hundred a thousand times what its answer gets. Clipping the norm of the parameters'
-gradient (`max_grad_norm`) leaves nothing but that sequence of such a batch. Here each sequence is clipped at each step, before
+A latent step can multiply a gradient, and T of them by its T-th power: most sequences' stays below what their answers get, and
+single ones' comes to thousands of times as much (docs/log.md). Clipping the norm of the parameters' gradient
+(`max_grad_norm`) leaves nothing but those of such a batch. Here each sequence is clipped at each step, before
 it is multiplied again (for recurrent networks: Pascanu et al., arXiv 1211.5063), in units of the gradient of its own answer:
 what comes out depends on the batch as little as on the loss's scale.
 """

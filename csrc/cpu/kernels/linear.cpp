@@ -43,7 +43,7 @@ struct Pairs {
   template <DType>
   static vu across(const char* row, int64_t stride, int64_t i) {
     const auto half = [&](const char* p) { return *reinterpret_cast<const vh_any*>(reinterpret_cast<const uint16_t*>(p) + i); };
-    return __builtin_convertvector(half(row), vu) | __builtin_convertvector(half(row + stride), vu) << 16;
+    return interleave(half(row), half(row + stride));
   }
   using Number = Pair;
   static Pair number(const char* x, int64_t i) { return *reinterpret_cast<const Pair*>(x + 2 * i); }

@@ -56,7 +56,8 @@ class GRPOTrainer(Trainer, trl.GRPOTrainer):
 
     Raises ValueError for what does not apply to a team, and for rows that lack a field of a prompt.
 
-        >>> args = GRPOConfig(directory, max_steps=1, num_generations=2, per_device_train_batch_size=2, bf16=False)
+        >>> options = dict(num_generations=2, per_device_train_batch_size=2, max_completion_length=4, bf16=False)
+        >>> args = GRPOConfig(directory, max_steps=1, logging_steps=1, report_to=[], **options)
         >>> GRPOTrainer(system, scored(), args, train_dataset=rows).train().global_step
         {'loss': ...}
         1

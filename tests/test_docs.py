@@ -49,8 +49,8 @@ def test_examples(documented, tmp_path, request):
     published = tiny.write_jsonl(tmp_path / "gsm8k.jsonl", [{"question": "Pens?", "answer": "2*3=<<2*3=6>>6 pens.\n#### 6"}])
     names = {x.__name__: x for x in (*DOCUMENTED, Latent, communicates, single_agent)} | {
         "torch": torch, "GRPOConfig": GRPOConfig, "model": system.model, "tokenizer": system.tokenizer, "system": system,
-        "rows": tiny.rows(2), "base_model": tiny.model(), "directory": tmp_path, "base_directory": tiny.save_base(tmp_path / "base"),
-        "published": published,
+        "rows": tiny.rows(2), "base_model": tiny.model(), "directory": tmp_path,
+        "base_directory": tiny.save_base(tmp_path / "base"), "published": published,
     }  # fmt: skip
     test = doctest.DocTestParser().get_doctest(documented.__doc__, names, documented.__qualname__, None, 0)
     assert test.examples

@@ -1,8 +1,10 @@
 """GRPO with a team as the policy: log-probabilities and gradients of a plain unroll, TRL's loss by its formula, rewards that
 rise."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import systems
@@ -128,29 +130,52 @@ def step_of(system, path, latents="recompute", **options):
     return graded, moved, trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.2])
-def test_a_step_is_the_formulas(tmp_path, beta):
-    """GRPO with TRL's defaults (dapo: all tokens of the batch weigh the same), from log-probabilities of a plain unroll."""
-    graded, moved, log = step_of(tiny.system(alpha=8), tmp_path, beta=beta)
-    assert len(set(graded.rewards)) > 2 and log["reward"] == pytest.approx(sum(graded.rewards) / 8)
-    again = tiny.system(alpha=8)
-    rewards = torch.tensor(graded.rewards).view(2, 4)
+def by_formula(system, prompts, answers, rewards, group: int, beta: float = 0.0, temperature: float = 1.0):
+    """GRPO's loss with TRL's defaults (dapo: all tokens of the batch weigh the same; the KL term with its ratio), from
+    log-probabilities of a plain unroll; and the divergence. Leaves the gradients in the system."""
+    rewards = torch.tensor(rewards).view(-1, group)
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
-    count, loss, kl = sum(map(len, graded.tokens)), 0.0, 0.0
-    for prompt, tokens, advantage in zip(graded.prompts, graded.tokens, advantages):
+    count, loss, kl = sum(map(len, answers)), 0.0, 0.0
+    for prompt, tokens, advantage in zip(prompts, answers, advantages):
         question, at = prompt.removeprefix("question : ").removesuffix(" answer :"), (range(len(tokens)), tokens)
-        log_p = systems.unroll(again, question, tokens).log_softmax(-1)[at]
+        log_p = (systems.unroll(system, question, tokens) / temperature).log_softmax(-1)[at]
         since = (log_p - log_p.detach()).exp()  # 1, and its gradient
         loss = loss - since.sum() * advantage / count
         if beta:
-            with torch.no_grad(), switched_off(again.model):
-                bare = systems.unroll(again, question, tokens).log_softmax(-1)[at]
+            with torch.no_grad(), switched_off(system.model):
+                bare = (systems.unroll(system, question, tokens) / temperature).log_softmax(-1)[at]
             kl = kl + (since * ((bare - log_p).exp() - (bare - log_p) - 1)).sum() / count
     (loss + beta * kl).backward()
+    return loss, kl
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+def test_a_step_is_the_formulas(tmp_path, beta):
+    graded, moved, log = step_of(tiny.system(alpha=8), tmp_path, beta=beta, temperature=0.8)
+    assert len(set(graded.rewards)) > 2 and log["reward"] == pytest.approx(sum(graded.rewards) / 8)
+    again = tiny.system(alpha=8)
+    _, kl = by_formula(again, graded.prompts, graded.tokens, graded.rewards, 4, beta, 0.8)
     for name, want in gradients(again).items():
         torch.testing.assert_close(moved[name], want, rtol=2e-3, atol=2e-5)
     if beta:
         assert log["kl"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0.01
+
+
+def test_two_processes_share_a_group(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command += [str(Path(__file__).with_name("grpo_worker.py")), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    prompts, tokens, rewards = (ranks[0][key] + ranks[1][key] for key in ("prompts", "tokens", "rewards"))
+    assert len(set(prompts)) == 1 and ranks[0]["tokens"] != ranks[1]["tokens"]
+    again = tiny.system(alpha=8)
+    by_formula(again, prompts, tokens, rewards, 8)
+    for name, want in gradients(again).items():
+        assert torch.equal(ranks[0]["moved"][name], ranks[1]["moved"][name])
+        torch.testing.assert_close(ranks[0]["moved"][name], want, rtol=2e-3, atol=2e-5)
 
 
 def test_latents_that_are_kept_teach_the_last_agent_alone(tmp_path):
@@ -285,6 +310,7 @@ def test_what_else_does_not_fit(tmp_path):
 def test_what_was_given_stays_as_it_is(tmp_path):
     """The model's configs, the tokenizer, the arguments; the system's forward; rows as a datasets.Dataset or as strings."""
     system, args = tiny.system(), config(tmp_path, beta=0.1)
+    system.model.generation_config.pad_token_id = system.model.config.pad_token_id = None
     model, before = system.model, (system.model.config.to_dict(), system.model.generation_config.to_dict())
     trainer = GRPOTrainer(system, Graded(), args, train_dataset=Dataset.from_list(tiny.rows(4)))
     trainer.train()

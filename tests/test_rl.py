@@ -1,9 +1,11 @@
 """GRPO with a team as the policy: log-probabilities and gradients of a plain unroll, TRL's loss by its formula, rewards that
 rise."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -191,7 +193,7 @@ def test_latents_that_are_kept_teach_the_last_agent_alone(tmp_path):
 
 
 def test_a_batch_is_used_twice_with_the_ratio_to_what_it_was_sampled_with(tmp_path):
-    """Two passes over the same answers: the second one's ratios are not 1, and both latents ways agree in the first."""
+    """Two passes over the same answers: the first one's ratios are 1, the second one's are not."""
     for latents in ("recompute", "keep"):
         graded = Graded()
         trainer = GRPOTrainer(
@@ -208,6 +210,30 @@ def test_micro_batches_change_nothing(tmp_path):
     _, parts, _ = step_of(tiny.system(alpha=8), tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     for name, want in whole.items():
         torch.testing.assert_close(parts[name], want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("latents", ["recompute", "keep"])
+def test_answers_are_sampled_in_the_precision_of_the_loss(tmp_path, latents):
+    """bfloat16 by autocast, as GRPOConfig has it by default."""
+
+    class Precise(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            found, plain = [], self.model.communicate
+
+            def communicate(*args, **options):
+                found.append(torch.is_autocast_enabled("cpu"))
+                return plain(*args, **options)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(self.model, "communicate", communicate)
+                output = super()._generate_and_score_completions(inputs)
+            assert found and all(found)
+            return output
+
+    system = tiny.system(alpha=8)
+    before, args = tiny.trainable(system), config(tmp_path, bf16=True)
+    Precise(system, Graded(), args, train_dataset=tiny.rows(4), latents=latents).train()
+    assert any((before[name] != p).any() for name, p in tiny.trainable(system).items())
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -265,6 +291,35 @@ def test_evaluation_between_steps_leaves_the_batch_that_is_used_twice(tmp_path):
     assert any("eval_reward" in x for x in with_evaluation)
 
 
+def test_gradient_reports_leave_the_log_of_rewards_as_it_is(tmp_path):
+    args = config(tmp_path, max_steps=2, logging_steps=2)
+    trainer = GRPOTrainer(tiny.system(), Graded(), args, train_dataset=tiny.rows(4), gradient_report_steps=1)
+    trainer.train()
+    reports, losses = ([log for log in trainer.state.log_history if ("loss" in log) == whole] for whole in (False, True))
+    assert len(losses) == 1 and losses[0]["reward"] > 0 and losses[0]["entropy"] > 0
+    assert len(reports) == 3 and not any("reward" in log for log in reports)  # of two steps, and of the run's end
+
+
+def test_rows_that_are_kept_go_before_the_next_ones_come(tmp_path):
+    traces, alive = weakref.WeakSet(), []
+
+    class Watched(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            traces.update(sample.trace for sample in output["samples"])
+            return output
+
+    class Counting(Graded):
+        def __call__(self, **columns):
+            gc.collect()
+            alive.append(len(traces))
+            return super().__call__(**columns)
+
+    args = config(tmp_path, max_steps=3)
+    Watched(tiny.system(), Counting(), args, train_dataset=tiny.rows(4), latents="keep").train()
+    assert alive == [0, 0, 0]  # beside the new one
+
+
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
 
@@ -278,7 +333,36 @@ def test_the_reward_of_a_scorer():
         exact(completions=["a"], question=["b"])
 
 
+def test_rewards_get_the_values_of_rows_as_they_are(tmp_path):
+    """Of a list: Arrow would give both dicts both keys, and takes no column of numbers and strings."""
+    given = [{"question": "where is the key", "options": {"A": "attic"}, "n": 1}, {"question": "where is the map", "n": "2"}]
+    got = []
+
+    def reward(completions, options, n, **_):
+        got.extend(zip(n, options))
+        return [0.0] * len(completions)
+
+    GRPOTrainer(tiny.system(), reward, config(tmp_path), train_dataset=given).train()
+    assert sorted(got, key=str) == [("2", None)] * 4 + [(1, {"A": "attic"})] * 4
+
+
+def test_several_scored_rewards_have_their_names_in_the_log(tmp_path):
+    rewards = [scored(), scored(Scorer(extract=lambda text: text[:3]), name="start")]
+    trainer = GRPOTrainer(tiny.system(), rewards, config(tmp_path), train_dataset=tiny.rows(4))
+    trainer.train()
+    assert {"rewards/right/mean", "rewards/start/mean"} <= trainer.state.log_history[0].keys()
+
+
+def test_generation_kwargs_go_before_the_other_fields(tmp_path):
+    graded, _, _ = step_of(tiny.system(alpha=8), tmp_path, generation_kwargs={"max_new_tokens": 2, "min_new_tokens": 2})
+    assert {len(tokens) for tokens in graded.tokens} == {2}
+
+
 @pytest.mark.parametrize(("options", "text"), [
+    ({"temperature": 0.0}, "temperature: expected more than 0, got 0.0"),
+    ({"generation_kwargs": {"temperature": 0.5}}, "generation_kwargs: expected it without 'temperature'"),
+    ({"generation_kwargs": {"seed": 1}}, "generation_kwargs: expected it without 'seed'"),
+    ({"generation_kwargs": {"max_length": 9}}, "max_length: expected max_new_tokens"),
     ({"use_vllm": True}, "use_vllm: expected it to be off for a multi-agent system, got True; a system decodes"),
     ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model: expected it to be off"),
     ({"neftune_noise_alpha": 1.0}, "neftune_noise_alpha: expected it to be off"),
@@ -301,6 +385,12 @@ def test_what_else_does_not_fit(tmp_path):
         make(rows=[*tiny.rows(1), {"answer": "a", "text": "b"}])
     with pytest.raises(ValueError, match="train_dataset: expected at least one row, got an empty data set"):
         make(rows=[])
+    with pytest.raises(ValueError, match="train_dataset: expected at least 2 rows, the questions of one generation, got 1"):
+        make(rows=tiny.rows(1))
+    with pytest.raises(ValueError, match=r"train_dataset\[1\]: expected an object or a string, got int"):
+        make(rows=["where is the key", 1])
+    with pytest.raises(ValueError, match=r"train_dataset\[0\]: expected no column 'image', which TRL reads as something else"):
+        make(rows=[{**row, "image": "a.png"} for row in tiny.rows(2)])
     with pytest.raises(ValueError, match="beta: expected 0 with realign='learned'"):
         make(config(tmp_path, beta=0.1), system=tiny.system(realign="learned"))
     with pytest.raises(ValueError, match=r"answers: expected strings or lists of token ids, got a list of something else"):

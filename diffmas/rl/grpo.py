@@ -6,6 +6,7 @@ answers from the team, and computes their log-probabilities with a gradient thro
 
 import contextlib
 import copy
+from functools import partial
 
 import torch
 import trl
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from diffmas.agents.adapters import switched_off
+from diffmas.agents.sampling import Sampling
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.adapted import check_bare
 from diffmas.rl.policy import answer_log_probs, rollout
@@ -34,6 +36,11 @@ REFUSED = {
     "use_transformers_continuous_batching": "a system decodes its batches itself",
     "use_vllm": "a system decodes its batches itself",
 }
+# Names that TRL's rewards take for themselves, or by which it takes a row for a picture's.
+TAKEN = {
+    "completion", "completion_ids", "completions", "environments", "image", "images", "log_extra", "log_metric", "prompts",
+    "trainer_state",
+}  # fmt: skip
 BARE = object()  # in the place of a reference model: the team without its adapter
 
 
@@ -81,10 +88,11 @@ class GRPOTrainer(Trainer, trl.GRPOTrainer):
         self._keep, self._samples = latents == "keep", []
         self._rewards = dict(reward_funcs=reward_funcs, reward_processing_classes=reward_processing_classes)
         super().__init__(
-            system, args, train_dataset=_dataset(train_dataset), eval_dataset=_dataset(eval_dataset), callbacks=callbacks,
-            optimizers=optimizers, peft_config=peft_config, gradient_report_steps=gradient_report_steps,
-            explosion_factor=None,
+            system, args, train_dataset=_dataset("train_dataset", train_dataset),
+            eval_dataset=_dataset("eval_dataset", eval_dataset), callbacks=callbacks, optimizers=optimizers,
+            peft_config=peft_config, gradient_report_steps=gradient_report_steps, explosion_factor=None,
         )  # fmt: skip
+        self._monitor.log = super(trl.GRPOTrainer, self).log  # TRL's own would put the means of rewards into a report
 
     @staticmethod
     def _check_rows(system, name: str, rows) -> None:
@@ -93,9 +101,18 @@ class GRPOTrainer(Trainer, trl.GRPOTrainer):
         if not len(rows):
             raise ValueError(f"{name}: expected at least one row, got an empty data set")
         for i in range(len(rows)):
+            if taken := sorted(TAKEN & rows[i].keys()):
+                raise ValueError(f"{name}[{i}]: expected no column {taken[0]!r}, which TRL reads as something else; rename it")
             check_fields(fields_of_row(rows[i], f"{name}[{i}]"), f"{name}[{i}]", system.agents)
 
     def _set_up(self, system, args, *, data_collator, compute_loss_func, **options) -> None:
+        rows, least = options["train_dataset"], args.generation_batch_size // args.num_generations
+        if hasattr(rows, "__len__") and len(rows) < least:
+            raise ValueError(
+                f"train_dataset: expected at least {least} rows, the questions of one generation, got {len(rows)}; lower "
+                "per_device_train_batch_size or steps_per_generation"
+            )
+        Sampling.of(system, samples=args.num_generations, **_choice(args))  # do all values fit?
         beta = args.beta
         if beta:
             check_bare(system.model)
@@ -117,22 +134,19 @@ class GRPOTrainer(Trainer, trl.GRPOTrainer):
     # ---- the policy --------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        self._samples = rollout(
-            self.model, [fields_of_row(row) for row in inputs], self._keep, max_new_tokens=self.max_completion_length,
-            seed=int(torch.randint(2**31, ())), **self._choice(),
-        )  # fmt: skip
+        if self.model.training:
+            self._samples, self._buffered_inputs = [], None  # and the rows that were kept
+        with self.accelerator.autocast():
+            self._samples = rollout(
+                self.model, [fields_of_row(row) for row in inputs], self._keep, seed=int(torch.randint(2**31, ())),
+                **_choice(self.args),
+            )  # fmt: skip
         last = self.model.agents[-1]
         with _as_pretrained(self.model):
             output = super()._generate_and_score_completions(
                 [{**row, "prompt": last.render(sample.question)} for row, sample in zip(inputs, self._samples)]
             )
         return {**output, "samples": self._samples}
-
-    def _choice(self) -> dict:
-        """How the config chooses tokens, by the names of `MultiAgentSystem.generate`."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        chosen = {name: getattr(self.args, name) for name in names} | (self.args.generation_kwargs or {})
-        return {"do_sample": True, **{name: value for name, value in chosen.items() if value is not None}}
 
     def _tokenize_prompts(self, prompts: list):
         last = self.model.agents[-1]
@@ -168,20 +182,44 @@ class GRPOTrainer(Trainer, trl.GRPOTrainer):
         """None of TRL's: what is saved is a system."""
 
 
+def _choice(args: trl.GRPOConfig) -> dict:
+    """How the config chooses tokens, by the names of `MultiAgentSystem.generate`."""
+    if not args.temperature > 0:
+        raise ValueError(f"temperature: expected more than 0, got {args.temperature}")
+    further = args.generation_kwargs or {}
+    # Log-probabilities are taken at the config's temperature.
+    if own := sorted({"do_sample", "num_return_sequences", "samples", "seed", "temperature"} & further.keys()):
+        raise ValueError(
+            f"generation_kwargs: expected it without {own[0]!r}; answers are sampled, num_generations of them at the config's "
+            "temperature, with a seed for each batch"
+        )
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    chosen = {name: getattr(args, name) for name in names} | {"max_new_tokens": args.max_completion_length} | further
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
 def _padded(rows: list[torch.Tensor], width: int) -> torch.Tensor:
     rows = pad_sequence(rows, batch_first=True)
     return nn.functional.pad(rows, (0, width - rows.shape[1]))
 
 
-def _dataset(rows):
-    """Rows as TRL takes them: a datasets.Dataset."""
+def _dataset(name: str, rows):
+    """Rows as TRL takes them: a datasets.Dataset. The values of a list's rows stay as they are, which they do not in Arrow:
+    there all dicts of a column get the same keys, and a column one type."""
     if rows is None or isinstance(rows, (Dataset, IterableDataset)):
         return rows
     if isinstance(rows, dict):
-        return {name: _dataset(part) for name, part in rows.items()}
+        return {key: _dataset(f"{name}[{key!r}]", part) for key, part in rows.items()}
     rows = [{"question": row} if isinstance(row, str) else row for row in rows]
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}[{i}]: expected an object or a string, got {type(row).__name__}")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return Dataset.from_dict({"row": list(range(len(rows)))}).with_transform(partial(_values, rows, columns))
+
+
+def _values(rows: list[dict], columns: list[str], batch: dict) -> dict[str, list]:
+    return {column: [rows[i].get(column) for i in batch["row"]] for column in columns}
 
 
 @contextlib.contextmanager

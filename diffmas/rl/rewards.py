@@ -5,10 +5,11 @@ from diffmas.evaluation.metrics import Scorer
 __all__ = ["scored"]
 
 
-def scored(scorer: Scorer | None = None, answer: str = "answer"):
+def scored(scorer: Scorer | None = None, answer: str = "answer", name: str = "right"):
     """A reward function: 1 for a right answer, else 0.
 
     scorer: says what is right; by default the whole text must be the gold answer. answer: the column of gold answers.
+    name: in TRL's log, which has one line for rewards of one name.
 
         >>> exact = scored(Scorer(extract="number"))
         >>> exact(completions=["it is 4", "it is 5"], answer=["4", "4"])
@@ -23,4 +24,5 @@ def scored(scorer: Scorer | None = None, answer: str = "answer"):
         rows = [dict(zip(of_rows, values)) for values in zip(*of_rows.values())]
         return [float(scorer.correct(text, row[answer], row)) for text, row in zip(completions, rows)]
 
+    right.__name__ = name
     return right

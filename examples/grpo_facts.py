@@ -76,10 +76,10 @@ def main(
         before, after, rewards[s] = run_of(s, taught, steps, output / f"seed{s}")
         shown = [f"{100 * r.accuracy:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in (before, after)]
         table.add_row(str(s), *shown)
-    lines = [(s, step, reward) for s, row in rewards.items() for step, reward in enumerate(row, start=1)]
-    with (output / "rewards.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("seed", "step", "reward"), *lines])
-    plot(rewards, output / "rewards.png")
+        lines = [(s, step, reward) for s, row in rewards.items() for step, reward in enumerate(row, start=1)]
+        with (output / "rewards.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("seed", "step", "reward"), *lines])
+        plot(rewards, output / "rewards.png")
     Console().print(table)
     print(f"written: {output / 'rewards.csv'}, {output / 'rewards.png'}")
 

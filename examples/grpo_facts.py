@@ -67,8 +67,8 @@ def plot(rewards: dict[int, list[float]], path: Path, width: int = 10) -> None:
 
 def main(
     seed: Annotated[list[int], typer.Option(help="may be given several times")] = [0],  # noqa: B006
-    taught: Annotated[int, typer.Option(help="steps that learn from answers")] = 60,
-    steps: Annotated[int, typer.Option(help="steps that learn from rewards")] = 60,
+    taught: Annotated[int, typer.Option(help="steps that learn from answers")] = 63,
+    steps: Annotated[int, typer.Option(help="steps that learn from rewards")] = 100,
     output: Annotated[Path, typer.Option(help="a directory")] = Path("runs/grpo"),
 ):
     table, rewards = Table("seed", "taught, %", "rewarded, %", title="held-out questions answered"), {}

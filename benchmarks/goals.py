@@ -131,6 +131,12 @@ GOALS = [
     Goal("inject", "one token", "forward", "eager + cat", 40),
     Goal("latent_step", "latent step", "forward", "DynamicCache", 2, N=8192),
     Goal("training_step", "agents", "step", "DynamicCache", 2, N=4096, T=16),
+    *(Goal("decoding", "whole model", "decode", "llama.cpp", 1.1, N=2056, dtype=dtype) for dtype in ("float32", "bfloat16")),
+    *(
+        Goal("decoding", "whole model", "prefill", peer, 1.3, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+        for peer in ("DynamicCache", "llama.cpp")
+    ),
     Goal("attention_schedule", "agents", "step", "DynamicCache", 0, memory=5, N=4096, T=16),
     Goal("deferred_kv_grad", "latent steps", "backward", f"{OURS}, not deferred", 1.3),
     # Hopper: percent of the device's own matrix product, read and copy rates. 54 %: what Triton is to reach; 78 %: the best.

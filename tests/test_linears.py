@@ -122,13 +122,14 @@ def test_a_trained_base_is_its_own():
     assert not with_and_without(made)
 
 
-def test_plain_linears_without_an_adapter_and_without_gradients():
-    made = system(base().requires_grad_(False))
+def test_plain_linears_without_an_adapter_and_without_gradients(monkeypatch):
+    monkeypatch.setattr(linears, "few_rows", lambda *_: None)
+    made = system(base())
     with torch.no_grad(), counted(linears, "run") as calls:
         fused = made(QUESTIONS, ANSWERS).loss
-        assert len(calls) == (2 + T + T - 1 + 1) * LINEARS
+        assert len(calls) == (2 + T + T - 1 + 1) * LINEARS + 1  # and the head
         assert torch.allclose(fused, unfused(made)(QUESTIONS, ANSWERS).loss, rtol=1e-5)
-        assert len(calls) == (2 + T + T - 1 + 1) * LINEARS
+        assert len(calls) == (2 + T + T - 1 + 1) * LINEARS + 1
 
 
 def test_soft_tokens_read_the_embeddings_once():
@@ -140,7 +141,8 @@ def test_soft_tokens_read_the_embeddings_once():
     assert len(calls) == 2 * (T + T - 1)
 
 
-def test_switched_adapters():
+def test_switched_adapters(monkeypatch):
+    monkeypatch.setattr(linears, "few_rows", lambda *_: None)
     made = system(lora(base(), "per_role"), adapter_scope="per_role")
     ids = torch.tensor([[3, 4, 5]])
     run = lambda: made.model(input_ids=ids, past_key_values=Trace(made.model, 1)).logits
@@ -164,11 +166,11 @@ def test_a_forward_without_a_trace_is_the_models_own():
 def test_unpatch_takes_everything_out_and_fuse_false_too():
     model = patch_model(lora(base()))
     own = lambda: [m for m in model.modules() if "forward" in vars(m)]
-    assert len(own()) == 3 + 3 + LINEARS  # attention, layers, linears
+    assert len(own()) == 3 + 3 + LINEARS + 1  # attention, layers, linears, the head
     patch_model(model, fuse=False)
     assert len(own()) == 3 and not patch_of(model).fuse
     patch_model(model)
-    assert len(own()) == 6 + LINEARS
+    assert len(own()) == 6 + LINEARS + 1
     unpatch_model(model)
     assert not own()
 

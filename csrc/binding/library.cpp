@@ -20,6 +20,8 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CPU, m) {
   m.impl("inject_attend", TORCH_BOX(&inject_attend));
   m.impl("inject_attend_backward", TORCH_BOX(&inject_attend_backward));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("norm_qkv", TORCH_BOX(&norm_qkv));
+  m.impl("after_attention", TORCH_BOX(&after_attention));
   m.impl("add_lora", TORCH_BOX(&add_lora));
   m.impl("lora_grad", TORCH_BOX(&lora_grad));
   m.impl("merge_states", TORCH_BOX(&merge_states));

@@ -55,6 +55,17 @@ std::tuple<Tensor, Tensor, Tensor, Optional, Optional> inject_attend_backward(
 // y and LoRA's u (cpu/linear.h); a, b: both or neither.
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& a, const Optional& b,
                                   double scale, bool transposed);
+// A decoder layer of few rows x [1, n, hidden] around its attention, from x to q, k and v, and from attention's o to the next x: each
+// linear as its weight, bias, a, b and scale.
+std::tuple<Tensor, Tensor, Tensor> norm_qkv(
+    const Tensor& x, const Tensor& norm, double eps, const Tensor& q_weight, const Optional& q_bias, const Optional& q_a,
+    const Optional& q_b, double q_scale, const Tensor& k_weight, const Optional& k_bias, const Optional& k_a, const Optional& k_b,
+    double k_scale, const Tensor& v_weight, const Optional& v_bias, const Optional& v_a, const Optional& v_b, double v_scale);
+Tensor after_attention(const Tensor& o, const Tensor& x, const Tensor& norm, double eps, const Tensor& o_weight, const Optional& o_bias,
+                       const Optional& o_a, const Optional& o_b, double o_scale, const Tensor& gate_weight, const Optional& gate_bias,
+                       const Optional& gate_a, const Optional& gate_b, double gate_scale, const Tensor& up_weight,
+                       const Optional& up_bias, const Optional& up_a, const Optional& up_b, double up_scale, const Tensor& down_weight,
+                       const Optional& down_bias, const Optional& down_a, const Optional& down_b, double down_scale);
 Tensor add_lora(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, bool transposed);
 Tensor lora_grad(const Tensor& c, const Tensor& z, double scale);
 

@@ -18,12 +18,40 @@ void for_each_part(const Threads& threads, int64_t columns, int64_t work, const 
   });
 }
 
+void columns_of(const LinearArgs& args, int64_t begin, int64_t end) {
+  if (begin < end) kernels().linear(args, begin, end, scratch(args.n * (end - begin)));
+}
+
 }  // namespace
 
 void linear(const LinearArgs& args, const Threads& threads) {
   kernels().linear_prepare(args);
-  for_each_part(threads, args.to, args.n * args.from,
-                [&](int64_t begin, int64_t end) { kernels().linear(args, begin, end, scratch(args.n * (end - begin))); });
+  for_each_part(threads, args.to, args.n * args.from, [&](int64_t begin, int64_t end) { columns_of(args, begin, end); });
+}
+
+void norm_linears(const NormArgs& norm, const LinearArgs* linears, int64_t count, const Threads& threads) {
+  for_each_chunk(threads, norm.n, norm.length,
+                 [&](int64_t begin, int64_t end) { kernels().norm_rows(norm, begin, end, scratch(norm.length)); });
+  int64_t to = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    kernels().linear_prepare(linears[i]);
+    to += linears[i].to;
+  }
+  for_each_part(threads, to, norm.n * norm.length, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (int64_t i = 0; i < count; first += linears[i++].to)
+      columns_of(linears[i], std::max<int64_t>(begin - first, 0), std::min(end - first, linears[i].to));
+  });
+}
+
+void gated_linears(const LinearArgs& gate, const LinearArgs& up, const Threads& threads) {
+  kernels().linear_prepare(gate);
+  kernels().linear_prepare(up);
+  for_each_part(threads, gate.to, 2 * gate.n * gate.from, [&](int64_t begin, int64_t end) {
+    columns_of(gate, begin, end);
+    columns_of(up, begin, end);
+    kernels().gate_columns({gate.n, gate.y, up.y}, begin, end);
+  });
 }
 
 void add_lora(const LinearArgs& args, const Threads& threads) {

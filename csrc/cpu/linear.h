@@ -24,10 +24,11 @@ struct Lora {
   float *b_rows, *u;
 };
 
-// y [n, to] = x [n, from] weight' + bias + LoRA's; weight [to, from], or as it is, [from, to], where it is `transposed`.
+// y [n, to] = x [n, from] weight' + bias + LoRA's; weight [to, from], or as it is, [from, to], where it is `transposed`. residual [n, to]
+// of y's dtype, where there is one: is added to y when y has been rounded.
 struct LinearArgs {
   int64_t n, from, to;
-  Matrix x, weight, y;
+  Matrix x, weight, y, residual;
   const void* bias;  // [to], of y's dtype; or null
   bool transposed;
   float* x_floats;  // memory for [n, from], unused where x is float32; null for add_lora
@@ -37,6 +38,24 @@ struct LinearArgs {
 // weight and bias aside: y is added to.
 void linear(const LinearArgs& args, const Threads& threads);
 void add_lora(const LinearArgs& args, const Threads& threads);
+
+// y = weight * (x / rms(x)) for rows [n, length] of one dtype, rounded to it before the weight, too.
+struct NormArgs {
+  int64_t n, length;
+  Matrix x, y;
+  const void* weight;
+  float eps;
+};
+
+// gate = silu(gate) * up for rows [n, .] of one dtype, rounded in between.
+struct GateArgs {
+  int64_t n;
+  Matrix gate, up;
+};
+
+// A norm, and linears whose x is its y. A linear for gate and one for up, and what is made of both.
+void norm_linears(const NormArgs& norm, const LinearArgs* linears, int64_t count, const Threads& threads);
+void gated_linears(const LinearArgs& gate, const LinearArgs& up, const Threads& threads);
 
 // grad [rank, length] = scale * c' z; c [n, rank], z [n, length].
 struct LoraGradArgs {

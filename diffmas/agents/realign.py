@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from diffmas.agents.eval_mode import evaluating
 from diffmas.models.adapted import adapter_state
 from diffmas.models.identity import state_of
+from diffmas.models.linear_parts import is_ours
 from diffmas.models.linears import product
 
 __all__ = ["REALIGN", "Realign", "Solved"]
@@ -178,7 +179,8 @@ def _device_of(module: nn.Module) -> torch.device:
 
 def _plain(module: nn.Module, kind: type) -> bool:
     """Whether a module is its weight and nothing else."""
-    return type(module) is kind and "forward" not in vars(module) and getattr(module, "bias", None) is None
+    forward = vars(module).get("forward")
+    return type(module) is kind and (forward is None or is_ours(forward)) and getattr(module, "bias", None) is None
 
 
 def _rows(embedding: nn.Module, first: int, end: int) -> Tensor:

@@ -17,9 +17,10 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffmas.models.support import refuse
+from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.spec import LayerSpec
 
-__all__ = ["FAMILIES", "Family", "Layer", "install", "uninstall"]
+__all__ = ["FAMILIES", "Family", "FusedForward", "Layer", "attend", "install", "uninstall"]
 
 
 # ---- the fused families ----------------------------------------------------------------------------------------------
@@ -119,20 +120,24 @@ class FusedForward:
             return type(attention).forward(attention, *args, **kwargs)
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # [1, n, hidden]
         cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]  # [1, n, Dr]
-        layer = attention.diffmas_layer
-        family = layer.family
-        q, k, v = family.project(attention, x)
-        if family.query_scale is not None:
-            q = q * family.query_scale(attention, kwargs["position_ids"]).to(q.dtype)
-        q_weight, k_weight, eps = family.norms(attention)
-        compiling = torch.compiler.is_compiling()
-        if compiling:  # its op needs heads to know what it returns, and a view costs a graph nothing
-            heads = (x.shape[1], -1, attention.head_dim)
-            q, k, v, cos, sin = q.view(heads), k.view(heads), v.view(heads), cos.squeeze(0), sin.squeeze(0)
-        o = forward_pass.attend(layer, q, k, v, attention.scaling, cos, sin, q_weight, k_weight, eps)
-        if compiling:
-            o = o.view(1, x.shape[1], -1)
+        q, k, v = attention.diffmas_layer.family.project(attention, x)
+        o = attend(attention, forward_pass, q, k, v, cos, sin, kwargs.get("position_ids"))
         return linear(attention._modules["o_proj"], o), None
+
+
+def attend(attention: nn.Module, forward_pass: ForwardPass, q, k, v, cos, sin, position_ids: Tensor | None) -> Tensor:
+    """What a layer's projections q [1, n, Hq * D], k and v [1, n, Hkv * D] read, with the pass's K/V written; as q is laid."""
+    layer, n = attention.diffmas_layer, q.shape[1]
+    family = layer.family
+    if family.query_scale is not None:
+        q = q * family.query_scale(attention, position_ids).to(q.dtype)
+    q_weight, k_weight, eps = family.norms(attention)
+    compiling = torch.compiler.is_compiling()
+    if compiling:  # its op needs heads to know what it returns, and a view costs a graph nothing
+        heads = (n, -1, attention.head_dim)
+        q, k, v, cos, sin = q.view(heads), k.view(heads), v.view(heads), cos.squeeze(0), sin.squeeze(0)
+    o = forward_pass.attend(layer, q, k, v, attention.scaling, cos, sin, q_weight, k_weight, eps)
+    return o.view(1, n, -1) if compiling else o
 
 
 def generic_attention(module, query, key, value, attention_mask, *args, diffmas_trace=None, **kwargs):

@@ -5,6 +5,7 @@ Trace as `past_key_values` (`cache` since transformers 5.24). Both hand the forw
 keyword argument `diffmas_trace`.
 """
 
+import contextlib
 import functools
 import inspect
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmas.models.adapted import check_one_adapter
+from diffmas.models.linears import running
 from diffmas.models.support import refuse
 from diffmas.trace import Trace
 from diffmas.trace.cache import cache_name
@@ -49,10 +51,12 @@ def forward(patch, trace: Trace, forward_pass: ForwardPass, *, head: bool = Fals
         _check_forward(patch)
     x = next(iter(inputs.values()))
     module = patch.causal_lm if head else patch.body
-    output = module(
-        **inputs, attention_mask=skip_mask(x.device), position_ids=forward_pass.position_ids(x.device), use_cache=False,
-        return_dict=True, diffmas_trace=forward_pass,
-    )  # fmt: skip
+    fused_head = running(forward_pass) if head and not torch.is_grad_enabled() else contextlib.nullcontext()
+    with fused_head:
+        output = module(
+            **inputs, attention_mask=skip_mask(x.device), position_ids=forward_pass.position_ids(x.device), use_cache=False,
+            return_dict=True, diffmas_trace=forward_pass,
+        )  # fmt: skip
     if commit:
         forward_pass.ids = x[0] if "input_ids" in inputs else None
         trace.commit(forward_pass)

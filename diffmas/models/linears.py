@@ -1,8 +1,9 @@
 """The linear layers of a patched model in a forward over a trace: each one op, with the LoRA adapter that is active in it.
 
-What is fused: a frozen `nn.Linear` on the CPU, alone or in PEFT's LoRA layer with no or one active adapter that is plain LoRA,
-its weights float32 and without dropout. All else, and every forward without a trace, runs as it is. Nothing is decided for
-good: an adapter that is switched, merged, hooked or replaced is looked at again in each forward.
+What is fused: an `nn.Linear` on the CPU that is frozen or runs without gradients, alone or in PEFT's LoRA layer with no or one
+active adapter that is plain LoRA, its weights float32 and without dropout. All else, and every forward without a trace, runs as
+it is. Nothing is decided for good: an adapter that is switched, merged, hooked or replaced is looked at again in each forward.
+Without gradients few rows go further, a layer in three ops (diffmas.models.few_rows), and so does the head when it is decoded.
 """
 
 import functools
@@ -14,12 +15,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from diffmas.models.adapted import is_wrapper
+from diffmas.models.few_rows import few_rows
+from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of
 from diffmas.models.parts import attention_layers, causal_lm_of
 from diffmas.ops.linear import linear, lora_grads, serves
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.lora_run import LoraRun
 
-__all__ = ["fuse_linears", "product", "restore_linears"]
+__all__ = ["fuse_linears", "product", "restore_linears", "running"]
 
 
 class Running(threading.local):
@@ -31,16 +34,28 @@ class Running(threading.local):
 _running = Running()
 
 
-class LayerForward:
+class running:  # noqa: N801
+    """A context in which the linears that are called belong to a forward pass."""
+
+    def __init__(self, forward_pass: ForwardPass):
+        self.forward_pass = forward_pass
+
+    def __enter__(self):
+        self.before, _running.forward_pass = _running.forward_pass, self.forward_pass
+
+    def __exit__(self, *_):
+        _running.forward_pass = self.before
+
+
+class LayerForward(Ours):
     """The forward of one decoder layer, whose linears learn of its forward pass; also where it is recomputed."""
 
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
-
     def forward(self, *args, **kwargs):
-        layer, forward_pass = self.layer, kwargs.get("diffmas_trace")
+        layer, forward_pass = self.module, kwargs.get("diffmas_trace")
         if forward_pass is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return type(layer).forward(layer, *args, **kwargs)
+        if not torch.is_grad_enabled() and (y := few_rows(layer, forward_pass, args, kwargs)) is not None:
+            return y
         forward = type(layer).forward
         recomputed = _recomputed(forward)
         if recomputed is not forward and layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
@@ -49,11 +64,8 @@ class LayerForward:
         return self.run(forward, forward_pass, kwargs, *args)
 
     def run(self, forward, forward_pass: ForwardPass, kwargs: dict, *args):
-        before, _running.forward_pass = _running.forward_pass, forward_pass
-        try:
-            return forward(self.layer, *args, **kwargs)
-        finally:
-            _running.forward_pass = before
+        with running(forward_pass):
+            return forward(self.module, *args, **kwargs)
 
 
 @functools.cache
@@ -65,16 +77,13 @@ def _recomputed(forward):
     return forward
 
 
-class LinearForward:
+class LinearForward(Ours):
     """The forward of one linear, or of PEFT's layer around it."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         module = self.module
         if not torch.compiler.is_compiling() and not args and not kwargs and _running.forward_pass is not None:
-            parts = _parts(module)
+            parts = parts_of(module)
             if parts is not None and x.dtype == parts[0].dtype and type(x) is Tensor:
                 return run(x, *parts, _running.forward_pass)
         return type(module).forward(module, x, *args, **kwargs)
@@ -168,68 +177,7 @@ def product(model: nn.Module, module: nn.Module, x: Tensor, transposed: bool = F
     return Product.apply(x, weight, transposed)
 
 
-# ---- what may be fused -----------------------------------------------------------------------------------------------
-
-
-def _bare(module: nn.Module) -> bool:
-    """Whether a module is a plain Linear that nobody hooks into."""
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    forward = module.__dict__.get("forward")
-    return not module._backward_hooks and not module._backward_pre_hooks and (forward is None or _is_ours(forward))
-
-
-def _parts(module: nn.Module):
-    """weight, bias, a, b and scale as `run` takes them; None where the module must run as it is. Its class may have changed:
-    torch's parametrizations do that."""
-    if type(module) is nn.Linear:
-        return plain_parts(module)
-    return lora_parts(module) if _is_lora(module) else None
-
-
-def plain_parts(module: nn.Module):
-    """The same of a linear."""
-    weight, bias = module._parameters.get("weight"), module._parameters["bias"]  # None: torch's weight_norm has taken it away
-    if type(weight) is not nn.Parameter or weight.requires_grad or not serves(weight):
-        return None
-    if bias is not None and (bias.requires_grad or bias.dtype != weight.dtype):
-        return None
-    return weight, bias, None, None, 0.0
-
-
-def lora_parts(module: nn.Module):
-    """The same of PEFT's LoRA layer."""
-    modules = module._modules
-    base = modules["base_layer"]
-    if module.merged_adapters or not _bare(base) or _has_any_global_hook():
-        return None
-    parts = plain_parts(base)
-    if parts is None or module.disable_adapters:
-        return parts
-    names = [name for name in module.active_adapters if name in modules["lora_A"]._modules]
-    if not names:
-        return parts
-    name = names[0]
-    if len(names) > 1 or name in getattr(module, "lora_variant", ()) or module.use_dora.get(name):
-        return None
-    a_module, b_module, dropout = (modules[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
-    if not _bare(a_module) or not _bare(b_module) or b_module._parameters["bias"] is not None:
-        return None
-    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or (dropout.p and dropout.training)):
-        return None
-    a, b = a_module._parameters["weight"], b_module._parameters["weight"]
-    if a.dtype != torch.float32 or b.dtype != torch.float32 or not getattr(module, "cast_input_dtype_enabled", True):
-        return None
-    if a.device.type != "cpu" or b.device.type != "cpu" or not a.is_contiguous() or not b.is_contiguous():
-        return None
-    return *parts[:2], a, b, module.scaling[name]
-
-
 # ---- putting it in, and taking it out --------------------------------------------------------------------------------
-
-
-def _is_ours(forward) -> bool:
-    return isinstance(getattr(forward, "__self__", None), (LayerForward, LinearForward))
 
 
 def _is_free(module: nn.Module) -> bool:
@@ -237,33 +185,30 @@ def _is_free(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not hasattr(module, "_hf_hook")
 
 
-def _is_lora(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"
-
-
 def _linears(module: nn.Module):
     """The plain linears in a module, and PEFT's LoRA layers in place of those that they hold."""
     for child in module.children():
-        if type(child) is nn.Linear or _is_lora(child):
+        if type(child) is nn.Linear or is_lora(child):
             yield child
         elif not is_wrapper(child):
             yield from _linears(child)
 
 
-def fuse_linears(body: nn.Module) -> None:
-    """Fuses the linears of a body's decoder layers, but those whose forward is somebody else's."""
+def fuse_linears(body: nn.Module, head: nn.Module | None) -> None:
+    """Fuses the linears of a body's decoder layers and the model's head, but those whose forward is somebody else's."""
     inside = {id(child): module for module in body.modules() for child in module.children()}
     for layer in {id(x): x for x in (inside[id(attention)] for attention in attention_layers(body))}.values():
-        if not _is_free(layer) and not _is_ours(layer.__dict__.get("forward")):
+        if not _is_free(layer) and not is_ours(layer.__dict__.get("forward")):
             continue
         layer.forward = LayerForward(layer).forward
         for module in _linears(layer):
             if _is_free(module):
                 module.forward = LinearForward(module).forward
+    if type(head) is nn.Linear and _is_free(head):
+        head.forward = LinearForward(head).forward
 
 
 def restore_linears(model: nn.Module) -> None:
     for module in model.modules():
-        if _is_ours(module.__dict__.get("forward")):
+        if is_ours(module.__dict__.get("forward")):
             del module.forward

@@ -85,8 +85,9 @@ def patch_model(
     traces itself. graphs: whether latent steps and decoding of a system may be captured as CUDA graphs on a GPU; a model that
     cannot be runs without, after one warning. training_graphs: latent steps with gradients too, and their backward; off as long
     as no GPU has shown the gradients to be right. fuse: whether, in forwards over a trace on a CPU, a frozen
-    linear and its plain LoRA adapter are one op, and the adapter's gradients of a run of latent steps one product; what is
-    adapted in another way, or is on a GPU, is PEFT's own. Adapters that are added later are fused once it is patched again.
+    linear and its plain LoRA adapter are one op, and the adapter's gradients of a run of latent steps one product, and whether,
+    without gradients, a Llama-like layer of up to 32 tokens is three ops; what is adapted in another way, or is on a GPU, is
+    PEFT's own. Adapters that are added later are fused once it is patched again.
 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
@@ -189,10 +190,10 @@ def _device(body: nn.Module, layer: int) -> torch.device:
 
 
 def _fuse(record: Patch, fuse: bool) -> None:
-    restore_linears(record.body)
+    restore_linears(record.causal_lm)
     record.fuse = fuse and linear.available(record.spec.backend)
     if record.fuse:
-        fuse_linears(record.body)
+        fuse_linears(record.body, record.causal_lm.get_output_embeddings())
 
 
 def _install(record: Patch) -> None:
@@ -252,7 +253,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     record = patch_of(model)
     for attention, _ in record.pairs():
         uninstall(attention)
-    restore_linears(record.body)
+    restore_linears(record.causal_lm)
     before, after = record.hook_ids
     for hooks, hook in (
         (record.body._forward_pre_hooks, before), (record.body._forward_pre_hooks_with_kwargs, before),

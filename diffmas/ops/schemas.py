@@ -28,9 +28,16 @@ FUSED = {
     "-> (Tensor, Tensor, Tensor, Tensor?, Tensor?)",
 }
 
+
+def _linears(*names: str) -> str:
+    return ", ".join(f"Tensor {x}_weight, Tensor? {x}_bias, Tensor? {x}_a, Tensor? {x}_b, float {x}_scale" for x in names)
+
+
 # Of torch.ops.diffmas_native alone, and only on the CPU: diffmas/ops/linear.py.
 LINEAR = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale, bool transposed) -> (Tensor, Tensor)",
+    "norm_qkv": f"(Tensor x, Tensor norm, float eps, {_linears('q', 'k', 'v')}) -> (Tensor, Tensor, Tensor)",
+    "after_attention": f"(Tensor o, Tensor x, Tensor norm, float eps, {_linears('o', 'gate', 'up', 'down')}) -> Tensor",
     "add_lora": "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, float scale, bool transposed) -> Tensor",
     "lora_grad": "(Tensor c, Tensor z, float scale) -> Tensor",
 }

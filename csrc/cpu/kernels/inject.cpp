@@ -17,19 +17,6 @@ void zero(float* x, int64_t d) {
   for (int64_t i = 0; i < d; ++i) x[i] = 0;
 }
 
-float sum_of_squares(const float* x, int64_t d) {
-  vf a = {}, b = {}, c = {}, e = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= d; i += 4 * W) {
-    const vf p = load(x + i), q = load(x + i + W), r = load(x + i + 2 * W), s = load(x + i + 3 * W);
-    a += p * p, b += q * q, c += r * r, e += s * s;
-  }
-  for (; i + W <= d; i += W) a += load(x + i) * load(x + i);
-  float total = sum((a + b) + (c + e));
-  for (; i < d; ++i) total += x[i] * x[i];
-  return total;
-}
-
 Rotation rotation_of(const InjectArgs& args) { return {args.head_dim, args.cos.data ? args.rotary_dim : 0, args.interleaved}; }
 
 // squares -> 1 / rms, of kHeads rows

@@ -21,6 +21,8 @@ struct Kernels {
   void (*merge_states_backward)(const MergeArgs&, int64_t token_begin, int64_t token_end);
   void (*reposition)(const RepositionArgs&, int64_t begin, int64_t end);
   void (*reposition_backward)(const RepositionArgs&, int64_t head);
+  void (*norm_rows)(const NormArgs&, int64_t row_begin, int64_t row_end, float* scratch);
+  void (*gate_columns)(const GateArgs&, int64_t column_begin, int64_t column_end);
   int64_t (*one_row_keys)(const AttentionArgs&);  // kOneRowKeys where the form multiplies these dtypes as they are
   void (*attention_forward)(const ScheduledAttention&, const ForwardTask&, float* scratch);
   void (*attention_merge)(const ScheduledAttention&, const MergeTask&);
@@ -56,6 +58,8 @@ const Kernels& kernels();
   void merge_states_backward_range(const MergeArgs&, int64_t token_begin, int64_t token_end); \
   void reposition_range(const RepositionArgs&, int64_t begin, int64_t end);                   \
   void reposition_backward_head(const RepositionArgs&, int64_t head);                         \
+  void norm_rows(const NormArgs&, int64_t row_begin, int64_t row_end, float* scratch);        \
+  void gate_columns(const GateArgs&, int64_t column_begin, int64_t column_end);               \
   }
 DIFFMAS_DECLARE_KERNELS(generic)
 #ifdef DIFFMAS_X86

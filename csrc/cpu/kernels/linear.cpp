@@ -9,6 +9,7 @@ namespace diffmas::cpu::DIFFMAS_ISA {
 namespace {
 
 constexpr int kOutputs = 4;               // of a tile: as many as `sums` adds up at once
+constexpr int64_t kAhead = 12 << 10;      // bytes that a tile along rows is fetched before it is needed: at 4 KB 1 row took a tenth more
 constexpr int kSums = W == 16 ? 24 : 12;  // in registers, of 32 or 16
 constexpr int64_t kSlab = 64;             // weight rows whose part of all sums is taken in one go; of 16 to 64 the fastest by a little
 
@@ -93,12 +94,13 @@ struct Bytes {
 // Rows `first`, ... of x times rows o, ... of w, both read along their rows.
 template <class N, DType kType, int kR, int kO>
 DIFFMAS_INLINE void product_along(const Bytes& x, int64_t first, const Bytes& w, int64_t o, int64_t depth, Sums out, int64_t column) {
+  const int64_t tile = kO * w.stride, ahead = (kAhead + tile - 1) / tile * tile;
   vf acc[kR][kO] = {};
   for (int64_t k = 0; k < depth; k += W * N::kDepth) {
     typename N::Vector right[kO];
     for (int c = 0; c < kO; ++c) {
       right[c] = N::template along<kType>(w.row(o + c), k);
-      fetch(w.row(o + c + kO) + k * w.size);
+      if (kO > 1) fetch(w.row(o + c) + k * w.size + ahead);
     }
     for (int r = 0; r < kR; ++r) {
       const typename N::Vector left = N::template along<DType::f32>(x.row(first + r), k);
@@ -113,9 +115,14 @@ DIFFMAS_INLINE void product_along(const Bytes& x, int64_t first, const Bytes& w,
   }
 }
 
-// [rows, count] = x w', x and w as floats or of one dtype.
+// [rows, count] = x w', x and w as floats or of one dtype. One row of pairs goes from one weight row to the next: in the order that
+// it lies in, the CPU itself has W there in time (8.1 ms for SmolLM2's 212 MB, 10.0 by tiles of four).
 template <class N, DType kType>
 void products_along(const Bytes& x, int64_t rows, const Bytes& w, int64_t begin, int64_t end, int64_t depth, Sums out) {
+  if (rows == 1 && N::kDepth > 1) {
+    for (int64_t o = begin; o < end; ++o) product_along<N, kType, 1, 1>(x, 0, w, o, depth, out, o - begin);
+    return;
+  }
   for (int64_t o = begin; o < end; o += kOutputs)
     with_count<kOutputs>(min(kOutputs, end - o), [&](auto outputs) __attribute__((always_inline)) {
       in_parts<kSums / kOutputs>(rows, [&](int64_t first, auto count) __attribute__((always_inline)) {
@@ -161,7 +168,7 @@ void products(const LinearArgs& args, const Bytes& x, int64_t begin, int64_t end
   (args.transposed ? products_across<N, kType> : products_along<N, kType>)(x, args.n, w, begin, end, args.from, out);
 }
 
-// y's rows first, ..., columns c to c + kLinearColumns: the sums [rows, kLinearColumns] plus bias and LoRA's.
+// y's rows first, ..., columns c to c + kLinearColumns: the sums [rows, kLinearColumns] plus bias and LoRA's; the residual.
 template <int kR>
 DIFFMAS_INLINE void finish(const LinearArgs& args, int64_t first, int64_t column, float* sums) {
   const Lora& lora = args.lora;
@@ -183,9 +190,17 @@ DIFFMAS_INLINE void finish(const LinearArgs& args, int64_t first, int64_t column
     }
     for (int r = 0; r < kR; ++r) store(sums + r * kLinearColumns + c, acc[r]);
   }
-  const Bytes y(args.y);
-  for (int r = 0; r < kR; ++r)
-    store_row(const_cast<char*>(y.row(first + r)) + column * y.size, sums + r * kLinearColumns, args.y.dtype, kLinearColumns);
+  const Bytes y(args.y), residual(args.residual);
+  for (int r = 0; r < kR; ++r) {
+    char* to = const_cast<char*>(y.row(first + r)) + column * y.size;
+    float *row = sums + r * kLinearColumns, other[kLinearColumns];
+    store_row(to, row, args.y.dtype, kLinearColumns);
+    if (!args.residual.data) continue;
+    load_row(row, to, args.y.dtype, kLinearColumns);
+    load_row(other, residual.row(first + r) + column * y.size, args.y.dtype, kLinearColumns);
+    for (int64_t c = 0; c < kLinearColumns; c += W) store(row + c, load(row + c) + load(other + c));
+    store_row(to, row, args.y.dtype, kLinearColumns);
+  }
 }
 
 // x of rows begin to end as floats; buffer: for as many.

@@ -211,6 +211,19 @@ static void store_row(void* dst, const float* src, DType dtype, int64_t d) {
   }
 }
 
+static float sum_of_squares(const float* x, int64_t d) {
+  vf a = {}, b = {}, c = {}, e = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= d; i += 4 * W) {
+    const vf p = load(x + i), q = load(x + i + W), r = load(x + i + 2 * W), s = load(x + i + 3 * W);
+    a += p * p, b += q * q, c += r * r, e += s * s;
+  }
+  for (; i + W <= d; i += W) a += load(x + i) * load(x + i);
+  float total = sum((a + b) + (c + e));
+  for (; i < d; ++i) total += x[i] * x[i];
+  return total;
+}
+
 DIFFMAS_INLINE int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 DIFFMAS_INLINE char* row_of(const Rows& rows, int64_t row, int64_t head) {

@@ -1,0 +1,87 @@
+"""A decoder layer of few rows, without gradients, as three ops: norm and q, k, v; attention; output, norm and feed-forward.
+
+Reading its weights is most of what such a layer has to do; going from module to module takes as long again. The ops round where
+the layer does. What is not of the common kind, hooked, adapted otherwise than with plain LoRA, or replaced runs as it is.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from diffmas.models.attention import FusedForward, attend
+from diffmas.models.linear_parts import is_ours, parts_of
+from diffmas.ops.linear import FEW_ROWS
+from diffmas.trace.forward_pass import ForwardPass
+
+__all__ = ["few_rows"]
+
+FAMILIES = ("Llama", "Mistral", "Ministral", "Ministral3", "Qwen2", "Qwen3")  # whose decoder layers do the same
+KINDS = {f"{family}{kind}": kind for family in FAMILIES for kind in ("DecoderLayer", "RMSNorm", "MLP")}
+KINDS |= {"SiLU": "SiLU", "SiLUActivation": "SiLU"}
+
+
+@functools.cache
+def _kind(module_class: type) -> str | None:
+    """What a class of transformers or torch is in such a layer."""
+    return KINDS.get(module_class.__name__) if module_class.__module__.startswith(("transformers.", "torch.nn.")) else None
+
+
+def _is(module: nn.Module, kind: str) -> bool:
+    """Whether it is of a kind, and does what its class does."""
+    return (
+        _kind(type(module)) == kind and not module._forward_hooks and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+    )  # fmt: skip
+
+
+def _linear(module: nn.Module, dtype: torch.dtype):
+    """Its parts, where nobody else sees or does anything."""
+    if module._forward_hooks or module._forward_pre_hooks or not is_ours(module.__dict__.get("forward")):
+        return None
+    parts = parts_of(module)
+    return parts if parts is not None and parts[0].dtype == dtype else None
+
+
+def _norm(module: nn.Module, like: Tensor):
+    """Its weight and eps."""
+    if not _is(module, "RMSNorm"):
+        return None
+    weight = module._parameters["weight"]
+    right = type(weight) is nn.Parameter and weight.dtype == like.dtype and weight.device == like.device
+    return (weight, module.variance_epsilon) if right and weight.is_contiguous() else None
+
+
+def few_rows(layer: nn.Module, forward_pass: ForwardPass, args: tuple, kwargs: dict) -> Tensor | None:
+    """The output of a decoder layer whose forward was called with these arguments, x [1, n, hidden] first; None where the layer
+    has to do it."""
+    x = args[0] if args else kwargs["hidden_states"]
+    if type(x) is not Tensor or not x.is_cpu or x.shape[1] > FEW_ROWS or not x.is_contiguous():
+        return None
+    if _kind(type(layer)) != "DecoderLayer" or _has_any_global_hook() or "position_embeddings" not in kwargs:
+        return None
+    modules = layer._modules
+    attention, mlp = modules["self_attn"], modules["mlp"]
+    forward = getattr(attention.__dict__.get("forward"), "__self__", None)
+    if type(forward) is not FusedForward or attention.diffmas_layer.family.qkv is not None:
+        return None
+    if attention._forward_hooks or attention._forward_pre_hooks or not _is(mlp, "MLP"):
+        return None
+    projections, inner, dtype = attention._modules, mlp._modules, x.dtype
+    before, after = _norm(modules["input_layernorm"], x), _norm(modules["post_attention_layernorm"], x)
+    if before is None or after is None or not _is(inner["act_fn"], "SiLU"):
+        return None
+    linears = []
+    for module in (
+        projections["q_proj"], projections["k_proj"], projections["v_proj"], projections["o_proj"], inner["gate_proj"],
+        inner["up_proj"], inner["down_proj"],
+    ):  # fmt: skip
+        parts = _linear(module, dtype)
+        if parts is None:
+            return None
+        linears.append(parts)
+    q, k, v, out, gate, up, down = linears
+    q, k, v = torch.ops.diffmas_native.norm_qkv(x, *before, *q, *k, *v)
+    o = attend(attention, forward_pass, q, k, v, *kwargs["position_embeddings"], kwargs.get("position_ids"))
+    return torch.ops.diffmas_native.after_attention(o, x, *after, *out, *gate, *up, *down)

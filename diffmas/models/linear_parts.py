@@ -1,0 +1,84 @@
+"""What a linear layer of a model is made of, where it and its adapter are of the kind that the CPU's ops take.
+
+Looked at in each forward: adapters are switched, merged, hooked and replaced.
+"""
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from diffmas.ops.linear import serves
+
+__all__ = ["Ours", "is_lora", "is_ours", "parts_of"]
+
+
+class Ours:
+    """Whoever has a method in the place of a module's forward."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+
+def is_ours(forward) -> bool:
+    """Whether a forward that was found on a module is such a method."""
+    return isinstance(getattr(forward, "__self__", None), Ours)
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether it is PEFT's LoRA layer of a linear."""
+    kind = type(module)
+    return kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer"
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether a module is a plain Linear that nobody hooks into."""
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    forward = module.__dict__.get("forward")
+    return not module._backward_hooks and not module._backward_pre_hooks and (forward is None or is_ours(forward))
+
+
+def parts_of(module: nn.Module):
+    """weight, bias, a, b and scale as `run` takes them; None where the module must run as it is. Its class may have changed:
+    torch's parametrizations do that."""
+    if type(module) is nn.Linear:
+        return _plain_parts(module)
+    return _lora_parts(module) if is_lora(module) else None
+
+
+def _plain_parts(module: nn.Module):
+    """The same of a linear."""
+    weight, bias = module._parameters.get("weight"), module._parameters["bias"]  # None: torch's weight_norm has taken it away
+    if type(weight) is not nn.Parameter or (weight.requires_grad and torch.is_grad_enabled()) or not serves(weight):
+        return None
+    if bias is not None and ((bias.requires_grad and torch.is_grad_enabled()) or bias.dtype != weight.dtype):
+        return None
+    return weight, bias, None, None, 0.0
+
+
+def _lora_parts(module: nn.Module):
+    """The same of PEFT's LoRA layer."""
+    modules = module._modules
+    base = modules["base_layer"]
+    if module.merged_adapters or not _bare(base) or _has_any_global_hook():
+        return None
+    parts = _plain_parts(base)
+    if parts is None or module.disable_adapters:
+        return parts
+    names = [name for name in module.active_adapters if name in modules["lora_A"]._modules]
+    if not names:
+        return parts
+    name = names[0]
+    if len(names) > 1 or name in getattr(module, "lora_variant", ()) or module.use_dora.get(name):
+        return None
+    a_module, b_module, dropout = (modules[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
+    if not _bare(a_module) or not _bare(b_module) or b_module._parameters["bias"] is not None:
+        return None
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or (dropout.p and dropout.training)):
+        return None
+    a, b = a_module._parameters["weight"], b_module._parameters["weight"]
+    if a.dtype != torch.float32 or b.dtype != torch.float32 or not getattr(module, "cast_input_dtype_enabled", True):
+        return None
+    if a.device.type != "cpu" or b.device.type != "cpu" or not a.is_contiguous() or not b.is_contiguous():
+        return None
+    return *parts[:2], a, b, module.scaling[name]

@@ -1,0 +1,165 @@
+"""Decoder layers of few rows as three ops: the layer's own numbers, and its own forward where anything is not common."""
+
+import pytest
+import torch
+from linear_systems import base, calm, counted, lora, system, unfused
+from models import make_config
+from systems import QUESTIONS
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from diffmas import Trace, patch_model, unpatch_model
+from diffmas.models import few_rows, linears
+from diffmas.models.patch import patch_of
+from diffmas.ops import extension
+
+pytestmark = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels are missing: {extension.error}")
+FAMILIES = ["llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3"]
+LAYERS = 3
+
+
+def of_family(family, dtype=torch.float32):
+    config = make_config(family, hidden_size=64, intermediate_size=96, head_dim=16)
+    return calm(AutoModelForCausalLM.from_config(config)).to(dtype).eval()
+
+
+@torch.no_grad()
+def states(model, n=7, fuse=True):
+    """Hidden states of n tokens and of a token each of two sequences after them, and how many layers were three ops."""
+    patch_model(model, fuse=fuse)
+    body = patch_of(model).body
+    trace = Trace(model, batch_size=2)
+    generator = torch.Generator().manual_seed(n)
+    with counted(few_rows, "attend") as calls:
+        inputs = torch.randint(3, 50, (2, n), generator=generator), torch.randint(3, 50, (2, 1), generator=generator)
+        found = [body(input_ids=ids, past_key_values=trace).last_hidden_state for ids in inputs]
+    return torch.cat([x.flatten(0, 1) for x in found]), len(calls)
+
+
+def assert_same(got, want, dtype=torch.float32):
+    assert float((got - want).norm() / want.norm()) < {torch.float32: 2e-6, torch.bfloat16: 0.02}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_own_numbers(family, dtype):
+    model = of_family(family, dtype)
+    got, calls = states(model)
+    want, none = states(model, fuse=False)
+    assert (calls, none) == (2 * LAYERS, 0)
+    assert_same(got, want, dtype)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_bfloat16_rounds_where_the_layer_does(adapted, monkeypatch):
+    """Nearly all numbers are those of the layer with its linears one by one, which a rounding more or less would undo."""
+    model = of_family("llama", torch.bfloat16) if not adapted else lora(base(dtype=torch.bfloat16)).eval()
+    got, calls = states(model)
+    monkeypatch.setattr(linears, "few_rows", lambda *_: None)
+    want, none = states(model)
+    assert (calls, none) == (2 * LAYERS, 0)
+    assert (got == want).double().mean() > 0.98
+
+
+def test_many_rows_are_the_layers_own():
+    model = of_family("llama")
+    got, calls = states(model, n=17)
+    assert calls == LAYERS  # of the two tokens after them
+    assert_same(got, states(model, n=17, fuse=False)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "down_proj"], "r": 5}], ids=["all", "two"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_an_adapter(options, dtype):
+    model = lora(base(dtype=dtype), **options).eval()
+    got, calls = states(model)
+    assert calls == 2 * LAYERS
+    assert_same(got, states(model, fuse=False)[0], dtype)
+    with model.disable_adapter():
+        without, calls = states(model)
+        assert calls == 2 * LAYERS
+        assert_same(without, states(model, fuse=False)[0], dtype)
+    assert not torch.allclose(got, without, rtol=1e-2)
+
+
+def test_weights_that_would_be_trained():
+    model = of_family("qwen2").requires_grad_(True)
+    assert states(model)[1] == 2 * LAYERS
+    patch_model(model)
+    with counted(few_rows, "attend") as calls:  # with gradients the layers are their own
+        model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=Trace(model, batch_size=1))
+    assert not calls
+
+
+def doubled(module):
+    forward = type(module).forward
+    module.forward = lambda x: 2 * forward(module, x)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def seen_before(module):
+    module.register_forward_pre_hook(lambda module, args: (1 + args[0],))
+
+
+class Other(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return 2 * self.module(x)
+
+
+NAMES = [
+    "input_layernorm",
+    "post_attention_layernorm",
+    "mlp",
+    "mlp.act_fn",
+    "mlp.gate_proj",
+    "self_attn.k_proj",
+    "self_attn.o_proj",
+]
+
+
+@pytest.mark.parametrize("change", [doubled, hooked, seen_before, "replaced"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_somebody_else_does_to_a_part(name, change):
+    """Before it is patched and after."""
+    if change == "replaced" and name.startswith("self_attn"):
+        pytest.skip("attention's own parts are what the patch knows")
+    model = of_family("llama")
+    plain = states(model)[0]
+    layer = model.model.layers[1]
+    if change == "replaced":
+        parent, _, child = name.rpartition(".")
+        setattr(layer.get_submodule(parent), child, Other(layer.get_submodule(name)))
+    else:
+        change(layer.get_submodule(name))
+    got, calls = states(model)
+    assert calls == 2 * (LAYERS - 1)
+    assert_same(got, states(model, fuse=False)[0])
+    assert not torch.allclose(got, plain, rtol=1e-2)
+
+
+def test_a_hook_on_attention_is_called():
+    model, seen = patch_model(of_family("llama")), []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    assert states(model)[1] == 2 * (LAYERS - 1) and len(seen) == 2
+
+
+@pytest.mark.parametrize("family", ["phi3", "mixtral", "olmo2"])
+def test_other_layers_are_their_own(family):
+    assert states(of_family(family))[1] == 0
+
+
+def test_the_head_in_decoding():
+    made = system(lora(base())).eval()
+    with counted(linears, "run") as calls, torch.no_grad():
+        tokens = made.generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0)
+    assert {call[1].shape[0] for call in calls} == {made.model.config.vocab_size}
+    assert tokens == unfused(made).generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0)
+    unpatch_model(made.model)
+    assert "forward" not in vars(made.model.get_output_embeddings())

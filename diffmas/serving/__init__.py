@@ -5,4 +5,5 @@ batcher     one thread owns all models; a batch is what waits and can be decoded
 pieces      a text that is sent while it is written
 protocol    requests and answers in OpenAI's form
 server      FastAPI around these; the only file that imports it
+export      a team as a directory to give away, with a model card
 """

@@ -130,9 +130,14 @@ def _question(team: Team, asked: ChatRequest, limits: Limits) -> Question:
     try:
         return team.question(asked.prompt_fields(), asked.settings(), most, asked.seed, asked.latent_steps)
     except TooLong as error:
-        raise Refused(400, str(error), "context_length_exceeded", "messages") from None
+        raise Refused(400, _of_one(error), "context_length_exceeded", "messages") from None
     except ValueError as error:
-        raise Refused(400, str(error)) from None
+        raise Refused(400, _of_one(error)) from None
+
+
+def _of_one(error: ValueError) -> str:
+    """What an error says, where there is only one question."""
+    return str(error).removeprefix("questions[0], ")
 
 
 def _teller(loop: asyncio.AbstractEventLoop, news: asyncio.Event):
@@ -190,7 +195,7 @@ class Answering:
         if self.left:
             raise Refused(499, "the client has left")
         if isinstance(self.job.error, ValueError):
-            raise Refused(400, str(self.job.error))
+            raise Refused(400, _of_one(self.job.error))
         if isinstance(self.job.error, Closed):
             raise Refused(503, str(self.job.error), kind="server_error")
         if self.job.error is not None:

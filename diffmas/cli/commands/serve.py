@@ -28,8 +28,8 @@ def serve(
     dtype: Annotated[str, typer.Option(help="of the base model's weights")] = "auto",
     device: Device = None,
 ):
-    """Serve trained systems as the models of an OpenAI-compatible server: /v1/chat/completions and /v1/models. The user's message
-    is the field {question} of the prompts; a request may also have fields, latent_steps, agent_output and top_k."""
+    """Serve trained systems as the models of an OpenAI-compatible server, /v1/chat/completions and /v1/models. The message of a
+    request is the field {question} of the prompts; it may also have fields, latent_steps, agent_output and top_k."""
     if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
         raise ValueError(f"serve: expected {' and '.join(missing)}, found none; pip install diffmas[serve]")
     from diffmas.serving.batcher import Batcher

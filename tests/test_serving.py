@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 import uvicorn
 from threads import wait
 from typer.testing import CliRunner
+from uvicorn.protocols.http.flow_control import FlowControl
 
 from diffmas import MultiAgentSystem
 from diffmas.cli import main as cli
@@ -44,6 +46,7 @@ def listening(teams, limits=LIMITS, token=None, **options):
     """A server; -> its address and its batcher."""
     torch.set_num_threads(1)
     with Batcher(**options) as batcher, socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that who does not read is felt
         config = uvicorn.Config(create_app(teams, batcher, limits, token), log_level="error", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -297,7 +300,7 @@ def test_500_requests_a_fifth_cancelled_a_tenth_bad(server, monkeypatch):
 
     def left():
         gc.collect()
-        return sum(isinstance(x, (Store, Job)) for x in gc.get_objects())
+        return sum(type(x) in (Store, Job) for x in gc.get_objects())
 
     before = left()
     asyncio.run(all_of_them(kinds[:100]))  # what is allocated once
@@ -336,23 +339,35 @@ def test_who_leaves_is_out_of_the_batch(server, monkeypatch):
         )
     assert got.choices[0].message.content == alone("where is the key")[0]
     left = next(job for job in jobs if job.question.max_new_tokens == 90)
-    assert left.cancelled and len(left.tokens[0]) == 2 and left.ends == [None]
+    assert left.cancelled and 1 <= len(left.tokens[0]) <= 2 and left.ends == [None]
 
 
-def test_a_slow_client_stops_nobody(server, ask):
-    """Whoever reads nothing of its stream keeps neither the worker nor the event loop."""
-    body = json.dumps(
-        {"model": "facts", "messages": [{"role": "user", "content": "key"}], "max_tokens": 90, "n": 4, "stream": True}
-    ).encode()
+def test_a_slow_client_stops_nobody(server, ask, monkeypatch):
+    """Whoever reads nothing of its stream keeps neither the worker nor the event loop; when it leaves, nothing of it stays."""
+    address, batcher = server
+    submit, begin, jobs = batcher.submit, FlowControl.__init__, []
+    monkeypatch.setattr(batcher, "submit", lambda job: (jobs.append(weakref.ref(job)), submit(job)))
+
+    def soon_full(self, transport):
+        transport.set_write_buffer_limits(high=500)
+        begin(self, transport)
+
+    monkeypatch.setattr(FlowControl, "__init__", soon_full)
+    asked = {"model": "facts", "messages": USER, "max_tokens": 90, "n": 4, "stream": True, "seed": 1}
+    body = json.dumps(asked).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     with contextlib.ExitStack() as stack:
-        for _ in range(20):
+        for _ in range(4):
             slow = stack.enter_context(socket.socket())
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-            slow.connect(("127.0.0.1", int(server[0].split(":")[2].split("/")[0])))
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            slow.connect(("127.0.0.1", int(address.split(":")[2].split("/")[0])))
             slow.sendall(head.encode() + body)
+        wait_for(lambda: len(jobs) == 4)
         for _ in range(3):
             assert ask("where is the key").choices[0].message.content == alone("where is the key")[0]
+        wait_for(lambda: all(job() is None or job().done for job in jobs))
+        assert sum(job() is not None for job in jobs[:4]) == 4  # all is decoded, and not yet sent
+    wait_for(lambda: gc.collect() >= 0 and not any(job() for job in jobs))
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

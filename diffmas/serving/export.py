@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 
@@ -114,7 +115,7 @@ def licence_of(base: str) -> dict:
         return {}
     try:
         data = ModelCard.load(found).data.to_dict()
-    except ValueError:  # a README of another kind
+    except (ValueError, yaml.YAMLError):  # a README of another kind
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
 

@@ -492,8 +492,7 @@ def test_overload(stream):
             async with client(address, openai.AsyncOpenAI) as connected:
                 ask = lambda: connected.chat.completions.create(model="facts", messages=USER, max_tokens=3, stream=stream)  # noqa: E731
                 asked = [asyncio.create_task(ask()) for _ in range(6)]
-                while sum(task.done() for task in asked) < 4:
-                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(wait_for, lambda: sum(task.done() for task in asked) >= 4)
                 go.set()
                 return await asyncio.gather(*asked, return_exceptions=True)
 
@@ -502,6 +501,15 @@ def test_overload(stream):
     full = [error for error in got if isinstance(error, openai.RateLimitError)]
     assert len(full) == 4 and not [x for x in got if x not in full and isinstance(x, Exception)]
     assert full[0].code == "rate_limit_exceeded" and full[0].response.headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_waits_no_more(stream):
+    crew = team()
+    with listening([crew]) as (address, batcher), held(batcher, crew):
+        with client(address).with_options(timeout=0.3) as connected, pytest.raises(openai.APITimeoutError):
+            connected.chat.completions.create(model="facts", messages=USER, stream=stream)
+        wait_for(lambda: not batcher._waiting)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -568,6 +576,22 @@ def test_a_batch_is_of_one_team_and_settings(monkeypatch):
                 batcher.submit(Job(of.question({"question": text}, settings, 3), time.monotonic() + 9, lambda: None))
         wait_for(lambda: sum(map(len, batches)) == 7)
     assert batches == [["a", "c", "e"], ["b"], ["d"], ["f"], ["g"]]
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one():
+    crew, go, until = team(), threading.Event(), time.monotonic() + PATIENCE
+    with Batcher() as batcher:
+        with held(batcher, crew):
+            questions = [crew.question({"question": "key"}, Settings(0.0), n) for n in (2, 9)]
+            short = Job(questions[0], until, lambda: None)
+            long = Job(questions[1], until, lambda: len(long.tokens[0]) == 4 and wait(go))
+            batcher.submit(short)
+            batcher.submit(long)
+        wait_for(lambda: len(long.tokens[0]) == 4)
+        assert short.done and short.ends == ["length"] and short.tokens[0] == long.tokens[0][:2] and not long.done
+        go.set()
+        wait_for(lambda: long.done)
+    assert long.ends == ["length"] and len(long.tokens[0]) == 9
 
 
 def test_close_fails_who_waits_and_ends_who_runs(monkeypatch):

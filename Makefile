@@ -86,13 +86,14 @@ bench-readme: $(INSTALLED)
 	$(PY) -m diffmas bench --readme
 
 # The Hugging Face side against the oldest supported transformers and one in between; .venv holds the newest. With a datasets that
-# goes with its huggingface_hub: transformers imports the one that is there.
+# goes with its huggingface_hub: transformers imports the one that is there. In a directory of this name, or dill, by which
+# datasets tells data sets apart, takes all of it for the user's own code and pickles it whole.
 COMPAT ?= 4.56.2 5.17.0
-COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate decoding gradients passes threads latent linears lora_run gradient_clip graphed_steps graphed_decoding system adapters training training_arguments evaluation files load chat multimodal sinks ragged audit gradient_report))
+COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate decoding gradients passes threads latent linears lora_run gradient_clip graphed_steps graphed_decoding system adapters training training_arguments evaluation files load chat multimodal sinks ragged audit gradient_report rl))
 compat: $(INSTALLED)
 	for v in $(COMPAT); do \
-	  test -d .compat/$$v || { $(PY) -m pip install -q --target .compat/$$v.part "transformers==$$v" datasets && mv .compat/$$v.part .compat/$$v; } || exit 1; \
-	  PYTHONPATH=.compat/$$v $(PY) $(PYTEST) $(COMPAT_TESTS) || exit 1; \
+	  test -d .compat/$$v || { $(PY) -m pip install -q --target .compat/$$v.part/site-packages "transformers==$$v" datasets && mv .compat/$$v.part .compat/$$v; } || exit 1; \
+	  PYTHONPATH=.compat/$$v/site-packages $(PY) $(PYTEST) $(COMPAT_TESTS) || exit 1; \
 	done
 
 # Builds and loads the library with a CUDA build of torch, 6 GB beside .venv, and runs what needs no GPU. Not in CI. For another

@@ -5,6 +5,7 @@ import doctest
 import pytest
 import tiny_systems as tiny
 import torch
+from trl import GRPOConfig
 
 import diffmas
 from diffmas import Agent, MultiAgentSystem, Trace, Trainer
@@ -25,6 +26,7 @@ from diffmas.evaluation import (
 from diffmas.evaluation.tasks import Task, final, task
 from diffmas.models.generate import generate
 from diffmas.models.load import load_model
+from diffmas.rl import GRPOTrainer, answer_log_probs, scored
 from diffmas.serving.export import export
 from diffmas.serving.pieces import Pieces
 from diffmas.training.data import question_and_answer
@@ -37,7 +39,7 @@ DOCUMENTED = [
     metrics.boxed, metrics.last_number, metrics.pass_at_k, metrics.wilson, metrics.agreements, metrics.difference_of_means,
     metrics.difference_of_rates, mathematics.equal, sandbox.run, task, Task.rows, final.letter, audit, Stitched, Writers,
     GradientReport, MultiAgentSystem.gradient_report, layer_groups, Explosion, load_model,
-    MultiAgentSystem.generate_tokens, Pieces, export,
+    GRPOTrainer, answer_log_probs, scored, MultiAgentSystem.generate_tokens, Pieces, export,
 ]  # fmt: skip
 
 
@@ -48,9 +50,9 @@ def test_examples(documented, tmp_path, request):
     system = tiny.system()
     published = tiny.write_jsonl(tmp_path / "gsm8k.jsonl", [{"question": "Pens?", "answer": "2*3=<<2*3=6>>6 pens.\n#### 6"}])
     names = {x.__name__: x for x in (*DOCUMENTED, Latent, communicates, single_agent)} | {
-        "torch": torch, "model": system.model, "tokenizer": system.tokenizer, "system": system, "rows": tiny.rows(2),
-        "base_model": tiny.model(), "directory": tmp_path, "base_directory": tiny.save_base(tmp_path / "base"),
-        "published": published,
+        "torch": torch, "GRPOConfig": GRPOConfig, "model": system.model, "tokenizer": system.tokenizer, "system": system,
+        "rows": tiny.rows(2), "base_model": tiny.model(), "directory": tmp_path,
+        "base_directory": tiny.save_base(tmp_path / "base"), "published": published,
     }  # fmt: skip
     test = doctest.DocTestParser().get_doctest(documented.__doc__, names, documented.__qualname__, None, 0)
     assert test.examples

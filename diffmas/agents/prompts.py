@@ -139,10 +139,14 @@ def _not_closed(tokenizer, text: str) -> list[int]:
     return ids
 
 
-def answer_ids(tokenizer, answer: str) -> list[int]:
-    """The token ids of an answer, closed by one end-of-sequence token, be it written in the answer or not."""
+def answer_ids(tokenizer, answer: str | list[int]) -> list[int]:
+    """The token ids of an answer, closed by one end-of-sequence token, be it written in the answer or not. An answer that is
+    token ids, as they were decoded, stays as it is."""
+    if isinstance(answer, list) and answer and all(type(token) is int for token in answer):
+        return answer
     if not isinstance(answer, str):
-        raise ValueError(f"answers: expected strings, got {type(answer).__name__}")
+        found = "a list of something else, or of nothing" if isinstance(answer, list) else type(answer).__name__
+        raise ValueError(f"answers: expected strings or lists of token ids, got {found}")
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)

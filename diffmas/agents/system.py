@@ -120,8 +120,8 @@ class MultiAgentSystem(nn.Module):
         """The token ids of an agent's prompt, chat template included."""
         return prompts.prompt_ids(self.tokenizer, agent, fields, self.chat_template, self.chat_options)
 
-    def answer_ids(self, answer: str) -> list[int]:
-        """The token ids of an answer, closed by the end-of-sequence token."""
+    def answer_ids(self, answer: str | list[int]) -> list[int]:
+        """The token ids of an answer, closed by the end-of-sequence token; those that were decoded stay as they are."""
         return prompts.answer_ids(self.tokenizer, answer)
 
     def tokenize(
@@ -193,11 +193,12 @@ class MultiAgentSystem(nn.Module):
     # ---- the last agent ----------------------------------------------------------------------------------------------
 
     def forward(
-        self, questions, answers: list[str] | None = None, num_items_in_batch=None, trace: Trace | None = None
+        self, questions, answers: list | None = None, num_items_in_batch=None, trace: Trace | None = None
     ) -> SystemOutput:  # fmt: skip
         """The loss of a batch of answers, or without answers the logits of their first token.
 
-        questions: list of str, or of dicts whose fields fill the agents' prompts. answers: list of str, one per question.
+        questions: list of str, or of dicts whose fields fill the agents' prompts. answers: list of str, one per question,
+        or of lists of token ids, as `generate_tokens` returns them.
         num_items_in_batch: answer tokens over all accumulated micro-batches, as Hugging Face's Trainer counts them; the loss
         is then the sum over this batch divided by it. trace: what the other agents have written (`communicate`, or a memory of
         theirs that was saved, `Trace.load`), a sequence for each question; the last agent's rows are added to it. By default

@@ -13,7 +13,7 @@ from torch.utils.data import random_split
 
 from diffmas.agents.system import MultiAgentSystem
 
-__all__ = ["Collator", "check_row", "question_and_answer", "read_jsonl", "split"]
+__all__ = ["Collator", "check_fields", "check_row", "fields_of_row", "question_and_answer", "read_jsonl", "split"]
 
 ANSWER = "answer"
 
@@ -30,6 +30,11 @@ def question_and_answer(row, where: str = "row") -> tuple[dict, str]:
     if not isinstance(answer, str):
         found = f"one of type {type(answer).__name__}" if ANSWER in row else f"only {sorted(row)}"
         raise ValueError(f"{where}: expected a string {ANSWER!r}, got {found}")
+    return fields_of_row(row, where), answer
+
+
+def fields_of_row(row: dict, where: str = "row") -> dict:
+    """The prompt fields of a row, which may lack an answer."""
     # A datasets.Dataset fills columns that a row lacks with None.
     fields = {k: v for k, v in row.items() if k != ANSWER and v is not None}
     if isinstance(fields.get("question"), dict):
@@ -37,12 +42,16 @@ def question_and_answer(row, where: str = "row") -> tuple[dict, str]:
         fields = {**fields, **nested}
     if not fields:
         raise ValueError(f"{where}: expected a question or other fields of the agents' prompts, got only the answer")
-    return fields, answer
+    return fields
 
 
 def check_row(row, where: str, agents=()) -> None:
     """Raises ValueError that starts with `where` if a row lacks the answer or a field of the agents, or one does not fit."""
-    fields, _ = question_and_answer(row, where)
+    check_fields(question_and_answer(row, where)[0], where, agents)
+
+
+def check_fields(fields: dict, where: str, agents=()) -> None:
+    """Raises ValueError that starts with `where` if fields of the agents are not there, or one does not fit."""
     for agent in agents:
         try:
             agent.check(fields)

@@ -54,10 +54,10 @@ class GradientMonitor(TrainerCallback):
                 plot_gradients(directory / CSV, directory / PLOT)
 
     @contextlib.contextmanager
-    def micro_batch(self, step: int, *batch):
-        """Around a forward and backward of optimizer step `step`; batch: questions, answers, num_items_in_batch."""
+    def micro_batch(self, step: int, batch: dict, num_items_in_batch):
+        """Around a forward and backward of optimizer step `step`; batch: of `training.data.Collator`."""
         if self.explosion.factor is not None:
-            self._micro_batches.append(batch)
+            self._micro_batches.append((batch["questions"], batch["answers"], num_items_in_batch))
         with self._watch if self.reports(step) else contextlib.nullcontext():
             yield
 

@@ -134,17 +134,21 @@ class Trainer(transformers.Trainer):
         self._bad_losses, self._good_checkpoint = None, None
         self._token_losses: list[torch.Tensor] = []  # of an evaluation's rows: the sum over tokens, and how many they are
         self._monitor = GradientMonitor(system, gradient_report_steps, explosion_factor)
-        super().__init__(
-            model=system, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            data_collator=data_collator or Collator(system.tokenizer, system.tokenize if wants_ids(args) else None),
+        self._set_up(
+            system, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator,
             compute_loss_func=compute_loss_func, **options,
         )  # fmt: skip
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("accelerate: expected neither FSDP nor DeepSpeed for a multi-agent system; start it with torchrun")
-        self.model_accepts_loss_kwargs = True
-        self.label_names = ["labels"]
         self._monitor.log = self.log
         self.add_callback(self._monitor)
+
+    def _set_up(self, system: MultiAgentSystem, args: TrainingArguments, *, data_collator, **options) -> None:
+        """transformers' own part of the construction."""
+        collator = data_collator or Collator(system.tokenizer, system.tokenize if wants_ids(args) else None)
+        super().__init__(model=system, args=args, data_collator=collator, **options)
+        self.model_accepts_loss_kwargs = True
+        self.label_names = ["labels"]
 
     @staticmethod
     def _check_rows(system, name: str, rows) -> None:
@@ -173,7 +177,7 @@ class Trainer(transformers.Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step + 1
-        with self._monitor.micro_batch(step, inputs["questions"], inputs["answers"], num_items_in_batch):
+        with self._monitor.micro_batch(step, inputs, num_items_in_batch):
             loss = super().training_step(model, inputs, num_items_in_batch)
         bad = ~loss.isfinite()  # stays on the device until the optimizer is to step
         self._bad_losses = bad if self._bad_losses is None else self._bad_losses | bad

@@ -99,10 +99,10 @@ def make_rows(count: int, seed: int, *how) -> list[dict]:
 
 
 # What a pretrained model reads. The first tokens, which stay as its attention sinks, say nothing of the facts; the last make it
-# repeat them, so that soft tokens are about them before any training. The answer repeats what was told, in its words, and ends
-# with the one that is asked for: the solver learns to look up, and a reader that says its fact helps from the first step on.
-# Other words would be said by readers, too: one whose solver wanted "Answer:" ended up saying nothing else (docs/log.md).
-REAL_READER = "You tell your team what you know. I know: {facts} So I tell you:"
+# repeat them, which stand there twice, so that soft tokens spell them before any training. The answer repeats what was told, in
+# its words, and ends with what is asked for: the solver learns to look up, and a reader that says its fact helps from the first
+# step on. Readers would say other words, too: one whose solver wanted "Answer:" ended up saying nothing else (docs/log.md).
+REAL_READER = "Repeat each line. {facts} Repeated: {facts} Again:"
 REAL_SOLVER = "{question}"
 REAL_SOLVER_OF_NOTES = "{messages}\n{question}"
 REAL_ANSWER = "{name} {verb} the {thing} to the {place}. Answer: {value}"

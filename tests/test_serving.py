@@ -195,6 +195,23 @@ def test_pieces_come_while_others_are_decoded(ask, server, monkeypatch):
     assert text == alone("where is the key")[0]
 
 
+def test_the_end_of_a_stream_may_be_told_after_its_last_token(ask, server, monkeypatch):
+    """The event loop comes by between the two."""
+    submit, jobs, why = server[1].submit, [], Team.why_ended
+    monkeypatch.setattr(server[1], "submit", lambda job: (jobs.append(job), submit(job)))
+
+    def late(*args):
+        jobs[0].tell()
+        time.sleep(0.5)
+        return why(*args)
+
+    monkeypatch.setattr(Team, "why_ended", late)
+    pieces = list(ask("where is the key", stream=True))
+    assert "".join(p.choices[0].delta.content or "" for p in pieces) == alone("where is the key")[0]
+    assert pieces[-1].choices[0].finish_reason == "length"
+    assert len({(p.id, p.created, p.object) for p in pieces}) == 1
+
+
 def byte_level():
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast

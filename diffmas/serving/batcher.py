@@ -17,6 +17,7 @@ import torch
 from diffmas.agents import adapters
 from diffmas.agents.decoding import decode
 from diffmas.agents.eval_mode import evaluating
+from diffmas.agents.next_tokens import RESERVE
 from diffmas.agents.sampling import Sampling
 from diffmas.serving.team import Question
 from diffmas.trace import Trace
@@ -184,8 +185,7 @@ class Batcher:
         """All turns of a batch, as `MultiAgentSystem.generate_tokens` has them; who is gone leaves after each agent's."""
         first = jobs[0].question
         system, settings = first.team.system, first.settings
-        rows = max(sum(len(t.ids) + t.steps for t in job.question.turns) + job.question.max_new_tokens for job in jobs)
-        trace = Trace(system.model, len(jobs), capacity=rows)
+        trace = Trace(system.model, len(jobs), capacity=max(map(_rows, jobs)))
         with evaluating(system), system.realign.unchanging():
             for i, agent in enumerate(system.agents[:-1]):
                 turns = [job.question.turns[i] for job in jobs]
@@ -239,6 +239,13 @@ class Batcher:
         for b, row in zip(asked, decode(team.system, trace.select(asked), prompts, sampling, 0, False, ends)):
             texts[b] = team.text_of(row[0], settings.stop)
         return texts
+
+
+def _rows(job: Job) -> int:
+    """Of the trace, that a question is sure to need, and some for its answers."""
+    question = job.question
+    answers = question.settings.samples * min(RESERVE, question.max_new_tokens)
+    return sum(len(turn.ids) + turn.steps for turn in question.turns) + answers
 
 
 def _without_frames(error: Exception) -> Exception:

@@ -1,6 +1,5 @@
 """Requests and answers of /v1/chat/completions, in OpenAI's form, with extensions of our own."""
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -164,10 +163,6 @@ def _explained(error: ValidationError) -> Refused:
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _head(identity: str, kind: str, job: Job) -> dict:
-    return {"id": identity, "object": kind, "created": int(time.time()), "model": job.question.team.name}
-
-
 def _usage(job: Job) -> dict:
     """OpenAI's counts, of all agents' prompts and of the answer, and latent_steps, of all agents."""
     prompt, answered = job.question.prompt_tokens, sum(map(len, job.tokens))
@@ -181,8 +176,8 @@ def _agents(job: Job) -> dict:
     return {"agents": [asdict(agent) for agent in job.agents]} if job.question.settings.agent_output else {}
 
 
-def answer(identity: str, job: Job) -> dict:
-    """A chat.completion, of a job that is done."""
+def answer(head: dict, job: Job) -> dict:
+    """A chat.completion, of a job that is done. head: id, created and model."""
     question = job.question
     choices = [
         {
@@ -191,12 +186,12 @@ def answer(identity: str, job: Job) -> dict:
         }
         for i, (tokens, end) in enumerate(zip(job.tokens, job.ends))
     ]  # fmt: skip
-    return {**_head(identity, "chat.completion", job), "choices": choices, "usage": _usage(job), **_agents(job)}
+    return {**head, "object": "chat.completion", "choices": choices, "usage": _usage(job), **_agents(job)}
 
 
-def chunk(identity: str, job: Job, index: int | None, delta: dict, end: str | None = None) -> dict:
+def chunk(head: dict, job: Job, index: int | None, delta: dict, end: str | None = None) -> dict:
     """A chat.completion.chunk of a sample; without an index, the last one, with the counts."""
-    head = _head(identity, "chat.completion.chunk", job)
+    head = {**head, "object": "chat.completion.chunk"}
     if index is None:
         return {**head, "choices": [], "usage": _usage(job), **_agents(job)}
     choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": end, "logprobs": None}

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -20,6 +19,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 from diffmas.agents.prompts import TooLong
 from diffmas.serving.batcher import Batcher, Closed, Job, Overloaded
@@ -29,7 +29,6 @@ from diffmas.serving.team import Question, Team
 
 __all__ = ["LOOPBACK", "check_host", "create_app", "serve"]
 
-log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -95,23 +94,23 @@ def create_app(teams: list[Team], batcher: Batcher, limits: Limits, token: str |
             batcher.submit(job)
         except TimeoutError:
             raise _too_late(limits) from None
+        except ClientDisconnect:
+            raise Refused(499, "the client has left") from None
         except Overloaded as error:
             raise Refused(429, str(error), "rate_limit_exceeded", kind="requests") from None
         except Closed as error:
             raise Refused(503, str(error), kind="server_error") from None
         answering = Answering(request, batcher, job, news, limits)
-        if not asked.stream:
-            async with answering:
-                await answering.until(lambda: job.done)
-                return JSONResponse(answer(answering.identity, job))
-        try:
-            await answering.start()
-            await answering.until(lambda: job.done or any(job.tokens))  # an error until here has a status of its own
+        try:  # an error until the first token has a status of its own, in a stream too
+            await answering.until(lambda: job.done or asked.stream and any(job.tokens))
         except BaseException:
             answering.stop()
             raise
-        events = answering.events(bool(asked.stream_options and asked.stream_options.include_usage))
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        if asked.stream:
+            events = answering.events(bool(asked.stream_options and asked.stream_options.include_usage))
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        answering.stop()
+        return JSONResponse(answer(answering.head, job))
 
     return app
 
@@ -153,28 +152,18 @@ def _too_late(limits: Limits) -> Refused:
 
 
 class Answering:
-    """One request from when it waits to its last byte. Inside, or from `start` to `stop`, it is seen when the client leaves;
-    at the end the job is cancelled, unless it is done."""
+    """One request from when it waits to its last byte. Until `stop` it is seen when the client leaves; the job is cancelled
+    then, unless it is done."""
 
     def __init__(self, request: Request, batcher: Batcher, job: Job, news: asyncio.Event, limits: Limits):
         self.request, self.batcher, self.job, self.news, self.limits = request, batcher, job, news, limits
-        self.identity, self.left = f"chatcmpl-{uuid.uuid4().hex}", False
-        self.watch: asyncio.Task | None = None
-
-    async def start(self) -> None:
-        self.watch = asyncio.create_task(self._leaves())
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": job.question.team.name}
+        self.left, self.watch = False, asyncio.create_task(self._leaves())
 
     def stop(self) -> None:
-        if self.watch is not None:
-            self.watch.cancel()
+        self.watch.cancel()
         if not self.job.done:
             self.batcher.cancel(self.job)
-
-    async def __aenter__(self):
-        await self.start()
-
-    async def __aexit__(self, *error):
-        self.stop()
 
     async def _leaves(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
@@ -207,26 +196,29 @@ class Answering:
         """The answer as server-sent events: its pieces as they are decoded, then the counts if they are asked for."""
         job, team, stop = self.job, self.job.question.team, self.job.question.settings.stop
         special = team.system.tokenizer.all_special_tokens
-        pieces = [Pieces(lambda ids: team.text_of(ids, stop), stop, special) for _ in job.tokens]
-        sent, ended = [0] * len(pieces), [False] * len(pieces)
+        going = {i: Pieces(lambda ids: team.text_of(ids, stop), stop, special) for i in range(len(job.tokens))}
+        seen = [0] * len(going)
+
+        def news() -> bool:
+            return job.done or any(len(job.tokens[i]) > seen[i] or job.ends[i] for i in going)
+
         try:
-            for i in range(len(pieces)):
-                yield _event(chunk(self.identity, job, i, {"role": "assistant", "content": ""}))
-            while not all(ended):
-                await self.until(lambda: job.done or any(len(job.tokens[i]) > n for i, n in enumerate(sent)))
-                for i, piece in enumerate(pieces):
-                    end = job.ends[i]  # before the tokens: they are all there if it is
-                    if ended[i] or len(tokens := list(job.tokens[i])) == sent[i]:
-                        continue
-                    sent[i], ended[i] = len(tokens), end is not None
-                    text = piece(tokens, last=ended[i])
-                    if text:
-                        yield _event(chunk(self.identity, job, i, {"content": text}))
-                    if ended[i]:
-                        yield _event(chunk(self.identity, job, i, {}, end))
+            for i in going:
+                yield _event(chunk(self.head, job, i, {"role": "assistant", "content": ""}))
+            while going:
+                await self.until(news)
+                for i, piece in list(going.items()):
+                    end = job.ends[i]  # before the tokens: if it is there, they are all there
+                    tokens = list(job.tokens[i])
+                    seen[i] = len(tokens)
+                    if text := piece(tokens, last=end is not None):
+                        yield _event(chunk(self.head, job, i, {"content": text}))
+                    if end is not None:
+                        del going[i]
+                        yield _event(chunk(self.head, job, i, {}, end))
             if usage or job.question.settings.agent_output:
                 await self.until(lambda: job.done)
-                yield _event(chunk(self.identity, job, None, {}))
+                yield _event(chunk(self.head, job, None, {}))
             yield "data: [DONE]\n\n"
         except Refused as error:
             if not self.left:

@@ -221,7 +221,7 @@ def byte_level():
     return PreTrainedTokenizerFast(tokenizer_object=core._tokenizer, eos_token="<end>")
 
 
-@pytest.mark.parametrize("stop", [[], ["汉字"], [" \U0001f511x", "ende"], ["<end>d"], ["naïve"]])
+@pytest.mark.parametrize("stop", [[], ["汉字"], [" \U0001f511x", "ende"], ["<end>de ."], ["naïve"]])
 def test_pieces_of_characters_and_stop_strings(stop):
     from diffmas.agents.decoding import text_before
 

@@ -129,6 +129,8 @@ def test_latent_steps_and_fields_of_a_request(ask):
         assert got.choices[0].message.content == want and got.usage.latent_steps == 3 + 2
         with pytest.raises(openai.BadRequestError, match="agent 'planner': its prompt needs the field {place}"):
             create(model="fields", messages=text, extra_body={"fields": {"steps": 3}})
+        with pytest.raises(openai.BadRequestError, match="fields: expected at most 20 latent steps, got 21"):
+            create(model="fields", messages=text, extra_body={"fields": {**fields, "steps": 21}}, max_tokens=6)
 
 
 @pytest.mark.parametrize("scope", ["shared", "per_role", "final_only"])

@@ -127,11 +127,15 @@ async def _body(request: Request, limit: int) -> bytes:
 def _question(team: Team, asked: ChatRequest, limits: Limits) -> Question:
     most = asked.most_tokens or min(team.max_new_tokens, limits.max_tokens)
     try:
-        return team.question(asked.prompt_fields(), asked.settings(), most, asked.seed, asked.latent_steps)
+        question = team.question(asked.prompt_fields(), asked.settings(), most, asked.seed, asked.latent_steps)
     except TooLong as error:
         raise Refused(400, _of_one(error), "context_length_exceeded", "messages") from None
     except ValueError as error:
         raise Refused(400, _of_one(error)) from None
+    for agent, turn in zip(team.agents, question.turns):
+        if turn.steps > limits.latent_steps and not isinstance(agent.latent_steps, int):  # T is a field of the question
+            raise Refused(400, f"fields: expected at most {limits.latent_steps} latent steps, got {turn.steps}", param="fields")
+    return question
 
 
 def _of_one(error: ValueError) -> str:

@@ -216,3 +216,42 @@ def test_the_others_need_no_fields_when_they_have_written():
     for call in (lambda: s.generate(["w10", "w11"], trace=trace), lambda: s(["w10", "w11"], ["w20", "w21"], trace=trace)):
         with pytest.raises(ValueError, match="trace: expected 2 sequences, one for each question, got 1"):
             call()
+
+
+# ---- each question's own limit and seed; a hook for each token -------------------------------------------------------
+
+
+def test_each_question_has_its_own_limit_and_seed():
+    s = system()
+    options = dict(temperature=1.5, samples=2)
+    together = s.generate_tokens(QUESTIONS, [9, 2, 5], seed=[7, 8, 7], **options)
+    alone = [s.generate_tokens([q], n, seed=k, **options)[0] for q, n, k in zip(QUESTIONS, (9, 2, 5), (7, 8, 7))]
+    assert together == alone and [len(t) for row in together for t in row] == [9, 9, 2, 2, 5, 5]
+    assert s.generate_tokens(QUESTIONS, [9, 2, 5], seed=[7, 8, 7], batch_size=2, **options) == together
+    for name, given in (("max_new_tokens", [1]), ("seed", [1, 2])):
+        with pytest.raises(ValueError, match=f"{name}: expected one for each of 3 questions"):
+            s.generate(QUESTIONS, **{name: given})
+    for wrong in ([], [3, 0]):
+        with pytest.raises(ValueError, match="max_new_tokens: expected at least 1"):
+            s.generate(QUESTIONS, wrong)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_who_is_told_each_token_may_end_an_answer(batch_size):
+    s, told = system(), {}
+    whole = s.generate_tokens(QUESTIONS, 8, temperature=0, samples=2)
+
+    def tell(question, sample, token, last):
+        told.setdefault((question, sample), []).append((token, last))
+        return (question, sample) == (1, 0) and len(told[1, 0]) == 3
+
+    got = s.generate_tokens(QUESTIONS, 8, temperature=0, samples=2, batch_size=batch_size, on_token=tell)
+    want = [[whole[b][n][:3] if (b, n) == (1, 0) else whole[b][n] for n in range(2)] for b in range(3)]
+    assert got == want
+    for (b, n), tokens in told.items():
+        assert [t for t, _ in tokens] == want[b][n]
+        assert [last for _, last in tokens] == [False] * (len(tokens) - 1) + [(b, n) != (1, 0)]
+    with pytest.raises(ValueError, match="on_token: expected None with num_beams"):
+        s.generate_tokens(QUESTIONS, 8, num_beams=2, on_token=tell)
+    with pytest.raises(ValueError, match="max_new_tokens: expected one number for all questions with num_beams"):
+        s.generate_tokens(QUESTIONS, [8, 8, 8], num_beams=2)

@@ -27,6 +27,8 @@ from diffmas.evaluation.tasks import Task, final, task
 from diffmas.models.generate import generate
 from diffmas.models.load import load_model
 from diffmas.rl import GRPOTrainer, answer_log_probs, scored
+from diffmas.serving.export import export
+from diffmas.serving.pieces import Pieces
 from diffmas.training.data import question_and_answer
 from diffmas.training.explosion import Explosion
 
@@ -37,7 +39,7 @@ DOCUMENTED = [
     metrics.boxed, metrics.last_number, metrics.pass_at_k, metrics.wilson, metrics.agreements, metrics.difference_of_means,
     metrics.difference_of_rates, mathematics.equal, sandbox.run, task, Task.rows, final.letter, audit, Stitched, Writers,
     GradientReport, MultiAgentSystem.gradient_report, layer_groups, Explosion, load_model,
-    GRPOTrainer, answer_log_probs, scored,
+    GRPOTrainer, answer_log_probs, scored, MultiAgentSystem.generate_tokens, Pieces, export,
 ]  # fmt: skip
 
 

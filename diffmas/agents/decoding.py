@@ -4,6 +4,7 @@ Beams are transformers' own search, on the trace.
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -111,14 +112,20 @@ def _rules(system, sampling: Sampling, trace: Trace, prompts: list[list[int]]) -
 
 
 @torch.no_grad()
-def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, first: int, progress: bool):
+def decode(
+    system, trace: Trace, prompts: list[list[int]], sampling: Sampling, first: int, progress: bool,
+    on_token: Callable[[int, int, int, bool], bool | None] | None = None,
+):  # fmt: skip
     """Decodes the last agent's answers; returns new token ids, [question][sample][token].
 
     trace: one sequence for each question, with the rows of the other agents. prompts: the last agent's prompt ids. first: the
     number of the first question, from which the samples' seeds follow. The samples of one question share the rows of the
-    trace and of the prompt; so do neighbours of the same prompt on an empty trace.
+    trace and of the prompt; so do neighbours of the same prompt on an empty trace. on_token: see
+    `MultiAgentSystem.generate_tokens`.
     """
     if sampling.beams:
+        if on_token is not None:
+            raise ValueError("on_token: expected None with num_beams, whose tokens are not final before their end")
         return _beam_search(system, trace, prompts, sampling, first)
     patch, device, samples = patch_of(system.model), system.device, sampling.samples
     reserve = min(RESERVE, sampling.max_new_tokens)
@@ -137,6 +144,7 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, f
     active = list(range(len(reads)))  # for each sequence of the trace, its index in `tokens`
     generators = [sampling.generator(first + b, s) for b in range(len(prompts)) for s in range(samples)]
     tokens: list[list[int]] = [[] for _ in reads]
+    limits = [sampling.limit(first + b) for b in range(len(prompts)) for _ in range(samples)]
     next_tokens = NextTokens(patch, device)
     with (
         phase("decode", written),
@@ -153,7 +161,10 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, f
             bar.set_postfix(sequences=len(active), refresh=False)
             for some, part in zip(rules, scores):
                 done = some.append([tokens[i][-1] for i in some.members], part)
-                done = [d or stops(tokens[i]) for i, d in zip(some.members, done)]
+                done = [d or len(tokens[i]) >= limits[i] or stops(tokens[i]) for i, d in zip(some.members, done)]
+                if on_token is not None:
+                    told = [(first + i // samples, i % samples, tokens[i][-1], d) for i, d in zip(some.members, done)]
+                    done = [on_token(*what) or what[-1] for what in told]
                 if any(done):
                     some.keep([not d for d in done])
             rules = [some for some in rules if some.members]
@@ -163,7 +174,7 @@ def decode(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, f
             if len(going) < len(active):
                 place = {i: j for j, i in enumerate(active)}
                 trace, active = trace.select([place[i] for i in going]), going
-            left = sampling.max_new_tokens - len(tokens[active[0]])  # the same for all that are active
+            left = max(limits[i] for i in active) - len(tokens[active[0]])  # all that are active have as many
             logits = next_tokens(trace, [tokens[i][-1] for i in active], left)
     rows = iter(tokens)
     return [[next(rows) for _ in range(samples)] for _ in prompts]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from diffmas.agents.chat import chat_text
 
-__all__ = ["Agent", "Turn", "answer_ids", "fields_of", "prompt_ids", "tokenize", "turn_of"]
+__all__ = ["Agent", "TooLong", "Turn", "answer_ids", "fields_of", "prompt_ids", "tokenize", "turn_of"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,10 @@ class Agent:
         self.steps(fields)
 
 
+class TooLong(ValueError):
+    """What does not fit in the model's context."""
+
+
 class Turn(NamedTuple):
     """An agent's turn on one question. ids: of its prompt's tokens, none where it has no turn. steps: T, 0 for the last one."""
 
@@ -160,7 +164,7 @@ def prompt_that_fits(system, agent: Agent, b: int, fields: dict, at: int, room: 
         raise ValueError(f"questions[{b}], {error}") from error
     limit, n = getattr(system.model.config.get_text_config(), "max_position_embeddings", None), len(ids) + room
     if limit is not None and at + n > limit:
-        raise ValueError(
+        raise TooLong(
             f"questions[{b}], agent {agent.name!r}: expected {what} to fit in the context of {limit} positions, "
             f"got {at} before it and {n} of its own"
         )

@@ -54,20 +54,23 @@ NOTHING = ("bos_token_id", "decoder_start_token_id", "transformers_version")  # 
 
 @dataclass
 class Sampling:
-    """How answers are decoded. seed: of all random streams. stop: strings that end an answer. samples: answers to a question.
-    arguments: of transformers' generate. together: whether no rule looks at the texts before."""
+    """How answers are decoded. max_new_tokens: the most that a question has. limits: each question's own, if they differ. seed:
+    of all random streams, or each question's own. stop: strings that end an answer. samples: answers to a question. arguments:
+    of transformers' generate. together: whether no rule looks at the texts before."""
 
     max_new_tokens: int
-    seed: int
+    seed: int | list[int]
     stop: list[str]
     samples: int
     arguments: dict
+    limits: list[int] | None = None
     together: bool = True
 
     @classmethod
     def of(
-        cls, system, max_new_tokens: int | None = None, temperature: float | None = None, top_p: float | None = None,
-        seed: int | None = None, stop: list[str] | None = None, samples: int | None = None, **options,
+        cls, system, max_new_tokens: int | list[int] | None = None, temperature: float | None = None,
+        top_p: float | None = None, seed: int | list[int] | None = None, stop: list[str] | None = None,
+        samples: int | None = None, **options,
     ):  # fmt: skip
         """By the names of `MultiAgentSystem.generate`. Raises ValueError naming what is out of range, unknown or not for us."""
         lm, config = causal_lm_of(system.model), options.pop("generation_config", None)
@@ -82,8 +85,11 @@ class Sampling:
         samples = own("num_return_sequences") or 1 if samples is None else samples
         max_new_tokens = own("max_new_tokens") or 256 if max_new_tokens is None else max_new_tokens
         given = {name: x for name, x in given.items() if name not in OURS}
-        if max_new_tokens < 1:
+        limits = max_new_tokens if isinstance(max_new_tokens, list) else None
+        each = [max_new_tokens] if limits is None else limits
+        if min(each, default=0) < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        max_new_tokens = max(each)
         if samples < 1:
             raise ValueError(f"samples: expected at least 1, got {samples}")
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
@@ -96,7 +102,9 @@ class Sampling:
         given |= {**chosen, "max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": pad, "stop_strings": None}
         given["num_beams"] = own("num_beams") or 1
         given["num_return_sequences"] = samples if given["num_beams"] > 1 else 1
-        sampling = cls(max_new_tokens, secrets.randbits(31) if seed is None else seed, list(stop), samples, given)
+        if limits is not None and given["num_beams"] > 1:
+            raise ValueError(f"max_new_tokens: expected one number for all questions with num_beams, got {limits}")
+        sampling = cls(max_new_tokens, secrets.randbits(31) if seed is None else seed, list(stop), samples, given, limits)
         rules = sampling.prepared(system, torch.zeros(1, dtype=torch.long))  # do all values fit?
         sampling.together = all(type(rule) in BLIND for some in rules for rule in some)
         return sampling
@@ -112,9 +120,21 @@ class Sampling:
             lm, ids, attention_mask=torch.ones_like(ids), custom_generate=_what_is_prepared, **self.arguments
         )
 
+    def check_count(self, questions: int) -> None:
+        """Raises ValueError for a list that has not one entry for each question."""
+        for name, given in (("max_new_tokens", self.limits), ("seed", self.seed)):
+            if isinstance(given, list) and len(given) != questions:
+                raise ValueError(f"{name}: expected one for each of {questions} questions, got {len(given)}")
+
+    def limit(self, question: int) -> int:
+        """The most tokens of an answer to this question."""
+        return self.max_new_tokens if self.limits is None else self.limits[question]
+
     def generator(self, question: int, sample: int) -> torch.Generator:
-        """The random stream of one sample; with one each, a result does not depend on how questions are batched."""
-        mixed = (self.seed * 1_000_003 + question) * 1_000_033 + sample
+        """The random stream of one sample; with one each, a result does not depend on how questions are batched. A question
+        with a seed of its own is answered as if it were alone."""
+        seed, question = (self.seed[question], 0) if isinstance(self.seed, list) else (self.seed, question)
+        mixed = (seed * 1_000_003 + question) * 1_000_033 + sample
         return torch.Generator().manual_seed(mixed % (1 << 63))
 
     def choose(self, scores: Tensor, generators: list[torch.Generator]) -> list[int]:

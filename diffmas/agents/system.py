@@ -6,6 +6,7 @@ which the next agent attends to. The last agent's forward gives the loss, or its
 text.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -239,14 +240,16 @@ class MultiAgentSystem(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, questions, max_new_tokens: int | None = None, temperature: float | None = None, top_p: float | None = None,
-        seed: int | None = None, *, stop: list[str] | None = None, samples: int | None = None, batch_size: int | None = None,
-        progress: bool = False, trace: Trace | None = None, **options,
+        self, questions, max_new_tokens: int | list[int] | None = None, temperature: float | None = None,
+        top_p: float | None = None, seed: int | list[int] | None = None, *, stop: list[str] | None = None,
+        samples: int | None = None, batch_size: int | None = None, progress: bool = False, trace: Trace | None = None,
+        **options,
     ) -> list[list[str]]:  # fmt: skip
         """The last agent's texts, [question][sample].
 
         questions: as in `forward`. max_new_tokens: per sample. temperature: 0 takes the likeliest token. top_p: in (0, 1].
-        seed: None draws one. stop (or stop_strings): strings that end an answer; they are cut off, and may hold special tokens.
+        seed: None draws one. max_new_tokens and seed may be lists, with one for each question: each answer is then that of its
+        question alone. stop (or stop_strings): strings that end an answer; they are cut off, and may hold special tokens.
         samples (or num_return_sequences): answers per question. batch_size: questions at once, all by default. progress: show a
         bar. trace: as in `forward`, and left as it is: the last agent answers, the others have had their turns. options: of
         transformers' generate, as it takes them: generation_config, top_k, min_p, repetition_penalty, num_beams,
@@ -272,19 +275,31 @@ class MultiAgentSystem(nn.Module):
 
     @torch.no_grad()
     def generate_tokens(
-        self, questions, max_new_tokens: int | None = None, temperature: float | None = None, top_p: float | None = None,
-        seed: int | None = None, *, stop: list[str] | None = None, samples: int | None = None, batch_size: int | None = None,
-        progress: bool = False, trace: Trace | None = None, **options,
+        self, questions, max_new_tokens: int | list[int] | None = None, temperature: float | None = None,
+        top_p: float | None = None, seed: int | list[int] | None = None, *, stop: list[str] | None = None,
+        samples: int | None = None, batch_size: int | None = None, progress: bool = False, trace: Trace | None = None,
+        on_token: Callable[[int, int, int, bool], bool | None] | None = None, **options,
     ) -> list[list[list[int]]]:  # fmt: skip
-        """Like `generate`, but returns token ids, [question][sample][token], with the end-of-sequence token."""
-        sampling = Sampling.of(self, max_new_tokens, temperature, top_p, seed, stop, samples, **options)
-        return self._decode(questions, sampling, batch_size, progress, trace)
+        """Like `generate`, but returns token ids, [question][sample][token], with the end-of-sequence token.
 
-    def _decode(self, questions, sampling: Sampling, batch_size: int | None, progress: bool, trace: Trace | None):
+        on_token: told each token as it is chosen: the numbers of question and sample, its id, and whether it is the last one.
+        An answer for which it returns True ends there. Not with beams.
+
+            >>> seen = []
+            >>> tell = lambda question, sample, token, last: seen.append(token)
+            >>> system.generate_tokens(["where is the key"], max_new_tokens=4, seed=0, on_token=tell) == [[seen]]
+            True
+        """
+        sampling = Sampling.of(self, max_new_tokens, temperature, top_p, seed, stop, samples, **options)
+        return self._decode(questions, sampling, batch_size, progress, trace, on_token)
+
+    def _decode(self, questions, sampling: Sampling, batch_size, progress: bool, trace: Trace | None, on_token=None):
         questions = self.fields_of(questions)
+        sampling.check_count(len(questions))
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        turns = self.tokenize(questions, [sampling.max_new_tokens] * len(questions), "its prompt and answer", trace)
+        room = [sampling.limit(b) for b in range(len(questions))]
+        turns = self.tokenize(questions, room, "its prompt and answer", trace)
         tokens, step = [], batch_size or len(questions)
         with evaluating(self), self.realign.unchanging():
             for first in range(0, len(questions), step):
@@ -296,7 +311,7 @@ class MultiAgentSystem(nn.Module):
                     read = trace.select(range(first, first + len(batch[0])))
                 read.agent = self.agents[-1].name
                 with adapters.of_agent(self, len(self.agents) - 1):
-                    tokens += decode(self, read, [turn.ids for turn in batch[-1]], sampling, first, progress)
+                    tokens += decode(self, read, [turn.ids for turn in batch[-1]], sampling, first, progress, on_token)
         return tokens
 
     def text_of(self, ids: list[int], stop: list[str] | None = None) -> str:

@@ -1,10 +1,12 @@
-"""The command line: diffmas demo | train | generate | tasks | evaluate | audit | study | bench | env."""
+"""The command line: diffmas demo | train | generate | tasks | evaluate | audit | study | serve | export | bench | env."""
 
 import typer
 
+from diffmas.cli.commands.export import export
 from diffmas.cli.commands.generate import generate
 from diffmas.cli.commands.machine import bench, demo, env
 from diffmas.cli.commands.measure import audit, evaluate, tasks
+from diffmas.cli.commands.serve import serve
 from diffmas.cli.commands.study import study
 from diffmas.cli.commands.train import train
 from diffmas.cli.terminal import explained
@@ -12,7 +14,7 @@ from diffmas.cli.terminal import explained
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (demo, train, generate, tasks, evaluate, audit, study, bench, env):
+for command in (demo, train, generate, tasks, evaluate, audit, study, serve, export, bench, env):
     app.command()(explained(command))
 
 

@@ -1,0 +1,29 @@
+"""diffmas export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffmas.cli.terminal import console
+
+__all__ = ["export"]
+
+
+def export(
+    team: Annotated[Path, typer.Argument(help="directory that `diffmas train` wrote", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="a new directory", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="where others find the base model, such as its hub name")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="upload it, as owner/name on the hub")] = None,
+    private: Annotated[bool, typer.Option(help="whether a repository that is made for it is")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="an earlier export makes room")] = False,
+):
+    """Write a trained system to give away: adapters, realignment, agents, tokenizer, chat template, and a model card."""
+    from diffmas.agents.file import read_agents
+    from diffmas.serving import export as exporting
+
+    if push_to_hub is not None:
+        exporting.check_push(push_to_hub, base or read_agents(team)["base_model"])
+    console.print(str(exporting.export(team, out, base, overwrite)), highlight=False, soft_wrap=True)
+    if push_to_hub is not None:
+        console.print(exporting.push_to_hub(out, push_to_hub, private), highlight=False, soft_wrap=True)

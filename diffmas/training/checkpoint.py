@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # {file: SHA-256}
 IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers has it beside the others until enable_jit_checkpoint's are written
-RESUME_FILES = ("trainer_state.json", AGENTS_FILE, "optimizer.pt", "scheduler.pt")
+RESUME_FILES = ("trainer_state.json", AGENTS_FILE, "scheduler.pt")
+# What the optimizer's state is written as, by who has it.
+OPTIMIZER = {"one process": r"optimizer\.pt", "FSDP": r"optimizer\.bin|optimizer_\d+/.*"}
 
 
 def _sha256(file: Path) -> str:
@@ -63,6 +65,8 @@ def check_checkpoint(path) -> Path:
     path = Path(path)
     manifest = check_manifest(path)
     missing = [name for name in RESUME_FILES if name not in manifest]
+    if not any(re.fullmatch("|".join(OPTIMIZER.values()), name) for name in manifest):
+        missing.append("optimizer.pt")
     if not any(name.startswith("rng_state") for name in manifest):
         missing.append("rng_state.pth")
     if missing:

@@ -19,6 +19,7 @@ from diffmas.agents.adapters import add_lora
 from diffmas.agents.file import check_description
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.adapted import check_held
+from diffmas.models.local import local
 from diffmas.models.parts import trained_beside_the_text
 from diffmas.training.arguments import adopted, check_arguments, wants_ids
 from diffmas.training.checkpoint import check_checkpoint, check_manifest, last_checkpoint, remove_oldest, write_manifest
@@ -26,6 +27,7 @@ from diffmas.training.data import Collator, check_row
 from diffmas.training.gradients import GradientMonitor
 from diffmas.training.losses import as_causal_lm, token_losses
 from diffmas.training.settings import default_arguments
+from diffmas.training.sharded import check_engine, prepare, save_optimizer
 
 __all__ = ["NonFiniteLoss", "Trainer"]
 
@@ -138,8 +140,11 @@ class Trainer(transformers.Trainer):
             system, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator,
             compute_loss_func=compute_loss_func, **options,
         )  # fmt: skip
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("accelerate: expected neither FSDP nor DeepSpeed for a multi-agent system; start it with torchrun")
+        check_engine(system, self.args, self.accelerator.state)
+        self._sharded = self.is_fsdp_enabled
+        if self._sharded:
+            prepare(system)
+            self._monitor.alone = False
         self._monitor.log = self.log
         self.add_callback(self._monitor)
 
@@ -191,7 +196,10 @@ class Trainer(transformers.Trainer):
         what, scaler = "loss", self.accelerator.scaler
         parameters, norms = [p for p in self.model.parameters() if p.grad is not None], []
         if parameters and (scaler is None or self._monitor.needs_norms(step)):
-            norms = torch.stack([n.to(bad.device) for n in torch._foreach_norm([p.grad for p in parameters])])
+            grads = [local(p.grad) for p in parameters]
+            norms = torch.stack([n.to(bad.device) for n in torch._foreach_norm(grads)])
+            if self._sharded and self._monitor.needs_norms(step):
+                norms = self.accelerator.reduce(norms.square(), "sum").sqrt()
             if scaler is None:  # which finds its scale by infinite gradients
                 bad, what = bad | ~norms.isfinite().all(), "loss or gradient"
         bad = self.accelerator.reduce(bad.float(), "sum").item()
@@ -294,16 +302,31 @@ class Trainer(transformers.Trainer):
         finally:
             setattr(self.args, name, True)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Writes what `MultiAgentSystem.save_pretrained` does. Where processes share the weights, all of them have to ask."""
+        if not self._sharded:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir)  # transformers would gather the base model too
+
     def _save(self, output_dir=None, state_dict=None):
-        if not self.args.should_save:
+        if not (self.args.should_save or self._sharded):
             return
         output_dir = Path(output_dir or self.args.output_dir)
-        for name, p in self.model.named_parameters():
-            if p.requires_grad and not p.isfinite().all():
-                raise NonFiniteLoss(
-                    f"{output_dir}: not written, {name} is not finite. Last good checkpoint: {self._good_checkpoint or 'none'}"
-                )
+        bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not local(p).isfinite().all()]
+        if self._sharded and self.accelerator.reduce(torch.tensor(float(len(bad)), device=self.args.device), "sum").item():
+            bad = bad or ["a weight of another process"]
+        if bad:
+            raise NonFiniteLoss(
+                f"{output_dir}: not written, {bad[0]} is not finite. Last good checkpoint: {self._good_checkpoint or 'none'}"
+            )
         self.model.save_pretrained(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer(self.accelerator, self.optimizer, self.model, output_dir)  # and not the base model once more
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _save_checkpoint(self, model, trial, *args, **kwargs):
         limit, self.args.save_total_limit = self.args.save_total_limit, None

@@ -1,0 +1,93 @@
+"""Training with a model whose weights several processes share: FSDP2 by accelerate.
+
+The engine gathers a layer's weights when the layer runs, forward and backward, and adds up gradients as soon as its backward is
+done. All processes have to run the same layers equally often, in the same order: `prepare` sees to it, or says before the first
+step what does not allow it.
+"""
+
+import os
+
+import torch.distributed as dist
+
+from diffmas.agents.system import MultiAgentSystem
+from diffmas.models.parts import attention_layers
+from diffmas.models.patch import patch_of
+
+__all__ = ["Agreement", "check_engine", "prepare", "save_optimizer"]
+
+
+class Agreement:
+    """What processes tell each other before an episode: how many latent steps each agent takes at most, or what went wrong.
+
+    Called with the steps of each agent, gives those that all processes take. As a context it tells the others of an error
+    inside, which then raise RuntimeError with its message instead of waiting for this process. Once for each episode: one small
+    message between all processes.
+    """
+
+    def __call__(self, steps: list[int]) -> list[int]:
+        found = self._tell((steps, None))
+        for rank, (_, error) in enumerate(found):
+            if error is not None:
+                raise RuntimeError(f"process {rank} stopped: {error}")
+        return [max(each) for each in zip(*(steps for steps, _ in found))]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, _) -> None:
+        if isinstance(error, Exception):
+            self._tell((None, f"{kind.__name__}: {error}"))
+
+    @staticmethod
+    def _tell(mine: tuple) -> list[tuple]:
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        return found
+
+
+def check_engine(system: MultiAgentSystem, args, state) -> None:
+    """Raises ValueError for a way of sharding, or for a team, that processes could not run in step. state: accelerate's."""
+    plugin = getattr(state, "fsdp_plugin", None)
+    wanted = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wanted and plugin is None:  # accelerate says nothing, and each process would train all of the model
+        raise ValueError(
+            "fsdp: expected processes on several accelerators, which are what accelerate shards a model over, got "
+            f"{args.world_size} on {args.device.type}"
+        )
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp: expected FSDP2 (fsdp_version: 2), got version {plugin.fsdp_version}")
+    if plugin.activation_checkpointing and system.adapter_scope != "shared":
+        raise ValueError(
+            "fsdp_activation_checkpointing: expected it to be off where agents have adapters of their own, which it does not "
+            "switch to in backward; use gradient_checkpointing=True"
+        )
+    for name, config in getattr(system.model, "peft_config", {}).items():
+        if getattr(config, "bias", "none") != "none":
+            raise ValueError(f"adapter {name!r}: expected bias='none' where processes share the weights, got {config.bias!r}")
+    for agent in system.agents[:-1]:
+        if agent.stop_change is not None:
+            raise ValueError(f"agent {agent.name!r}: stop_change: expected None where processes share the model's weights")
+        fixed = isinstance(agent.latent_steps, int)
+        if system.no_latents == "skip" and not fixed:
+            raise ValueError(
+                f"no_latents: expected 'prompt' where processes share the model's weights and the steps of agent "
+                f"{agent.name!r} depend on the question, got 'skip': all have to run its prompt, or none"
+            )
+
+
+def save_optimizer(accelerator, optimizer, model, directory) -> None:
+    """In accelerate's own form: optimizer.bin, or with SHARDED_STATE_DICT a directory of each process's part."""
+    from accelerate.utils import save_fsdp_optimizer
+
+    save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, directory)
+
+
+def prepare(system: MultiAgentSystem) -> None:
+    """Makes a system ready to be sharded by decoder layers, and to run in step with the other processes."""
+    layers = {id(child): module for module in system.model.modules() for child in module.children()}
+    attentions = attention_layers(patch_of(system.model).body)
+    system._no_split_modules = sorted({type(layers[id(a)]).__name__ for a in attentions})
+    patch_of(system.model).spec.anchored = True
+    system.agreement = Agreement()

@@ -69,7 +69,7 @@ class Realign(nn.Module):
         self._known: dict[tuple, tuple[tuple, Solved | bool]] = {}  # by the adapters that run; for soft_token `_by_weighing`
         self._settled: dict[int, set[tuple]] = {}  # by thread, which of these hold until `unchanging` ends
         if mode == "learned":
-            self.weight = nn.Parameter(self._solve())
+            self.weight = nn.Parameter(self._solve().contiguous())  # which FSDP2 asks for
 
     def forward(self, h: Tensor, solved: Solved | None = None) -> Tensor:
         """solved: of `solved()`, by default what it gives now."""

@@ -58,11 +58,8 @@ def check_engine(system: MultiAgentSystem, args, state) -> None:
         return
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp: expected FSDP2 (fsdp_version: 2), got version {plugin.fsdp_version}")
-    if plugin.activation_checkpointing and system.adapter_scope != "shared":
-        raise ValueError(
-            "fsdp_activation_checkpointing: expected it to be off where agents have adapters of their own, which it does not "
-            "switch to in backward; use gradient_checkpointing=True"
-        )
+    if plugin.activation_checkpointing:  # its wrappers rename the layers, and do not switch to an agent's adapter in backward
+        raise ValueError("fsdp_activation_checkpointing: expected it to be off; gradient_checkpointing=True does the same")
     for name, config in getattr(system.model, "peft_config", {}).items():
         if getattr(config, "bias", "none") != "none":
             raise ValueError(f"adapter {name!r}: expected bias='none' where processes share the weights, got {config.bias!r}")

@@ -1,0 +1,140 @@
+"""Engines that share a model between two processes, over gloo: loss and every gradient are those of one process; what is saved,
+resumed and loaded; who stops when one stops. `make test-engines`.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_systems as tiny
+import torch
+from worker import STEPS
+
+from diffmas import MultiAgentSystem
+from diffmas.training import check_checkpoint, last_checkpoint
+
+TESTS = Path(__file__).parent.parent
+FSDP = [name for name in STEPS if name.startswith("fsdp")]
+FSDP += ["fsdp resumed", "fsdp resumed sharded", "fsdp stop", "fsdp killed"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """An engine's cases, all in one start of two processes -> the directory, and what they said."""
+
+    @functools.cache
+    def run(*cases: str):
+        output = tmp_path_factory.mktemp("engines")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"}
+        command += [str(Path(__file__).parent / "worker.py"), str(output), *cases]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        return output, done.stderr
+
+    return run
+
+
+def found_of(results, name: str, cases=FSDP) -> tuple[Path, list[dict]]:
+    output, said = results(*cases)
+    files = [output / f"{name}-{rank}.pt" for rank in (0, 1)]
+    assert all(file.is_file() for file in files), said[-3000:]
+    return output / name, [torch.load(file, weights_only=False) for file in files]
+
+
+def alone(steps, options: dict, ranks: list[dict]) -> tuple[float, dict]:
+    """The loss and the gradients of all rows in one process: each row with the latent steps of the process that had it."""
+    total, counted, expected = 0.0, 0, {}
+    for T, rank in zip(steps, ranks):
+        system = tiny.system(T, **options)
+        questions, answers = map(list, zip(*rank["seen"]))
+        counted += sum(len(system.answer_ids(a)) for a in answers)
+        loss = system(questions, answers, num_items_in_batch=1).loss
+        loss.backward()
+        total += loss.item()
+        for n, p in system.named_parameters():
+            if p.grad is not None:
+                expected[n] = expected.get(n, 0) + p.grad
+    return total / counted, {n: grad / counted for n, grad in expected.items()}
+
+
+def close(got: dict, want: dict, tolerance: float) -> None:
+    largest = max(float(x.abs().max()) for x in want.values())
+    assert largest > 0.1
+    for n, grad in got.items():
+        assert float((grad.float() - want.get(n, torch.zeros_like(grad))).abs().max()) <= tolerance * largest, n
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name.startswith("fsdp")])
+def test_fsdp_equals_one_process(results, name):
+    directory, ranks = found_of(results, name)
+    steps, options, arguments = STEPS[name]
+    assert ranks[0]["sharded"] == ["FSDPMultiAgentSystem", "FSDPQwen3DecoderLayer", "FSDPQwen3DecoderLayer"]
+    assert sorted(map(str, ranks[0]["seen"] + ranks[1]["seen"])) == sorted(
+        str(({"question": r["question"]}, r["answer"])) for r in tiny.rows(8)
+    ), "each row once"
+    loss, grads = alone(steps, options, ranks)
+    exact = not arguments.get("bf16")
+    assert ranks[0]["loss"] == pytest.approx(loss, rel=1e-5 if exact else 1e-2)
+    for rank in ranks:
+        close(rank["grads"], grads, 1e-5 if exact else 0.1)
+    if steps[0] != steps[1]:
+        return
+    saved = MultiAgentSystem.from_pretrained(directory, tiny.model(), tiny.tokenizer(), trainable=True)
+    assert len(ranks[0]["weights"]) == len(grads)
+    for n, p in saved.named_parameters():
+        if p.requires_grad:
+            assert all(torch.equal(rank[of][n], p) for rank in ranks for of in ("weights", "loaded")), n
+    questions, answers = zip(*((r["question"], r["answer"]) for r in tiny.rows(5)))
+    with torch.no_grad():
+        loss = saved(list(questions), list(answers)).loss.item()
+    assert [rank["eval_loss"] for rank in ranks] == pytest.approx([loss, loss], rel=1e-5 if exact else 1e-2)
+
+
+@pytest.mark.parametrize("name", ["fsdp resumed", "fsdp resumed sharded"])
+def test_fsdp_resumes(results, name):
+    directory, ranks = found_of(results, name)
+    first = MultiAgentSystem.from_pretrained(directory / "checkpoint-1", tiny.model(), tiny.tokenizer())
+    last = dict(MultiAgentSystem.from_pretrained(directory / "checkpoint-3", tiny.model(), tiny.tokenizer()).named_parameters())
+    assert [x["step"] for x in ranks[0]["log"] if "loss" in x] == [1, 2, 3]
+    for rank in ranks:
+        for n, weight in rank["weights"].items():
+            assert torch.equal(weight, rank["resumed"][n]) and torch.equal(weight, last[n]), n
+    assert not all(torch.equal(p, last[n]) for n, p in first.named_parameters())
+    check_checkpoint(directory / "checkpoint-1")
+
+
+def test_an_error_stops_all_processes_with_its_message(results):
+    _, (first, second) = found_of(results, "fsdp stop")
+    assert first["errors"]["row"].startswith("RuntimeError: process 1 stopped: ValueError: ")
+    assert first["errors"]["row"].endswith(second["errors"]["row"])
+    assert "to fit in the context of 128 positions" in second["errors"]["row"]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("generate", "generate: expected a model that this process has alone"),
+        ("report", "gradient_report: expected a model that this process has alone"),
+        ("cpu", "fsdp: expected processes on several accelerators"),
+        ("version", "fsdp: expected FSDP2"),
+        ("own checkpointing", "fsdp_activation_checkpointing: expected it to be off"),
+    ],
+)
+def test_what_a_sharded_system_refuses(results, name, expected):
+    _, ranks = found_of(results, "fsdp stop")
+    for rank in ranks:
+        assert rank["errors"][name].startswith(f"ValueError: {expected}")
+
+
+def test_a_killed_process_leaves_no_half_written_checkpoint(results):
+    output, said = results(*FSDP)
+    directory = output / "fsdp killed"
+    assert "exitcode: -9" in said.replace(" ", "").replace("exitcode:", "exitcode: "), said[-2000:]
+    assert (directory / "checkpoint-2" / "agents.json").is_file(), "it was being written"
+    with pytest.raises(ValueError, match=r"manifest\.json: expected this file"):
+        check_checkpoint(directory / "checkpoint-2")
+    assert last_checkpoint(directory) == directory / "checkpoint-1"

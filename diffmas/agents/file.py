@@ -21,7 +21,7 @@ from diffmas.agents.prompts import Agent
 from diffmas.models.adapted import base_weights, trained_in_base
 from diffmas.models.identity import model_fingerprint, sampled_fingerprint
 from diffmas.models.load import load_base, load_tokenizer
-from diffmas.models.local import first_of, shared, spread_like, whole
+from diffmas.models.local import first_of, gathered, say_features, shared, spread_like, whole
 from diffmas.models.parts import causal_lm_of
 
 __all__ = [
@@ -93,7 +93,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     if not shared(model):
         return None
     base = {id(x) for x in base_weights(model).values() if not x.requires_grad}
-    return {name: whole(x.detach()) for name, x in model.state_dict(keep_vars=True).items() if id(x) not in base}
+    return {name: whole(x) for name, x in model.state_dict(keep_vars=True).items() if id(x) not in base}
 
 
 def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tensor | None = None) -> None:
@@ -107,7 +107,7 @@ def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tens
     path = Path(path)
     adapters, trained = adapter_state_dict(model), sorted(trained_in_base(model))
     fingerprint = model_fingerprint(model, trained)
-    learned_map = None if learned_map is None else whole(learned_map.detach())
+    learned_map = None if learned_map is None else whole(learned_map)
     if not first_of(model):
         return
     path.mkdir(parents=True, exist_ok=True)
@@ -214,8 +214,6 @@ def load_weights(path, model: nn.Module, tokenizer, description: dict, learned_m
     tokenizer: the model's. description: `MultiAgentSystem.describe()`, which agents.json must agree with. Raises ValueError,
     before anything is changed, for a directory of another base model or tokenizer, other agents or options, or damaged weights.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
     check_description(description)
     path = Path(path)
     described = read_agents(path)
@@ -232,6 +230,13 @@ def load_weights(path, model: nn.Module, tokenizer, description: dict, learned_m
     adapters = adapters_of(model)
     if described["adapters"] != adapters:
         raise ValueError(f"{path / AGENTS_FILE}: expected adapters {adapters}, got {described['adapters']}")
+    with gathered([p for p in (*model.parameters(), learned_map) if p is not None and p.requires_grad], True):
+        _copy_weights(path, model, adapters, learned_map)
+
+
+def _copy_weights(path: Path, model: nn.Module, adapters, learned_map: nn.Parameter | None) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     read = {}
     for name in adapters:
         file = adapter_directory(path, name) / WEIGHTS_FILE
@@ -271,7 +276,7 @@ def load_adapters(path, model: nn.Module, adapters: dict[str, dict], trainable: 
             model.load_adapter(directory, name, is_trainable=trainable)
         else:
             model = PeftModel.from_pretrained(model, directory, adapter_name=name, is_trainable=trainable)
-    return model
+    return say_features(model)
 
 
 def _unsaid(described: dict, key: str) -> bool:

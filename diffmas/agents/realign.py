@@ -19,6 +19,7 @@ from diffmas.agents.eval_mode import evaluating
 from diffmas.models.adapted import adapter_state
 from diffmas.models.identity import state_of
 from diffmas.models.linears import product
+from diffmas.models.local import gathered
 
 __all__ = ["REALIGN", "Realign", "Solved"]
 
@@ -68,6 +69,7 @@ class Realign(nn.Module):
             raise ValueError(f"realign: {mode!r} needs a model with an output embedding")
         self._known: dict[tuple, tuple[tuple, Solved | bool]] = {}  # by the adapters that run; for soft_token `_by_weighing`
         self._settled: dict[int, set[tuple]] = {}  # by thread, which of these hold until `unchanging` ends
+        self._kept = False
         if mode == "learned":
             self.weight = nn.Parameter(self._solve().contiguous())  # which FSDP2 asks for
 
@@ -106,7 +108,7 @@ class Realign(nn.Module):
         modules = (e_in, e_out) if self.mode == "ridge" else (e_in,)
         key, settled = tuple(adapter_state(m) for m in modules), self._settled.get(threading.get_ident())
         known = self._known.get(key)
-        if settled is not None and key in settled:
+        if known is not None and (self._kept or (settled is not None and key in settled)):
             return known[1]
         tensors = {id(x): x for m in modules for x in (*m.parameters(), *m.buffers())}  # those that are tied once
         # Not every optimizer counts versions.
@@ -130,7 +132,15 @@ class Realign(nn.Module):
 
     def forget(self) -> None:
         """The next call computes norm and W anew."""
+        self._kept = False
         self._known.clear()
+
+    def keep(self) -> None:
+        """Keeps norm and W as they are now, if no embedding is trained: their tensors are about to be taken apart."""
+        modules = (self._model[0].get_input_embeddings(), self._model[0].get_output_embeddings())
+        if not any(p.requires_grad for m in modules if m is not None for p in m.parameters()):
+            self.solved()
+            self._kept = True
 
     def _norm(self) -> Tensor:
         e_in, total = self._model[0].get_input_embeddings(), 0.0
@@ -160,6 +170,7 @@ class Realign(nn.Module):
 def _as_they_are(*modules: nn.Module):
     """Inside, modules compute what they are asked for, to be kept: without dropout, autocast and gradients."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(gathered([p for module in modules for p in module.parameters()]))
         for module in modules:
             stack.enter_context(evaluating(module))
             stack.enter_context(torch.autocast(_device_of(module).type, enabled=False))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from diffmas.models.adapted import adapter_tensors, base_weights
-from diffmas.models.local import is_spread, local, whole
+from diffmas.models.local import is_spread, local, shape_of, whole
 from diffmas.models.parts import causal_lm_of
 
 __all__ = ["adapter_fingerprint", "fingerprint_of", "model_fingerprint", "rope_of", "sampled_fingerprint", "state_of"]
@@ -34,7 +34,8 @@ def _bytes(x: Tensor):
 
 def state_of(x: Tensor, read: bool) -> tuple:
     """Differs when a tensor has changed. read: also where no version counts it, as writes to `.data`, at the cost of one pass
-    over its memory."""
+    over its memory. Of one that several processes share: their own part."""
+    x = local(x)
     version = None if x.is_inference() else x._version
     return x.data_ptr(), version, x.shape, x.dtype, x.device, _sum_of_bits(x.detach()) if read and not x.is_meta else None
 
@@ -54,10 +55,10 @@ def _sum_of_bits(x: Tensor) -> int:
 
 def _digest_of(x: Tensor) -> str:
     """SHA-256 of all values of a tensor; computed once as long as it does not change."""
-    known, state = _DIGESTS.get(x), state_of(local(x), read=True)
+    known, state = _DIGESTS.get(x), state_of(x, read=True)
     if known is None or known[0] != state:
         digest = hashlib.sha256()
-        for part in whole(x.detach()).reshape(-1).split(CHUNK):
+        for part in whole(x).reshape(-1).split(CHUNK):
             digest.update(_bytes(part))
         known = _DIGESTS[x] = state, digest.hexdigest()
     return known[1]
@@ -65,7 +66,7 @@ def _digest_of(x: Tensor) -> str:
 
 def _gather_digests(spread: list[Tensor]) -> None:
     """Of tensors that several processes share, in their order in all of them: of those that have changed in any."""
-    changed = [float((known := _DIGESTS.get(x)) is None or known[0] != state_of(local(x), read=True)) for x in spread]
+    changed = [float((known := _DIGESTS.get(x)) is None or known[0] != state_of(x, read=True)) for x in spread]
     if not spread:
         return
     changed = torch.tensor(changed, device=spread[0].device)
@@ -81,7 +82,7 @@ def _digest(named: list[tuple[str, Tensor]]) -> str:
     _gather_digests([x for _, x in named if is_spread(x)])
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # hashing and copying let other threads run
         digests = list(threads.map(_digest_of, (x for _, x in named)))
-    lines = (f"{name}{tuple(x.shape)}{digest}" for (name, x), digest in zip(named, digests))
+    lines = (f"{name}{shape_of(x)}{digest}" for (name, x), digest in zip(named, digests))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 

@@ -1,6 +1,7 @@
-"""Training with a model whose weights several processes share: FSDP2 by accelerate.
+"""Training with a model whose weights several processes share: FSDP2 by accelerate, ZeRO by DeepSpeed, tensor parallelism by
+transformers.
 
-The engine gathers a layer's weights when the layer runs, forward and backward, and adds up gradients as soon as its backward is
+With tensor parallelism all processes have the same rows, and run the same by themselves. FSDP2 and ZeRO-3 gather a layer's weights when the layer runs, forward and backward, and adds up gradients as soon as its backward is
 done. All processes have to run the same layers equally often, in the same order: `prepare` sees to it, or says before the first
 step what does not allow it.
 """
@@ -13,7 +14,14 @@ from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.parts import attention_layers
 from diffmas.models.patch import patch_of
 
-__all__ = ["Agreement", "check_engine", "prepare", "save_optimizer"]
+__all__ = ["TENSOR_PARALLEL", "Agreement", "check_engine", "prepare", "save_optimizer", "tensor_parallel"]
+
+TENSOR_PARALLEL = ("is_distributed_loading_by_transformers", "tp_size", "config")  # what its Trainer asks a model for
+
+
+def tensor_parallel(system: MultiAgentSystem) -> bool:
+    """Whether transformers has spread the model over processes as it loaded it."""
+    return bool(getattr(system.model, "is_distributed_loading_by_transformers", False))
 
 
 class Agreement:
@@ -47,18 +55,25 @@ class Agreement:
 
 def check_engine(system: MultiAgentSystem, args, state) -> None:
     """Raises ValueError for a way of sharding, or for a team, that processes could not run in step. state: accelerate's."""
-    plugin = getattr(state, "fsdp_plugin", None)
+    plugin, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if tensor_parallel(system) and system.model.tp_size != args.world_size:
+        raise ValueError(
+            f"distributed_config: expected tensor parallelism over all {args.world_size} processes, got tp_size="
+            f"{system.model.tp_size}; a model that is sharded in another way is what fsdp in the TrainingArguments is for"
+        )
     wanted = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if wanted and plugin is None:  # accelerate says nothing, and each process would train all of the model
         raise ValueError(
             "fsdp: expected processes on several accelerators, which are what accelerate shards a model over, got "
             f"{args.world_size} on {args.device.type}"
         )
-    if plugin is None:
+    if plugin is None and deepspeed is None:
         return
-    if plugin.fsdp_version != 2:
+    if deepspeed is not None and deepspeed.zero_stage != 3:
+        return  # weights are whole
+    if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(f"fsdp: expected FSDP2 (fsdp_version: 2), got version {plugin.fsdp_version}")
-    if plugin.activation_checkpointing:  # its wrappers rename the layers, and do not switch to an agent's adapter in backward
+    if plugin is not None and plugin.activation_checkpointing:  # its wrappers rename the layers, and do not switch to an agent's adapter in backward
         raise ValueError("fsdp_activation_checkpointing: expected it to be off; gradient_checkpointing=True does the same")
     for name, config in getattr(system.model, "peft_config", {}).items():
         if getattr(config, "bias", "none") != "none":
@@ -81,10 +96,14 @@ def save_optimizer(accelerator, optimizer, model, directory) -> None:
     save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, directory)
 
 
-def prepare(system: MultiAgentSystem) -> None:
-    """Makes a system ready to be sharded by decoder layers, and to run in step with the other processes."""
+def prepare(system: MultiAgentSystem, layers_in_step: bool) -> None:
+    """Makes a system ready to run in step with the other processes. layers_in_step: they have rows of their own, and are to be
+    sharded by decoder layers."""
+    system.agreement = Agreement()
+    if not layers_in_step:
+        return
+    system.realign.keep()
     layers = {id(child): module for module in system.model.modules() for child in module.children()}
     attentions = attention_layers(patch_of(system.model).body)
     system._no_split_modules = sorted({type(layers[id(a)]).__name__ for a in attentions})
     patch_of(system.model).spec.anchored = True
-    system.agreement = Agreement()

@@ -19,7 +19,7 @@ from diffmas.agents.adapters import add_lora
 from diffmas.agents.file import check_description
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.adapted import check_held
-from diffmas.models.local import local
+from diffmas.models.local import is_spread, local
 from diffmas.models.parts import trained_beside_the_text
 from diffmas.training.arguments import adopted, check_arguments, wants_ids
 from diffmas.training.checkpoint import check_checkpoint, check_manifest, last_checkpoint, remove_oldest, write_manifest
@@ -27,7 +27,7 @@ from diffmas.training.data import Collator, check_row
 from diffmas.training.gradients import GradientMonitor
 from diffmas.training.losses import as_causal_lm, token_losses
 from diffmas.training.settings import default_arguments
-from diffmas.training.sharded import check_engine, prepare, save_optimizer
+from diffmas.training.sharded import TENSOR_PARALLEL, check_engine, prepare, save_optimizer, tensor_parallel
 
 __all__ = ["NonFiniteLoss", "Trainer"]
 
@@ -130,8 +130,9 @@ class Trainer(transformers.Trainer):
             raise ValueError("system: expected trainable parameters, got a frozen adapter; load it with trainable=True")
         check_held(system.model)
         args = adopted(args, _may_leave_unused(system))
-        for name in ("hf_device_map", "quantization_method"):  # transformers does not move a placed or quantized model
-            if getattr(system.model, name, None) is not None:
+        # transformers does not move a placed or quantized model, nor one that it has sharded as it loaded it
+        for name in ("hf_device_map", "quantization_method", *TENSOR_PARALLEL):
+            if getattr(system.model, name, None) is not None and (name not in TENSOR_PARALLEL or tensor_parallel(system)):
                 setattr(system, name, getattr(system.model, name))
         self._bad_losses, self._good_checkpoint = None, None
         self._token_losses: list[torch.Tensor] = []  # of an evaluation's rows: the sum over tokens, and how many they are
@@ -141,9 +142,13 @@ class Trainer(transformers.Trainer):
             compute_loss_func=compute_loss_func, **options,
         )  # fmt: skip
         check_engine(system, self.args, self.accelerator.state)
-        self._sharded = self.is_fsdp_enabled
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        self._sharded = self.is_fsdp_enabled or zero3 or tensor_parallel(system)
+        self._batches = self.accelerator.num_processes  # at once, of rows of their own
+        if tensor_parallel(system):
+            self._batches //= self.get_tp_size()
         if self._sharded:
-            prepare(system)
+            prepare(system, self.is_fsdp_enabled or zero3)
             self._monitor.alone = False
         self._monitor.log = self.log
         self.add_callback(self._monitor)
@@ -177,7 +182,7 @@ class Trainer(transformers.Trainer):
             count = (shifted["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             loss = self.compute_loss_func(shifted, shifted["labels"], num_items_in_batch=count)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP takes the mean over ranks; the count is over all ranks
+            loss = loss * self._batches  # DDP takes the mean over ranks; the count is over all ranks
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -199,7 +204,8 @@ class Trainer(transformers.Trainer):
             grads = [local(p.grad) for p in parameters]
             norms = torch.stack([n.to(bad.device) for n in torch._foreach_norm(grads)])
             if self._sharded and self._monitor.needs_norms(step):
-                norms = self.accelerator.reduce(norms.square(), "sum").sqrt()
+                of_all = [1.0 if is_spread(p.grad) else self.accelerator.num_processes for p in parameters]
+                norms = self.accelerator.reduce(norms.square() / norms.new_tensor(of_all), "sum").sqrt()
             if scaler is None:  # which finds its scale by infinite gradients
                 bad, what = bad | ~norms.isfinite().all(), "loss or gradient"
         bad = self.accelerator.reduce(bad.float(), "sum").item()
@@ -207,7 +213,7 @@ class Trainer(transformers.Trainer):
             scale = 1.0 if scaler is None else scaler.get_scale()
             norms = [norm / scale for norm in norms.tolist()] if parameters else []
             directory = Path(self.args.output_dir) if self.is_world_process_zero() else None
-            self._monitor.before_step(step, parameters, norms, scale * self.accelerator.num_processes, directory)
+            self._monitor.before_step(step, parameters, norms, scale * self._batches, directory)
         if bad:
             kept = self._good_checkpoint or last_checkpoint(self.args.output_dir)
             raise NonFiniteLoss(
@@ -233,7 +239,7 @@ class Trainer(transformers.Trainer):
             # By row, since the last batch may repeat rows, to have one for each process; of another loss, a share of the mean.
             of_row = token_losses(outputs).sum(1) if loss is outputs["loss"] else loss.detach() * tokens
         weighed = torch.stack((of_row.float(), tokens.float()), dim=1)
-        self._token_losses.append(self.accelerator.gather_for_metrics(weighed))
+        self._token_losses.append(self.accelerator.gather_for_metrics(weighed) if self._batches > 1 else weighed)
         if prediction_loss_only:
             return loss.detach(), None, None
         return loss.detach(), outputs["logits"].detach(), outputs["labels"].detach()

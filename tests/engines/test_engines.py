@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_systems as tiny
 import torch
-from worker import STEPS
+from worker import STEPS, TP, model_of, system_of
 
 from diffmas import MultiAgentSystem
 from diffmas.training import check_checkpoint, last_checkpoint
@@ -38,7 +38,7 @@ def results(tmp_path_factory):
     return run
 
 
-def found_of(results, name: str, cases=FSDP) -> tuple[Path, list[dict]]:
+def found_of(results, name: str, cases=tuple(FSDP)) -> tuple[Path, list[dict]]:
     output, said = results(*cases)
     files = [output / f"{name}-{rank}.pt" for rank in (0, 1)]
     assert all(file.is_file() for file in files), said[-3000:]
@@ -49,7 +49,7 @@ def alone(steps, options: dict, ranks: list[dict]) -> tuple[float, dict]:
     """The loss and the gradients of all rows in one process: each row with the latent steps of the process that had it."""
     total, counted, expected = 0.0, 0, {}
     for T, rank in zip(steps, ranks):
-        system = tiny.system(T, **options)
+        system = system_of(T, options)
         questions, answers = map(list, zip(*rank["seen"]))
         counted += sum(len(system.answer_ids(a)) for a in answers)
         loss = system(questions, answers, num_items_in_batch=1).loss
@@ -68,22 +68,21 @@ def close(got: dict, want: dict, tolerance: float) -> None:
         assert float((grad.float() - want.get(n, torch.zeros_like(grad))).abs().max()) <= tolerance * largest, n
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if name.startswith("fsdp")])
-def test_fsdp_equals_one_process(results, name):
-    directory, ranks = found_of(results, name)
+def check_step(found: tuple[Path, list[dict]], name: str, rows_by: list[dict]) -> None:
+    """rows_by: the processes that had rows of their own."""
+    directory, ranks = found
     steps, options, arguments = STEPS[name]
-    assert ranks[0]["sharded"] == ["FSDPMultiAgentSystem", "FSDPQwen3DecoderLayer", "FSDPQwen3DecoderLayer"]
-    assert sorted(map(str, ranks[0]["seen"] + ranks[1]["seen"])) == sorted(
+    assert sorted(str(row) for rank in rows_by for row in rank["seen"]) == sorted(
         str(({"question": r["question"]}, r["answer"])) for r in tiny.rows(8)
     ), "each row once"
-    loss, grads = alone(steps, options, ranks)
+    loss, grads = alone(steps, options, rows_by)
     exact = not arguments.get("bf16")
     assert ranks[0]["loss"] == pytest.approx(loss, rel=1e-5 if exact else 1e-2)
     for rank in ranks:
         close(rank["grads"], grads, 1e-5 if exact else 0.1)
     if steps[0] != steps[1]:
         return
-    saved = MultiAgentSystem.from_pretrained(directory, tiny.model(), tiny.tokenizer(), trainable=True)
+    saved = MultiAgentSystem.from_pretrained(directory, model_of(), tiny.tokenizer(), trainable=True)
     assert len(ranks[0]["weights"]) == len(grads)
     for n, p in saved.named_parameters():
         if p.requires_grad:
@@ -94,11 +93,25 @@ def test_fsdp_equals_one_process(results, name):
     assert [rank["eval_loss"] for rank in ranks] == pytest.approx([loss, loss], rel=1e-5 if exact else 1e-2)
 
 
+@pytest.mark.parametrize("name", [name for name in STEPS if name.startswith("fsdp")])
+def test_fsdp_equals_one_process(results, name):
+    found = found_of(results, name)
+    assert found[1][0]["sharded"] == ["FSDPMultiAgentSystem", "FSDPQwen3DecoderLayer", "FSDPQwen3DecoderLayer"]
+    check_step(found, name, found[1])
+
+
+@pytest.mark.parametrize("name", TP)
+def test_tensor_parallel_equals_one_process(results, name):
+    found = found_of(results, name, tuple(TP))
+    assert found[1][0]["seen"] == found[1][1]["seen"]
+    check_step(found, name, found[1][:1])
+
+
 @pytest.mark.parametrize("name", ["fsdp resumed", "fsdp resumed sharded"])
 def test_fsdp_resumes(results, name):
     directory, ranks = found_of(results, name)
-    first = MultiAgentSystem.from_pretrained(directory / "checkpoint-1", tiny.model(), tiny.tokenizer())
-    last = dict(MultiAgentSystem.from_pretrained(directory / "checkpoint-3", tiny.model(), tiny.tokenizer()).named_parameters())
+    first = MultiAgentSystem.from_pretrained(directory / "checkpoint-1", model_of(), tiny.tokenizer())
+    last = dict(MultiAgentSystem.from_pretrained(directory / "checkpoint-3", model_of(), tiny.tokenizer()).named_parameters())
     assert [x["step"] for x in ranks[0]["log"] if "loss" in x] == [1, 2, 3]
     for rank in ranks:
         for n, weight in rank["weights"].items():

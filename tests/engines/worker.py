@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 worker.py OUTPUT_DIR CASE...
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import tiny_systems
@@ -13,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from diffmas.training import Trainer, default_arguments
 
@@ -40,6 +41,38 @@ STEPS = {
     "fsdp detach": ((2, 2), {"grad_scope": "detach_trace"}, fsdp()),
     "fsdp bf16": ((0, 0), {}, {**fsdp(), "bf16": True}),
 }
+ALL_ROWS = dict(per_device_train_batch_size=4)  # both processes have them
+TP = {
+    "tp": ((4, 4), {}, ALL_ROWS),
+    "tp T=0": ((0, 0), {}, ALL_ROWS),
+    "tp checkpointing": ((4, 4), {}, {**ALL_ROWS, **CHECKPOINTED}),
+    "tp T=0 checkpointing": ((0, 0), {}, {**ALL_ROWS, **CHECKPOINTED}),
+    "tp roles": ((1, 1), {"adapter_scope": "per_role"}, {**ALL_ROWS, **CHECKPOINTED}),
+    "tp soft": ((2, 2), {"realign": "soft_token"}, ALL_ROWS),
+}
+STEPS |= TP
+def zero(stage: int, **options):
+    config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **options}}
+    config |= {name: "auto" for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")}
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return dict(deepspeed=config, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+
+
+ZERO = {
+    "zero2": ((4, 4), {}, zero(2)),
+    "zero2 accumulation": ((1, 1), {}, {**zero(2), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "zero2 T=0": ((0, 0), {}, zero(2)),
+    "zero2 checkpointing": ((4, 4), {}, {**zero(2), **CHECKPOINTED}),
+    "zero2 T=1,3": ((1, 3), {}, zero(2)),
+    "zero3": ((4, 4), {}, zero(3)),
+    "zero3 T=0": ((0, 0), {}, zero(3)),
+    "zero3 accumulation": ((1, 1), {}, {**zero(3), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "zero3 checkpointing": ((4, 4), {}, {**zero(3), **CHECKPOINTED}),
+    "zero3 T=1,3": ((1, 3), {"realign": "learned"}, zero(3)),
+    "zero3 roles": ((2, 2), {"adapter_scope": "per_role"}, {**zero(3), **CHECKPOINTED}),
+    "zero3 soft": ((2, 2), {"realign": "soft_token"}, zero(3)),
+}
+STEPS |= ZERO
 RESUMED = {"fsdp resumed": fsdp(), "fsdp resumed sharded": SHARDED}
 KILLED = {"fsdp killed": fsdp()}
 GIVEN = dict(
@@ -48,7 +81,21 @@ GIVEN = dict(
 )  # fmt: skip
 
 
+def gradient(p):
+    """As the optimizer gets it; None counts as zero."""
+    if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(p).clone()
+    return torch.zeros_like(p) if p.grad is None else whole(p.grad)
+
+
 def whole(x):
+    if hasattr(x, "ds_tensor"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([x]):
+            return x.detach().clone()
     return x.full_tensor() if isinstance(x, DTensor) else x.detach().clone()
 
 
@@ -57,31 +104,53 @@ def weights(model):
 
 
 class Record(TrainerCallback):
-    """The gradients as the optimizer gets them; None counts as zero."""
+    """The gradients as the optimizer gets them."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        self.grads = {
-            n: torch.zeros_like(p) if p.grad is None else whole(p.grad) for n, p in model.named_parameters() if p.requires_grad
-        }
+        if not args.deepspeed:
+            self.grads = {n: gradient(p) for n, p in model.named_parameters() if p.requires_grad}
 
 
 class Recording(Trainer):
-    seen = ()
+    seen, grads = (), None
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
             self.seen = (*self.seen, *zip(inputs["questions"], inputs["answers"]))
+        if self.is_deepspeed_enabled and model.training and "step" not in vars(model):  # its backward ends with its step
+            step = model.step
+
+            def recording():
+                self.grads = {n: gradient(p) for n, p in self.model.named_parameters() if p.requires_grad}
+                step()
+
+            model.step = recording
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def model_of(directory: Path | None = None):
+    """The base model. directory: of a case, under a directory that has the model on disk; for one of TP it is spread over the
+    processes by heads, for one of ZeRO-3 it comes in parts."""
+    if directory is None:
+        return tiny_systems.model(num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tiny_systems.VOCAB) + 1)
+    from transformers.distributed import DistributedConfig
+
+    spread = {"distributed_config": DistributedConfig(tp_plan="auto")} if directory.name in TP else {}
+    return AutoModelForCausalLM.from_pretrained(directory.parent / "base", **spread)
+
+
+def system_of(T: int, options: dict, directory: Path | None = None):
+    return tiny_systems.system(T, base=model_of(directory), **options)
 
 
 def trainer_of(directory: Path, steps, options: dict, arguments: dict, pretend: bool = True, **more) -> Recording:
     AcceleratorState._reset_state()
     args = default_arguments(directory, **{**GIVEN, **arguments})
     assert args.world_size == 2
-    if args.fsdp and pretend:  # accelerate shards on accelerators alone; torch does it anywhere
+    if pretend and (args.fsdp or args.deepspeed or directory.name in TP):  # accelerate knows of accelerators alone; torch does it anywhere
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return Recording(
-        tiny_systems.system(steps[args.process_index], **options), args,
+        system_of(steps[args.process_index], options, directory), args,
         train_dataset=tiny_systems.rows(8), eval_dataset=tiny_systems.rows(5), **more,
     )  # fmt: skip
 
@@ -91,9 +160,10 @@ def step(directory: Path, steps, options, arguments) -> dict:
     trainer = trainer_of(directory, steps, options, arguments, callbacks=[record := Record()])
     loss = trainer.train().training_loss
     sharded = [type(m).__name__ for m in trainer.model.modules() if type(m).__name__.startswith("FSDP")]
-    found = {"seen": trainer.seen, "grads": record.grads, "loss": loss, "sharded": sharded}
+    found = {"seen": trainer.seen, "grads": trainer.grads or record.grads, "loss": loss, "sharded": sharded}
     found["eval_loss"] = trainer.evaluate()["eval_loss"]
     trainer.save_model()
+    trainer.accelerator.wait_for_everyone()  # the first process writes
     found["weights"] = weights(trainer.model)
     if steps[0] != steps[1]:  # the teams of the two processes are not the same
         return found
@@ -154,6 +224,11 @@ def die(directory: Path, arguments) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     output = Path(sys.argv[1])
+    if os.environ["RANK"] == "0":
+        model_of().save_pretrained(output / "base.partial")
+        (output / "base.partial").rename(output / "base")
+    while not (output / "base").is_dir():  # no group of processes yet
+        time.sleep(0.1)
     for name in sys.argv[2:]:
         if name in STEPS:
             found = step(output / name, *STEPS[name])

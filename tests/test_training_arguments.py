@@ -27,6 +27,7 @@ TESTED = """
     batch_eval_metrics prediction_loss_only eval_accumulation_steps eval_on_start eval_do_concat_batches
     eval_use_gather_object dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor
     torch_empty_cache_steps skip_memory_metrics full_determinism save_only_model disable_tqdm fsdp fsdp_config
+    deepspeed
 """.split()
 
 # What transformers, accelerate or torch do by themselves, around the forward and backward of a system.
@@ -89,7 +90,7 @@ def test_every_field_is_known():
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 VALUES = {
-    "deepspeed": {"zero_optimization": {"stage": 2}}, "label_names": ["answer"],
+    "label_names": ["answer"],
     "label_smoothing_factor": 0.1, "mp_parameters": "{}", "neftune_noise_alpha": 5.0, "parallelism_config": object(),
     "past_index": 0, "save_safetensors": False,
 }  # fmt: skip

@@ -1,10 +1,11 @@
-"""The command line: diffmas demo | train | generate | tasks | evaluate | audit | study | bench | env."""
+"""The command line: diffmas demo | train | generate | tasks | evaluate | audit | study | plan | bench | env."""
 
 import typer
 
 from diffmas.cli.commands.generate import generate
 from diffmas.cli.commands.machine import bench, demo, env
 from diffmas.cli.commands.measure import audit, evaluate, tasks
+from diffmas.cli.commands.plan import plan
 from diffmas.cli.commands.study import study
 from diffmas.cli.commands.train import train
 from diffmas.cli.terminal import explained
@@ -12,7 +13,7 @@ from diffmas.cli.terminal import explained
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (demo, train, generate, tasks, evaluate, audit, study, bench, env):
+for command in (demo, train, generate, tasks, evaluate, audit, study, plan, bench, env):
     app.command()(explained(command))
 
 

@@ -1,8 +1,8 @@
 """Weights that are spread over several processes: a process's own part, and the whole.
 
 FSDP2 and transformers' tensor parallelism put DTensors in the place of weights. FSDP2's modules have whole, plain tensors while
-they run; with tensor parallelism each process computes with its part, and modules have a forward that adds up or joins what comes
-of it.
+they run; with tensor parallelism each process computes with its part, and modules have a forward that adds up or joins what
+comes of it. DeepSpeed's ZeRO-3 leaves Parameters, which are empty while nobody runs their module.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 __all__ = [
-    "failing_together", "first_of", "gathered", "gathers", "is_parallel", "is_part", "is_spread", "local", "local_copy", "of_all_heads", "reshard",
-    "say_features", "shape_of", "shared", "spread_like", "whole",
+    "failing_together", "first_of", "gathered", "gathers", "is_part", "is_spread", "local", "local_copy", "of_all_heads",
+    "reshard", "say_features", "shape_of", "shared", "spread_like", "whole",
 ]  # fmt: skip
 
 

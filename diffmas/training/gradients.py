@@ -44,6 +44,12 @@ class GradientMonitor(TrainerCallback):
         self._micro_batches: list[tuple] = []
         self._scalars: dict[str, float] = {}
 
+    def without_gradients(self) -> None:
+        """The engine keeps them to itself. Raises ValueError if norms of them were asked for."""
+        if self.report_steps:
+            raise ValueError(f"gradient_report_steps: expected 0 with DeepSpeed, got {self.report_steps}")
+        self.explosion_factor = None
+
     @contextlib.contextmanager
     def running(self, directory: Path | None):
         """While a trainer runs; directory: for the files, None in a process that writes none."""

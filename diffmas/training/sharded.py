@@ -1,9 +1,10 @@
 """Training with a model whose weights several processes share: FSDP2 by accelerate, ZeRO by DeepSpeed, tensor parallelism by
 transformers.
 
-With tensor parallelism all processes have the same rows, and run the same by themselves. FSDP2 and ZeRO-3 gather a layer's weights when the layer runs, forward and backward, and adds up gradients as soon as its backward is
-done. All processes have to run the same layers equally often, in the same order: `prepare` sees to it, or says before the first
-step what does not allow it.
+With tensor parallelism all processes have the same rows, and run the same by themselves. FSDP2 and ZeRO-3 gather a layer's
+weights when the layer runs, forward and backward, and add up gradients as soon as its backward is done. All processes have to
+run the same layers equally often, in the same order: `prepare` sees to it, or `check_engine` says before the first step what
+does not allow it. DistributedDataParallel and ZeRO-2 wait for each other once for each episode, and need none of this.
 """
 
 import os
@@ -11,10 +12,11 @@ import os
 import torch.distributed as dist
 
 from diffmas.agents.system import MultiAgentSystem
+from diffmas.models.local import gathers
 from diffmas.models.parts import attention_layers
 from diffmas.models.patch import patch_of
 
-__all__ = ["TENSOR_PARALLEL", "Agreement", "check_engine", "prepare", "save_optimizer", "tensor_parallel"]
+__all__ = ["TENSOR_PARALLEL", "Agreement", "check_engine", "gather_once", "prepare", "save_optimizer", "tensor_parallel"]
 
 TENSOR_PARALLEL = ("is_distributed_loading_by_transformers", "tp_size", "config")  # what its Trainer asks a model for
 
@@ -73,7 +75,9 @@ def check_engine(system: MultiAgentSystem, args, state) -> None:
         return  # weights are whole
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(f"fsdp: expected FSDP2 (fsdp_version: 2), got version {plugin.fsdp_version}")
-    if plugin is not None and plugin.activation_checkpointing:  # its wrappers rename the layers, and do not switch to an agent's adapter in backward
+    if (
+        plugin is not None and plugin.activation_checkpointing
+    ):  # its wrappers rename the layers, and do not switch to an agent's adapter in backward
         raise ValueError("fsdp_activation_checkpointing: expected it to be off; gradient_checkpointing=True does the same")
     for name, config in getattr(system.model, "peft_config", {}).items():
         if getattr(config, "bias", "none") != "none":
@@ -94,6 +98,16 @@ def save_optimizer(accelerator, optimizer, model, directory) -> None:
     from accelerate.utils import save_fsdp_optimizer
 
     save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, directory)
+
+
+def gather_once(model, state) -> None:
+    """Where FSDP2 is not to give a layer's weights back after a forward, it keeps them for the backward of all forwards too;
+    who takes a step then has to `reshard`."""
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and not plugin.reshard_after_forward:
+        for module in model.modules():
+            if gathers(type(module)):
+                module.set_reshard_after_backward(False)
 
 
 def prepare(system: MultiAgentSystem, layers_in_step: bool) -> None:

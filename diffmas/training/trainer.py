@@ -19,15 +19,22 @@ from diffmas.agents.adapters import add_lora
 from diffmas.agents.file import check_description
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.adapted import check_held
-from diffmas.models.local import is_spread, local
+from diffmas.models.local import is_spread, local, reshard
 from diffmas.models.parts import trained_beside_the_text
 from diffmas.training.arguments import adopted, check_arguments, wants_ids
-from diffmas.training.checkpoint import check_checkpoint, check_manifest, last_checkpoint, remove_oldest, write_manifest
+from diffmas.training.checkpoint import (
+    check_checkpoint,
+    check_engine_of,
+    check_manifest,
+    last_checkpoint,
+    remove_oldest,
+    write_manifest,
+)
 from diffmas.training.data import Collator, check_row
 from diffmas.training.gradients import GradientMonitor
 from diffmas.training.losses import as_causal_lm, token_losses
 from diffmas.training.settings import default_arguments
-from diffmas.training.sharded import TENSOR_PARALLEL, check_engine, prepare, save_optimizer, tensor_parallel
+from diffmas.training.sharded import TENSOR_PARALLEL, check_engine, gather_once, prepare, save_optimizer, tensor_parallel
 
 __all__ = ["NonFiniteLoss", "Trainer"]
 
@@ -141,7 +148,10 @@ class Trainer(transformers.Trainer):
             system, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator,
             compute_loss_func=compute_loss_func, **options,
         )  # fmt: skip
+        self._engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "neither"
         check_engine(system, self.args, self.accelerator.state)
+        if self.is_deepspeed_enabled:
+            self._monitor.without_gradients()
         zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         self._sharded = self.is_fsdp_enabled or zero3 or tensor_parallel(system)
         self._batches = self.accelerator.num_processes  # at once, of rows of their own
@@ -181,19 +191,32 @@ class Trainer(transformers.Trainer):
             shifted = as_causal_lm(outputs)
             count = (shifted["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             loss = self.compute_loss_func(shifted, shifted["labels"], num_items_in_batch=count)
+        if self.is_deepspeed_enabled and model.training:
+            self._check_before_backward(loss)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self._batches  # DDP takes the mean over ranks; the count is over all ranks
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step + 1
+        gather_once(model, self.accelerator.state)
         with self._monitor.micro_batch(step, inputs, num_items_in_batch):
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.is_fsdp_enabled:
+            reshard(model)
         bad = ~loss.isfinite()  # stays on the device until the optimizer is to step
         self._bad_losses = bad if self._bad_losses is None else self._bad_losses | bad
         if self.accelerator.sync_gradients:
             self._before_step(step)
         return loss
+
+    def _check_before_backward(self, loss) -> None:
+        """DeepSpeed's backward takes the step too: raises NonFiniteLoss on all ranks if any has a bad loss."""
+        if self.accelerator.reduce((~loss.detach().isfinite()).float(), "sum").item():
+            raise NonFiniteLoss(
+                f"step {self.state.global_step + 1}: expected a finite loss, got NaN or infinity; training stopped before it "
+                f"reached the weights. Last good checkpoint: {self._good_checkpoint or last_checkpoint(self.args.output_dir)}"
+            )
 
     def _before_step(self, step: int) -> None:
         """Raises NonFiniteLoss on all ranks if any has a bad loss or gradient; called before every optimizer step."""
@@ -260,6 +283,8 @@ class Trainer(transformers.Trainer):
                 raise ValueError(f"{self.args.output_dir}: expected a whole checkpoint to resume from, found none")
         self._bad_losses = None
         self._good_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._good_checkpoint is not None:
+            check_engine_of(self._good_checkpoint, self._engine)
         if self._good_checkpoint is not None and (ended := self._ended(self._good_checkpoint)):
             return ended
         directory = Path(self.args.output_dir) if self.is_world_process_zero() else None
@@ -328,9 +353,12 @@ class Trainer(transformers.Trainer):
         self.model.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        if not self.is_fsdp_enabled:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return super()._save_optimizer_and_scheduler(output_dir)
-        save_optimizer(self.accelerator, self.optimizer, self.model, output_dir)  # and not the base model once more
+        if self.is_deepspeed_enabled:  # both without the base model once more
+            self.model_wrapped.save_checkpoint(str(output_dir), exclude_frozen_parameters=True)
+        else:
+            save_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -346,6 +374,14 @@ class Trainer(transformers.Trainer):
             write_manifest(path)  # transformers would have removed older ones before this one was whole
             remove_oldest(path.parent, limit, keep={path.name, Path(self.state.best_model_checkpoint or path).name})
         self._good_checkpoint = path
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if not (self.is_deepspeed_enabled and resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.model_wrapped.load_checkpoint(str(resume_from_checkpoint), load_module_strict=False)  # no base model in it
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_checkpoint(resume_from_checkpoint)

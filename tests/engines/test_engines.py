@@ -3,6 +3,7 @@ resumed and loaded; who stops when one stops. `make test-engines`.
 """
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,14 +12,18 @@ from pathlib import Path
 import pytest
 import tiny_systems as tiny
 import torch
-from worker import STEPS, TP, model_of, system_of
+from worker import STEPS, TP, ZERO, model_of, system_of
 
 from diffmas import MultiAgentSystem
 from diffmas.training import check_checkpoint, last_checkpoint
+from diffmas.training.checkpoint import check_engine_of
 
 TESTS = Path(__file__).parent.parent
 FSDP = [name for name in STEPS if name.startswith("fsdp")]
 FSDP += ["fsdp resumed", "fsdp resumed sharded", "fsdp stop", "fsdp killed"]
+TENSOR_PARALLEL = ("tp patched", *TP)
+DEEPSPEED = (*ZERO, "zero2 resumed", "zero3 resumed")
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +105,51 @@ def test_fsdp_equals_one_process(results, name):
     check_step(found, name, found[1])
 
 
+def test_layers_are_gathered_once_for_an_episode_or_at_every_forward(results):
+    """Two micro-batches of 2 * (1 + 4) + 1 forwards through two layers, and a root that is gathered twice."""
+    count = lambda name: found_of(results, name)[1][0]["gathered"]
+    assert count("fsdp") == 2 * (2 * 11 * 2 + 2)
+    assert count("fsdp keep") == 2 * (2 + 2)
+
+
 @pytest.mark.parametrize("name", TP)
 def test_tensor_parallel_equals_one_process(results, name):
-    found = found_of(results, name, tuple(TP))
+    found = found_of(results, name, TENSOR_PARALLEL)
     assert found[1][0]["seen"] == found[1][1]["seen"]
     check_step(found, name, found[1][:1])
 
 
-@pytest.mark.parametrize("name", ["fsdp resumed", "fsdp resumed sharded"])
-def test_fsdp_resumes(results, name):
-    directory, ranks = found_of(results, name)
+def test_a_patched_model_in_parts(results):
+    for rank in found_of(results, "tp patched", TENSOR_PARALLEL)[1]:
+        alone, parts = rank["alone"], rank["tp"]
+        assert (alone["heads"], parts["heads"]) == (2, 1) and parts["text"] == alone["text"]
+        assert parts["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        close(parts["grads"], alone["grads"], 1e-5)
+        norms = [n for n in alone["grads"] if "q_norm" in n or "k_norm" in n]
+        assert len(norms) == 4
+        for n in norms:  # every process has some of the heads
+            want = alone["grads"][n]
+            assert float((parts["grads"][n] - want).abs().max()) <= 1e-4 * float(want.abs().max()), n
+
+
+def test_processes_refuse_a_model_together(results):
+    _, (first, second) = found_of(results, "tp patched", TENSOR_PARALLEL)
+    assert "it is refused here" in second["error"] and first["error"] == f"process 1: Unsupported: {second['error']}"
+    assert first["plain"] and second["plain"]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_equals_one_process(results, name):
+    found = found_of(results, name, DEEPSPEED)
+    check_step(found, name, found[1])
+
+
+@pytest.mark.parametrize(
+    "name", ["fsdp resumed", "fsdp resumed sharded", *(pytest.param(f"zero{i} resumed", marks=needs_deepspeed) for i in (2, 3))]
+)
+def test_resumed(results, name):
+    directory, ranks = found_of(results, name, DEEPSPEED if name.startswith("zero") else tuple(FSDP))
     first = MultiAgentSystem.from_pretrained(directory / "checkpoint-1", model_of(), tiny.tokenizer())
     last = dict(MultiAgentSystem.from_pretrained(directory / "checkpoint-3", model_of(), tiny.tokenizer()).named_parameters())
     assert [x["step"] for x in ranks[0]["log"] if "loss" in x] == [1, 2, 3]
@@ -118,6 +158,10 @@ def test_fsdp_resumes(results, name):
             assert torch.equal(weight, rank["resumed"][n]) and torch.equal(weight, last[n]), n
     assert not all(torch.equal(p, last[n]) for n, p in first.named_parameters())
     check_checkpoint(directory / "checkpoint-1")
+    engine = "DeepSpeed" if name.startswith("zero") else "FSDP"
+    check_engine_of(directory / "checkpoint-1", engine)
+    with pytest.raises(ValueError, match=f"expected a checkpoint of a run with neither of FSDP and DeepSpeed, got .* {engine}"):
+        check_engine_of(directory / "checkpoint-1", "neither")
 
 
 def test_an_error_stops_all_processes_with_its_message(results):

@@ -16,6 +16,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from diffmas import patch_model, unpatch_model
+from diffmas.models import probe
 from diffmas.training import Trainer, default_arguments
 
 
@@ -51,6 +53,8 @@ TP = {
     "tp soft": ((2, 2), {"realign": "soft_token"}, ALL_ROWS),
 }
 STEPS |= TP
+
+
 def zero(stage: int, **options):
     config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **options}}
     config |= {name: "auto" for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")}
@@ -73,7 +77,7 @@ ZERO = {
     "zero3 soft": ((2, 2), {"realign": "soft_token"}, zero(3)),
 }
 STEPS |= ZERO
-RESUMED = {"fsdp resumed": fsdp(), "fsdp resumed sharded": SHARDED}
+RESUMED = {"fsdp resumed": fsdp(), "fsdp resumed sharded": SHARDED, "zero2 resumed": zero(2), "zero3 resumed": zero(3)}
 KILLED = {"fsdp killed": fsdp()}
 GIVEN = dict(
     max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0, use_cpu=True,
@@ -101,6 +105,16 @@ def whole(x):
 
 def weights(model):
     return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+GATHERED = []  # a layer's weights, or the root's
+
+
+def count_gathers():
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+
+    gather = group.foreach_all_gather
+    group.foreach_all_gather = lambda *args, **options: GATHERED.append(1) or gather(*args, **options)
 
 
 class Record(TrainerCallback):
@@ -135,7 +149,7 @@ def model_of(directory: Path | None = None):
         return tiny_systems.model(num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tiny_systems.VOCAB) + 1)
     from transformers.distributed import DistributedConfig
 
-    spread = {"distributed_config": DistributedConfig(tp_plan="auto")} if directory.name in TP else {}
+    spread = {"distributed_config": DistributedConfig(tp_plan="auto")} if directory.name.startswith("tp") else {}
     return AutoModelForCausalLM.from_pretrained(directory.parent / "base", **spread)
 
 
@@ -147,7 +161,7 @@ def trainer_of(directory: Path, steps, options: dict, arguments: dict, pretend: 
     AcceleratorState._reset_state()
     args = default_arguments(directory, **{**GIVEN, **arguments})
     assert args.world_size == 2
-    if pretend and (args.fsdp or args.deepspeed or directory.name in TP):  # accelerate knows of accelerators alone; torch does it anywhere
+    if pretend and (args.fsdp or args.deepspeed or directory.name in TP):  # accelerate knows of accelerators alone
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return Recording(
         system_of(steps[args.process_index], options, directory), args,
@@ -158,9 +172,11 @@ def trainer_of(directory: Path, steps, options: dict, arguments: dict, pretend: 
 def step(directory: Path, steps, options, arguments) -> dict:
     """A step, an evaluation, and back from what is saved."""
     trainer = trainer_of(directory, steps, options, arguments, callbacks=[record := Record()])
+    before = len(GATHERED)
     loss = trainer.train().training_loss
     sharded = [type(m).__name__ for m in trainer.model.modules() if type(m).__name__.startswith("FSDP")]
     found = {"seen": trainer.seen, "grads": trainer.grads or record.grads, "loss": loss, "sharded": sharded}
+    found["gathered"] = len(GATHERED) - before
     found["eval_loss"] = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # the first process writes
@@ -206,6 +222,28 @@ def stop(directory: Path) -> dict:
     return {"errors": errors}
 
 
+def patched(directory: Path) -> dict:
+    """A patched model by itself, all of its weights trained: gradients, tokens, rows; and a layer that one process refuses."""
+    torch.distributed.init_process_group("gloo")
+    questions, answers = (list(x) for x in zip(*((r["question"], r["answer"]) for r in tiny_systems.rows(3))))
+    found, teams = {}, {}
+    for name, where in (("alone", None), ("tp", directory)):
+        teams[name] = system = tiny_systems.system(4, lora=False, base=model_of(where).train(), realign="soft_token")
+        output = system(questions, answers)
+        output.loss.backward()
+        grads = {n: whole(p.grad) for n, p in system.named_parameters()}
+        found[name] = {"loss": output.loss.item(), "grads": grads, "heads": output.trace.keys_values(0, 0)[0].shape[1]}
+        found[name]["text"] = system.generate(questions, max_new_tokens=6, temperature=0)
+    model = unpatch_model(teams["tp"].model)
+    if os.environ["RANK"] == "1":
+        probe.mismatch = lambda *_: "it is refused here"
+    try:
+        patch_model(model)
+    except ValueError as error:
+        found["error"] = str(error)
+    return {**found, "plain": not hasattr(model, "diffmas_patch")}
+
+
 def die(directory: Path, arguments) -> None:
     """The second process is killed while the second checkpoint is written."""
     arguments = {**arguments, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
@@ -223,6 +261,7 @@ def die(directory: Path, arguments) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    count_gathers()
     output = Path(sys.argv[1])
     if os.environ["RANK"] == "0":
         model_of().save_pretrained(output / "base.partial")
@@ -237,6 +276,6 @@ if __name__ == "__main__":
         elif name in KILLED:
             found = die(output / name, KILLED[name])
         else:
-            found = stop(output / name)
+            found = {"fsdp stop": stop, "tp patched": patched}[name](output / name)
         torch.save(found, output / f"{name}-{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

@@ -48,7 +48,7 @@ def test_activations(dtype, r):
 
 
 def test_engines_share_what_they_say():
-    config = tiny.model(**WIDE).config
+    config = tiny.model(num_hidden_layers=6, **WIDE).config
     sizes, episode = sizes_of(config), Episode(agents=3, prompt=10, latent_steps=4, answer=5, batch=2)
     assert (episode.rows, episode.forwards) == (2 * (3 * 10 + 2 * 4 + 5), 3 + 2 * 4)
     one, four = (dict(zip(ENGINES, plan(sizes, gpus, episode))) for gpus in (1, 4))

@@ -28,6 +28,8 @@ def fsdp(**options):
 SHARDED = fsdp(state_dict_type="SHARDED_STATE_DICT")
 CHECKPOINTED = dict(gradient_checkpointing=True)
 
+SOFT = {"realign": "soft_token"}  # of a random model's, the steps that rounding changes least
+
 # name -> (latent steps of each process, options of the system, TrainingArguments)
 STEPS = {
     "fsdp": ((4, 4), {}, fsdp()),
@@ -35,11 +37,11 @@ STEPS = {
     "fsdp keep": ((4, 4), {}, fsdp(reshard_after_forward=False)),
     "fsdp checkpointing": ((4, 4), {}, {**fsdp(), **CHECKPOINTED}),
     "fsdp T=0 checkpointing": ((0, 0), {}, {**fsdp(), **CHECKPOINTED}),
-    "fsdp T=1,3": ((1, 3), {}, fsdp()),
-    "fsdp T=0,2": ((0, 2), {"realign": "learned"}, fsdp()),
-    "fsdp roles": ((1, 3), {"adapter_scope": "per_role"}, {**fsdp(), **CHECKPOINTED}),
-    "fsdp learned": ((3, 3), {"realign": "learned", "trace_content": "latent_only"}, fsdp()),
-    "fsdp soft": ((2, 2), {"realign": "soft_token"}, fsdp(reshard_after_forward=False)),
+    "fsdp T=1,3": ((1, 3), SOFT, fsdp()),
+    "fsdp T=0,2": ((0, 2), SOFT, fsdp()),
+    "fsdp roles": ((1, 3), {"adapter_scope": "per_role", **SOFT}, {**fsdp(), **CHECKPOINTED}),
+    "fsdp learned": ((1, 1), {"realign": "learned", "trace_content": "latent_only"}, fsdp()),
+    "fsdp soft": ((2, 2), SOFT, fsdp(reshard_after_forward=False)),
     "fsdp detach": ((2, 2), {"grad_scope": "detach_trace"}, fsdp()),
     "fsdp bf16": ((0, 0), {}, {**fsdp(), "bf16": True}),
 }

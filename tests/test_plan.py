@@ -55,7 +55,7 @@ def test_engines_share_what_they_say():
     ddp, zero, kept, gathered, heads = four.values()
     assert ddp.optimizer == sizes.trained * 16 and zero.optimizer == sizes.trained * 10 and kept.optimizer == sizes.trained * 4
     assert ddp.weights == zero.weights == 2 * sizes.weights and gathered.weights < ddp.weights < kept.weights
-    assert heads.pools == ddp.pools // 4 and ddp.pools == episode.rows * 2 * sizes.kv * (2 + 4)
+    assert heads.pools == ddp.pools // 4 and ddp.pools == episode.rows * 6 * sizes.kv * (2 + 4)
     layers = 2 * (sizes.weights - sizes.root)
     assert kept.gathered == layers * 3 // 4 and gathered.gathered == 2 * 11 * layers * 3 // 4
     assert one["DDP"].total == ddp.total and one["FSDP2, kept"].gathered == 0

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # {file: SHA-256}
 IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers has it beside the others until enable_jit_checkpoint's are written
-RESUME_FILES = ("trainer_state.json", AGENTS_FILE, "scheduler.pt")
+RESUME_FILES = ("trainer_state.json", AGENTS_FILE, "optimizer.pt", "scheduler.pt")
 # What the optimizer's state is written as, by who has it.
 OPTIMIZER = {"neither": r"optimizer\.pt", "FSDP": r"optimizer\.bin|optimizer_\d+/.*", "DeepSpeed": r"global_step\d+/.*"}
 
@@ -65,9 +65,8 @@ def check_checkpoint(path) -> Path:
     """The path of a checkpoint that training can resume from; raises ValueError naming a file that is missing or damaged."""
     path = Path(path)
     manifest = check_manifest(path)
-    missing = [name for name in RESUME_FILES if name not in manifest]
-    if not any(re.fullmatch("|".join(OPTIMIZER.values()), name) for name in manifest):
-        missing.append("optimizer.pt")
+    optimizer = any(re.fullmatch("|".join(OPTIMIZER.values()), name) for name in manifest)
+    missing = [name for name in RESUME_FILES if name not in manifest and not (name == "optimizer.pt" and optimizer)]
     if not any(name.startswith("rng_state") for name in manifest):
         missing.append("rng_state.pth")
     if missing:

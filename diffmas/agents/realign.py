@@ -19,7 +19,7 @@ from diffmas.agents.eval_mode import evaluating
 from diffmas.models.adapted import adapter_state
 from diffmas.models.identity import state_of
 from diffmas.models.linears import product
-from diffmas.models.local import gathered
+from diffmas.models.local import gathered, is_part
 
 __all__ = ["REALIGN", "Realign", "Solved"]
 
@@ -67,6 +67,12 @@ class Realign(nn.Module):
         self._model = (model,)  # a tuple hides it from nn.Module: its weights are not this module's
         if mode in ("ridge", "soft_token", "learned") and model.get_output_embeddings() is None:
             raise ValueError(f"realign: {mode!r} needs a model with an output embedding")
+        e_in = model.get_input_embeddings()
+        if mode == "soft_token" and is_part(e_in.weight) and e_in.weight.requires_grad:
+            raise ValueError(
+                "realign: 'soft_token' needs embeddings that are not trained where processes have parts of them (tensor "
+                "parallelism), whose gradient would be wrong; freeze them"
+            )
         self._known: dict[tuple, tuple[tuple, Solved | bool]] = {}  # by the adapters that run; for soft_token `_by_weighing`
         self._settled: dict[int, set[tuple]] = {}  # by thread, which of these hold until `unchanging` ends
         self._kept = False

@@ -104,10 +104,12 @@ def patch_model(
         [3]
     """
     with gathered([*causal_lm_of(model).parameters()]):  # ZeRO-3's, all at once; one by one where a forward runs under it
-        return _patch_model(model, backend, max_length, graphs, training_graphs)
+        return _patch_model(model, backend, max_length, graphs, training_graphs, fuse)
 
 
-def _patch_model(model: nn.Module, backend: str, max_length: int | None, graphs: bool, training_graphs: bool) -> nn.Module:
+def _patch_model(
+    model: nn.Module, backend: str, max_length: int | None, graphs: bool, training_graphs: bool, fuse: bool
+) -> nn.Module:
     ops.check_backend(backend)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")

@@ -230,19 +230,26 @@ def patched(directory: Path) -> dict:
     questions, answers = (list(x) for x in zip(*((r["question"], r["answer"]) for r in tiny_systems.rows(3))))
     found, teams = {}, {}
     for name, where in (("alone", None), ("tp", directory)):
-        teams[name] = system = tiny_systems.system(4, lora=False, base=model_of(where).train(), realign="soft_token")
+        teams[name] = system = tiny_systems.system(1, lora=False, base=model_of(where).train())
         output = system(questions, answers)
         output.loss.backward()
         grads = {n: whole(p.grad) for n, p in system.named_parameters()}
         found[name] = {"loss": output.loss.item(), "grads": grads, "heads": output.trace.keys_values(0, 0)[0].shape[1]}
         found[name]["text"] = system.generate(questions, max_new_tokens=6, temperature=0)
     model = unpatch_model(teams["tp"].model)
+    try:
+        tiny_systems.system(1, lora=False, base=model, **SOFT)
+    except ValueError as error:
+        found["soft"] = str(error)
+    unpatch_model(model)  # a system patches first
+    mismatch = probe.mismatch
     if os.environ["RANK"] == "1":
         probe.mismatch = lambda *_: "it is refused here"
     try:
         patch_model(model)
     except ValueError as error:
         found["error"] = str(error)
+    probe.mismatch = mismatch
     return {**found, "plain": not hasattr(model, "diffmas_patch")}
 
 

@@ -10,13 +10,17 @@ does not allow it. DistributedDataParallel and ZeRO-2 wait for each other once f
 import os
 
 import torch.distributed as dist
+from torch import Tensor
 
 from diffmas.agents.system import MultiAgentSystem
-from diffmas.models.local import gathers
+from diffmas.models.local import gathers, spread_like, whole
 from diffmas.models.parts import attention_layers
 from diffmas.models.patch import patch_of
 
-__all__ = ["TENSOR_PARALLEL", "Agreement", "check_engine", "gather_once", "prepare", "save_optimizer", "tensor_parallel"]
+__all__ = [
+    "TENSOR_PARALLEL", "Agreement", "check_engine", "gather_once", "prepare", "save_optimizer", "spread_state",
+    "tensor_parallel", "whole_state",
+]  # fmt: skip
 
 TENSOR_PARALLEL = ("is_distributed_loading_by_transformers", "tp_size", "config")  # what its Trainer asks a model for
 
@@ -98,6 +102,23 @@ def save_optimizer(accelerator, optimizer, model, directory) -> None:
     from accelerate.utils import save_fsdp_optimizer
 
     save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, directory)
+
+
+def whole_state(optimizer) -> dict:
+    """Its state_dict with whole tensors, as one process alone has it. All processes have to ask."""
+    described = optimizer.state_dict()
+    state = {
+        i: {key: whole(x) if isinstance(x, Tensor) else x for key, x in of.items()} for i, of in described["state"].items()
+    }
+    return {**described, "state": state}
+
+
+def spread_state(optimizer) -> None:
+    """Puts each process's part in the place of the whole tensors of such a state, that was just loaded."""
+    for p, state in optimizer.state.items():
+        for key, x in state.items():
+            if isinstance(x, Tensor) and x.shape == p.shape:
+                state[key] = spread_like(x, p)
 
 
 def gather_once(model, state) -> None:

@@ -34,7 +34,16 @@ from diffmas.training.data import Collator, check_row
 from diffmas.training.gradients import GradientMonitor
 from diffmas.training.losses import as_causal_lm, token_losses
 from diffmas.training.settings import default_arguments
-from diffmas.training.sharded import TENSOR_PARALLEL, check_engine, gather_once, prepare, save_optimizer, tensor_parallel
+from diffmas.training.sharded import (
+    TENSOR_PARALLEL,
+    check_engine,
+    gather_once,
+    prepare,
+    save_optimizer,
+    spread_state,
+    tensor_parallel,
+    whole_state,
+)
 
 __all__ = ["NonFiniteLoss", "Trainer"]
 
@@ -353,14 +362,23 @@ class Trainer(transformers.Trainer):
         self.model.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if not self._sharded and not self.is_deepspeed_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
         if self.is_deepspeed_enabled:  # both without the base model once more
             self.model_wrapped.save_checkpoint(str(output_dir), exclude_frozen_parameters=True)
-        else:
+        elif self.is_fsdp_enabled:
             save_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
+        else:
+            state = whole_state(self.optimizer)
+            if self.args.should_save:
+                torch.save(state, Path(output_dir) / "optimizer.pt")
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and tensor_parallel(self.model):
+            spread_state(self.optimizer)
 
     def _save_checkpoint(self, model, trial, *args, **kwargs):
         limit, self.args.save_total_limit = self.args.save_total_limit, None

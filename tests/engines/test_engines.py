@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import tiny_systems as tiny
 import torch
-from worker import STEPS, TP, ZERO, model_of, system_of
+from worker import ALL_ROWS, GIVEN, RESUMING, STEPS, TP, ZERO, model_of, system_of, with_other_weights
 
 from diffmas import MultiAgentSystem
-from diffmas.training import check_checkpoint, last_checkpoint
+from diffmas.ops import extension
+from diffmas.training import Trainer, check_checkpoint, default_arguments, last_checkpoint
 from diffmas.training.checkpoint import check_engine_of
 
 TESTS = Path(__file__).parent.parent
 FSDP = [name for name in STEPS if name.startswith("fsdp")]
 FSDP += ["fsdp resumed", "fsdp resumed sharded", "fsdp stop", "fsdp killed"]
-TENSOR_PARALLEL = ("tp patched", *TP)
+TENSOR_PARALLEL = ("tp patched", *TP, "tp resumed")
 DEEPSPEED = (*ZERO, "zero2 resumed", "zero3 resumed")
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
@@ -82,9 +83,15 @@ def check_step(found: tuple[Path, list[dict]], name: str, rows_by: list[dict]) -
     ), "each row once"
     loss, grads = alone(steps, options, rows_by)
     exact = not arguments.get("bf16")
+    if extension.loaded:  # PEFT's own where parts of a weight, or hooks of each module, need its forward
+        assert all(bool(rank["fused"]) is (exact and name.startswith(("fsdp", "zero2"))) for rank in ranks)
     assert ranks[0]["loss"] == pytest.approx(loss, rel=1e-5 if exact else 1e-2)
     for rank in ranks:
         close(rank["grads"], grads, 1e-5 if exact else 0.1)
+    if "latent_grad_clip" in options:
+        unclipped = alone(steps, {**options, "latent_grad_clip": None}, rows_by)[1]
+        with pytest.raises(AssertionError):
+            close(unclipped, grads, 0.01)
     if steps[0] != steps[1]:
         return
     saved = MultiAgentSystem.from_pretrained(directory, model_of(), tiny.tokenizer(), trainable=True)
@@ -92,6 +99,9 @@ def check_step(found: tuple[Path, list[dict]], name: str, rows_by: list[dict]) -
     for n, p in saved.named_parameters():
         if p.requires_grad:
             assert all(torch.equal(rank[of][n], p) for rank in ranks for of in ("weights", "loaded")), n
+    if not options:  # what one process has saved
+        other = {n: p for n, p in with_other_weights(system_of(steps[0], {})).named_parameters() if p.requires_grad}
+        assert all(torch.equal(rank["of one process"][n], p) for rank in ranks for n, p in other.items())
     questions, answers = zip(*((r["question"], r["answer"]) for r in tiny.rows(5)))
     with torch.no_grad():
         loss = saved(list(questions), list(answers)).loss.item()
@@ -146,10 +156,15 @@ def test_zero_equals_one_process(results, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["fsdp resumed", "fsdp resumed sharded", *(pytest.param(f"zero{i} resumed", marks=needs_deepspeed) for i in (2, 3))]
+    "name, cases",
+    [
+        *((name, tuple(FSDP)) for name in ("fsdp resumed", "fsdp resumed sharded")),
+        ("tp resumed", TENSOR_PARALLEL),
+        *(pytest.param(f"zero{i} resumed", DEEPSPEED, marks=needs_deepspeed) for i in (2, 3)),
+    ],
 )
-def test_resumed(results, name):
-    directory, ranks = found_of(results, name, DEEPSPEED if name.startswith("zero") else tuple(FSDP))
+def test_resumed(results, name, cases):
+    directory, ranks = found_of(results, name, cases)
     first = MultiAgentSystem.from_pretrained(directory / "checkpoint-1", model_of(), tiny.tokenizer())
     last = dict(MultiAgentSystem.from_pretrained(directory / "checkpoint-3", model_of(), tiny.tokenizer()).named_parameters())
     assert [x["step"] for x in ranks[0]["log"] if "loss" in x] == [1, 2, 3]
@@ -158,10 +173,26 @@ def test_resumed(results, name):
             assert torch.equal(weight, rank["resumed"][n]) and torch.equal(weight, last[n]), n
     assert not all(torch.equal(p, last[n]) for n, p in first.named_parameters())
     check_checkpoint(directory / "checkpoint-1")
-    engine = "DeepSpeed" if name.startswith("zero") else "FSDP"
+    engine = {"zero": "DeepSpeed", "fsdp": "FSDP"}.get(name[:4], "neither")
     check_engine_of(directory / "checkpoint-1", engine)
-    with pytest.raises(ValueError, match=f"expected a checkpoint of a run with neither of FSDP and DeepSpeed, got .* {engine}"):
-        check_engine_of(directory / "checkpoint-1", "neither")
+    other = "FSDP" if engine == "neither" else "neither"
+    with pytest.raises(ValueError, match=f"expected a checkpoint of a run with {other} of FSDP and DeepSpeed, got .* {engine}"):
+        check_engine_of(directory / "checkpoint-1", other)
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_tensor_parallelism(results, tmp_path):
+    directory, ranks = found_of(results, "tp resumed", TENSOR_PARALLEL)
+    args = default_arguments(tmp_path, **{**GIVEN, **RESUMING, **ALL_ROWS})
+    trainer = Trainer(system_of(2, {}), args, train_dataset=tiny.rows(8))
+    trainer.train(resume_from_checkpoint=str(directory / "checkpoint-1"))
+    moved = 0.0
+    before = MultiAgentSystem.from_pretrained(directory / "checkpoint-1", model_of(), tiny.tokenizer())
+    before = dict(before.named_parameters())
+    for n, p in trainer.model.named_parameters():
+        if p.requires_grad:
+            moved = max(moved, float((p - before[n]).abs().max()))
+            assert float((p - ranks[0]["weights"][n]).abs().max()) < 1e-4, n
+    assert moved > 1e-2
 
 
 def test_an_error_stops_all_processes_with_its_message(results):

@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from diffmas import patch_model, unpatch_model
-from diffmas.models import probe
+from diffmas.models import linears, probe
 from diffmas.training import Trainer, default_arguments
+from diffmas.training.sharded import check_engine
 
 
 def fsdp(**options):
@@ -28,6 +29,7 @@ def fsdp(**options):
 SHARDED = fsdp(state_dict_type="SHARDED_STATE_DICT")
 CHECKPOINTED = dict(gradient_checkpointing=True)
 
+CLIPPED = {"latent_grad_clip": 0.05}
 SOFT = {"realign": "soft_token"}  # of a random model's, the steps that rounding changes least
 
 # name -> (latent steps of each process, options of the system, TrainingArguments)
@@ -43,6 +45,7 @@ STEPS = {
     "fsdp learned": ((1, 1), {"realign": "learned", "trace_content": "latent_only"}, fsdp()),
     "fsdp soft": ((2, 2), SOFT, fsdp(reshard_after_forward=False)),
     "fsdp detach": ((2, 2), {"grad_scope": "detach_trace"}, fsdp()),
+    "fsdp clip": ((1, 3), CLIPPED, fsdp()),
     "fsdp bf16": ((0, 0), {}, {**fsdp(), "bf16": True}),
 }
 ALL_ROWS = dict(per_device_train_batch_size=4)  # both processes have them
@@ -52,6 +55,7 @@ TP = {
     "tp checkpointing": ((4, 4), {}, {**ALL_ROWS, **CHECKPOINTED}),
     "tp T=0 checkpointing": ((0, 0), {}, {**ALL_ROWS, **CHECKPOINTED}),
     "tp roles": ((1, 1), {"adapter_scope": "per_role"}, {**ALL_ROWS, **CHECKPOINTED}),
+    "tp clip": ((2, 2), CLIPPED, ALL_ROWS),
     "tp soft": ((2, 2), {"realign": "soft_token"}, ALL_ROWS),
 }
 STEPS |= TP
@@ -76,15 +80,18 @@ ZERO = {
     "zero3 checkpointing": ((4, 4), {}, {**zero(3), **CHECKPOINTED}),
     "zero3 T=1,3": ((1, 3), {"realign": "learned"}, zero(3)),
     "zero3 roles": ((2, 2), {"adapter_scope": "per_role"}, {**zero(3), **CHECKPOINTED}),
+    "zero3 clip": ((1, 3), CLIPPED, zero(3)),
     "zero3 soft": ((2, 2), {"realign": "soft_token"}, zero(3)),
 }
 STEPS |= ZERO
-RESUMED = {"fsdp resumed": fsdp(), "fsdp resumed sharded": SHARDED, "zero2 resumed": zero(2), "zero3 resumed": zero(3)}
+RESUMED = {"fsdp resumed": fsdp(), "fsdp resumed sharded": SHARDED, "tp resumed": ALL_ROWS}
+RESUMED |= {"zero2 resumed": zero(2), "zero3 resumed": zero(3)}
 KILLED = {"fsdp killed": fsdp()}
 GIVEN = dict(
     max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0, use_cpu=True,
     ddp_backend="gloo", report_to=[], disable_tqdm=True, save_strategy="no",
 )  # fmt: skip
+RESUMING = dict(max_steps=3, save_strategy="steps", save_steps=1, learning_rate=1e-2)
 
 
 def gradient(p):
@@ -109,7 +116,12 @@ def weights(model):
     return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
-GATHERED = []  # a layer's weights, or the root's
+# Linears long enough to be fused; weights that rounding is little amplified by from step to step.
+BASE = dict(
+    seed=5, initializer_range=0.1, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, vocab_size=32,
+)  # fmt: skip
+GATHERED, FUSED = [], []  # a layer's weights, or the root's; a linear and its adapter in one op
 
 
 def count_gathers():
@@ -117,6 +129,11 @@ def count_gathers():
 
     gather = group.foreach_all_gather
     group.foreach_all_gather = lambda *args, **options: GATHERED.append(1) or gather(*args, **options)
+
+
+def count_fused():
+    run = linears.run
+    linears.run = lambda x, weight, bias, a, *rest: FUSED.append(a) or run(x, weight, bias, a, *rest)
 
 
 class Record(TrainerCallback):
@@ -148,7 +165,7 @@ def model_of(directory: Path | None = None):
     """The base model. directory: of a case, under a directory that has the model on disk; for one of TP it is spread over the
     processes by heads, for one of ZeRO-3 it comes in parts."""
     if directory is None:
-        return tiny_systems.model(num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tiny_systems.VOCAB) + 1)
+        return tiny_systems.model(**BASE)
     from transformers.distributed import DistributedConfig
 
     spread = {"distributed_config": DistributedConfig(tp_plan="auto")} if directory.name.startswith("tp") else {}
@@ -159,11 +176,20 @@ def system_of(T: int, options: dict, directory: Path | None = None):
     return tiny_systems.system(T, base=model_of(directory), **options)
 
 
+def with_other_weights(system):
+    """As they are after some training."""
+    with torch.no_grad():
+        for p in system.parameters():
+            if p.requires_grad:
+                p.mul_(-2)
+    return system
+
+
 def trainer_of(directory: Path, steps, options: dict, arguments: dict, pretend: bool = True, **more) -> Recording:
     AcceleratorState._reset_state()
     args = default_arguments(directory, **{**GIVEN, **arguments})
     assert args.world_size == 2
-    if pretend and (args.fsdp or args.deepspeed or directory.name in TP):  # accelerate knows of accelerators alone
+    if pretend and (args.fsdp or args.deepspeed or directory.name.startswith("tp")):  # accelerate knows of accelerators alone
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return Recording(
         system_of(steps[args.process_index], options, directory), args,
@@ -175,10 +201,11 @@ def step(directory: Path, steps, options, arguments) -> dict:
     """A step, an evaluation, and back from what is saved."""
     trainer = trainer_of(directory, steps, options, arguments, callbacks=[record := Record()])
     before = len(GATHERED)
+    FUSED.clear()
     loss = trainer.train().training_loss
     sharded = [type(m).__name__ for m in trainer.model.modules() if type(m).__name__.startswith("FSDP")]
     found = {"seen": trainer.seen, "grads": trainer.grads or record.grads, "loss": loss, "sharded": sharded}
-    found["gathered"] = len(GATHERED) - before
+    found["gathered"], found["fused"] = len(GATHERED) - before, len(FUSED)
     found["eval_loss"] = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # the first process writes
@@ -190,12 +217,16 @@ def step(directory: Path, steps, options, arguments) -> dict:
             if p.requires_grad:
                 p.zero_()
     trainer.model.load_weights(directory)
-    return {**found, "loaded": weights(trainer.model)}
+    found["loaded"] = weights(trainer.model)
+    if not options:
+        trainer.model.load_weights(directory.parent / f"alone T={steps[0]}")
+        found["of one process"] = weights(trainer.model)
+    return found
 
 
 def resume(directory: Path, arguments) -> dict:
     """Three steps, and the last two of them from the first's checkpoint."""
-    arguments = {**arguments, "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    arguments = {**arguments, **RESUMING}
     trainer = trainer_of(directory, (2, 2), {}, arguments)
     trainer.train()
     again = trainer_of(directory, (2, 2), {}, arguments)
@@ -219,7 +250,8 @@ def stop(directory: Path) -> dict:
     error("generate", lambda: trainer.model.generate(["where is the key"]))
     error("report", lambda: trainer.model.gradient_report(["where is the key"], ["the key"]))
     error("cpu", lambda: trainer_of(directory, (1, 1), {}, fsdp(), pretend=False))
-    error("version", lambda: trainer_of(directory, (1, 1), {}, fsdp(version=1)))
+    trainer.accelerator.state.fsdp_plugin.fsdp_version = 1  # whose plugin cannot be made on a CPU
+    error("version", lambda: check_engine(trainer.model, trainer.args, trainer.accelerator.state))
     error("own checkpointing", lambda: trainer_of(directory, (1, 1), {}, fsdp(activation_checkpointing=True)))
     return {"errors": errors}
 
@@ -271,8 +303,11 @@ def die(directory: Path, arguments) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     count_gathers()
+    count_fused()
     output = Path(sys.argv[1])
     if os.environ["RANK"] == "0":
+        for T in {steps[0] for name, (steps, options, _) in STEPS.items() if name in sys.argv[2:] and not options}:
+            with_other_weights(system_of(T, {})).save_pretrained(output / f"alone T={T}")
         model_of().save_pretrained(output / "base.partial")
         (output / "base.partial").rename(output / "base")
     while not (output / "base").is_dir():  # no group of processes yet

@@ -3,13 +3,19 @@
 import pytest
 import tiny_systems as tiny
 import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from diffmas import MultiAgentSystem
+from diffmas import MultiAgentSystem, patch_model
 from diffmas.cli import app
 from diffmas.training import add_lora, lora_config
 from diffmas.training.plan import ENGINES, Episode, plan, sizes_of
 
+SMALL = dict(vocab_size=64, hidden_size=64)
+QWEN3_32B = dict(
+    vocab_size=151936, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
+    num_key_value_heads=8, head_dim=128,
+)  # fmt: skip
 WIDE = dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, num_key_value_heads=4, head_dim=32)
 
 
@@ -37,7 +43,8 @@ def test_activations(dtype, r):
     assert sizes.weights == sum(p.numel() for p in base.parameters())
     model = add_lora(base, config=lora_config(r=r)) if r else base
     assert sizes.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    system = MultiAgentSystem(model.train(), tiny.tokenizer(), tiny.agents(4))
+    model = patch_model(model.train(), fuse=False)  # as on a GPU
+    system = MultiAgentSystem(model, tiny.tokenizer(), tiny.agents(4))
     questions, answers = zip(*((row["question"], row["answer"]) for row in tiny.rows(6)))
     outputs = []
     kept = kept_by_autograd(lambda: outputs.append(system(list(questions), list(answers))) or outputs, system.parameters())
@@ -64,10 +71,28 @@ def test_engines_share_what_they_say():
     assert len(plan(sizes, 3, episode)) == 4, "three processes cannot share four heads"
 
 
-def test_the_command(tmp_path):
-    tiny.model(**WIDE).config.save_pretrained(tmp_path)  # no weights
-    ran = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--gpus", "2", "--agents", "3", "--memory", "1"])
+@pytest.mark.parametrize(
+    "config, options, said",
+    [
+        (
+            {"vocab_size": 64, "hidden_size": 64},
+            ("--gpus", "2", "--agents", "3", "--memory", "1"),
+            "DDP is the first that fits",
+        ),
+        (QWEN3_32B, ("--gpus", "8", "--agents", "4"), "tensor parallel is the first that fits"),
+        (QWEN3_32B, ("--gpus", "4", "--agents", "4", "--r", "0", "--batch", "2"), "nothing fits; more GPUs"),
+    ],
+)
+def test_the_command(tmp_path, config, options, said):
+    AutoConfig.for_model("qwen3", **{**WIDE, **config}).save_pretrained(tmp_path)  # no weights
+    ran = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), *options])
     assert ran.exit_code == 0, ran.output
-    assert all(engine in ran.output for engine in ENGINES) and "DDP is the first that fits" in ran.output
+    assert all(engine in ran.output for engine in ENGINES) and said in ran.output
+    table, below = ran.output.split("└")
+    assert max(map(len, table.splitlines())) <= 80 and len(below.splitlines()) == 3
+
+
+def test_the_command_refuses_a_dtype(tmp_path):
+    AutoConfig.for_model("qwen3", **WIDE).save_pretrained(tmp_path)
     ran = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--gpus", "2", "--dtype", "int8"])
     assert ran.exit_code == 1 and "dtype: expected" in ran.output

@@ -19,7 +19,7 @@ from diffmas.agents.eval_mode import evaluating
 from diffmas.models.adapted import adapter_state
 from diffmas.models.identity import state_of
 from diffmas.models.linears import product
-from diffmas.models.local import gathered, is_part
+from diffmas.models.local import for_all, gathered, local
 
 __all__ = ["REALIGN", "Realign", "Solved"]
 
@@ -67,12 +67,6 @@ class Realign(nn.Module):
         self._model = (model,)  # a tuple hides it from nn.Module: its weights are not this module's
         if mode in ("ridge", "soft_token", "learned") and model.get_output_embeddings() is None:
             raise ValueError(f"realign: {mode!r} needs a model with an output embedding")
-        e_in = model.get_input_embeddings()
-        if mode == "soft_token" and is_part(e_in.weight) and e_in.weight.requires_grad:
-            raise ValueError(
-                "realign: 'soft_token' needs embeddings that are not trained where processes have parts of them (tensor "
-                "parallelism), whose gradient would be wrong; freeze them"
-            )
         self._known: dict[tuple, tuple[tuple, Solved | bool]] = {}  # by the adapters that run; for soft_token `_by_weighing`
         self._settled: dict[int, set[tuple]] = {}  # by thread, which of these hold until `unchanging` ends
         self._kept = False
@@ -215,8 +209,8 @@ class _Weighing(TorchFunctionMode):
         if func is not F.embedding:
             return func(*args, **(kwargs or {}))
         weight = args[1]
-        self.read.append(weight.untyped_storage().data_ptr())
-        return self.p.to(weight) @ weight
+        self.read.append(local(weight).untyped_storage().data_ptr())
+        return for_all(self.p.to(weight.device, weight.dtype), weight) @ weight
 
 
 def _expected(embedding: nn.Module, p: Tensor) -> Tensor:
@@ -240,7 +234,7 @@ def _by_weighing(embedding: nn.Module) -> bool:
         except (RuntimeError, TypeError, ValueError):  # rows that are packed
             return False
     want = _wide(torch.cat([_rows(embedding, i, i + 1) for i in (1 % rows, rows - 1)])).mean(0)
-    own = {x.untyped_storage().data_ptr() for x in embedding.parameters()}
+    own = {local(x).untyped_storage().data_ptr() for x in embedding.parameters()}
     close = (_wide(got)[0] - want).abs().max() <= 2 * torch.finfo(got.dtype).eps * want.abs().max()
     return bool(weighing.read) and own.issuperset(weighing.read) and bool(close)
 

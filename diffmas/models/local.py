@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 __all__ = [
-    "failing_together", "first_of", "gathered", "gathers", "is_part", "is_spread", "local", "local_copy", "of_all_heads",
-    "reshard", "say_features", "shape_of", "shared", "spread_like", "whole",
+    "failing_together", "first_of", "for_all", "gathered", "gathers", "is_part", "is_spread", "local", "local_copy",
+    "of_all_heads", "reshard", "say_features", "shape_of", "shared", "spread_like", "whole",
 ]  # fmt: skip
 
 
@@ -163,6 +163,14 @@ def failing_together(model: nn.Module, kind: type[Exception]):
     for rank, said in enumerate(found):
         if said is not None:
             raise kind(f"process {rank}: {said}")
+
+
+def for_all(x: Tensor, beside: Tensor) -> Tensor:
+    """A tensor that all processes have, as one of torch's own of several processes, where `beside` is."""
+    if not isinstance(beside, DTensor):
+        return x
+    mesh = beside.device_mesh
+    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def spread_like(x: Tensor, like: Tensor) -> Tensor:

@@ -24,7 +24,10 @@ MANIFEST = "manifest.json"  # {file: SHA-256}
 IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers has it beside the others until enable_jit_checkpoint's are written
 RESUME_FILES = ("trainer_state.json", AGENTS_FILE, "optimizer.pt", "scheduler.pt")
 # What the optimizer's state is written as, by who has it.
-OPTIMIZER = {"neither": r"optimizer\.pt", "FSDP": r"optimizer\.bin|optimizer_\d+/.*", "DeepSpeed": r"global_step\d+/.*"}
+OPTIMIZER = {
+    "one process or DDP": r"optimizer\.pt", "FSDP": r"optimizer\.bin|optimizer_\d+/.*", "DeepSpeed": r"global_step\d+/.*",
+    "tensor parallelism": r"optimizer_tp\.pt",
+}  # fmt: skip
 
 
 def _sha256(file: Path) -> str:
@@ -80,8 +83,8 @@ def check_engine_of(path, engine: str) -> None:
     found = [name for name, files in OPTIMIZER.items() if any(re.fullmatch(files, file) for file in manifest)]
     if found and found[0] != engine:
         raise ValueError(
-            f"{path}: expected a checkpoint of a run with {engine} of FSDP and DeepSpeed, got one with {found[0]}; its "
-            "adapter, which MultiAgentSystem.from_pretrained loads, fits to any"
+            f"{path}: expected a checkpoint of a run with {engine}, got one with {found[0]}; its adapter, which "
+            "MultiAgentSystem.from_pretrained loads, fits to any"
         )
 
 

@@ -8,7 +8,9 @@ does not allow it. DistributedDataParallel and ZeRO-2 wait for each other once f
 """
 
 import os
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,16 +20,24 @@ from diffmas.models.parts import attention_layers
 from diffmas.models.patch import patch_of
 
 __all__ = [
-    "TENSOR_PARALLEL", "Agreement", "check_engine", "gather_once", "prepare", "save_optimizer", "spread_state",
-    "tensor_parallel", "whole_state",
+    "TENSOR_PARALLEL", "Agreement", "check_engine", "engine_of", "gather_once", "load_whole", "prepare", "save_optimizer",
+    "save_whole", "tensor_parallel",
 ]  # fmt: skip
 
 TENSOR_PARALLEL = ("is_distributed_loading_by_transformers", "tp_size", "config")  # what its Trainer asks a model for
+WHOLE_FILE = "optimizer_tp.pt"
 
 
 def tensor_parallel(system: MultiAgentSystem) -> bool:
     """Whether transformers has spread the model over processes as it loaded it."""
     return bool(getattr(system.model, "is_distributed_loading_by_transformers", False))
+
+
+def engine_of(trainer) -> str:
+    """Which of diffmas.training.checkpoint's OPTIMIZER has the optimizer's state."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+    return "tensor parallelism" if tensor_parallel(trainer.model) else "one process or DDP"
 
 
 class Agreement:
@@ -104,17 +114,18 @@ def save_optimizer(accelerator, optimizer, model, directory) -> None:
     save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, directory)
 
 
-def whole_state(optimizer) -> dict:
-    """Its state_dict with whole tensors, as one process alone has it. All processes have to ask."""
+def save_whole(optimizer, directory, writes: bool) -> None:
+    """Of tensor parallelism: optimizer_tp.pt, with whole tensors. All processes have to call; writes: whether this one does."""
     described = optimizer.state_dict()
-    state = {
-        i: {key: whole(x) if isinstance(x, Tensor) else x for key, x in of.items()} for i, of in described["state"].items()
-    }
-    return {**described, "state": state}
+    of_all = lambda x: whole(x) if isinstance(x, Tensor) else x
+    described["state"] = {i: {key: of_all(x) for key, x in state.items()} for i, state in described["state"].items()}
+    if writes:
+        torch.save(described, Path(directory) / WHOLE_FILE)
 
 
-def spread_state(optimizer) -> None:
-    """Puts each process's part in the place of the whole tensors of such a state, that was just loaded."""
+def load_whole(optimizer, directory) -> None:
+    """Gives each process its part of what `save_whole` wrote."""
+    optimizer.load_state_dict(torch.load(Path(directory) / WHOLE_FILE, map_location="cpu", weights_only=True))
     for p, state in optimizer.state.items():
         for key, x in state.items():
             if isinstance(x, Tensor) and x.shape == p.shape:

@@ -37,12 +37,13 @@ from diffmas.training.settings import default_arguments
 from diffmas.training.sharded import (
     TENSOR_PARALLEL,
     check_engine,
+    engine_of,
     gather_once,
+    load_whole,
     prepare,
     save_optimizer,
-    spread_state,
+    save_whole,
     tensor_parallel,
-    whole_state,
 )
 
 __all__ = ["NonFiniteLoss", "Trainer"]
@@ -153,11 +154,15 @@ class Trainer(transformers.Trainer):
         self._bad_losses, self._good_checkpoint = None, None
         self._token_losses: list[torch.Tensor] = []  # of an evaluation's rows: the sum over tokens, and how many they are
         self._monitor = GradientMonitor(system, gradient_report_steps, explosion_factor)
+        only_model = args.save_only_model
+        if tensor_parallel(system):  # transformers refuses a checkpoint with the optimizer's state, which is written here
+            args.save_only_model = True
         self._set_up(
             system, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator,
             compute_loss_func=compute_loss_func, **options,
         )  # fmt: skip
-        self._engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "neither"
+        self.args.save_only_model = only_model
+        self._engine = engine_of(self)
         check_engine(system, self.args, self.accelerator.state)
         if self.is_deepspeed_enabled:
             self._monitor.without_gradients()
@@ -369,16 +374,15 @@ class Trainer(transformers.Trainer):
         elif self.is_fsdp_enabled:
             save_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
         else:
-            state = whole_state(self.optimizer)
-            if self.args.should_save:
-                torch.save(state, Path(output_dir) / "optimizer.pt")
+            save_whole(self.optimizer, output_dir, self.args.should_save)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and tensor_parallel(self.model):
-            spread_state(self.optimizer)
+        if checkpoint is None or not tensor_parallel(self.model):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_whole(self.optimizer, checkpoint)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _save_checkpoint(self, model, trial, *args, **kwargs):
         limit, self.args.save_total_limit = self.args.save_total_limit, None

@@ -17,7 +17,7 @@ from diffmas.training.checkpoint import check_engine_of
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "examples" / "accelerate").glob("*.yaml"))
-ENGINES = {"ddp": "neither", "fsdp2": "FSDP", "fsdp2_kept": "FSDP", "zero2": "DeepSpeed", "zero3": "DeepSpeed"}
+ENGINES = {"ddp": "one process or DDP", "fsdp2": "FSDP", "fsdp2_kept": "FSDP", "zero2": "DeepSpeed", "zero3": "DeepSpeed"}
 
 
 def test_all_configs_are_launched():

@@ -260,20 +260,20 @@ def patched(directory: Path) -> dict:
     """A patched model by itself, all of its weights trained: gradients, tokens, rows; and a layer that one process refuses."""
     torch.distributed.init_process_group("gloo")
     questions, answers = (list(x) for x in zip(*((r["question"], r["answer"]) for r in tiny_systems.rows(3))))
-    found, teams = {}, {}
+    found = {}
     for name, where in (("alone", None), ("tp", directory)):
-        teams[name] = system = tiny_systems.system(1, lora=False, base=model_of(where).train())
-        output = system(questions, answers)
-        output.loss.backward()
-        grads = {n: whole(p.grad) for n, p in system.named_parameters()}
-        found[name] = {"loss": output.loss.item(), "grads": grads, "heads": output.trace.keys_values(0, 0)[0].shape[1]}
-        found[name]["text"] = system.generate(questions, max_new_tokens=6, temperature=0)
-    model = unpatch_model(teams["tp"].model)
-    try:
-        tiny_systems.system(1, lora=False, base=model, **SOFT)
-    except ValueError as error:
-        found["soft"] = str(error)
-    unpatch_model(model)  # a system patches first
+        model = model_of(where).train()
+        for realign in ("ridge", "soft_token"):
+            system = tiny_systems.system(1, lora=False, base=model, realign=realign)
+            output = system(questions, answers)
+            output.loss.backward()
+            grads = {n: whole(p.grad) for n, p in system.named_parameters()}
+            model.zero_grad()
+            found[name, realign] = {
+                "loss": output.loss.item(), "grads": grads, "heads": output.trace.keys_values(0, 0)[0].shape[1],
+                "text": system.generate(questions, max_new_tokens=6, temperature=0),
+            }  # fmt: skip
+    unpatch_model(model)
     mismatch = probe.mismatch
     if os.environ["RANK"] == "1":
         probe.mismatch = lambda *_: "it is refused here"

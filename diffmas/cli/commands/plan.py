@@ -35,23 +35,19 @@ def plan(
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
-    sizes, episode = (
-        sizes_of(AutoConfig.from_pretrained(model), r or None, kind),
-        Episode(agents, prompt, latent_steps, answer, batch),
-    )
+    sizes = sizes_of(AutoConfig.from_pretrained(model), r or None, kind)
+    episode = Episode(agents, prompt, latent_steps, answer, batch)
     table = Table(
         title=f"{model}: {sizes.weights / 1e9:.2f} B weights, {sizes.trained / 1e6:.1f} M trained; GiB on each of {gpus} GPUs"
     )
-    for column in ("engine", "weights", "optimizer", "pools", "activations", "all", "gathered"):
+    for column in ("engine", "weights", "trained", "pools", "activations", "all", "gathered"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     needs = needs_of(sizes, gpus, episode, checkpointing)
     for need in needs:
         parts = (need.weights, need.optimizer, need.pools, need.activations, need.total, need.gathered)
-        table.add_row(need.engine, *(f"{x / GB:.2f}" for x in parts), style="" if need.total <= 0.9 * memory * GB else "dim")
+        table.add_row(need.engine, *(f"{x / GB:.1f}" for x in parts), style="" if need.total <= 0.9 * memory * GB else "dim")
     console.print(table)
-    console.print(
-        f"an episode: {episode.rows} rows, {episode.forwards} forwards; gathered: over the wire for one, GiB to each GPU"
-    )
+    console.print(f"an episode: {episode.rows} rows, {episode.forwards} forwards; gathered: GiB that come to a GPU for one")
     fitting = [need.engine for need in needs if need.total <= 0.9 * memory * GB]
-    first = f"{fitting[0]} is the first that fits" if fitting else "nothing fits; --checkpointing, a smaller batch, more GPUs"
-    console.print(f"in nine tenths of {memory:g} GiB: {first}")
+    first = f"{fitting[0]} is the first that fits" if fitting else "nothing fits; more GPUs, a smaller --batch, --checkpointing"
+    console.print(f"in 0.9 of {memory:g} GiB: {first}")

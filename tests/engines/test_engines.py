@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_systems as tiny
 import torch
-from worker import STEPS, TP, ZERO, model_of, system_of, with_other_weights
+from worker import REPORTED, STEPS, TP, ZERO, model_of, system_of, with_other_weights
 
 from diffmas import MultiAgentSystem
 from diffmas.ops import extension
@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent.parent
 FSDP = [name for name in STEPS if name.startswith("fsdp")]
 FSDP += ["fsdp resumed", "fsdp resumed sharded", "fsdp stop", "fsdp killed"]
 TENSOR_PARALLEL = ("tp patched", *TP, "tp resumed")
-DEEPSPEED = (*ZERO, "zero2 resumed", "zero3 resumed")
+DEEPSPEED = (*ZERO, "zero2 resumed", "zero3 resumed", "zero2 stop", "zero3 stop")
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
@@ -88,6 +88,10 @@ def check_step(found: tuple[Path, list[dict]], name: str, rows_by: list[dict]) -
     assert ranks[0]["loss"] == pytest.approx(loss, rel=1e-5 if exact else 1e-2)
     for rank in ranks:
         close(rank["grads"], grads, 1e-5 if exact else 0.1)
+    assert (ranks[0]["norm"] is not None) == (name in REPORTED)
+    if name in REPORTED:
+        norm = sum(float(grad.square().sum()) for grad in grads.values()) ** 0.5
+        assert [rank["norm"] for rank in ranks] == pytest.approx([norm, norm], rel=1e-4)
     if "latent_grad_clip" in options:
         unclipped = alone(steps, {**options, "latent_grad_clip": None}, rows_by)[1]
         with pytest.raises(AssertionError):
@@ -142,6 +146,11 @@ def test_a_patched_model_in_parts(results, realign):
             assert float((parts["grads"][n] - want).abs().max()) <= 1e-4 * float(want.abs().max()), n
 
 
+def test_a_norm_of_all_heads_has_the_sum_of_all_processes_gradients(results):
+    for rank in found_of(results, "tp patched", TENSOR_PARALLEL)[1]:
+        assert rank["norm"].tolist() == [3.0] * 3
+
+
 def test_processes_refuse_a_model_together(results):
     _, (first, second) = found_of(results, "tp patched", TENSOR_PARALLEL)
     assert "it is refused here" in second["error"] and first["error"] == f"process 1: Unsupported: {second['error']}"
@@ -178,6 +187,15 @@ def test_resumed(results, name, cases, tmp_path):
     alone = Trainer(system_of(2, {}), default_arguments(tmp_path, use_cpu=True, report_to=[]), train_dataset=tiny.rows(8))
     with pytest.raises(ValueError, match=f"expected a checkpoint of a run with one process or DDP, got one with {engine}"):
         alone.train(resume_from_checkpoint=directory / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    "name, cases",
+    [("fsdp stop", tuple(FSDP)), *(pytest.param(f"zero{i} stop", DEEPSPEED, marks=needs_deepspeed) for i in (2, 3))],
+)
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_their_step(results, name, cases):
+    for rank in found_of(results, name, cases)[1]:
+        assert rank["errors"]["nan"].startswith("NonFiniteLoss: step 1: expected a finite loss") and rank["same"]
 
 
 def test_an_error_stops_all_processes_with_its_message(results):

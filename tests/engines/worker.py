@@ -13,11 +13,12 @@ import tiny_systems
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from diffmas import patch_model, unpatch_model
 from diffmas.models import linears, probe
+from diffmas.models.local import of_all_heads
 from diffmas.training import Trainer, default_arguments
 from diffmas.training.sharded import check_engine
 
@@ -29,6 +30,7 @@ def fsdp(**options):
 SHARDED = fsdp(state_dict_type="SHARDED_STATE_DICT")
 CHECKPOINTED = dict(gradient_checkpointing=True)
 
+REPORTED, NORM = ("fsdp learned", "tp roles"), "gradient/parameters"
 CLIPPED = {"latent_grad_clip": 0.05}
 SOFT = {"realign": "soft_token"}  # of a random model's, the steps that rounding changes least
 
@@ -86,6 +88,7 @@ ZERO = {
 STEPS |= ZERO
 RESUMED = {"fsdp resumed": fsdp(), "fsdp resumed sharded": SHARDED, "tp resumed": ALL_ROWS}
 RESUMED |= {"zero2 resumed": zero(2), "zero3 resumed": zero(3)}
+STOPPED = {"fsdp stop": fsdp(), "zero2 stop": zero(2), "zero3 stop": zero(3)}
 KILLED = {"fsdp killed": fsdp()}
 GIVEN = dict(
     max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0, use_cpu=True,
@@ -199,12 +202,14 @@ def trainer_of(directory: Path, steps, options: dict, arguments: dict, pretend: 
 
 def step(directory: Path, steps, options, arguments) -> dict:
     """A step, an evaluation, and back from what is saved."""
-    trainer = trainer_of(directory, steps, options, arguments, callbacks=[record := Record()])
+    more = {"gradient_report_steps": int(directory.name in REPORTED), "callbacks": [record := Record()]}
+    trainer = trainer_of(directory, steps, options, arguments, **more)
     before = len(GATHERED)
     FUSED.clear()
     loss = trainer.train().training_loss
     sharded = [type(m).__name__ for m in trainer.model.modules() if type(m).__name__.startswith("FSDP")]
     found = {"seen": trainer.seen, "grads": trainer.grads or record.grads, "loss": loss, "sharded": sharded}
+    found["norm"] = next((x[NORM] for x in trainer.state.log_history if NORM in x), None)
     found["gathered"], found["fused"] = len(GATHERED) - before, len(FUSED)
     found["eval_loss"] = trainer.evaluate()["eval_loss"]
     trainer.save_model()
@@ -234,16 +239,26 @@ def resume(directory: Path, arguments) -> dict:
     return {"weights": weights(trainer.model), "resumed": weights(again.model), "log": again.state.log_history}
 
 
-def stop(directory: Path) -> dict:
+def stop(directory: Path, arguments) -> dict:
     """Errors of one process, and what no process can do."""
     errors = {}
 
     def error(name, run):
         try:
             run()
-        except (RuntimeError, ValueError) as raised:
+        except (FloatingPointError, RuntimeError, ValueError) as raised:
             errors[name] = f"{type(raised).__name__}: {raised}"
 
+    def loss(outputs, labels, num_items_in_batch=None):
+        return outputs["logits"].sum() * (torch.nan if os.environ["RANK"] == "1" else 1.0)
+
+    trainer = trainer_of(directory, (1, 1), {}, arguments, compute_loss_func=loss)
+    before = weights(trainer.model)
+    error("nan", trainer.train)
+    after = weights(trainer.model)
+    same = all(torch.equal(x, after[name]) for name, x in before.items())
+    if "deepspeed" in arguments:
+        return {"errors": errors, "same": same}
     trainer = trainer_of(directory, (1, 1), {}, fsdp())
     long = [{"question": "lamp " * 200, "answer": "the key"}] if trainer.args.process_index else tiny_systems.rows(1)
     error("row", lambda: trainer.model([long[0]["question"]], [long[0]["answer"]]))
@@ -253,7 +268,7 @@ def stop(directory: Path) -> dict:
     trainer.accelerator.state.fsdp_plugin.fsdp_version = 1  # whose plugin cannot be made on a CPU
     error("version", lambda: check_engine(trainer.model, trainer.args, trainer.accelerator.state))
     error("own checkpointing", lambda: trainer_of(directory, (1, 1), {}, fsdp(activation_checkpointing=True)))
-    return {"errors": errors}
+    return {"errors": errors, "same": same}
 
 
 def patched(directory: Path) -> dict:
@@ -273,6 +288,10 @@ def patched(directory: Path) -> dict:
                 "loss": output.loss.item(), "grads": grads, "heads": output.trace.keys_values(0, 0)[0].shape[1],
                 "text": system.generate(questions, max_new_tokens=6, temperature=0),
             }  # fmt: skip
+    mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    norm = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))  # as some versions spread norms
+    (of_all_heads(norm, model) * (1 + mesh.get_rank())).sum().backward()
+    found["norm"] = whole(norm.grad)
     unpatch_model(model)
     mismatch = probe.mismatch
     if os.environ["RANK"] == "1":
@@ -320,6 +339,6 @@ if __name__ == "__main__":
         elif name in KILLED:
             found = die(output / name, KILLED[name])
         else:
-            found = {"fsdp stop": stop, "tp patched": patched}[name](output / name)
+            found = stop(output / name, STOPPED[name]) if name in STOPPED else patched(output / name)
         torch.save(found, output / f"{name}-{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

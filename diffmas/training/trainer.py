@@ -2,7 +2,7 @@
 
 The whole episode of a batch, all agents and the answers' loss, is one forward of the system. DistributedDataParallel is then
 right, also when ranks take different numbers of latent steps, and accumulation, schedules, logging, evaluation, checkpoints
-and early stopping are transformers' own.
+and early stopping are transformers' own. Where processes share one model's weights: diffmas.training.sharded.
 """
 
 import contextlib

@@ -33,6 +33,7 @@ CHECKPOINTED = dict(gradient_checkpointing=True)
 REPORTED, NORM = ("fsdp learned", "tp roles"), "gradient/parameters"
 CLIPPED = {"latent_grad_clip": 0.05}
 SOFT = {"realign": "soft_token"}  # of a random model's, the steps that rounding changes least
+ROLES = {"adapter_scope": "per_role", **SOFT}  # without a latent step, parts of a role's adapter get no gradient
 
 # name -> (latent steps of each process, options of the system, TrainingArguments)
 STEPS = {
@@ -43,7 +44,7 @@ STEPS = {
     "fsdp T=0 checkpointing": ((0, 0), {}, {**fsdp(), **CHECKPOINTED}),
     "fsdp T=1,3": ((1, 3), SOFT, fsdp()),
     "fsdp T=0,2": ((0, 2), SOFT, fsdp()),
-    "fsdp roles": ((1, 3), {"adapter_scope": "per_role", **SOFT}, {**fsdp(), **CHECKPOINTED}),
+    "fsdp roles": ((0, 2), ROLES, {**fsdp(), **CHECKPOINTED}),
     "fsdp learned": ((1, 1), {"realign": "learned", "trace_content": "latent_only"}, fsdp()),
     "fsdp soft": ((2, 2), SOFT, fsdp(reshard_after_forward=False)),
     "fsdp detach": ((2, 2), {"grad_scope": "detach_trace"}, fsdp()),
@@ -75,13 +76,14 @@ ZERO = {
     "zero2 accumulation": ((1, 1), {}, {**zero(2), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     "zero2 T=0": ((0, 0), {}, zero(2)),
     "zero2 checkpointing": ((4, 4), {}, {**zero(2), **CHECKPOINTED}),
+    "zero2 roles": ((0, 2), ROLES, zero(2)),
     "zero2 T=1,3": ((1, 3), {}, zero(2)),
     "zero3": ((4, 4), {}, zero(3)),
     "zero3 T=0": ((0, 0), {}, zero(3)),
     "zero3 accumulation": ((1, 1), {}, {**zero(3), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     "zero3 checkpointing": ((4, 4), {}, {**zero(3), **CHECKPOINTED}),
     "zero3 T=1,3": ((1, 3), {"realign": "learned"}, zero(3)),
-    "zero3 roles": ((2, 2), {"adapter_scope": "per_role"}, {**zero(3), **CHECKPOINTED}),
+    "zero3 roles": ((0, 2), ROLES, {**zero(3), **CHECKPOINTED}),
     "zero3 clip": ((1, 3), CLIPPED, zero(3)),
     "zero3 soft": ((2, 2), {"realign": "soft_token"}, zero(3)),
 }
@@ -124,7 +126,7 @@ BASE = dict(
     seed=5, initializer_range=0.1, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, vocab_size=32,
 )  # fmt: skip
-GATHERED, FUSED = [], []  # a layer's weights, or the root's; a linear and its adapter in one op
+GATHERED, FUSED, SOLVED = [], [], []  # a layer's weights, or the root's; a linear and its adapter in one op; realign's W
 
 
 def count_gathers():
@@ -137,6 +139,11 @@ def count_gathers():
 def count_fused():
     run = linears.run
     linears.run = lambda x, weight, bias, a, *rest: FUSED.append(a) or run(x, weight, bias, a, *rest)
+
+
+def count_solved():
+    solve = torch.linalg.solve
+    torch.linalg.solve = lambda *args, **options: SOLVED.append(1) or solve(*args, **options)
 
 
 class Record(TrainerCallback):
@@ -206,12 +213,14 @@ def step(directory: Path, steps, options, arguments) -> dict:
     trainer = trainer_of(directory, steps, options, arguments, **more)
     before = len(GATHERED)
     FUSED.clear()
+    SOLVED.clear()
     loss = trainer.train().training_loss
     sharded = [type(m).__name__ for m in trainer.model.modules() if type(m).__name__.startswith("FSDP")]
     found = {"seen": trainer.seen, "grads": trainer.grads or record.grads, "loss": loss, "sharded": sharded}
     found["norm"] = next((x[NORM] for x in trainer.state.log_history if NORM in x), None)
     found["gathered"], found["fused"] = len(GATHERED) - before, len(FUSED)
     found["eval_loss"] = trainer.evaluate()["eval_loss"]
+    found["solved"] = len(SOLVED)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # the first process writes
     found["weights"] = weights(trainer.model)
@@ -264,9 +273,9 @@ def stop(directory: Path, arguments) -> dict:
     error("row", lambda: trainer.model([long[0]["question"]], [long[0]["answer"]]))
     error("generate", lambda: trainer.model.generate(["where is the key"]))
     error("report", lambda: trainer.model.gradient_report(["where is the key"], ["the key"]))
-    error("cpu", lambda: trainer_of(directory, (1, 1), {}, fsdp(), pretend=False))
     trainer.accelerator.state.fsdp_plugin.fsdp_version = 1  # whose plugin cannot be made on a CPU
     error("version", lambda: check_engine(trainer.model, trainer.args, trainer.accelerator.state))
+    error("cpu", lambda: trainer_of(directory, (1, 1), {}, fsdp(), pretend=False))
     error("own checkpointing", lambda: trainer_of(directory, (1, 1), {}, fsdp(activation_checkpointing=True)))
     return {"errors": errors, "same": same}
 
@@ -323,6 +332,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     count_gathers()
     count_fused()
+    count_solved()
     output = Path(sys.argv[1])
     if os.environ["RANK"] == "0":
         for T in {steps[0] for name, (steps, options, _) in STEPS.items() if name in sys.argv[2:] and not options}:

@@ -1,5 +1,6 @@
 # make demo   installs into .venv and runs the main job: train and compare latent agents, in minutes on a CPU
 # make test   installs into .venv and runs the tests; what CI runs
+# make test-engines   installs DeepSpeed too and runs the tests of two processes: FSDP2, ZeRO, tensor parallelism; what CI runs
 # make families   writes docs/families.md: which model families a trace is exact for, and why the others are refused
 # make test-asan   the tests of the ops on a library that checks every memory access (gcc's sanitizers)
 # make bench  installs into .venv and measures diffmas and its peers on this machine: table, plots, page (QUICK=1: three minutes)
@@ -23,7 +24,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test test-asan gpu-run test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families install lint clean
+.PHONY: demo test test-engines test-asan gpu-run test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
@@ -31,7 +32,13 @@ demo: $(INSTALLED)
 # Files of tests side by side, on all cores.
 PYTEST := -m pytest -q -n auto --dist loadfile
 test: $(INSTALLED)
-	$(PY) $(PYTEST) tests
+	$(PY) $(PYTEST) tests --ignore tests/engines
+
+# Each engine's cases in one start of two processes; DeepSpeed compiles nothing for it.
+DEEPSPEED ?= deepspeed
+test-engines: $(INSTALLED)
+	$(PY) -c "import deepspeed" 2>/dev/null || DS_BUILD_OPS=0 $(PY) -m pip install -q --no-build-isolation "$(DEEPSPEED)"
+	$(PY) -m pytest -q tests/engines
 
 # A package of its own under build/asan, so that the checked library never takes the place of the real one. libstdc++ is loaded
 # first too, or the sanitizer finds no exceptions to intercept. Python's own leaks are not looked at; pytest must not keep

@@ -1,6 +1,7 @@
 """Gradients through a trace against plain autograd, and the memory that they take."""
 
 import pytest
+import tiny_systems
 import torch
 from models import (
     SOME,
@@ -25,6 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache
 
 import diffmas
+from diffmas.models.patch import patch_of
 
 T = 3
 
@@ -418,3 +420,18 @@ def test_gradient_pools_are_dropped_after_backward(setting):
     out, mask, trace = episode(model, first, second)
     total_loss(out, mask).backward()
     assert all(not p._grads for p in trace._store.pools)
+
+
+def test_an_anchor_gives_a_gradient_of_zeros_to_what_nobody_used():
+    """Of a planner without latent steps nobody reads the last hidden state, and so what the last layer makes of its rows."""
+    found = {}
+    for anchored in (False, True):
+        system = tiny_systems.system(0, adapter_scope="per_role")
+        patch_of(system.model).spec.anchored = anchored
+        system(["where is the key"], ["in the garden"]).loss.backward()
+        found[anchored] = {name: p.grad for name, p in system.named_parameters() if p.requires_grad}
+    unused = {name for name, grad in found[False].items() if grad is None}
+    assert unused and all("layers.1." in name and ".solver." not in name for name in unused)
+    for name, grad in found[True].items():
+        want = torch.zeros_like(grad) if name in unused else found[False][name]
+        assert torch.equal(grad, want), name

@@ -46,6 +46,7 @@ FOREIGN = {
     "_attn_implementation_internal": "transformers: its setter without the checks of a public name",
     "_gradient_checkpointing_func": "transformers: how layers are recomputed",
     "_n_gpu": "transformers.TrainingArguments: keeps it from DataParallel",
+    "_no_split_modules": "transformers, accelerate: the modules that a model is sharded by",
     "_name_or_path": "transformers: where a config was loaded from",
     "_hf_hook": "accelerate: the mark of a module whose forward it has wrapped",
     "_old_forward": "accelerate: the forward inside its wrapper",

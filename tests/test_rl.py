@@ -20,7 +20,7 @@ from diffmas.agents.adapters import switched_off
 from diffmas.evaluation import Scorer
 from diffmas.rl import GRPOTrainer, answer_log_probs, scored
 from diffmas.rl.policy import rollout
-from diffmas.training import last_checkpoint
+from diffmas.training import last_checkpoint, trainer
 
 TOKENS = [[20, 21, 22], [23], [24, 63]]  # of three answers, one of them cut off before its end
 
@@ -368,6 +368,12 @@ def test_generation_kwargs_go_before_the_other_fields(tmp_path):
 def test_arguments_that_do_not_fit(tmp_path, options, text):
     with pytest.raises(ValueError, match=text):
         GRPOTrainer(tiny.system(), scored(), config(tmp_path, **options), train_dataset=tiny.rows(2))
+
+
+def test_a_model_that_processes_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "engine_of", lambda _: "FSDP")
+    with pytest.raises(ValueError, match="args: expected a run of one process or DDP, got FSDP: answers are sampled"):
+        GRPOTrainer(tiny.system(), scored(), config(tmp_path), train_dataset=tiny.rows(2))
 
 
 def test_what_else_does_not_fit(tmp_path):

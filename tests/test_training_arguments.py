@@ -15,7 +15,7 @@ from diffmas import MultiAgentSystem
 from diffmas.training import Trainer, check_checkpoint, default_arguments
 from diffmas.training.arguments import REFUSED
 
-# Whose effect on a team is tested here, in test_training.py, or in test_cli.py.
+# Whose effect on a team is tested here, in test_training.py, in test_cli.py, or in engines/.
 TESTED = """
     output_dir per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate
     lr_scheduler_type warmup_steps warmup_ratio optim weight_decay max_grad_norm bf16 activation_checkpointing
@@ -26,7 +26,8 @@ TESTED = """
     include_tokens_per_second include_for_metrics include_inputs_for_metrics enable_jit_checkpoint auto_find_batch_size
     batch_eval_metrics prediction_loss_only eval_accumulation_steps eval_on_start eval_do_concat_batches
     eval_use_gather_object dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor
-    torch_empty_cache_steps skip_memory_metrics full_determinism save_only_model disable_tqdm
+    torch_empty_cache_steps skip_memory_metrics full_determinism save_only_model disable_tqdm fsdp fsdp_config
+    deepspeed
 """.split()
 
 # What transformers, accelerate or torch do by themselves, around the forward and backward of a system.
@@ -47,7 +48,7 @@ SET = ["remove_unused_columns", "logging_nan_inf_filter", "_n_gpu"]
 HARMLESS = """
     do_train do_eval do_predict resume_from_checkpoint overwrite_output_dir local_rank ray_scope tpu_num_cores tpu_metrics_debug
     hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision push_to_hub_model_id
-    push_to_hub_organization push_to_hub_token fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap
+    push_to_hub_organization push_to_hub_token fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap
     liger_kernel_config torch_compile_backend torch_compile_mode torchdynamo
 """.split()
 
@@ -89,7 +90,7 @@ def test_every_field_is_known():
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 VALUES = {
-    "deepspeed": {"zero_optimization": {"stage": 2}}, "fsdp": "full_shard", "label_names": ["answer"],
+    "label_names": ["answer"],
     "label_smoothing_factor": 0.1, "mp_parameters": "{}", "neftune_noise_alpha": 5.0, "parallelism_config": object(),
     "past_index": 0, "save_safetensors": False,
 }  # fmt: skip

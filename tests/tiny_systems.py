@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from diffmas import Agent, MultiAgentSystem
+from diffmas.models.local import gathered, spread_like
 
 WORDS = "plan : answer question notes where is the key lamp ring book coin map in kitchen cellar garden attic garage".split()
 THINGS, PLACES = WORDS[8:14], WORDS[15:20]
@@ -19,13 +20,14 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
 
 
-def model(seed: int = 0, dtype=torch.float32, max_position_embeddings: int = 128):
+def model(seed: int = 0, dtype=torch.float32, **options):
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        "qwen3", vocab_size=len(VOCAB), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, initializer_range=0.25, max_position_embeddings=max_position_embeddings,
-        eos_token_id=2, pad_token_id=0, bos_token_id=None,
+    given = dict(
+        vocab_size=len(VOCAB), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, initializer_range=0.25, max_position_embeddings=128, eos_token_id=2, pad_token_id=0,
+        bos_token_id=None,
     )  # fmt: skip
+    config = AutoConfig.for_model("qwen3", **{**given, **options})
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
@@ -46,18 +48,21 @@ def agents(latent_steps: int = 2, middle: int | None = None):
 
 def system(
     latent_steps: int = 2, middle: int | None = None, lora: bool = True, seed: int = 0, adapter_scope="shared",
-    alpha: int = 4, **options,
+    alpha: int = 4, base=None, **options,
 ):  # fmt: skip
-    """A system of three agents around the same weights every time; LoRA has a B that is not zero."""
+    """A system of three agents around the same weights every time; LoRA has a B that is not zero. base: a model that others
+    may share; LoRA's A is then drawn here too, since PEFT draws each process's part as if it were the whole."""
     from diffmas.training import add_lora, lora_config
 
-    base, crew = model(seed), agents(latent_steps, middle)
+    drawn = "lora_B" if base is None else "lora_"
+    base, crew = model(seed) if base is None else base, agents(latent_steps, middle)
     if lora:
         base = add_lora(base, crew, adapter_scope, lora_config(r=2, alpha=alpha))
         generator = torch.Generator().manual_seed(1)
-        for name, p in base.named_parameters():
-            if "lora_B" in name:
-                p.data = 0.1 * torch.randn(p.shape, generator=generator)
+        weights = {name: p for name, p in base.named_parameters() if drawn in name}
+        with torch.no_grad(), gathered([*weights.values()], True):
+            for p in weights.values():
+                p.copy_(spread_like(0.1 * torch.randn(p.shape, generator=generator), p))
     return MultiAgentSystem(base, tokenizer(), crew, adapter_scope=adapter_scope, **options)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from diffmas.models.adapted import check_adapter, check_bare, is_wrapper
+from diffmas.models.local import say_features
 from diffmas.models.parts import beside_the_text, causal_lm_of
 
 __all__ = [
@@ -58,12 +59,12 @@ def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=
         config = copy.copy(config)
         config.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?"
     if adapter_scope != "per_role":
-        return get_peft_model(model, config)
+        return say_features(get_peft_model(model, config))
     first, *others = dict.fromkeys(agent.adapter for agent in agents)
     model = get_peft_model(model, config, adapter_name=first)
     for name in others:
         model.add_adapter(name, config)
-    return model
+    return say_features(model)
 
 
 def train_roles(model: nn.Module, names: list[str]) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
-from diffmas.models.adapted import trained_in_base
+from diffmas.models.adapted import base_weights, trained_in_base
 from diffmas.models.identity import model_fingerprint, sampled_fingerprint
 from diffmas.models.load import load_base, load_tokenizer
+from diffmas.models.local import first_of, gathered, say_features, shared, spread_like, whole
 from diffmas.models.parts import causal_lm_of
 
 __all__ = [
@@ -87,24 +88,37 @@ def check_description(description: dict) -> None:
             )
 
 
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """What PEFT saves, whole, where processes share the weights; None where it finds that itself."""
+    if not shared(model):
+        return None
+    base = {id(x) for x in base_weights(model).values() if not x.requires_grad}
+    return {name: whole(x) for name, x in model.state_dict(keep_vars=True).items() if id(x) not in base}
+
+
 def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tensor | None = None) -> None:
     """Writes a directory that `read_agents` and `load_model` read.
 
     model: with or without PEFT adapters. tokenizer: its. description: `MultiAgentSystem.describe()`. learned_map: [hidden,
-    hidden] or None. agents.json comes last and in one step: a directory that has it is complete.
+    hidden] or None. agents.json comes last and in one step: a directory that has it is complete. Where several processes share
+    the weights all of them have to call, and the first one writes.
     """
     check_description(description)
     path = Path(path)
+    adapters, trained = adapter_state_dict(model), sorted(trained_in_base(model))
+    fingerprint = model_fingerprint(model, trained)
+    learned_map = None if learned_map is None else whole(learned_map)
+    if not first_of(model):
+        return
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(path))
     if hasattr(model, "peft_config"):
-        model.save_pretrained(str(path))
+        model.save_pretrained(str(path), state_dict=adapters)
     if learned_map is not None:
-        save_file({"weight": learned_map.detach().cpu().contiguous()}, path / MAP_FILE)
-    trained = sorted(trained_in_base(model))
+        save_file({"weight": learned_map.cpu().contiguous()}, path / MAP_FILE)
     head = {
         "format": FORMAT, "base_model": causal_lm_of(model).config._name_or_path,
-        "base_fingerprint": model_fingerprint(model, trained), "trained_in_base": trained, "adapters": adapters_of(model),
+        "base_fingerprint": fingerprint, "trained_in_base": trained, "adapters": adapters_of(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }  # fmt: skip
     write_json(path / AGENTS_FILE, {**head, **description})
@@ -200,8 +214,6 @@ def load_weights(path, model: nn.Module, tokenizer, description: dict, learned_m
     tokenizer: the model's. description: `MultiAgentSystem.describe()`, which agents.json must agree with. Raises ValueError,
     before anything is changed, for a directory of another base model or tokenizer, other agents or options, or damaged weights.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
     check_description(description)
     path = Path(path)
     described = read_agents(path)
@@ -218,6 +230,13 @@ def load_weights(path, model: nn.Module, tokenizer, description: dict, learned_m
     adapters = adapters_of(model)
     if described["adapters"] != adapters:
         raise ValueError(f"{path / AGENTS_FILE}: expected adapters {adapters}, got {described['adapters']}")
+    with gathered([p for p in (*model.parameters(), learned_map) if p is not None and p.requires_grad], True):
+        _copy_weights(path, model, adapters, learned_map)
+
+
+def _copy_weights(path: Path, model: nn.Module, adapters, learned_map: nn.Parameter | None) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     read = {}
     for name in adapters:
         file = adapter_directory(path, name) / WEIGHTS_FILE
@@ -229,10 +248,12 @@ def load_weights(path, model: nn.Module, tokenizer, description: dict, learned_m
             raise ValueError(f"{file}: expected {key} of shape {shapes.get(key)}, got {found.get(key)}")
     new_map = None if learned_map is None else read_map(path, learned_map.shape)
     for name, weights in read.items():
+        mine = get_peft_model_state_dict(model, adapter_name=name)
+        weights = {key: spread_like(x, mine[key]) for key, x in weights.items()}
         set_peft_model_state_dict(model, weights, adapter_name=name)
     if new_map is not None:
         with torch.no_grad():
-            learned_map.copy_(new_map)
+            learned_map.copy_(spread_like(new_map, learned_map))
 
 
 def load_adapters(path, model: nn.Module, adapters: dict[str, dict], trainable: bool = False) -> nn.Module:
@@ -255,7 +276,7 @@ def load_adapters(path, model: nn.Module, adapters: dict[str, dict], trainable: 
             model.load_adapter(directory, name, is_trainable=trainable)
         else:
             model = PeftModel.from_pretrained(model, directory, adapter_name=name, is_trainable=trainable)
-    return model
+    return say_features(model)
 
 
 def _unsaid(described: dict, key: str) -> bool:

@@ -20,6 +20,7 @@ from diffmas.models.adapted import adapter_state
 from diffmas.models.identity import state_of
 from diffmas.models.linear_parts import is_ours
 from diffmas.models.linears import product
+from diffmas.models.local import for_all, gathered, local
 
 __all__ = ["REALIGN", "Realign", "Solved"]
 
@@ -69,8 +70,9 @@ class Realign(nn.Module):
             raise ValueError(f"realign: {mode!r} needs a model with an output embedding")
         self._known: dict[tuple, tuple[tuple, Solved | bool]] = {}  # by the adapters that run; for soft_token `_by_weighing`
         self._settled: dict[int, set[tuple]] = {}  # by thread, which of these hold until `unchanging` ends
+        self._kept = False
         if mode == "learned":
-            self.weight = nn.Parameter(self._solve())
+            self.weight = nn.Parameter(self._solve().contiguous())  # which FSDP2 asks for
 
     def forward(self, h: Tensor, solved: Solved | None = None) -> Tensor:
         """solved: of `solved()`, by default what it gives now."""
@@ -107,7 +109,7 @@ class Realign(nn.Module):
         modules = (e_in, e_out) if self.mode == "ridge" else (e_in,)
         key, settled = tuple(adapter_state(m) for m in modules), self._settled.get(threading.get_ident())
         known = self._known.get(key)
-        if settled is not None and key in settled:
+        if known is not None and (self._kept or (settled is not None and key in settled)):
             return known[1]
         tensors = {id(x): x for m in modules for x in (*m.parameters(), *m.buffers())}  # those that are tied once
         # Not every optimizer counts versions.
@@ -131,7 +133,15 @@ class Realign(nn.Module):
 
     def forget(self) -> None:
         """The next call computes norm and W anew."""
+        self._kept = False
         self._known.clear()
+
+    def keep(self) -> None:
+        """Keeps norm and W as they are now, if no embedding is trained: their tensors are about to be taken apart."""
+        modules = (self._model[0].get_input_embeddings(), self._model[0].get_output_embeddings())
+        if not any(p.requires_grad for m in modules if m is not None for p in m.parameters()):
+            self.solved()
+            self._kept = True
 
     def _norm(self) -> Tensor:
         e_in, total = self._model[0].get_input_embeddings(), 0.0
@@ -161,6 +171,7 @@ class Realign(nn.Module):
 def _as_they_are(*modules: nn.Module):
     """Inside, modules compute what they are asked for, to be kept: without dropout, autocast and gradients."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(gathered([p for module in modules for p in module.parameters()]))
         for module in modules:
             stack.enter_context(evaluating(module))
             stack.enter_context(torch.autocast(_device_of(module).type, enabled=False))
@@ -200,8 +211,8 @@ class _Weighing(TorchFunctionMode):
         if func is not F.embedding:
             return func(*args, **(kwargs or {}))
         weight = args[1]
-        self.read.append(weight.untyped_storage().data_ptr())
-        return self.p.to(weight) @ weight
+        self.read.append(local(weight).untyped_storage().data_ptr())
+        return for_all(self.p.to(weight.device, weight.dtype), weight) @ weight
 
 
 def _expected(embedding: nn.Module, p: Tensor) -> Tensor:
@@ -225,7 +236,7 @@ def _by_weighing(embedding: nn.Module) -> bool:
         except (RuntimeError, TypeError, ValueError):  # rows that are packed
             return False
     want = _wide(torch.cat([_rows(embedding, i, i + 1) for i in (1 % rows, rows - 1)])).mean(0)
-    own = {x.untyped_storage().data_ptr() for x in embedding.parameters()}
+    own = {local(x).untyped_storage().data_ptr() for x in embedding.parameters()}
     close = (_wide(got)[0] - want).abs().max() <= 2 * torch.finfo(got.dtype).eps * want.abs().max()
     return bool(weighing.read) and own.issuperset(weighing.read) and bool(close)
 

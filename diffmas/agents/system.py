@@ -6,6 +6,7 @@ which the next agent attends to. The last agent's forward gives the loss, or its
 text.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -28,6 +29,7 @@ from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling
 from diffmas.models.adapted import check_adapters, check_bare
 from diffmas.models.forward import forward
+from diffmas.models.local import gathers, reshard
 from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_model, patch_of
 from diffmas.trace import Trace
@@ -107,6 +109,7 @@ class MultiAgentSystem(nn.Module):
         self.grad_scope, self.last_k, self.trace_content = grad_scope, last_k, trace_content
         self.adapter_scope, self.no_latents, self.positions, self.sinks = adapter_scope, no_latents, positions, sinks
         self.chat_options, self.latent_grad_clip = chat_options, latent_grad_clip
+        self.agreement = None  # what processes that share a sharded model tell each other before they run it (diffmas.training)
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.training = model.training
         if adapter_scope != "shared":
@@ -148,11 +151,14 @@ class MultiAgentSystem(nn.Module):
     def _pack(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor([t for row in rows for t in row], dtype=torch.long, device=self.device)[None]
 
-    def think(self, agent: Agent, questions: list[dict], trace: Trace, turns: list[Turn] | None = None) -> Trace:
+    def think(
+        self, agent: Agent, questions: list[dict], trace: Trace, turns: list[Turn] | None = None, least_steps: int = 0
+    ) -> Trace:  # fmt: skip
         """An agent's turn: one forward over its prompts on top of the trace, then T latent steps without logits.
 
         questions: one dict of prompt fields for each sequence of the trace. turns: the agent's row of `tokenize`, to save a
-        second tokenization. Returns the trace for the next agent.
+        second tokenization. least_steps: where no T is as large, more forwards follow, whose rows are dropped: processes that
+        share a model run it equally often. Returns the trace for the next agent.
         """
         if turns is None:
             starts = trace.next_positions
@@ -167,7 +173,10 @@ class MultiAgentSystem(nn.Module):
             h = forward(patch, trace, forward_pass, input_ids=self._pack(ids)).last_hidden_state[0]
             h = h[forward_pass.last_rows().to(h.device)]  # not always where the embeddings are
         with phase("latent", trace):
-            latent_steps(patch, self.realign, trace, h, steps, agent.stop_change)
+            h = latent_steps(patch, self.realign, trace, h, steps, agent.stop_change)
+            if (more := least_steps - max(steps)) > 0:
+                latent_steps(patch, self.realign, trace, h, [more] * len(steps))
+                trace.drop_newest([more] * len(steps))
         if self.trace_content == "latent_only":
             with phase("hand-over"):
                 trace = trace.keep(kind="latent", positions=self.positions, sinks=self.sinks)
@@ -178,16 +187,18 @@ class MultiAgentSystem(nn.Module):
         rows = sum(room) + sum(len(turn.ids) + turn.steps for row in turns for turn in row)
         return Trace(self.model, len(room), capacity=max(1, -(-rows // len(room))))
 
-    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None) -> Trace:
+    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None, least_steps=()) -> Trace:
         """All agents but the last take their turns; returns the trace that the last one reads.
 
         questions: dicts of prompt fields. trace: to go on from; a new one by default. turns: the result of `tokenize`.
+        least_steps: of each agent (`think`).
         """
         trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
         for i, agent in enumerate(self.agents[:-1]):
             needs_grad = torch.is_grad_enabled() and i >= self._without_grad
             with torch.set_grad_enabled(needs_grad), adapters.of_agent(self, i):
-                trace = self.think(agent, questions, trace, None if turns is None else turns[i])
+                least = least_steps[i] if least_steps else 0
+                trace = self.think(agent, questions, trace, None if turns is None else turns[i], least)
         return trace
 
     # ---- the last agent ----------------------------------------------------------------------------------------------
@@ -204,18 +215,20 @@ class MultiAgentSystem(nn.Module):
         theirs that was saved, `Trace.load`), a sequence for each question; the last agent's rows are added to it. By default
         the others take their turns now. Returns a `SystemOutput`. Raises ValueError naming what does not fit.
         """
-        questions = self.fields_of(questions)
-        if isinstance(answers, str):
-            raise ValueError("answers: expected a list, got one str")
-        if answers is not None and len(answers) != len(questions):
-            raise ValueError(f"answers: expected one for each of {len(questions)} questions, got {len(answers)}")
-        targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
-        what = "its prompt and answer" if answers is not None else "its prompt"
-        turns = self.tokenize(questions, [len(t) for t in targets], what, trace)
+        with self.agreement or contextlib.nullcontext():
+            questions = self.fields_of(questions)
+            if isinstance(answers, str):
+                raise ValueError("answers: expected a list, got one str")
+            if answers is not None and len(answers) != len(questions):
+                raise ValueError(f"answers: expected one for each of {len(questions)} questions, got {len(answers)}")
+            targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
+            what = "its prompt and answer" if answers is not None else "its prompt"
+            turns = self.tokenize(questions, [len(t) for t in targets], what, trace)
+        least = () if self.agreement is None else self.agreement([max(turn.steps for turn in row) for row in turns])
         clip = None
         if trace is None:
             with self.realign.unchanging(), clipping(self.latent_grad_clip) as clip:
-                trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns)
+                trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns, least)
         prompt_rows = [turn.ids for turn in turns[-1]]
         rows = [p + t for p, t in zip(prompt_rows, targets)]
         trace.agent = self.agents[-1].name
@@ -294,6 +307,11 @@ class MultiAgentSystem(nn.Module):
         return self._decode(questions, sampling, batch_size, progress, trace, on_token)
 
     def _decode(self, questions, sampling: Sampling, batch_size, progress: bool, trace: Trace | None, on_token=None):
+        if self.agreement is not None:
+            raise ValueError(
+                "generate: expected a model that this process has alone, got one whose weights several share; save_pretrained, "
+                "and generate with what from_pretrained loads"
+            )
         questions = self.fields_of(questions)
         sampling.check_count(len(questions))
         if batch_size is not None and batch_size < 1:
@@ -329,6 +347,8 @@ class MultiAgentSystem(nn.Module):
             >>> system.gradient_report(["where is the key"], ["in the garden"]).norm > 0
             True
         """
+        if self.agreement is not None:
+            raise ValueError("gradient_report: expected a model that this process has alone, got one that several share")
         return gradients.report(self, questions, answers, num_items_in_batch)
 
     # ---- files -------------------------------------------------------------------------------------------------------
@@ -340,7 +360,8 @@ class MultiAgentSystem(nn.Module):
     @classmethod
     def class_name(cls) -> str:
         """The full name of the class, as agents.json has it."""
-        return f"{cls.__module__}.{cls.__qualname__}"
+        own = next(c for c in cls.__mro__ if not gathers(c))  # FSDP2 puts a class of its own in its place
+        return f"{own.__module__}.{own.__qualname__}"
 
     def describe(self) -> dict:
         """The class, the agents and the fields of `diffmas.agents.options.Options`, as plain data."""
@@ -363,6 +384,7 @@ class MultiAgentSystem(nn.Module):
 
         Raises ValueError, before anything is written, for an agent whose latent_steps are a function.
         """
+        reshard(self)
         file.save(path, self.model, self.tokenizer, self.describe(), self._learned_map)
 
     def load_weights(self, path) -> None:
@@ -371,6 +393,7 @@ class MultiAgentSystem(nn.Module):
         Raises ValueError, before anything is changed, for a directory of another base model or tokenizer, other agents or
         options, or damaged weights.
         """
+        reshard(self)
         file.load_weights(path, self.model, self.tokenizer, self.describe(), self._learned_map)
 
     @classmethod

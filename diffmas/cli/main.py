@@ -1,4 +1,4 @@
-"""The command line: diffmas demo | train | generate | tasks | evaluate | audit | study | serve | export | bench | env."""
+"""The command line: demo, train, generate, tasks, evaluate, audit, study, plan, serve, export, bench, env."""
 
 import typer
 
@@ -6,6 +6,7 @@ from diffmas.cli.commands.export import export
 from diffmas.cli.commands.generate import generate
 from diffmas.cli.commands.machine import bench, demo, env
 from diffmas.cli.commands.measure import audit, evaluate, tasks
+from diffmas.cli.commands.plan import plan
 from diffmas.cli.commands.serve import serve
 from diffmas.cli.commands.study import study
 from diffmas.cli.commands.train import train
@@ -14,7 +15,7 @@ from diffmas.cli.terminal import explained
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (demo, train, generate, tasks, evaluate, audit, study, serve, export, bench, env):
+for command in (demo, train, generate, tasks, evaluate, audit, study, plan, serve, export, bench, env):
     app.command()(explained(command))
 
 

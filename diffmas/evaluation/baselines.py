@@ -160,7 +160,7 @@ class Stitched(MultiAgentSystem):
     def own_options(self) -> dict:
         return {"join": self.join}
 
-    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None) -> Trace:
+    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None, least_steps=()) -> Trace:
         trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
         others = self.agents[:-1]
         if not others:
@@ -169,7 +169,8 @@ class Stitched(MultiAgentSystem):
         for i, agent in enumerate(others):
             needs_grad = torch.is_grad_enabled() and i >= self._without_grad
             with torch.set_grad_enabled(needs_grad), adapters.of_agent(self, i):
-                branches[i] = self.think(agent, questions, branches[i], None if turns is None else turns[i])
+                least = least_steps[i] if least_steps else 0
+                branches[i] = self.think(agent, questions, branches[i], None if turns is None else turns[i], least)
         with phase("hand-over"):
             return Trace.join(branches, self.join)
 

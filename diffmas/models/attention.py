@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from diffmas.models.local import is_part, of_all_heads
 from diffmas.models.support import refuse
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.spec import LayerSpec
@@ -64,6 +65,8 @@ class Family:
             raise RuntimeError(
                 f"layer {attention.layer_idx}: q_norm and k_norm are offloaded; the fused tier needs them in memory"
             )
+        if "forward" in q_norm.__dict__ or is_part(q_weight):
+            q_weight, k_weight = (of_all_heads(w, attention) for w in (q_weight, k_weight))
         return q_weight, k_weight, q_norm.variance_epsilon
 
 

@@ -6,11 +6,13 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from diffmas.models.adapted import adapter_tensors, base_weights
+from diffmas.models.local import is_spread, local, shape_of, whole
 from diffmas.models.parts import causal_lm_of
 
 __all__ = ["adapter_fingerprint", "fingerprint_of", "model_fingerprint", "rope_of", "sampled_fingerprint", "state_of"]
@@ -32,7 +34,8 @@ def _bytes(x: Tensor):
 
 def state_of(x: Tensor, read: bool) -> tuple:
     """Differs when a tensor has changed. read: also where no version counts it, as writes to `.data`, at the cost of one pass
-    over its memory."""
+    over its memory. Of one that several processes share: their own part."""
+    x = local(x)
     version = None if x.is_inference() else x._version
     return x.data_ptr(), version, x.shape, x.dtype, x.device, _sum_of_bits(x.detach()) if read and not x.is_meta else None
 
@@ -55,17 +58,31 @@ def _digest_of(x: Tensor) -> str:
     known, state = _DIGESTS.get(x), state_of(x, read=True)
     if known is None or known[0] != state:
         digest = hashlib.sha256()
-        for part in x.detach().reshape(-1).split(CHUNK):
+        for part in whole(x).reshape(-1).split(CHUNK):
             digest.update(_bytes(part))
         known = _DIGESTS[x] = state, digest.hexdigest()
     return known[1]
 
 
+def _gather_digests(spread: list[Tensor]) -> None:
+    """Of tensors that several processes share, in their order in all of them: of those that have changed in any."""
+    changed = [float((known := _DIGESTS.get(x)) is None or known[0] != state_of(x, read=True)) for x in spread]
+    if not spread:
+        return
+    changed = torch.tensor(changed, device=spread[0].device)
+    dist.all_reduce(changed, dist.ReduceOp.MAX)
+    for x, anew in zip(spread, changed.tolist()):
+        if anew:
+            _DIGESTS.pop(x, None)
+            _digest_of(x)
+
+
 def _digest(named: list[tuple[str, Tensor]]) -> str:
     named = sorted(named, key=lambda item: item[0])
+    _gather_digests([x for _, x in named if is_spread(x)])
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # hashing and copying let other threads run
         digests = list(threads.map(_digest_of, (x for _, x in named)))
-    lines = (f"{name}{tuple(x.shape)}{digest}" for (name, x), digest in zip(named, digests))
+    lines = (f"{name}{shape_of(x)}{digest}" for (name, x), digest in zip(named, digests))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 

@@ -169,10 +169,10 @@ def product(model: nn.Module, module: nn.Module, x: Tensor, transposed: bool = F
     """x [n, in] times the frozen weight [out, in] of a module, transposed or not; None where `model` is not to be fused, or
     does not have what the kernels take."""
     patch, weight = getattr(causal_lm_of(model), "diffmas_patch", None), module._parameters.get("weight")
-    if patch is None or not patch.fuse or type(weight) is not nn.Parameter or weight.requires_grad or not serves(weight):
+    hooked = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()  # which may bring the weight
+    if hooked or patch is None or not patch.fuse or type(weight) is not nn.Parameter or weight.requires_grad:
         return None
-    hooked = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
-    if hooked or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+    if not serves(weight) or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return None
     return Product.apply(x, weight, transposed)
 

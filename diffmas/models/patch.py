@@ -26,6 +26,7 @@ from diffmas.models.forward import after_body, before_body
 from diffmas.models.generate import generate
 from diffmas.models.identity import fingerprint_of
 from diffmas.models.linears import fuse_linears, restore_linears
+from diffmas.models.local import failing_together, gathered, is_part
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
 from diffmas.models.rehearsal import at_rest, rehearse
 from diffmas.models.support import Unsupported, refuse, unsupported, window_of
@@ -103,6 +104,13 @@ def patch_model(
         >>> trace.lengths
         [3]
     """
+    with gathered([*causal_lm_of(model).parameters()]):  # ZeRO-3's, all at once; one by one where a forward runs under it
+        return _patch_model(model, backend, max_length, graphs, training_graphs, fuse)
+
+
+def _patch_model(
+    model: nn.Module, backend: str, max_length: int | None, graphs: bool, training_graphs: bool, fuse: bool
+) -> nn.Module:
     ops.check_backend(backend)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")
@@ -116,11 +124,11 @@ def patch_model(
             return model
         unpatch_model(model)
     try:
-        with at_rest(causal_lm):
+        with failing_together(causal_lm, Unsupported), at_rest(causal_lm):
             record = _examine(causal_lm, body_of(model), backend, max_length)
         record.graphs, record.training_graphs, record.fuse = graphs, training_graphs, fuse
         _install(record)
-        with at_rest(causal_lm):
+        with failing_together(causal_lm, Unsupported), at_rest(causal_lm):
             rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec)
     except BaseException as error:
         if hasattr(causal_lm, "diffmas_patch"):
@@ -166,6 +174,7 @@ def _examine(causal_lm: nn.Module, body: nn.Module, backend: str, max_length: in
     spec = ModelSpec(
         layers, backend, *_limit(max_length, min(windows, default=None)), inv_freq=functools.partial(_inv_freq, body, {}),
         device=functools.partial(_device, body), fingerprint=functools.partial(fingerprint_of, causal_lm),
+        anchored=any(map(is_part, body.parameters())),  # what joins parts of a tensor takes no missing gradient
     )  # fmt: skip
     checkpointed = [m for m in body.modules() if hasattr(m, "gradient_checkpointing")]
     dropping = [a for a, layer in zip(attentions, layers) if layer.family and hasattr(a, "attention_dropout")]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffmas.models.attention import FAMILIES, Layer, install, uninstall
 from diffmas.models.forward import skip_mask
+from diffmas.models.local import local_copy
 from diffmas.models.parts import text_stack_of
 from diffmas.models.support import Unsupported, refuse
 from diffmas.ops import reference
@@ -104,7 +105,7 @@ def traced(attention: nn.Module, *args, **kwargs):
 
 def plain_copy(attention: nn.Module) -> nn.Module:
     """A float32 copy in eval mode, with an attention function that works on any device."""
-    copied = copy.deepcopy(attention).float().eval()
+    copied = local_copy(attention).float().eval()
     copied.config = copy.copy(attention.config)
     if copied.config._attn_implementation not in ("eager", "sdpa"):
         copied.config._attn_implementation_internal = "sdpa"

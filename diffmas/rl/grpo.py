@@ -92,6 +92,11 @@ class GRPOTrainer(Trainer, trl.GRPOTrainer):
             eval_dataset=_dataset("eval_dataset", eval_dataset), callbacks=callbacks, optimizers=optimizers,
             peft_config=peft_config, gradient_report_steps=gradient_report_steps, explosion_factor=None,
         )  # fmt: skip
+        if self._engine != "one process or DDP":
+            raise ValueError(
+                f"args: expected a run of one process or DDP, got {self._engine}: answers are sampled from a model that a "
+                "process has alone; start it with torchrun"
+            )
         self._monitor.log = super(trl.GRPOTrainer, self).log  # TRL's own would put the means of rewards into a report
 
     @staticmethod

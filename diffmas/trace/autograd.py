@@ -70,9 +70,25 @@ def begin(work: LayerWork, past: Tensor) -> Tensor:
     return _apply(Begin)(carrier(work), _leaf, past)
 
 
-def end(h: Tensor) -> Tensor:
-    """What the next pass stands behind; h: the last hidden state of this one. A copy, since a view would keep h."""
-    return h.narrow(-1, 0, 0).to("cpu", torch.float32, copy=True)
+class Anchor(torch.autograd.Function):
+    """Gives h a gradient of exact zeros, whatever h holds, where others tell only the order."""
+
+    @staticmethod
+    def forward(ctx, h):
+        ctx.like = h.shape, h.dtype, h.device
+        return torch.zeros(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        shape, dtype, device = ctx.like
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def end(h: Tensor, anchored: bool = False) -> Tensor:
+    """What the next pass stands behind; h: the last hidden state of this one. A copy, since a view would keep h. anchored: see
+    `ModelSpec`."""
+    return _apply(Anchor)(h) if anchored else h.narrow(-1, 0, 0).to("cpu", torch.float32, copy=True)
 
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------

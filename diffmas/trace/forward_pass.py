@@ -112,7 +112,9 @@ class ForwardPass:
         """After the last layer; h: the last hidden state, in any shape."""
         if self.ending is not None:
             self.ending(h)
-        self.after = autograd.end(h) if torch.is_grad_enabled() and any(self.work.recorded) else self.past
+        self.after = self.past
+        if torch.is_grad_enabled() and any(self.work.recorded):
+            self.after = autograd.end(h, self.work.spec.anchored)
         if self.order is not None:  # recomputations take another: this object keeps no graph
             self.order = torch.zeros(0, requires_grad=True)
 

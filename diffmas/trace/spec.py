@@ -31,7 +31,8 @@ class LayerSpec:
 class ModelSpec:
     """layers: by index. backend: of the ops. max_length, why: the most tokens a sequence may hold, and what sets that limit.
     inv_freq: rotary frequencies on a device, [Dr / 2] float32. device: where a layer's rows live. fingerprint: what a file
-    of this model's rows depends on, as plain data."""
+    of this model's rows depends on, as plain data. anchored: backward goes through all of a forward pass, with zeros where
+    nobody used its last hidden state: processes that add up gradients after each layer have to do the same."""
 
     layers: list[LayerSpec]
     backend: str = "auto"
@@ -40,6 +41,7 @@ class ModelSpec:
     inv_freq: Callable[[torch.device], Tensor] | None = None
     device: Callable[[int], torch.device] | None = None
     fingerprint: Callable[[], dict] | None = None
+    anchored: bool = False
 
     def frequencies(self, layer: LayerSpec, device: torch.device) -> Tensor:
         """What turns a layer's keys; raises ValueError where it is not known."""

@@ -12,8 +12,6 @@ logger = logging.getLogger(__name__)
 
 # Fields that would do nothing here, or something wrong, and what to do instead. Some are of older transformers only.
 REFUSED = {
-    "deepspeed": "DistributedDataParallel, under torchrun, trains the adapter on several GPUs",
-    "fsdp": "DistributedDataParallel, under torchrun, trains the adapter on several GPUs",
     "jit_mode_eval": "torch.jit cannot trace a forward that takes text",
     "label_names": "the labels of a batch are 'labels'",
     "label_smoothing_factor": "another loss than that of the answers goes in as compute_loss_func=",

@@ -14,7 +14,8 @@ from pathlib import Path
 from diffmas.agents.file import AGENTS_FILE, read_json, write_json
 
 __all__ = [
-    "check_checkpoint", "check_manifest", "checkpoints", "last_checkpoint", "remove_oldest", "write_manifest",
+    "check_checkpoint", "check_engine_of", "check_manifest", "checkpoints", "last_checkpoint", "remove_oldest",
+    "write_manifest",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,11 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"  # {file: SHA-256}
 IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers has it beside the others until enable_jit_checkpoint's are written
 RESUME_FILES = ("trainer_state.json", AGENTS_FILE, "optimizer.pt", "scheduler.pt")
+# What the optimizer's state is written as, by who has it.
+OPTIMIZER = {
+    "one process or DDP": r"optimizer\.pt", "FSDP": r"optimizer\.bin|optimizer_\d+/.*", "DeepSpeed": r"global_step\d+/.*",
+    "tensor parallelism": r"optimizer_tp\.pt",
+}  # fmt: skip
 
 
 def _sha256(file: Path) -> str:
@@ -62,12 +68,24 @@ def check_checkpoint(path) -> Path:
     """The path of a checkpoint that training can resume from; raises ValueError naming a file that is missing or damaged."""
     path = Path(path)
     manifest = check_manifest(path)
-    missing = [name for name in RESUME_FILES if name not in manifest]
+    optimizer = any(re.fullmatch("|".join(OPTIMIZER.values()), name) for name in manifest)
+    missing = [name for name in RESUME_FILES if name not in manifest and not (name == "optimizer.pt" and optimizer)]
     if not any(name.startswith("rng_state") for name in manifest):
         missing.append("rng_state.pth")
     if missing:
         raise ValueError(f"{path}: expected a checkpoint to resume from, {MANIFEST} has no {', '.join(missing)}")
     return path
+
+
+def check_engine_of(path, engine: str) -> None:
+    """Raises ValueError for a checkpoint whose optimizer's state is of another engine than this one of OPTIMIZER."""
+    manifest = check_manifest(path)
+    found = [name for name, files in OPTIMIZER.items() if any(re.fullmatch(files, file) for file in manifest)]
+    if found and found[0] != engine:
+        raise ValueError(
+            f"{path}: expected a checkpoint of a run with {engine}, got one with {found[0]}; its adapter, which "
+            "MultiAgentSystem.from_pretrained loads, fits to any"
+        )
 
 
 def checkpoints(output_dir) -> list[Path]:

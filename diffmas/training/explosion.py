@@ -44,8 +44,10 @@ class Explosion:
 
 def explain(system: MultiAgentSystem, norm: float, times: float, micro_batches: list[tuple], directory: Path) -> str:
     """What happened, where, and what to try. micro_batches: arguments of `gradient_report`, of one step; the report of the one
-    with the largest gradient goes to the directory."""
+    with the largest gradient goes to the directory. Without any, there is no report."""
     text = f"the norm of the gradient is {norm:.3g}, {times:.0f} times its running median. "
+    if not micro_batches:
+        return text + _advice(system)
     try:
         reports = (system.gradient_report(*batch) for batch in micro_batches)
         report = max(reports, key=lambda report: worse(report.norm))

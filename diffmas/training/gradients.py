@@ -37,11 +37,18 @@ class GradientMonitor(TrainerCallback):
         self.system, self.report_steps, self.explosion_factor = system, report_steps, explosion_factor
         self.explosion = Explosion(explosion_factor)
         self.log = None  # of the trainer
-        body = patch_of(system.model).body
-        self._layer_of, self._layers = layers_of_parameters(body), len(attention_layers(body))
+        self.alone = True  # this process can run the model without the others
+        self._body = patch_of(system.model).body
+        self._layers = len(attention_layers(self._body))
         self._watch = GradientWatch(system)
         self._micro_batches: list[tuple] = []
         self._scalars: dict[str, float] = {}
+
+    def without_gradients(self) -> None:
+        """The engine keeps them to itself. Raises ValueError if norms of them were asked for."""
+        if self.report_steps:
+            raise ValueError(f"gradient_report_steps: expected 0 with DeepSpeed, got {self.report_steps}")
+        self.explosion_factor = None
 
     @contextlib.contextmanager
     def running(self, directory: Path | None):
@@ -56,7 +63,7 @@ class GradientMonitor(TrainerCallback):
     @contextlib.contextmanager
     def micro_batch(self, step: int, batch: dict, num_items_in_batch):
         """Around a forward and backward of optimizer step `step`; batch: of `training.data.Collator`."""
-        if self.explosion.factor is not None:
+        if self.explosion.factor is not None and self.alone:
             self._micro_batches.append((batch["questions"], batch["answers"], num_items_in_batch))
         with self._watch if self.reports(step) else contextlib.nullcontext():
             yield
@@ -87,8 +94,9 @@ class GradientMonitor(TrainerCallback):
         )
         groups = layer_groups(self._layers)
         by_layer: list[list[float]] = [[] for _ in range(self._layers + 1)]
+        layer_of = layers_of_parameters(self._body)  # now: an engine may have put others in their place
         for p, norm in zip(parameters, norms):
-            by_layer[self._layer_of.get(id(p), self._layers)].append(norm)
+            by_layer[layer_of.get(id(p), self._layers)].append(norm)
         by_layer = [norm_of(layer) for layer in by_layer]
         lines = [line("parameters", norm_of(by_layer))]
         lines += [line("parameters", norm_of(by_layer[span]), layers=name) for name, span in groups.items()]

@@ -2,7 +2,7 @@
 
 The whole episode of a batch, all agents and the answers' loss, is one forward of the system. DistributedDataParallel is then
 right, also when ranks take different numbers of latent steps, and accumulation, schedules, logging, evaluation, checkpoints
-and early stopping are transformers' own.
+and early stopping are transformers' own. Where processes share one model's weights: diffmas.training.sharded.
 """
 
 import contextlib
@@ -19,13 +19,32 @@ from diffmas.agents.adapters import add_lora
 from diffmas.agents.file import check_description
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.adapted import check_held
+from diffmas.models.local import is_spread, local, reshard
 from diffmas.models.parts import trained_beside_the_text
 from diffmas.training.arguments import adopted, check_arguments, wants_ids
-from diffmas.training.checkpoint import check_checkpoint, check_manifest, last_checkpoint, remove_oldest, write_manifest
+from diffmas.training.checkpoint import (
+    check_checkpoint,
+    check_engine_of,
+    check_manifest,
+    last_checkpoint,
+    remove_oldest,
+    write_manifest,
+)
 from diffmas.training.data import Collator, check_row
 from diffmas.training.gradients import GradientMonitor
 from diffmas.training.losses import as_causal_lm, token_losses
 from diffmas.training.settings import default_arguments
+from diffmas.training.sharded import (
+    TENSOR_PARALLEL,
+    check_engine,
+    engine_of,
+    gather_once,
+    load_whole,
+    prepare,
+    save_optimizer,
+    save_whole,
+    tensor_parallel,
+)
 
 __all__ = ["NonFiniteLoss", "Trainer"]
 
@@ -128,18 +147,33 @@ class Trainer(transformers.Trainer):
             raise ValueError("system: expected trainable parameters, got a frozen adapter; load it with trainable=True")
         check_held(system.model)
         args = adopted(args, _may_leave_unused(system))
-        for name in ("hf_device_map", "quantization_method"):  # transformers does not move a placed or quantized model
-            if getattr(system.model, name, None) is not None:
+        # transformers does not move a placed or quantized model, nor one that it has sharded as it loaded it
+        for name in ("hf_device_map", "quantization_method", *TENSOR_PARALLEL):
+            if getattr(system.model, name, None) is not None and (name not in TENSOR_PARALLEL or tensor_parallel(system)):
                 setattr(system, name, getattr(system.model, name))
         self._bad_losses, self._good_checkpoint = None, None
         self._token_losses: list[torch.Tensor] = []  # of an evaluation's rows: the sum over tokens, and how many they are
         self._monitor = GradientMonitor(system, gradient_report_steps, explosion_factor)
+        only_model = args.save_only_model
+        if tensor_parallel(system):  # transformers refuses a checkpoint with the optimizer's state, which is written here
+            args.save_only_model = True
         self._set_up(
             system, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator,
             compute_loss_func=compute_loss_func, **options,
         )  # fmt: skip
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("accelerate: expected neither FSDP nor DeepSpeed for a multi-agent system; start it with torchrun")
+        self.args.save_only_model = only_model
+        self._engine = engine_of(self)
+        check_engine(system, self.args, self.accelerator.state)
+        if self.is_deepspeed_enabled:
+            self._monitor.without_gradients()
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        self._sharded = self.is_fsdp_enabled or zero3 or tensor_parallel(system)
+        self._batches = self.accelerator.num_processes  # at once, of rows of their own
+        if tensor_parallel(system):
+            self._batches //= self.get_tp_size()
+        if self._sharded:
+            prepare(system, self.is_fsdp_enabled or zero3)
+            self._monitor.alone = False
         self._monitor.log = self.log
         self.add_callback(self._monitor)
 
@@ -171,19 +205,32 @@ class Trainer(transformers.Trainer):
             shifted = as_causal_lm(outputs)
             count = (shifted["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             loss = self.compute_loss_func(shifted, shifted["labels"], num_items_in_batch=count)
+        if self.is_deepspeed_enabled and model.training:
+            self._check_before_backward(loss)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP takes the mean over ranks; the count is over all ranks
+            loss = loss * self._batches  # DDP takes the mean over ranks; the count is over all ranks
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step + 1
+        gather_once(model, self.accelerator.state)
         with self._monitor.micro_batch(step, inputs, num_items_in_batch):
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.is_fsdp_enabled:
+            reshard(model)
         bad = ~loss.isfinite()  # stays on the device until the optimizer is to step
         self._bad_losses = bad if self._bad_losses is None else self._bad_losses | bad
         if self.accelerator.sync_gradients:
             self._before_step(step)
         return loss
+
+    def _check_before_backward(self, loss) -> None:
+        """DeepSpeed's backward takes the step too: raises NonFiniteLoss on all ranks if any has a bad loss."""
+        if self.accelerator.reduce((~loss.detach().isfinite()).float(), "sum").item():
+            raise NonFiniteLoss(
+                f"step {self.state.global_step + 1}: expected a finite loss, got NaN or infinity; training stopped before it "
+                f"reached the weights. Last good checkpoint: {self._good_checkpoint or last_checkpoint(self.args.output_dir)}"
+            )
 
     def _before_step(self, step: int) -> None:
         """Raises NonFiniteLoss on all ranks if any has a bad loss or gradient; called before every optimizer step."""
@@ -191,7 +238,11 @@ class Trainer(transformers.Trainer):
         what, scaler = "loss", self.accelerator.scaler
         parameters, norms = [p for p in self.model.parameters() if p.grad is not None], []
         if parameters and (scaler is None or self._monitor.needs_norms(step)):
-            norms = torch.stack([n.to(bad.device) for n in torch._foreach_norm([p.grad for p in parameters])])
+            grads = [local(p.grad) for p in parameters]
+            norms = torch.stack([n.to(bad.device) for n in torch._foreach_norm(grads)])
+            if self._sharded and self._monitor.needs_norms(step):
+                of_all = [1.0 if is_spread(p.grad) else self.accelerator.num_processes for p in parameters]
+                norms = self.accelerator.reduce(norms.square() / norms.new_tensor(of_all), "sum").sqrt()
             if scaler is None:  # which finds its scale by infinite gradients
                 bad, what = bad | ~norms.isfinite().all(), "loss or gradient"
         bad = self.accelerator.reduce(bad.float(), "sum").item()
@@ -199,7 +250,7 @@ class Trainer(transformers.Trainer):
             scale = 1.0 if scaler is None else scaler.get_scale()
             norms = [norm / scale for norm in norms.tolist()] if parameters else []
             directory = Path(self.args.output_dir) if self.is_world_process_zero() else None
-            self._monitor.before_step(step, parameters, norms, scale * self.accelerator.num_processes, directory)
+            self._monitor.before_step(step, parameters, norms, scale * self._batches, directory)
         if bad:
             kept = self._good_checkpoint or last_checkpoint(self.args.output_dir)
             raise NonFiniteLoss(
@@ -225,7 +276,7 @@ class Trainer(transformers.Trainer):
             # By row, since the last batch may repeat rows, to have one for each process; of another loss, a share of the mean.
             of_row = token_losses(outputs).sum(1) if loss is outputs["loss"] else loss.detach() * tokens
         weighed = torch.stack((of_row.float(), tokens.float()), dim=1)
-        self._token_losses.append(self.accelerator.gather_for_metrics(weighed))
+        self._token_losses.append(self.accelerator.gather_for_metrics(weighed) if self._batches > 1 else weighed)
         if prediction_loss_only:
             return loss.detach(), None, None
         return loss.detach(), outputs["logits"].detach(), outputs["labels"].detach()
@@ -246,6 +297,8 @@ class Trainer(transformers.Trainer):
                 raise ValueError(f"{self.args.output_dir}: expected a whole checkpoint to resume from, found none")
         self._bad_losses = None
         self._good_checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._good_checkpoint is not None:
+            check_engine_of(self._good_checkpoint, self._engine)
         if self._good_checkpoint is not None and (ended := self._ended(self._good_checkpoint)):
             return ended
         directory = Path(self.args.output_dir) if self.is_world_process_zero() else None
@@ -294,16 +347,42 @@ class Trainer(transformers.Trainer):
         finally:
             setattr(self.args, name, True)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Writes what `MultiAgentSystem.save_pretrained` does. Where processes share the weights, all of them have to ask."""
+        if not self._sharded:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir)  # transformers would gather the base model too
+
     def _save(self, output_dir=None, state_dict=None):
-        if not self.args.should_save:
+        if not (self.args.should_save or self._sharded):
             return
         output_dir = Path(output_dir or self.args.output_dir)
-        for name, p in self.model.named_parameters():
-            if p.requires_grad and not p.isfinite().all():
-                raise NonFiniteLoss(
-                    f"{output_dir}: not written, {name} is not finite. Last good checkpoint: {self._good_checkpoint or 'none'}"
-                )
+        bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not local(p).isfinite().all()]
+        if self._sharded and self.accelerator.reduce(torch.tensor(float(len(bad)), device=self.args.device), "sum").item():
+            bad = bad or ["a weight of another process"]
+        if bad:
+            raise NonFiniteLoss(
+                f"{output_dir}: not written, {bad[0]} is not finite. Last good checkpoint: {self._good_checkpoint or 'none'}"
+            )
         self.model.save_pretrained(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self._sharded and not self.is_deepspeed_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_deepspeed_enabled:  # both without the base model once more
+            self.model_wrapped.save_checkpoint(str(output_dir), exclude_frozen_parameters=True)
+        elif self.is_fsdp_enabled:
+            save_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
+        else:
+            save_whole(self.optimizer, output_dir, self.args.should_save)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not tensor_parallel(self.model):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_whole(self.optimizer, checkpoint)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _save_checkpoint(self, model, trial, *args, **kwargs):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -317,6 +396,14 @@ class Trainer(transformers.Trainer):
             write_manifest(path)  # transformers would have removed older ones before this one was whole
             remove_oldest(path.parent, limit, keep={path.name, Path(self.state.best_model_checkpoint or path).name})
         self._good_checkpoint = path
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if not (self.is_deepspeed_enabled and resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.model_wrapped.load_checkpoint(str(resume_from_checkpoint), load_module_strict=False)  # no base model in it
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_checkpoint(resume_from_checkpoint)

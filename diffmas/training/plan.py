@@ -1,0 +1,135 @@
+"""How much memory a team's training takes on each GPU, by engine: formulas over a model's config, of which nothing is loaded.
+
+Not counted: what the CUDA context, NCCL and the allocator's gaps take (a few GB), and temporary tensors of single ops.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+__all__ = ["ENGINES", "Episode", "Need", "Sizes", "plan", "sizes_of"]
+
+ENGINES = ("DDP", "ZeRO-2", "FSDP2, kept", "FSDP2 / ZeRO-3", "tensor parallel")
+ADAM, MASTER = 8, 4  # bytes for each trained weight: two moments; itself, and its gradient likewise, in float32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model, in numbers of values. weights: all. root: embeddings, head and last norm. largest_layer: a decoder layer's.
+    trained: adapters', or all weights. kv: of a row (K and V) of a layer. logits: of a token. saved: bytes that autograd keeps
+    of a token and layer; entering: those that activation checkpointing keeps instead."""
+
+    weights: int
+    root: int
+    largest_layer: int
+    trained: int
+    kv: int
+    saved: int
+    entering: int
+    logits: int
+    layers: int
+    kv_heads: int
+    dtype_bytes: int
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What a GPU computes at once. agents: the last one answers. prompt, answer: tokens. latent_steps: of each agent but the
+    last. batch: questions."""
+
+    agents: int
+    prompt: int = 512
+    latent_steps: int = 10
+    answer: int = 256
+    batch: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Of a trace, for all questions."""
+        return self.batch * (self.agents * self.prompt + (self.agents - 1) * self.latent_steps + self.answer)
+
+    @property
+    def forwards(self) -> int:
+        return self.agents + (self.agents - 1) * self.latent_steps
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on each GPU. gathered: that go over the wire to each GPU for the weights of one episode, forward and backward."""
+
+    engine: str
+    weights: int
+    optimizer: int
+    pools: int
+    activations: int
+    gathered: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.pools + self.activations
+
+
+def sizes_of(config, r: int | None = 8, dtype: torch.dtype = torch.bfloat16) -> Sizes:
+    """The sizes of a model by its transformers config. r: the rank of a LoRA on all linear layers of the decoder; None: all
+    weights are trained.
+
+        >>> sizes_of(model.config, r=None).weights == sum(p.numel() for p in model.parameters())
+        True
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    text, b = config.get_text_config(), dtype.itemsize
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=count)
+    linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    weights, in_layers = count(model), [count(layer) for layer in layers]
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    hidden, heads, inner = text.hidden_size, text.num_attention_heads * head_dim, text.intermediate_size
+    # Two norms keep their input in float32 and what they return, attention its queries, outputs, and q and k before a norm;
+    # the MLP gate, up, the activation and their product; a LoRA's A each linear layer's input as float32.
+    saved = 2 * (2 * 4 + b) * hidden + b * (3 * heads + kv_heads * head_dim) + 4 * b * inner
+    saved += 4 * (2 * hidden + heads + inner) if r and b < 4 else 0
+    return Sizes(
+        weights=weights, root=weights - sum(in_layers), largest_layer=max(in_layers),
+        trained=weights if r is None else sum(r * (m.in_features + m.out_features) for m in linears),
+        kv=2 * kv_heads * head_dim, saved=saved, entering=b * hidden, logits=text.vocab_size, layers=len(layers),
+        kv_heads=kv_heads, dtype_bytes=b,
+    )  # fmt: skip
+
+
+def plan(sizes: Sizes, gpus: int, episode: Episode, checkpointing: bool = False) -> list[Need]:
+    """What each engine of ENGINES needs, on so many GPUs with an episode on each; with tensor parallelism they share one.
+
+    Tensor parallelism is left out where the GPUs do not divide the K/V heads.
+
+        >>> needs = plan(sizes_of(model.config), gpus=2, episode=Episode(agents=3))
+        >>> needs[0].weights > needs[3].weights
+        True
+    """
+    b, rows, n = sizes.dtype_bytes, episode.rows, gpus
+    weights, layers = b * sizes.weights, b * (sizes.weights - sizes.root)
+    pools = rows * sizes.layers * sizes.kv * (b + 4)  # and their gradients, in float32
+    if checkpointing:
+        longest = episode.batch * (episode.prompt + episode.answer)
+        activations = rows * sizes.layers * sizes.entering + longest * sizes.saved
+    else:
+        activations = rows * sizes.layers * sizes.saved
+    logits = 3 * 4 * episode.batch * episode.answer * sizes.logits  # in float32, their softmax, their gradient
+    sharded = layers // n + b * sizes.root  # all of the root stays while an episode runs
+    parts = sizes.trained * (2 * MASTER + ADAM) // n
+    passed = 2 * episode.forwards * layers * (n - 1) // n
+    needs = [
+        Need("DDP", weights, sizes.trained * (2 * MASTER + ADAM), pools, activations + logits, 0),
+        Need("ZeRO-2", weights, sizes.trained * 2 * MASTER + sizes.trained * ADAM // n, pools, activations + logits, 0),
+        Need("FSDP2, kept", sharded + layers, parts, pools, activations + logits, layers * (n - 1) // n),
+        Need("FSDP2 / ZeRO-3", sharded + 2 * b * sizes.largest_layer, parts, pools, activations + logits, passed),
+    ]
+    if sizes.kv_heads % n == 0:
+        # Its layers' insides are parts, what enters them is whole; the embeddings may be whole too.
+        inside = activations // n if not checkpointing else activations
+        needs.append(Need("tensor parallel", sharded, parts, pools // n, inside + logits, 0))
+    return needs

@@ -1,0 +1,354 @@
+"""One rank of a two-process run over gloo, for test_engines.py: optimizer steps under an engine, everything written to files.
+
+torchrun --nproc_per_node 2 worker.py OUTPUT_DIR CASE...
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import tiny_systems
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from diffmas import patch_model, unpatch_model
+from diffmas.models import linears, probe
+from diffmas.models.local import of_all_heads
+from diffmas.training import Trainer, default_arguments
+from diffmas.training.sharded import check_engine
+
+
+def fsdp(**options):
+    return dict(fsdp="full_shard", fsdp_config={"version": 2, **options})
+
+
+SHARDED = fsdp(state_dict_type="SHARDED_STATE_DICT")
+CHECKPOINTED = dict(gradient_checkpointing=True)
+
+REPORTED, NORM = ("fsdp learned", "tp roles"), "gradient/parameters"
+CLIPPED = {"latent_grad_clip": 0.05}
+SOFT = {"realign": "soft_token"}  # of a random model's, the steps that rounding changes least
+ROLES = {"adapter_scope": "per_role", **SOFT}  # without a latent step, parts of a role's adapter get no gradient
+
+# name -> (latent steps of each process, options of the system, TrainingArguments)
+STEPS = {
+    "fsdp": ((4, 4), {}, fsdp()),
+    "fsdp T=0": ((0, 0), {}, fsdp()),
+    "fsdp keep": ((4, 4), {}, fsdp(reshard_after_forward=False)),
+    "fsdp checkpointing": ((4, 4), {}, {**fsdp(), **CHECKPOINTED}),
+    "fsdp T=0 checkpointing": ((0, 0), {}, {**fsdp(), **CHECKPOINTED}),
+    "fsdp T=1,3": ((1, 3), SOFT, fsdp()),
+    "fsdp T=0,2": ((0, 2), SOFT, fsdp()),
+    "fsdp roles": ((0, 2), ROLES, {**fsdp(), **CHECKPOINTED}),
+    "fsdp learned": ((1, 1), {"realign": "learned", "trace_content": "latent_only"}, fsdp()),
+    "fsdp soft": ((2, 2), SOFT, fsdp(reshard_after_forward=False)),
+    "fsdp detach": ((2, 2), {"grad_scope": "detach_trace"}, fsdp()),
+    "fsdp clip": ((1, 3), CLIPPED, fsdp()),
+    "fsdp bf16": ((0, 0), {}, {**fsdp(), "bf16": True}),
+}
+ALL_ROWS = dict(per_device_train_batch_size=4)  # both processes have them
+TP = {
+    "tp": ((4, 4), {}, ALL_ROWS),
+    "tp T=0": ((0, 0), {}, ALL_ROWS),
+    "tp checkpointing": ((4, 4), {}, {**ALL_ROWS, **CHECKPOINTED}),
+    "tp T=0 checkpointing": ((0, 0), {}, {**ALL_ROWS, **CHECKPOINTED}),
+    "tp roles": ((1, 1), {"adapter_scope": "per_role"}, {**ALL_ROWS, **CHECKPOINTED}),
+    "tp clip": ((2, 2), CLIPPED, ALL_ROWS),
+    "tp soft": ((2, 2), {"realign": "soft_token"}, ALL_ROWS),
+}
+STEPS |= TP
+
+
+def zero(stage: int, **options):
+    config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **options}}
+    config |= {name: "auto" for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")}
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return dict(deepspeed=config, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+
+
+ZERO = {
+    "zero2": ((4, 4), {}, zero(2)),
+    "zero2 accumulation": ((1, 1), {}, {**zero(2), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "zero2 T=0": ((0, 0), {}, zero(2)),
+    "zero2 checkpointing": ((4, 4), {}, {**zero(2), **CHECKPOINTED}),
+    "zero2 roles": ((0, 2), ROLES, zero(2)),
+    "zero2 T=1,3": ((1, 3), {}, zero(2)),
+    "zero3": ((4, 4), {}, zero(3)),
+    "zero3 T=0": ((0, 0), {}, zero(3)),
+    "zero3 accumulation": ((1, 1), {}, {**zero(3), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "zero3 checkpointing": ((4, 4), {}, {**zero(3), **CHECKPOINTED}),
+    "zero3 T=1,3": ((1, 3), {"realign": "learned"}, zero(3)),
+    "zero3 roles": ((0, 2), ROLES, {**zero(3), **CHECKPOINTED}),
+    "zero3 clip": ((1, 3), CLIPPED, zero(3)),
+    "zero3 soft": ((2, 2), {"realign": "soft_token"}, zero(3)),
+}
+STEPS |= ZERO
+RESUMED = {"fsdp resumed": fsdp(), "fsdp resumed sharded": SHARDED, "tp resumed": ALL_ROWS}
+RESUMED |= {"zero2 resumed": zero(2), "zero3 resumed": zero(3)}
+STOPPED = {"fsdp stop": fsdp(), "zero2 stop": zero(2), "zero3 stop": zero(3)}
+KILLED = {"fsdp killed": fsdp()}
+GIVEN = dict(
+    max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0, use_cpu=True,
+    ddp_backend="gloo", report_to=[], disable_tqdm=True, save_strategy="no",
+)  # fmt: skip
+RESUMING = dict(max_steps=3, save_strategy="steps", save_steps=1, learning_rate=1e-2)
+
+
+def gradient(p):
+    """As the optimizer gets it; None counts as zero."""
+    if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(p).clone()
+    return torch.zeros_like(p) if p.grad is None else whole(p.grad)
+
+
+def whole(x):
+    if hasattr(x, "ds_tensor"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([x]):
+            return x.detach().clone()
+    return x.full_tensor() if isinstance(x, DTensor) else x.detach().clone()
+
+
+def weights(model):
+    return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+# Linears long enough to be fused; weights that rounding is little amplified by from step to step.
+BASE = dict(
+    seed=5, initializer_range=0.1, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, vocab_size=32,
+)  # fmt: skip
+GATHERED, FUSED, SOLVED = [], [], []  # a layer's weights, or the root's; a linear and its adapter in one op; realign's W
+
+
+def count_gathers():
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+
+    gather = group.foreach_all_gather
+    group.foreach_all_gather = lambda *args, **options: GATHERED.append(1) or gather(*args, **options)
+
+
+def count_fused():
+    run = linears.run
+    linears.run = lambda x, weight, bias, a, *rest: FUSED.append(a) or run(x, weight, bias, a, *rest)
+
+
+def count_solved():
+    solve = torch.linalg.solve
+    torch.linalg.solve = lambda *args, **options: SOLVED.append(1) or solve(*args, **options)
+
+
+class Record(TrainerCallback):
+    """The gradients as the optimizer gets them."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if not args.deepspeed:
+            self.grads = {n: gradient(p) for n, p in model.named_parameters() if p.requires_grad}
+
+
+class Recording(Trainer):
+    seen, grads = (), None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            self.seen = (*self.seen, *zip(inputs["questions"], inputs["answers"]))
+        if self.is_deepspeed_enabled and model.training and "step" not in vars(model):  # its backward ends with its step
+            step = model.step
+
+            def recording():
+                self.grads = {n: gradient(p) for n, p in self.model.named_parameters() if p.requires_grad}
+                step()
+
+            model.step = recording
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def model_of(directory: Path | None = None):
+    """The base model. directory: of a case, under a directory that has the model on disk; for one of TP it is spread over the
+    processes by heads, for one of ZeRO-3 it comes in parts."""
+    if directory is None:
+        return tiny_systems.model(**BASE)
+    from transformers.distributed import DistributedConfig
+
+    spread = {"distributed_config": DistributedConfig(tp_plan="auto")} if directory.name.startswith("tp") else {}
+    return AutoModelForCausalLM.from_pretrained(directory.parent / "base", **spread)
+
+
+def system_of(T: int, options: dict, directory: Path | None = None):
+    return tiny_systems.system(T, base=model_of(directory), **options)
+
+
+def with_other_weights(system):
+    """As they are after some training."""
+    with torch.no_grad():
+        for p in system.parameters():
+            if p.requires_grad:
+                p.mul_(-2)
+    return system
+
+
+def trainer_of(directory: Path, steps, options: dict, arguments: dict, pretend: bool = True, **more) -> Recording:
+    AcceleratorState._reset_state()
+    args = default_arguments(directory, **{**GIVEN, **arguments})
+    assert args.world_size == 2
+    if pretend and (args.fsdp or args.deepspeed or directory.name.startswith("tp")):  # accelerate knows of accelerators alone
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return Recording(
+        system_of(steps[args.process_index], options, directory), args,
+        train_dataset=tiny_systems.rows(8), eval_dataset=tiny_systems.rows(5), **more,
+    )  # fmt: skip
+
+
+def step(directory: Path, steps, options, arguments) -> dict:
+    """A step, an evaluation, and back from what is saved."""
+    more = {"gradient_report_steps": int(directory.name in REPORTED), "callbacks": [record := Record()]}
+    trainer = trainer_of(directory, steps, options, arguments, **more)
+    before = len(GATHERED)
+    FUSED.clear()
+    SOLVED.clear()
+    loss = trainer.train().training_loss
+    sharded = [type(m).__name__ for m in trainer.model.modules() if type(m).__name__.startswith("FSDP")]
+    found = {"seen": trainer.seen, "grads": trainer.grads or record.grads, "loss": loss, "sharded": sharded}
+    found["norm"] = next((x[NORM] for x in trainer.state.log_history if NORM in x), None)
+    found["gathered"], found["fused"] = len(GATHERED) - before, len(FUSED)
+    found["eval_loss"] = trainer.evaluate()["eval_loss"]
+    found["solved"] = len(SOLVED)
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()  # the first process writes
+    found["weights"] = weights(trainer.model)
+    if steps[0] != steps[1]:  # the teams of the two processes are not the same
+        return found
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            if p.requires_grad:
+                p.zero_()
+    trainer.model.load_weights(directory)
+    found["loaded"] = weights(trainer.model)
+    if not options:
+        trainer.model.load_weights(directory.parent / f"alone T={steps[0]}")
+        found["of one process"] = weights(trainer.model)
+    return found
+
+
+def resume(directory: Path, arguments) -> dict:
+    """Three steps, and the last two of them from the first's checkpoint."""
+    arguments = {**arguments, **RESUMING}
+    trainer = trainer_of(directory, (2, 2), {}, arguments)
+    trainer.train()
+    again = trainer_of(directory, (2, 2), {}, arguments)
+    again.train(resume_from_checkpoint=str(directory / "checkpoint-1"))
+    return {"weights": weights(trainer.model), "resumed": weights(again.model), "log": again.state.log_history}
+
+
+def stop(directory: Path, arguments) -> dict:
+    """Errors of one process, and what no process can do."""
+    errors = {}
+
+    def error(name, run):
+        try:
+            run()
+        except (FloatingPointError, RuntimeError, ValueError) as raised:
+            errors[name] = f"{type(raised).__name__}: {raised}"
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return outputs["logits"].sum() * (torch.nan if os.environ["RANK"] == "1" else 1.0)
+
+    trainer = trainer_of(directory, (1, 1), {}, arguments, compute_loss_func=loss)
+    before = weights(trainer.model)
+    error("nan", trainer.train)
+    after = weights(trainer.model)
+    same = all(torch.equal(x, after[name]) for name, x in before.items())
+    if "deepspeed" in arguments:
+        return {"errors": errors, "same": same}
+    trainer = trainer_of(directory, (1, 1), {}, fsdp())
+    long = [{"question": "lamp " * 200, "answer": "the key"}] if trainer.args.process_index else tiny_systems.rows(1)
+    error("row", lambda: trainer.model([long[0]["question"]], [long[0]["answer"]]))
+    error("generate", lambda: trainer.model.generate(["where is the key"]))
+    error("report", lambda: trainer.model.gradient_report(["where is the key"], ["the key"]))
+    trainer.accelerator.state.fsdp_plugin.fsdp_version = 1  # whose plugin cannot be made on a CPU
+    error("version", lambda: check_engine(trainer.model, trainer.args, trainer.accelerator.state))
+    error("cpu", lambda: trainer_of(directory, (1, 1), {}, fsdp(), pretend=False))
+    error("own checkpointing", lambda: trainer_of(directory, (1, 1), {}, fsdp(activation_checkpointing=True)))
+    return {"errors": errors, "same": same}
+
+
+def patched(directory: Path) -> dict:
+    """A patched model by itself, all of its weights trained: gradients, tokens, rows; and a layer that one process refuses."""
+    torch.distributed.init_process_group("gloo")
+    questions, answers = (list(x) for x in zip(*((r["question"], r["answer"]) for r in tiny_systems.rows(3))))
+    found = {}
+    for name, where in (("alone", None), ("tp", directory)):
+        model = model_of(where).train()
+        for realign in ("ridge", "soft_token"):
+            system = tiny_systems.system(1, lora=False, base=model, realign=realign)
+            output = system(questions, answers)
+            output.loss.backward()
+            grads = {n: whole(p.grad) for n, p in system.named_parameters()}
+            model.zero_grad()
+            found[name, realign] = {
+                "loss": output.loss.item(), "grads": grads, "heads": output.trace.keys_values(0, 0)[0].shape[1],
+                "text": system.generate(questions, max_new_tokens=6, temperature=0),
+            }  # fmt: skip
+    mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    norm = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))  # as some versions spread norms
+    (of_all_heads(norm, model) * (1 + mesh.get_rank())).sum().backward()
+    found["norm"] = whole(norm.grad)
+    unpatch_model(model)
+    mismatch = probe.mismatch
+    if os.environ["RANK"] == "1":
+        probe.mismatch = lambda *_: "it is refused here"
+    try:
+        patch_model(model)
+    except ValueError as error:
+        found["error"] = str(error)
+    probe.mismatch = mismatch
+    return {**found, "plain": not hasattr(model, "diffmas_patch")}
+
+
+def die(directory: Path, arguments) -> None:
+    """The second process is killed while the second checkpoint is written."""
+    arguments = {**arguments, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+    class Dying(Recording):
+        def _save_rng_state(self, output_dir):
+            if self.state.global_step == 2 and self.args.process_index == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            super()._save_rng_state(output_dir)
+
+    trainer = trainer_of(directory, (1, 1), {}, arguments)
+    trainer.__class__ = Dying
+    trainer.train()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    count_gathers()
+    count_fused()
+    count_solved()
+    output = Path(sys.argv[1])
+    if os.environ["RANK"] == "0":
+        for T in {steps[0] for name, (steps, options, _) in STEPS.items() if name in sys.argv[2:] and not options}:
+            with_other_weights(system_of(T, {})).save_pretrained(output / f"alone T={T}")
+        model_of().save_pretrained(output / "base.partial")
+        (output / "base.partial").rename(output / "base")
+    while not (output / "base").is_dir():  # no group of processes yet
+        time.sleep(0.1)
+    for name in sys.argv[2:]:
+        if name in STEPS:
+            found = step(output / name, *STEPS[name])
+        elif name in RESUMED:
+            found = resume(output / name, RESUMED[name])
+        elif name in KILLED:
+            found = die(output / name, KILLED[name])
+        else:
+            found = stop(output / name, STOPPED[name]) if name in STOPPED else patched(output / name)
+        torch.save(found, output / f"{name}-{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()

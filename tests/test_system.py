@@ -396,7 +396,7 @@ def test_chat_template_and_system_message():
         (lambda s: s([3]), "questions: expected strings or dicts"),
         (lambda s: s(QUESTIONS, ["w1"]), "answers: expected one for each of 3 questions, got 1"),
         (lambda s: s(["w10", "w11"], "ab"), "answers: expected a list, got one str"),
-        (lambda s: s(["w10"], [None]), "answers: expected strings, got NoneType"),
+        (lambda s: s(["w10"], [None]), "answers: expected strings or lists of token ids, got NoneType"),
         (lambda s: s(["w10"], ["w20 " * 600]), "answer to fit in the context of 512 positions"),
         (lambda s: s(["w10 " * 600]), "'planner': expected its prompt and 3 latent steps to fit"),
         (lambda s: s.generate([]), "questions: expected at least one question"),

@@ -163,3 +163,15 @@ def test_the_head_in_decoding():
     assert tokens == unfused(made).generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0)
     unpatch_model(made.model)
     assert "forward" not in vars(made.model.get_output_embeddings())
+
+
+def test_decoding_under_autocast_is_autocasts_own():
+    """Agents write their rows in bfloat16 then, and the answer's have to be of that kind."""
+    made, found = system(lora(base())).eval(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for fuse in (True, False):
+            patch_model(made.model, fuse=fuse)
+            with counted(linears, "run") as calls:
+                found.append(made.generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0))
+            assert not calls
+    assert found[0] == found[1]

@@ -1,5 +1,7 @@
 """Decoder layers of few rows as three ops: the layer's own numbers, and its own forward where anything is not common."""
 
+import functools
+
 import pytest
 import torch
 from linear_systems import base, calm, counted, lora, system, unfused
@@ -8,7 +10,7 @@ from systems import QUESTIONS
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from diffmas import Trace, patch_model, unpatch_model
+from diffmas import Trace, Unsupported, patch_model, unpatch_model
 from diffmas.models import few_rows, linears
 from diffmas.models.patch import patch_of
 from diffmas.ops import extension
@@ -163,3 +165,67 @@ def test_the_head_in_decoding():
     assert tokens == unfused(made).generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0)
     unpatch_model(made.model)
     assert "forward" not in vars(made.model.get_output_embeddings())
+
+
+def test_decoding_under_autocast_is_autocasts_own():
+    """Agents write their rows in bfloat16 then, and the answer's have to be of that kind."""
+    made, found = system(lora(base())).eval(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for fuse in (True, False):
+            patch_model(made.model, fuse=fuse)
+            with counted(linears, "run") as calls:
+                found.append(made.generate_tokens(QUESTIONS, max_new_tokens=6, temperature=0))
+            assert not calls
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("part", ["", "mlp", "input_layernorm", "mlp.act_fn"])
+def test_what_somebody_else_does_to_a_class(part, wrapped, monkeypatch):
+    model = of_family("llama")
+    plain, _ = states(model)
+    replaced = type(model.model.layers[0].get_submodule(part))
+    forward = replaced.forward
+
+    def other(self, *args, **kwargs):
+        return 2 * forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(replaced, "forward", functools.wraps(forward)(other) if wrapped else other)
+    got, calls = states(model)
+    assert calls == 0
+    assert_same(got, states(model, fuse=False)[0])
+    assert not torch.allclose(got, plain, rtol=1e-2)
+
+
+def test_a_hook_on_an_adapters_dropout():
+    model = lora(base()).eval()
+    plain, _ = states(model)
+    for name, module in model.named_modules():
+        if name.endswith("q_proj.lora_dropout.default"):
+            module.register_forward_hook(lambda module, args, y: 3 * y)
+    got, calls = states(model)
+    assert calls == 0
+    assert_same(got, states(model, fuse=False)[0])
+    assert not torch.allclose(got, plain, rtol=1e-2)
+
+
+def test_hidden_states_that_were_asked_for_once():
+    """transformers leaves hooks behind in all layers."""
+    model, ids = patch_model(of_family("llama")), torch.tensor([[3, 4, 5]])
+    want = states(model)[0]
+    with torch.no_grad():
+        model(input_ids=ids, output_hidden_states=True)
+        traced = model(input_ids=ids, past_key_values=Trace(model, batch_size=1), output_hidden_states=True).hidden_states
+    assert len(traced) == LAYERS + 1
+    got, calls = states(model)
+    assert calls == 2 * LAYERS
+    assert torch.equal(got, want)
+
+
+def test_a_layer_that_is_not_its_three_ops_is_found_when_it_is_patched(monkeypatch):
+    few = linears.few_rows
+    monkeypatch.setattr(linears, "few_rows", lambda *args: y if (y := few(*args)) is None else 1.5 * y)
+    model = of_family("llama")
+    with pytest.raises(Unsupported, match="fuse=False"):
+        patch_model(model)
+    patch_model(model, fuse=False)

@@ -19,21 +19,34 @@ __all__ = ["few_rows"]
 
 FAMILIES = ("Llama", "Mistral", "Ministral", "Ministral3", "Qwen2", "Qwen3")  # whose decoder layers do the same
 KINDS = {f"{family}{kind}": kind for family in FAMILIES for kind in ("DecoderLayer", "RMSNorm", "MLP")}
+CAPTURING = "transformers.utils.output_capturing"
 KINDS |= {"SiLU": "SiLU", "SiLUActivation": "SiLU"}
 
 
 @functools.cache
-def _kind(module_class: type) -> str | None:
-    """What a class of transformers or torch is in such a layer."""
-    return KINDS.get(module_class.__name__) if module_class.__module__.startswith(("transformers.", "torch.nn.")) else None
+def _kind(module_class: type, forward) -> str | None:
+    """What a class of transformers or torch is in such a layer. forward: the class's, which may be somebody else's."""
+    own = module_class.__module__.startswith(("transformers.", "torch.nn."))
+    while own and forward is not None:  # what wraps a function takes over its names, but not its globals
+        own = getattr(forward, "__globals__", {}).get("__name__", "").startswith(("transformers.", "torch."))
+        forward = getattr(forward, "__wrapped__", None)
+    return KINDS.get(module_class.__name__) if own else None
 
 
 def _is(module: nn.Module, kind: str) -> bool:
     """Whether it is of a kind, and does what its class does."""
+    module_class = type(module)
     return (
-        _kind(type(module)) == kind and not module._forward_hooks and not module._forward_pre_hooks
+        _kind(module_class, module_class.forward) == kind and not module._forward_hooks and not module._forward_pre_hooks
         and "forward" not in module.__dict__
     )  # fmt: skip
+
+
+def _seen(attention: nn.Module) -> bool:
+    """Whether somebody hooks into it. transformers leaves hooks behind that collect attention weights, of which a trace has
+    none, once it was asked for hidden states."""
+    hooks = attention._forward_hooks.values()
+    return bool(attention._forward_pre_hooks) or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
 
 
 def _linear(module: nn.Module, dtype: torch.dtype):
@@ -59,14 +72,17 @@ def few_rows(layer: nn.Module, forward_pass: ForwardPass, args: tuple, kwargs: d
     x = args[0] if args else kwargs["hidden_states"]
     if type(x) is not Tensor or not x.is_cpu or x.shape[1] > FEW_ROWS or not x.is_contiguous():
         return None
-    if _kind(type(layer)) != "DecoderLayer" or _has_any_global_hook() or "position_embeddings" not in kwargs:
+    layer_class = type(layer)
+    if _kind(layer_class, layer_class.forward) != "DecoderLayer" or _has_any_global_hook():
+        return None
+    if "position_embeddings" not in kwargs:
         return None
     modules = layer._modules
     attention, mlp = modules["self_attn"], modules["mlp"]
     forward = getattr(attention.__dict__.get("forward"), "__self__", None)
     if type(forward) is not FusedForward or attention.diffmas_layer.family.qkv is not None:
         return None
-    if attention._forward_hooks or attention._forward_pre_hooks or not _is(mlp, "MLP"):
+    if _seen(attention) or not _is(mlp, "MLP"):
         return None
     projections, inner, dtype = attention._modules, mlp._modules, x.dtype
     before, after = _norm(modules["input_layernorm"], x), _norm(modules["post_attention_layernorm"], x)

@@ -51,8 +51,8 @@ def forward(patch, trace: Trace, forward_pass: ForwardPass, *, head: bool = Fals
         _check_forward(patch)
     x = next(iter(inputs.values()))
     module = patch.causal_lm if head else patch.body
-    fused_head = running(forward_pass) if head and not torch.is_grad_enabled() else contextlib.nullcontext()
-    with fused_head:
+    fused_head = head and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")  # which products are to see
+    with running(forward_pass) if fused_head else contextlib.nullcontext():
         output = module(
             **inputs, attention_mask=skip_mask(x.device), position_ids=forward_pass.position_ids(x.device), use_cache=False,
             return_dict=True, diffmas_trace=forward_pass,

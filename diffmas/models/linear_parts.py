@@ -74,6 +74,8 @@ def _lora_parts(module: nn.Module):
     a_module, b_module, dropout = (modules[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
     if not _bare(a_module) or not _bare(b_module) or b_module._parameters["bias"] is not None:
         return None
+    if dropout._forward_hooks or dropout._forward_pre_hooks:
+        return None
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or (dropout.p and dropout.training)):
         return None
     a, b = a_module._parameters["weight"], b_module._parameters["weight"]

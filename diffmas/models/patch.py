@@ -94,8 +94,8 @@ def patch_model(
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
 
     Raises Unsupported (a ValueError) for a model that diffmas does not serve exactly, naming layer and feature where it can,
-    and leaves the model as it was. To find out, seven forwards of ten tokens or less run. Patching again with the same
-    arguments does nothing.
+    and leaves the model as it was. To find out, seven forwards of ten tokens or less run, nine with fuse.
+    Patching again with the same arguments does nothing.
 
         >>> model = patch_model(model)
         >>> trace = Trace(model, batch_size=1)
@@ -129,7 +129,7 @@ def _patch_model(
         record.graphs, record.training_graphs, record.fuse = graphs, training_graphs, fuse
         _install(record)
         with failing_together(causal_lm, Unsupported), at_rest(causal_lm):
-            rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec)
+            rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec, record.fuse)
     except BaseException as error:
         if hasattr(causal_lm, "diffmas_patch"):
             unpatch_model(causal_lm)

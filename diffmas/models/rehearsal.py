@@ -52,13 +52,14 @@ def at_rest(model: nn.Module):
                         x.copy_(values[key])
 
 
-def rehearse(causal_lm: nn.Module, attentions: list[nn.Module], spec: ModelSpec) -> None:
+def rehearse(causal_lm: nn.Module, attentions: list[nn.Module], spec: ModelSpec, fused: bool) -> None:
     """Raises Unsupported if the patched model differs on a trace from its own plain forward, naming where.
 
-    Costs four forwards of ten tokens or less, or as many for each draw.
+    fused: whether layers that nobody looks into may run another way (diffmas.models.few_rows), which is compared too. Costs
+    four forwards of ten tokens or less, six with `fused`, or as many for each draw.
     """
     for seed in range(DRAWS):
-        difference = _difference(causal_lm, attentions, Trace(spec, batch_size=2), seed)
+        difference = _difference(causal_lm, attentions, spec, seed, fused)
         if difference is None:
             return
     raise Unsupported(
@@ -66,39 +67,55 @@ def rehearse(causal_lm: nn.Module, attentions: list[nn.Module], spec: ModelSpec)
     )
 
 
-def _difference(causal_lm: nn.Module, attentions: list[nn.Module], trace: Trace, seed: int) -> str | None:
+def _difference(
+    causal_lm: nn.Module, attentions: list[nn.Module], spec: ModelSpec, seed: int, fused: bool
+) -> str | None:  # fmt: skip
     parameters = inspect.signature(type(causal_lm).forward).parameters
     cache = next((name for name in NAMES if name in parameters), None)
     if cache is None or "inputs_embeds" not in parameters:
         return "it does not run: its forward takes no cache or no inputs_embeds"
-    length = min(LENGTH, trace.spec.max_length or LENGTH)
+    length = min(LENGTH, spec.max_length or LENGTH)
     half = length // 2
     lengths = ((length - half, half), (half, length - half)) if half else ((1, 1),)  # by chunk and sequence
     ids, x = _draw(causal_lm, length, lengths[0], seed)
     run = partial(_run, causal_lm, attentions)
     plain = dict(inputs_embeds=x, attention_mask=torch.ones_like(ids), use_cache=False)
     want, rounded = run(**plain), run(rounding=seed + 1, **plain)
-    chunks, done = [], (0, 0)
-    for name, tokens, new in zip(("input_ids", "inputs_embeds"), (ids, x), lengths):
-        rows = [row[at : at + n] for row, at, n in zip(tokens, done, new)]
-        longest = max(new)
-        batch = torch.stack([torch.cat((row[:1].expand(longest - len(row), *row.shape[1:]), row)) for row in rows])
-        mask = torch.tensor([[0] * (longest - n) + [1] * n for n in new], device=ids.device)
-        seen, output = run(**{name: batch, "attention_mask": mask, cache: trace})
-        chunks.append(([h.flatten(0, 1).split(new) for h in seen], [row[-n:] for row, n in zip(output, new)]))
-        done = new
+    trace, forwards = Trace(spec, batch_size=2), list(zip((ids, x), lengths))
+    states, output = _on_trace(run, cache, trace, forwards)
     if trace.lengths != [length, length]:
         return f"it calls past the body ({type(causal_lm).__name__}.forward does not call what diffmas hooks into)"
-    states = [torch.stack([torch.cat(parts) for parts in zip(*layer)]) for layer in zip(*(seen for seen, _ in chunks))]
-    output = torch.stack([torch.cat(parts) for parts in zip(*(rows for _, rows in chunks))])
+    got, own, other = (*states, output), (*want[0], want[1]), (*rounded[0], rounded[1])
     places = [f"what enters layer {a.layer_idx}" for a in attentions] + ["the output"]
+    if fused:
+        alone = _on_trace(partial(_run, causal_lm, []), cache, Trace(spec, batch_size=2), forwards)[1]
+        got, own, other = (*got, alone), (*own, want[1]), (*other, rounded[1])
+        places.append("the output of fused layers (fuse=False does without)")
     eps = max(_eps(h.dtype) for h in want[0])  # logits may come in float32
-    for place, got, own, other in zip(places, (*states, output), (*want[0], want[1]), (*rounded[0], rounded[1])):
-        scale = own.float().abs().max().clamp_min(1e-30)
-        gap, response = (float((y.float() - own.float()).abs().max() / scale) for y in (got, other))
+    for place, mine, its, moved in zip(places, got, own, other):
+        scale = its.float().abs().max().clamp_min(1e-30)
+        gap, response = (float((y.float() - its.float()).abs().max() / scale) for y in (mine, moved))
         if not gap <= max(1e-4, min(ROUNDINGS * max(response, eps), 4 * eps**0.5)):
             return f"{place} differs from its own forward by {gap:.1e} of its largest value"
     return None
+
+
+def _on_trace(run, cache: str, trace: Trace, forwards: list) -> tuple[list[Tensor], Tensor]:
+    """What `run` sees over chunks of token ids and of embeddings: of each layer [2, length, hidden], and the output.
+
+    forwards: the two tensors [2, length, ...], and how many tokens of each sequence their chunk has.
+    """
+    chunks, done = [], (0, 0)
+    for name, (tokens, new) in zip(("input_ids", "inputs_embeds"), forwards):
+        rows = [row[at : at + n] for row, at, n in zip(tokens, done, new)]
+        longest = max(new)
+        batch = torch.stack([torch.cat((row[:1].expand(longest - len(row), *row.shape[1:]), row)) for row in rows])
+        mask = torch.tensor([[0] * (longest - n) + [1] * n for n in new], device=tokens.device)
+        seen, output = run(**{name: batch, "attention_mask": mask, cache: trace})
+        chunks.append(([h.flatten(0, 1).split(new) for h in seen], [row[-n:] for row, n in zip(output, new)]))
+        done = new
+    together = lambda parts: torch.stack([torch.cat(rows) for rows in zip(*parts)])
+    return [together(layer) for layer in zip(*(seen for seen, _ in chunks))], together([rows for _, rows in chunks])
 
 
 def _eps(dtype: torch.dtype) -> float:

@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_their_step(re
 
 def test_an_error_stops_all_processes_with_its_message(results):
     _, (first, second) = found_of(results, "fsdp stop")
-    assert first["errors"]["row"].startswith("RuntimeError: process 1 stopped: ValueError: ")
+    assert first["errors"]["row"].startswith("RuntimeError: process 1 stopped: TooLong: ")
     assert first["errors"]["row"].endswith(second["errors"]["row"])
     assert "to fit in the context of 128 positions" in second["errors"]["row"]
 

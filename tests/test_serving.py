@@ -328,8 +328,8 @@ def test_500_requests_a_fifth_cancelled_a_tenth_bad(server, monkeypatch):
     asyncio.run(all_of_them(kinds[100:]))
     assert not wrong and not strange and seen == {"good": 350, "cancelled": 100, "bad": 50}
     assert max(sizes) > 4 and max(sizes) <= batcher.max_batch
-    # Jobs, and the rows of their traces. One run of many had something left where two processes shared a core, for a reason that
-    # is not known; a request that is kept would leave 400.
+    # Jobs, and the rows of their traces. One run of many, on a busy machine, had something left, and it is not known why; a
+    # request that is kept would leave 400.
     wait_for(lambda: left() <= before + 4)
     assert not batcher._waiting
     assert resident() - memory < 20

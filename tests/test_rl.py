@@ -25,6 +25,12 @@ from diffmas.training import last_checkpoint, trainer
 TOKENS = [[20, 21, 22], [23], [24, 63]]  # of three answers, one of them cut off before its end
 
 
+@pytest.fixture(autouse=True)
+def no_leftover_precision(monkeypatch):
+    """transformers 4.x leaves bf16=True in the environment, for every later run and child process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def config(path, **options):
     given = dict(
         max_steps=1, num_generations=4, per_device_train_batch_size=8, max_completion_length=4, bf16=False, report_to=[],

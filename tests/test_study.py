@@ -121,7 +121,8 @@ def test_a_killed_study_gives_the_same_table(tmp_path, monkeypatch):
 
 
 def test_a_case_may_be_measured_with_the_adapters_of_another(tmp_path, monkeypatch):
-    cases = {"unseen": {"task": "facts_unseen", "trained_by": "one fact"}, "one fact": {}}
+    """With more latent steps than these were trained with."""
+    cases = {"unseen": {"task": "facts_unseen", "trained_by": "one fact", "latent_steps": T + 1}, "one fact": {}}
     path, trained, train = recipe(tmp_path, cases=cases, seeds=[0]), [], training.Trainer.train
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -129,6 +130,8 @@ def test_a_case_may_be_measured_with_the_adapters_of_another(tmp_path, monkeypat
         )
         outcome = study.run(path, tmp_path / "out", None, "cpu", ["unseen"], None, {}, lambda text: None)
         assert not outcome.failures and {r.case for r in outcome.methods} == {"unseen"}
+        taken = {row["method"]: row["latent_steps"] for row in outcome.costs}
+        assert taken["diffmas"] == taken["latent_mas"] == 6 * 3 * (T + 1)
         methods, audits = run(path, tmp_path / "out", ["one fact"])
     assert [d.rsplit("/", 3)[-3:] for d in trained] == [["one_fact", "seed0", "training"]]  # once, for both
     assert not list((tmp_path / "out" / "unseen").rglob("adapter_model.safetensors"))

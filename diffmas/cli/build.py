@@ -48,18 +48,28 @@ def untrained_system(config: Config, adapter: bool = True, device: str | None = 
     return MultiAgentSystem(model, tokenizer, config.agents, **options)
 
 
-def trained_system(config: Config, adapter: Path | None, device: str | None = None):
+def trained_system(config: Config, adapter: Path | None, device: str | None = None, other_agents: bool = False):
     """The system of a directory that `diffmas train` wrote, or without one the config's on the bare model; in eval mode.
 
-    Raises ValueError for a directory whose agents, or options that matter to an answer, are not the config's."""
+    other_agents: whether the config's agents may have other prompts and latent steps than those that were trained. Raises
+    ValueError for a directory whose agents, or options that matter to an answer, are not the config's."""
     from diffmas.agents.file import check_same, read_agents
     from diffmas.agents.system import MultiAgentSystem
 
     if adapter is None:
         return untrained_system(config, adapter=False, device=device).eval()
     wanted = {k: v for k, v in vars(config.system).items() if k not in OF_TRAINING and (k, v) != ("chat_template", None)}
-    check_same(adapter, read_agents(adapter), {"agents": [asdict(agent) for agent in config.agents], **wanted})
-    return MultiAgentSystem.from_pretrained(adapter, config.model, dtype=config.dtype, device=device).eval()
+    described, agents = read_agents(adapter), [asdict(agent) for agent in config.agents]
+    as_trained = described["agents"]
+    if other_agents and len(agents) == len(as_trained):  # its name and its role stay an agent's own
+        as_trained = [{**mine, "name": its["name"], "role": its["role"]} for mine, its in zip(agents, as_trained)]
+    check_same(adapter, {**described, "agents": as_trained}, {"agents": agents, **wanted})
+    system = MultiAgentSystem.from_pretrained(adapter, config.model, dtype=config.dtype, device=device).eval()
+    if not other_agents:
+        return system
+    again = MultiAgentSystem.of_description(system.model, system.tokenizer, {**system.describe(), "agents": agents})
+    again.realign.load_state_dict(system.realign.state_dict())
+    return again.eval()
 
 
 def trained_as(config: Config, method: str) -> Config:

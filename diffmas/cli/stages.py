@@ -119,7 +119,8 @@ class Stages:
         if self._loaded[0] is not trained:
             self._loaded = (None, None)
             adapter = self.adapter_of("diffmas") if trained else None
-            self._loaded = (trained, build.trained_system(self.config, adapter, self.device))
+            others = self.trained_by is not None
+            self._loaded = (trained, build.trained_system(self.config, adapter, self.device, others))
         return self._loaded[1]
 
     # ---- measuring ---------------------------------------------------------------------------------------------------

@@ -100,15 +100,10 @@ class GRPOTrainer(Trainer, trl.GRPOTrainer):
         self._monitor.log = super(trl.GRPOTrainer, self).log  # TRL's own would put the means of rewards into a report
 
     @staticmethod
-    def _check_rows(system, name: str, rows) -> None:
-        if rows is None or not hasattr(rows, "__len__"):
-            return
-        if not len(rows):
-            raise ValueError(f"{name}: expected at least one row, got an empty data set")
-        for i in range(len(rows)):
-            if taken := sorted(TAKEN & rows[i].keys()):
-                raise ValueError(f"{name}[{i}]: expected no column {taken[0]!r}, which TRL reads as something else; rename it")
-            check_fields(fields_of_row(rows[i], f"{name}[{i}]"), f"{name}[{i}]", system.agents)
+    def _check_row(row, where: str, agents) -> None:
+        if taken := sorted(TAKEN & row.keys()):
+            raise ValueError(f"{where}: expected no column {taken[0]!r}, which TRL reads as something else; rename it")
+        check_fields(fields_of_row(row, where), where, agents)
 
     def _set_up(self, system, args, *, data_collator, compute_loss_func, **options) -> None:
         rows, least = options["train_dataset"], args.generation_batch_size // args.num_generations

@@ -184,14 +184,15 @@ class Trainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = True
         self.label_names = ["labels"]
 
-    @staticmethod
-    def _check_rows(system, name: str, rows) -> None:
+    _check_row = staticmethod(check_row)
+
+    def _check_rows(self, system, name: str, rows) -> None:
         if rows is None or not hasattr(rows, "__len__"):
             return
         if not len(rows):
             raise ValueError(f"{name}: expected at least one row, got an empty data set")
         for i in range(len(rows)):
-            check_row(rows[i], f"{name}[{i}]", system.agents)
+            self._check_row(rows[i], f"{name}[{i}]", system.agents)
 
     # ---- loss --------------------------------------------------------------------------------------------------------
 

@@ -618,7 +618,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one():
 def test_close_fails_who_waits_and_ends_who_runs(monkeypatch):
     crew = team()
     batcher = Batcher(max_waiting=1)
-    runs, second = (Job(crew.question({"question": "key"}, Settings(), 90), time.monotonic() + PATIENCE, x) for x in (
+    runs, second = (Job(crew.question({"question": "key"}, Settings(0.0), 90), time.monotonic() + PATIENCE, x) for x in (
         lambda: wait(go), lambda: None))  # fmt: skip
     go = threading.Event()
     batcher.submit(runs)

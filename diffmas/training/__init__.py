@@ -3,8 +3,9 @@
 from diffmas.agents.adapters import add_lora, lora_config
 from diffmas.training.checkpoint import check_checkpoint, checkpoints, last_checkpoint
 from diffmas.training.gradients import plot_gradients
+from diffmas.training.losses import NonFiniteLoss
 from diffmas.training.settings import default_arguments
-from diffmas.training.trainer import NonFiniteLoss, Trainer
+from diffmas.training.trainer import Trainer
 
 __all__ = [
     "NonFiniteLoss", "Trainer", "add_lora", "check_checkpoint", "checkpoints", "default_arguments", "last_checkpoint",

@@ -1,11 +1,15 @@
-"""What is made of the logits of an answer, apart from the loss that a system computes itself."""
+"""What is made of the logits of an answer, apart from the loss that a system computes itself, and a loss that is none."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffmas.agents.system import SystemOutput
 
-__all__ = ["as_causal_lm", "token_losses"]
+__all__ = ["NonFiniteLoss", "as_causal_lm", "token_losses"]
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or its gradients became NaN or infinite; the weights are those of the last good step."""
 
 
 def token_losses(outputs: SystemOutput) -> Tensor:

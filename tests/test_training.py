@@ -607,16 +607,16 @@ def test_a_checkpoint_without_its_manifest_is_not_whole(run, tmp_path, text):
 
 
 def test_an_older_checkpoint_goes_only_when_the_newest_is_whole(tmp_path, monkeypatch):
-    from diffmas.training import trainer
+    from diffmas.training import files
 
-    write = trainer.write_manifest
+    write = files.write_manifest
 
     def killed(path):
         if path.name == "checkpoint-3":
             raise KeyboardInterrupt
         write(path)
 
-    monkeypatch.setattr(trainer, "write_manifest", killed)
+    monkeypatch.setattr(files, "write_manifest", killed)
     args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1)
     with pytest.raises(KeyboardInterrupt):
         Trainer(tiny.system(), args, train_dataset=tiny.rows(8)).train()

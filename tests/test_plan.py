@@ -68,6 +68,8 @@ def test_engines_share_what_they_say():
     assert one["DDP"].total == ddp.total and one["FSDP2, kept"].gathered == 0
     checkpointed = plan(sizes, 4, episode, checkpointing=True)[0]
     assert checkpointed.activations < ddp.activations and checkpointed.pools == ddp.pools
+    offloaded = plan(sizes, 4, episode, offload=True)[0]
+    assert offloaded.pools == ddp.pools * 2 // 6 and offloaded.total == ddp.total - ddp.pools + offloaded.pools
     assert len(plan(sizes, 3, episode)) == 4, "three processes cannot share four heads"
 
 

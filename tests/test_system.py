@@ -125,8 +125,8 @@ def test_a_training_step_allocates_the_rows_that_it_writes(options):
 @pytest.mark.parametrize("samples", [1, 3])
 def test_generation_allocates_once(samples, monkeypatch):
     s, sizes = system(), []
-    make = pool._rows_of_heads
-    monkeypatch.setattr(pool, "_rows_of_heads", lambda rows, *a: sizes.append(rows) or make(rows, *a))
+    make = pool.rows_of_heads
+    monkeypatch.setattr(pool, "rows_of_heads", lambda rows, *a: sizes.append(rows) or make(rows, *a))
     s.generate(QUESTIONS, max_new_tokens=4, samples=samples, seed=0)
     assert len(sizes) == 2 * len(patch_of(s.model).layers)  # K and V of each layer
 

@@ -31,7 +31,7 @@ from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_s
 from diffmas.models.rehearsal import at_rest, rehearse
 from diffmas.models.support import Unsupported, refuse, unsupported, window_of
 from diffmas.ops import linear
-from diffmas.trace.spec import ATTRIBUTE, ModelSpec
+from diffmas.trace.spec import ATTRIBUTE, ModelSpec, check_offload
 
 __all__ = ["Patch", "patch_model", "patch_of", "unpatch_model"]
 
@@ -76,7 +76,7 @@ def patch_of(model: nn.Module) -> Patch:
 
 def patch_model(
     model: nn.Module, backend: str = "auto", max_length: int | None = None, *, graphs: bool = True,
-    training_graphs: bool = False, fuse: bool = True,
+    training_graphs: bool = False, fuse: bool = True, offload: str | None = None,
 ) -> nn.Module:  # fmt: skip
     """Patches a model in place to take a `diffmas.Trace` as past_key_values, and returns it.
 
@@ -88,7 +88,8 @@ def patch_model(
     as no GPU has shown the gradients to be right. fuse: whether, in forwards over a trace on a CPU, a frozen
     linear and its plain LoRA adapter are one op, and the adapter's gradients of a run of latent steps one product, and whether,
     without gradients, a Llama-like layer of up to 32 tokens is three ops; what is adapted in another way, or is on a GPU, is
-    PEFT's own. Adapters that are added later are fused once it is patched again.
+    PEFT's own. Adapters that are added later are fused once it is patched again. offload: "cpu" keeps the rows of all new
+    traces of this model on the host (`Trace`); no step is captured then.
 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
@@ -105,13 +106,15 @@ def patch_model(
         [3]
     """
     with gathered([*causal_lm_of(model).parameters()]):  # ZeRO-3's, all at once; one by one where a forward runs under it
-        return _patch_model(model, backend, max_length, graphs, training_graphs, fuse)
+        return _patch_model(model, backend, max_length, graphs, training_graphs, fuse, offload)
 
 
 def _patch_model(
-    model: nn.Module, backend: str, max_length: int | None, graphs: bool, training_graphs: bool, fuse: bool
-) -> nn.Module:
+    model: nn.Module, backend: str, max_length: int | None, graphs: bool, training_graphs: bool, fuse: bool,
+    offload: str | None,
+) -> nn.Module:  # fmt: skip
     ops.check_backend(backend)
+    check_offload(offload)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")
     check_adapters(model)
@@ -119,7 +122,7 @@ def _patch_model(
     previous = getattr(causal_lm, "diffmas_patch", None)
     if previous is not None:
         if previous.arguments == (backend, max_length):
-            previous.graphs, previous.training_graphs = graphs, training_graphs
+            previous.graphs, previous.training_graphs, previous.spec.offload = graphs, training_graphs, offload
             _fuse(previous, fuse)
             return model
         unpatch_model(model)
@@ -127,6 +130,7 @@ def _patch_model(
         with failing_together(causal_lm, Unsupported), at_rest(causal_lm):
             record = _examine(causal_lm, body_of(model), backend, max_length)
         record.graphs, record.training_graphs, record.fuse = graphs, training_graphs, fuse
+        record.spec.offload = offload
         _install(record)
         with failing_together(causal_lm, Unsupported), at_rest(causal_lm):
             rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec, record.fuse)

@@ -15,6 +15,7 @@ rows that it held are free (diffmas.trace.store).
 
 import weakref
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -24,6 +25,7 @@ from diffmas.ops.register import call
 from diffmas.trace.layer_work import LayerWork, on_stream, stream_of, work_of
 from diffmas.trace.pool import Pool
 from diffmas.trace.store import Hold
+from diffmas.trace.views import KVRange
 
 __all__ = ["attend", "begin", "carrier", "end", "inherit", "reposition"]
 
@@ -200,21 +202,26 @@ torch.library.register_autograd("diffmas::attend", _attend_op_backward, setup_co
 # ---- between passes ---------------------------------------------------------------------------------------------------
 
 
+def _views_of(hold: Hold) -> list:
+    """The rows that it has read, and those that it claimed."""
+    return [*hold.views, [KVRange(first, after - first, 0) for first, after in hold.claimed]]
+
+
 class Reposition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, past, carrier, moves, lineage, backend):
         _save(ctx, carrier)
-        ctx.moves, ctx.lineage, ctx.backend = [(pool, move, stream_of(pool.k)) for pool, move in moves], lineage, backend
+        ctx.moves, ctx.lineage, ctx.backend = [(pool, move, stream_of(pool.device)) for pool, move in moves], lineage, backend
+        ctx.views = _views_of(carrier.owned)
         return torch.zeros(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
         ctx.saved_tensors  # noqa: B018  raises where the rows may be gone
-        for pool, move, stream in ctx.moves:
-            with on_stream(stream):
-                grads = pool.grads().of(ctx.lineage)
-                call("reposition_backward", grads[0], *move, *grads, backend=ctx.backend)
+        for pool, move, stream in reversed(ctx.moves):
+            with on_stream(stream), pool.grads().lend(ctx.lineage, ctx.views) as (_, _, dk, dv):
+                call("reposition_backward", dk, *move, dk, dv, backend=ctx.backend)
         return (None,) * 5
 
 
@@ -223,9 +230,10 @@ def reposition(past: Tensor, moves: list[tuple[Pool, tuple]], lineage: int, back
 
     moves: a pool, and (src, dst, offset, inv_freq, interleaved) as the op takes them. hold: of all rows that take part.
     """
+    written = np.concatenate([np.arange(first, after) for first, after in hold.claimed] or [np.zeros(0, dtype=np.int64)])
     for pool, move in moves:
-        with pool.lock:
-            call("reposition", pool.k, *move, *pool.kv, backend=backend)
+        with pool.writing(written, hold.views) as kv:
+            call("reposition", kv[0], *move, *kv, backend=backend)
     return Reposition.apply(past, carrier(hold), moves, lineage, backend) if torch.is_grad_enabled() else past
 
 
@@ -233,7 +241,7 @@ class Inherit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, past, carrier, rows, readers, writers):
         _save(ctx, carrier)
-        ctx.rows, ctx.readers, ctx.writers = [(pool, x, stream_of(pool.k)) for pool, x in rows], readers, writers
+        ctx.rows, ctx.readers, ctx.writers = [(pool, x, stream_of(pool.device)) for pool, x in rows], readers, writers
         return torch.zeros(0)
 
     @staticmethod
@@ -242,9 +250,7 @@ class Inherit(torch.autograd.Function):
         ctx.saved_tensors  # noqa: B018  raises where the rows may be gone
         for pool, rows, stream in ctx.rows:
             with on_stream(stream):
-                grads = pool.grads()
-                for taken, given in zip(grads.of(ctx.readers), grads.of(ctx.writers)):
-                    given[rows] += taken[rows]
+                pool.grads().hand_on(rows, ctx.readers, ctx.writers)
         return (None,) * 5
 
 

@@ -66,23 +66,23 @@ class Copying(CacheFace):
         file.write(path, self.spec.fingerprint(), self._segments, self._next, *_rows_of(self))
 
     @classmethod
-    def load(cls, path, model) -> Self:
-        """A trace of a patched model from a file that `save` wrote.
+    def load(cls, path, model, offload: str | None = None) -> Self:
+        """A trace of a patched model from a file that `save` wrote. offload: as `Trace` takes it.
 
         Raises ValueError for a file that is missing, damaged, or of another model or adapter. These are told apart by all
         their weights, rounded to bfloat16: what differs by less than that is the same model.
         """
         spec = spec_of(model)
-        return cls.of_rows(spec, *file.read(path, spec.fingerprint()))
+        return cls.of_rows(spec, *file.read(path, spec.fingerprint()), offload=offload)
 
     @classmethod
     def of_rows(
         cls, model, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]],
-        ids: Tensor | None = None, capacity: int | None = None,
+        ids: Tensor | None = None, capacity: int | None = None, offload: str | None = None,
     ) -> Self:  # fmt: skip
         """A trace with rows that were written before: kv, by layer, k and v [rows, Hkv, D]; segments of these rows; ids [rows],
         their token ids, -1 where there is none."""
-        return cls(model, len(segments), capacity)._with_rows(segments, next_positions, kv, ids)
+        return cls(model, len(segments), capacity, offload=offload)._with_rows(segments, next_positions, kv, ids)
 
     def adopted(self, other: Self) -> Self:
         """The other's view, of a copy of its rows in this trace's store."""
@@ -103,8 +103,8 @@ class Copying(CacheFace):
         for layer, pair in zip(self.spec.layers, kv):
             pair = [x.to(self.spec.device(layer.index)) for x in pair]
             pool = store.pool(layer.index, *pair)
-            with pool.lock:
-                for mine, x in zip(pool.kv, pair):
+            with pool.writing(np.arange(first, first + rows)) as kv:
+                for mine, x in zip(kv, pair):
                     mine[first : first + rows] = x
         moved = [[s._replace(start=s.start + first) for s in row] for row in segments]
         return self._view(moved, None, next_positions, torch.zeros(0))

@@ -141,10 +141,12 @@ class ForwardPass:
         return DeferredKVGrad.LONGEST - self.work.step + 1 if self.work.step > 1 else 0
 
     def repeatable(self, steps: int) -> bool:
-        """Whether `steps` steps from this one stay in their extents and in the pools there are: a capture must not move
-        these."""
+        """Whether `steps` steps from this one stay in their extents and in the pools there are, on the device: a capture must
+        not move these."""
         rooms, store = (e.end - e.filled for e, n in zip(self.table.extents, self.lengths) if n), self.work.store
-        return all(room >= steps - 1 for room in rooms) and all(p.rows >= store.top for p in store.pools)
+        return (
+            not store.offloaded and all(room >= steps - 1 for room in rooms) and all(p.rows >= store.top for p in store.pools)
+        )
 
     def place(self) -> Place:
         return Place(self.work.slots, self.positions, self.table.segments)

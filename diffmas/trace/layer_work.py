@@ -45,8 +45,8 @@ def work_of(ticket: Tensor) -> "LayerWork":
     return work
 
 
-def stream_of(x: Tensor):
-    return torch.cuda.current_stream(x.device) if x.is_cuda else None
+def stream_of(device: torch.device):
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def on_stream(stream):
@@ -108,11 +108,15 @@ class LayerWork:
         """What layers on a device read."""
         tables = self._tables.get(device)
         if tables is None:
-            grad_tail = [self.step * n for n in self.lengths] if self.deferred else self.lengths
             tables = self._tables[device] = Tables(
-                device, self.lengths, self.slots, self.positions, grad_tail, self.views, self.older
+                device, self.lengths, self.slots, self.positions, self.grad_tail, self.views, self.older
             )
         return tables
+
+    @property
+    def grad_tail(self) -> list[int]:
+        """The newest rows of each sequence's view that are its own, or its run's."""
+        return [self.step * n for n in self.lengths] if self.deferred else self.lengths
 
     def _views(self, tables: Tables, layer: LayerSpec, device: torch.device) -> dict:
         if self._offsets and layer.rope != "none":
@@ -136,23 +140,23 @@ class LayerWork:
         if recording and not self.committed:
             self._choose(layer, pool, views["older"], scale)
         self.ran[i] = True
-        if recording or views["shared"] is None:
-            with pool.lock:  # also while it reads: of two threads in one layer of one store, the second waits
+        # Also while it reads: of two threads in one layer of one store, the second waits.
+        with pool.writing(self.slots, self.views, self.committed) as kv:
+            if recording or views["shared"] is None:
                 q_rot, o, lse = call(  # the pool says how long a head is
-                    "inject_attend", pool.k, q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *pool.kv,
+                    "inject_attend", kv[0], q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *kv,
                     *views["all"], scale, backend=backend,
                 )  # fmt: skip
-            return o, q_rot, lse
-        flat_or_heads, slots = q, tables.slots
-        q, k, v = (with_heads(x, slots.shape[0], pool.head_dim) for x in (q, k, v))
-        cos, sin = packed_table(cos), packed_table(sin)
-        with pool.lock:
-            q_rot = call("inject", q, q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, *pool.kv, backend=backend)
-        read = lambda view, causal: call(
-            "cross_attention", q_rot, q_rot, *pool.kv, *view, scale, causal, interleaved, backend=backend
-        )
-        prefix, rest = views["shared"]
-        o, lse = call("merge_states", q_rot, *read(prefix, False), *read(rest, True), backend=backend)
+                return o, q_rot, lse
+            flat_or_heads, slots = q, tables.slots
+            q, k, v = (with_heads(x, slots.shape[0], pool.head_dim) for x in (q, k, v))
+            cos, sin = packed_table(cos), packed_table(sin)
+            q_rot = call("inject", q, q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, *kv, backend=backend)
+            prefix, rest = (
+                call("cross_attention", q_rot, q_rot, *kv, *view, scale, causal, interleaved, backend=backend)
+                for view, causal in zip(views["shared"], (False, True))
+            )
+        o, lse = call("merge_states", q_rot, *prefix, *rest, backend=backend)
         return in_layout_of(flat_or_heads, o), q_rot, lse
 
     def _check_recompute(self, i: int, recording: bool) -> None:
@@ -173,7 +177,7 @@ class LayerWork:
         if older is not None:
             deferred.flushed[i] = older_needs_grad
             if older_needs_grad:
-                self._flushes[i] = (pool, older, scale, layer.rope == "interleaved", stream_of(pool.k))
+                self._flushes[i] = (pool, older, scale, layer.rope == "interleaved", stream_of(pool.device))
         if deferred is None or i not in deferred.flushed:  # not in a run, or in one whose first step was not recorded
             self._choices[i] = (not older_needs_grad, None)
         else:
@@ -190,31 +194,32 @@ class LayerWork:
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
         borrowed, tables = self.borrowed, self.on(q_rot.device)
         grads = self.store.pools[i].grads() if borrowed is None else borrowed.grads[i]
-        dk_pool, dv_pool = grads.of(self.lineage)
         own_rows_only, deferred = self._choices[i]
         rope = (cos, sin, tables.slots, q_weight, k_weight, eps, interleaved)
-        run = call if self.watch is None else self._watched(i, dk_pool, dv_pool, tables.slots)
-        if do is None:
-            if q is None:  # the backward is linear: q and k only tell shape and dtype
-                q, k = q_rot, q_rot.new_empty((q_rot.shape[0], *dk_pool.shape[1:]))
-            n, _, D = q_rot.shape
-            q, k = with_heads(q, n, D), with_heads(k, n, D)
-            rope = (packed_table(cos), packed_table(sin), *rope[2:])
-            *rows, dq_weight, dk_weight = run(
-                "inject_backward", q_rot, torch.zeros_like(q_rot), q, k, *rope, dk_pool, dv_pool, backend=backend
-            )
-            return *(in_layout_of(o, x) for x in rows), dq_weight, dk_weight
-        if deferred is not None:
-            kept = (do, q_rot, o, lse)
-            if borrowed is not None:
-                borrowed.kept[i] = kept
-            else:
-                grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
-        view = self._views(tables, layer, q_rot.device)["all"]
-        return run(
-            "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, grads.k, grads.v, *view, scale, dk_pool, dv_pool,
-            tables.grad_tail if own_rows_only else None, weight_grads, backend=backend,
-        )  # fmt: skip
+        newest = self.grad_tail if own_rows_only else None
+        with grads.lend(self.lineage, self.views, newest) as (k_pool, v_pool, dk_pool, dv_pool):
+            run = call if self.watch is None else self._watched(i, dk_pool, dv_pool, tables.slots)
+            if do is None:
+                if q is None:  # the backward is linear: q and k only tell shape and dtype
+                    q, k = q_rot, q_rot.new_empty((q_rot.shape[0], *dk_pool.shape[1:]))
+                n, _, D = q_rot.shape
+                q, k = with_heads(q, n, D), with_heads(k, n, D)
+                rope = (packed_table(cos), packed_table(sin), *rope[2:])
+                *rows, dq_weight, dk_weight = run(
+                    "inject_backward", q_rot, torch.zeros_like(q_rot), q, k, *rope, dk_pool, dv_pool, backend=backend
+                )
+                return *(in_layout_of(o, x) for x in rows), dq_weight, dk_weight
+            if deferred is not None:
+                kept = (do, q_rot, o, lse)
+                if borrowed is not None:
+                    borrowed.kept[i] = kept
+                else:
+                    grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
+            view = self._views(tables, layer, q_rot.device)["all"]
+            return run(
+                "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, k_pool, v_pool, *view, scale, dk_pool, dv_pool,
+                tables.grad_tail if own_rows_only else None, weight_grads, backend=backend,
+            )  # fmt: skip
 
     def _watched(self, i: int, dk_pool: Tensor, dv_pool: Tensor, slots: Tensor):
         """`call`, but the two parts of attention's backward run one by one: between them the rows' gradient is in the pool."""
@@ -231,7 +236,7 @@ class LayerWork:
 
     def flush(self) -> None:
         """Adds dK and dV of the rows before a run of latent steps, for all steps that this backward pass has been through."""
-        for pool, older, scale, interleaved, stream in self._flushes.values():
+        for pool, older, scale, interleaved, stream in reversed(self._flushes.values()):
             with on_stream(stream):
                 grads = pool.grads()
                 steps = grads.steps(self.lineage, self.deferred)
@@ -241,8 +246,9 @@ class LayerWork:
                     q, lse = q.flatten(0, 1), lse.flatten(0, 1)
                     do, o = do.view(q.shape), o.view(q.shape)
                     q_indptr = torch.arange(0, q.shape[0] + 1, len(steps), device=q.device)
-                    call(  # every step sees all of the older rows
-                        "cross_attention_backward", q, do, None, q, o, lse, grads.k, grads.v, q_indptr, *older, scale, False,
-                        interleaved, *grads.of(self.lineage), None, False, backend=self.spec.backend,
-                    )  # fmt: skip
+                    with grads.lend(self.lineage, self.older) as (k, v, dk, dv):
+                        call(  # every step sees all of the older rows
+                            "cross_attention_backward", q, do, None, q, o, lse, k, v, q_indptr, *older, scale, False,
+                            interleaved, dk, dv, None, False, backend=self.spec.backend,
+                        )  # fmt: skip
                 steps.clear()

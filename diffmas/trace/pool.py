@@ -1,16 +1,18 @@
 """One layer's K/V storage, and the gradient of each backward pass that reads it."""
 
+import contextlib
 import ctypes
 import mmap
 import threading
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-__all__ = ["DeferredKVGrad", "GradPools", "Pool", "of_this_pass"]
+__all__ = ["DeferredKVGrad", "GradPools", "Pool", "of_this_pass", "rows_of_heads"]
 
 HUGE_PAGE = 2 << 20  # bytes; a core reads K and V 10 to 20 % faster from huge pages
 _libc = ctypes.CDLL(None) if hasattr(mmap, "MADV_HUGEPAGE") else None
@@ -26,7 +28,7 @@ def _ask_for_huge_pages(x: Tensor) -> None:
     _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
 
 
-def _rows_of_heads(rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def rows_of_heads(rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[rows, heads, D], head-major. Zero-filled: a kernel that copies whole tiles (a GPU's bulk copies) reads past a segment's
     end, and 0 * NaN is NaN."""
     if head_dim % 16:
@@ -57,7 +59,7 @@ class Pool:
     """K and V of one layer: `k`, `v` [rows, Hkv, D], stored head-major so that the rows of one head are contiguous.
 
     Growing moves the storage, never a row's number. Who writes rows holds `lock`, so that none is written to a storage that was
-    left; a reader takes the storage that there is, which has all rows that were written before.
+    left (`writing`); a reader takes the storage that there is, which has all rows that were written before.
     """
 
     def __init__(self, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
@@ -67,10 +69,14 @@ class Pool:
         self._used = rows  # rows that were asked for; growth makes more
         self._grads: weakref.WeakValueDictionary[int, GradPools] = weakref.WeakValueDictionary()
         with torch.inference_mode(False), torch.no_grad():  # the pool outlives an inference-mode caller
-            self._take((_rows_of_heads(rows, *self._shape), _rows_of_heads(rows, *self._shape)))
+            self._allocate(rows)
 
-    def _take(self, kv: tuple[Tensor, Tensor]) -> None:
-        self.kv, self.rows = kv, kv[0].shape[0]
+    def _allocate(self, rows: int) -> None:
+        """New storage, with the rows that there are."""
+        old, new = getattr(self, "kv", ()), tuple(rows_of_heads(rows, *self._shape) for _ in range(2))
+        for x, y in zip(old, new):
+            y[: x.shape[0]] = x
+        self.kv, self.rows = new, new[0].shape[0]
 
     @property
     def k(self) -> Tensor:
@@ -87,18 +93,40 @@ class Pool:
         if rows <= self.rows:
             return
         with self.lock, torch.inference_mode(False), torch.no_grad():
-            old = self.kv
-            if rows <= self.rows:  # another thread has made it
-                return
-            new = tuple(_rows_of_heads(max(rows, room, 2 * self.rows), *self._shape) for _ in old)
-            for x, y in zip(old, new):
-                y[: x.shape[0]] = x
-            self._take(new)
+            if rows > self.rows:  # else another thread has made it
+                self._allocate(max(rows, room, 2 * self.rows))
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.kv)
+
+    def read(self, ranges: list[slice]) -> tuple[Tensor, ...]:
+        """A copy of rows of K and V, where the storage lies."""
+        return tuple(torch.cat([x[r] for r in ranges]) if ranges else x[:0].clone() for x in self.kv)
+
+    def writing(self, rows: np.ndarray, views=(), backward: bool = False) -> "Pool":
+        """A context: inside, K and V are the caller's, to write `rows` of them and read what `views` see. backward: the layer
+        below comes next. Its value is (K, V), on the device."""
+        return self
+
+    def __enter__(self) -> tuple[Tensor, Tensor]:
+        self.lock.acquire()
+        return self.kv
+
+    def __exit__(self, *error) -> None:
+        self.lock.release()
 
     def grads(self) -> "GradPools":
         """The gradient of the backward pass that is running on this thread (`of_this_pass`)."""
         with self.lock:
-            return of_this_pass(self._grads, lambda: GradPools(self.kv, min(self.rows, -(-self._used // 16) * 16)))
+            return of_this_pass(self._grads, self._new_grads)
+
+    def _new_grads(self) -> "GradPools":
+        return GradPools(self.kv, self._rows_used)
+
+    @property
+    def _rows_used(self) -> int:
+        return min(self.rows, -(-self._used // 16) * 16)
 
 
 class DeferredKVGrad:
@@ -122,15 +150,27 @@ class GradPools:
         self.k, self.v = (x[:rows] for x in kv)  # as they were when the pass began: none of its rows was written later
         self._by_lineage: dict[int, tuple[Tensor, Tensor]] = {}
         self._steps: dict[tuple[int, DeferredKVGrad], list[tuple[Tensor, ...]]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def of(self, lineage: int) -> tuple[Tensor, Tensor]:
         with self._lock:
             if lineage not in self._by_lineage:
                 dtype = torch.float64 if self.k.dtype == torch.float64 else torch.float32
-                rows, shape = self.k.shape[0], (*self.k.shape[1:], dtype, self.k.device)
-                self._by_lineage[lineage] = tuple(_rows_of_heads(rows, *shape)[:rows] for _ in range(2))
+                self._by_lineage[lineage] = self._zeros(self.k.shape[0], *self.k.shape[1:], dtype, self.k.device)
             return self._by_lineage[lineage]
+
+    def _zeros(self, rows: int, *shape) -> tuple[Tensor, Tensor]:
+        return tuple(rows_of_heads(rows, *shape)[:rows] for _ in range(2))
+
+    def lend(self, lineage: int, views, newest=None) -> contextlib.AbstractContextManager[tuple[Tensor, ...]]:
+        """Inside, K, V, dK and dV on the device, for what `views` see. newest: only for the newest[b] rows of view b do dK and
+        dV change."""
+        return contextlib.nullcontext((self.k, self.v, *self.of(lineage)))
+
+    def hand_on(self, rows: Tensor, readers: int, writers: int) -> None:
+        """Adds the gradient of distinct rows that one lineage has to another's."""
+        for taken, given in zip(self.of(readers), self.of(writers)):
+            given[rows] += taken[rows]
 
     def steps(self, lineage: int, deferred: DeferredKVGrad) -> list[tuple[Tensor, ...]]:
         """(do, q, o, lse) of the latent steps that the pass has been through, the last step first."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["LayerSpec", "ModelSpec", "spec_of"]
+__all__ = ["LayerSpec", "ModelSpec", "check_offload", "spec_of"]
 
 ATTRIBUTE = "diffmas_spec"  # where `patch_model` leaves it on the causal LM; PEFT's wrappers pass attributes on
 
@@ -32,7 +32,8 @@ class ModelSpec:
     """layers: by index. backend: of the ops. max_length, why: the most tokens a sequence may hold, and what sets that limit.
     inv_freq: rotary frequencies on a device, [Dr / 2] float32. device: where a layer's rows live. fingerprint: what a file
     of this model's rows depends on, as plain data. anchored: backward goes through all of a forward pass, with zeros where
-    nobody used its last hidden state: processes that add up gradients after each layer have to do the same."""
+    nobody used its last hidden state: processes that add up gradients after each layer have to do the same. offload: where the
+    rows of its traces wait, None (on the device) or "cpu" (diffmas.trace.offload)."""
 
     layers: list[LayerSpec]
     backend: str = "auto"
@@ -42,12 +43,18 @@ class ModelSpec:
     device: Callable[[int], torch.device] | None = None
     fingerprint: Callable[[], dict] | None = None
     anchored: bool = False
+    offload: str | None = None
 
     def frequencies(self, layer: LayerSpec, device: torch.device) -> Tensor:
         """What turns a layer's keys; raises ValueError where it is not known."""
         if layer.rope not in ("half", "interleaved"):
             raise ValueError(f"layer {layer.index}: cannot move keys: how it rotates them ({layer.rope}) is not known")
         return self.inv_freq(device)
+
+
+def check_offload(offload: str | None) -> None:
+    if offload not in (None, "cpu"):
+        raise ValueError(f"offload: expected None or 'cpu', got {offload!r}")
 
 
 def spec_of(model) -> ModelSpec:

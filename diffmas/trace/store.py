@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from diffmas.trace.offload import Courier, OffloadedPool
 from diffmas.trace.pool import Pool
 from diffmas.trace.token_ids import TokenIds
 from diffmas.trace.views import Rows
@@ -62,10 +63,12 @@ def ranges_in(views: Sequence[Sequence[Rows]]) -> np.ndarray:
 
 
 class Store:
-    """rows: what a pool has room for at least. `lock` guards everything here, and the extents of all views."""
+    """rows: what a pool has room for at least. offloaded: pools are on the host (diffmas.trace.offload). `lock` guards
+    everything here, and the extents of all views."""
 
-    def __init__(self, layers: int, rows: int = 0):
+    def __init__(self, layers: int, rows: int = 0, offloaded: bool = False):
         self.pools: list[Pool | None] = [None] * layers
+        self.offloaded, self._courier = offloaded, Courier()
         self.rows = rows
         self.needs_grad = [frozenset([0])]  # by lineage (see Pool): the lineages whose rows its readers leave gradients for
         self.lock = threading.RLock()
@@ -195,7 +198,9 @@ class Store:
             if k.shape != v.shape:
                 raise ValueError(f"layer {layer}: expected K and V of one shape, got {list(k.shape)} and {list(v.shape)}")
             with self.lock:  # another thread may have made it meanwhile
-                pool = self.pools[layer] = self.pools[layer] or Pool(max(self.rows, self.top), *k.shape[1:], k.dtype, k.device)
+                if self.pools[layer] is None:
+                    self.pools[layer] = self._new_pool(layer, max(self.rows, self.top), *k.shape[1:], k.dtype, k.device)
+                pool = self.pools[layer]
         if pool.dtype != k.dtype or pool.device != k.device:
             raise ValueError(
                 f"trace: layer {layer} holds {pool.dtype} on {pool.device}, this forward brings {k.dtype} on "
@@ -204,3 +209,8 @@ class Store:
         with self.lock:  # `top` is not another thread's by the time that the pool has it
             pool.reserve(self.top, self.rows)
         return pool
+
+    def _new_pool(self, layer: int, *shape) -> Pool:
+        if not self.offloaded:
+            return Pool(*shape)
+        return OffloadedPool(*shape, self._courier, self.pools[layer - 1] if layer else None)

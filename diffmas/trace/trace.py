@@ -14,7 +14,7 @@ from diffmas.trace.appending import Appending
 from diffmas.trace.autograd import inherit
 from diffmas.trace.copying import Copying
 from diffmas.trace.pool import DeferredKVGrad
-from diffmas.trace.spec import spec_of
+from diffmas.trace.spec import check_offload, spec_of
 from diffmas.trace.store import Extent, Hold, Store, ranges_in
 from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, joined, length_of, only, rows_of
 
@@ -30,7 +30,11 @@ class Trace(Appending, Copying):
     alone appends nothing (its hidden states are zeros). An attention_mask tells padding from new tokens, and hides no rows:
     what a sequence sees is its view (`keep`, `reading`).
 
-    Raises ValueError for a model that is not patched, a batch_size or capacity that is not positive.
+    offload: "cpu" keeps the rows, and their gradients in backward, in pinned host memory; on the device are those of the layer
+    that runs and of the next one. For traces that are longer than a GPU's memory; what it costs is the bus: each forward brings
+    what it sees of each layer, backward the gradients there and back, too. None: as `patch_model` was told.
+
+    Raises ValueError for a model that is not patched, a batch_size or capacity that is not positive, another offload.
 
         >>> model = patch_model(model)
         >>> trace = Trace(model, batch_size=1)
@@ -41,13 +45,14 @@ class Trace(Appending, Copying):
         ([3], [4], [4])
     """
 
-    def __init__(self, model, batch_size: int = 1, capacity: int | None = None):
+    def __init__(self, model, batch_size: int = 1, capacity: int | None = None, *, offload: str | None = None):
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity: expected at least 1 token per sequence, got {capacity}")
+        check_offload(offload)
         self.spec = spec_of(model)
-        self._store = Store(len(self.spec.layers), batch_size * (capacity or 0))
+        self._store = Store(len(self.spec.layers), batch_size * (capacity or 0), (offload or self.spec.offload) == "cpu")
         self._see([[] for _ in range(batch_size)], torch.zeros(0))
         self.agent: str | None = None  # who writes next: recorded with every segment
 
@@ -107,13 +112,13 @@ class Trace(Appending, Copying):
         return torch.from_numpy(ids)
 
     def keys_values(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """A copy of one sequence's K and V rows as they were written (position offsets are not applied); [length, Hkv, D]
-        each."""
+        """A copy of one sequence's K and V rows as they were written (position offsets are not applied), where they are kept;
+        [length, Hkv, D] each."""
         pool = self._store.pools[layer]
         if pool is None:
             raise ValueError("keys_values: expected a trace that holds tokens, got an empty one")
         ranges = [slice(s.start, s.end) for s in self._segments[sequence]]
-        return tuple(torch.cat([x[r] for r in ranges]) if ranges else x[:0].clone() for x in pool.kv)
+        return pool.read(ranges)
 
     @property
     def rows(self) -> int:
@@ -123,7 +128,7 @@ class Trace(Appending, Copying):
 
     def memory(self) -> int:
         """Bytes that the pools of all layers occupy, spare room and forks included."""
-        return sum(x.numel() * x.element_size() for p in self._store.pools if p for x in p.kv)
+        return sum(p.bytes for p in self._store.pools if p)
 
     def __repr__(self):
         return f"Trace(batch_size={self.batch_size}, lengths={self.lengths}, layers={len(self)})"

@@ -101,10 +101,11 @@ def sizes_of(config, r: int | None = 8, dtype: torch.dtype = torch.bfloat16) -> 
     )  # fmt: skip
 
 
-def plan(sizes: Sizes, gpus: int, episode: Episode, checkpointing: bool = False) -> list[Need]:
+def plan(sizes: Sizes, gpus: int, episode: Episode, checkpointing: bool = False, offload: bool = False) -> list[Need]:
     """What each engine of ENGINES needs, on so many GPUs with an episode on each; with tensor parallelism they share one.
 
-    Tensor parallelism is left out where the GPUs do not divide the K/V heads.
+    offload: a GPU holds the pools of two layers, the host all of them. Tensor parallelism is left out where the GPUs do not
+    divide the K/V heads.
 
         >>> needs = plan(sizes_of(model.config), gpus=2, episode=Episode(agents=3))
         >>> needs[0].weights > needs[3].weights
@@ -112,7 +113,7 @@ def plan(sizes: Sizes, gpus: int, episode: Episode, checkpointing: bool = False)
     """
     b, rows, n = sizes.dtype_bytes, episode.rows, gpus
     weights, layers = b * sizes.weights, b * (sizes.weights - sizes.root)
-    pools = rows * sizes.layers * sizes.kv * (b + 4)  # and their gradients, in float32
+    pools = rows * (min(2, sizes.layers) if offload else sizes.layers) * sizes.kv * (b + 4)  # and gradients, in float32
     if checkpointing:
         longest = episode.batch * (episode.prompt + episode.answer)
         activations = rows * sizes.layers * sizes.entering + longest * sizes.saved

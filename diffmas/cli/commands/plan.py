@@ -23,6 +23,7 @@ def plan(
     r: Annotated[int, typer.Option(help="rank of the LoRA; 0: all weights are trained", min=0)] = 8,
     dtype: Annotated[str, typer.Option(help="of the weights")] = "bfloat16",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="with activation checkpointing")] = False,
+    offload: Annotated[bool, typer.Option("--offload", help="with the rows of the trace on the host")] = False,
     memory: Annotated[float, typer.Option(help="of a GPU, in GiB", min=1)] = 80.0,
 ):
     """Show the memory that each engine needs on a GPU, by formula (docs/many_gpus.md); the model is not loaded."""
@@ -42,12 +43,12 @@ def plan(
     )
     for column in ("engine", "weights", "trained", "pools", "activations", "all", "gathered"):
         table.add_column(column, justify="left" if column == "engine" else "right")
-    needs = needs_of(sizes, gpus, episode, checkpointing)
+    needs = needs_of(sizes, gpus, episode, checkpointing, offload)
     for need in needs:
         parts = (need.weights, need.optimizer, need.pools, need.activations, need.total, need.gathered)
         table.add_row(need.engine, *(f"{x / GB:.1f}" for x in parts), style="" if need.total <= 0.9 * memory * GB else "dim")
     console.print(table)
     console.print(f"an episode: {episode.rows} rows, {episode.forwards} forwards; gathered: GiB that come to a GPU for one")
     fitting = [need.engine for need in needs if need.total <= 0.9 * memory * GB]
-    first = f"{fitting[0]} is the first that fits" if fitting else "nothing fits; more GPUs, a smaller --batch, --checkpointing"
-    console.print(f"in 0.9 of {memory:g} GiB: {first}")
+    less = "nothing fits; more GPUs, a smaller --batch, --checkpointing, --offload"
+    console.print(f"in 0.9 of {memory:g} GiB: {f'{fitting[0]} is the first that fits' if fitting else less}")

@@ -337,7 +337,7 @@ def test_an_adapter_of_another_model_is_refused(project, trained, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"modle": "x"}, "modle: expected one of .*got an unknown key; did you mean 'model'?"),
+        ({"modle": "x"}, "modle: expected 'model', or another of"),
         (
             {"lora": {"rank": 4}},
             r"lora.rank: expected one of \['alpha', 'dropout', 'r', 'target_modules'\], got an unknown key",
@@ -354,7 +354,10 @@ def test_an_adapter_of_another_model_is_refused(project, trained, tmp_path):
         ({"agents": [{"name": "a", "prompt": "b", "steps": 1}]}, r"agents\[0\].steps: expected one of .*unknown key"),
         ({"system": {"last_k": "two"}}, "system.last_k: expected int or null, got 'two'"),
         ({"system": {"positions": "shift"}}, r"positions: expected one of \('keep', 'reindex'\), got 'shift'"),
-        ({"training": {"learning_rat": 1}}, "training.learning_rat: expected one of .*did you mean 'learning_rate'"),
+        (
+            {"training": {"learning_rat": 1}},
+            "training.learning_rat: expected 'learning_rate', or another of .*got an unknown key",
+        ),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate: expected float, got 'fast'"),
         ({"training": {"output_dir": "x"}}, "training.output_dir: expected it at the top level"),
         (

@@ -64,6 +64,11 @@ def test_sdist_holds_the_sources(source, tmp_path):
         "csrc/cuda/inject.cu",
         "csrc/cuda/inject/forward.cuh",
         "kernels/inject.py",
+        "tests/test_ops.py",
+        "tests/engines/worker.py",
+        "examples/train.yaml",
+        "Makefile",
+        "constraints.txt",
     ):
         assert wanted in names
 
@@ -75,7 +80,7 @@ def test_wheel_without_a_compiler_works_and_says_so(source, tmp_path):
     for wanted in (
         "diffmas/ops/reference.py", "diffmas/evaluation/run.py", "diffmas/demo/base/model.safetensors",
         "diffmas/kernels/inject.py", "diffmas/build_info.json", "diffmas/benchmarks/bench_attention.py",
-        "diffmas/benchmarks/page.html", "diffmas/benchmarks/studies/facts.yaml",
+        "diffmas/benchmarks/page.html", "diffmas/benchmarks/studies/facts.yaml", "diffmas/py.typed",
     ):  # fmt: skip
         assert wanted in names
     data = {name for name in names if name.startswith("diffmas/kernels/") and not name.endswith(".py")}

@@ -28,7 +28,7 @@ from diffmas.agents.prompts import Agent
 from diffmas.cli.methods import METHODS
 from diffmas.evaluation.tasks import task
 
-__all__ = ["Config", "check_methods", "load", "parsed", "training_fields"]
+__all__ = ["Config", "check_methods", "load", "parsed", "training_fields", "training_kinds"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -155,8 +155,8 @@ class Config:
 
 def _unknown(key: str, known, where: str) -> ValueError:
     close = difflib.get_close_matches(str(key), known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"{where}{key}: expected one of {sorted(known)}, got an unknown key{hint}")
+    hint = f"{close[0]!r}, or another of " if close else "one of "  # first: there may be a hundred
+    return ValueError(f"{where}{key}: expected {hint}{sorted(known)}, got an unknown key")
 
 
 def _describe(kind) -> str:
@@ -233,23 +233,27 @@ OF_SCRIPTS = {
 }  # fmt: skip
 
 
+def training_kinds() -> dict[str, type]:
+    """What `training` may hold: the types of TrainingArguments' fields, by name."""
+    from transformers import TrainingArguments
+
+    kinds = typing.get_type_hints(TrainingArguments)
+    return {f.name: kinds[f.name] for f in fields(TrainingArguments) if f.init and f.name not in {"output_dir", *OF_SCRIPTS}}
+
+
 def training_fields(given: dict) -> dict:
     """The `training` section, checked against TrainingArguments; numbers get the kinds of its fields.
 
     Raises ValueError naming a key that is unknown or does not fit.
     """
-    from transformers import TrainingArguments
-
-    kinds = typing.get_type_hints(TrainingArguments)
-    known = {f.name for f in fields(TrainingArguments) if f.init} - {"output_dir"}
-    checked = {}
+    kinds, checked = training_kinds(), {}
     for key, value in given.items():
         if key == "output_dir":
             raise ValueError("training.output_dir: expected it at the top level as output_dir, got it here")
         if key in OF_SCRIPTS:
             raise ValueError(f"training.{key}: expected none, since it would have no effect, got {value!r}; {OF_SCRIPTS[key]}")
-        if key not in known:
-            raise _unknown(key, known, "training.")
+        if key not in kinds:
+            raise _unknown(key, kinds, "training.")
         kind = kinds[key]
         simple = [k for k in (typing.get_args(kind) or (kind,)) if k in (bool, int, float, str, dict, list, type(None))]
         if len(simple) == len(typing.get_args(kind) or (kind,)):  # transformers checks the other kinds

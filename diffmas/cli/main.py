@@ -1,9 +1,13 @@
-"""The command line: demo, train, generate, tasks, evaluate, audit, study, plan, serve, export, bench, env."""
+"""The command line: demo, init, schema, train, generate, tasks, evaluate, audit, study, plan, serve, export, bench, env."""
+
+from typing import Annotated
 
 import typer
 
+from diffmas import __version__
 from diffmas.cli.commands.export import export
 from diffmas.cli.commands.generate import generate
+from diffmas.cli.commands.init import init, schema
 from diffmas.cli.commands.machine import bench, demo, env
 from diffmas.cli.commands.measure import audit, evaluate, tasks
 from diffmas.cli.commands.plan import plan
@@ -14,8 +18,23 @@ from diffmas.cli.terminal import explained
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (demo, train, generate, tasks, evaluate, audit, study, plan, serve, export, bench, env):
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"diffmas {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def _of_all(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="and exit")] = False,
+):
+    pass
+
+
+for command in (demo, init, schema, train, generate, tasks, evaluate, audit, study, plan, serve, export, bench, env):
     app.command()(explained(command))
 
 

@@ -1,0 +1,37 @@
+"""The JSON schema of config.yaml, from its dataclasses, for editors."""
+
+import types
+import typing
+from dataclasses import MISSING, fields, is_dataclass
+
+from diffmas.cli.config import Config, training_kinds
+
+__all__ = ["schema"]
+
+NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object", type(None): "null"}
+
+
+def schema() -> dict:
+    """Of `diffmas.cli.config.Config`, the fields of transformers' TrainingArguments included; JSON Schema 2020-12."""
+    root = _of(Config)
+    root["properties"]["training"] = _object({name: _of(kind) for name, kind in training_kinds().items()})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "diffmas config.yaml", **root}
+
+
+def _of(kind) -> dict:
+    if is_dataclass(kind):
+        kinds = typing.get_type_hints(kind)
+        known = {f.name: _of(kinds[f.name]) for f in fields(kind)}
+        return _object(known, [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING])
+    origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        some = [_of(k) for k in inside]
+        return {} if {} in some else {"anyOf": some}
+    if origin is list and inside:
+        return {"type": "array", "items": _of(inside[0])}
+    # YAML 1.1 reads 5e-5 as a string; what is none of NAMES, as a function, no file can hold.
+    return {"type": ["number", "string"]} if origin is float else {"type": NAMES[origin]} if origin in NAMES else {}
+
+
+def _object(properties: dict, required: list[str] = ()) -> dict:
+    return {"type": "object", "properties": properties, "additionalProperties": False, "required": list(required)}

@@ -126,6 +126,19 @@ def test_evaluate_compares(project, trained):
     assert "latent_mas" in bare and len((project / "bare" / "results.csv").read_text().splitlines()) == 4
 
 
+def test_no_right_answer_at_all_is_explained(project, tmp_path):
+    """Two answers are shown, and what decides; a single right one needs no explanation."""
+    rows = [{"question": "where is the key", "answer": f"nowhere {i}"} for i in range(3)]
+    data = str(tiny.write_jsonl(tmp_path / "rows.jsonl", rows))
+    path = settings_of(project, tmp_path, evaluation={"data": data, "methods": ["single", "latent_mas"]})
+    output = call("evaluate", path, "--output", tmp_path / "out", "--device", "cpu").stdout
+    assert "single, latent_mas: no answer is right. Of single:" in output and output.count("was expected") == 2
+    assert "where 'nowhere 0' was expected" in output and "evaluation.match (exact | contains | math)" in output
+    everything = {"data": data, "methods": ["single"], "extract": "()"}
+    path = settings_of(project, tmp_path, evaluation=everything)
+    assert "no answer is right" not in call("evaluate", path, "--output", tmp_path / "out", "--device", "cpu").stdout
+
+
 def test_trained_baselines_go_to_directories_of_their_own_and_are_compared(project, trained, tmp_path):
     rows = str(project / "rows.jsonl")
     judged = {"samples": 30, "batch_size": 8, "max_message_tokens": 25, "extract": "(kitchen|cellar|garden|attic|garage)"}

@@ -65,6 +65,10 @@ def test_final_answers():
     assert Scorer("boxed").correct(r"so \boxed{42}", r"\boxed{42}") and Scorer("boxed").correct(r"\boxed{42}", "42")
     by_pattern = Scorer(r"Answer: (\w+)")
     assert by_pattern.correct("Answer: attic\nAnswer: garden", "garden") and not by_pattern.correct("garden", "garden")
+    inside = Scorer(match="contains")
+    assert inside.correct("It is in the Garden, I think.", "in the garden.") and inside.correct("garden", "garden")
+    assert not inside.correct("in the gardens", "garden") and not inside.correct("anything", "?!")
+    assert inside.vote(["the garden", "garden", "a garden"])[1] == 1 / 3, "what contains another is not the same answer"
     assert Scorer(str.upper, lambda given, gold: given == gold).correct("a", "A")
     with pytest.raises(ValueError, match="extract: expected one of .*got '\\('"):
         Scorer("(")

@@ -130,6 +130,22 @@ def test_what_depends_on_the_value(tmp_path):
         Trainer(tiny.system(), args, train_dataset=tiny.rows(2), processing_class=tiny.tokenizer())
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2, "save_steps": 3}, "save_steps: expected a multiple of .*, 2, got 3"),
+        ({"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "epoch"}, "save_strategy: .*'steps', got 'epoch'"),
+        ({"eval_strategy": "epoch", "save_strategy": "steps"}, "save_strategy: .*'epoch', got 'steps'"),
+    ],
+)
+def test_saving_that_does_not_go_with_evaluation_is_refused_by_the_users_names(options, said, tmp_path):
+    """transformers speaks of load_best_model_at_end, which the user never wrote."""
+    with pytest.raises(ValueError, match=said):
+        default_arguments(tmp_path, **options)
+    otherwise = default_arguments(tmp_path, **options, load_best_model_at_end=False)
+    assert otherwise.save_strategy == options.get("save_strategy", "steps")
+
+
 def test_rows_are_sampled_by_a_column_of_lengths(tmp_path):
     import datasets
     import pyarrow

@@ -82,11 +82,17 @@ def _exact(given: str, gold: str) -> bool:
     return normalise(given) == normalise(gold)
 
 
+def _contains(given: str, gold: str) -> bool:
+    """Whether the words of the gold answer stand somewhere in the text, in a row."""
+    words = normalise(gold)
+    return bool(words) and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", normalise(given)) is not None
+
+
 def _math(given: str, gold: str) -> bool:
     return _exact(given, gold) or mathematics.equal(given, gold)
 
 
-MATCHERS: dict[str, Callable[[str, str], bool]] = {"exact": _exact, "math": _math}
+MATCHERS: dict[str, Callable[[str, str], bool]] = {"exact": _exact, "contains": _contains, "math": _math}
 
 
 def _with_row(function: Callable) -> Callable:
@@ -103,8 +109,9 @@ class Scorer:
 
     extract: where the final answer is in a text: all | boxed | number, a regular expression (its last match, or the first
         group of that), or a function text -> str | None. It also applies to a gold answer, if it finds something there.
-    match: exact (after `normalise`) | math (equal as mathematics, by math-verify), or a function (given, gold) -> bool.
-    same: whether two answers are one vote, a function (given, other) -> bool; by default match.
+    match: exact (after `normalise`) | contains (the gold answer's words stand in the text) | math (equal as mathematics, by
+        math-verify), or a function (given, gold) -> bool.
+    same: whether two answers are one vote, a function (given, other) -> bool; by default match, or exact with contains.
 
     A function with a parameter `row` gets the whole row of the question by that name: its options, its tests.
 
@@ -122,7 +129,7 @@ class Scorer:
         if match == "math" and find_spec("math_verify") is None:
             raise ValueError("match: 'math' needs the package math-verify: pip install 'math-verify[antlr4_13_2]'")
         self._extract, self._match = _with_row(_extractor(extract)), _with_row(match if callable(match) else MATCHERS[match])
-        self._same = _with_row(same) if same else self._match
+        self._same = _with_row(same or _exact) if same or match == "contains" else self._match
 
     def _right(self, given: str | None, gold: str, row) -> bool:
         final = self._extract(gold, row)

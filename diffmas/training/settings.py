@@ -53,7 +53,20 @@ def default_arguments(output_dir, recipe: str = "default", **overrides) -> Train
         options |= best | ({"save_steps": overrides["eval_steps"]} if overrides.get("eval_steps") else {})
         if str(overrides.get("save_strategy", evaluating)) == "no":
             options["load_best_model_at_end"] = False
+        elif overrides.get("load_best_model_at_end") is None:
+            _check_saving({**options, **overrides}, evaluating)
     return TrainingArguments(output_dir=str(output_dir), **{**options, **overrides})
+
+
+def _check_saving(options: dict, evaluating: str) -> None:
+    """What transformers would refuse by the name of an option that we have set: raises ValueError by the user's."""
+    saving = str(getattr(options["save_strategy"], "value", options["save_strategy"]))
+    otherwise = "the checkpoint with the lowest eval_loss is loaded at the end, unless load_best_model_at_end is false"
+    if saving not in (evaluating, "best"):
+        raise ValueError(f"save_strategy: expected that of evaluation, {evaluating!r}, got {saving!r}; {otherwise}")
+    steps = (options.get("save_steps"), options.get("eval_steps"))
+    if saving == "steps" and all(isinstance(n, int) and n >= 1 for n in steps) and steps[0] % steps[1]:
+        raise ValueError(f"save_steps: expected a multiple of eval_steps, {steps[1]}, got {steps[0]}; {otherwise}")
 
 
 # transformers 4 takes whole steps, and a share of the steps by another name.

@@ -61,6 +61,21 @@ def _settings(config, task, model, path, latent_steps, output, adapter):
     )  # fmt: skip
 
 
+def _show_zeros(results, rows, judged_by_task: bool) -> None:
+    """Where no answer is right: what two of them are, and what decides it."""
+    zeros = [r for r in results if not r.accuracy]
+    if not zeros:
+        return
+    console.print(f"{', '.join(r.method for r in zeros)}: no answer is right. Of {zeros[0].method}:", highlight=False)
+    for row, (text, *_) in list(zip(rows, zeros[0].texts))[:2]:
+        console.print(f"  {text!r} where {row['answer']!r} was expected", highlight=False, markup=False, soft_wrap=True)
+    if not judged_by_task:
+        console.print(
+            "evaluation.extract (all | boxed | number | a regular expression) is what finds the final answer in a text, "
+            "evaluation.match (exact | contains | math) what compares it", highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
 def _show_programs(results) -> None:
     """pass@k of every method, and what the programs ran in."""
     from diffmas.evaluation import sandbox
@@ -133,6 +148,7 @@ def evaluate(
             console.print()
         if all("tests" in row for row in rows):
             _show_programs(results)
+        _show_zeros(results, rows, settings.task is not None and not (options.extract or options.match))
         for file in files:
             console.print(str(file), highlight=False, soft_wrap=True)
 

@@ -126,6 +126,29 @@ def test_evaluate_compares(project, trained):
     assert "latent_mas" in bare and len((project / "bare" / "results.csv").read_text().splitlines()) == 4
 
 
+def test_generate_answers_a_file_and_goes_on(project, trained, tmp_path):
+    """With a cut last line, as a kill leaves it, the file is in the end what it would have been."""
+    rows = [{"question": row["question"], "id": i} for i, row in enumerate(tiny.rows(5))]
+    tiny.write_jsonl(tmp_path / "questions.jsonl", rows)
+    run = ("generate", "--adapter", project / "run", "--device", "cpu", "--seed", 3, "--max-new-tokens", 4, "--samples", 2)
+    files = ("--questions", tmp_path / "questions.jsonl", "--output", tmp_path / "out" / "answers.jsonl")
+    call(*run, *files, "--batch-size", 2)
+    whole = (tmp_path / "out" / "answers.jsonl").read_text()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [{k: line[k] for k in ("question", "id")} for line in lines] == rows and all(len(x["answers"]) == 2 for x in lines)
+    assert len({tuple(x["answers"]) for x in lines}) > 1
+    (tmp_path / "out" / "answers.jsonl").write_text("".join(whole.splitlines(True)[:3]) + whole.splitlines()[3][:9])
+    call(*run, *files, "--batch-size", 3)
+    assert (tmp_path / "out" / "answers.jsonl").read_text() == whole
+    tiny.write_jsonl(tmp_path / "questions.jsonl", rows[1:])
+    assert "answers.jsonl:1: expected the answers to line 1" in call(*run, *files, code=1).output
+    assert (tmp_path / "out" / "answers.jsonl").read_text() == whole, "nothing that was computed is lost"
+    assert "expected both or none" in call(*run, *files[:2], code=1).output
+    assert "expected it without --question" in call(*run, *files, "--question", "a", code=1).output
+    tiny.write_jsonl(tmp_path / "questions.jsonl", [{"other": 1}])
+    assert "questions.jsonl:1" in call(*run, *files, code=1).output
+
+
 def test_no_right_answer_at_all_is_explained(project, tmp_path):
     """Two answers are shown, and what decides; a single right one needs no explanation."""
     rows = [{"question": "where is the key", "answer": f"nowhere {i}"} for i in range(3)]

@@ -59,11 +59,11 @@ def check_fields(fields: dict, where: str, agents=()) -> None:
             raise ValueError(f"{where}: {error}") from error
 
 
-def read_jsonl(path, agents=()) -> list[dict]:
+def read_jsonl(path, agents=(), answers: bool = True) -> list[dict]:
     """The rows of a JSON-lines file; blank lines are skipped.
 
-    agents: every row must have the fields of their prompts. Raises ValueError naming file and line of a row that does not fit,
-    or the file if it has no rows; FileNotFoundError if there is no file.
+    agents: every row must have the fields of their prompts. answers: and an answer. Raises ValueError naming file and line of
+    a row that does not fit, or the file if it has no rows; FileNotFoundError if there is no file.
     """
     path, rows = Path(path), []
     if not path.is_file():
@@ -77,7 +77,10 @@ def read_jsonl(path, agents=()) -> list[dict]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: expected one JSON object per line, got {line.strip()[:60]!r} ({error})") from error
-            check_row(row, where, agents)
+            if answers or not isinstance(row, dict):
+                check_row(row, where, agents)
+            else:
+                check_fields(fields_of_row(row, where), where, agents)
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: expected at least one row, got an empty data set")

@@ -1,9 +1,12 @@
 """diffmas generate."""
 
+import json
+import secrets
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from tqdm.auto import tqdm
 
 from diffmas.cli.terminal import Device, device_of, errors
 
@@ -14,6 +17,13 @@ def generate(
     adapter: Annotated[Path, typer.Option(help="directory that `diffmas train` wrote", show_default=False)],
     question: Annotated[str, typer.Option(help="the field {question} of the agents' prompts")] = "",
     field: Annotated[list[str] | None, typer.Option(help="another field of the prompts, as name=text; may be repeated")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="a file of JSON lines with the fields of the prompts, answered into --output")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="with --questions: JSON lines with `answers`; one that is there goes on")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="with --questions: so many at once", min=1)] = 16,
     model: Annotated[
         str | None, typer.Option(help="base model (directory, GGUF file or hub name), if it is not where it was")
     ] = None,
@@ -24,8 +34,8 @@ def generate(
     samples: Annotated[int | None, typer.Option(help="answers", min=1)] = None,
     device: Device = None,
 ):
-    """Answer a question with a trained system. What is not given is the model's own generation config's, or 256 tokens at
-    temperature 0.6 and top-p 0.95."""
+    """Answer a question, or a file of them, with a trained system. What is not given is the model's own generation config's, or
+    256 tokens at temperature 0.6 and top-p 0.95."""
     from diffmas.agents.system import MultiAgentSystem
 
     fields = {"question": question} if question else {}
@@ -34,9 +44,59 @@ def generate(
         if not equals:
             raise ValueError(f"--field: expected name=text, got {item!r}")
         fields[name] = text
+    if (questions is None) != (output is None):
+        raise ValueError("--questions, --output: expected both or none, got one")
+    if questions is not None and fields:
+        raise ValueError("--questions: expected it without --question and --field, got both")
     system = MultiAgentSystem.from_pretrained(adapter, model).to(device_of(device))
+    if questions is not None:
+        options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples=samples)
+        return _answer_file(system, questions, output, batch_size, secrets.randbits(30) if seed is None else seed, options)
     texts = system.generate(
         [fields], max_new_tokens, temperature, top_p, seed, samples=samples, progress=errors.is_terminal
     )  # fmt: skip
     for text in texts[0]:
         typer.echo(text)
+
+
+def _answer_file(system, questions: Path, output: Path, batch_size: int, seed: int, options: dict) -> None:
+    """Each line of questions with its answers, in batches. Every question has a seed of its own: a file that goes on is as if
+    it had not stopped."""
+    from diffmas.training.data import fields_of_row, read_jsonl
+
+    rows = read_jsonl(questions, system.agents, answers=False)
+    done = _answered(output, rows)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=done, desc="questions", leave=False) as bar:
+        while done < len(rows):
+            batch = rows[done : done + batch_size]
+            seeds = [(seed * 1_000_003 + i) % (1 << 31) for i in range(done, done + len(batch))]
+            texts = system.generate([fields_of_row(row) for row in batch], seed=seeds, **options)
+            for row, answers in zip(batch, texts):
+                file.write(json.dumps({**row, "answers": answers}, ensure_ascii=False) + "\n")
+            file.flush()
+            done += len(batch)
+            bar.update(len(batch))
+    errors.print(f"{output}: {done} questions", highlight=False, soft_wrap=True)
+
+
+def _answered(output: Path, rows: list[dict]) -> int:
+    """How many of the rows a file has, from the first; a line that was cut is taken off. Raises ValueError for a file of
+    others."""
+    if not output.exists():
+        return 0
+    *lines, cut = output.read_text(encoding="utf-8").split("\n")
+    for n, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or n >= len(rows) or row.pop("answers", None) is None or row != _plain(rows[n]):
+            raise ValueError(f"{output}:{n + 1}: expected the answers to line {n + 1} of the questions, got others; remove it")
+    if cut:
+        output.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return len(lines)
+
+
+def _plain(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name != "answers"}

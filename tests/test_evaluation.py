@@ -15,8 +15,8 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from diffmas import Agent, MultiAgentSystem, Trace, Trainer
+from diffmas.agents import answers as answers_module
 from diffmas.agents import meter
-from diffmas.agents import system as system_module
 from diffmas.agents.file import add_adapter
 from diffmas.evaluation import (
     Latent,
@@ -310,9 +310,9 @@ def test_samples_of_text_agents_differ_and_repeat():
 def test_samples_of_text_agents_are_batched_and_share_what_they_read(batch_size, monkeypatch):
     """As if every sample of a question were a question of its own, as the seeds go; but a batch is of questions."""
     system, sizes = tiny.system(), []
-    decode = system_module.decode
+    decode = answers_module.decode
     monkeypatch.setattr(
-        system_module, "decode", lambda s, t, prompts, *a: sizes.append(len(prompts)) or decode(s, t, prompts, *a)
+        answers_module, "decode", lambda s, t, prompts, *a: sizes.append(len(prompts)) or decode(s, t, prompts, *a)
     )
     options = dict(max_new_tokens=4, temperature=1.5, top_p=1.0, seed=5)
     method = TextAgents(system, max_message_tokens=3)

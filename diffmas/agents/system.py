@@ -1,12 +1,9 @@
 """MultiAgentSystem: agents that share one model and communicate through its K/V states (DiffMAS, arXiv 2604.21794).
 
-An agent's turn (`think`): the prompts of the batch are packed without padding and go through the model's body in one
-forward; the last hidden state of each sequence is realigned and fed back T times, its own T. All K/V rows land on the trace,
-which the next agent attends to. The last agent's forward gives the loss, or its decoding loop (`diffmas.agents.decoding`) the
-text.
+All K/V rows of an agent's turn (`diffmas.agents.turns`) land on the trace, which the next agent attends to. The last agent's
+forward gives the loss, or its decoding loop the text (`diffmas.agents.answers`).
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,23 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from diffmas.agents import adapters, file, gradients, prompts
+from diffmas.agents.answers import answer_loss, answer_tokens
 from diffmas.agents.chat import check_chat
-from diffmas.agents.decoding import decode, rows_ahead, text_before
-from diffmas.agents.eval_mode import evaluating
-from diffmas.agents.gradient_clip import clipping
+from diffmas.agents.checks import check_team
+from diffmas.agents.decoding import text_before
 from diffmas.agents.gradient_report import GradientReport
-from diffmas.agents.latent import latent_steps
-from diffmas.agents.meter import phase
 from diffmas.agents.options import Options
-from diffmas.agents.output import SystemOutput, output_of
+from diffmas.agents.output import SystemOutput
 from diffmas.agents.prompts import Agent, Turn
 from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling
-from diffmas.models.adapted import check_adapters, check_bare
-from diffmas.models.forward import forward
+from diffmas.agents.turns import communicate, think
 from diffmas.models.local import gathers, reshard
 from diffmas.models.parts import causal_lm_of
-from diffmas.models.patch import patch_model, patch_of
+from diffmas.models.patch import patch_model
 from diffmas.trace import Trace
 from diffmas.trace.views import SINKS
 
@@ -81,26 +75,8 @@ class MultiAgentSystem(nn.Module):
             realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature,
             sinks, chat_options, latent_grad_clip,
         )  # fmt: skip
-        if not agents:
-            raise ValueError("agents: expected at least one agent, got an empty list")
-        names = [agent.name for agent in agents]
-        if len(set(names)) != len(names):
-            raise ValueError(f"agents: expected distinct names, got {names}")
-        self._without_grad = options.agents_without_grad(len(agents))
-        check_adapters(model)
-        if adapter_scope == "final_only":
-            check_bare(model)
-        if adapter_scope != "shared" and not hasattr(model, "peft_config"):
-            raise ValueError(f"adapter_scope: {adapter_scope!r} needs a PEFT model, got {type(model).__name__}")
-        for agent in agents:
-            if (other := next((x for x in agents if agent.role == x.name != x.role and x is not agent), None)) is not None:
-                raise ValueError(
-                    f"agent {agent.name!r}: role: expected a name that no agent of another role has, got {agent.role!r}; to "
-                    f"share an adapter with {other.name!r}, give both one role"
-                )
-        roles = list(dict.fromkeys(agent.adapter for agent in agents))
-        if adapter_scope == "per_role" and (missing := [n for n in roles if n not in model.peft_config]):
-            raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every role, the model has none for {missing}")
+        check_team(model, agents, adapter_scope)
+        self.agents_without_grad = options.agents_without_grad(len(agents))  # the first so many
         self.chat_template = bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
         check_chat(tokenizer, self.chat_template, chat_options or {}, agents)
         if not hasattr(causal_lm_of(model), "diffmas_patch"):
@@ -115,7 +91,7 @@ class MultiAgentSystem(nn.Module):
         if adapter_scope != "shared":
             adapters.will_switch(model)
         if adapter_scope == "per_role":
-            adapters.train_roles(model, roles)
+            adapters.train_roles(model, list(dict.fromkeys(agent.adapter for agent in agents)))
 
     # ---- text to tokens ----------------------------------------------------------------------------------------------
 
@@ -148,7 +124,8 @@ class MultiAgentSystem(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.get_input_embeddings().parameters()).device
 
-    def _pack(self, rows: list[list[int]]) -> Tensor:
+    def pack(self, rows: list[list[int]]) -> Tensor:
+        """Token ids of several sequences as one, [1, n], on the model's device."""
         return torch.tensor([t for row in rows for t in row], dtype=torch.long, device=self.device)[None]
 
     def think(
@@ -160,32 +137,7 @@ class MultiAgentSystem(nn.Module):
         second tokenization. least_steps: where no T is as large, more forwards follow, whose rows are dropped: processes that
         share a model run it equally often. Returns the trace for the next agent.
         """
-        if turns is None:
-            starts = trace.next_positions
-            turns = [prompts.turn_of(self, agent, b, row, starts[b]) for b, row in enumerate(questions)]
-        ids, steps = [turn.ids for turn in turns], [turn.steps for turn in turns]
-        if not any(ids):
-            return trace
-        patch = patch_of(self.model)
-        trace.agent = agent.name
-        forward_pass = trace.plan([len(row) for row in ids], "prompt", reserve=steps)
-        with phase("prefill", trace):
-            h = forward(patch, trace, forward_pass, input_ids=self._pack(ids)).last_hidden_state[0]
-            h = h[forward_pass.last_rows().to(h.device)]  # not always where the embeddings are
-        with phase("latent", trace):
-            h = latent_steps(patch, self.realign, trace, h, steps, agent.stop_change)
-            if (more := least_steps - max(steps)) > 0:
-                latent_steps(patch, self.realign, trace, h, [more] * len(steps))
-                trace.drop_newest([more] * len(steps))
-        if self.trace_content == "latent_only":
-            with phase("hand-over"):
-                trace = trace.keep(kind="latent", positions=self.positions, sinks=self.sinks)
-        return trace
-
-    def _trace_for(self, turns: list[list[Turn]], room: list[int]) -> Trace:
-        """An empty trace with enough rows for all prompts, latent steps and room[b] tokens after them."""
-        rows = sum(room) + sum(len(turn.ids) + turn.steps for row in turns for turn in row)
-        return Trace(self.model, len(room), capacity=max(1, -(-rows // len(room))))
+        return think(self, agent, questions, trace, turns, least_steps)
 
     def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None, least_steps=()) -> Trace:
         """All agents but the last take their turns; returns the trace that the last one reads.
@@ -193,13 +145,7 @@ class MultiAgentSystem(nn.Module):
         questions: dicts of prompt fields. trace: to go on from; a new one by default. turns: the result of `tokenize`.
         least_steps: of each agent (`think`).
         """
-        trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
-        for i, agent in enumerate(self.agents[:-1]):
-            needs_grad = torch.is_grad_enabled() and i >= self._without_grad
-            with torch.set_grad_enabled(needs_grad), adapters.of_agent(self, i):
-                least = least_steps[i] if least_steps else 0
-                trace = self.think(agent, questions, trace, None if turns is None else turns[i], least)
-        return trace
+        return communicate(self, questions, trace, turns, least_steps)
 
     # ---- the last agent ----------------------------------------------------------------------------------------------
 
@@ -215,41 +161,7 @@ class MultiAgentSystem(nn.Module):
         theirs that was saved, `Trace.load`), a sequence for each question; the last agent's rows are added to it. By default
         the others take their turns now. Returns a `SystemOutput`. Raises ValueError naming what does not fit.
         """
-        with self.agreement or contextlib.nullcontext():
-            questions = self.fields_of(questions)
-            if isinstance(answers, str):
-                raise ValueError("answers: expected a list, got one str")
-            if answers is not None and len(answers) != len(questions):
-                raise ValueError(f"answers: expected one for each of {len(questions)} questions, got {len(answers)}")
-            targets = [self.answer_ids(a) for a in answers] if answers is not None else [[] for _ in questions]
-            what = "its prompt and answer" if answers is not None else "its prompt"
-            turns = self.tokenize(questions, [len(t) for t in targets], what, trace)
-        least = () if self.agreement is None else self.agreement([max(turn.steps for turn in row) for row in turns])
-        clip = None
-        if trace is None:
-            with self.realign.unchanging(), clipping(self.latent_grad_clip) as clip:
-                trace = self.communicate(questions, self._trace_for(turns, [len(t) for t in targets]), turns, least)
-        prompt_rows = [turn.ids for turn in turns[-1]]
-        rows = [p + t for p, t in zip(prompt_rows, targets)]
-        trace.agent = self.agents[-1].name
-        forward_pass = trace.plan([len(r) for r in rows], "prompt")
-        if clip is not None:
-            forward_pass.ending = clip.answer([len(r) for r in rows])
-        # The rows whose next token is an answer token: the last of the prompt and all of the answer but its end.
-        first, predict = 0, []
-        for p, t in zip(prompt_rows, targets):
-            predict.append(torch.arange(max(len(t), 1)) + first + len(p) - 1)
-            first += len(p) + len(t)
-        keep = torch.cat(predict).tolist()  # a list: it goes to wherever the last hidden states are
-        with adapters.of_agent(self, len(self.agents) - 1):
-            output = forward(
-                patch_of(self.model), trace, forward_pass, head=True, input_ids=self._pack(rows), logits_to_keep=keep
-            )
-        logits = output.logits[0]
-        if answers is None:
-            return SystemOutput(logits=logits[:, None], trace=trace)
-        labels = self._pack(targets)[0].to(logits.device)
-        return output_of(logits, labels, [len(t) for t in targets], num_items_in_batch, trace)
+        return answer_loss(self, questions, answers, num_items_in_batch, trace)
 
     @torch.no_grad()
     def generate(
@@ -283,7 +195,7 @@ class MultiAgentSystem(nn.Module):
             [['...']]
         """
         sampling = Sampling.of(self, max_new_tokens, temperature, top_p, seed, stop, samples, **options)
-        tokens = self._decode(questions, sampling, batch_size, progress, trace)
+        tokens = answer_tokens(self, questions, sampling, batch_size, progress, trace)
         return [[self.text_of(t, sampling.stop) for t in row] for row in tokens]
 
     @torch.no_grad()
@@ -304,33 +216,7 @@ class MultiAgentSystem(nn.Module):
             True
         """
         sampling = Sampling.of(self, max_new_tokens, temperature, top_p, seed, stop, samples, **options)
-        return self._decode(questions, sampling, batch_size, progress, trace, on_token)
-
-    def _decode(self, questions, sampling: Sampling, batch_size, progress: bool, trace: Trace | None, on_token=None):
-        if self.agreement is not None:
-            raise ValueError(
-                "generate: expected a model that this process has alone, got one whose weights several share; save_pretrained, "
-                "and generate with what from_pretrained loads"
-            )
-        questions = self.fields_of(questions)
-        sampling.check_count(len(questions))
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        room = [sampling.limit(b) for b in range(len(questions))]
-        turns = self.tokenize(questions, room, "its prompt and answer", trace)
-        tokens, step = [], batch_size or len(questions)
-        with evaluating(self), self.realign.unchanging():
-            for first in range(0, len(questions), step):
-                batch = [rows[first : first + step] for rows in turns]
-                if trace is None:
-                    read = self._trace_for(batch, [rows_ahead(sampling)] * len(batch[0]))
-                    read = self.communicate(questions[first : first + step], read, batch)
-                else:
-                    read = trace.select(range(first, first + len(batch[0])))
-                read.agent = self.agents[-1].name
-                with adapters.of_agent(self, len(self.agents) - 1):
-                    tokens += decode(self, read, [turn.ids for turn in batch[-1]], sampling, first, progress, on_token)
-        return tokens
+        return answer_tokens(self, questions, sampling, batch_size, progress, trace, on_token)
 
     def text_of(self, ids: list[int], stop: list[str] | None = None) -> str:
         """The text of new token ids, without special tokens, cut before the first `stop` string."""

@@ -167,7 +167,7 @@ class Stitched(MultiAgentSystem):
             return trace
         branches = trace.fork(len(others))
         for i, agent in enumerate(others):
-            needs_grad = torch.is_grad_enabled() and i >= self._without_grad
+            needs_grad = torch.is_grad_enabled() and i >= self.agents_without_grad
             with torch.set_grad_enabled(needs_grad), adapters.of_agent(self, i):
                 least = least_steps[i] if least_steps else 0
                 branches[i] = self.think(agent, questions, branches[i], None if turns is None else turns[i], least)

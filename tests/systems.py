@@ -96,6 +96,14 @@ def unroll(system, question, answer: str | None = None, generated: list[int] = (
         agent_of += [i] * len(ids)
         free = system.sinks - sum(handed)
         handed += [system.trace_content == "all" or j < free for j in range(len(ids))]
+        if agent.passes and T:
+            prompt, h0 = x, forward(base).last_hidden_state[0, -1:]
+            agent_of, handed, h = agent_of + [i] * T, handed + [True] * T, h0.expand(T, -1)
+            for j in range(agent.passes):
+                h = h.detach() if j and agent.passes - j == agent.grad_passes else h
+                x = torch.cat((prompt, system.realign(torch.cat((h0, h[:-1])))))
+                h = forward(base).last_hidden_state[0, -T:]
+            continue
         before = None
         for _ in range(T):
             h = forward(base).last_hidden_state[0, -1:]

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from diffmas import training
 from diffmas.cli import build, study
 from diffmas.cli import main as cli
+from diffmas.cli.stages import slug
 from diffmas.demo.experiment import BASE
 from diffmas.evaluation import Scorer
 from diffmas.evaluation.pooled import pool
@@ -212,6 +213,8 @@ def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch):
         ({"cases": {"a": {"system": {"sink": 1}}}}, (), "case 'a': system.sink: expected one of"),
         ({"config": {"task": "facts"}}, (), "case 'one fact': model: expected a value, got none"),
         ({"cases": {"a": {"agents": [{"name": "a", "prompt": "a"}], "latent_steps": 1}}}, (), "latent_steps: expected it"),
+        ({"cases": {"a": {"agents": [{"name": "a", "prompt": "a"}], "passes": 1}}}, (), "passes: expected it for a task"),
+        ({"cases": {"a": {"grad_passes": 1}}}, (), "grad_passes: expected None without passes, got 1"),
     ],
 )
 def test_what_is_refused(tmp_path, changes, arguments, error):
@@ -243,6 +246,26 @@ def test_pooling_pairs_questions_over_seeds():
     assert {r.to for r in rows} == {"a"} and a.difference is None and ours.difference.value == pytest.approx(0.5)
     with pytest.raises(ValueError, match="scores: expected the same questions for all seeds of 'a'"):
         pool("case", {"a": [[1, 0], [1]]})
+
+
+def test_the_recipe_of_passes_runs_to_its_end(tmp_path):
+    """On a model of two layers: nothing is changed but how much there is to do."""
+    base = tiny.save_base(tmp_path / "base", max_position_embeddings=4096)
+    less = {
+        "training.max_steps": 2, "training.save_steps": 1, "training.eval_steps": 1, "training.use_cpu": True, "data.limit": 32,
+        "dtype": "float32", "generation.max_new_tokens": 2, "evaluation.limit": 3, "training.warmup_steps": 0,
+    }  # fmt: skip
+    cases = ("T = 4, J = 2", "T = 16, J = 4 of a team that was trained one by one", "T = 4, J = T")
+    changes = [part for key, value in less.items() for part in ("--set", f"{key}={value}")]
+    asked = [part for case in cases for part in ("--case", case)]
+    call("passes", "--model", base, *asked, "--seed", 0, "--output", tmp_path / "out", "--device", "cpu", *changes)
+    with (tmp_path / "out" / "costs.csv").open() as file:
+        taken = {row["case"]: row["latent_steps"] for row in csv.DictReader(file) if row["method"] == "diffmas"}
+    assert taken == dict(zip(cases, map(str, (3 * 3 * 4, 3 * 3 * 16, 3 * 3 * 4))))
+    of = lambda case, name: json.loads((tmp_path / "out" / slug(case) / "seed0" / name).read_text())
+    agents = of(cases[0], "adapter/agents.json")["agents"]
+    assert [agent["passes"] for agent in agents] == [2, 2, 2, None]
+    assert len({of(case, "measured_diffmas.json")["result"]["perplexity"] for case in cases}) == 3
 
 
 # ---- the facts -------------------------------------------------------------------------------------------------------

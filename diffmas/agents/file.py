@@ -164,7 +164,8 @@ def _with_later_options(described: dict) -> dict:
     described = {**dict.fromkeys(OF_CLASS), **described}
 
     def filled(agents: list) -> list:
-        return [{"stop_change": None, "role": None, **agent} if isinstance(agent, dict) else agent for agent in agents]
+        later = dict.fromkeys(("stop_change", "role", "passes", "grad_passes"))
+        return [{**later, **agent} if isinstance(agent, dict) else agent for agent in agents]
 
     own = described["own_options"]
     if isinstance(own, dict) and isinstance(own.get("roles"), list):  # agents of `diffmas.evaluation.Writers`

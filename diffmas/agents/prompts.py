@@ -21,9 +21,12 @@ class Agent:
     name of the question's field that has it, or a function of the question's fields (which cannot be saved). system: a system
     message. stop_change: ends a question's latent steps before T, after the first step that changes its last hidden state by
     less than this, |h_t - h_(t-1)| / |h_(t-1)|; None takes all T. Waits for the device at each step. role: with adapter_scope
-    "per_role" the agents of a role have one adapter, of its name; None is a role of the agent's own, named as it is.
+    "per_role" the agents of a role have one adapter, of its name; None is a role of the agent's own, named as it is. passes: J,
+    how many forwards over all latent tokens at once stand for the T steps (`diffmas.agents.jacobi`); None, or J >= T: one by
+    one. grad_passes: gradients go through the last so many of them; None: through all.
 
-    Raises ValueError for T < 0, stop_change <= 0, an empty name or role, or a prompt that is no string.
+    Raises ValueError for T < 0, stop_change <= 0, passes < 1, grad_passes that are not 1 to passes, passes together with
+    stop_change, an empty name or role, or a prompt that is no string.
 
         >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
         'Plan how to answer: 2 + 2?'
@@ -37,6 +40,8 @@ class Agent:
     system: str | None = None
     stop_change: float | None = None
     role: str | None = None
+    passes: int | None = None
+    grad_passes: int | None = None
 
     def __post_init__(self):
         T = self.latent_steps
@@ -46,6 +51,14 @@ class Agent:
             )
         if self.stop_change is not None and not 0 < self.stop_change < math.inf:
             raise ValueError(f"agent {self.name!r}: stop_change: expected a number > 0 or None, got {self.stop_change!r}")
+        J, k = self.passes, self.grad_passes
+        if J is not None and (isinstance(J, bool) or not isinstance(J, int) or J < 1):
+            raise ValueError(f"agent {self.name!r}: passes: expected an integer >= 1 or None, got {J!r}")
+        if J is not None and self.stop_change is not None:
+            raise ValueError(f"agent {self.name!r}: stop_change: expected None with passes, got {self.stop_change!r}")
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or J is None or not 1 <= k <= J):
+            most = "None without passes" if J is None else f"1 to {J} passes or None"
+            raise ValueError(f"agent {self.name!r}: grad_passes: expected {most}, got {k!r}")
         if not self.name:
             raise ValueError("name: expected a name for every agent, got an empty one")
         if self.role is not None and not (isinstance(self.role, str) and self.role):

@@ -7,6 +7,7 @@ hidden state of each sequence is realigned and fed back T times, its own T.
 import torch
 
 from diffmas.agents import adapters, prompts
+from diffmas.agents.jacobi import forwards, latent_passes, one_by_one, rows_written
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.meter import phase
 from diffmas.agents.prompts import Agent, Turn
@@ -34,8 +35,11 @@ def think(
         h = forward(patch, trace, forward_pass, input_ids=system.pack(ids)).last_hidden_state[0]
         h = h[forward_pass.last_rows().to(h.device)]  # not always where the embeddings are
     with phase("latent", trace):
-        h = latent_steps(patch, system.realign, trace, h, steps, agent.stop_change)
-        if (more := least_steps - max(steps)) > 0:
+        if one_by_one(steps, agent.passes, agent.grad_passes):
+            h = latent_steps(patch, system.realign, trace, h, steps, agent.stop_change)
+        else:
+            latent_passes(patch, system.realign, trace, h, steps, agent.passes, agent.grad_passes)
+        if (more := forwards([least_steps], agent.passes) - forwards(steps, agent.passes)) > 0:
             latent_steps(patch, system.realign, trace, h, [more] * len(steps))
             trace.drop_newest([more] * len(steps))
     if system.trace_content == "latent_only":
@@ -46,7 +50,12 @@ def think(
 
 def trace_for(system, turns: list[list[Turn]], room: list[int]) -> Trace:
     """An empty trace with enough rows for all prompts, latent steps and room[b] tokens after them."""
-    rows = sum(room) + sum(len(turn.ids) + turn.steps for row in turns for turn in row)
+    rows = sum(room)
+    for i, (agent, row) in enumerate(zip(system.agents, turns)):
+        steps = [turn.steps for turn in row]
+        learning = torch.is_grad_enabled() and i >= system.agents_without_grad  # else rows that are dropped are written again
+        rows += rows_written(steps, agent.passes, agent.grad_passes) if learning else sum(steps)
+        rows += sum(len(turn.ids) for turn in row)
     return Trace(system.model, len(room), capacity=max(1, -(-rows // len(room))))
 
 

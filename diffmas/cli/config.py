@@ -18,7 +18,7 @@ import contextlib
 import difflib
 import types
 import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -100,11 +100,11 @@ def check_methods(names: list[str]) -> None:
 class Config:
     """The keys of config.yaml.
 
-    model: a hub name, a directory or a GGUF file. task: one of `diffmas tasks`. agents: by default the task's,
-    with latent_steps as their T. dtype: of the weights, one of DTYPES. system: options of `MultiAgentSystem`. training: any
-    fields of transformers' TrainingArguments but output_dir, over a recipe, default or paper (`default_arguments`).
-    gradient_report_steps, explosion_factor: see `diffmas.Trainer`. early_stopping_patience: how many evaluations without a
-    better eval_loss end training.
+    model: a hub name, a directory or a GGUF file. task: one of `diffmas tasks`. agents: by default the task's, with
+    latent_steps as their T, and with passes and grad_passes (`diffmas.Agent`). dtype: of the weights, one of DTYPES.
+    system: options of `MultiAgentSystem`. training: any fields of transformers' TrainingArguments but output_dir, over a
+    recipe, default or paper (`default_arguments`). gradient_report_steps, explosion_factor: see `diffmas.Trainer`.
+    early_stopping_patience: how many evaluations without a better eval_loss end training.
 
     Raises ValueError naming a key whose value does not fit.
     """
@@ -113,6 +113,8 @@ class Config:
     agents: list[Agent] = field(default_factory=list)
     task: str | None = None
     latent_steps: int | None = None
+    passes: int | None = None
+    grad_passes: int | None = None
     output_dir: str = "diffmas-output"
     dtype: str = "auto"
     system: Options = field(default_factory=Options)
@@ -129,8 +131,11 @@ class Config:
     def __post_init__(self):
         published = task(self.task) if self.task is not None else None
         theirs = published.agents(latent_steps=self.latent_steps) if published else []
-        if self.latent_steps is not None and (self.agents or theirs) != theirs:
-            raise ValueError("latent_steps: expected it for a task's agents, got it with agents that have their own")
+        passes = {"passes": self.passes, "grad_passes": self.grad_passes}
+        theirs = [replace(agent, **passes) if agent.latent_steps else agent for agent in theirs]
+        for name in ("latent_steps", *passes):
+            if getattr(self, name) is not None and (not theirs or (self.agents or theirs) != theirs):
+                raise ValueError(f"{name}: expected it for a task's agents, got it with agents that have their own")
         self.agents = self.agents or theirs
         if not self.agents:
             raise ValueError("agents: expected at least one agent or a task, got neither")

@@ -39,7 +39,10 @@ class _Plain:
         self.turns = system.tokenize(self.questions, room, "its prompt and answer")
         self.prompts = [turn.ids for turn in self.turns[-1]]
         self.model = causal_lm_of(system.model)
-        longest = [max(len(turn.ids) for turn in row) + max(turn.steps for turn in row) for row in self.turns]
+        longest = [
+            max(len(turn.ids) for turn in row) + max(turn.steps for turn in row) * (agent.passes or 1)
+            for agent, row in zip(system.agents, self.turns)
+        ]
         self.cache = cache(self.model.config, sum(longest) + max(room)) if cache else DynamicCache()
         self.every_logit = every_logit
         self.past = self.read_at = torch.zeros(len(self.questions), 0, dtype=torch.long, device=system.device)
@@ -73,7 +76,11 @@ class _Plain:
             ids, mask = _left_pad([turn.ids for turn in turns], 0, self.system.device)
             h = self.hidden(mask, input_ids=ids)
             prompt_end = self.past.shape[1]
-            self.think(h, [turn.steps for turn in turns], agent.stop_change)
+            steps = [turn.steps for turn in turns]
+            if agent.passes is None:
+                self.think(h, steps, agent.stop_change)
+            elif any(steps):
+                self.think_in_passes(h, steps, agent.passes, agent.grad_passes)
             if self.system.trace_content == "latent_only":
                 sinks = self.past * (self.past.cumsum(1) <= self.system.sinks)
                 self.past = self.past.clone()
@@ -94,6 +101,19 @@ class _Plain:
                 if not (T > t + 1).any():
                     return
             h = torch.where(mask[..., None] > 0, new, h) if ragged else new
+
+    def think_in_passes(self, h, steps: list[int], passes: int, grad_passes: int | None) -> None:
+        """Jacobi iteration: every pass forwards all latent tokens; those of the pass before are masked out."""
+        most, start, first = max(steps), self.at, self.past.shape[1]
+        mask = (torch.arange(most, device=h.device) < torch.tensor(steps, device=h.device)[:, None]).long()
+        states = h.expand(-1, most, -1)
+        for j in range(passes):
+            if j:
+                self.past, self.at = self.past.clone(), start
+                self.past[:, first:] = 0
+                states = states.detach() if grad_passes == passes - j else states
+            x = self.system.realign(torch.cat((h, states[:, :-1]), 1).flatten(0, 1)).unflatten(0, (-1, most))
+            states = self.forward(body_of(self.model), mask, inputs_embeds=x).last_hidden_state
 
     def reindex(self) -> None:
         """Renumbers what each sequence sees 0, 1, 2, ...: every cached key is rotated on, by its model's own RoPE."""

@@ -168,6 +168,7 @@ def _adapters(described: dict) -> str:
 
 def _agent(agent: dict, last: bool) -> str:
     T = "answers" if last else f"T = {agent['latent_steps']}"
+    T += f" in {agent['passes']} passes" if agent["passes"] and not last else ""
     stop = f", stops when a step changes less than {agent['stop_change']}" if agent["stop_change"] and not last else ""
     texts = [("System message", agent["system"]), ("Prompt", agent["prompt"])]
     return "\n\n".join(

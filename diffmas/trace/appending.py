@@ -47,11 +47,11 @@ class Appending(CacheFace):
             after = [max(p, int(part.max()) + 1) if len(part) else p for p, part in zip(self._next, parts)]
         self._check_limit(lengths)
         segments, extents, done = [list(row) for row in self._segments], list(self._extents), 0
-        hold = Hold(self._store)
+        hold, one_by_one = Hold(self._store), max(lengths) == 1
         with self._store.allocation():
             for b, n in enumerate(lengths):
                 while n:
-                    extents[b] = self._extent_for(n, segments[b], extents[b], reserve[b], hold)
+                    extents[b] = self._extent_for(n, segments[b], extents[b], reserve[b], one_by_one, hold)
                     rows = min(n, extents[b].end - extents[b].filled)
                     start = self._store.write(extents[b], rows, self._lineage)
                     hold.claimed.append((start, start + rows))
@@ -128,8 +128,11 @@ class Appending(CacheFace):
             if longest > limit:
                 raise ValueError(f"trace: expected at most {limit} tokens a sequence ({self.spec.why}), got {longest}")
 
-    def _extent_for(self, tokens: int, row: list[Segment], extent: Extent | None, reserve: int, hold: Hold) -> Extent:
-        """Where a sequence writes next: on in its extent, unless that is full or another fork has gone on there."""
+    def _extent_for(
+        self, tokens: int, row: list[Segment], extent: Extent | None, reserve: int, one_by_one: bool, hold: Hold
+    ) -> Extent:  # fmt: skip
+        """Where a sequence writes next: on in its extent, unless that is full or another fork has gone on there. one_by_one:
+        whether the batch's sequences get a token each."""
         end = row[-1].end if row else None
         if extent is not None and extent.filled == end:
             self._store.lengthen(extent, tokens + reserve)
@@ -139,7 +142,7 @@ class Appending(CacheFace):
         if any(end == start for start, _ in hold.claimed):
             end = None  # a fork in this batch has gone on there
         spare = least = reserve
-        if not reserve and tokens == 1:  # nobody said what comes: more tokens one by one, if that is how this extent was filled
+        if not reserve and one_by_one:  # nobody said what comes: more such tokens, if that is how this extent was filled
             filled = extent.end - extent.start if extent is not None and extent.filled == end else 0
             spare, least = min(max(filled, LEAST_SPARE), MOST_SPARE), LEAST_SPARE
         extent = self._store.allocate(tokens, spare, end, least)

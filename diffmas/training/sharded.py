@@ -100,6 +100,11 @@ def check_engine(system: MultiAgentSystem, args, state) -> None:
         if agent.stop_change is not None:
             raise ValueError(f"agent {agent.name!r}: stop_change: expected None where processes share the model's weights")
         fixed = isinstance(agent.latent_steps, int)
+        if agent.grad_passes is not None and not fixed:
+            raise ValueError(
+                f"agent {agent.name!r}: grad_passes: expected None where processes share the model's weights and its steps "
+                f"depend on the question, got {agent.grad_passes}: all have to run equally many passes with gradients"
+            )
         if system.no_latents == "skip" and not fixed:
             raise ValueError(
                 f"no_latents: expected 'prompt' where processes share the model's weights and the steps of agent "

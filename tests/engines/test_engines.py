@@ -221,6 +221,7 @@ def test_an_error_stops_all_processes_with_its_message(results):
         ("report", "gradient_report: expected a model that this process has alone"),
         ("cpu", "fsdp: expected processes on several accelerators"),
         ("version", "fsdp: expected FSDP2"),
+        ("grad passes", "agent 'planner': grad_passes: expected None where processes share the model's weights"),
         ("own checkpointing", "fsdp_activation_checkpointing: expected it to be off"),
     ],
 )

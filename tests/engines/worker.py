@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import tiny_systems
@@ -49,6 +50,7 @@ STEPS = {
     "fsdp soft": ((2, 2), SOFT, fsdp(reshard_after_forward=False)),
     "fsdp detach": ((2, 2), {"grad_scope": "detach_trace"}, fsdp()),
     "fsdp clip": ((1, 3), CLIPPED, fsdp()),
+    "fsdp passes T=2,4": ((2, 4), {"passes": 3, **SOFT}, fsdp()),
     "fsdp bf16": ((0, 0), {}, {**fsdp(), "bf16": True}),
 }
 ALL_ROWS = dict(per_device_train_batch_size=4)  # both processes have them
@@ -273,6 +275,10 @@ def stop(directory: Path, arguments) -> dict:
     error("row", lambda: trainer.model([long[0]["question"]], [long[0]["answer"]]))
     error("generate", lambda: trainer.model.generate(["where is the key"]))
     error("report", lambda: trainer.model.gradient_report(["where is the key"], ["the key"]))
+    first, *others = trainer.model.agents
+    trainer.model.agents = [replace(first, latent_steps="T", passes=2, grad_passes=1), *others]
+    error("grad passes", lambda: check_engine(trainer.model, trainer.args, trainer.accelerator.state))
+    trainer.model.agents = [first, *others]
     trainer.accelerator.state.fsdp_plugin.fsdp_version = 1  # whose plugin cannot be made on a CPU
     error("version", lambda: check_engine(trainer.model, trainer.args, trainer.accelerator.state))
     error("cpu", lambda: trainer_of(directory, (1, 1), {}, fsdp(), pretend=False))

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from diffmas.agents.graph import check_graph
 from diffmas.agents.prompts import Agent
 from diffmas.models.adapted import check_adapters, check_bare
 
@@ -15,6 +16,7 @@ def check_team(model: nn.Module, agents: list[Agent], adapter_scope: str) -> Non
     names = [agent.name for agent in agents]
     if len(set(names)) != len(names):
         raise ValueError(f"agents: expected distinct names, got {names}")
+    check_graph(agents)
     check_adapters(model)
     if adapter_scope == "final_only":
         check_bare(model)

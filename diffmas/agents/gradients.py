@@ -78,8 +78,9 @@ class GradientWatch:
     """Measures the gradients that reach the forward passes of a system, from `start` to `stop`; as a context too.
 
     rows: whether dL/d(rows) is measured; the backward of attention then takes two calls a layer for one. Neither changes a
-    gradient. While it watches, latent steps are forwards one by one, which can be told apart. Passes of several episodes, as
-    accumulated micro-batches are, count together: the norms are those of the sum of their losses.
+    gradient. While it watches, latent steps are forwards one by one, and agents take their turns alone, which can be told
+    apart. Passes of several episodes, as accumulated micro-batches are, count together: the norms are those of the sum of
+    their losses.
     """
 
     def __init__(self, system, rows: bool = True, aliases: "Aliases | None" = None):
@@ -91,8 +92,10 @@ class GradientWatch:
         self._place: Place | None = None  # of the forward pass that is running
         self._step = 0
         self._hooks: list = []
+        self._system = system
 
     def start(self) -> None:
+        self._system.together = False  # a pass is one agent's
         self._hooks = [
             self._body.register_forward_pre_hook(self._before, with_kwargs=True),
             self._body.register_forward_hook(self._after, with_kwargs=True),
@@ -101,6 +104,7 @@ class GradientWatch:
             self._hooks.append(self._realign.register_forward_pre_hook(self._before_realign))
 
     def stop(self) -> None:
+        self._system.together = True
         for hook in self._hooks:
             hook.remove()
 

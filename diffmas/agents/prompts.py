@@ -3,11 +3,13 @@
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from string import Formatter
 from typing import NamedTuple
 
 from diffmas.agents.chat import chat_text
+from diffmas.agents.graph import branches_of, handed_on, reads_of
+from diffmas.trace.views import Segment, joined, length_of
 
 __all__ = ["Agent", "TooLong", "Turn", "answer_ids", "fields_of", "prompt_ids", "tokenize", "turn_of"]
 
@@ -23,10 +25,12 @@ class Agent:
     less than this, |h_t - h_(t-1)| / |h_(t-1)|; None takes all T. Waits for the device at each step. role: with adapter_scope
     "per_role" the agents of a role have one adapter, of its name; None is a role of the agent's own, named as it is. passes: J,
     how many forwards over all latent tokens at once stand for the T steps (`diffmas.agents.jacobi`); None, or J >= T: one by
-    one. grad_passes: gradients go through the last so many of them; None: through all.
+    one. grad_passes: gradients go through the last so many of them; None: through all. reads: the names of the agents whose
+    rows it reads, out of those before it, in this order; or {"agent": name, "positions": ...} for where it has them
+    (`diffmas.agents.graph.Read`). None: all before it; []: nobody.
 
     Raises ValueError for T < 0, stop_change <= 0, passes < 1, grad_passes that are not 1 to passes, passes together with
-    stop_change, an empty name or role, or a prompt that is no string.
+    stop_change, reads that are no list of agents, an empty name or role, or a prompt that is no string.
 
         >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
         'Plan how to answer: 2 + 2?'
@@ -42,6 +46,7 @@ class Agent:
     role: str | None = None
     passes: int | None = None
     grad_passes: int | None = None
+    reads: list | tuple | None = None
 
     def __post_init__(self):
         T = self.latent_steps
@@ -65,6 +70,12 @@ class Agent:
             raise ValueError(f"agent {self.name!r}: role: expected a name or None, got {self.role!r}")
         if not isinstance(self.prompt, str):
             raise ValueError(f"agent {self.name!r}: prompt: expected a format string, got {type(self.prompt).__name__}")
+        object.__setattr__(self, "reads", reads_of(self.name, self.reads))
+
+    def described(self) -> dict:
+        """As plain data, which `Agent(**data)` takes."""
+        reads = None if self.reads is None else [asdict(read) for read in self.reads]
+        return {**asdict(self), "reads": reads}
 
     @property
     def adapter(self) -> str:
@@ -201,6 +212,9 @@ def tokenize(system, questions: list[dict], room: list[int], what: str, starts: 
         last = system.agents[-1]
         rows = enumerate(zip(questions, starts, room))
         return [[Turn(prompt_that_fits(system, last, b, fields, at, n, what), 0) for b, (fields, at, n) in rows]]
+    if not system.graph.chain:
+        rows = (_turns_in_graph(system, b, fields, room[b], what) for b, fields in enumerate(questions))
+        return [list(row) for row in zip(*rows)]
     turns: list[list[Turn]] = [[] for _ in system.agents]
     for b, fields in enumerate(questions):
         at = handed = 0  # the next agent's first position, and the rows that latent_only hands on to it
@@ -213,3 +227,25 @@ def tokenize(system, questions: list[dict], room: list[int], what: str, starts: 
                 at = handed
         turns[-1].append(Turn(prompt_that_fits(system, system.agents[-1], b, fields, at, room[b], what), 0))
     return turns
+
+
+def _turns_in_graph(system, b: int, fields: dict, room: int, what: str) -> list[Turn]:
+    """The turns of all agents on question b, each at the position where `diffmas.agents.board` will have it."""
+    graph, kind = system.graph, "latent" if system.trace_content == "latent_only" else None
+    turns: list[Turn] = []
+    handed: list[list[Segment]] = []
+    ends: list[int] = []
+    rows = 0  # as if all were written one after the other
+    for i, agent in enumerate(system.agents):
+        branches = branches_of([], [handed[j] for j, _ in graph.reads[i]])
+        positions, nexts = zip(("keep", 0), *((how, ends[j]) for j, how in graph.reads[i]))
+        row, at = joined(branches, positions, nexts)
+        if i == len(system.agents) - 1:
+            return [*turns, Turn(prompt_that_fits(system, agent, b, fields, at, room, what), 0)]
+        turns.append(turn := turn_of(system, agent, b, fields, at))
+        read, n = length_of(row), len(turn.ids)
+        for kind_of, length in (("prompt", n), ("latent", turn.steps)):
+            row = [*row, Segment(b, agent.name, kind_of, rows, length, at)] if length else row
+            rows, at = rows + length, at + length
+        handed.append(handed_on(row, read, [], agent.name, kind, system.sinks))
+        ends.append(at)

@@ -5,7 +5,7 @@ forward gives the loss, or its decoding loop the text (`diffmas.agents.answers`)
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from diffmas.agents import adapters, file, gradients, prompts
 from diffmas.agents.answers import answer_loss, answer_tokens
+from diffmas.agents.board import Board
 from diffmas.agents.chat import check_chat
 from diffmas.agents.checks import check_team
 from diffmas.agents.decoding import text_before
 from diffmas.agents.gradient_report import GradientReport
+from diffmas.agents.graph import Graph
 from diffmas.agents.options import Options
 from diffmas.agents.output import SystemOutput
 from diffmas.agents.prompts import Agent, Turn
 from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling
-from diffmas.agents.turns import communicate, think
+from diffmas.agents.turns import think
 from diffmas.models.local import gathers, reshard
 from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_model
@@ -39,7 +41,8 @@ class MultiAgentSystem(nn.Module):
         train or eval.
     tokenizer: the model's. Its chat template is used if it has one, unless chat_template is False. chat_options: what else
         the template reads, such as {"enable_thinking": False}.
-    agents: in the order of their turns.
+    agents: in the order of their turns; the last one answers. By default each reads all that was written before it; `Agent`'s
+        reads make other shapes of teams (`diffmas.agents.graph`), whose agents may take their turns in one forward.
     realign: none | norm | ridge | soft_token | learned, the map from hidden states to input embeddings
         (`diffmas.agents.realign`); temperature is soft_token's.
     grad_scope: full | detach_trace (gradients reach the last agent only) | last_k (the last `last_k` agents).
@@ -85,6 +88,7 @@ class MultiAgentSystem(nn.Module):
         self.grad_scope, self.last_k, self.trace_content = grad_scope, last_k, trace_content
         self.adapter_scope, self.no_latents, self.positions, self.sinks = adapter_scope, no_latents, positions, sinks
         self.chat_options, self.latent_grad_clip = chat_options, latent_grad_clip
+        self.together = True  # whether agents that do not read each other share a forward; not while a gradient report watches
         self.agreement = None  # what processes that share a sharded model tell each other before they run it (diffmas.training)
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.training = model.training
@@ -92,6 +96,11 @@ class MultiAgentSystem(nn.Module):
             adapters.will_switch(model)
         if adapter_scope == "per_role":
             adapters.train_roles(model, list(dict.fromkeys(agent.adapter for agent in agents)))
+
+    @property
+    def graph(self) -> Graph:
+        """Who reads whom. Raises ValueError naming an agent whose `reads` do not fit."""
+        return Graph.of(self.agents, "reindex" if self.positions == "reindex" else "shift")
 
     # ---- text to tokens ----------------------------------------------------------------------------------------------
 
@@ -145,7 +154,10 @@ class MultiAgentSystem(nn.Module):
         questions: dicts of prompt fields. trace: to go on from; a new one by default. turns: the result of `tokenize`.
         least_steps: of each agent (`think`).
         """
-        return communicate(self, questions, trace, turns, least_steps)
+        board = Board(self, Trace(self.model, batch_size=len(questions)) if trace is None else trace)
+        for group in board.groups:
+            board.write(group, questions, turns, least_steps)
+        return board.read(len(self.agents) - 1)
 
     # ---- the last agent ----------------------------------------------------------------------------------------------
 
@@ -253,7 +265,7 @@ class MultiAgentSystem(nn.Module):
         """The class, the agents and the fields of `diffmas.agents.options.Options`, as plain data."""
         return {
             "class": self.class_name(), "own_options": self.own_options(),
-            "agents": [asdict(agent) for agent in self.agents], "realign": self.realign.mode,
+            "agents": [agent.described() for agent in self.agents], "realign": self.realign.mode,
             "grad_scope": self.grad_scope, "last_k": self.last_k, "trace_content": self.trace_content,
             "adapter_scope": self.adapter_scope, "no_latents": self.no_latents, "positions": self.positions,
             "chat_template": self.chat_template, "temperature": self.realign.temperature, "sinks": self.sinks,

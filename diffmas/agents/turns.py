@@ -6,7 +6,7 @@ hidden state of each sequence is realigned and fed back T times, its own T.
 
 import torch
 
-from diffmas.agents import adapters, prompts
+from diffmas.agents import prompts
 from diffmas.agents.jacobi import forwards, latent_passes, one_by_one, rows_written
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.meter import phase
@@ -15,7 +15,7 @@ from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace import Trace
 
-__all__ = ["communicate", "think", "trace_for"]
+__all__ = ["take_turns", "think", "trace_for"]
 
 
 def think(
@@ -25,11 +25,21 @@ def think(
     if turns is None:
         starts = trace.next_positions
         turns = [prompts.turn_of(system, agent, b, row, starts[b]) for b, row in enumerate(questions)]
+    trace.agent = agent.name
+    take_turns(system, agent, trace, turns, least_steps)
+    if system.trace_content == "latent_only" and any(turn.ids for turn in turns):
+        with phase("hand-over"):
+            trace = trace.keep(kind="latent", positions=system.positions, sinks=system.sinks)
+    return trace
+
+
+def take_turns(system, agent: Agent, trace: Trace, turns: list[Turn], least_steps: int = 0) -> None:
+    """Appends a turn to each sequence of the trace. agent: how the latent steps are taken, whoever's turns they are
+    (`Trace.agent`)."""
     ids, steps = [turn.ids for turn in turns], [turn.steps for turn in turns]
     if not any(ids):
-        return trace
+        return
     patch = patch_of(system.model)
-    trace.agent = agent.name
     forward_pass = trace.plan([len(row) for row in ids], "prompt", reserve=steps)
     with phase("prefill", trace):
         h = forward(patch, trace, forward_pass, input_ids=system.pack(ids)).last_hidden_state[0]
@@ -42,10 +52,6 @@ def think(
         if (more := forwards([least_steps], agent.passes) - forwards(steps, agent.passes)) > 0:
             latent_steps(patch, system.realign, trace, h, [more] * len(steps))
             trace.drop_newest([more] * len(steps))
-    if system.trace_content == "latent_only":
-        with phase("hand-over"):
-            trace = trace.keep(kind="latent", positions=system.positions, sinks=system.sinks)
-    return trace
 
 
 def trace_for(system, turns: list[list[Turn]], room: list[int]) -> Trace:
@@ -57,14 +63,3 @@ def trace_for(system, turns: list[list[Turn]], room: list[int]) -> Trace:
         rows += rows_written(steps, agent.passes, agent.grad_passes) if learning else sum(steps)
         rows += sum(len(turn.ids) for turn in row)
     return Trace(system.model, len(room), capacity=max(1, -(-rows // len(room))))
-
-
-def communicate(system, questions: list[dict], trace: Trace | None = None, turns=None, least_steps=()) -> Trace:
-    """See `MultiAgentSystem.communicate`."""
-    trace = Trace(system.model, batch_size=len(questions)) if trace is None else trace
-    for i, agent in enumerate(system.agents[:-1]):
-        needs_grad = torch.is_grad_enabled() and i >= system.agents_without_grad
-        with torch.set_grad_enabled(needs_grad), adapters.of_agent(system, i):
-            least = least_steps[i] if least_steps else 0
-            trace = system.think(agent, questions, trace, None if turns is None else turns[i], least)
-    return trace

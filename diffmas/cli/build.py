@@ -1,6 +1,6 @@
 """What a config describes, built: model, system, rows, scorer, and the methods that are compared."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from diffmas.cli.config import Config, training_fields
@@ -59,7 +59,7 @@ def trained_system(config: Config, adapter: Path | None, device: str | None = No
     if adapter is None:
         return untrained_system(config, adapter=False, device=device).eval()
     wanted = {k: v for k, v in vars(config.system).items() if k not in OF_TRAINING and (k, v) != ("chat_template", None)}
-    described, agents = read_agents(adapter), [asdict(agent) for agent in config.agents]
+    described, agents = read_agents(adapter), [agent.described() for agent in config.agents]
     as_trained = described["agents"]
     if other_agents and len(agents) == len(as_trained):  # its name and its role stay an agent's own
         as_trained = [{**mine, "name": its["name"], "role": its["role"]} for mine, its in zip(agents, as_trained)]
@@ -159,7 +159,7 @@ def methods_of(config: Config, system, names, adapters: dict[str, Path] | None =
     adapters = adapters or {}
     described = system.describe()
     expected = {
-        "text_sft": {"class": evaluation.Writers.class_name(), "agents": [asdict(WRITER)]},
+        "text_sft": {"class": evaluation.Writers.class_name(), "agents": [WRITER.described()]},
         "stitch": {"class": evaluation.Stitched.class_name(), **{key: described[key] for key in TOLD}},
     }
     if "text_sft" in names and "text_sft" not in adapters:

@@ -16,11 +16,12 @@ import torch
 
 from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
+from diffmas.agents.graph import Graph, Read
 from diffmas.agents.meter import Cost, Decoding, measuring, phase
 from diffmas.agents.options import Options
 from diffmas.agents.sampling import Sampling
 from diffmas.agents.system import Agent, MultiAgentSystem
-from diffmas.trace import Trace
+from diffmas.trace.views import JOINS
 
 __all__ = [
     "Answers", "Latent", "Method", "Stitched", "TextAgents", "Turn", "latent_mas", "single_agent", "stitch", "with_agents",
@@ -144,10 +145,11 @@ def latent_mas(system: MultiAgentSystem) -> Latent:
 
 
 class Stitched(MultiAgentSystem):
-    """Agents that do not read each other: each writes on a fork of the same empty trace, and the last one reads the join.
+    """Agents that do not read each other, whatever their `reads`: all write at once, and the last one reads all of them.
 
-    join: how positions of the forks are joined (`Trace.join`): "shift" puts each agent's rows, as a block, behind those of the
-    one before it. Other arguments: of `MultiAgentSystem`. It is trained as that is, by `diffmas.Trainer`.
+    join: where it has their rows (`diffmas.agents.graph.Read`): "shift" puts each agent's, as a block, behind those of the one
+    before it. Other arguments: of `MultiAgentSystem`. It is trained as that is, by `diffmas.Trainer`. Raises ValueError for a
+    join other than shift and reindex with positions="reindex", which are then the same.
 
         >>> team = Stitched(model, tokenizer, system.agents)
         >>> team(["where is the key"], ["in the garden"]).loss.backward()
@@ -155,24 +157,19 @@ class Stitched(MultiAgentSystem):
 
     def __init__(self, *args, join: str = "shift", **options):
         super().__init__(*args, **options)
+        known = ("shift", "reindex") if self.positions == "reindex" else JOINS
+        if join not in known:
+            raise ValueError(f"join: expected one of {known} with positions={self.positions!r}, got {join!r}")
         self.join = join
 
     def own_options(self) -> dict:
         return {"join": self.join}
 
-    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None, least_steps=()) -> Trace:
-        trace = Trace(self.model, batch_size=len(questions)) if trace is None else trace
-        others = self.agents[:-1]
-        if not others:
-            return trace
-        branches = trace.fork(len(others))
-        for i, agent in enumerate(others):
-            needs_grad = torch.is_grad_enabled() and i >= self.agents_without_grad
-            with torch.set_grad_enabled(needs_grad), adapters.of_agent(self, i):
-                least = least_steps[i] if least_steps else 0
-                branches[i] = self.think(agent, questions, branches[i], None if turns is None else turns[i], least)
-        with phase("hand-over"):
-            return Trace.join(branches, self.join)
+    @property
+    def graph(self) -> Graph:
+        *others, last = self.agents
+        reads = [Read(agent.name, "reindex" if self.positions == "reindex" else self.join) for agent in others]
+        return Graph.of([*(replace(agent, reads=[]) for agent in others), replace(last, reads=reads)])
 
 
 def stitch(system: MultiAgentSystem, adapter: bool | str = False, join: str = "shift") -> Latent:
@@ -182,7 +179,7 @@ def stitch(system: MultiAgentSystem, adapter: bool | str = False, join: str = "s
 
 def single_agent(system: MultiAgentSystem, agent: Agent | None = None, adapter: bool | str = False) -> Latent:
     """One agent alone, by default the last one. adapter: as in `Latent`."""
-    return Latent(with_agents(system, [agent or system.agents[-1]]), adapter)
+    return Latent(with_agents(system, [replace(agent or system.agents[-1], reads=None)]), adapter)
 
 
 @dataclass
@@ -198,7 +195,7 @@ class Turn:
 
 
 class TextAgents:
-    """Each agent but the last writes a message; the next ones read all messages so far.
+    """Each agent but the last writes a message; the next ones read all messages so far, or those of the agents that they read.
 
     A prompt takes the messages as its field {messages}; without that field they stand before it. Every sample of a question
     has messages of its own. Samples that read the same, as those of the first agent do, share the rows of their prompt.
@@ -217,7 +214,8 @@ class TextAgents:
         self.message, self.separator, self.last_reads_only = message, separator, last_reads_only
         # For each agent, itself before the first message and after it.
         self._readers = []
-        for agent in system.agents:
+        self._reads = system.graph.reads
+        for agent in (replace(agent, reads=None) for agent in system.agents):
             takes = f"{{{MESSAGES}}}" in agent.prompt
             after = agent if takes else replace(agent, prompt=f"{{{MESSAGES}}}\n\n{agent.prompt}")
             self._readers.append([Latent(with_agents(system, [a]), adapter) for a in (agent, after)])
@@ -243,13 +241,20 @@ class TextAgents:
 
     def _turns(self, questions: list[dict], batch_size, generation):
         """The turns of all agents but the last, and what the last one reads, at the end."""
-        messages, turns = [""] * len(questions), []
+        turns: list[Turn] = []
+        said: list[list[str]] = []  # by agent, of each sequence
         for i in range(len(self._readers) - 1):
-            turns.append(self._turn(i, questions, messages, batch_size, generation))
+            turns.append(self._turn(i, questions, self._messages(i, said, len(questions)), batch_size, generation))
             with phase("hand-over"):
-                said = [self.message.format(name=turns[-1].agent.name, text=text.strip()) for text in turns[-1].texts]
-                messages = [self.separator.join(filter(None, pair)) for pair in zip(messages, said)]
-        return turns, messages
+                name, texts = turns[-1].agent.name, turns[-1].texts
+                said.append([self.message.format(name=name, text=text.strip()) for text in texts])
+        return turns, self._messages(-1, said, len(questions))
+
+    def _messages(self, i: int, said: list[list[str]], sequences: int) -> list[str]:
+        """What agent i reads, for each sequence."""
+        with phase("hand-over"):
+            read = [said[j] for j, _ in self._reads[i]]
+            return [self.separator.join(filter(None, some)) for some in zip(*read)] if read else [""] * sequences
 
     def write(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> tuple[list[Turn], Answers]:
         """Like `answer`; also returns the turns of all agents, each of all samples of all questions."""

@@ -10,8 +10,6 @@ rows as plain supervised fine-tuning, and the team answers with it as before:
     evaluate({"text": TextAgents(system), "text, trained": TextAgents(system, adapter=True)}, test_rows)
 """
 
-from dataclasses import asdict
-
 from diffmas.agents.system import Agent, MultiAgentSystem
 from diffmas.evaluation.baselines import TextAgents
 from diffmas.evaluation.metrics import Scorer
@@ -66,7 +64,7 @@ class Writers(MultiAgentSystem):
         self.roles = {agent.name: Agent(agent.name, "{prompt}", system=agent.system) for agent in agents}
 
     def own_options(self) -> dict:
-        return {"roles": [asdict(agent) for agent in self.roles.values()]}
+        return {"roles": [agent.described() for agent in self.roles.values()]}
 
     @classmethod
     def of_description(cls, model, tokenizer, description: dict) -> "Writers":

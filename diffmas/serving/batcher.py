@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 import torch
 
 from diffmas.agents import adapters
+from diffmas.agents.board import Board
 from diffmas.agents.decoding import decode
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.next_tokens import RESERVE
+from diffmas.agents.prompts import Turn
 from diffmas.agents.sampling import Sampling
 from diffmas.serving.team import Question
 from diffmas.trace import Trace
@@ -187,26 +189,33 @@ class Batcher:
         system, settings = first.team.system, first.settings
         trace = Trace(system.model, len(jobs), capacity=max(map(_rows, jobs)))
         with evaluating(system), system.realign.unchanging():
-            for i, agent in enumerate(system.agents[:-1]):
-                turns = [job.question.turns[i] for job in jobs]
-                with adapters.of_agent(system, i):
-                    texts = self._texts(jobs, trace, i) if settings.agent_output else [None] * len(jobs)
-                    trace = system.think(agent, [job.question.fields for job in jobs], trace, turns)
-                taken = [0] * len(jobs)
-                for s in trace.segments:
-                    taken[s.sequence] += s.length * ((s.agent, s.kind) == (agent.name, "latent"))
-                for job, turn, steps, text in zip(jobs, turns, taken, texts):
-                    job.agents.append(AgentOutput(agent.name, len(turn.ids), steps, text))
+            board = Board(system, trace)
+            for group in board.groups:
+                texts = {i: self._texts(jobs, board.read(i), i) for i in group} if settings.agent_output else {}
+                turns = [list(row) for row in zip(*(job.question.turns for job in jobs))]
+                board.write(group, [job.question.fields for job in jobs], turns)
+                for i in group:
+                    self._tell_turn(jobs, i, board.written(i), turns[i], texts.get(i))
                 stay = [b for b, job in enumerate(jobs) if not self._left(job)]
                 jobs = [jobs[b] for b in stay]
                 if not jobs:
                     return
-                trace = trace.select(stay) if len(stay) < trace.batch_size else trace
+                if len(stay) < len(turns[0]):
+                    board.select(stay)
+            trace = board.read(len(system.agents) - 1)
             limits, seeds = [job.question.max_new_tokens for job in jobs], [job.question.seed for job in jobs]
             system.generate_tokens(
                 [job.question.fields for job in jobs], limits, seed=seeds, trace=trace,
                 on_token=lambda *what: self._take(jobs, *what), **settings.options(),
             )  # fmt: skip
+
+    def _tell_turn(self, jobs: list[Job], i: int, trace: Trace, turns: list[Turn], texts: list[str | None] | None) -> None:
+        """What agent i has done. trace: with its latent rows."""
+        name, taken = jobs[0].question.team.agents[i].name, [0] * len(jobs)
+        for s in trace.segments:
+            taken[s.sequence] += s.length * ((s.agent, s.kind) == (name, "latent"))
+        for b, (job, turn, steps) in enumerate(zip(jobs, turns, taken)):
+            job.agents.append(AgentOutput(name, len(turn.ids), steps, texts and texts[b]))
 
     def _left(self, job: Job) -> bool:
         return job.gone or self._closed
@@ -236,7 +245,9 @@ class Batcher:
         limits, seeds = [q.max_new_tokens for q in questions], [q.seed for q in questions]
         sampling = Sampling.of(team.system, limits, seed=seeds, **{**settings.options(), "samples": 1})
         prompts, ends = [q.turns[i].ids for q in questions], lambda n, *_: self._left(jobs[asked[n]])
-        for b, row in zip(asked, decode(team.system, trace.select(asked), prompts, sampling, 0, False, ends)):
+        with adapters.of_agent(team.system, i):
+            tokens = decode(team.system, trace.select(asked), prompts, sampling, 0, False, ends)
+        for b, row in zip(asked, tokens):
             texts[b] = team.text_of(row[0], settings.stop)
         return texts
 

@@ -152,9 +152,10 @@ class Appending(CacheFace):
     def _append(self, row: list[Segment], sequence: int, kind: str, start: int, positions: np.ndarray) -> None:
         """Adds new rows to a sequence's segments, one for each run of consecutive positions."""
         jumps = (np.flatnonzero(np.diff(positions) != 1) + 1).tolist() if len(positions) > 1 else []
-        bounds = [0, *jumps, len(positions)]
+        bounds, agent = [0, *jumps, len(positions)], self.agent
+        agent = agent[sequence] if isinstance(agent, list) else agent
         for first, last in zip(bounds, bounds[1:]):
-            new = Segment(sequence, self.agent, kind, start + first, last - first, int(positions[first]))
+            new = Segment(sequence, agent, kind, start + first, last - first, int(positions[first]))
             longer = row[-1].extended_by(new) if row else None
             if longer is None:
                 row.append(new)

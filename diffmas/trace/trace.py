@@ -54,7 +54,8 @@ class Trace(Appending, Copying):
         self.spec = spec_of(model)
         self._store = Store(len(self.spec.layers), batch_size * (capacity or 0), (offload or self.spec.offload) == "cpu")
         self._see([[] for _ in range(batch_size)], torch.zeros(0))
-        self.agent: str | None = None  # who writes next: recorded with every segment
+        # Who writes next, recorded with every segment: one for all sequences, or a list with one for each.
+        self.agent: str | list[str] | None = None
 
     def _see(self, segments, order, extents=None, next_positions=None, lineage: int = 0) -> None:
         """All that a view is, in one place; the store asks it which rows it needs."""
@@ -250,7 +251,7 @@ class Trace(Appending, Copying):
     # ---- several branches ---------------------------------------------------------------------------------------------
 
     @staticmethod
-    def join(traces: list["Trace"], positions: str = "shift") -> "Trace":
+    def join(traces: list["Trace"], positions: str | list[str] = "shift") -> "Trace":
         """One trace that sees, per sequence, all that the given traces see, in their order; common segments once.
 
         The traces must be forks of one trace, and share only what all of them begin with. Agents that write independently take
@@ -258,11 +259,13 @@ class Trace(Appending, Copying):
         constants (`detach`): their rows are copied, and have nothing in common with the others. `positions` of what each wrote
         after the common part: keep: as written (branches overlap). shift: each branch is moved, as a block, behind the one
         before it. reindex: all tokens are renumbered 0, 1, 2, ... same_branch: all branches are moved to start where the common
-        part ends. A segment read at a position offset is served by rotating the queries that read it: no key is rewritten."""
+        part ends. Or a list, with one for each trace; reindex then renumbers its tokens from where those before it end. A
+        segment read at a position offset is served by rotating the queries that read it: no key is rewritten."""
         if not traces:
             raise ValueError("traces: expected at least one, got an empty list")
-        if positions not in JOINS:
-            raise ValueError(f"positions: expected one of {JOINS}, got {positions!r}")
+        each = [positions] * len(traces) if isinstance(positions, str) else list(positions)
+        if len(each) != len(traces) or not set(each) <= set(JOINS):
+            raise ValueError(f"positions: expected one of {JOINS}, or one for each of {len(traces)} traces, got {positions!r}")
         home = next((t for t in traces if t._order.requires_grad), traces[0])  # nobody can copy what has a gradient
         for t in traces:
             if t.spec is not home.spec:
@@ -278,12 +281,26 @@ class Trace(Appending, Copying):
         first = traces[0]
         rows, nexts = [], []
         for b in range(first.batch_size):
-            row, end = joined([t._segments[b] for t in traces], positions)
+            row, end = joined([t._segments[b] for t in traces], each, [t._next[b] for t in traces])
             rows.append(row)
-            nexts.append(max([end, *(t._next[b] for t in traces)]) if positions == "keep" else end)
+            nexts.append(end)
         lineage, order = first._ordered_after(traces)
         view = first._view(rows, None, nexts, order, lineage)
         return view._reindexed() if positions == "reindex" else view
+
+    @staticmethod
+    def stack(traces: list["Trace"]) -> "Trace":
+        """One trace with the sequences of all given ones, one after the other, so that they go on in one forward; `select`
+        takes them apart again. Raises ValueError unless they are forks of one trace, all of them detached or none."""
+        if not traces:
+            raise ValueError("traces: expected at least one, got an empty list")
+        first = traces[0]
+        if any(t._store is not first._store or t._lineage != first._lineage for t in traces):
+            raise ValueError("traces: expected forks of one trace, all of them detached or none, got others")
+        lineage, order = first._ordered_after(traces)
+        flat = lambda lists: [x for xs in lists for x in xs]  # noqa: E731
+        segments, extents = flat(t._segments for t in traces), flat(t._extents for t in traces)
+        return first._view(segments, extents, flat(t._next for t in traces), order, lineage)
 
     @torch.enable_grad()  # a view, like fork and keep: that it was made under no_grad detaches nothing
     def _ordered_after(self, traces: list["Trace"]) -> tuple[int, Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = [
     "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "common_prefix", "joined", "length_of", "only", "ranges_of", "rows_of",
-    "share", "table_of", "without_first",
+    "share", "table_of", "without_first", "without_rows",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
@@ -110,21 +110,35 @@ def only(row: Sequence[Segment], kind: str | None, agent: str | None, sinks: int
     return kept
 
 
-def joined(branches: list[list[Segment]], positions: str) -> tuple[list[Segment], int]:
-    """The segments of one joined sequence, and the position after the last one."""
+def without_rows(view: Sequence[Segment], rows: Sequence[Segment]) -> list[Segment]:
+    """The segments of a view without the rows that are in `rows`, cut where some of them are."""
+    rest, taken = [], rows_of(rows)
+    for s in view:
+        left = np.flatnonzero(~np.isin(np.arange(s.start, s.end), taken))
+        for run in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if len(left) else ():
+            rest.append(s.skip(int(run[0]))._replace(length=len(run)))
+    return rest
+
+
+def joined(branches: list[list[Segment]], positions: list[str], nexts: list[int]) -> tuple[list[Segment], int]:
+    """The segments of one joined sequence, and the position after the last one. positions: of each branch, what is done with
+    all of it but what all begin with; nexts: the position at which it would go on."""
     row = branches[0]
     for branch in branches[1:]:
         row = common_prefix(row, branch)
     row, shared = list(row), length_of(row)
     base = end = max((s.next_position for s in row), default=0)
-    for branch in branches:
+    for branch, how, after in zip(branches, positions, nexts):
         own = without_first(branch, shared)
-        if not own:
-            continue
-        low = min(s.position + s.offset for s in own)
-        move = {"keep": 0, "reindex": 0, "shift": end - low, "same_branch": base - low}[positions]
-        row += [s._replace(offset=s.offset + move) for s in own]
-        end = max(end, max(s.next_position for s in own) + move)
+        if own and how == "reindex":
+            starts = accumulate((s.length for s in own[:-1]), initial=end)
+            own = [s._replace(offset=at - s.position) for s, at in zip(own, starts)]
+        elif own and how != "keep":
+            low = min(s.position + s.offset for s in own)
+            move = (end if how == "shift" else base) - low
+            own = [s._replace(offset=s.offset + move) for s in own]
+        row += own
+        end = max([end, *(s.next_position for s in own), *([after] if how == "keep" else [])])
     # A row that a sequence reads twice would get its gradient from two places at once.
     by_row = sorted((s.start, s.end) for s in row)
     if any(start < end for (_, end), (start, _) in zip(by_row, by_row[1:])):

@@ -1,0 +1,123 @@
+"""Who reads whom in a team, and where a reader has the rows that it reads.
+
+By default a team is a chain: each agent reads all that was written before it. `Agent(reads=[...])` names the agents that one
+reads, out of those before it in the list, in the order in which it has their rows: parallel agents that read nobody and are
+joined, a tree, a solver that reads some of many. Agents of one *level* do not read each other, and take their turn together.
+"""
+
+from dataclasses import dataclass, field
+
+from diffmas.trace.views import JOINS, Segment, length_of, only, without_first, without_rows
+
+__all__ = ["Graph", "Read", "branches_of", "check_graph", "handed_on", "reads_of"]
+
+Row = list[Segment]
+
+
+@dataclass(frozen=True)
+class Read:
+    """An edge of a team: the agent whose rows are read.
+
+    positions: where the reader has them, as `Trace.join` takes it: shift (as a block behind what stands before), keep (where
+    they were written), reindex (without gaps behind what stands before), same_branch (from the start, beside the others).
+    None: shift, or the system's reindex.
+    """
+
+    agent: str
+    positions: str | None = None
+
+
+def reads_of(reader: str, reads) -> tuple[Read, ...] | None:
+    """The edges that an agent's `reads` names: None, or a list of names, of dicts with the fields of `Read`, or of these.
+    Raises ValueError naming what does not fit."""
+    if reads is None:
+        return None
+    if isinstance(reads, str) or not isinstance(reads, (list, tuple)):
+        raise ValueError(f"agent {reader!r}: reads: expected a list of agents' names or None, got {reads!r}")
+    edges = []
+    for read in reads:
+        try:
+            edge = read if isinstance(read, Read) else Read(**read) if isinstance(read, dict) else Read(read)
+        except TypeError:
+            edge = Read(None)
+        if not (isinstance(edge.agent, str) and edge.agent):
+            raise ValueError(f"agent {reader!r}: reads: expected a name, or a dict of agent and positions, got {read!r}")
+        if edge.positions is not None and edge.positions not in JOINS:
+            raise ValueError(f"agent {reader!r}: reads: expected positions of {JOINS}, got {edge.positions!r}")
+        edges.append(edge)
+    return tuple(edges)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A team's shape. reads: by agent, the numbers of the agents that it reads and their positions, in order. chain: whether
+    each reads all that was written before it, since nobody says otherwise. levels: of all agents but the last, those that do
+    not wait for each other."""
+
+    reads: list[list[tuple[int, str]]]
+    chain: bool
+    levels: list[list[int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, agents, positions: str = "shift") -> "Graph":
+        """positions: of edges that do not say theirs. Raises ValueError for a name that is no agent's before the reader, and
+        for one that is there twice."""
+        number = {agent.name: i for i, agent in enumerate(agents)}
+        reads: list[list[tuple[int, str]]] = []
+        for i, agent in enumerate(agents):
+            edges = [Read(other.name) for other in agents[:i]] if agent.reads is None else agent.reads
+            names = [edge.agent for edge in edges]
+            for n, name in enumerate(names):
+                if number.get(name, i) < i and name not in names[:n]:
+                    continue
+                known = [other.name for other in agents[:i]]
+                why = "a second time" if name in names[:n] else "no agent" if name not in number else "which is not before it"
+                raise ValueError(f"agent {agent.name!r}: reads: expected some of {known}, each once, got {name!r}, {why}")
+            reads.append([(number[edge.agent], edge.positions or positions) for edge in edges])
+        chain = all(agent.reads is None for agent in agents)
+        depth: list[int] = []
+        for edges in reads:
+            depth.append(1 + max((depth[j] for j, _ in edges), default=-1))
+        thinkers = range(len(agents) - 1)
+        levels = [[i for i in thinkers if depth[i] == d] for d in range(max(depth[:-1], default=-1) + 1)]
+        return cls(reads, chain, levels)
+
+
+def check_graph(agents) -> None:
+    """Raises ValueError as `Graph.of`, and for an agent that nobody reads."""
+    read = {j for edges in Graph.of(agents).reads for j, _ in edges}
+    if unread := [agent.name for i, agent in enumerate(agents[:-1]) if i not in read]:
+        raise ValueError(f"agents: expected somebody who reads {unread[0]!r}, got nobody; it would think in vain")
+
+
+# ---- rows, of one sequence -------------------------------------------------------------------------------------------
+
+
+def handed_on(row: Row, read: int, base: Row, agent: str, kind: str | None, sinks: int) -> Row:
+    """What whoever reads an agent gets: what all see (`base`), the first tokens that the agent saw, as attention sinks, and its
+    own rows of one kind. row: what it saw and wrote; read: how many rows it saw. Nothing of it where it has written nothing."""
+    if length_of(row) == read:
+        return list(base)
+    own = without_first(row, read)
+    return [*base, *without_rows(_first(row, read, sinks), base), *only(own, kind, agent, max(sinks - read, 0))]
+
+
+def _first(row: Row, read: int, sinks: int) -> Row:
+    """The first `sinks` rows, of those that were read."""
+    first, left = [], min(sinks, read)
+    for s in row:
+        if left > 0:
+            first.append(s._replace(length=min(s.length, left)))
+            left -= s.length
+    return first
+
+
+def branches_of(base: Row, units: list[Row]) -> list[Row]:
+    """What a reader joins: `base`, and what each agent hands on (`handed_on`) without rows that stand before it already, such
+    as sinks that several of them hand on."""
+    branches, seen = [list(base)], list(base)
+    for unit in units:
+        own = without_rows(unit, seen)
+        seen += own
+        branches.append([*base, *own])
+    return branches

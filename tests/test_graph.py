@@ -44,6 +44,11 @@ SHAPES = {
     "diamond": [agent("a", 2, []), agent("b", 2, ["a"]), agent("c", 3, ["a"]), agent("solver", 0, ["c", "a", "b"])],
     "some of many": [agent("a", 2, []), agent("b", 1, ["a"]), agent("c", 2, None), agent("solver", 0, ["c", "b"])],
     "where they were": [agent("a", 3, []), agent("b", 2, []), agent("solver", 0, [at("b", "keep"), at("a", "keep")])],
+    "behind a prompt": [agent("a", 2, []), agent("b", 0, []), agent("solver", 0, [at("b", "keep"), at("a", "reindex")])],
+    "unlike": [
+        agent("a", 3, [], passes=2), agent("b", 2, []), agent("c", 2, ["b"]), agent("d", 1, ["a"]),
+        agent("solver", 0, ["d", "c"]),
+    ],
     "each its own place": [
         agent("a", 3, []), agent("b", 2, []), agent("c", 1, [at("a", "same_branch")]),
         agent("solver", 0, [at("c", "reindex"), at("b", "keep"), at("a", "shift")]),
@@ -256,6 +261,19 @@ def test_agents_of_a_level_share_their_forwards(options, monkeypatch):
     assert_close(got, gradients(s), TIGHT)
 
 
+@pytest.mark.parametrize("shape", ["diamond", "passes"])
+def test_each_sequence_of_a_shared_forward_is_clipped(shape):
+    """By its question's answer, whoever's turn it is."""
+    found = []
+    for clip, together in ((0.05, True), (0.05, False), (None, True)):
+        s = system(agents=SHAPES[shape], latent_grad_clip=clip)
+        s.together = together
+        s(QUESTIONS, ANSWERS).loss.backward()
+        found.append(gradients(s))
+    assert_close(found[0], found[1], TIGHT)
+    assert any((found[2][n] - g).abs().max() > 1e-2 * g.abs().max() for n, g in found[0].items())
+
+
 def test_who_cannot_share_a_forward():
     """Agents of other adapters, of which some learn, and that take their steps in another way."""
     four = [agent(name, 1, []) for name in ("a", "b", "c", "d")] + [agent("solver", 0, None)]
@@ -365,6 +383,27 @@ def test_a_memory_that_everybody_reads():
     assert [(x.agent, x.kind, x.length) for x in row[len(first) :]] == [("a", "latent", 3), ("b", "latent", 2)]
     at_b = memory.next_positions[0] + len(s.prompt_ids(s.agents[1], {"question": QUESTIONS[0]}))
     assert row[-1].position == at_b and trace.positions(0)[-1] + 1 == trace.next_positions[0]
+
+
+def test_questions_that_leave():
+    """Between two turns; the others go on as they would have."""
+    for shape in ("diamond", "tree"):
+        s, stay = system(agents=SHAPES[shape], trace_content="latent_only"), [2, 0]
+        found = []
+        for leaving in (True, False):
+            questions = s.fields_of(QUESTIONS if leaving else [QUESTIONS[b] for b in stay])
+            board = Board(s, Trace(s.model, len(questions)))
+            with torch.no_grad():
+                for n, group in enumerate(board.groups):
+                    board.write(group, questions)
+                    if leaving and n == 0:
+                        board.select(stay)
+                        questions = [questions[b] for b in stay]
+                trace = board.read(len(s.agents) - 1)
+            found.append([trace.keys_values(1, b)[0] for b in range(2)])
+            assert board.written(0).lengths == [2 + 3, 2 + 4]  # latent steps, and as many sinks as there are tokens
+        for got, want in zip(*found):
+            assert_close(got, want, 1e-12)
 
 
 def test_rows_that_nobody_reads_are_free():

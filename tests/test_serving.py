@@ -24,7 +24,7 @@ from threads import wait
 from typer.testing import CliRunner
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from diffmas import MultiAgentSystem
+from diffmas import Agent, MultiAgentSystem
 from diffmas.cli import main as cli
 from diffmas.serving.batcher import Batcher, Closed, Job, Overloaded
 from diffmas.serving.pieces import Pieces
@@ -149,6 +149,24 @@ def test_output_of_each_agent(scope):
     if scope == "final_only":  # agents but the last one have no adapter
         fresh = tiny.system(lora=False)
     for said in (critic, planner):
+        fresh.agents = fresh.agents[:-1]
+        assert said["text"] == fresh.generate(["where is the key"], 5, temperature=0)[0][0]
+
+
+def test_agents_that_read_some_of_the_others():
+    """And what each of them would have written."""
+    crew = tiny.agents(parallel=True)
+    crew = [*crew[:2], Agent("clerk", "key : {question}", 1, reads=["critic"]), replace(crew[2], reads=["planner", "clerk"])]
+    system, fresh = tiny.system(trace_content="latent_only"), tiny.system(trace_content="latent_only")
+    system.agents = fresh.agents = crew
+    with listening([Team("tree", system)]) as (address, _), client(address) as connected:
+        text = [{"role": "user", "content": "where is the key"}]
+        got = connected.chat.completions.create(
+            model="tree", messages=text, max_tokens=5, temperature=0, extra_body={"agent_output": True}
+        )
+    assert [(said["name"], said["latent_steps"]) for said in got.agents] == [("planner", 2), ("critic", 2), ("clerk", 1)]
+    assert got.choices[0].message.content == fresh.generate(["where is the key"], 5, temperature=0)[0][0]
+    for said in reversed(got.agents):
         fresh.agents = fresh.agents[:-1]
         assert said["text"] == fresh.generate(["where is the key"], 5, temperature=0)[0][0]
 

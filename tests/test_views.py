@@ -217,6 +217,47 @@ def test_a_row_is_not_joined_to_itself(model):
     assert diffmas.Trace.join([trace, trace.fork(1)[0]], "keep").lengths == [5, 4]
 
 
+def test_a_policy_for_each_trace(model):
+    """Those that are given for all are what the list of them is; and each moves its own rows alone."""
+    common, a, b, c = tokens(3, 4, 2, 5)
+    trace = prefill(model, common)
+    one, two, three = (prefill(model, x, trace=fork) for x, fork in zip((a, b, c), trace.fork(3)))
+    for positions in ("keep", "shift", "same_branch"):
+        want = diffmas.Trace.join([one, two, three], positions)
+        got = diffmas.Trace.join([one, two, three], [positions] * 3)
+        assert got.segments == want.segments and got.next_positions == want.next_positions
+    gaps = one.keep("prompt", agent=None)
+    mixed = diffmas.Trace.join([gaps, two, three], ["shift", "keep", "same_branch"])
+    assert mixed.positions(0).tolist() == [0, 1, 2, *range(3, 7), *range(3, 5), *range(3, 8)] and mixed.next_positions == [8]
+    last = diffmas.Trace.join([one, two, three], ["keep", "keep", "reindex"])
+    assert last.positions(0).tolist() == [*range(7), 3, 4, *range(7, 12)] and last.next_positions == [12]
+
+
+def test_traces_side_by_side(model):
+    """Each sequence goes on as in a trace of its own, with the gradients of both."""
+    parts = tokens(3, 5, 4, 2, 3, 2)
+    losses, grads = [], []
+    for together in (False, True):
+        model.zero_grad()
+        left, right = diffmas.Trace(model, 1).fork(2)
+        prefill(model, parts[0], trace=left)
+        prefill(model, parts[1], trace=right)
+        if together:
+            both = diffmas.Trace.stack([left, right])
+            assert both.lengths == [3, 5] and both.batch_size == 2 and both.next_positions == [3, 5]
+            out = read(model, both, parts[2], parts[3])
+        else:
+            out = [*read(model, left, parts[2]), *read(model, right, parts[3])]
+        losses.append(loss_of(out[0]) + 2 * loss_of(out[1]))
+        losses[-1].backward()
+        grads.append(gradients(model))
+    assert_close(losses[1], losses[0])
+    assert_close(grads[1], grads[0])
+    for traces in ([left, left.detach()], [left, diffmas.Trace(model, 1)], []):
+        with pytest.raises(ValueError, match="traces: expected "):
+            diffmas.Trace.stack(traces)
+
+
 def test_bad_joins_are_refused(model):
     (a,) = tokens(3)
     trace, other = prefill(model, a), prefill(model, a)

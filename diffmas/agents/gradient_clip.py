@@ -63,7 +63,8 @@ class GradientClip:
         self._of_this_pass().norms = torch.stack([x.sum() for x in squares.split(lengths)]).sqrt()
 
     def step(self, h: Tensor, sequences: Tensor | None) -> Tensor:
-        """h [n, hidden], before a latent step of these sequences, None: of all. The same, whose gradient is clipped."""
+        """h [n, hidden], before a latent step of these sequences, None: of all; those of several agents, agent by agent. The
+        same, whose gradient is clipped."""
         return _Clipped.apply(h, self, sequences) if h.requires_grad else h
 
     def clip(self, dh: Tensor, sequences: Tensor | None) -> Tensor:
@@ -71,7 +72,9 @@ class GradientClip:
         if answers is None:  # a loss that has no answer in it
             return dh
         most, norms = self.times * answers.to(dh.device), _norms(dh)
-        most = most if sequences is None else most[sequences]
+        if sequences is not None or len(norms) > len(most):  # agents that share a forward have a sequence for each question
+            sequences = torch.arange(len(norms), device=dh.device) if sequences is None else sequences
+            most = most[sequences % len(most)]
         return dh * torch.where(norms > most, most / norms, 1.0).to(dh.dtype)[:, None]
 
     def _of_this_pass(self) -> "AnswerNorms":

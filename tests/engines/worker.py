@@ -51,6 +51,7 @@ STEPS = {
     "fsdp detach": ((2, 2), {"grad_scope": "detach_trace"}, fsdp()),
     "fsdp clip": ((1, 3), CLIPPED, fsdp()),
     "fsdp passes T=2,4": ((2, 4), {"passes": 3, **SOFT}, fsdp()),
+    "fsdp parallel T=1,3": ((1, 3), {"parallel": True, **SOFT}, {**fsdp(), **CHECKPOINTED}),
     "fsdp bf16": ((0, 0), {}, {**fsdp(), "bf16": True}),
 }
 ALL_ROWS = dict(per_device_train_batch_size=4)  # both processes have them

@@ -1,0 +1,40 @@
+"""docs/teams.md: every team on it trains, is saved and loaded, and answers."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny_systems as tiny
+import torch
+import yaml
+
+from diffmas import MultiAgentSystem
+from diffmas.cli.config import Config, parsed
+from diffmas.training import add_lora, lora_config
+
+PAGE = (Path(__file__).parent.parent / "docs" / "teams.md").read_text()
+BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+QUESTIONS, ANSWERS = ["where is the key", "where is the lamp"], ["in the garden", "the attic"]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.findall(r"name: (\w+)", block)[0] + str(block.count("name:")))
+def test_a_team_of_the_page(block, tmp_path):
+    config = parsed(Config, {"model": "base", **yaml.safe_load(block)})
+    model = add_lora(tiny.model(), config.agents, config.system.adapter_scope, lora_config(r=2, alpha=4))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p.normal_(0, 0.1)
+    team = MultiAgentSystem(model, tiny.tokenizer(), config.agents, **vars(config.system))
+    team(QUESTIONS, ANSWERS).loss.backward()
+    trained = [p.grad for p in team.parameters() if p.requires_grad]
+    assert trained and all(g is not None and g.isfinite().all() for g in trained)
+    assert len(block.splitlines()) <= 10
+    team.save_pretrained(tmp_path)
+    loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny.model(), tiny.tokenizer())
+    want = team.generate(QUESTIONS, max_new_tokens=5, temperature=0)
+    assert loaded.generate(QUESTIONS, max_new_tokens=5, temperature=0) == want and loaded.agents == config.agents
+
+
+def test_the_page_has_its_teams():
+    assert len(BLOCKS) == 5

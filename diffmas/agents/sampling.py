@@ -120,6 +120,10 @@ class Sampling:
             lm, ids, attention_mask=torch.ones_like(ids), custom_generate=_what_is_prepared, **self.arguments
         )
 
+    def rules(self, system) -> list:
+        """transformers' logits processors, in their order."""
+        return list(self.prepared(system, torch.zeros(1, dtype=torch.long))[0])
+
     def check_count(self, questions: int) -> None:
         """Raises ValueError for a list that has not one entry for each question."""
         for name, given in (("max_new_tokens", self.limits), ("seed", self.seed)):

@@ -23,7 +23,7 @@ from diffmas.models.patch import patch_of
 from diffmas.trace import Trace
 from diffmas.trace.cache import cache_argument
 
-__all__ = ["decode", "rows_ahead", "text_before"]
+__all__ = ["Stops", "decode", "rows_ahead", "text_before"]
 
 
 def rows_ahead(sampling: Sampling) -> int:

@@ -24,7 +24,7 @@ from diffmas.agents.sampling import Sampling
 from diffmas.serving.team import Question
 from diffmas.trace import Trace
 
-__all__ = ["Batcher", "Closed", "Job", "Overloaded"]
+__all__ = ["AgentOutput", "Batcher", "Closed", "Job", "Overloaded", "without_frames"]
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class Batcher:
                 log.warning("a batch of %d failed, one by one now: %s", len(jobs), error)
             else:
                 log.exception("a question failed")
-                jobs[0].finish(_without_frames(error))
+                jobs[0].finish(without_frames(error))
         else:
             for job in jobs:
                 job.finish(Closed("the server is shutting down") if self._closed else None)
@@ -259,7 +259,7 @@ def _rows(job: Job) -> int:
     return sum(len(turn.ids) + turn.steps for turn in question.turns) + answers
 
 
-def _without_frames(error: Exception) -> Exception:
+def without_frames(error: Exception) -> Exception:
     """An error that does not keep what its frames held, such as a trace."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error

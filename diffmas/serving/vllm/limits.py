@@ -79,6 +79,8 @@ def check_request(asked, teams: dict[str, TeamConfig]) -> None:
         raise ValueError(f"prompt: expected {course.end} token ids, as prompt_tokens and latent_steps have it, got {found}")
     if course.agents > len(team["loras"]):
         raise ValueError(f"prompt_tokens: expected at most {len(team['loras'])} agents, got {course.agents}")
+    if asked.resumable:
+        raise ValueError("resumable: expected a whole prompt, got one that goes on")
     if asked.lora_request is not None:
         raise ValueError("lora_request: expected none, a team has its own")
     if (lora := team["loras"][course.agents - 1]) is not None:

@@ -100,10 +100,11 @@ def test_teams_that_are_no_single_prompt_are_refused():
     ):
         with pytest.raises(ValueError, match=f"team 'facts': {what}"):
             check_team("facts", {**described(), **change})
-    stopping = described()
-    stopping["agents"][1]["stop_change"] = 0.1
-    with pytest.raises(ValueError, match="stop_change of agent 'critic'"):
-        check_team("facts", stopping)
+    for key, value in (("stop_change", 0.1), ("reads", []), ("passes", 1)):
+        other = described()
+        other["agents"][1][key] = value
+        with pytest.raises(ValueError, match=f"{key} of agent 'critic'"):
+            check_team("facts", other)
 
 
 def test_adapters_of_the_agents():

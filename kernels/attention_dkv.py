@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffmas.kernels.attention_tiles import INDEX, LOG2E, SCAN, load_at_offset, load_rows, pointers_of_tile, rank, sum_of
+from diffmas.kernels.attention_tiles import INDEX, LOG2E, SCAN, load_at_offset, load_rows, pointers, rank, sum_of
 
 __all__ = ["cross_attention_bwd_kernel_dkv", "cross_attention_bwd_kernel_dkv_tail"]
 
@@ -105,8 +105,8 @@ def cross_attention_bwd_kernel_dkv(
                 b_first = tl.where(m_row, L - from_end + (b_rows - start), L)
                 t_first = tl.maximum(L - from_end + tl.maximum(r_first - start, 0), 0)
             covered = covered | m_row.to(tl.int32)
-            k = load_rows(pointers_of_tile(p_k, stride_kr, r_first, BLOCK_N, BLOCK_D), m_row, D, BLOCK_D, True).to(DOT)
-            v = load_rows(pointers_of_tile(p_v, stride_vr, r_first, BLOCK_N, BLOCK_D), m_row, D, BLOCK_D, True).to(DOT)
+            k = load_rows(pointers(p_k, stride_kr, b_rows, BLOCK_D), m_row, D, BLOCK_D, True).to(DOT)
+            v = load_rows(pointers(p_v, stride_vr, b_rows, BLOCK_D), m_row, D, BLOCK_D, True).to(DOT)
             acc_k, acc_v = _add_readers(
                 acc_k, acc_v, k, v, b_first, q, do, base, delta, cos, sin, s, i_h, n, q_first, t_first, L, stride_qn,
                 stride_qh, stride_don, stride_doh, scale * LOG2E, G, D, HALF, INTERLEAVED, OFFSET, BLOCK_M, BLOCK_D, DOT, ACC,
@@ -153,8 +153,8 @@ def cross_attention_bwd_kernel_dkv_tail(
                 if CAUSAL:
                     b_first = tl.where(m_row, L - behind - end + b_rows, L)
                     t_first = tl.maximum(L - behind - end + r_first, 0)
-                k = load_rows(pointers_of_tile(p_k, stride_kr, r_first, BLOCK_N, BLOCK_D), m_row, D, BLOCK_D, True).to(DOT)
-                v = load_rows(pointers_of_tile(p_v, stride_vr, r_first, BLOCK_N, BLOCK_D), m_row, D, BLOCK_D, True).to(DOT)
+                k = load_rows(pointers(p_k, stride_kr, b_rows, BLOCK_D), m_row, D, BLOCK_D, True).to(DOT)
+                v = load_rows(pointers(p_v, stride_vr, b_rows, BLOCK_D), m_row, D, BLOCK_D, True).to(DOT)
                 acc_k, acc_v = _add_readers(
                     tl.zeros((BLOCK_N, BLOCK_D), ACC), tl.zeros((BLOCK_N, BLOCK_D), ACC), k, v, b_first, q, do, base, delta,
                     cos, sin, s, i_h, n, q_first, t_first, L, stride_qn, stride_qh, stride_don, stride_doh, scale * LOG2E, G,

@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 
 from diffmas.kernels.attention_tiles import (
-    INDEX,
     LOG2E,
-    keys_of_tile,
+    entry_of,
     load_tile,
-    pointers_of_tile,
+    pointers_of_stream,
+    rows_of_positions,
     rows_of_tile,
-    sequence_of_tile,
+    stream_of,
     turn,
 )
 
@@ -19,45 +19,48 @@ __all__ = ["cross_attention_fwd_kernel"]
 
 @triton.jit
 def _forward_tile(
-    acc, m, total, q, p_k, p_v, stride_kr, stride_vr, to_row, n_tile, n_end, b_last, scale_log2: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HOIST: tl.constexpr, MASKED: tl.constexpr,
+    acc, m, total, q, p_k, p_v, stride_kr, stride_vr, to_row, b_rows, n_tile, n_end, b_last, scale_log2: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over BLOCK_N keys from view position n_tile; p_k, p_v, to_row: as `load_tile` has them;
-    the segment's part ends at n_end."""
+    """Online softmax over BLOCK_N keys from view position n_tile; p_k, p_v, b_rows: as `load_tile` has them; the stream ends at
+    n_end."""
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
-    k = load_tile(p_k, stride_kr, n_tile, to_row, inside, D, BLOCK_N, BLOCK_D, HOIST, MASKED).to(DOT)
+    k = load_tile(p_k, stride_kr, to_row, n_tile, b_rows, inside, D, BLOCK_N, BLOCK_D, ROWS, MASKED).to(DOT)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     # Scaled behind the maximum, in one instruction with the difference. Not where a scale turns the order round.
     factor: tl.constexpr = scale_log2 if scale_log2 > 0 else 1.0
     if scale_log2 <= 0:
         s *= scale_log2
     if MASKED:
-        s = tl.where(inside[None, :] & (n_tile + o_n[None, :] <= b_last[:, None]), s, -float("inf"))
+        seen = inside[None, :]
+        if b_last is not None:
+            seen &= n_tile + o_n[None, :] <= b_last[:, None]
+        s = tl.where(seen, s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * factor)
     base = m_new
     if MASKED:
         base = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing yet
     p = tl.exp2(s * factor - base[:, None])
     shrink = tl.exp2(m - base)
-    v = load_tile(p_v, stride_vr, n_tile, to_row, inside, D, BLOCK_N, BLOCK_D, HOIST, MASKED).to(DOT)
+    v = load_tile(p_v, stride_vr, to_row, n_tile, b_rows, inside, D, BLOCK_N, BLOCK_D, ROWS, MASKED).to(DOT)
     acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
     return acc, m_new, total * shrink + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=[*INDEX, "B", "n"])
+@triton.jit(do_not_specialize=["seg_offset", "n", "o_streams"])
 def cross_attention_fwd_kernel(
-    q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, cos, sin, q_turned, o, lse,
-    n, B, stride_qn, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
+    q, k_pool, v_pool, work, seg_offset, cos, sin, q_turned, o, lse,
+    n, o_streams, stride_qn, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
     Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
     OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HOIST: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; if SPLIT, one for every split, lse in log2."""
     # The last tiles of a causal sequence see most: they start first.
     i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_b, q_first, L, t_first = sequence_of_tile(i_tile, q_indptr, B, BLOCK_M // G)
+    q_first, L, t_first, N, n_first, n_end, s, n_to, s_next, to_row = entry_of(work, i_tile, i_split)
     if t_first >= L:
         return
     b_n, b_head, b_token, m_row = rows_of_tile(i_h, q_first, L, t_first, G, BLOCK_M)
@@ -65,45 +68,45 @@ def cross_attention_fwd_kernel(
     m_q = m_row[:, None] & (o_d < D)[None, :]
     p_q = q + b_n * stride_qn + b_head * stride_qh
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
-    s_first, s_last, n_seg, n_first, n_end, n_all, b_last = keys_of_tile(
-        i_b, seg_indptr, seg_len, L, t_first, b_token, i_split, BLOCK_M // G, CAUSAL, SPLIT, BLOCK_N
-    )
+    n_all, b_last = N, None  # the end of what every row sees, the last position that each row does
+    if CAUSAL:
+        n_all, b_last = tl.maximum(N - L + t_first + 1, 0), N - L + b_token
 
     k_pool, v_pool = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     m, total = tl.full((BLOCK_M,), -float("inf"), ACC), tl.zeros((BLOCK_M,), ACC)
     scale_log2: tl.constexpr = scale * LOG2E
     if OFFSET:
-        q_offset = tl.full((), 0, tl.int64)  # that p_turned has been turned by
+        offset = tl.full((), 0, tl.int64)  # that p_turned has been turned by
         p_turned = q_turned + ((b_n + i_split.to(tl.int64) * n) * Hq + b_head) * D
         tl.store(p_turned[:, None] + o_d[None, :], b_q, mask=m_q)
         tl.debug_barrier()
-    for s in range(s_first, s_last):
-        start, length = tl.load(seg_start + s).to(tl.int32), tl.load(seg_len + s).to(tl.int32)
-        n_from, n_to = tl.maximum(n_seg, n_first), tl.minimum(n_seg + length, n_end)
-        n_full = n_from + tl.maximum(tl.minimum(n_to, n_all) - n_from, 0) // BLOCK_N * BLOCK_N
+    while n_first < n_end:
+        n_to = tl.minimum(n_to, n_end)
+        n_full = n_first + tl.maximum(tl.minimum(n_to, n_all) - n_first, 0) // BLOCK_N * BLOCK_N
         if OFFSET:
-            offset = tl.load(seg_offset + s)
-            if (n_from < n_to) & (offset != q_offset):
+            new = tl.load(seg_offset + s).to(tl.int64)
+            if new != offset:
                 turn(p_q, p_turned, m_row, cos, sin, s, D, BLOCK_D, HALF, INTERLEAVED, ACC)
-                q_offset = offset
+                offset = new
             b_q = tl.load(p_turned[:, None] + o_d[None, :], mask=m_q, other=0).to(DOT)
-        to_row = start - n_seg
-        p_k, p_v = k_pool, v_pool
-        if HOIST:
-            p_k = pointers_of_tile(k_pool, stride_kr, to_row, BLOCK_N, BLOCK_D)
-            p_v = pointers_of_tile(v_pool, stride_vr, to_row, BLOCK_N, BLOCK_D)
-        for i in range(n_from, n_full, BLOCK_N):
+        p_k = pointers_of_stream(k_pool, stride_kr, to_row, BLOCK_N, BLOCK_D, ROWS)
+        p_v = pointers_of_stream(v_pool, stride_vr, to_row, BLOCK_N, BLOCK_D, ROWS)
+        b_next = rows_of_positions(work, to_row, n_first, BLOCK_N, ROWS)  # a tile ahead, or K and V would wait for them
+        for i in range(n_first, n_full, BLOCK_N):
+            b_rows, b_next = b_next, rows_of_positions(work, to_row, i + BLOCK_N, BLOCK_N, ROWS)
             acc, m, total = _forward_tile(
-                acc, m, total, b_q, p_k, p_v, stride_kr, stride_vr, to_row, i, n_to, b_last, scale_log2, D, BLOCK_D,
-                BLOCK_N, HOIST, False, DOT, ACC,
+                acc, m, total, b_q, p_k, p_v, stride_kr, stride_vr, to_row, b_rows, i, n_to, b_last, scale_log2, D,
+                BLOCK_D, BLOCK_N, ROWS, False, DOT, ACC,
             )  # fmt: skip
         for i in range(n_full, n_to, BLOCK_N):
+            b_rows, b_next = b_next, rows_of_positions(work, to_row, i + BLOCK_N, BLOCK_N, ROWS)
             acc, m, total = _forward_tile(
-                acc, m, total, b_q, p_k, p_v, stride_kr, stride_vr, to_row, i, n_to, b_last, scale_log2, D, BLOCK_D,
-                BLOCK_N, HOIST, True, DOT, ACC,
+                acc, m, total, b_q, p_k, p_v, stride_kr, stride_vr, to_row, b_rows, i, n_to, b_last, scale_log2, D,
+                BLOCK_D, BLOCK_N, ROWS, True, DOT, ACC,
             )  # fmt: skip
-        n_seg += length
+        s, n_first = s_next, n_to
+        n_to, s_next, to_row = stream_of(work, o_streams, s)
 
     empty = total == 0
     b_o = acc / tl.where(empty, 1.0, total)[:, None]

@@ -4,13 +4,16 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "INDEX", "LOG2E", "SCAN", "keys_of_tile", "load_at_offset", "load_rows", "load_tile", "pointers_of_tile", "rank",
-    "rotate", "rows_of_tile", "sequence_of_tile", "sum_of", "turn",
+    "ENTRY", "INDEX", "LOG2E", "SCAN", "STREAM", "entry_of", "load_at_offset", "load_rows", "load_tile", "pointers",
+    "pointers_of_stream", "rank", "rotate", "rows_of_positions", "rows_of_tile", "sequence_of_tile", "skip_segments",
+    "stream_of", "sum_of", "turn",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INDEX = ("q_indptr", "seg_indptr", "seg_start", "seg_len", "seg_offset")  # slices of one tensor: alignment varies
 SCAN = tl.constexpr(128)  # entries of an index that are read at once
+ENTRY = tl.constexpr(10)  # numbers of an entry and of a stream (attention_work.py)
+STREAM = tl.constexpr(3)
 
 
 @triton.jit
@@ -69,25 +72,22 @@ def rows_of_tile(i_h, q_first, L, t_first, G: tl.constexpr, BLOCK_M: tl.constexp
 
 
 @triton.jit
-def keys_of_tile(
-    i_b, seg_indptr, seg_len, L, t_first, b_token, i_split,
-    TOKENS: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What a tile reads of its view. -> segments [s_first, s_last), the view position n_seg where the first of them starts,
-    view positions [n_first, n_end), the end n_all of those that every row sees, the last of each row b_last [BLOCK_M]."""
-    s_first, s_last = tl.load(seg_indptr + i_b).to(tl.int32), tl.load(seg_indptr + i_b + 1).to(tl.int32)
-    N = sum_of(seg_len, s_first, s_last)
-    b_last, n_all, n_end = N - 1 + 0 * b_token, N, N
-    if CAUSAL:
-        b_last = N - L + b_token
-        n_all, n_end = tl.maximum(N - L + t_first + 1, 0), tl.maximum(N - L + tl.minimum(t_first + TOKENS, L), 0)
-    n_first, n_seg = 0, 0
-    if SPLIT:
-        part = tl.cdiv(tl.cdiv(n_end, tl.num_programs(2)), BLOCK_N) * BLOCK_N
-        n_first = i_split * part
-        n_end = tl.minimum(n_first + part, n_end)
-        s_first, n_seg = skip_segments(seg_len, s_first, s_last, n_first)
-    return s_first, s_last, n_seg, n_first, n_end, n_all, b_last
+def entry_of(work, i_tile, i_split):
+    """What `attention_work_kernel` has found for a program: its sequence's first query and number of queries, the tile's first
+    token; the length of the view, [n_first, n_end) of it that is the program's; the first segment there, and what `stream_of`
+    gives of that one."""
+    p = work + (i_tile * tl.num_programs(2) + i_split) * ENTRY
+    q_first, L, t_first, N, n_first, n_end = (
+        tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
+    )  # fmt: skip
+    return q_first, L, t_first, N, n_first, n_end, tl.load(p + 6), tl.load(p + 7), tl.load(p + 8), tl.load(p + 9)
+
+
+@triton.jit
+def stream_of(work, o_streams, s):
+    """Of the stream from segment s on: its end in the view, the segment that follows, `to_row` as `load_tile` takes it."""
+    p = work + o_streams + s * STREAM
+    return tl.load(p), tl.load(p + 1), tl.load(p + 2)
 
 
 @triton.jit
@@ -151,13 +151,6 @@ def rotate(
 
 
 @triton.jit
-def pointers_of_tile(p_rows, stride_row, row, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where BLOCK_N pool rows from `row` on lie, [BLOCK_N, BLOCK_D]."""
-    b_rows = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
-    return p_rows + b_rows[:, None] * stride_row + tl.arange(0, BLOCK_D)[None, :]
-
-
-@triton.jit
 def load_rows(p_x, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """Pool rows [BLOCK_N, BLOCK_D] at pointers p_x; rows outside the mask are 0, whatever lies there."""
     if MASKED or D != BLOCK_D:
@@ -167,13 +160,49 @@ def load_rows(p_x, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.cons
 
 
 @triton.jit
-def load_tile(
-    p_x, stride_row, n_tile, to_row, mask, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HOIST: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """Rows of the tile at view position n_tile, in pool rows from to_row + n_tile on. p_x: the pool; or, if HOIST, pointers to
-    the rows of position 0, so that a loop adds one number to them. That takes registers."""
-    if HOIST:
-        return load_rows(p_x + tl.cast(n_tile, tl.int64) * stride_row, mask, D, BLOCK_D, MASKED)
+def pointers(p_rows, stride_row, b_rows, BLOCK_D: tl.constexpr):
+    """Where pool rows b_rows [BLOCK_N] lie, [BLOCK_N, BLOCK_D]."""
+    return p_rows + b_rows.to(tl.int64)[:, None] * stride_row + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def pointers_of_stream(p_rows, stride_row, to_row, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    """p_x as `load_tile` takes it."""
+    if ROWS == "hoisted":
+        return pointers(p_rows, stride_row, to_row + tl.arange(0, BLOCK_N), BLOCK_D)
     else:
-        return load_rows(pointers_of_tile(p_x, stride_row, to_row + n_tile, BLOCK_N, BLOCK_D), mask, D, BLOCK_D, MASKED)
+        return p_rows
+
+
+@triton.jit
+def rows_of_positions(work, to_row, n_tile, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
+    """b_rows as `load_tile` takes them."""
+    if ROWS == "gathered":
+        return tl.load(work + tl.arange(0, BLOCK_N) + (to_row + n_tile))
+    else:
+        return tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def load_tile(
+    p_x, stride_row, to_row, n_tile, b_rows, mask, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The tile at view position n_tile. ROWS says where its rows are. computed: in the pool p_x from row to_row + n_tile on.
+    hoisted: there, and p_x is pointers to the rows of position 0, so that a loop adds one number to them; that takes registers.
+    gathered: b_rows of the pool p_x."""
+    if ROWS == "hoisted":
+        return load_rows(p_x + tl.cast(n_tile, tl.int64) * stride_row, mask, D, BLOCK_D, MASKED)
+    elif ROWS == "gathered":
+        return load_rows(gathered(p_x, stride_row, b_rows, BLOCK_D), mask, D, BLOCK_D, MASKED)
+    else:
+        b_rows = to_row + n_tile + tl.arange(0, BLOCK_N)
+        return load_rows(pointers(p_x, stride_row, b_rows, BLOCK_D), mask, D, BLOCK_D, MASKED)
+
+
+@triton.jit
+def gathered(p_rows, stride_row, b_rows, BLOCK_D: tl.constexpr):
+    """As `pointers`, in bytes: one instruction multiplies and adds."""
+    SIZE: tl.constexpr = p_rows.dtype.element_ty.primitive_bitwidth // 8
+    p_bytes = p_rows.to(tl.pointer_type(tl.int8)) + b_rows.to(tl.int64) * (stride_row.to(tl.int64) * SIZE)
+    return p_bytes.to(p_rows.dtype)[:, None] + tl.arange(0, BLOCK_D)[None, :]

@@ -16,6 +16,8 @@ from diffmas.kernels.attention_dkv import cross_attention_bwd_kernel_dkv, cross_
 from diffmas.kernels.attention_dq import cross_attention_bwd_kernel_delta, cross_attention_bwd_kernel_dq
 from diffmas.kernels.attention_forward import cross_attention_fwd_kernel
 from diffmas.kernels.attention_merge import cross_attention_merge_kernel
+from diffmas.kernels.attention_tiles import ENTRY, STREAM
+from diffmas.kernels.attention_work import attention_work_kernel, attention_work_kernel_streams
 from diffmas.kernels.blocks import FUSION, attention_blocks, blocks
 from diffmas.kernels.launch import (
     Launch,
@@ -30,9 +32,11 @@ from diffmas.kernels.launch import (
 )
 from diffmas.ops import reference
 
-__all__ = ["cross_attention", "cross_attention_backward"]
+__all__ = ["attention_work", "cross_attention", "cross_attention_backward"]
 
 MAX_SPLITS = 64
+MAX_BLOCK_N = 128
+SHORT = 512  # rows of a segment, on average: from there on its own loop over tiles costs less than gathering them
 MAX_PROGRAMS = 65_535  # CUDA's limit of a grid's third number
 
 
@@ -43,7 +47,9 @@ def _shape(q, k_pool, q_indptr, seg_offset, inv_freq) -> tuple:
 
 
 @once_per_shape
-def sizes(kernel, n, Hq, D, R, Hkv, B, dtype, pool_dtype, device, rotated, scale, causal, interleaved, tiles) -> Launch:
+def sizes(
+    kernel, n, Hq, D, R, Hkv, B, dtype, pool_dtype, device, rotated, scale, causal, interleaved, tiles,
+) -> Launch:  # fmt: skip
     """Of fwd, dq, dkv or dkv_tail, from shapes alone: a split's share of the view is found on the device."""
     G, offset, dot = Hq // Hkv, rotated is not None, dot_dtype(dtype, pool_dtype)
     block = tiles(kernel.removesuffix("_tail"), ceil_div(n, B) * G, D, dot.primitive_bitwidth > 16, offset, device)
@@ -67,7 +73,14 @@ def sizes(kernel, n, Hq, D, R, Hkv, B, dtype, pool_dtype, device, rotated, scale
     wanted = ceil_div(2 * processors(device), count * Hkv)
     splits = max(1, min(wanted, MAX_SPLITS, ceil_div(R, 4 * block["BLOCK_N"])))
     hoist = hoist and block["BLOCK_N"] * BLOCK_D <= 2048 * block.get("num_warps", 8)  # eight pointers a thread, or fewer
-    return Launch((count, Hkv, splits), constants | dict(BLOCK_M=BLOCK_M, SPLIT=splits > 1, HOIST=hoist))
+    constants |= dict(BLOCK_M=BLOCK_M, SPLIT=splits > 1, ROWS="hoisted" if hoist else "computed")
+    return Launch((count, Hkv, splits), constants)
+
+
+@once_per_shape
+def gathering(launch: Launch) -> Launch:
+    """The same of fwd or dq, but tiles are gathered row by row."""
+    return Launch(launch.grid, launch.constants | dict(ROWS="gathered"))
 
 
 @once_per_shape
@@ -83,6 +96,58 @@ def merge_sizes(rows, D) -> Launch:
     BLOCK_D = max(16, power_of_two(D))
     constants = dict(D=D, BLOCK_S=MAX_SPLITS, BLOCK_D=BLOCK_D, num_warps=max(1, MAX_SPLITS * BLOCK_D // 2048))
     return Launch((rows,), constants | FUSION)
+
+
+def _places(launch: Launch, S: int) -> tuple[int, int]:
+    """Where streams and rows begin in the work of a launch, and the rest of it."""
+    o_streams = launch.grid[0] * launch.grid[2] * ENTRY.value
+    return o_streams, o_streams + (S + 1) * STREAM.value
+
+
+def attention_work(
+    kernel, q, k_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved, rows=None,
+    out=None, *, tiles=attention_blocks,
+):  # fmt: skip
+    """What the launches of `kernel`, fwd or dq, with these arguments work on, whatever the layer: int32. rows: of all views
+    together, by default as many as there could be. out: one made for the same arguments, overwritten."""
+    B, S, offset = q_indptr.shape[0] - 1, seg_start.shape[0], seg_offset is not None
+    launch = sizes(kernel, *_shape(q, k_pool, q_indptr, seg_offset, inv_freq), scale, causal, interleaved, tiles)
+    rows = min(B, S) * k_pool.shape[0] if rows is None else rows
+    o_streams, o_rows = _places(launch, S)
+    if out is None:
+        gather = S > B and rows <= S * SHORT
+        # A program looks beyond its part, by two tiles at most.
+        out = torch.empty(o_rows + (rows + 2 * MAX_BLOCK_N) * gather, dtype=torch.int32, device=q.device)
+    gather, end = out.shape[0] > o_rows, out.shape[0]
+    (count, _, splits), block = launch.grid, launch.constants
+    index, tokens = (q_indptr, seg_indptr, seg_start, seg_len, seg_offset, out), block["BLOCK_M"] // block["G"]
+    with on(q):
+        entries = entries_sizes((count, splits), causal, splits > 1, offset, gather)
+        entries(attention_work_kernel, index, (B, o_rows, tokens, block["BLOCK_N"]))
+        if S:
+            streams = streams_sizes(S, offset, gather)
+            streams(attention_work_kernel_streams, index[1:], (B, o_streams, o_rows, end))
+    return out
+
+
+@once_per_shape
+def entries_sizes(grid, causal, split, offset, gather) -> Launch:
+    return Launch(grid, dict(CAUSAL=causal, SPLIT=split, OFFSET=offset, GATHER=gather, num_warps=4) | FUSION)
+
+
+@once_per_shape
+def streams_sizes(S, offset, gather) -> Launch:
+    programs = 4 if gather else 1
+    return Launch((S, programs), dict(OFFSET=offset, GATHER=gather, BLOCK=1024, num_warps=4) | FUSION)
+
+
+def _working(kernel, work, q, k_pool, view, scale, causal, interleaved, tiles) -> tuple[torch.Tensor, Launch, int]:
+    """`work`, or that of this call alone; the launch that it is for; where its streams begin."""
+    if work is None:
+        work = attention_work(kernel, q, k_pool, *view, scale, causal, interleaved, tiles=tiles)
+    launch = sizes(kernel, *_shape(q, k_pool, view[0], *view[4:]), scale, causal, interleaved, tiles)
+    o_streams, o_rows = _places(launch, view[2].shape[0])
+    return work, gathering(launch) if work.shape[0] > o_rows else launch, o_streams
 
 
 def _offsets(q, seg_offset, inv_freq, interleaved) -> tuple:
@@ -101,23 +166,24 @@ def _turned(splits, q, k_pool, seg_offset) -> torch.Tensor | None:
 
 def cross_attention(
     q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved,
-    *, tiles=attention_blocks,
+    work=None, *, tiles=attention_blocks,
 ):  # fmt: skip
+    """work: of `attention_work`, which is made here without it."""
     n, Hq, D = q.shape
     q, acc = rows_of(q), reference.accumulator(q.dtype)
     o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty((n, Hq), dtype=acc, device=q.device)
     if not n:
         return o, lse
-    launch = sizes("fwd", *_shape(q, k_pool, q_indptr, seg_offset, inv_freq), scale, causal, interleaved, tiles)
-    splits = launch.grid[2]
-    view = q_indptr, seg_indptr, seg_start, seg_len, *_offsets(q, seg_offset, inv_freq, interleaved)
+    view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq
+    work, launch, o_streams = _working("fwd", work, q, k_pool, view, scale, causal, interleaved, tiles)
+    splits, offsets = launch.grid[2], _offsets(q, seg_offset, inv_freq, interleaved)
     strides = *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2]
     turned = _turned(splits, q, k_pool, seg_offset)
     parts = (o, lse)
     if splits > 1:
         parts = q.new_empty((splits, n, Hq, D), dtype=acc), q.new_empty((splits, n, Hq), dtype=acc)
     with on(q):
-        launch(cross_attention_fwd_kernel, (q, k_pool, v_pool, *view, turned, *parts), (n, q_indptr.shape[0] - 1, *strides))
+        launch(cross_attention_fwd_kernel, (q, k_pool, v_pool, work, *offsets, turned, *parts), (n, o_streams, *strides))
         if splits > 1:
             merge_sizes(n * Hq, D)(cross_attention_merge_kernel, (*parts, o, lse), (n * Hq, splits))
     return o, lse
@@ -125,8 +191,9 @@ def cross_attention(
 
 def cross_attention_backward(
     do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
-    scale, causal, interleaved, dk_pool, dv_pool, grad_tail=None, want_dq=True, *, tiles=attention_blocks,
+    scale, causal, interleaved, dk_pool, dv_pool, grad_tail=None, want_dq=True, work=None, *, tiles=attention_blocks,
 ):  # fmt: skip
+    """work: of dq."""
     n, Hq, D = q.shape
     q, do, o, lse, acc = rows_of(q), rows_of(do), o.contiguous(), lse.contiguous(), reference.accumulator(q.dtype)
     dq = q.new_empty(q.shape if want_dq else 0)
@@ -141,23 +208,25 @@ def cross_attention_backward(
     with on(q):
         launch = delta_sizes(n, Hq, D, k_pool.shape[1], q.dtype, dlse is not None)
         launch(cross_attention_bwd_kernel_delta, (do, o, lse, dlse, base, delta), (n, *do.stride()[:2]))
-        view = q_indptr, seg_indptr, seg_start, seg_len, *_offsets(q, seg_offset, inv_freq, interleaved)
-        read = q, do, base, delta, k_pool, v_pool, *view
+        index, offsets = (q_indptr, seg_indptr, seg_start, seg_len), _offsets(q, seg_offset, inv_freq, interleaved)
+        read = q, do, base, delta, k_pool, v_pool
         strides = *q.stride()[:2], *do.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2]
         if want_dq:
-            launch = sizes_of("dq")
+            view = *index, seg_offset, inv_freq
+            work, launch, o_streams = _working("dq", work, q, k_pool, view, scale, causal, interleaved, tiles)
             splits = launch.grid[2]
             whole = splits == 1 and (seg_offset is None or q.dtype == acc)
             parts = dq if whole else q.new_empty((splits, n, Hq, D), dtype=acc)
-            launch(cross_attention_bwd_kernel_dq, (*read, _turned(splits, q, k_pool, seg_offset), parts), (n, B, *strides))
+            pointers = *read, work, *offsets, _turned(splits, q, k_pool, seg_offset), parts
+            launch(cross_attention_bwd_kernel_dq, pointers, (n, o_streams, *strides))
             if splits == 1 and not whole:
                 dq.copy_(parts[0])
             elif splits > 1:
                 merge_sizes(n * Hq, D)(cross_attention_merge_kernel, (parts, None, dq, None), (n * Hq, splits))
         strides = *strides, *dk_pool.stride()[:2], *dv_pool.stride()[:2]
         if grad_tail is None:
-            sizes_of("dkv")(cross_attention_bwd_kernel_dkv, (*read, dk_pool, dv_pool), (n, B, S, *strides))
+            sizes_of("dkv")(cross_attention_bwd_kernel_dkv, (*read, *index, *offsets, dk_pool, dv_pool), (n, B, S, *strides))
         else:
-            launch, pointers = sizes_of("dkv_tail"), (*read, grad_tail, dk_pool, dv_pool)
+            launch, pointers = sizes_of("dkv_tail"), (*read, *index, *offsets, grad_tail, dk_pool, dv_pool)
             launch(cross_attention_bwd_kernel_dkv_tail, pointers, (n, *strides))
     return dq

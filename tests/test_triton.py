@@ -382,9 +382,19 @@ def test_attention_of_a_split_over_many_segments():
 def test_parts_are_merged_by_a_program_for_each_row(launched):
     """Of the forward and of dq, in one launch each."""
     attending(attention_inputs(VIEWS["one_query_long_view"], rows=POOL))(torch.float32, "triton", DEVICE)
-    names = [name.removeprefix("cross_attention_") for name, _ in launched]
+    launches = [(name.removeprefix("cross_attention_"), grid) for name, grid in launched if "work" not in name]
+    names = [name for name, _ in launches]
     assert names == ["fwd_kernel", "merge_kernel", "bwd_kernel_delta", "bwd_kernel_dq", "merge_kernel", "bwd_kernel_dkv"]
-    assert launched[1][1] == launched[4][1] == (4,)  # one token of four heads
+    assert launches[1][1] == launches[4][1] == (4,)  # one token of four heads
+
+
+@pytest.mark.parametrize("name, short", [("offset", 0), ("prefill_on_trace", 0), ("one_row_segments", 0), ("ragged", 1000)])
+def test_attention_whatever_passes_for_a_short_segment(name, short, monkeypatch):
+    """Each segment has a loop of its own, or all tiles are gathered."""
+    from diffmas.kernels import cross_attention
+
+    monkeypatch.setattr(cross_attention, "SHORT", short)
+    agree(attending(attention_inputs(VIEWS[name], rows=POOL)), torch.float32, 64 * 2**0.5)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])

@@ -65,7 +65,7 @@ class TritonBackend(Backend):
 
     def has(self, op: str, dtype: torch.dtype, head_dim: int) -> bool:
         # Products of float32 have no tensor cores, and with longer heads no room in registers.
-        short = head_dim <= 128 or dtype != torch.float32 or self.interpreted or not op.startswith("cross_attention")
+        short = head_dim <= 128 or dtype != torch.float32 or self.interpreted or "attention" not in op
         return short and super().has(op, dtype, head_dim)
 
 
@@ -92,18 +92,24 @@ class CudaOps:
     def _served(self, q, k_pool, seg_offset, inv_freq, interleaved):
         return k_pool.dtype == q.dtype and self._slots(q, seg_offset, inv_freq, interleaved) <= 256
 
+    def attention_work(self, kernel, q, k_pool, q_indptr, *more):
+        """Where Triton will run."""
+        if self._small_q(q, k_pool, q_indptr):
+            return None
+        return _triton_or_reference("attention_work", q)(kernel, q, k_pool, q_indptr, *more)
+
     def cross_attention(
-        self, q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved
-    ):
-        ours = self._small_q(q, k_pool, q_indptr) and self._served(q, k_pool, seg_offset, inv_freq, interleaved)
-        run = torch.ops.diffmas_native.cross_attention if ours else _triton_or_reference("cross_attention", q)
-        return run(
-            q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved
-        )
+        self, q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved,
+        work=None,
+    ):  # fmt: skip
+        args = q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved
+        if self._small_q(q, k_pool, q_indptr) and self._served(q, k_pool, seg_offset, inv_freq, interleaved):
+            return torch.ops.diffmas_native.cross_attention(*args)
+        return _triton_or_reference("cross_attention", q)(*args, work)
 
     def cross_attention_backward(
         self, do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
-        scale, causal, interleaved, dk_pool, dv_pool, grad_tail=None, want_dq=True,
+        scale, causal, interleaved, dk_pool, dv_pool, grad_tail=None, want_dq=True, work=None,
     ):  # fmt: skip
         args = (
             do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale,
@@ -117,9 +123,9 @@ class CudaOps:
         # Other than in whole packs of 16 bytes they would go element by element.
         packs = q.shape[2] % 8 == 0 and self._slots(q, seg_offset, inv_freq, interleaved) == q.shape[2]
         if not served or not packs or q.dtype == torch.float32:
-            return other(*args, grad_tail, want_dq)
+            return other(*args, grad_tail, want_dq, work)
         nothing = q_indptr.new_zeros(q_indptr.shape[0] - 1)  # gets dK and dV there
-        dq = other(*args, nothing, True) if want_dq else None
+        dq = other(*args, nothing, True, work) if want_dq else None
         none = ours(*args, grad_tail, False)
         return dq if want_dq else none
 
@@ -158,13 +164,13 @@ def _fall_back(op: str, device: str, dtype: torch.dtype, head_dim: int):
 class CudaBackend(Backend):
     """The CUDA kernels of the extension. Devices are looked for when it is first needed."""
 
-    OPS = ("inject", "inject_backward", "cross_attention", "cross_attention_backward")
+    OPS = ("inject", "inject_backward", "attention_work", "cross_attention", "cross_attention_backward")
 
     def __init__(self):
         self.name, self.ops, self.devices, self.dtypes = "cuda", CudaOps(), ("cuda",), FLOATS
 
     def has(self, op: str, dtype: torch.dtype, head_dim: int) -> bool:
-        most = 256 if op.startswith("cross_attention") else MAX_HEAD_DIM
+        most = 256 if "attention" in op else MAX_HEAD_DIM
         return head_dim <= most and op in self.OPS
 
     @functools.cached_property

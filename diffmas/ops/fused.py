@@ -38,24 +38,27 @@ class Composed:
         self.find = find
 
     def inject_attend(
-        self, q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, *tables_and_scale
+        self, q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, *tables_and_scale,
+        **work,
     ):  # fmt: skip
-        """-> q_rot [n, Hq, D]; o, in the layout of q, and lse [n, Hq] of causal attention."""
+        """-> q_rot [n, Hq, D]; o, in the layout of q, and lse [n, Hq] of causal attention. work: as `cross_attention` takes it
+        where it is not the CPU's."""
         heads = (with_heads(x, slots.shape[0], k_pool.shape[2]) for x in (q, k, v))
         rope = (packed_table(cos), packed_table(sin), slots, q_weight, k_weight, eps, interleaved)
         q_rot = self.find("inject")(*heads, *rope, k_pool, v_pool)
-        o, lse = self.find("cross_attention")(q_rot, k_pool, v_pool, *tables_and_scale, True, interleaved)
+        o, lse = self.find("cross_attention")(q_rot, k_pool, v_pool, *tables_and_scale, True, interleaved, **work)
         return q_rot, in_layout_of(q, o), lse
 
     def inject_attend_backward(
-        self, do, q_rot, o, lse, q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, *view
+        self, do, q_rot, o, lse, q, k, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_pool, v_pool, *view,
+        **work,
     ):  # fmt: skip
         """q, k: None without a norm. -> dq, dk, dv, in the layout of do, dq_weight, dk_weight, which may be missing unless
         weight_grads."""
         *tables_and_scale, dk_pool, dv_pool, grad_tail, _ = view
         states = do.reshape(q_rot.shape), None, q_rot, o.view(q_rot.shape), lse
         dq_rot = self.find("cross_attention_backward")(
-            *states, k_pool, v_pool, *tables_and_scale, True, interleaved, dk_pool, dv_pool, grad_tail, True
+            *states, k_pool, v_pool, *tables_and_scale, True, interleaved, dk_pool, dv_pool, grad_tail, True, **work
         )
         if q is None:  # the backward is linear: q and k only tell shape and dtype
             q, k = q_rot, q_rot.new_empty((q_rot.shape[0], *k_pool.shape[1:]))

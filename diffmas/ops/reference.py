@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "attention_work",
     "inject",
     "inject_backward",
     "cross_attention",
@@ -162,6 +163,12 @@ def sequences(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_o
         if causal:  # bottom-right aligned: the newest L tokens of the view are the queries' own
             visible = visible.tril(N - L)
         yield b, slice(first, last), rows, keys, values, visible, tables
+
+
+def attention_work(kernel, *_) -> None:
+    """Nothing. Of a backend whose programs look for their work in the index: what `kernel`, "fwd" or "dq", finds there, which
+    is the same in all layers; for the argument `work` of `cross_attention` or its backward. Arguments as there but without
+    v_pool, and how many rows all views have."""
 
 
 def cross_attention(

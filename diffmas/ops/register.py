@@ -12,7 +12,7 @@ from torch import Tensor
 from diffmas.ops import reference
 from diffmas.ops.backends import implementation
 from diffmas.ops.fused import PARTS, Composed
-from diffmas.ops.schemas import LEAD, SCHEMAS, with_backend
+from diffmas.ops.schemas import LEAD, with_backend
 
 __all__ = ["call"]
 
@@ -22,19 +22,20 @@ _library = torch.library.Library("diffmas", "DEF")
 def _register(name: str, lead: int) -> None:
     """Defines op `name`; its argument number `lead` decides device, dtype and head size."""
 
-    def run(*args, backend="auto"):
-        if len(args) == count + 1:  # the dispatcher passes a non-default backend as the last positional argument
-            args, backend = args[:-1], args[-1]
+    def run(*args, backend="auto", **work):
+        if len(args) > count:  # the dispatcher passes what is not the default by position
+            args, (backend, *more) = args[:count], args[count:]
+            work |= dict(zip(("work",), more))
         # Off inside autograd.Function, which is where the gradients are taken care of.
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             raise RuntimeError(
                 f"diffmas.ops.{name} works on K/V pools in place and records no gradient; call it under torch.no_grad(), "
                 "or go through a trace (ForwardPass.attend), which is differentiable"
             )
-        return implementation(name, args[lead], backend)(*args)
+        return implementation(name, args[lead], backend)(*args, **work)
 
-    _library.define(name + with_backend(SCHEMAS[name]))
-    count = len(getattr(torch.ops.diffmas, name).default._schema.arguments) - 1
+    _library.define(name + with_backend(name))
+    count = [x.name for x in getattr(torch.ops.diffmas, name).default._schema.arguments].index("backend")
     _library.impl(name, run, "CompositeExplicitAutograd")
 
 
@@ -42,17 +43,17 @@ for _name, _lead in LEAD.items():
     _register(_name, _lead)
 
 
-def call(name: str, lead: Tensor, *args, backend: str = "auto"):
+def call(name: str, lead: Tensor, *args, backend: str = "auto", **work: Tensor):
     """Runs a raw op, or two of them as one (diffmas.ops.fused), on the backend of `lead`, one of its arguments; nothing is
-    recorded by autograd.
+    recorded by autograd. work: the argument of that name that attention may have.
 
     Straight to the backend, a third of the time that the dispatcher's way takes for one token; through torch.ops.diffmas where
     something wants to see the op: torch.compile, fake tensors, dispatch modes.
     """
     if type(lead) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         find = lambda op: partial(getattr(torch.ops.diffmas, op), backend=backend)
-        return (getattr(Composed(find), name) if name in PARTS else find(name))(*args)
-    return implementation(name, lead, backend)(*args)
+        return (getattr(Composed(find), name) if name in PARTS else find(name))(*args, **work)
+    return implementation(name, lead, backend)(*args, **work)
 
 
 def _fake_states(q, *_, **__):

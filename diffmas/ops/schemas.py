@@ -43,8 +43,10 @@ LINEAR = {
 }
 
 
-def with_backend(schema: str) -> str:
-    return schema.replace(") -> ", ", str backend='auto') -> ")
+def with_backend(name: str) -> str:
+    """Of torch.ops.diffmas. work: what a backend's `attention_work` has found."""
+    work = ", Tensor? work=None" if name.startswith("cross_attention") else ""
+    return SCHEMAS[name].replace(") -> ", f", str backend='auto'{work}) -> ")
 
 
 # The number of the argument whose device, dtype and head size decide which backend runs the op.

@@ -160,7 +160,8 @@ class ForwardPass:
 
     def can_move(self, device: torch.device) -> None:
         """Makes ready for `move`: uploads what it moves."""
-        self.work.on(device).can_move(self.work.deferred is not None)
+        room = sum(e.end - e.filled for e, n in zip(self.table.extents, self.lengths) if n)
+        self.work.on(device).can_move(self.work.deferred is not None, room)
 
     def move(self, device: torch.device, steps: int) -> None:
         """Becomes the pass so many steps of one token later, or earlier, on the device alone: rows and positions further."""

@@ -142,10 +142,14 @@ class LayerWork:
         self.ran[i] = True
         # Also while it reads: of two threads in one layer of one store, the second waits.
         with pool.writing(self.slots, self.views, self.committed) as kv:
+            find = functools.partial(
+                tables.work.of, "fwd", i, tables.slots.shape[0], k_pool=kv[0], scale=scale, backend=backend
+            )
             if recording or views["shared"] is None:
+                found = find("all", q, views["all"], True)
                 q_rot, o, lse = call(  # the pool says how long a head is
                     "inject_attend", kv[0], q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *kv,
-                    *views["all"], scale, backend=backend,
+                    *views["all"], scale, backend=backend, **found,
                 )  # fmt: skip
                 return o, q_rot, lse
             flat_or_heads, slots = q, tables.slots
@@ -153,9 +157,12 @@ class LayerWork:
             cos, sin = packed_table(cos), packed_table(sin)
             q_rot = call("inject", q, q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, *kv, backend=backend)
             prefix, rest = (
-                call("cross_attention", q_rot, q_rot, *kv, *view, scale, causal, interleaved, backend=backend)
-                for view, causal in zip(views["shared"], (False, True))
-            )
+                call(
+                    "cross_attention", q_rot, q_rot, *kv, *view, scale, causal, interleaved, backend=backend,
+                    **find(name, q_rot, view, causal),
+                )
+                for name, view, causal in zip(("shared", "rest"), views["shared"], (False, True))
+            )  # fmt: skip
         o, lse = call("merge_states", q_rot, *prefix, *rest, backend=backend)
         return in_layout_of(flat_or_heads, o), q_rot, lse
 
@@ -216,21 +223,24 @@ class LayerWork:
                 else:
                     grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
             view = self._views(tables, layer, q_rot.device)["all"]
+            found = tables.work.of(
+                "dq", i, q_rot.shape[0], "all", q_rot, view, True, k_pool=k_pool, scale=scale, backend=backend
+            )
             return run(
                 "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, k_pool, v_pool, *view, scale, dk_pool, dv_pool,
-                tables.grad_tail if own_rows_only else None, weight_grads, backend=backend,
+                tables.grad_tail if own_rows_only else None, weight_grads, backend=backend, **found,
             )  # fmt: skip
 
     def _watched(self, i: int, dk_pool: Tensor, dv_pool: Tensor, slots: Tensor):
         """`call`, but the two parts of attention's backward run one by one: between them the rows' gradient is in the pool."""
 
-        def run(name: str, like: Tensor, *args, backend: str):
+        def run(name: str, like: Tensor, *args, backend: str, **found):
             if name == "inject_attend_backward":
                 parts = Composed(lambda part: functools.partial(run, part, like, backend=backend))
-                return parts.inject_attend_backward(*args)
+                return parts.inject_attend_backward(*args, **found)
             if name == "inject_backward":
                 self.watch(i, dk_pool[slots], dv_pool[slots])
-            return call(name, like, *args, backend=backend)
+            return call(name, like, *args, backend=backend, **found)
 
         return run
 

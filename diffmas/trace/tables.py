@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmas.trace.views import KVRange, share, table_of
+from diffmas.trace.attention_work import AttentionWork
+from diffmas.trace.views import KVRange, length_of, share, table_of
 
 __all__ = ["Tables"]
 
@@ -16,7 +17,7 @@ DECODE_TOKENS = 8  # up to this many a sequence, reading K and V costs more than
 
 class Tables:
     """slots, positions [n]; q_indptr [B + 1]; grad_tail [B]; and for each view the arguments of `cross_attention`. One copy to
-    the device for all of them, without a wait."""
+    the device for all of them, without a wait. work: what attention finds in these views."""
 
     def __init__(
         self, device: torch.device, lengths: list[int], slots: np.ndarray, positions: np.ndarray, grad_tail: list[int],
@@ -27,8 +28,10 @@ class Tables:
             parts += table_of(older)
         # Few queries of several sequences are served faster by one pass over the rows that all of them read.
         groups = share(views) if 1 < len(lengths) and max(lengths) <= DECODE_TOKENS else None
+        rows = {"all": sum(map(length_of, views))}
         if groups is not None:
             sizes, shared, rest = groups
+            rows |= {"shared": sum(map(length_of, shared)), "rest": sum(map(length_of, rest))}
             ends = [0, *(end for end, last in zip(accumulate(lengths), _last_of_each(sizes)) if last)]
             parts += [ends, *table_of(shared), *table_of(rest)]
         self._packed = _upload(np.concatenate((slots, positions, list(chain.from_iterable(parts)))), device)
@@ -42,6 +45,7 @@ class Tables:
             self._older, tables = tables[:4], tables[4:]
         if groups is not None:
             self._groups, self._shared, self._rest = tables[0], tables[1:5], tables[5:]
+        self.work = AttentionWork(rows)
         self._at_offsets: dict | None = None
         self.as_written = self._views(None)
 
@@ -61,8 +65,10 @@ class Tables:
             self._at_offsets = self._views(inv_freq)
         return self._at_offsets
 
-    def can_move(self, run: bool) -> None:
-        """Makes ready for `move`. run: the rows of a run's earlier steps learn too, one more with every step."""
+    def can_move(self, run: bool, room: int) -> None:
+        """Makes ready for `move`. run: the rows of a run's earlier steps learn too, one more with every step. room: rows that
+        all views together may get."""
+        self.work.can_move(room)
         self._step = torch.zeros_like(self._packed)
         slots, positions, _, grad_tail, *tables = self._step.split_with_sizes(self._sizes)
         slots.fill_(1)

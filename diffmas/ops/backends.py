@@ -105,7 +105,7 @@ class CudaOps:
         args = q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved
         if self._small_q(q, k_pool, q_indptr) and self._served(q, k_pool, seg_offset, inv_freq, interleaved):
             return torch.ops.diffmas_native.cross_attention(*args)
-        return _triton_or_reference("cross_attention", q)(*args, work)
+        return _triton_or_reference("cross_attention", q)(*args, *(() if work is None else (work,)))
 
     def cross_attention_backward(
         self, do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
@@ -120,12 +120,13 @@ class CudaOps:
         if served and self._small_q(q, k_pool, q_indptr):
             return ours(*args, grad_tail, want_dq)
         other = _triton_or_reference("cross_attention_backward", q)
+        found = () if work is None else (work,)  # the reference takes none
         # Other than in whole packs of 16 bytes they would go element by element.
         packs = q.shape[2] % 8 == 0 and self._slots(q, seg_offset, inv_freq, interleaved) == q.shape[2]
         if not served or not packs or q.dtype == torch.float32:
-            return other(*args, grad_tail, want_dq, work)
+            return other(*args, grad_tail, want_dq, *found)
         nothing = q_indptr.new_zeros(q_indptr.shape[0] - 1)  # gets dK and dV there
-        dq = other(*args, nothing, True, work) if want_dq else None
+        dq = other(*args, nothing, True, *found) if want_dq else None
         none = ours(*args, grad_tail, False)
         return dq if want_dq else none
 

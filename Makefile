@@ -112,7 +112,7 @@ bench-readme: $(INSTALLED)
 # goes with its huggingface_hub: transformers imports the one that is there. In a directory of this name, or dill, by which
 # datasets tells data sets apart, takes all of it for the user's own code and pickles it whole.
 COMPAT ?= 4.56.2 5.17.0
-COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate decoding gradients passes threads latent linears few_rows lora_run gradient_clip graphed_steps graphed_decoding system adapters training training_arguments evaluation files load chat multimodal sinks ragged audit gradient_report rl))
+COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate decoding gradients passes threads latent linears few_rows lora_run gradient_clip graphed_steps graphed_decoding system adapters training training_arguments evaluation files load chat multimodal sinks ragged audit gradient_report rl graph jacobi offload))
 compat: $(INSTALLED)
 	for v in $(COMPAT); do \
 	  test -d .compat/$$v || { $(PY) -m pip install -q --target .compat/$$v.part/site-packages "transformers==$$v" datasets && mv .compat/$$v.part .compat/$$v; } || exit 1; \

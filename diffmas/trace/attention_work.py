@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from diffmas.ops.backends import AUTO, implementation
+from diffmas.ops.backends import implementation
 from diffmas.ops.fused import with_heads
 
 __all__ = ["AttentionWork"]
@@ -30,8 +30,8 @@ class AttentionWork:
     ) -> dict[str, Tensor]:  # fmt: skip
         """The argument `work` of `cross_attention` (kernel "fwd") or its backward ("dq") in a layer, where its backend has one.
         q: [n, Hq, D], or flat; view: as `Tables` has it by that name."""
-        if type(q) is not Tensor or (q.is_cpu and (AUTO if backend == "auto" else backend) in ("auto", "cpu")):
-            return {}  # CPU kernels have none, and a look-up in every layer costs
+        if type(q) is not Tensor:
+            return {}
         key = kernel, name, view[4] is None, q.shape, q.dtype, k_pool.shape, k_pool.dtype, backend
         work, last = self._found.get(key, (None, None))
         if last is None or (self._moving and (layer <= last if kernel == "fwd" else layer >= last)):

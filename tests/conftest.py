@@ -1,5 +1,6 @@
 import contextlib
 import os
+import sys
 
 import pytest
 import torch
@@ -7,6 +8,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; "auto" does not take the interpreter
 os.environ["COLUMNS"] = "200"  # before rich looks for a terminal: tables are the same wherever the tests run
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """pytest reports an error of a finalizer when the test is over, and keeps its frames until then: those of whatever thread
+    was collecting garbage, with all that their locals hold. A test that waits for objects to go would wait for ever."""
+    report = sys.unraisablehook
+
+    def without_frames(error):
+        report(error)  # its text is made here
+        if error.exc_value is not None:
+            error.exc_value.__traceback__ = None
+
+    sys.unraisablehook = without_frames
+    config.add_cleanup(lambda: setattr(sys, "unraisablehook", report))
 
 
 @pytest.fixture(autouse=True)

@@ -270,6 +270,12 @@ BAD = (
 )  # fmt: skip
 
 
+class Fails:
+    def __del__(self):
+        raise ValueError("a finalizer failed")
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_500_requests_a_fifth_cancelled_a_tenth_bad(server, monkeypatch):
     address, batcher = server
@@ -285,6 +291,8 @@ def test_500_requests_a_fifth_cancelled_a_tenth_bad(server, monkeypatch):
     def watched(self, questions, *args, trace, **options):
         """Every sequence that the last agent reads has the prompts of its own question, and no other row."""
         sizes.append(len(questions))
+        if len(sizes) == 3:
+            Fails()  # what an error in a finalizer shows of this thread is not kept
         for b, fields in enumerate(questions):
             own = [t for a in self.agents[:-1] for t in [*self.prompt_ids(a, fields), *[-1] * a.steps(fields)]]
             if trace.token_ids(b).tolist() != own:
@@ -346,9 +354,7 @@ def test_500_requests_a_fifth_cancelled_a_tenth_bad(server, monkeypatch):
     asyncio.run(all_of_them(kinds[100:]))
     assert not wrong and not strange and seen == {"good": 350, "cancelled": 100, "bad": 50}
     assert max(sizes) > 4 and max(sizes) <= batcher.max_batch
-    # Jobs, and the rows of their traces. One run of many, on a busy machine, had something left, and it is not known why; a
-    # request that is kept would leave 400.
-    wait_for(lambda: left() <= before + 4)
+    wait_for(lambda: left() <= before)  # jobs, and the rows of their traces
     assert not batcher._waiting
     assert resident() - memory < 20
 

@@ -94,7 +94,7 @@ class Loop:
         """What agent i reads, and where: [(who wrote it, its how-manieth token, position)], and the next position."""
         seen, out, end = set(), [], 0
         for j, how in self.reads(i):
-            own = [x for x in self.handed(j) if x[:2] not in seen]
+            own = [x for x in self.chosen(i, j) if x[:2] not in seen]
             after = self.wrote(j)[1]
             if own:
                 low = min(p for *_, p in own)
@@ -119,6 +119,10 @@ class Loop:
         if self.s.trace_content == "latent_only":
             own = own[prompt:]
         return sinks + [x for x in own if x not in sinks]
+
+    def chosen(self, i, j):
+        """What agent i has of what agent j hands on."""
+        return self.handed(j)
 
     def rows(self, i, move):
         """K and V [layer] of what agent i reads, all of it `move` positions further; every row made anew."""
@@ -170,11 +174,11 @@ class Loop:
         return self.forward(self.s.model, self.rows(i, 0), x, self.layout(i)[1])[0].logits[0][-len(ids) - 1 :]
 
 
-def loop_loss(s):
+def loop_loss(s, loop=Loop):
     total, count = 0.0, 0
     for question, answer in zip(QUESTIONS, ANSWERS):
         ids = s.answer_ids(answer)
-        total = total + F.cross_entropy(Loop(s, question).logits(ids)[:-1], torch.tensor(ids), reduction="sum")
+        total = total + F.cross_entropy(loop(s, question).logits(ids)[:-1], torch.tensor(ids), reduction="sum")
         count += len(ids)
     return total / count
 
@@ -482,8 +486,8 @@ def test_shapes_that_are_refused(agents, message):
     "reads, message",
     [
         ("a", "reads: expected a list of agents' names or None, got 'a'"),
-        ([3], "reads: expected a name, or a dict of agent and positions, got 3"),
-        ([{"name": "a"}], "reads: expected a name, or a dict of agent and positions, got {'name': 'a'}"),
+        ([3], "reads: expected a name, or a dict of agent, positions and select, got 3"),
+        ([{"name": "a"}], "reads: expected a name, or a dict of agent, positions and select, got {'name': 'a'}"),
         ([at("a", "there")], "reads: expected positions of .*'same_branch'.*, got 'there'"),
     ],
 )

@@ -30,11 +30,13 @@ class Board:
         if self.graph.chain:
             return self._trace
         with phase("hand-over"):
-            units = [self._handed[j] for j, _ in self.graph.reads[i]]
+            edges = self.graph.reads[i]
+            units = [self._handed[edge.agent] for edge in edges]
             base, *rows = map(_by_sequence, (self._trace, *units))
-            branches = [branches_of(base[b], [unit[b] for unit in rows]) for b in range(len(base))]
+            sinks = self.system.sinks
+            branches = [branches_of(base[b], [unit[b] for unit in rows], edges, sinks) for b in range(len(base))]
             views = [unit.reading([row[k + 1] for row in branches]) for k, unit in enumerate(units)]
-            return Trace.join([self._trace, *views], ["keep", *(positions for _, positions in self.graph.reads[i])])
+            return Trace.join([self._trace, *views], ["keep", *(edge.positions for edge in edges)])
 
     def write(self, group: list[int], questions: list[dict], turns: list[list[Turn]] | None = None, least_steps=()) -> None:
         """A group's turns. turns: of all agents, [agent][question]. least_steps: of each agent (`MultiAgentSystem.think`)."""

@@ -5,11 +5,13 @@ reads, out of those before it in the list, in the order in which it has their ro
 joined, a tree, a solver that reads some of many. Agents of one *level* do not read each other, and take their turn together.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+from diffmas.agents.selection import Select, select_of, selected
 from diffmas.trace.views import JOINS, Segment, length_of, only, without_first, without_rows
 
-__all__ = ["Graph", "Read", "branches_of", "check_graph", "handed_on", "reads_of"]
+__all__ = ["Edge", "Graph", "Read", "branches_of", "check_graph", "handed_on", "reads_of"]
 
 Row = list[Segment]
 
@@ -20,11 +22,17 @@ class Read:
 
     positions: where the reader has them, as `Trace.join` takes it: shift (as a block behind what stands before), keep (where
     they were written), reindex (without gaps behind what stands before), same_branch (from the start, beside the others).
-    None: shift, or the system's reindex.
+    None: shift, or the system's reindex. select: which of the rows it has (`diffmas.agents.selection.Select`), None: all.
     """
 
     agent: str
     positions: str | None = None
+    select: Select | None = None
+
+    def described(self) -> dict:
+        """As plain data."""
+        select = {} if self.select is None else {"select": self.select.described()}
+        return {"agent": self.agent, "positions": self.positions, **select}
 
 
 def reads_of(reader: str, reads) -> tuple[Read, ...] | None:
@@ -41,20 +49,30 @@ def reads_of(reader: str, reads) -> tuple[Read, ...] | None:
         except TypeError:
             edge = Read(None)
         if not (isinstance(edge.agent, str) and edge.agent):
-            raise ValueError(f"agent {reader!r}: reads: expected a name, or a dict of agent and positions, got {read!r}")
+            what = "a name, or a dict of agent, positions and select"
+            raise ValueError(f"agent {reader!r}: reads: expected {what}, got {read!r}")
         if edge.positions is not None and edge.positions not in JOINS:
             raise ValueError(f"agent {reader!r}: reads: expected positions of {JOINS}, got {edge.positions!r}")
-        edges.append(edge)
+        where = f"agent {reader!r}: reads: {edge.agent}: select"
+        edges.append(replace(edge, select=select_of(where, edge.select)))
     return tuple(edges)
+
+
+class Edge(NamedTuple):
+    """A `Read` in a team: the number of the agent that is read, where the reader has its rows, and which of them."""
+
+    agent: int
+    positions: str
+    select: Select | None
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A team's shape. reads: by agent, the numbers of the agents that it reads and their positions, in order. chain: whether
+    """A team's shape. reads: by agent, its edges to the agents that it reads, in order. chain: whether
     each reads all that was written before it, since nobody says otherwise. levels: of all agents but the last, those that do
     not wait for each other."""
 
-    reads: list[list[tuple[int, str]]]
+    reads: list[list[Edge]]
     chain: bool
     levels: list[list[int]] = field(default_factory=list)
 
@@ -63,7 +81,7 @@ class Graph:
         """positions: of edges that do not say theirs. Raises ValueError for a name that is no agent's before the reader, and
         for one that is there twice."""
         number = {agent.name: i for i, agent in enumerate(agents)}
-        reads: list[list[tuple[int, str]]] = []
+        reads: list[list[Edge]] = []
         for i, agent in enumerate(agents):
             edges = [Read(other.name) for other in agents[:i]] if agent.reads is None else agent.reads
             names = [edge.agent for edge in edges]
@@ -73,19 +91,31 @@ class Graph:
                 known = [other.name for other in agents[:i]]
                 why = "a second time" if name in names[:n] else "no agent" if name not in number else "which is not before it"
                 raise ValueError(f"agent {agent.name!r}: reads: expected some of {known}, each once, got {name!r}, {why}")
-            reads.append([(number[edge.agent], edge.positions or positions) for edge in edges])
+            reads.append([Edge(number[edge.agent], edge.positions or positions, edge.select) for edge in edges])
         chain = all(agent.reads is None for agent in agents)
         depth: list[int] = []
         for edges in reads:
-            depth.append(1 + max((depth[j] for j, _ in edges), default=-1))
+            depth.append(1 + max((depth[edge.agent] for edge in edges), default=-1))
         thinkers = range(len(agents) - 1)
         levels = [[i for i in thinkers if depth[i] == d] for d in range(max(depth[:-1], default=-1) + 1)]
         return cls(reads, chain, levels)
 
 
-def check_graph(agents) -> None:
-    """Raises ValueError as `Graph.of`, and for an agent that nobody reads."""
-    read = {j for edges in Graph.of(agents).reads for j, _ in edges}
+def check_graph(agents, trace_content: str) -> None:
+    """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows that are never there."""
+    reads = Graph.of(agents).reads
+    for reader, edges in zip(agents, reads):
+        for edge in edges:
+            kind, agent = edge.select and edge.select.kind, agents[edge.agent]
+            why = None
+            if kind == "prompt" and trace_content == "latent_only":
+                why = "whose prompt nobody gets with trace_content='latent_only'"
+            elif kind == "latent" and agent.latent_steps == 0:
+                why = "which takes no latent steps"
+            if why is not None:
+                where = f"agent {reader.name!r}: reads: {agent.name}: select: kind"
+                raise ValueError(f"{where}: expected one that leaves rows, got {kind!r} of an agent {why}")
+    read = {edge.agent for edges in reads for edge in edges}
     if unread := [agent.name for i, agent in enumerate(agents[:-1]) if i not in read]:
         raise ValueError(f"agents: expected somebody who reads {unread[0]!r}, got nobody; it would think in vain")
 
@@ -112,12 +142,12 @@ def _first(row: Row, read: int, sinks: int) -> Row:
     return first
 
 
-def branches_of(base: Row, units: list[Row]) -> list[Row]:
-    """What a reader joins: `base`, and what each agent hands on (`handed_on`) without rows that stand before it already, such
-    as sinks that several of them hand on."""
+def branches_of(base: Row, units: list[Row], edges: list[Edge], sinks: int) -> list[Row]:
+    """What a reader joins: `base`, and what it has of what each agent hands on (`handed_on`), without rows that stand before it
+    already, such as sinks that several of them hand on."""
     branches, seen = [list(base)], list(base)
-    for unit in units:
-        own = without_rows(unit, seen)
+    for unit, edge in zip(units, edges):
+        own = without_rows(selected(unit, max(length_of(base), sinks), edge.select), seen)
         seen += own
         branches.append([*base, *own])
     return branches

@@ -26,8 +26,8 @@ class Agent:
     "per_role" the agents of a role have one adapter, of its name; None is a role of the agent's own, named as it is. passes: J,
     how many forwards over all latent tokens at once stand for the T steps (`diffmas.agents.jacobi`); None, or J >= T: one by
     one. grad_passes: gradients go through the last so many of them; None: through all. reads: the names of the agents whose
-    rows it reads, out of those before it, in this order; or {"agent": name, "positions": ...} for where it has them
-    (`diffmas.agents.graph.Read`). None: all before it; []: nobody.
+    rows it reads, out of those before it, in this order; or {"agent": name, "positions": ..., "select": ...} for where it has
+    them, and which of them (`diffmas.agents.graph.Read`). None: all before it; []: nobody.
 
     Raises ValueError for T < 0, stop_change <= 0, passes < 1, grad_passes that are not 1 to passes, passes together with
     stop_change, reads that are no list of agents, an empty name or role, or a prompt that is no string.
@@ -74,7 +74,7 @@ class Agent:
 
     def described(self) -> dict:
         """As plain data, which `Agent(**data)` takes."""
-        reads = None if self.reads is None else [asdict(read) for read in self.reads]
+        reads = None if self.reads is None else [read.described() for read in self.reads]
         return {**asdict(self), "reads": reads}
 
     @property
@@ -237,8 +237,9 @@ def _turns_in_graph(system, b: int, fields: dict, room: int, what: str) -> list[
     ends: list[int] = []
     rows = 0  # as if all were written one after the other
     for i, agent in enumerate(system.agents):
-        branches = branches_of([], [handed[j] for j, _ in graph.reads[i]])
-        positions, nexts = zip(("keep", 0), *((how, ends[j]) for j, how in graph.reads[i]))
+        edges = graph.reads[i]
+        branches = branches_of([], [handed[edge.agent] for edge in edges], edges, system.sinks)
+        positions, nexts = zip(("keep", 0), *((edge.positions, ends[edge.agent]) for edge in edges))
         row, at = joined(branches, positions, nexts)
         if i == len(system.agents) - 1:
             return [*turns, Turn(prompt_that_fits(system, agent, b, fields, at, room, what), 0)]

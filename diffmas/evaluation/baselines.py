@@ -253,7 +253,7 @@ class TextAgents:
     def _messages(self, i: int, said: list[list[str]], sequences: int) -> list[str]:
         """What agent i reads, for each sequence."""
         with phase("hand-over"):
-            read = [said[j] for j, _ in self._reads[i]]
+            read = [said[edge.agent] for edge in self._reads[i]]
             return [self.separator.join(filter(None, some)) for some in zip(*read)] if read else [""] * sequences
 
     def write(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> tuple[list[Turn], Answers]:

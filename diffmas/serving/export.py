@@ -170,12 +170,18 @@ def _agent(agent: dict, last: bool) -> str:
     T = "answers" if last else f"T = {agent['latent_steps']}"
     T += f" in {agent['passes']} passes" if agent["passes"] and not last else ""
     stop = f", stops when a step changes less than {agent['stop_change']}" if agent["stop_change"] and not last else ""
-    reads = [edge["agent"] + (f" ({edge['positions']})" if edge["positions"] else "") for edge in agent["reads"] or ()]
+    reads = [_edge(edge) for edge in agent["reads"] or ()]
     T += f", reads {', '.join(reads) or 'nobody'}" if agent["reads"] is not None else ""
     texts = [("System message", agent["system"]), ("Prompt", agent["prompt"])]
     return "\n\n".join(
         [f"### {agent['name']}: {T}{stop}", *(f"{what}:\n\n{_fenced(text, 'text')}" for what, text in texts if text)]
     )
+
+
+def _edge(edge: dict) -> str:
+    how = [edge["positions"]] * (edge["positions"] is not None)
+    how += [f"{name} {value}" for name, value in edge.get("select", {}).items()]
+    return edge["agent"] + (f" ({', '.join(how)})" if how else "")
 
 
 def _fenced(text: str, language: str) -> str:

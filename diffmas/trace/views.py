@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 __all__ = [
-    "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "common_prefix", "joined", "length_of", "only", "ranges_of", "rows_of",
-    "share", "table_of", "without_first", "without_rows",
+    "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "common_prefix", "joined", "length_of", "only", "places", "ranges_of",
+    "rows_of", "share", "table_of", "without_first", "without_rows",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
@@ -110,14 +110,20 @@ def only(row: Sequence[Segment], kind: str | None, agent: str | None, sinks: int
     return kept
 
 
+def places(view: Sequence[Segment], index: np.ndarray) -> list[Segment]:
+    """The rows at some places of a view, rising: its segments, cut where rows between them are left out."""
+    kept, first = [], 0
+    for s in view:
+        mine = index[(index >= first) & (index < first + s.length)] - first
+        for run in np.split(mine, np.flatnonzero(np.diff(mine) > 1) + 1) if len(mine) else ():
+            kept.append(s.skip(int(run[0]))._replace(length=len(run)))
+        first += s.length
+    return kept
+
+
 def without_rows(view: Sequence[Segment], rows: Sequence[Segment]) -> list[Segment]:
     """The segments of a view without the rows that are in `rows`, cut where some of them are."""
-    rest, taken = [], rows_of(rows)
-    for s in view:
-        left = np.flatnonzero(~np.isin(np.arange(s.start, s.end), taken))
-        for run in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if len(left) else ():
-            rest.append(s.skip(int(run[0]))._replace(length=len(run)))
-    return rest
+    return places(view, np.flatnonzero(~np.isin(rows_of(view), rows_of(rows))))
 
 
 def joined(branches: list[list[Segment]], positions: list[str], nexts: list[int]) -> tuple[list[Segment], int]:

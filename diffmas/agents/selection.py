@@ -1,0 +1,95 @@
+"""Which of the rows that an agent hands on a reader has.
+
+A selection takes a view of one sequence and returns another one of some of the same rows: nothing is copied, and gradients
+reach what is kept. The first rows of a view stay, whatever is selected: what all see, and the attention sinks.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+from diffmas.trace.views import Segment, length_of, places
+
+__all__ = ["BY", "Select", "best", "check_by", "check_count", "select_of", "selected"]
+
+Row = list[Segment]
+KINDS = ("prompt", "latent")  # of the rows that an agent writes which is read
+BY = ("last",)
+
+
+@dataclass(frozen=True)
+class Select:
+    """What a reader has of an agent's rows, one condition after the other.
+
+    kind: prompt or latent, those of one kind alone. every: k, the last of these and every k-th before it. rows: at most so
+    many of these, the best ones; by: last (those that were written last).
+    """
+
+    kind: str | None = None
+    every: int | None = None
+    rows: int | None = None
+    by: str | None = None
+
+    def described(self) -> dict:
+        """As plain data, without what is not said."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def select_of(where: str, select) -> Select | None:
+    """The selection that an edge names: None, a dict with fields of `Select`, or one of these. Raises ValueError that starts
+    with `where` and names what does not fit."""
+    if select is None:
+        return None
+    known = [f.name for f in fields(Select)]
+    if not isinstance(select, (dict, Select)):
+        raise ValueError(f"{where}: expected a dict with some of {known} or None, got {select!r}")
+    if isinstance(select, dict):
+        if unknown := [key for key in select if key not in known]:
+            raise ValueError(f"{where}: expected some of {known}, got {unknown[0]!r}")
+        select = Select(**select)
+    if not select.described():
+        raise ValueError(f"{where}: expected some of {known}, got none of them")
+    if select.kind not in (None, *KINDS):
+        raise ValueError(f"{where}: kind: expected one of {KINDS} or None, got {select.kind!r}")
+    for name in ("every", "rows"):
+        check_count(f"{where}: {name}", getattr(select, name))
+    check_by(f"{where}: by", select.by, "rows", select.rows)
+    return select
+
+
+def check_count(where: str, n) -> None:
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f"{where}: expected an integer >= 1 or None, got {n!r}")
+
+
+def check_by(where: str, by, name: str, count: int | None) -> None:
+    """by: how the best `count` rows are told. name: of `count`."""
+    if by is not None and count is None:
+        raise ValueError(f"{where}: expected None without {name}, got {by!r}")
+    if by not in (None, *BY):
+        raise ValueError(f"{where}: expected one of {BY} or None, got {by!r}")
+
+
+# ---- rows, of one sequence -------------------------------------------------------------------------------------------
+
+
+def selected(row: Row, fixed: int, select: Select | None) -> Row:
+    """The rows of a view, of which the first `fixed` stay."""
+    if select is None:
+        return row
+    index = np.arange(length_of(row))
+    if select.kind is not None:
+        kinds = np.repeat([s.kind == select.kind for s in row], [s.length for s in row]).astype(bool)
+        index = index[kinds | (index < fixed)]
+    if select.every is not None:
+        place = np.arange(len(index))  # counted from the last one
+        index = index[(place[::-1] % select.every == 0) | (index < fixed)]
+    row = places(row, index)
+    return row if select.rows is None else best(row, fixed, select.rows)
+
+
+def best(row: Row, fixed: int, rows: int) -> Row:
+    """The first `fixed` rows of a view, and of the others the best so many."""
+    index = np.arange(length_of(row))
+    kept = index[fixed:][-rows:]
+    return places(row, np.concatenate((index[:fixed], kept)))

@@ -1,0 +1,217 @@
+"""Rows that a reader chooses from what an agent hands on, against a plain loop that leaves out the others."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import assert_close, gradients, tiny
+from systems import ANSWERS, QUESTIONS, system, tokenizer
+from test_graph import TIGHT, Loop, agent, exact, loop_loss
+
+from diffmas import Agent, MultiAgentSystem, Segment
+from diffmas.agents.selection import selected
+from diffmas.serving.export import card
+from diffmas.trace.views import places, rows_of
+
+LATENT = dict(trace_content="latent_only")
+REINDEX = dict(**LATENT, sinks=2, positions="reindex")
+
+
+def of(name, positions=None, **select):
+    return {"agent": name, "positions": positions, "select": select or None}
+
+
+def solver(*reads, **options):
+    return agent("solver", 0, list(reads), **options)
+
+
+FIRST = [agent("a", 4, []), agent("b", 3, [])]
+SHAPES = {
+    "latent": [*FIRST, solver(of("b", kind="latent"), of("a", kind="prompt"))],
+    "last": [*FIRST, solver(of("b", rows=2), of("a", "keep", rows=3, by="last"))],
+    "every": [*FIRST, solver(of("a", every=2), of("b", "same_branch", every=3))],
+    "together": [
+        FIRST[0], agent("b", 3, [of("a", kind="latent", every=2)]), agent("c", 2, [of("a", "reindex", every=2, rows=1), "b"]),
+        solver(of("c", kind="latent", rows=1), of("b", "keep", every=2), of("a", rows=20)),
+    ],
+    "passes": [agent("a", 4, [], passes=2), agent("b", 4, [of("a", every=2)], passes=2), solver("a", of("b", rows=2))],
+}  # fmt: skip
+
+
+# ---- the oracle ------------------------------------------------------------------------------------------------------
+
+
+class Choosing(Loop):
+    def chosen(self, i, j):
+        edge = next((r for r in self.s.agents[i].reads or () if self.number[r.agent] == j), None)
+        handed = self.handed(j)
+        if edge is None or edge.select is None:
+            return handed
+        sinks, rest, said = handed[: self.s.sinks], handed[self.s.sinks :], edge.select
+        if said.kind:
+            rest = [x for x in rest if self.is_latent(x) == (said.kind == "latent")]
+        if said.every:
+            rest = rest[::-1][:: said.every][::-1]
+        return sinks + self.best(i, rest, said.rows, said.by)
+
+    def is_latent(self, token):
+        w, n, _ = token
+        return n >= len(self.s.prompt_ids(self.s.agents[w], self.fields))
+
+    def best(self, i, tokens, rows, by):
+        return tokens if rows is None else tokens[-rows:]
+
+
+def check_loss(s):
+    out = s(QUESTIONS, ANSWERS)
+    out.loss.backward()
+    got = gradients(s)
+    want = loop_loss(s, Choosing)
+    want.backward()
+    assert_close(out.loss, want, TIGHT)
+    assert_close(got, gradients(s), TIGHT)
+    assert max(g.abs().max() for g in got.values()) > 1e-4
+    return out
+
+
+# ---- loss, gradients, tokens, batches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, LATENT, REINDEX], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_equal_the_loop(shape, options):
+    agents = SHAPES[shape]
+    if shape == "latent" and options:
+        agents = [*FIRST, solver(of("b", kind="latent"), "a")]  # nobody gets prompts
+    check_loss(exact(system(agents=agents, **options)))
+
+
+@pytest.mark.parametrize("shape", ["together", "last"])
+def test_generated_tokens(shape):
+    s = system(agents=SHAPES[shape], **LATENT)
+    tokens = [row[0] for row in s.generate_tokens(QUESTIONS, max_new_tokens=4, temperature=0)]
+    for question, got in zip(QUESTIONS, tokens):
+        with torch.no_grad():
+            ids = []
+            while len(ids) < len(got):
+                ids.append(int(Choosing(s, question).logits(ids)[-1].argmax()))
+        assert got == ids
+    assert s.generate_tokens(QUESTIONS, max_new_tokens=4, temperature=0, batch_size=2, samples=2) == [[x, x] for x in tokens]
+
+
+def check_single_runs(s, rows):
+    """A batch is what its questions are one by one: rows and gradients."""
+    out = s(rows, ANSWERS)
+    out.loss.backward()
+    got, total = gradients(s), 0.0
+    for b, (row, answer) in enumerate(zip(rows, ANSWERS)):
+        alone = s([row], [answer], num_items_in_batch=1)
+        total = total + alone.loss
+        assert out.trace.positions(b).tolist() == alone.trace.positions(0).tolist()
+        assert out.trace.next_positions[b] == alone.trace.next_positions[0]
+        for x, y in zip(out.trace.keys_values(1, b), alone.trace.keys_values(1, 0)):
+            assert_close(x, y, 1e-12)
+    (total / int((out.labels != -100).sum())).backward()
+    assert_close(got, gradients(s), TIGHT)
+
+
+RAGGED = [{"question": q, "a": a, "b": b} for q, a, b in zip(QUESTIONS, (4, 0, 1), (0, 3, 1))]
+
+
+def ragged(agents):
+    """Each question with its own T."""
+    return [replace(agents[0], latent_steps="a"), replace(agents[1], latent_steps="b"), *agents[2:]]
+
+
+@pytest.mark.parametrize("options", [{}, dict(**LATENT, no_latents="skip")], ids=str)
+def test_ragged_batches_equal_single_runs(options):
+    check_single_runs(system(agents=ragged(SHAPES["together"]), **options), RAGGED)
+
+
+# ---- views -----------------------------------------------------------------------------------------------------------
+
+
+def test_places_of_a_view():
+    view = [Segment(0, "a", "prompt", 10, 3, 0), Segment(0, "b", "latent", 5, 4, 7, 2), Segment(0, None, "text", 20, 1, 0)]
+    for chosen in ([], [0], [2, 3], [0, 1, 2, 4, 6, 7], list(range(8))):
+        got = places(view, np.array(chosen, dtype=np.int64))
+        assert rows_of(got).tolist() == rows_of(view)[chosen].tolist()
+        where = np.concatenate([np.arange(s.position, s.position + s.length) + s.offset for s in view])
+        assert [p for s in got for p in range(s.position + s.offset, s.next_position)] == where[chosen].tolist()
+    assert places(view, np.arange(8)) == view
+
+
+def test_rows_that_stay_do_not_count():
+    """Neither among the best rows nor among every k-th, though they may be of another kind."""
+    select = Agent("x", "y", reads=[of("a", kind="latent", every=2, rows=2)]).reads[0].select
+    row = [Segment(0, "a", "prompt", 0, 6, 0), Segment(0, "a", "latent", 6, 7, 6)]
+    assert rows_of(selected(row, 2, select)).tolist() == [0, 1, 10, 12]
+    assert rows_of(selected(row, 0, select)).tolist() == [10, 12]
+    assert rows_of(selected(row[:1], 2, select)).tolist() == [0, 1]
+
+
+def test_nothing_is_copied():
+    """The rows are those of a team that selects nothing, and the others are free."""
+    held = {}
+    for name, edges in (("all", ["a", "b"]), ("some", [of("a", rows=1), of("b", every=2)])):
+        s = system(agents=[*FIRST, solver(*edges)], **LATENT, sinks=0)
+        with torch.no_grad():
+            trace = s.communicate(s.fields_of(QUESTIONS))
+        held[name] = [rows_of([x for x in trace.segments if x.sequence == b]).tolist() for b in range(3)]
+        assert trace.rows == sum(trace.lengths)
+    for every, some in zip(held["all"], held["some"]):
+        assert some == [every[3], every[4], every[6]]
+
+
+# ---- descriptions ----------------------------------------------------------------------------------------------------
+
+
+def test_a_selection_is_saved_and_loaded(tmp_path):
+    agents = SHAPES["together"]
+    s = system(agents=agents, dtype=torch.float32)
+    s.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "agents.json").read_text())
+    assert described["agents"][3]["reads"][:2] == [
+        {"agent": "c", "positions": None, "select": {"kind": "latent", "rows": 1}},
+        {"agent": "b", "positions": "keep", "select": {"every": 2}},
+    ]
+    assert "reads c (kind latent, rows 1), b (keep, every 2), a (rows 20)" in str(card(described, "team"))
+    loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer())
+    assert loaded.agents == agents
+    s.load_weights(tmp_path)
+    described["agents"][3]["reads"][0]["select"]["rows"] = 0
+    (tmp_path / "agents.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="agents.json: agent 'solver': reads: c: select: rows: expected an integer >= 1"):
+        MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer())
+
+
+@pytest.mark.parametrize(
+    "select, message",
+    [
+        ("latent", "expected a dict with some of .*'every'.* or None, got 'latent'"),
+        ({}, "expected some of .*'every'.*, got none of them"),
+        ({"last": 2}, "expected some of .*'rows'.*, got 'last'"),
+        ({"kind": "text"}, r"kind: expected one of \('prompt', 'latent'\) or None, got 'text'"),
+        ({"rows": 0}, "rows: expected an integer >= 1 or None, got 0"),
+        ({"rows": True}, "rows: expected an integer >= 1 or None, got True"),
+        ({"every": 1.5}, "every: expected an integer >= 1 or None, got 1.5"),
+        ({"by": "last"}, "by: expected None without rows, got 'last'"),
+        ({"rows": 2, "by": "luck"}, r"by: expected one of \('last'.*\) or None, got 'luck'"),
+    ],
+)
+def test_selections_that_are_none(select, message):
+    with pytest.raises(ValueError, match=f"agent 'b': reads: a: select: {message}"):
+        Agent("b", "x", reads=[{"agent": "a", "select": select}])
+
+
+def test_selections_that_leave_nothing():
+    for kind, T, options, why in (
+        ("latent", 0, {}, "which takes no latent steps"),
+        ("prompt", 2, LATENT, "whose prompt nobody gets with trace_content='latent_only'"),
+    ):
+        agents = [agent("a", T, []), solver(of("a", kind=kind))]
+        message = f"agent 'solver': reads: a: select: kind: expected one that leaves rows, got '{kind}' of an agent {why}"
+        with pytest.raises(ValueError, match=message):
+            system(agents=agents, **options)

@@ -366,12 +366,12 @@ def test_what_is_checked_is_where_agents_end_up(shape, options, monkeypatch):
         patched.setattr(prompts, "prompt_that_fits", lambda system, agent, b, fields, at, *rest: (
             starts.append((agent.name, b, at)), fits(system, agent, b, fields, at, *rest))[1])  # fmt: skip
         s.tokenize(s.fields_of(QUESTIONS), [0] * 3)
-    board, found = Board(s, Trace(s.model, 3)), []
+    board, found, asked = Board(s, Trace(s.model, 3)), [], s.fields_of(QUESTIONS)
     with torch.no_grad():
         for group in board.groups:
-            found += [(s.agents[i].name, b, at) for i in group for b, at in enumerate(board.read(i).next_positions)]
-            board.write(group, s.fields_of(QUESTIONS))
-    found += [("solver", b, at) for b, at in enumerate(board.read(len(s.agents) - 1).next_positions)]
+            found += [(s.agents[i].name, b, at) for i in group for b, at in enumerate(board.read(i, asked).next_positions)]
+            board.write(group, asked)
+    found += [("solver", b, at) for b, at in enumerate(board.read(len(s.agents) - 1, asked).next_positions)]
     assert sorted(starts) == sorted(found)
 
 
@@ -403,7 +403,7 @@ def test_questions_that_leave():
                     if leaving and n == 0:
                         board.select(stay)
                         questions = [questions[b] for b in stay]
-                trace = board.read(len(s.agents) - 1)
+                trace = board.read(len(s.agents) - 1, questions)
             found.append([trace.keys_values(1, b)[0] for b in range(2)])
             assert board.written(0).lengths == [2 + 3, 2 + 4]  # latent steps, and as many sinks as there are tokens
         for got, want in zip(*found):

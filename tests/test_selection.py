@@ -6,13 +6,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import assert_close, gradients, tiny
-from systems import ANSWERS, QUESTIONS, system, tokenizer
+import torch.nn.functional as F
+from models import assert_close, body, gradients, tiny, with_lora
+from systems import ANSWERS, QUESTIONS, roles_model, system, tokenizer
 from test_graph import TIGHT, Loop, agent, exact, loop_loss
 
-from diffmas import Agent, MultiAgentSystem, Segment
+from diffmas import Agent, MultiAgentSystem, Segment, Trace
+from diffmas.agents import prompts
+from diffmas.agents.board import Board
+from diffmas.agents.scores import scores
 from diffmas.agents.selection import selected
+from diffmas.models.forward import forward
+from diffmas.models.patch import patch_of
 from diffmas.serving.export import card
+from diffmas.trace.attention_mass import AttentionMass
 from diffmas.trace.views import places, rows_of
 
 LATENT = dict(trace_content="latent_only")
@@ -35,6 +42,11 @@ SHAPES = {
     "together": [
         FIRST[0], agent("b", 3, [of("a", kind="latent", every=2)]), agent("c", 2, [of("a", "reindex", every=2, rows=1), "b"]),
         solver(of("c", kind="latent", rows=1), of("b", "keep", every=2), of("a", rows=20)),
+    ],
+    "similar": [*FIRST, solver(of("b", rows=2, by="similarity"), of("a", "keep", every=2, rows=1, by="similarity"))],
+    "attended": [
+        FIRST[0], agent("b", 3, [of("a", rows=2, by="attention")]),
+        solver(of("b", "reindex", kind="latent", rows=2, by="attention"), of("a", rows=3, by="attention")),
     ],
     "passes": [agent("a", 4, [], passes=2), agent("b", 4, [of("a", every=2)], passes=2), solver("a", of("b", rows=2))],
 }  # fmt: skip
@@ -61,7 +73,48 @@ class Choosing(Loop):
         return n >= len(self.s.prompt_ids(self.s.agents[w], self.fields))
 
     def best(self, i, tokens, rows, by):
-        return tokens if rows is None else tokens[-rows:]
+        if rows is None or (by == "attention" and self.measuring == i):
+            return tokens
+        if by in (None, "last"):
+            return tokens[-rows:]
+        score = getattr(self, by)(i)
+        good = sorted(tokens, key=lambda x: -score(x))[:rows]
+        return [x for x in tokens if x in good]
+
+    measuring = None  # the agent whose prompt reads all that there is to choose from
+
+    @torch.no_grad()
+    def similarity(self, i):
+        """Of values, which transformers' cache holds."""
+        _, own = self.forward(body(self.s.model), [], self.prompt(i), 5)
+        question = [v.mean(2).flatten() for _, v in own]
+
+        def score(token):
+            w, n, _ = token
+            with torch.no_grad():
+                rows = [v[0, :, n].flatten() for _, v in self.turn(w, 0)]
+            return sum(float(F.cosine_similarity(x, y, 0)) for x, y in zip(rows, question))
+
+        return score
+
+    @torch.no_grad()
+    def attention(self, i):
+        """As transformers' eager attention tells it."""
+        self.measuring, before = i, self.measuring
+        layout, at = self.layout(i)
+        rows = self.rows(i, 0)
+        self.measuring = before
+        config, before = self.s.model.config, self.s.model.config._attn_implementation
+        config._attn_implementation = "eager"
+        out, _ = self.forward(body(self.s.model), rows, self.prompt(i), at, output_attentions=True)
+        config._attn_implementation = before
+        mass = sum(x.mean((0, 1, 2)) for x in out.attentions)
+        found = {x[:2]: float(m) for x, m in zip(layout, mass)}
+        return lambda token: found[token[:2]]
+
+    def prompt(self, i):
+        ids = self.s.prompt_ids(self.s.agents[i], self.fields)
+        return self.s.model.get_input_embeddings()(torch.tensor(ids))
 
 
 def check_loss(s):
@@ -88,7 +141,7 @@ def test_loss_and_gradients_equal_the_loop(shape, options):
     check_loss(exact(system(agents=agents, **options)))
 
 
-@pytest.mark.parametrize("shape", ["together", "last"])
+@pytest.mark.parametrize("shape", ["together", "similar"])
 def test_generated_tokens(shape):
     s = system(agents=SHAPES[shape], **LATENT)
     tokens = [row[0] for row in s.generate_tokens(QUESTIONS, max_new_tokens=4, temperature=0)]
@@ -130,6 +183,110 @@ def test_ragged_batches_equal_single_runs(options):
     check_single_runs(system(agents=ragged(SHAPES["together"]), **options), RAGGED)
 
 
+@pytest.mark.parametrize("shape", ["similar", "attended"])
+def test_measured_ragged_batches_equal_single_runs(shape):
+    """By similarity or attention, though agents of a level share their forwards, and some questions leave nothing to choose."""
+    check_single_runs(system(agents=ragged(SHAPES[shape]), **LATENT, no_latents="skip", sinks=1), RAGGED)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    s = system(agents=SHAPES["attended"]).train()
+    s(QUESTIONS, ANSWERS).loss.backward()
+    want = gradients(s)
+    s.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    s(QUESTIONS, ANSWERS).loss.backward()
+    assert_close(gradients(s), want, TIGHT)
+    assert s.model.training
+
+
+# ---- what rows are worth ---------------------------------------------------------------------------------------------
+
+
+def test_attention_mass_of_more_sequences_than_a_head_has_lanes():
+    """All see the same rows, and their prompts are not the same: each has its own mass, which is that of it alone."""
+    s = system()
+    with torch.no_grad():
+        trace = s.think(Agent("memory", "w30 w31 {question}", 2), s.fields_of(QUESTIONS[:1]), Trace(s.model, 1))
+        lanes = trace.keys_values(0, 0)[0].shape[2]
+        prompts = [[5 + b % 40, *range(7, 8 + b % 3)] for b in range(lanes + 2)]
+
+        def mass(prompts):
+            reader = trace.select([0] * len(prompts))
+            forward_pass = reader.plan(list(map(len, prompts)), "prompt")
+            found = AttentionMass(forward_pass)
+            forward(patch_of(s.model), reader, forward_pass, input_ids=s.pack(prompts))
+            return found.by_layer
+
+        together = mass(prompts)
+        for b in (0, 1, lanes - 1, lanes, lanes + 1):
+            for layer, rows in mass(prompts[b : b + 1]).items():
+                assert_close(together[layer][b], rows[0], 1e-12)
+                assert float(rows[0].sum()) == pytest.approx(1) and (rows[0] > 0).all()
+
+
+def test_a_choice_does_not_depend_on_dropout():
+    """Nor draws random numbers; and the model is in its mode again."""
+    chosen = []
+    for mode in (True, False):
+        agents = [*FIRST, solver(of("a", rows=2, by="attention"), of("b", rows=2, by="similarity"))]
+        s = MultiAgentSystem(with_lora(tiny("qwen3", patch=False), lora_dropout=0.9), tokenizer(), agents)
+        with torch.no_grad():
+            board = Board(s, Trace(s.model, 3))
+            board.write(board.groups[0], s.fields_of(QUESTIONS))  # in eval mode
+            s.train(mode)
+            state = torch.get_rng_state()
+            chosen.append(board.read(2, s.fields_of(QUESTIONS)).segments)
+        assert torch.equal(torch.get_rng_state(), state) and s.model.training is mode
+    assert chosen[0] == chosen[1]
+
+
+def test_a_choice_is_by_the_readers_adapter():
+    agents = [FIRST[0], solver(of("a", rows=1, by="similarity"))]
+    s = MultiAgentSystem(roles_model(("a", "solver")), tokenizer(), agents, adapter_scope="per_role")
+    read, values = Trace(s.model, 3), {}
+    with torch.no_grad():
+        s.think(agents[0], s.fields_of(QUESTIONS), read)
+        for name in ("nobody", "a", "solver"):
+            for n, p in s.named_parameters():
+                if f"lora_B.{name}." in n:
+                    p.mul_(-30)
+            found, *_ = scores(s, 1, s.fields_of(QUESTIONS), read, {"similarity"})
+            values[name] = found["similarity"](rows_of([x for x in read.segments if x.sequence == 0]))
+    assert np.allclose(values["a"], values["nobody"], atol=0, rtol=1e-12)
+    assert not np.allclose(values["solver"], values["nobody"], atol=1e-3)
+
+
+def test_a_gradient_report_does_not_know_of_it():
+    s = system(agents=SHAPES["attended"])
+    report = s.gradient_report(QUESTIONS, ANSWERS)
+    assert [(p.agent, p.kind) for p in report.passes if p.kind != "latent"] == [
+        ("a", "prompt"), ("b", "prompt"), ("solver", "answer")
+    ]  # fmt: skip
+    s(QUESTIONS, ANSWERS).loss.backward()
+    assert report.norm == pytest.approx(sum(float(g.square().sum()) for g in gradients(s).values()) ** 0.5)
+
+
+@pytest.mark.parametrize("options", [{}, LATENT, REINDEX], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_checked_is_no_less_than_where_agents_end_up(shape, options, monkeypatch):
+    """And just that where nothing is measured, or gaps are closed."""
+    agents = SHAPES[shape] if shape != "latent" else SHAPES["last"]
+    s, asked, checked = system(agents=agents, **options), None, {}
+    asked, fits = s.fields_of(QUESTIONS), prompts.prompt_that_fits
+    monkeypatch.setattr(prompts, "prompt_that_fits", lambda system, agent, b, fields, at, *rest: (
+        checked.setdefault((agent.name, b), at), fits(system, agent, b, fields, at, *rest))[1])  # fmt: skip
+    s.tokenize(asked, [0] * 3)
+    board, found = Board(s, Trace(s.model, 3)), {}
+    with torch.no_grad():
+        for group in [*board.groups, [len(agents) - 1]]:
+            found |= {(agents[i].name, b): at for i in group for b, at in enumerate(board.read(i, asked).next_positions)}
+            if group != [len(agents) - 1]:
+                board.write(group, asked)
+    assert found.keys() == checked.keys() and all(checked[key] >= at for key, at in found.items())
+    if shape not in ("similar", "attended"):
+        assert checked == found
+
+
 # ---- views -----------------------------------------------------------------------------------------------------------
 
 
@@ -147,9 +304,9 @@ def test_rows_that_stay_do_not_count():
     """Neither among the best rows nor among every k-th, though they may be of another kind."""
     select = Agent("x", "y", reads=[of("a", kind="latent", every=2, rows=2)]).reads[0].select
     row = [Segment(0, "a", "prompt", 0, 6, 0), Segment(0, "a", "latent", 6, 7, 6)]
-    assert rows_of(selected(row, 2, select)).tolist() == [0, 1, 10, 12]
-    assert rows_of(selected(row, 0, select)).tolist() == [10, 12]
-    assert rows_of(selected(row[:1], 2, select)).tolist() == [0, 1]
+    assert rows_of(selected(row, 2, select, {})).tolist() == [0, 1, 10, 12]
+    assert rows_of(selected(row, 0, select, {})).tolist() == [10, 12]
+    assert rows_of(selected(row[:1], 2, select, {})).tolist() == [0, 1]
 
 
 def test_nothing_is_copied():

@@ -6,6 +6,7 @@ from diffmas.agents import adapters
 from diffmas.agents.graph import branches_of, handed_on
 from diffmas.agents.meter import phase
 from diffmas.agents.prompts import Turn, turn_of
+from diffmas.agents.scores import scores
 from diffmas.agents.turns import take_turns
 from diffmas.trace import Segment, Trace
 
@@ -25,18 +26,24 @@ class Board:
         self._trace, self._handed = trace, {}
         self.groups = [group for level in self.graph.levels for group in _groups(system, level)]
 
-    def read(self, i: int) -> Trace:
+    def read(self, i: int, questions: list[dict]) -> Trace:
         """What agent i reads."""
         if self.graph.chain:
             return self._trace
         with phase("hand-over"):
-            edges = self.graph.reads[i]
-            units = [self._handed[edge.agent] for edge in edges]
-            base, *rows = map(_by_sequence, (self._trace, *units))
-            sinks = self.system.sinks
-            branches = [branches_of(base[b], [unit[b] for unit in rows], edges, sinks) for b in range(len(base))]
-            views = [unit.reading([row[k + 1] for row in branches]) for k, unit in enumerate(units)]
-            return Trace.join([self._trace, *views], ["keep", *(edge.positions for edge in edges)])
+            trace, measures = self._joined(i, [{}] * len(questions)), self.graph.measures(i)
+            if not measures:
+                return trace
+            return self._joined(i, scores(self.system, i, questions, trace, measures))
+
+    def _joined(self, i: int, scores: list[dict]) -> Trace:
+        """What agent i reads, where the rows that it may choose from have these scores."""
+        edges, sinks = self.graph.reads[i], self.system.sinks
+        units = [self._handed[edge.agent] for edge in edges]
+        base, *rows = map(_by_sequence, (self._trace, *units))
+        branches = [branches_of(base[b], [unit[b] for unit in rows], edges, sinks, scores[b]) for b in range(len(base))]
+        views = [unit.reading([row[k + 1] for row in branches]) for k, unit in enumerate(units)]
+        return Trace.join([self._trace, *views], ["keep", *(edge.positions for edge in edges)])
 
     def write(self, group: list[int], questions: list[dict], turns: list[list[Turn]] | None = None, least_steps=()) -> None:
         """A group's turns. turns: of all agents, [agent][question]. least_steps: of each agent (`MultiAgentSystem.think`)."""
@@ -52,7 +59,7 @@ class Board:
 
     def _write_together(self, group: list[int], questions, turns, least: int) -> None:
         system, B = self.system, len(questions)
-        reads, agents = [self.read(i) for i in group], [system.agents[i] for i in group]
+        reads, agents = [self.read(i, questions) for i in group], [system.agents[i] for i in group]
         if turns is None:
             own = [
                 turn_of(system, agent, b, fields, at)

@@ -125,6 +125,8 @@ class GradientWatch:
         if forward_pass is None or forward_pass.table is None:
             return
         newest = next(row[-1] for row, n in zip(forward_pass.table.segments, forward_pass.lengths) if n)
+        if newest.agent is None:  # measures which rows an agent reads
+            return
         kind = "answer" if newest.agent == self._agents[-1] else newest.kind
         self._step = self._step + 1 if kind == "latent" else 0  # a prompt begins every turn
         self._place = Place(newest.agent, kind, self._step)

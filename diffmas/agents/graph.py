@@ -8,7 +8,7 @@ joined, a tree, a solver that reads some of many. Agents of one *level* do not r
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from diffmas.agents.selection import Select, select_of, selected
+from diffmas.agents.selection import MEASURED, Score, Select, select_of, selected
 from diffmas.trace.views import JOINS, Segment, length_of, only, without_first, without_rows
 
 __all__ = ["Edge", "Graph", "Read", "branches_of", "check_graph", "handed_on", "reads_of"]
@@ -100,6 +100,10 @@ class Graph:
         levels = [[i for i in thinkers if depth[i] == d] for d in range(max(depth[:-1], default=-1) + 1)]
         return cls(reads, chain, levels)
 
+    def measures(self, i: int) -> set[str]:
+        """By what agent i chooses rows, that has to be measured first."""
+        return {edge.select.by for edge in self.reads[i] if edge.select is not None} & {*MEASURED}
+
 
 def check_graph(agents, trace_content: str) -> None:
     """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows that are never there."""
@@ -142,12 +146,12 @@ def _first(row: Row, read: int, sinks: int) -> Row:
     return first
 
 
-def branches_of(base: Row, units: list[Row], edges: list[Edge], sinks: int) -> list[Row]:
+def branches_of(base: Row, units: list[Row], edges: list[Edge], sinks: int, scores: dict[str, Score]) -> list[Row]:
     """What a reader joins: `base`, and what it has of what each agent hands on (`handed_on`), without rows that stand before it
-    already, such as sinks that several of them hand on."""
+    already, such as sinks that several of them hand on. scores: as `selected` takes them."""
     branches, seen = [list(base)], list(base)
     for unit, edge in zip(units, edges):
-        own = without_rows(selected(unit, max(length_of(base), sinks), edge.select), seen)
+        own = without_rows(selected(unit, max(length_of(base), sinks), edge.select, scores), seen)
         seen += own
         branches.append([*base, *own])
     return branches

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from diffmas.agents.chat import chat_text
 from diffmas.agents.graph import branches_of, handed_on, reads_of
+from diffmas.agents.selection import PLANNED
 from diffmas.trace.views import Segment, joined, length_of
 
 __all__ = ["Agent", "TooLong", "Turn", "answer_ids", "fields_of", "prompt_ids", "tokenize", "turn_of"]
@@ -230,7 +231,8 @@ def tokenize(system, questions: list[dict], room: list[int], what: str, starts: 
 
 
 def _turns_in_graph(system, b: int, fields: dict, room: int, what: str) -> list[Turn]:
-    """The turns of all agents on question b, each at the position where `diffmas.agents.board` will have it."""
+    """The turns of all agents on question b, each at the position where `diffmas.agents.board` will have it, or, behind rows
+    that are chosen by what is in them, at the last one where it may."""
     graph, kind = system.graph, "latent" if system.trace_content == "latent_only" else None
     turns: list[Turn] = []
     handed: list[list[Segment]] = []
@@ -238,7 +240,7 @@ def _turns_in_graph(system, b: int, fields: dict, room: int, what: str) -> list[
     rows = 0  # as if all were written one after the other
     for i, agent in enumerate(system.agents):
         edges = graph.reads[i]
-        branches = branches_of([], [handed[edge.agent] for edge in edges], edges, system.sinks)
+        branches = branches_of([], [handed[edge.agent] for edge in edges], edges, system.sinks, PLANNED)
         positions, nexts = zip(("keep", 0), *((edge.positions, ends[edge.agent]) for edge in edges))
         row, at = joined(branches, positions, nexts)
         if i == len(system.agents) - 1:

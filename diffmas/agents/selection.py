@@ -4,17 +4,32 @@ A selection takes a view of one sequence and returns another one of some of the 
 reach what is kept. The first rows of a view stay, whatever is selected: what all see, and the attention sinks.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from diffmas.trace.views import Segment, length_of, places
+from diffmas.trace.views import Segment, length_of, places, rows_of
 
-__all__ = ["BY", "Select", "best", "check_by", "check_count", "select_of", "selected"]
+__all__ = ["BY", "MEASURED", "PLANNED", "Score", "Select", "best", "check_by", "check_count", "select_of", "selected"]
 
 Row = list[Segment]
+Score = Callable[[np.ndarray], np.ndarray]  # of rows of one view, in its order: how good each is
 KINDS = ("prompt", "latent")  # of the rows that an agent writes which is read
-BY = ("last",)
+MEASURED = ("similarity", "attention")  # by a forward of the reader's prompt (diffmas.agents.scores)
+BY = ("last", *MEASURED)
+
+
+def _later(rows: np.ndarray) -> np.ndarray:
+    return np.arange(len(rows), dtype=float)
+
+
+def _span(rows: np.ndarray) -> np.ndarray:
+    """As good as it gets for who asks how far a choice may reach: the first row and the last ones."""
+    return np.concatenate(([np.inf], np.arange(1, len(rows)))) if len(rows) else np.zeros(0)
+
+
+PLANNED: dict[str, Score] = dict.fromkeys(MEASURED, _span)  # before anything has run
 
 
 @dataclass(frozen=True)
@@ -22,7 +37,8 @@ class Select:
     """What a reader has of an agent's rows, one condition after the other.
 
     kind: prompt or latent, those of one kind alone. every: k, the last of these and every k-th before it. rows: at most so
-    many of these, the best ones; by: last (those that were written last).
+    many of these, the best ones; by: last (those that were written last, the
+    default), similarity or attention (`diffmas.agents.scores`).
     """
 
     kind: str | None = None
@@ -73,8 +89,9 @@ def check_by(where: str, by, name: str, count: int | None) -> None:
 # ---- rows, of one sequence -------------------------------------------------------------------------------------------
 
 
-def selected(row: Row, fixed: int, select: Select | None) -> Row:
-    """The rows of a view, of which the first `fixed` stay."""
+def selected(row: Row, fixed: int, select: Select | None, scores: dict[str, Score]) -> Row:
+    """The rows of a view, of which the first `fixed` stay. scores: by the measures that are known; where rows are to be chosen
+    by another one, all stay that can be chosen."""
     if select is None:
         return row
     index = np.arange(length_of(row))
@@ -85,11 +102,14 @@ def selected(row: Row, fixed: int, select: Select | None) -> Row:
         place = np.arange(len(index))  # counted from the last one
         index = index[(place[::-1] % select.every == 0) | (index < fixed)]
     row = places(row, index)
-    return row if select.rows is None else best(row, fixed, select.rows)
+    return row if select.rows is None else best(row, fixed, select.rows, select.by, scores)
 
 
-def best(row: Row, fixed: int, rows: int) -> Row:
-    """The first `fixed` rows of a view, and of the others the best so many."""
+def best(row: Row, fixed: int, rows: int, by: str | None, scores: dict[str, Score]) -> Row:
+    """The first `fixed` rows of a view, and of the others the best so many, in their order. scores: as in `selected`."""
+    score = _later if by in (None, "last") else scores.get(by)
     index = np.arange(length_of(row))
-    kept = index[fixed:][-rows:]
-    return places(row, np.concatenate((index[:fixed], kept)))
+    if score is None or len(index) <= fixed + rows:
+        return row
+    worst_last = np.argsort(-score(rows_of(row)[fixed:]), kind="stable")
+    return places(row, np.concatenate((index[:fixed], fixed + np.sort(worst_last[:rows]))))

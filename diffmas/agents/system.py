@@ -157,7 +157,7 @@ class MultiAgentSystem(nn.Module):
         board = Board(self, Trace(self.model, batch_size=len(questions)) if trace is None else trace)
         for group in board.groups:
             board.write(group, questions, turns, least_steps)
-        return board.read(len(self.agents) - 1)
+        return board.read(len(self.agents) - 1, questions)
 
     # ---- the last agent ----------------------------------------------------------------------------------------------
 

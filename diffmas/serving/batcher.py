@@ -191,9 +191,10 @@ class Batcher:
         with evaluating(system), system.realign.unchanging():
             board = Board(system, trace)
             for group in board.groups:
-                texts = {i: self._texts(jobs, board.read(i), i) for i in group} if settings.agent_output else {}
+                asked = [job.question.fields for job in jobs]
+                texts = {i: self._texts(jobs, board.read(i, asked), i) for i in group} if settings.agent_output else {}
                 turns = [list(row) for row in zip(*(job.question.turns for job in jobs))]
-                board.write(group, [job.question.fields for job in jobs], turns)
+                board.write(group, asked, turns)
                 for i in group:
                     self._tell_turn(jobs, i, board.written(i), turns[i], texts.get(i))
                 stay = [b for b, job in enumerate(jobs) if not self._left(job)]
@@ -202,7 +203,7 @@ class Batcher:
                     return
                 if len(stay) < len(turns[0]):
                     board.select(stay)
-            trace = board.read(len(system.agents) - 1)
+            trace = board.read(len(system.agents) - 1, [job.question.fields for job in jobs])
             limits, seeds = [job.question.max_new_tokens for job in jobs], [job.question.seed for job in jobs]
             system.generate_tokens(
                 [job.question.fields for job in jobs], limits, seed=seeds, trace=trace,

@@ -84,6 +84,7 @@ class LayerWork:
     hold: Hold | None = None
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
+    attended = None  # (layer, q, o, lse, (K, V), view, scale) -> None: told what each layer's queries have found
     borrowed: Borrowed | None = None  # as long as a backward of it runs inside of another
 
     def __post_init__(self):
@@ -145,12 +146,14 @@ class LayerWork:
             find = functools.partial(
                 tables.work.of, "fwd", i, tables.slots.shape[0], k_pool=kv[0], scale=scale, backend=backend
             )
-            if recording or views["shared"] is None:
+            if recording or views["shared"] is None or self.attended is not None:
                 found = find("all", q, views["all"], True)
                 q_rot, o, lse = call(  # the pool says how long a head is
                     "inject_attend", kv[0], q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *kv,
                     *views["all"], scale, backend=backend, **found,
                 )  # fmt: skip
+                if self.attended is not None:
+                    self.attended(i, q_rot, o, lse, kv, views["all"], scale)
                 return o, q_rot, lse
             flat_or_heads, slots = q, tables.slots
             q, k, v = (with_heads(x, slots.shape[0], pool.head_dim) for x in (q, k, v))

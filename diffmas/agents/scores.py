@@ -1,0 +1,90 @@
+"""How much the rows that are there matter to the agent that is going to read them, told before its turn.
+
+Both measures run the agent's prompt once more, without gradients and in eval mode, over a view that is dropped afterwards:
+
+similarity   of a row's value and the mean of the prompt's own values, where the prompt has read nothing: the mean over layers
+             of the cosine over all heads together. Values know no position.
+attention    that the prompt pays to a row when it reads all rows that there are to choose from: the mean over tokens, heads
+             and layers.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from diffmas.agents import adapters
+from diffmas.agents.eval_mode import evaluating
+from diffmas.agents.selection import Score
+from diffmas.models.forward import forward
+from diffmas.models.patch import patch_of
+from diffmas.trace import Trace
+from diffmas.trace.attention_mass import AttentionMass
+from diffmas.trace.views import rows_of
+
+__all__ = ["scores"]
+
+
+@torch.no_grad()
+def scores(system, i: int, questions: list[dict], read: Trace, measures: set[str]) -> list[dict[str, Score]]:
+    """How good each row is that agent i may read; of each sequence, by measure. read: all rows that there are to choose
+    from."""
+    ids = [_prompt(system, i, fields) for fields in questions]
+    found: list[dict[str, Score]] = [{} for _ in questions]
+    if not any(ids):
+        return found
+    rows = [rows_of([s for s in read.segments if s.sequence == b]) for b in range(read.batch_size)]
+    with evaluating(system), adapters.of_agent(system, i):
+        for measure in sorted(measures):
+            for b, values in enumerate(MEASURES[measure](system, ids, read)):
+                found[b][measure] = _lookup(rows[b], values)
+    return found
+
+
+def _prompt(system, i: int, fields: dict) -> list[int]:
+    """None of an agent that has no turn."""
+    agent = system.agents[i]
+    skipped = system.no_latents == "skip" and i < len(system.agents) - 1 and agent.steps(fields) == 0
+    return [] if skipped else system.prompt_ids(agent, fields)
+
+
+def _lookup(rows: np.ndarray, values: torch.Tensor) -> Score:
+    order, values = np.argsort(rows), values.double().cpu().numpy()
+    return lambda asked: values[order[np.searchsorted(rows, asked, sorter=order)]]
+
+
+def _run(system, ids: list[list[int]], trace: Trace, watch: Callable = lambda forward_pass: None):
+    """The prompts at the end of a trace, which has them then. Returns what `watch` has made of the forward pass, before it
+    ran."""
+    trace.agent = None
+    forward_pass = trace.plan([len(row) for row in ids], "prompt")
+    seen = watch(forward_pass)
+    forward(patch_of(system.model), trace, forward_pass, input_ids=system.pack(ids))
+    return seen
+
+
+def _similarity(system, ids: list[list[int]], read: Trace) -> list[torch.Tensor]:
+    alone = read.reading([[] for _ in ids])
+    _run(system, ids, alone)
+    found = []
+    for b in range(len(ids)):
+        total = 0.0
+        for layer in range(len(read)):
+            question, rows = (_wide(trace.keys_values(layer, b)[1].flatten(1)) for trace in (alone, read))
+            total = total + F.cosine_similarity(rows, question.sum(0, keepdim=True)).cpu()
+        found.append(total / len(read))
+    return found
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _attention(system, ids: list[list[int]], read: Trace) -> list[torch.Tensor]:
+    mass = _run(system, ids, read.fork(1)[0], AttentionMass)
+    layers = [[row[: len(row) - len(own)].cpu() for row, own in zip(rows, ids)] for rows in mass.by_layer.values()]
+    return [torch.stack(of_layers).mean(0) for of_layers in zip(*layers)]
+
+
+MEASURES = {"similarity": _similarity, "attention": _attention}

@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import assert_close, body, gradients, tiny, with_lora
-from systems import ANSWERS, QUESTIONS, roles_model, system, tokenizer
+from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer
 from test_graph import TIGHT, Loop, agent, exact, loop_loss
 
 from diffmas import Agent, MultiAgentSystem, Segment, Trace
-from diffmas.agents import prompts
+from diffmas.agents import board, prompts
 from diffmas.agents.board import Board
+from diffmas.agents.meter import measuring
 from diffmas.agents.scores import scores
-from diffmas.agents.selection import selected
+from diffmas.agents.selection import MEASURED, selected
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.serving.export import card
@@ -48,6 +49,17 @@ SHAPES = {
         FIRST[0], agent("b", 3, [of("a", rows=2, by="attention")]),
         solver(of("b", "reindex", kind="latent", rows=2, by="attention"), of("a", rows=3, by="attention")),
     ],
+    "budgets": [
+        *FIRST, agent("c", 2, ["a", of("b", "reindex")], max_rows=7),
+        solver("c", of("a", every=2), max_rows=6, max_rows_by="similarity"),
+    ],
+    "budget and best": [
+        agent("a", 4, None), agent("b", 3, None, max_rows=6, max_rows_by="attention"),
+        solver(of("a", rows=4, by="similarity"), "b", max_rows=8, max_rows_by="attention"),
+    ],
+    "in line": [
+        agent("a", 4, None), agent("b", 3, None, max_rows=5), agent("solver", 0, None, max_rows=7, max_rows_by="attention")
+    ],
     "passes": [agent("a", 4, [], passes=2), agent("b", 4, [of("a", every=2)], passes=2), solver("a", of("b", rows=2))],
 }  # fmt: skip
 
@@ -68,12 +80,24 @@ class Choosing(Loop):
             rest = rest[::-1][:: said.every][::-1]
         return sinks + self.best(i, rest, said.rows, said.by)
 
+    def layout(self, i):
+        out, end = super().layout(i)
+        who, sinks = self.s.agents[i], self.s.sinks
+        if who.max_rows and self.measuring != i:
+            out = out[:sinks] + self.best(i, out[sinks:], who.max_rows - sinks, who.max_rows_by)
+        return out, end
+
+    def reads(self, i):
+        """Agents in a line keep the places of those that they do not see."""
+        in_line = all(a.reads is None for a in self.s.agents) and self.s.positions == "keep"
+        return [(j, "keep" if in_line else how) for j, how in super().reads(i)]
+
     def is_latent(self, token):
         w, n, _ = token
         return n >= len(self.s.prompt_ids(self.s.agents[w], self.fields))
 
     def best(self, i, tokens, rows, by):
-        if rows is None or (by == "attention" and self.measuring == i):
+        if rows is None or (by in ("similarity", "attention") and self.measuring == i):
             return tokens
         if by in (None, "last"):
             return tokens[-rows:]
@@ -154,6 +178,36 @@ def test_generated_tokens(shape):
     assert s.generate_tokens(QUESTIONS, max_new_tokens=4, temperature=0, batch_size=2, samples=2) == [[x, x] for x in tokens]
 
 
+@pytest.mark.parametrize("options", [{}, LATENT, REINDEX], ids=str)
+def test_a_budget_that_is_never_reached_changes_nothing(options):
+    """Of agents in a line, whose rows stay where they are; and no prompt runs to measure rows."""
+    chain = system(**options)
+    for i in range(3):
+        agents = [replace(a, max_rows=1000, max_rows_by="attention") if j == i else a for j, a in enumerate(AGENTS)]
+        s = system(agents=agents, **options)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(board, "scores", None)
+            got, want = s(QUESTIONS), chain(QUESTIONS)
+        assert not s.graph.chain
+        assert_close(got.logits, want.logits, 1e-12)
+        assert got.trace.lengths == want.trace.lengths and got.trace.next_positions == want.trace.next_positions
+        assert all(got.trace.positions(b).tolist() == want.trace.positions(b).tolist() for b in range(3))
+
+
+def test_a_budget_holds_for_what_is_on_the_trace_before():
+    """The sinks stay, and the last rows; where the others go on nothing changes."""
+    s = system(agents=[agent("a", 2, None), agent("solver", 0, None, max_rows=7)], sinks=3)
+    with torch.no_grad():
+        memory = s.think(Agent("memory", "w30 w31 w32 w33 w34", 2), s.fields_of(QUESTIONS), Trace(s.model, 3))
+        first = [rows_of([x for x in memory.segments if x.sequence == b]).tolist() for b in range(3)]
+        trace = s.communicate(s.fields_of(QUESTIONS), memory.fork(1)[0])
+    assert trace.lengths == [7] * 3
+    for b in range(3):
+        rows, places = rows_of([x for x in trace.segments if x.sequence == b]).tolist(), trace.positions(b).tolist()
+        assert rows[:3] == first[b][:3] and places[:3] == [0, 1, 2]
+        assert places[3:] == list(range(trace.next_positions[b] - 4, trace.next_positions[b]))
+
+
 def check_single_runs(s, rows):
     """A batch is what its questions are one by one: rows and gradients."""
     out = s(rows, ANSWERS)
@@ -183,7 +237,7 @@ def test_ragged_batches_equal_single_runs(options):
     check_single_runs(system(agents=ragged(SHAPES["together"]), **options), RAGGED)
 
 
-@pytest.mark.parametrize("shape", ["similar", "attended"])
+@pytest.mark.parametrize("shape", ["similar", "attended", "budgets"])
 def test_measured_ragged_batches_equal_single_runs(shape):
     """By similarity or attention, though agents of a level share their forwards, and some questions leave nothing to choose."""
     check_single_runs(system(agents=ragged(SHAPES[shape]), **LATENT, no_latents="skip", sinks=1), RAGGED)
@@ -231,11 +285,11 @@ def test_a_choice_does_not_depend_on_dropout():
         agents = [*FIRST, solver(of("a", rows=2, by="attention"), of("b", rows=2, by="similarity"))]
         s = MultiAgentSystem(with_lora(tiny("qwen3", patch=False), lora_dropout=0.9), tokenizer(), agents)
         with torch.no_grad():
-            board = Board(s, Trace(s.model, 3))
-            board.write(board.groups[0], s.fields_of(QUESTIONS))  # in eval mode
+            turns = Board(s, Trace(s.model, 3))
+            turns.write(turns.groups[0], s.fields_of(QUESTIONS))  # in eval mode
             s.train(mode)
             state = torch.get_rng_state()
-            chosen.append(board.read(2, s.fields_of(QUESTIONS)).segments)
+            chosen.append(turns.read(2, s.fields_of(QUESTIONS)).segments)
         assert torch.equal(torch.get_rng_state(), state) and s.model.training is mode
     assert chosen[0] == chosen[1]
 
@@ -276,14 +330,14 @@ def test_what_is_checked_is_no_less_than_where_agents_end_up(shape, options, mon
     monkeypatch.setattr(prompts, "prompt_that_fits", lambda system, agent, b, fields, at, *rest: (
         checked.setdefault((agent.name, b), at), fits(system, agent, b, fields, at, *rest))[1])  # fmt: skip
     s.tokenize(asked, [0] * 3)
-    board, found = Board(s, Trace(s.model, 3)), {}
+    turns, found = Board(s, Trace(s.model, 3)), {}
     with torch.no_grad():
-        for group in [*board.groups, [len(agents) - 1]]:
-            found |= {(agents[i].name, b): at for i in group for b, at in enumerate(board.read(i, asked).next_positions)}
+        for group in [*turns.groups, [len(agents) - 1]]:
+            found |= {(agents[i].name, b): at for i in group for b, at in enumerate(turns.read(i, asked).next_positions)}
             if group != [len(agents) - 1]:
-                board.write(group, asked)
+                turns.write(group, asked)
     assert found.keys() == checked.keys() and all(checked[key] >= at for key, at in found.items())
-    if shape not in ("similar", "attended"):
+    if not any(measure in str(agents) for measure in MEASURED):
         assert checked == found
 
 
@@ -320,6 +374,28 @@ def test_nothing_is_copied():
         assert trace.rows == sum(trace.lengths)
     for every, some in zip(held["all"], held["some"]):
         assert some == [every[3], every[4], every[6]]
+
+
+def test_sizes_of_what_agents_read():
+    """Rows, each of them once, and their bytes in all layers: of float64, with K and V."""
+    s = system(agents=SHAPES["budgets"])
+    with torch.no_grad(), measuring(s.device) as meter:
+        out = s(QUESTIONS, ANSWERS)
+        s(QUESTIONS, ANSWERS)
+    layers, heads, D = len(out.trace), *out.trace.keys_values(0, 0)[0].shape[1:]
+    sizes = out.trace.sizes
+    assert sum(size.rows for size in sizes.values()) == sum(out.trace.lengths)
+    for name, size in sizes.items():
+        assert size.rows == sum(x.length for x in out.trace.segments if x.agent == name) > 0
+        assert size.bytes == size.rows * layers * heads * D * 2 * 8
+    assert out.trace.select([0, 0]).sizes == out.trace.select([0]).sizes
+    assert {name: size.rows for name, size in meter.cost.read.items()} == {"c": 2 * 3 * 7, "solver": 2 * 3 * 6}
+    chain = system()
+    with torch.no_grad(), measuring(chain.device) as meter:
+        chain.generate_tokens(QUESTIONS, max_new_tokens=2)
+        written = chain.communicate(chain.fields_of(QUESTIONS)).sizes
+    both = 2 * written["planner"].rows, 2 * sum(size.rows for size in written.values())
+    assert {name: size.rows for name, size in meter.cost.read.items()} == dict(zip(("critic", "solver"), both))
 
 
 # ---- descriptions ----------------------------------------------------------------------------------------------------
@@ -361,6 +437,35 @@ def test_a_selection_is_saved_and_loaded(tmp_path):
 def test_selections_that_are_none(select, message):
     with pytest.raises(ValueError, match=f"agent 'b': reads: a: select: {message}"):
         Agent("b", "x", reads=[{"agent": "a", "select": select}])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(max_rows=0), "max_rows: expected an integer >= 1 or None, got 0"),
+        (dict(max_rows=7.0), "max_rows: expected an integer >= 1 or None, got 7.0"),
+        (dict(max_rows=4), "max_rows: expected more than the 4 sinks, got 4"),
+        (dict(max_rows_by="last"), "max_rows_by: expected None without max_rows, got 'last'"),
+        (dict(max_rows=9, max_rows_by="luck"), r"max_rows_by: expected one of \('last'.*\) or None, got 'luck'"),
+    ],
+)
+def test_budgets_that_are_none(options, message):
+    with pytest.raises(ValueError, match=f"agent 'solver': {message}"):
+        system(agents=[AGENTS[0], replace(AGENTS[2], **options)])
+
+
+def test_a_budget_is_saved_and_loaded(tmp_path):
+    s = system(agents=SHAPES["in line"], dtype=torch.float32)
+    s.save_pretrained(tmp_path)
+    loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer())
+    assert loaded.agents == s.agents
+    described = json.loads((tmp_path / "agents.json").read_text())
+    assert "### b: T = 3, at most 5 rows\n" in str(card(described, "team"))
+    for x in described["agents"]:
+        del x["max_rows"], x["max_rows_by"]  # as a directory from before there were any
+    (tmp_path / "agents.json").write_text(json.dumps(described))
+    plain = [replace(a, max_rows=None, max_rows_by=None) for a in s.agents]
+    assert MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer()).agents == plain
 
 
 def test_selections_that_leave_nothing():

@@ -100,7 +100,7 @@ def test_teams_that_are_no_single_prompt_are_refused():
     ):
         with pytest.raises(ValueError, match=f"team 'facts': {what}"):
             check_team("facts", {**described(), **change})
-    for key, value in (("stop_change", 0.1), ("reads", []), ("passes", 1)):
+    for key, value in (("stop_change", 0.1), ("reads", []), ("max_rows", 8), ("passes", 1)):
         other = described()
         other["agents"][1][key] = value
         with pytest.raises(ValueError, match=f"{key} of agent 'critic'"):

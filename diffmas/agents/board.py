@@ -4,9 +4,10 @@ import torch
 
 from diffmas.agents import adapters
 from diffmas.agents.graph import branches_of, handed_on
-from diffmas.agents.meter import phase
+from diffmas.agents.meter import has_read, phase
 from diffmas.agents.prompts import Turn, turn_of
 from diffmas.agents.scores import scores
+from diffmas.agents.selection import MEASURED, within
 from diffmas.agents.turns import take_turns
 from diffmas.trace import Segment, Trace
 
@@ -27,14 +28,29 @@ class Board:
         self.groups = [group for level in self.graph.levels for group in _groups(system, level)]
 
     def read(self, i: int, questions: list[dict]) -> Trace:
-        """What agent i reads."""
+        """What agent i reads in its turn."""
         if self.graph.chain:
-            return self._trace
-        with phase("hand-over"):
-            trace, measures = self._joined(i, [{}] * len(questions)), self.graph.measures(i)
-            if not measures:
-                return trace
-            return self._joined(i, scores(self.system, i, questions, trace, measures))
+            trace = self._trace
+        else:
+            with phase("hand-over"):
+                trace = self._chosen(i, questions)
+        has_read(self.system.agents[i].name, trace)
+        return trace
+
+    def _chosen(self, i: int, questions: list[dict]) -> Trace:
+        """The rows that agent i has of those that it may read."""
+        agent, trace, found = self.system.agents[i], self._joined(i, [{}] * len(questions)), [{}] * len(questions)
+        measures, more = self.graph.measures(i), {agent.max_rows_by} & {*MEASURED}
+        if max(trace.lengths) <= (agent.max_rows or 0) and self.system.agreement is None:
+            more = set()
+        if measures | more:
+            found = scores(self.system, i, questions, trace, measures | more)
+        if measures:
+            trace = self._joined(i, found)
+        if agent.max_rows is None:
+            return trace
+        budget = self.system.sinks, agent.max_rows, agent.max_rows_by
+        return trace.reading([within(row, *budget, found[b]) for b, row in enumerate(_by_sequence(trace))])
 
     def _joined(self, i: int, scores: list[dict]) -> Trace:
         """What agent i reads, where the rows that it may choose from have these scores."""
@@ -53,7 +69,7 @@ class Board:
         with torch.set_grad_enabled(learning), adapters.of_agent(system, first):
             if self.graph.chain:
                 own = None if turns is None else turns[first]
-                self._trace = system.think(system.agents[first], questions, self._trace, own, least)
+                self._trace = system.think(system.agents[first], questions, self.read(first, questions), own, least)
             else:
                 self._write_together(group, questions, turns, least)
 

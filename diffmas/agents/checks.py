@@ -9,14 +9,14 @@ from diffmas.models.adapted import check_adapters, check_bare
 __all__ = ["check_team"]
 
 
-def check_team(model: nn.Module, agents: list[Agent], adapter_scope: str, trace_content: str) -> None:
+def check_team(model: nn.Module, agents: list[Agent], adapter_scope: str, trace_content: str, sinks: int) -> None:
     """Raises ValueError naming the argument that does not fit: agents among each other, or their adapters and the model's."""
     if not agents:
         raise ValueError("agents: expected at least one agent, got an empty list")
     names = [agent.name for agent in agents]
     if len(set(names)) != len(names):
         raise ValueError(f"agents: expected distinct names, got {names}")
-    check_graph(agents, trace_content)
+    check_graph(agents, trace_content, sinks)
     check_adapters(model)
     if adapter_scope == "final_only":
         check_bare(model)

@@ -164,7 +164,7 @@ def _with_later_options(described: dict) -> dict:
     described = {**dict.fromkeys(OF_CLASS), **described}
 
     def filled(agents: list) -> list:
-        later = dict.fromkeys(("stop_change", "role", "passes", "grad_passes", "reads"))
+        later = dict.fromkeys(("stop_change", "role", "passes", "grad_passes", "reads", "max_rows", "max_rows_by"))
         return [{**later, **agent} if isinstance(agent, dict) else agent for agent in agents]
 
     own = described["own_options"]

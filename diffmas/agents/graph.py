@@ -68,9 +68,9 @@ class Edge(NamedTuple):
 
 @dataclass(frozen=True)
 class Graph:
-    """A team's shape. reads: by agent, its edges to the agents that it reads, in order. chain: whether
-    each reads all that was written before it, since nobody says otherwise. levels: of all agents but the last, those that do
-    not wait for each other."""
+    """A team's shape. reads: by agent, its edges to the agents that it reads, in order. chain: whether each reads all that was
+    written before it, on one trace, since nobody says otherwise. levels: of all agents but the last, those that do not wait for
+    each other."""
 
     reads: list[list[Edge]]
     chain: bool
@@ -81,6 +81,10 @@ class Graph:
         """positions: of edges that do not say theirs. Raises ValueError for a name that is no agent's before the reader, and
         for one that is there twice."""
         number = {agent.name: i for i, agent in enumerate(agents)}
+        in_line = all(agent.reads is None for agent in agents)
+        chain = in_line and all(agent.max_rows is None for agent in agents)
+        if in_line and positions == "shift":  # what is not read by one of them stays where it is for the others
+            positions = "keep"
         reads: list[list[Edge]] = []
         for i, agent in enumerate(agents):
             edges = [Read(other.name) for other in agents[:i]] if agent.reads is None else agent.reads
@@ -92,7 +96,6 @@ class Graph:
                 why = "a second time" if name in names[:n] else "no agent" if name not in number else "which is not before it"
                 raise ValueError(f"agent {agent.name!r}: reads: expected some of {known}, each once, got {name!r}, {why}")
             reads.append([Edge(number[edge.agent], edge.positions or positions, edge.select) for edge in edges])
-        chain = all(agent.reads is None for agent in agents)
         depth: list[int] = []
         for edges in reads:
             depth.append(1 + max((depth[edge.agent] for edge in edges), default=-1))
@@ -101,13 +104,16 @@ class Graph:
         return cls(reads, chain, levels)
 
     def measures(self, i: int) -> set[str]:
-        """By what agent i chooses rows, that has to be measured first."""
+        """By what agent i chooses rows of each agent that it reads, that has to be measured first."""
         return {edge.select.by for edge in self.reads[i] if edge.select is not None} & {*MEASURED}
 
 
-def check_graph(agents, trace_content: str) -> None:
+def check_graph(agents, trace_content: str, sinks: int) -> None:
     """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows that are never there."""
     reads = Graph.of(agents).reads
+    for agent in agents:
+        if agent.max_rows is not None and agent.max_rows <= sinks:
+            raise ValueError(f"agent {agent.name!r}: max_rows: expected more than the {sinks} sinks, got {agent.max_rows}")
     for reader, edges in zip(agents, reads):
         for edge in edges:
             kind, agent = edge.select and edge.select.kind, agents[edge.agent]

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["PHASES", "Cost", "Decoding", "Meter", "decoded", "measuring", "phase"]
+from diffmas.trace.views import Size
+
+__all__ = ["PHASES", "Cost", "Decoding", "Meter", "decoded", "has_read", "measuring", "phase"]
 
 # What an agent's turn consists of: prompts, latent steps, making what the next one reads, text. "other": all the rest.
 PHASES = ("prefill", "latent", "hand-over", "decode", "other")
@@ -21,10 +23,12 @@ PHASES = ("prefill", "latent", "hand-over", "decode", "other")
 @dataclass
 class Cost:
     """seconds: by phase; a phase within another does not count twice. rows: appended to traces, by phase: tokens of prompts in
-    "prefill", latent steps in "latent". trace_bytes: of the largest trace (`Trace.memory`)."""
+    "prefill", latent steps in "latent". read: by agent, what others wrote and it read in its turns (`Trace.sizes`), all
+    questions together. trace_bytes: of the largest trace (`Trace.memory`)."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    read: dict[str, Size] = field(default_factory=dict)
     trace_bytes: int = 0
 
     @property
@@ -116,6 +120,14 @@ def phase(name: str, trace=None):
     """A context whose time, and rows that are appended to `trace` inside, count as this phase, one of PHASES."""
     meter = _METER.get()
     return contextlib.nullcontext() if meter is None else meter.phase(name, trace)
+
+
+def has_read(agent: str, trace) -> None:
+    """Tells that an agent begins a turn and sees this trace."""
+    meter = _METER.get()
+    if meter is not None:
+        for size in trace.sizes.values():
+            meter.cost.read[agent] = meter.cost.read.get(agent, Size()).plus(size)
 
 
 def decoded(t: int, logits: Tensor, tokens: list[int]) -> None:

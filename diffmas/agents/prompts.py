@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from diffmas.agents.chat import chat_text
 from diffmas.agents.graph import branches_of, handed_on, reads_of
-from diffmas.agents.selection import PLANNED
+from diffmas.agents.selection import PLANNED, check_by, check_count, within
 from diffmas.trace.views import Segment, joined, length_of
 
 __all__ = ["Agent", "TooLong", "Turn", "answer_ids", "fields_of", "prompt_ids", "tokenize", "turn_of"]
@@ -28,10 +28,13 @@ class Agent:
     how many forwards over all latent tokens at once stand for the T steps (`diffmas.agents.jacobi`); None, or J >= T: one by
     one. grad_passes: gradients go through the last so many of them; None: through all. reads: the names of the agents whose
     rows it reads, out of those before it, in this order; or {"agent": name, "positions": ..., "select": ...} for where it has
-    them, and which of them (`diffmas.agents.graph.Read`). None: all before it; []: nobody.
+    them, and which of them (`diffmas.agents.graph.Read`). None: all before it; []: nobody. max_rows: it reads at most so many
+    rows, `sinks` included; where there are more, the best ones, max_rows_by: last (the default), similarity or attention
+    (`diffmas.agents.selection`).
 
     Raises ValueError for T < 0, stop_change <= 0, passes < 1, grad_passes that are not 1 to passes, passes together with
-    stop_change, reads that are no list of agents, an empty name or role, or a prompt that is no string.
+    stop_change, reads that are no list of agents, max_rows < 1, an unknown max_rows_by, an empty name or role, or a prompt
+    that is no string.
 
         >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
         'Plan how to answer: 2 + 2?'
@@ -48,6 +51,8 @@ class Agent:
     passes: int | None = None
     grad_passes: int | None = None
     reads: list | None = None  # then a tuple of `Read`
+    max_rows: int | None = None
+    max_rows_by: str | None = None
 
     def __post_init__(self):
         T = self.latent_steps
@@ -72,6 +77,8 @@ class Agent:
         if not isinstance(self.prompt, str):
             raise ValueError(f"agent {self.name!r}: prompt: expected a format string, got {type(self.prompt).__name__}")
         object.__setattr__(self, "reads", reads_of(self.name, self.reads))
+        check_count(f"agent {self.name!r}: max_rows", self.max_rows)
+        check_by(f"agent {self.name!r}: max_rows_by", self.max_rows_by, "max_rows", self.max_rows)
 
     def described(self) -> dict:
         """As plain data, which `Agent(**data)` takes."""
@@ -243,6 +250,7 @@ def _turns_in_graph(system, b: int, fields: dict, room: int, what: str) -> list[
         branches = branches_of([], [handed[edge.agent] for edge in edges], edges, system.sinks, PLANNED)
         positions, nexts = zip(("keep", 0), *((edge.positions, ends[edge.agent]) for edge in edges))
         row, at = joined(branches, positions, nexts)
+        row = within(row, system.sinks, agent.max_rows, agent.max_rows_by, PLANNED)
         if i == len(system.agents) - 1:
             return [*turns, Turn(prompt_that_fits(system, agent, b, fields, at, room, what), 0)]
         turns.append(turn := turn_of(system, agent, b, fields, at))

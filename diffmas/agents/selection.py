@@ -11,7 +11,7 @@ import numpy as np
 
 from diffmas.trace.views import Segment, length_of, places, rows_of
 
-__all__ = ["BY", "MEASURED", "PLANNED", "Score", "Select", "best", "check_by", "check_count", "select_of", "selected"]
+__all__ = ["BY", "MEASURED", "PLANNED", "Score", "Select", "best", "check_by", "check_count", "select_of", "selected", "within"]
 
 Row = list[Segment]
 Score = Callable[[np.ndarray], np.ndarray]  # of rows of one view, in its order: how good each is
@@ -113,3 +113,8 @@ def best(row: Row, fixed: int, rows: int, by: str | None, scores: dict[str, Scor
         return row
     worst_last = np.argsort(-score(rows_of(row)[fixed:]), kind="stable")
     return places(row, np.concatenate((index[:fixed], fixed + np.sort(worst_last[:rows]))))
+
+
+def within(row: Row, sinks: int, max_rows: int | None, by: str | None, scores: dict[str, Score]) -> Row:
+    """At most so many rows of a view: the first ones, `sinks`, and the best of the others."""
+    return row if max_rows is None else best(row, sinks, max_rows - sinks, by, scores)

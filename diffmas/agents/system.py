@@ -78,7 +78,7 @@ class MultiAgentSystem(nn.Module):
             realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature,
             sinks, chat_options, latent_grad_clip,
         )  # fmt: skip
-        check_team(model, agents, adapter_scope, trace_content)
+        check_team(model, agents, adapter_scope, trace_content, sinks)
         self.agents_without_grad = options.agents_without_grad(len(agents))  # the first so many
         self.chat_template = bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
         check_chat(tokenizer, self.chat_template, chat_options or {}, agents)

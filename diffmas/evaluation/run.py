@@ -14,6 +14,7 @@ from diffmas.agents.meter import PHASES
 from diffmas.evaluation.baselines import Answers, Method
 from diffmas.evaluation.files import figure, room_for, write_rows
 from diffmas.evaluation.metrics import Difference, Scorer, agreements, difference_of_rates, pass_at_k, perplexity, wilson
+from diffmas.trace.views import Size
 from diffmas.training.data import question_and_answer
 
 __all__ = [
@@ -38,7 +39,8 @@ class Result:
     tokens' mean negative log-likelihood; the mean over tokens, in nats. entropy_curve: by the token's place in the answer.
 
     seconds: wall time of answering, and by phase in `phases`. tokens: decoded by all agents together, for all samples.
-    prompt_tokens, latent_steps: forwarded by all agents; samples that share them count once. trace_bytes: of the largest trace.
+    prompt_tokens, latent_steps: forwarded by all agents; samples that share them count once. read: by agent, rows
+    that others wrote and it read, and their bytes in all layers, of all questions. trace_bytes: of the largest trace.
 
     texts, scores: [question][sample] and the share of right samples by question; not in tables.
     """
@@ -63,6 +65,7 @@ class Result:
     tokens: int
     prompt_tokens: int
     latent_steps: int
+    read: dict[str, Size]
     trace_bytes: int
     entropy_curve: list[float] = field(default_factory=list, repr=False)
     entropy_counts: list[int] = field(default_factory=list, repr=False)
@@ -83,6 +86,8 @@ class Result:
                 row |= {f"pass_at_{k}": rate for k, rate in value.items()}
             elif f.name == "phases":
                 row |= {f"seconds_{name.replace('-', '_')}": seconds for name, seconds in value.items()}
+            elif f.name == "read":
+                row |= {f"{what}_read_by_{name}": n for name, size in value.items() for what, n in zip(("rows", "bytes"), size)}
             elif f.name not in ("entropy_curve", "entropy_counts", "scores", "texts"):
                 row[f.name] = "" if value is None else value
         return row
@@ -156,7 +161,8 @@ def _result(name: str, answers: Answers, golds, rows, samples: int, scorer: Scor
         {k: statistics.fmean(pass_at_k(samples, round(s * samples), k) for s in scores) for k in sorted({1, samples})},
         perplexity(decoding.nll, decoded) if decoded else NAN,
         sum(e * n for e, n in zip(curve, counts)) / decoded if decoded else NAN,
-        answers.seconds, cost.seconds, answers.tokens, cost.rows["prefill"], cost.rows["latent"], cost.trace_bytes,
+        answers.seconds, cost.seconds, answers.tokens, cost.rows["prefill"], cost.rows["latent"], cost.read,
+        cost.trace_bytes,
         curve, counts, scores, texts,
     )  # fmt: skip
 

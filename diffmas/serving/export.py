@@ -172,6 +172,7 @@ def _agent(agent: dict, last: bool) -> str:
     stop = f", stops when a step changes less than {agent['stop_change']}" if agent["stop_change"] and not last else ""
     reads = [_edge(edge) for edge in agent["reads"] or ()]
     T += f", reads {', '.join(reads) or 'nobody'}" if agent["reads"] is not None else ""
+    T += f", at most {agent['max_rows']} rows" if agent["max_rows"] is not None else ""
     texts = [("System message", agent["system"]), ("Prompt", agent["prompt"])]
     return "\n\n".join(
         [f"### {agent['name']}: {T}{stop}", *(f"{what}:\n\n{_fenced(text, 'text')}" for what, text in texts if text)]

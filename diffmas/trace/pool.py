@@ -100,6 +100,10 @@ class Pool:
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in self.kv)
 
+    @property
+    def row_bytes(self) -> int:
+        return sum(x[:1].numel() * x.element_size() for x in self.kv)
+
     def read(self, ranges: list[slice]) -> tuple[Tensor, ...]:
         """A copy of rows of K and V, where the storage lies."""
         return tuple(torch.cat([x[r] for r in ranges]) if ranges else x[:0].clone() for x in self.kv)

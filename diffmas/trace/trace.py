@@ -16,7 +16,7 @@ from diffmas.trace.copying import Copying
 from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.spec import check_offload, spec_of
 from diffmas.trace.store import Extent, Hold, Store, ranges_in
-from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, joined, length_of, only, rows_of
+from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, Size, joined, length_of, only, rows_of
 
 __all__ = ["Trace"]
 
@@ -126,6 +126,16 @@ class Trace(Appending, Copying):
         """Rows of each layer that this trace, its forks, and the forward passes and graphs over them need, spare room
         included."""
         return self._store.rows_held
+
+    @property
+    def sizes(self) -> dict[str | None, Size]:
+        """Of the rows that it sees, each of them once, by who wrote them."""
+        row = sum(p.row_bytes for p in self._store.pools if p)
+        found = {}
+        for agent in dict.fromkeys(s.agent for s in self.segments):
+            rows = len(np.unique(rows_of([s for s in self.segments if s.agent == agent])))
+            found[agent] = Size(rows, rows * row)
+        return found
 
     def memory(self) -> int:
         """Bytes that the pools of all layers occupy, spare room and forks included."""

@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 __all__ = [
-    "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "common_prefix", "joined", "length_of", "only", "places", "ranges_of",
-    "rows_of", "share", "table_of", "without_first", "without_rows",
+    "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "Size", "common_prefix", "joined", "length_of", "only", "places",
+    "ranges_of", "rows_of", "share", "table_of", "without_first", "without_rows",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
@@ -50,6 +50,16 @@ class Segment(NamedTuple):
         if mine != (new.agent, new.kind, new.start, new.position, new.offset):
             return None
         return self._replace(length=self.length + new.length)
+
+
+class Size(NamedTuple):
+    """Rows of a trace, and the bytes of their K and V in all layers."""
+
+    rows: int = 0
+    bytes: int = 0
+
+    def plus(self, other: "Size") -> "Size":
+        return Size(self.rows + other.rows, self.bytes + other.bytes)
 
 
 class KVRange(NamedTuple):

@@ -133,6 +133,8 @@ def check_team(name: str, described: dict) -> None:
         ("trained_in_base", described["trained_in_base"], [], "vLLM serves the base model's own weights"),
         *[(f"reads of agent {agent['name']!r}", agent["reads"], None, "a prompt reads all before it")
           for agent in described["agents"]],
+        *[(f"max_rows of agent {agent['name']!r}", agent["max_rows"], None, "a prompt reads all before it")
+          for agent in described["agents"]],
         *[(f"passes of agent {agent['name']!r}", agent["passes"], None, "latent steps go one by one")
           for agent in described["agents"][:-1]],
         *[(f"stop_change of agent {agent['name']!r}", agent["stop_change"], None, "T has to be known before")

@@ -9,6 +9,7 @@ import gc
 import itertools
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,16 @@ def test_an_episode(dtype, backend, repeating):
     assert_as_eager(s)
     # The forwards of each run, 7 and 6 steps, twice; and their backward, which for the last step is of its rows alone, and with
     # the step before it warms up.
+    assert [g.replays for g in repeating] == [2 * 7, 2 * 6, 6 - 2, 7 - 2]
+
+
+def test_layers_that_see_less(repeating):
+    """Each of them moves on in tables of its own."""
+    of = lambda name, layers: {"agent": name, "select": {"layers": layers}}
+    critic, solver = replace(AGENTS[1], reads=[of("planner", [1])]), replace(AGENTS[2], reads=["planner", of("critic", [0, 2])])
+    s = system(agents=[AGENTS[0], critic, solver])
+    patch_model(s.model, fuse=False)
+    assert_as_eager(s)
     assert [g.replays for g in repeating] == [2 * 7, 2 * 6, 6 - 2, 7 - 2]
 
 

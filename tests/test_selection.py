@@ -15,7 +15,7 @@ from diffmas import Agent, MultiAgentSystem, Segment, Trace
 from diffmas.agents import board, prompts
 from diffmas.agents.board import Board
 from diffmas.agents.meter import measuring
-from diffmas.agents.scores import scores
+from diffmas.agents.scores import attention_by_layer, scores
 from diffmas.agents.selection import MEASURED, selected
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
@@ -60,6 +60,11 @@ SHAPES = {
     "in line": [
         agent("a", 4, None), agent("b", 3, None, max_rows=5), agent("solver", 0, None, max_rows=7, max_rows_by="attention")
     ],
+    "some layers": [*FIRST, solver(of("a", layers=[2]), of("b", every=2, layers=[0, 2]))],
+    "some layers in turns": [
+        FIRST[0], agent("b", 3, [of("a", layers=[1])]), agent("c", 2, [of("a", layers=[0, 2]), of("b", rows=2, layers=[1])]),
+        solver(of("c", "keep", layers=[0]), of("b", "reindex", layers=[0, 1]), of("a", kind="latent", layers=[1]), max_rows=14),
+    ],
     "passes": [agent("a", 4, [], passes=2), agent("b", 4, [of("a", every=2)], passes=2), solver("a", of("b", rows=2))],
 }  # fmt: skip
 
@@ -68,12 +73,41 @@ SHAPES = {
 
 
 class Choosing(Loop):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.layers, self.seen = {}, {}  # by reader and token: the layers that see it; by K and V: of each row
+
+    def rows(self, i, move):
+        kv = super().rows(i, move)
+        self.seen[id(kv)] = kv, [self.layers.get((i, *x[:2])) for x in self.layout(i)[0]]
+        return kv
+
+    def forward(self, module, kv, x, first, **options):
+        """Where some layers see less, each has a mask of its own."""
+        layers = self.seen.get(id(kv), (kv, []))[1]
+        if not any(layers):
+            return super().forward(module, kv, x, first, **options)
+        hooks = []
+        for n, layer in enumerate(body(self.s.model).layers):
+            hidden = torch.tensor([seen_by is not None and n not in seen_by for seen_by in layers])
+            mask = torch.zeros(len(x), len(layers) + len(x), dtype=x.dtype)
+            mask[:, : len(layers)].masked_fill_(hidden, -torch.inf)
+            mask[:, len(layers) :] = torch.full((len(x), len(x)), -torch.inf, dtype=x.dtype).triu(1)
+            change = lambda module, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask[None, None]})
+            hooks.append(layer.self_attn.register_forward_pre_hook(change, with_kwargs=True))
+        try:
+            return super().forward(module, kv, x, first, **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def chosen(self, i, j):
         edge = next((r for r in self.s.agents[i].reads or () if self.number[r.agent] == j), None)
         handed = self.handed(j)
         if edge is None or edge.select is None:
             return handed
         sinks, rest, said = handed[: self.s.sinks], handed[self.s.sinks :], edge.select
+        self.layers |= {(i, *x[:2]): said.layers for x in rest}
         if said.kind:
             rest = [x for x in rest if self.is_latent(x) == (said.kind == "latent")]
         if said.every:
@@ -122,8 +156,8 @@ class Choosing(Loop):
         return score
 
     @torch.no_grad()
-    def attention(self, i):
-        """As transformers' eager attention tells it."""
+    def attentions(self, i):
+        """As transformers' eager attention tells it: what agent i may read, and by layer the mean over heads and tokens."""
         self.measuring, before = i, self.measuring
         layout, at = self.layout(i)
         rows = self.rows(i, 0)
@@ -132,8 +166,11 @@ class Choosing(Loop):
         config._attn_implementation = "eager"
         out, _ = self.forward(body(self.s.model), rows, self.prompt(i), at, output_attentions=True)
         config._attn_implementation = before
-        mass = sum(x.mean((0, 1, 2)) for x in out.attentions)
-        found = {x[:2]: float(m) for x, m in zip(layout, mass)}
+        return layout, [x.mean((0, 1, 2)) for x in out.attentions]
+
+    def attention(self, i):
+        layout, by_layer = self.attentions(i)
+        found = {x[:2]: float(m) for x, m in zip(layout, sum(by_layer))}
         return lambda token: found[token[:2]]
 
     def prompt(self, i):
@@ -165,7 +202,7 @@ def test_loss_and_gradients_equal_the_loop(shape, options):
     check_loss(exact(system(agents=agents, **options)))
 
 
-@pytest.mark.parametrize("shape", ["together", "similar"])
+@pytest.mark.parametrize("shape", ["together", "similar", "some layers in turns"])
 def test_generated_tokens(shape):
     s = system(agents=SHAPES[shape], **LATENT)
     tokens = [row[0] for row in s.generate_tokens(QUESTIONS, max_new_tokens=4, temperature=0)]
@@ -237,9 +274,9 @@ def test_ragged_batches_equal_single_runs(options):
     check_single_runs(system(agents=ragged(SHAPES["together"]), **options), RAGGED)
 
 
-@pytest.mark.parametrize("shape", ["similar", "attended", "budgets"])
-def test_measured_ragged_batches_equal_single_runs(shape):
-    """By similarity or attention, though agents of a level share their forwards, and some questions leave nothing to choose."""
+@pytest.mark.parametrize("shape", ["similar", "attended", "budgets", "some layers in turns"])
+def test_more_ragged_batches_equal_single_runs(shape):
+    """Though agents of a level share their forwards, and some questions leave nothing to choose."""
     check_single_runs(system(agents=ragged(SHAPES[shape]), **LATENT, no_latents="skip", sinks=1), RAGGED)
 
 
@@ -276,6 +313,19 @@ def test_attention_mass_of_more_sequences_than_a_head_has_lanes():
             for layer, rows in mass(prompts[b : b + 1]).items():
                 assert_close(together[layer][b], rows[0], 1e-12)
                 assert float(rows[0].sum()) == pytest.approx(1) and (rows[0] > 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, LATENT], ids=str)
+def test_attention_by_layer(options):
+    s = exact(system(agents=SHAPES["last"], **options))
+    want = torch.zeros(3, dtype=torch.float64)
+    for question in QUESTIONS:
+        loop = Choosing(s, question)
+        layout, by_layer = loop.attentions(2)
+        want += torch.stack([x[s.sinks : len(layout)].sum() for x in by_layer]) / 3
+    got = attention_by_layer(s, QUESTIONS)
+    assert_close(torch.tensor(got, dtype=torch.float64), want, 1e-6)  # eager softmax is in float32
+    assert 0 < min(got) and max(got) < 1 and len(set(got)) == 3
 
 
 def test_a_choice_does_not_depend_on_dropout():
@@ -352,6 +402,8 @@ def test_places_of_a_view():
         where = np.concatenate([np.arange(s.position, s.position + s.length) + s.offset for s in view])
         assert [p for s in got for p in range(s.position + s.offset, s.next_position)] == where[chosen].tolist()
     assert places(view, np.arange(8)) == view
+    seen, new = view[1]._replace(layers=(0,)), Segment(0, "b", "latent", 9, 1, 11, 2)
+    assert seen.extended_by(new) is None and view[1].extended_by(new).length == 5
 
 
 def test_rows_that_stay_do_not_count():
@@ -398,6 +450,37 @@ def test_sizes_of_what_agents_read():
     assert {name: size.rows for name, size in meter.cost.read.items()} == dict(zip(("critic", "solver"), both))
 
 
+def test_rows_that_some_layers_see(tmp_path):
+    """Count in these; are saved and loaded so, and go on the same."""
+    s = system(agents=SHAPES["some layers"])
+    with torch.no_grad():
+        trace = s.communicate(s.fields_of(QUESTIONS))
+    fixed, size = len(QUESTIONS) * s.sinks, trace.sizes["a"]
+    row = size.bytes // (3 * fixed + (size.rows - fixed))
+    assert size.bytes == row * (3 * fixed + (size.rows - fixed))  # sinks in all layers, the rest in one
+    assert trace.sizes["b"].bytes % row == 0 < trace.sizes["b"].rows
+    assert {x.layers for x in trace.segments} == {None, (2,), (0, 2)}
+    trace.save(tmp_path / "trace")
+    loaded = Trace.load(tmp_path / "trace", s.model)
+    assert [x.layers for x in loaded.segments] == [x.layers for x in trace.segments]
+    for other in (loaded, trace.repack(), trace.fork(1)[0]):
+        assert_close(s(QUESTIONS, ANSWERS, trace=other).logits, s(QUESTIONS, ANSWERS).logits, 1e-9)
+    everywhere = system(agents=[*FIRST, solver("a", of("b", every=2))])
+    assert (everywhere(QUESTIONS, ANSWERS).logits - s(QUESTIONS, ANSWERS).logits).abs().max() > 1e-3
+
+
+def test_rows_that_some_layers_see_on_the_host():
+    losses = []
+    for offload in (None, "cpu"):
+        s = system(agents=SHAPES["some layers in turns"], dtype=torch.float32)
+        s.zero_grad()
+        asked = s.fields_of(QUESTIONS)
+        trace = s.communicate(asked, Trace(s.model, 3, offload=offload))
+        s(QUESTIONS, ANSWERS, trace=trace).loss.backward()
+        losses.append(gradients(s))
+    assert losses[0].keys() == losses[1].keys() and all(torch.equal(losses[1][n], g) for n, g in losses[0].items())
+
+
 # ---- descriptions ----------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +514,10 @@ def test_a_selection_is_saved_and_loaded(tmp_path):
         ({"rows": True}, "rows: expected an integer >= 1 or None, got True"),
         ({"every": 1.5}, "every: expected an integer >= 1 or None, got 1.5"),
         ({"by": "last"}, "by: expected None without rows, got 'last'"),
+        ({"layers": []}, "layers: expected numbers of layers, from 0, at least one and each once, got \\[\\]"),
+        ({"layers": 1}, "layers: expected numbers of layers, .* got 1"),
+        ({"layers": [1, 1]}, "layers: expected numbers of layers, .* got \\[1, 1\\]"),
+        ({"layers": [-1]}, "layers: expected numbers of layers, .* got \\[-1\\]"),
         ({"rows": 2, "by": "luck"}, r"by: expected one of \('last'.*\) or None, got 'luck'"),
     ],
 )
@@ -466,6 +553,12 @@ def test_a_budget_is_saved_and_loaded(tmp_path):
     (tmp_path / "agents.json").write_text(json.dumps(described))
     plain = [replace(a, max_rows=None, max_rows_by=None) for a in s.agents]
     assert MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer()).agents == plain
+
+
+def test_layers_that_the_model_has_not():
+    message = "agent 'solver': reads: a: select: layers: expected some of the model's, 0 to 2, got 3"
+    with pytest.raises(ValueError, match=message):
+        system(agents=[FIRST[0], solver(of("a", layers=[0, 3]))])
 
 
 def test_selections_that_leave_nothing():

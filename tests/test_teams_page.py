@@ -37,4 +37,4 @@ def test_a_team_of_the_page(block, tmp_path):
 
 
 def test_the_page_has_its_teams():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8

@@ -16,7 +16,7 @@ def check_team(model: nn.Module, agents: list[Agent], adapter_scope: str, trace_
     names = [agent.name for agent in agents]
     if len(set(names)) != len(names):
         raise ValueError(f"agents: expected distinct names, got {names}")
-    check_graph(agents, trace_content, sinks)
+    check_graph(agents, trace_content, sinks, model.config.get_text_config().num_hidden_layers)
     check_adapters(model)
     if adapter_scope == "final_only":
         check_bare(model)

@@ -108,8 +108,9 @@ class Graph:
         return {edge.select.by for edge in self.reads[i] if edge.select is not None} & {*MEASURED}
 
 
-def check_graph(agents, trace_content: str, sinks: int) -> None:
-    """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows that are never there."""
+def check_graph(agents, trace_content: str, sinks: int, layers: int) -> None:
+    """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows, or layers, that are
+    never there. layers: of the model."""
     reads = Graph.of(agents).reads
     for agent in agents:
         if agent.max_rows is not None and agent.max_rows <= sinks:
@@ -117,6 +118,9 @@ def check_graph(agents, trace_content: str, sinks: int) -> None:
     for reader, edges in zip(agents, reads):
         for edge in edges:
             kind, agent = edge.select and edge.select.kind, agents[edge.agent]
+            if edge.select is not None and max(edge.select.layers or (0,)) >= layers:
+                where = f"agent {reader.name!r}: reads: {agent.name}: select: layers"
+                raise ValueError(f"{where}: expected some of the model's, 0 to {layers - 1}, got {max(edge.select.layers)}")
             why = None
             if kind == "prompt" and trace_content == "latent_only":
                 why = "whose prompt nobody gets with trace_content='latent_only'"

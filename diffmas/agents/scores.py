@@ -23,7 +23,7 @@ from diffmas.trace import Trace
 from diffmas.trace.attention_mass import AttentionMass
 from diffmas.trace.views import rows_of
 
-__all__ = ["scores"]
+__all__ = ["attention_by_layer", "scores"]
 
 
 @torch.no_grad()
@@ -88,3 +88,25 @@ def _attention(system, ids: list[list[int]], read: Trace) -> list[torch.Tensor]:
 
 
 MEASURES = {"similarity": _similarity, "attention": _attention}
+
+
+@torch.no_grad()
+def attention_by_layer(system, questions) -> list[float]:
+    """The share of its attention that the last agent's prompt pays, in each layer, to the rows that it reads, without the
+    sinks; the mean over heads, tokens and questions. questions: as in `MultiAgentSystem.forward`.
+
+    KVComm (arXiv 2510.03346) hands on the layers of most of it, in a mean with a bell curve over the depth: `Select.layers`.
+
+        >>> share = attention_by_layer(system, ["where is the key"])
+        >>> len(share) == system.model.config.num_hidden_layers and 0 <= min(share) <= max(share) <= 1
+        True
+    """
+    asked, last = system.fields_of(questions), len(system.agents) - 1
+    ids = [system.prompt_ids(system.agents[last], fields) for fields in asked]
+    with evaluating(system):
+        read = system.communicate(asked)
+        with adapters.of_agent(system, last):
+            mass = _run(system, ids, read.fork(1)[0], AttentionMass)
+    shares = [[float(row[system.sinks : len(row) - len(own)].sum()) for row, own in zip(rows, ids)]
+              for _, rows in sorted(mass.by_layer.items())]  # fmt: skip
+    return [sum(row) / len(row) for row in shares]

@@ -5,11 +5,11 @@ reach what is kept. The first rows of a view stay, whatever is selected: what al
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 
-from diffmas.trace.views import Segment, length_of, places, rows_of
+from diffmas.trace.views import Segment, length_of, places, rows_of, without_first
 
 __all__ = ["BY", "MEASURED", "PLANNED", "Score", "Select", "best", "check_by", "check_count", "select_of", "selected", "within"]
 
@@ -38,17 +38,19 @@ class Select:
 
     kind: prompt or latent, those of one kind alone. every: k, the last of these and every k-th before it. rows: at most so
     many of these, the best ones; by: last (those that were written last, the
-    default), similarity or attention (`diffmas.agents.scores`).
+    default), similarity or attention (`diffmas.agents.scores`). layers: that see them; the others see the sinks alone (KVComm,
+    arXiv 2510.03346).
     """
 
     kind: str | None = None
     every: int | None = None
     rows: int | None = None
     by: str | None = None
+    layers: tuple[int, ...] | None = None
 
     def described(self) -> dict:
         """As plain data, without what is not said."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: list(x) if isinstance(x, tuple) else x for key, x in asdict(self).items() if x is not None}
 
 
 def select_of(where: str, select) -> Select | None:
@@ -70,7 +72,16 @@ def select_of(where: str, select) -> Select | None:
     for name in ("every", "rows"):
         check_count(f"{where}: {name}", getattr(select, name))
     check_by(f"{where}: by", select.by, "rows", select.rows)
-    return select
+    if select.layers is None:
+        return select
+    return replace(select, layers=_layers(f"{where}: layers", select.layers))
+
+
+def _layers(where: str, layers) -> tuple[int, ...]:
+    numbers = isinstance(layers, (list, tuple)) and all(type(i) is int and i >= 0 for i in layers)
+    if not numbers or not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"{where}: expected numbers of layers, from 0, at least one and each once, got {layers!r}")
+    return tuple(sorted(layers))
 
 
 def check_count(where: str, n) -> None:
@@ -102,7 +113,11 @@ def selected(row: Row, fixed: int, select: Select | None, scores: dict[str, Scor
         place = np.arange(len(index))  # counted from the last one
         index = index[(place[::-1] % select.every == 0) | (index < fixed)]
     row = places(row, index)
-    return row if select.rows is None else best(row, fixed, select.rows, select.by, scores)
+    row = row if select.rows is None else best(row, fixed, select.rows, select.by, scores)
+    if select.layers is None:
+        return row
+    first, rest = places(row, np.arange(fixed)), without_first(row, fixed)
+    return first + [s._replace(layers=select.layers) for s in rest]
 
 
 def best(row: Row, fixed: int, rows: int, by: str | None, scores: dict[str, Score]) -> Row:

@@ -50,7 +50,7 @@ def write(
         "format": FORMAT,
         **fingerprint,
         "batch_size": len(segments),
-        "segments": [[s.sequence, s.agent, s.kind, s.length, s.offset] for s in flat],
+        "segments": [[s.sequence, s.agent, s.kind, s.length, s.offset, *([s.layers] if s.layers else [])] for s in flat],
         "next": next_positions,
     }
     header["checksum"] = _checksum(header, tensors)
@@ -91,11 +91,12 @@ def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[
 def _segments(header: dict, positions: Tensor) -> list[list[Segment]]:
     """The segments by sequence. positions [rows]: where the rows are read; each run of consecutive ones is a segment."""
     rows, at = [[] for _ in range(header["batch_size"])], 0
-    for sequence, agent, kind, length, offset in header["segments"]:
+    for sequence, agent, kind, length, offset, *layers in header["segments"]:
         where = positions[at : at + length]
         gaps = (where.diff() != 1).nonzero()[:, 0] + 1
         for first, last in zip([0, *gaps.tolist()], [*gaps.tolist(), length]):
             position = int(where[first]) - offset
-            rows[sequence].append(Segment(sequence, agent, kind, at + first, last - first, position, offset))
+            seen_by = tuple(layers[0]) if layers else None
+            rows[sequence].append(Segment(sequence, agent, kind, at + first, last - first, position, offset, seen_by))
         at += length
     return rows

@@ -161,11 +161,13 @@ class ForwardPass:
     def can_move(self, device: torch.device) -> None:
         """Makes ready for `move`: uploads what it moves."""
         room = sum(e.end - e.filled for e, n in zip(self.table.extents, self.lengths) if n)
-        self.work.on(device).can_move(self.work.deferred is not None, room)
+        for tables in self.work.all_on(device):
+            tables.can_move(self.work.deferred is not None, room)
 
     def move(self, device: torch.device, steps: int) -> None:
         """Becomes the pass so many steps of one token later, or earlier, on the device alone: rows and positions further."""
-        self.work.on(device).move(steps)
+        for tables in self.work.all_on(device):
+            tables.move(steps)
 
     def forget(self) -> None:
         """As if no layer had attended yet."""

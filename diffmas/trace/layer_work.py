@@ -29,7 +29,7 @@ from diffmas.trace.pool import DeferredKVGrad, GradPools, Pool
 from diffmas.trace.spec import LayerSpec, ModelSpec
 from diffmas.trace.store import Hold, Store
 from diffmas.trace.tables import Tables
-from diffmas.trace.views import KVRange
+from diffmas.trace.views import KVRange, seen_in
 
 __all__ = ["Borrowed", "LayerWork", "work_of"]
 
@@ -94,7 +94,10 @@ class LayerWork:
         self.forget()
         self._flushes: dict[int, tuple] = {}  # by layer, for the pass that begins a run
         self._offsets = any(r.offset for view in self.views for r in view)
-        self._tables: dict[torch.device, Tables] = {}
+        # Of each layer, which of the ranges that only some layers see it sees; those that see the same have the same tables.
+        some = {r.layers for view in self.views for r in view} - {None}
+        self._sights = [frozenset(x for x in some if layer.index in x) for layer in self.spec.layers] if some else None
+        self._tables: dict[tuple[torch.device, frozenset | None], Tables] = {}
         number = next(_numbers)
         self.ticket = torch.from_numpy(np.array(number))  # a third of the time that torch.tensor takes
         _alive[number] = self
@@ -105,14 +108,20 @@ class LayerWork:
         self.ran, self.recorded = [False] * layers, [False] * layers
         self._choices: list[tuple[bool, DeferredKVGrad | None]] = [(False, None)] * layers
 
-    def on(self, device: torch.device) -> Tables:
-        """What layers on a device read."""
-        tables = self._tables.get(device)
+    def on(self, device: torch.device, layer: int = 0) -> Tables:
+        """What a layer on a device reads."""
+        key = device, self._sights and self._sights[layer]
+        tables = self._tables.get(key)
         if tables is None:
-            tables = self._tables[device] = Tables(
-                device, self.lengths, self.slots, self.positions, self.grad_tail, self.views, self.older
-            )
+            views, older = self.views, self.older
+            if self._sights is not None:
+                views, older = seen_in(views, layer), older and seen_in(older, layer)
+            tables = self._tables[key] = Tables(device, self.lengths, self.slots, self.positions, self.grad_tail, views, older)
         return tables
+
+    def all_on(self, device: torch.device) -> list[Tables]:
+        """What all layers read, were they on that device."""
+        return [self.on(device, self._sights.index(sight) if sight is not None else 0) for sight in {*(self._sights or [None])}]
 
     @property
     def grad_tail(self) -> list[int]:
@@ -136,7 +145,7 @@ class LayerWork:
         if self.store.pools[i] is None and layer.head_dim is not None:  # a pool takes its shape from the first K
             n = sum(self.lengths)
             k, v = with_heads(k, n, layer.head_dim), with_heads(v, n, layer.head_dim)
-        pool, tables = self.store.pool(i, k, v), self.on(k.device)
+        pool, tables = self.store.pool(i, k, v), self.on(k.device, i)
         views = self._views(tables, layer, k.device)
         if recording and not self.committed:
             self._choose(layer, pool, views["older"], scale)
@@ -202,7 +211,7 @@ class LayerWork:
         """-> dq, dk, dv in the layout of o; dq_weight, dk_weight, needed if weight_grads. do: None where nobody used o, only
         the rows. q, k: None without a norm. copy: what is kept for the flush is a copy; the caller's memory is used again."""
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
-        borrowed, tables = self.borrowed, self.on(q_rot.device)
+        borrowed, tables = self.borrowed, self.on(q_rot.device, i)
         grads = self.store.pools[i].grads() if borrowed is None else borrowed.grads[i]
         own_rows_only, deferred = self._choices[i]
         rope = (cos, sin, tables.slots, q_weight, k_weight, eps, interleaved)

@@ -16,7 +16,7 @@ from diffmas.trace.copying import Copying
 from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.spec import check_offload, spec_of
 from diffmas.trace.store import Extent, Hold, Store, ranges_in
-from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, Size, joined, length_of, only, rows_of
+from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, Size, joined, length_of, only, rows_of, seen_in
 
 __all__ = ["Trace"]
 
@@ -130,11 +130,12 @@ class Trace(Appending, Copying):
     @property
     def sizes(self) -> dict[str | None, Size]:
         """Of the rows that it sees, each of them once, by who wrote them."""
-        row = sum(p.row_bytes for p in self._store.pools if p)
         found = {}
         for agent in dict.fromkeys(s.agent for s in self.segments):
-            rows = len(np.unique(rows_of([s for s in self.segments if s.agent == agent])))
-            found[agent] = Size(rows, rows * row)
+            own = [s for s in self.segments if s.agent == agent]
+            count = lambda segments: len(np.unique(rows_of(segments)))
+            pools = enumerate(p for p in self._store.pools if p)
+            found[agent] = Size(count(own), sum(p.row_bytes * count(*seen_in([own], layer)) for layer, p in pools))
         return found
 
     def memory(self) -> int:

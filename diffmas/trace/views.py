@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = [
     "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "Size", "common_prefix", "joined", "length_of", "only", "places",
-    "ranges_of", "rows_of", "share", "table_of", "without_first", "without_rows",
+    "ranges_of", "rows_of", "seen_in", "share", "table_of", "without_first", "without_rows",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
@@ -31,6 +31,7 @@ class Segment(NamedTuple):
     length: int  # rows
     position: int  # where its first token was written
     offset: int = 0  # it is read this many positions later
+    layers: tuple[int, ...] | None = None  # that see it; None: all
 
     @property
     def end(self) -> int:
@@ -46,8 +47,8 @@ class Segment(NamedTuple):
 
     def extended_by(self, new: "Segment") -> "Segment | None":
         """The two as one, where `new` goes on in the next row, at the next position, by the same writer; else None."""
-        mine = (self.agent, self.kind, self.end, self.position + self.length, self.offset)
-        if mine != (new.agent, new.kind, new.start, new.position, new.offset):
+        mine = (self.agent, self.kind, self.end, self.position + self.length, self.offset, self.layers)
+        if mine != (new.agent, new.kind, new.start, new.position, new.offset, new.layers):
             return None
         return self._replace(length=self.length + new.length)
 
@@ -63,11 +64,12 @@ class Size(NamedTuple):
 
 
 class KVRange(NamedTuple):
-    """Rows [start, start + length) of a pool, read `offset` positions later than they were written."""
+    """Rows [start, start + length) of a pool, read `offset` positions later than they were written, by some layers or all."""
 
     start: int
     length: int
     offset: int
+    layers: tuple[int, ...] | None = None
 
     def skip(self, rows: int) -> "KVRange":
         return self._replace(start=self.start + rows, length=self.length - rows)
@@ -168,11 +170,17 @@ def ranges_of(segments: Sequence[Segment]) -> list[KVRange]:
     """The ranges of one sequence's view; neighbours in the pool are read as one."""
     ranges: list[KVRange] = []
     for s in segments:
-        if ranges and (s.start, s.offset) == (ranges[-1].start + ranges[-1].length, ranges[-1].offset):
-            ranges[-1] = ranges[-1]._replace(length=ranges[-1].length + s.length)
+        last = ranges[-1] if ranges else None
+        if last is not None and (s.start, s.offset, s.layers) == (last.start + last.length, last.offset, last.layers):
+            ranges[-1] = last._replace(length=last.length + s.length)
         else:
-            ranges.append(KVRange(s.start, s.length, s.offset))
+            ranges.append(KVRange(s.start, s.length, s.offset, s.layers))
     return ranges
+
+
+def seen_in(views: Sequence[Sequence[Rows]], layer: int) -> list[list[Rows]]:
+    """What a layer sees of views."""
+    return [[x for x in view if x.layers is None or layer in x.layers] for view in views]
 
 
 def table_of(views: Sequence[Sequence[KVRange]]) -> tuple[list[int], ...]:

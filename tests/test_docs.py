@@ -23,6 +23,7 @@ from diffmas.evaluation import (
     sandbox,
     single_agent,
 )  # fmt: skip
+from diffmas.evaluation.look import look_at
 from diffmas.evaluation.tasks import Task, final, task
 from diffmas.models.generate import generate
 from diffmas.models.load import load_model
@@ -39,7 +40,7 @@ DOCUMENTED = [
     metrics.boxed, metrics.last_number, metrics.pass_at_k, metrics.wilson, metrics.agreements, metrics.difference_of_means,
     metrics.difference_of_rates, mathematics.equal, sandbox.run, task, Task.rows, final.letter, audit, Stitched, Writers,
     GradientReport, MultiAgentSystem.gradient_report, layer_groups, Explosion, load_model,
-    GRPOTrainer, answer_log_probs, scored, MultiAgentSystem.generate_tokens, Pieces, export,
+    GRPOTrainer, answer_log_probs, scored, MultiAgentSystem.generate_tokens, Pieces, export, look_at,
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: demo, init, schema, train, generate, tasks, evaluate, audit, study, plan, serve, export, bench, env."""
+"""Command line: demo, init, schema, train, generate, tasks, evaluate, audit, study, view, plan, serve, export, bench, env."""
 
 from typing import Annotated
 
@@ -14,6 +14,7 @@ from diffmas.cli.commands.plan import plan
 from diffmas.cli.commands.serve import serve
 from diffmas.cli.commands.study import study
 from diffmas.cli.commands.train import train
+from diffmas.cli.commands.view import view
 from diffmas.cli.terminal import explained
 
 __all__ = ["app"]
@@ -34,7 +35,7 @@ def _of_all(
     pass
 
 
-for command in (demo, init, schema, train, generate, tasks, evaluate, audit, study, plan, serve, export, bench, env):
+for command in (demo, init, schema, train, generate, tasks, evaluate, audit, study, view, plan, serve, export, bench, env):
     app.command()(explained(command))
 
 

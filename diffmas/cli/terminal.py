@@ -7,12 +7,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-__all__ = ["ConfigFile", "Device", "console", "device_of", "errors", "explained"]
+__all__ = ["ConfigFile", "Device", "Fields", "console", "device_of", "errors", "explained", "fields_of"]
 
 console = Console()
 errors = Console(stderr=True)
 
 ConfigFile = Annotated[Path, typer.Argument(help="config.yaml; see examples/train.yaml", show_default=False)]
+Fields = Annotated[
+    list[str] | None, typer.Option(help="another field of the prompts, as name=text; may be repeated", metavar="NAME=TEXT")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one")]
 
 
@@ -35,3 +38,14 @@ def device_of(name: str | None) -> str:
     import torch
 
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fields_of(question: str, more: list[str] | None) -> dict[str, str]:
+    """The fields of a question, by the options --question and --field. Raises ValueError for one that is not name=text."""
+    fields = {"question": question} if question else {}
+    for item in more or []:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"--field: expected name=text, got {item!r}")
+        fields[name] = text
+    return fields

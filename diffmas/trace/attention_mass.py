@@ -29,7 +29,9 @@ class AttentionMass:
         self._work = forward_pass.work
         self._work.attended = self._sum
 
-    def _sum(self, layer: int, q: Tensor, o: Tensor, lse: Tensor, kv: tuple[Tensor, Tensor], view: tuple, scale: float) -> None:
+    def _sum(
+        self, layer: int, q: Tensor, o: Tensor, lse: Tensor, kv: tuple[Tensor, Tensor], view: tuple, scale: float, interleaved: bool
+    ) -> None:  # fmt: skip
         """q [n, Hq, D], rotated; o in any layout; view: as the ops take it, q_indptr first."""
         rows, Hkv, D = kv[0].shape
         n, Hq, _ = q.shape
@@ -42,8 +44,8 @@ class AttentionMass:
             do = (torch.arange(D, device=q.device) == lane).to(q.dtype).expand(n, Hq, D).contiguous()
             dk, dv = (rows_of_heads(rows, Hkv, D, dtype, q.device)[:rows] for _ in range(2))
             call(
-                "cross_attention_backward", q, do, None, q, with_heads(o, n, D), lse, *kv, *view, scale, True,
-                self._work.spec.layers[layer].rope == "interleaved", dk, dv, None, False, backend=self._work.spec.backend,
+                "cross_attention_backward", q, do, None, q, with_heads(o, n, D), lse, *kv, *view, scale, True, interleaved,
+                dk, dv, None, False, backend=self._work.spec.backend,
             )  # fmt: skip
             for b, (view_b, tokens) in enumerate(zip(self._work.views[first : first + D], lengths[first : first + D])):
                 seen = torch.from_numpy(rows_of(view_b)).to(q.device)

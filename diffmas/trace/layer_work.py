@@ -84,7 +84,9 @@ class LayerWork:
     hold: Hold | None = None
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
-    attended = None  # (layer, q, o, lse, (K, V), view, scale) -> None: told what each layer's queries have found
+    # (layer, rotated q [n, Hq, D], o, lse, (K, V), view, scale, interleaved) -> None: told who attends to what, in the arguments of
+    # `cross_attention` and what it returned
+    attended = None
     borrowed: Borrowed | None = None  # as long as a backward of it runs inside of another
 
     def __post_init__(self):
@@ -162,7 +164,7 @@ class LayerWork:
                     *views["all"], scale, backend=backend, **found,
                 )  # fmt: skip
                 if self.attended is not None:
-                    self.attended(i, q_rot, o, lse, kv, views["all"], scale)
+                    self.attended(i, q_rot, o, lse, kv, views["all"], scale, interleaved)
                 return o, q_rot, lse
             flat_or_heads, slots = q, tables.slots
             q, k, v = (with_heads(x, slots.shape[0], pool.head_dim) for x in (q, k, v))

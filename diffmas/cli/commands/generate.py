@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from tqdm.auto import tqdm
 
-from diffmas.cli.terminal import Device, device_of, errors
+from diffmas.cli.terminal import Device, Fields, device_of, errors, fields_of
 
 __all__ = ["generate"]
 
@@ -16,7 +16,7 @@ __all__ = ["generate"]
 def generate(
     adapter: Annotated[Path, typer.Option(help="directory that `diffmas train` wrote", show_default=False)],
     question: Annotated[str, typer.Option(help="the field {question} of the agents' prompts")] = "",
-    field: Annotated[list[str] | None, typer.Option(help="another field of the prompts, as name=text; may be repeated")] = None,
+    field: Fields = None,
     questions: Annotated[
         Path | None, typer.Option(help="a file of JSON lines with the fields of the prompts, answered into --output")
     ] = None,
@@ -38,12 +38,7 @@ def generate(
     256 tokens at temperature 0.6 and top-p 0.95."""
     from diffmas.agents.system import MultiAgentSystem
 
-    fields = {"question": question} if question else {}
-    for item in field or []:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise ValueError(f"--field: expected name=text, got {item!r}")
-        fields[name] = text
+    fields = fields_of(question, field)
     if (questions is None) != (output is None):
         raise ValueError("--questions, --output: expected both or none, got one")
     if questions is not None and fields:

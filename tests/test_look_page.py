@@ -1,0 +1,219 @@
+"""The page of `diffmas view` in a real browser: it draws, light and dark, wide and narrow; it can be used by keyboard and
+heard; and what a model writes does nothing but stand there."""
+
+from pathlib import Path
+
+import pytest
+import tiny_systems as tiny
+import torch
+from browser import browser
+from test_cli import call
+from test_look import saved
+
+from diffmas.evaluation.look import look_at, look_at_file, page
+
+HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("profile")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def look():
+    return look_at(tiny.system(), "where is the key", "in the garden", text_agents=True, max_new_tokens=4, nearest=5)
+
+
+@pytest.fixture(scope="module")
+def file(look, tmp_path_factory):
+    return page(look, tmp_path_factory.mktemp("page") / "new" / "view.html")
+
+
+CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width, height", [(1440, 900), (390, 844)])
+def test_it_draws(chromium, file, width, height, dark, tmp_path):
+    chromium.open(file, width, height, dark)
+    assert chromium.faults() == []
+    assert chromium.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll in themselves
+    assert chromium.evaluate("document.querySelectorAll('.lane').length") == 3
+    assert chromium.evaluate("document.querySelectorAll('.latent .step').length") == 4
+    shown = [
+        x > 0 for x in chromium.evaluate("[...document.querySelectorAll('#masses td')].map(n => n.getClientRects().length)")
+    ]
+    assert len(shown) == 1 + 6 * 7 and all(shown)
+    assert chromium.evaluate("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(18, 22, 28)" if dark else "rgb(251, 251, 250)"
+    )
+    assert chromium.evaluate("document.querySelectorAll('#arcs path').length") == (3 if width > 600 else 0)
+    for looked_at in ("h1", ".answer .step"):
+        chromium.point(looked_at)
+        chromium.evaluate("new Promise(done => setTimeout(done, 300))")  # colours fade in
+        (worst, where), *_ = chromium.evaluate(CONTRAST)
+        assert worst >= 4.5, where
+    assert chromium.screenshot(tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_its_numbers_are_the_figures(chromium, look, file):
+    chromium.open(file)
+    percent = lambda x: (  # noqa: E731
+        f"{100 * x:.0f} %" if x >= 0.0995 else f"{100 * x:.1f} %" if x >= 0.0005 else "< 0.1 %" if x else "–"
+    )
+    rows = chromium.evaluate(
+        "[...document.querySelectorAll('#masses tbody tr')].map(r => [...r.cells].slice(1).map(c => c.textContent))"
+    )
+    mass = look.between_blocks().roll(-1, 1)  # the first token comes last
+    assert rows == [[percent(float(f"{x:.4g}")) for x in row] for row in mass.tolist()]
+    shares = chromium.evaluate("[...document.querySelectorAll('.shares')].at(-1).textContent")
+    assert all(f"{100 * x:.0f} %" in shares for x in look.between_lanes()[-1].tolist() if x > 0.1)
+    chromium.evaluate("{ const l = document.getElementById('layer'); l.value = 1; l.dispatchEvent(new Event('input')); }")
+    rows = chromium.evaluate(
+        "[...document.querySelectorAll('#masses tbody tr')].map(r => [...r.cells].slice(1).map(c => c.textContent))"
+    )
+    assert rows == [[percent(float(f"{x:.4g}")) for x in row] for row in look.between_blocks(1).roll(-1, 1).tolist()]
+    assert chromium.evaluate("document.getElementById('layer').getAttribute('aria-valuetext')") == "layer 1"
+    gradients = chromium.evaluate(
+        "[...document.querySelectorAll('#gradient-bars .number')].map(n => parseFloat(n.textContent))"
+    )
+    want = [float(torch.tensor(b.gradient).norm()) for b in look.blocks if b.gradient]
+    assert gradients == pytest.approx(want, rel=6e-3) and len(want) == 5
+
+
+def test_hover_shows_what_a_step_says_and_whom_it_hears(chromium, look, file):
+    chromium.open(file)
+    detail = lambda: chromium.evaluate("document.getElementById('detail').textContent")  # noqa: E731
+    assert "Look closer" in detail()
+    chromium.point(".latent .step")
+    step = look.blocks[1].steps[0]
+    assert "planner · latent step 1 of 2" in detail() and "is nearest to" in detail()
+    assert all(text.strip() in detail() for text, _ in step.nearest) and f"{step.entropy:.3g}" in detail()
+    first = "[...document.querySelector('.prompt .text').children].map(n => parseFloat(n.style.getPropertyValue('--mass')))"
+    shades = chromium.evaluate(first)
+    own = look.rows[1][1 : look.blocks[0].rows]  # without the first token
+    assert shades[0] == 0 and shades[1:] == pytest.approx((own / look.rows[1][1:].max()).sqrt().tolist(), abs=2e-3)
+    chromium.point("h1")
+    assert "Look closer" in detail() and set(chromium.evaluate(first)) == {0}
+    chromium.evaluate("document.querySelector('.answer .step').click()")
+    chromium.point("h1")
+    assert "solver · token 1 of" in detail()  # kept
+    chromium.evaluate("document.getElementById('close').click()")
+    assert "Look closer" in detail()
+
+
+def test_keyboard_and_names(chromium, look, file):
+    chromium.open(file)
+    focus = lambda: chromium.evaluate("document.activeElement.getAttribute('aria-label')")  # noqa: E731
+    chromium.evaluate("document.getElementById('layer').focus()")
+    chromium.press("Tab")
+    assert focus() == "planner, prompt, 6 tokens"
+    chromium.press("ArrowRight")
+    step = look.blocks[1].steps[0]
+    assert focus().startswith(f"planner, latent step 1 of 2: {step.text}, ") and focus().endswith("nats")
+    chromium.press("Enter")
+    assert chromium.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
+    chromium.press("ArrowDown")
+    assert focus() == "critic, prompt, 6 tokens"
+    chromium.press("ArrowUp")
+    chromium.press("End")
+    assert focus().startswith("solver, token")
+    chromium.press("Escape")
+    assert chromium.evaluate("document.querySelectorAll('.kept').length") == 0
+    chromium.press("Tab")
+    assert focus() == "Attention between blocks"  # one stop for all steps; then the table, which scrolls
+    buttons = chromium.names("button")
+    assert len(buttons) >= 11 and all(buttons)
+    assert {"prompts", "latent steps", "answer", "text agents", "attention"} == {n.strip() for n in chromium.names("checkbox")}
+    assert [n.strip() for n in chromium.names("searchbox")] == ["Find"] and [
+        n.split()[0] for n in chromium.names("slider")
+    ] == ["Layers"]
+    assert chromium.names("heading")[0] == "where is the key" and {"planner", "critic", "solver"} <= set(
+        chromium.names("heading")
+    )
+    assert len(chromium.names("columnheader")) == 7 and len(chromium.names("rowheader")) == 6
+
+
+def test_filters(chromium, look, file):
+    chromium.open(file)
+    chromium.evaluate("document.getElementById('find').focus()")
+    chromium.type("key")
+    prompts = sum("key" in text for b in look.blocks if not b.steps for text in b.texts)
+    steps = sum(any("key" in text for text, _ in [*s.nearest, (s.text, 0)]) for b in look.blocks for s in b.steps)
+    assert prompts == 3 and chromium.evaluate("document.getElementById('found').textContent") == f"{prompts + steps} found"
+    assert chromium.evaluate("document.querySelectorAll('.match').length") == prompts + steps
+    chromium.evaluate("document.querySelector('#kinds input').click()")
+    assert chromium.evaluate("[...document.querySelectorAll('.prompt')].some(n => n.getClientRects().length)") is False
+    assert chromium.evaluate("[...document.querySelectorAll('.latent')].every(n => n.getClientRects().length)") is True
+    options = chromium.evaluate("[...document.querySelectorAll('#shade option')].map(o => o.value)")
+    assert options == ["p", "entropy", "norm", "embedding", "gradient"]
+    chromium.evaluate(
+        "{ const s = document.getElementById('shade'); s.value = 'entropy'; s.dispatchEvent(new Event('change')); }"
+    )
+    shades = chromium.evaluate(
+        "[...document.querySelectorAll('.step')].map(n => parseFloat(n.style.getPropertyValue('--shade')))"
+    )
+    entropy = [s.entropy for b in look.blocks for s in b.steps]
+    want = [(x - min(entropy)) / (max(entropy) - min(entropy)) for x in entropy]
+    assert shades == pytest.approx(want, abs=2e-3) and chromium.faults() == []
+
+
+def test_hostile_text_does_nothing(chromium, look, tmp_path):
+    evil = look_at(tiny.system(), "where is the key", text_agents=True, max_new_tokens=4)
+    evil.title = evil.lanes[0].name = evil.lanes[1].message = evil.blocks[1].steps[0].text = evil.blocks[0].texts[1] = HOSTILE
+    evil.blocks[1].steps[0].nearest[0] = (HOSTILE + "\u202e\u2028", 1.0)
+    evil.facts = [(HOSTILE, HOSTILE), ("{{script}}", "{{data}} <!-- <script>")]
+    chromium.open(page(evil, tmp_path / "view.html"))
+    chromium.point(".latent .step")
+    assert chromium.faults() == [] and chromium.evaluate("document.querySelectorAll('img').length") == 0
+    assert chromium.evaluate("document.querySelector('.latent .step').textContent") == HOSTILE
+    assert (
+        chromium.evaluate("document.querySelector('h1').textContent")
+        == chromium.evaluate("document.title")[: len(HOSTILE)]
+        == HOSTILE
+    )
+    assert "{{data}} <!-- <script>" in chromium.evaluate("document.getElementById('facts').textContent")
+    assert "\\u202e\\u2028" in chromium.evaluate("document.getElementById('detail').textContent")
+    # And if it came to be markup by some mistake, the page's policy would not run it.
+    chromium.evaluate(
+        f"document.body.insertAdjacentHTML('beforeend', {HOSTILE[9:]!r}), new Promise(done => setTimeout(done, 200))"
+    )
+    assert not any("dialog" in fault for fault in chromium.faults())
+    assert any("Content Security Policy" in fault for fault in chromium.faults())
+
+
+def test_a_saved_trace(chromium, tmp_path):
+    _, trace = saved(tmp_path)
+    chromium.open(page(look_at_file(trace, tiny.tokenizer()), tmp_path / "view.html"), 390, 844)
+    assert chromium.faults() == [] and chromium.evaluate("document.documentElement.scrollWidth") <= 390
+    assert chromium.evaluate("[...document.querySelectorAll('.step')].map(n => n.textContent)") == ["1", "2", "1", "2"]
+    assert chromium.evaluate("document.getElementById('matrix').hidden && document.getElementById('gradients').hidden") is True
+    chromium.point(".latent .step")
+    detail = chromium.evaluate("document.getElementById('detail').textContent")
+    assert "norm of values" in detail and "nearest" not in detail and "probability" not in detail
+    assert chromium.evaluate("document.querySelectorAll('#detail .heat').length") == 2
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path):
+    tiny.save_base(tmp_path / "base")
+    tiny.system().save_pretrained(tmp_path / "team")
+    question = ("--question", "where is the key", "--model", tmp_path / "base", "--device", "cpu", "--max-new-tokens", 3)
+    out, figure = tmp_path / "view.html", tmp_path / "view.svg"
+    asked = ("--answer", "in the garden", "--text", "--output", out, "--figure", figure)
+    assert call("view", tmp_path / "team", *question, *asked).stdout.split() == [str(out), str(figure)]
+    text = out.read_text()
+    assert '"right answer"' in text and "in the garden" in text and '"gradient":[' in text and figure.exists()
+    assert "--question: expected a question" in call("view", tmp_path / "team", code=1).output
+    assert "--field: expected name=text, got 'a'" in call("view", tmp_path / "team", "--field", "a", code=1).output
+    _, trace = saved(tmp_path)
+    call("view", trace, "--output", out)
+    assert '"attention":null' in out.read_text() and '"#' in out.read_text()
+    call("view", trace, "--model", tmp_path / "base", "--output", out, "--sequence", 1)
+    assert "lamp" in out.read_text()
+    assert "expected none with a saved trace" in call("view", trace, "--question", "a", code=1).output
+    assert "which is no file" in call("view", tmp_path / "nothing", code=1).output

@@ -18,7 +18,7 @@ from diffmas.agents.gradient_report import norm_of
 from diffmas.evaluation import TextAgents
 from diffmas.evaluation.look import Block, Lane, Look, Step, look_at, look_at_file, plot
 from diffmas.evaluation.look.figures import rounded
-from diffmas.evaluation.look.lens import lens, logits_of, texts_of
+from diffmas.evaluation.look.lens import lens, logits_of, rows_with, texts_of
 from diffmas.evaluation.look.watch import Watch
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
@@ -194,6 +194,22 @@ def test_texts_of_tokens_add_up():
     assert "".join(texts_of(words, words("w3 w4 w5")["input_ids"])) == "w3 w4 w5"
 
 
+def test_the_rows_of_a_part():
+    texts = ["<s>", "user", "\n", "a b", "", " c", "</s>"]
+    assert rows_with(texts, "a b c") == (3, 6) and rows_with(texts, "b") == (3, 4) and rows_with(texts, "<s>") == (0, 1)
+    assert rows_with(texts, "x") is None and rows_with(texts, "") is None
+
+
+def test_the_own_prompt_of_a_chat_template():
+    system = tiny.system()
+    tokenizer = system.tokenizer
+    tokenizer.chat_template = "{% for m in messages %}key {{ m.content }} lamp{% endfor %}"
+    system = MultiAgentSystem(system.model, tokenizer, tiny.agents())
+    block = look_at(system, "where is the key", max_new_tokens=2).blocks[0]
+    assert block.own == (1, 7) and "".join(block.texts[slice(*block.own)]).strip() == "plan : where is the key"
+    assert look_at(tiny.system(), "where is the key", max_new_tokens=2).blocks[0].own is None
+
+
 def test_who_attends_while_it_speaks():
     """The mean over what a lane says, step by step; over its prompt where it says nothing."""
     attention = torch.tensor([[[1.0, 0, 0, 0]], [[0.2, 0.8, 0, 0]], [[0.1, 0.4, 0.5, 0]], [[0, 0, 0.5, 0.5]]])
@@ -276,7 +292,7 @@ def test_attention_is_told_where_sequences_share_rows():
     told = []
     forward_pass = trace.plan([1, 1], "text")
     assert forward_pass.on(torch.device("cpu")).as_written["shared"] is not None
-    forward_pass.work.attending = lambda layer, q, k_pool, view, *rest: told.append((layer, q.shape[0], view[3].tolist()))
+    forward_pass.work.attended = lambda layer, q, o, lse, kv, view, *rest: told.append((layer, q.shape[0], view[3].tolist()))
     patch = patch_of(model)
     with torch.no_grad():
         forward(patch, trace, forward_pass, input_ids=torch.tensor([[3, 4]]))

@@ -100,6 +100,13 @@ def test_hover_shows_what_a_step_says_and_whom_it_hears(chromium, look, file):
     chromium.evaluate("document.querySelector('.answer .step').click()")
     chromium.point("h1")
     assert "solver · token 1 of" in detail()  # kept
+    arcs = (
+        "[...document.querySelectorAll('#arcs g')].map(g => [+g.dataset.source, +g.dataset.reader, g.classList.contains('on')])"
+    )
+    assert chromium.evaluate(arcs) == [[0, 1, False], [0, 2, True], [1, 2, True]]
+    chromium.call("Emulation.setDeviceMetricsOverride", width=1300, height=900, deviceScaleFactor=1, mobile=False)
+    chromium.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert chromium.evaluate(arcs) == [[0, 1, False], [0, 2, True], [1, 2, True]]  # drawn anew
     chromium.evaluate("document.getElementById('close').click()")
     assert "Look closer" in detail()
 
@@ -158,6 +165,34 @@ def test_filters(chromium, look, file):
     entropy = [s.entropy for b in look.blocks for s in b.steps]
     want = [(x - min(entropy)) / (max(entropy) - min(entropy)) for x in entropy]
     assert shades == pytest.approx(want, abs=2e-3) and chromium.faults() == []
+
+
+# Whether two children of one line lie over each other.
+OVERLAP = """
+[...document.querySelectorAll(".block, .reads, #facts > div, #controls")].flatMap(row => {
+  const all = [...row.children].map(n => n.getBoundingClientRect()).filter(r => r.width && r.height);
+  const over = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+  return all.some((a, i) => all.slice(i + 1).some(b => over(a, b))) ? [row.textContent] : [];
+})
+"""
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_long_texts(chromium, width, tmp_path):
+    """A prompt begins with what is the agent's own; the rest is there when it is asked for. Nothing lies over anything."""
+    long = look_at(tiny.system(), "where is the key", text_agents=True, max_new_tokens=4)
+    long.lanes[0].message, long.facts = "word " * 200, [("answer", "a\n\n\nb\nc\nd " * 40), ("model", "x" * 300)]
+    block = long.blocks[0]
+    block.rows, block.texts, block.own = 6, ["<system>", "lines\n" * 9, "own ", "words ", "here", "<end>"], (2, 5)
+    chromium.open(page(long, tmp_path / "view.html"), width, 844)
+    assert chromium.evaluate(OVERLAP) == [] and chromium.evaluate("document.documentElement.scrollWidth") <= width
+    shown = "document.querySelector('.prompt .text').innerText"
+    assert chromium.evaluate(shown).strip() == "own words here"
+    for more, text in (("show less", "<end>"), ("show all of it", "here")):
+        chromium.evaluate("document.querySelector('.prompt .more').click()")
+        assert chromium.evaluate("document.querySelector('.prompt .more').textContent") == more
+        assert chromium.evaluate(shown).strip().endswith(text)
+    assert chromium.faults() == []
 
 
 def test_hostile_text_does_nothing(chromium, look, tmp_path):

@@ -17,9 +17,7 @@ def view(
     question: Annotated[str, typer.Option(help="the field {question} of the agents' prompts")] = "",
     field: Fields = None,
     answer: Annotated[str | None, typer.Option(help="the right one: its loss, and where its gradient goes")] = None,
-    text: Annotated[
-        bool, typer.Option("--text", help="the same agents also write each other text, without adapter")
-    ] = False,
+    text: Annotated[bool, typer.Option("--text", help="the same agents also write each other text, without adapter")] = False,
     output: Annotated[Path, typer.Option(help="the page, one HTML file")] = Path("view.html"),
     figure: Annotated[Path | None, typer.Option(help="the same for a paper: .pdf, .svg or .png")] = None,
     model: Annotated[

@@ -34,8 +34,9 @@ class Block:
     """Rows that one agent wrote in one go.
 
     kind: prompt | latent | text | answer. position: of its first row, as it was written; offset: how many positions later it is
-    read, where that is one number. rows: how many. texts: of the rows, "" for latent steps. steps: of a latent block and of
-    an answer, one each. gradient, keys, values: norms of its rows by layer, where they are known.
+    read, where that is one number. rows: how many. texts: of the rows, "" for latent steps. own: the first row and the one
+    after the last that hold the agent's own prompt, without the chat template around it; None: all. steps: of a latent block
+    and of an answer, one each. gradient, keys, values: norms of its rows by layer, where they are known.
     """
 
     agent: int  # of the lanes
@@ -45,6 +46,7 @@ class Block:
     texts: list[str]
     steps: list[Step] = field(default_factory=list)
     offset: int = 0
+    own: tuple[int, int] | None = None
     gradient: list[float] | None = None
     keys: list[float] | None = None
     values: list[float] | None = None

@@ -1,11 +1,12 @@
 """What hidden states say, by the output head (the logit lens), and the text of token ids."""
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Lens", "lens", "logits_of", "texts_of", "token_text"]
+__all__ = ["Lens", "lens", "logits_of", "rows_with", "texts_of", "token_text"]
 
 CHUNK = 64  # hidden states at once: logits of a large vocabulary are wide
 BEFORE = 4  # tokens that a token's text may depend on
@@ -61,3 +62,12 @@ def texts_of(tokenizer, ids: list[int]) -> list[str]:
         texts.append("" if unfinished else new)
         waiting = waiting + 1 if unfinished else 0
     return texts
+
+
+def rows_with(texts: list[str], part: str) -> tuple[int, int] | None:
+    """The first token, and the one after the last, that hold a part of the text; None where it is not in it."""
+    at = "".join(texts).find(part)
+    if at < 0 or not part:
+        return None
+    ends = list(accumulate(map(len, texts)))
+    return next(i for i, end in enumerate(ends) if end > at), 1 + next(i for i, end in enumerate(ends) if end >= at + len(part))

@@ -69,18 +69,18 @@ const nodes = [];  // of units
 const tokenNodes = [];  // of rows
 $("title").textContent = look.title;
 for (const [name, text] of look.facts) {
-  $("facts").append(el("div", { className: name === "answer" ? "main" : "" }, el("dt", { textContent: name }), el("dd", { textContent: plain(text.trim().replace(/\n{2,}/g, "\n")) })));
+  $("facts").append(el("div", { className: name === "answer" ? "main" : "" }, el("dt", { textContent: name }), el("dd", {}, ...textOf([text.trim().replace(/\n{2,}/g, "\n")], ""))));
 }
 
-function textOf(texts, name, row = null) {  // row: of the first one, where they are rows
+function textOf(texts, name, row = null, own = null) {  // row: of the first one, where they are rows; own: what to begin with
   const text = el("div", { className: `text ${name}` });
   texts.forEach((t, i) => {
-    const span = el("span", { textContent: plain(t) });
+    const span = el("span", { textContent: plain(t), className: own && (i < own[0] || i >= own[1]) ? "around" : "" });
     if (row !== null) tokenNodes[row + i] = span;
     text.append(span);
   });
-  const whole = texts.join("");
-  if (whole.length < 260 && whole.split("\n").length < 4) return [text];
+  const whole = (own ? texts.slice(...own) : texts).join("");
+  if (!own && whole.length < 260 && whole.split("\n").length < 4) return [text];
   const more = el("button", { className: "more", type: "button", textContent: "show all of it" });
   more.onclick = () => { more.textContent = text.classList.toggle("all") ? "show less" : "show all of it"; };
   text.classList.add("long");
@@ -109,7 +109,7 @@ look.lanes.forEach((lane, l) => {
     } else {
       const name = el("button", { type: "button", className: "name unit", textContent: `${block.kind}, ${block.rows}` });
       nodes[block.firstUnit] = name;
-      row.append(name, ...textOf(block.texts, "", rowsBefore[b]));
+      row.append(name, ...textOf(block.texts, "", rowsBefore[b], block.own));
     }
     box.append(row);
   }
@@ -140,10 +140,16 @@ function drawBars() {
   look.lanes.forEach((lane, l) => {
     const bar = $("lanes").children[l].querySelector(".bar"), shares = $("lanes").children[l].querySelector(".shares");
     if (!bar) return;
-    const mass = byLane(massOf(speaking(l))), others = look.lanes.map((_, i) => i).filter((i) => i !== l);
-    const parts = [...others.map((i) => [look.lanes[i].name, mass[1 + i], hue(i)]), ["itself", mass[1 + l], hue(l)], ["first token", mass[0], { className: "first" }]].filter((x) => x[1] >= 0.0005);
-    bar.replaceChildren(...parts.map(([, m, colour]) => el("i", { "--mass": m, ...colour })));
-    shares.replaceChildren(...parts.map(([name, m, colour]) => el("span", { textContent: `${name} ${percent(m)}`, ...colour })));
+    const mass = massOf(speaking(l)), lanes = [...look.lanes.keys()].filter((i) => i !== l).concat(l), segments = [], said = [];
+    for (const i of lanes) {
+      const sum = (steps) => blocksOf(i).reduce((x, b) => x + (Boolean(look.blocks[b].steps.length) === steps ? mass[1 + b] : 0), 0);
+      const prompt = sum(false), told = sum(true), latent = told && i !== l ? `, latent ${percent(told)}` : "";
+      if (prompt + told < 0.0005) continue;
+      segments.push(el("i", { "--mass": prompt, className: "asked", ...hue(i) }), el("i", { "--mass": told, ...hue(i) }));
+      said.push(el("span", { textContent: `${i === l ? "itself" : look.lanes[i].name} ${percent(prompt + told)}${latent}`, ...hue(i) }));
+    }
+    bar.replaceChildren(...segments, el("i", { "--mass": mass[0], className: "first" }));
+    shares.replaceChildren(...said, el("span", { textContent: `first token ${percent(mass[0])}`, className: "first" }));
   });
 }
 
@@ -170,6 +176,13 @@ function drawArcs() {
     group.style.setProperty("--hue", HUES[source % HUES.length]);
     $("arcs").append(group);
   }
+  markArcs();
+}
+let looked = null;  // the unit that is looked at
+function markArcs() {
+  const lane = looked === null ? null : look.blocks[units[looked].block].agent;
+  $("arcs").classList.toggle("some", lane !== null);
+  for (const g of $("arcs").children) g.classList.toggle("on", Number(g.dataset.reader) === lane || Number(g.dataset.source) === lane);
 }
 function svg(tag, attributes) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -256,9 +269,9 @@ let kept = null;
 function preview(u) {
   nodes.forEach((node, i) => node.classList.toggle("on", i === u));
   const lane = u === null ? null : look.blocks[units[u].block].agent;
-  $("arcs").classList.toggle("some", lane !== null);
+  looked = u;
+  markArcs();
   $("lanes").classList.toggle("looking", lane !== null);
-  for (const g of $("arcs").children) g.classList.toggle("on", Number(g.dataset.reader) === lane || Number(g.dataset.source) === lane);
   if (look.rows) {
     const by = u === null ? [] : look.rows[u].slice();
     if (by.length) by[by.findIndex((x) => x > 0)] = 0;  // the first token
@@ -342,6 +355,7 @@ $("lanes").onkeydown = (event) => {
   if (to !== undefined && to !== u) nodes[to].focus();
 };
 
+$("of-attention").hidden = !look.attention;
 drawGradients();
 drawLayer();
 new ResizeObserver(drawArcs).observe($("lanes"));

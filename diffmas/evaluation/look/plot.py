@@ -1,5 +1,6 @@
 """The figures of the page as one for a paper: what each agent says, who attends to what, and layer by layer."""
 
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def plot(look: Look, path, layer: int | None = None) -> Path:
             axes[2].barh(range(len(names)), norms, color=[COLOURS[b.agent % len(COLOURS)] for b in look.blocks])
             axes[2].set_title("norm of dL/d(rows)", fontsize=9)
             axes[2].tick_params(labelsize=8)
-    figure.suptitle(look.title, parse_math=False, fontsize=11, fontweight="bold")
+    title = textwrap.shorten(look.title, 220, placeholder=" …")
+    figure.suptitle(textwrap.fill(title, 110), parse_math=False, fontsize=11, fontweight="bold")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a token that the font does not have
         figure.savefig(path, dpi=160)
@@ -79,7 +81,7 @@ def _lines(look: Look) -> list[tuple[int, str, list[tuple[str, float | None]]]]:
                     for i, s in enumerate(block.steps)
                 ]
             else:
-                text = " ".join("".join(block.texts).split())
+                text = " ".join("".join(block.texts[slice(*block.own)] if block.own else block.texts).split())
                 parts = [(_cut(text), None)]
             lines += [(lane, label if not n else "", line) for n, line in enumerate(_wrapped(parts))]
         if agent.message is not None:

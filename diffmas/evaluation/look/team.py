@@ -9,7 +9,7 @@ from diffmas.agents.gradient_report import GradientReport, norm_of
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.evaluation.baselines import TextAgents
 from diffmas.evaluation.look.figures import Block, Lane, Look, Step
-from diffmas.evaluation.look.lens import Lens, lens, texts_of, token_text
+from diffmas.evaluation.look.lens import Lens, lens, rows_with, texts_of, token_text
 from diffmas.evaluation.look.watch import Pass, Watch
 from diffmas.models.parts import attention_layers, causal_lm_of
 from diffmas.models.patch import patch_of
@@ -44,6 +44,9 @@ def look_at(
     lanes = [Lane(name, [j for j, _ in edges]) for name, edges in zip(names, reads)]
     facts = [("answer", system.text_of(ids))]
     blocks, found = _blocks(system, watch.passes, len(ids), nearest)
+    for block in blocks:
+        if block.kind == "prompt" and system.chat_template:
+            block.own = rows_with(block.texts, system.agents[block.agent].render(questions[0]).strip())
     layers = len(attention_layers(patch_of(system.model).body))
     look = Look(_title(questions[0]), [], layers, lanes, blocks, *_attention(found, blocks, layers))
     if answer is not None:

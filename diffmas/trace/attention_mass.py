@@ -30,7 +30,8 @@ class AttentionMass:
         self._work.attended = self._sum
 
     def _sum(
-        self, layer: int, q: Tensor, o: Tensor, lse: Tensor, kv: tuple[Tensor, Tensor], view: tuple, scale: float, interleaved: bool
+        self, layer: int, q: Tensor, o: Tensor, lse: Tensor, kv: tuple[Tensor, Tensor], view: tuple, scale: float,
+        interleaved: bool,
     ) -> None:  # fmt: skip
         """q [n, Hq, D], rotated; o in any layout; view: as the ops take it, q_indptr first."""
         rows, Hkv, D = kv[0].shape

@@ -2,6 +2,7 @@
 # make test   installs into .venv and runs the tests; what CI runs
 # make test-engines   installs DeepSpeed too and runs the tests of two processes: FSDP2, ZeRO, tensor parallelism; what CI runs
 # make test-vllm   installs vLLM's CPU build beside .venv and runs the tests of teams in it; CI runs it where VLLM is set
+# make docs   builds the documentation's site into build/site; also brings what the tests of the site and of the notebooks need
 # make families   writes docs/families.md: which model families a trace is exact for, and why the others are refused
 # make test-asan   the tests of the ops on a library that checks every memory access (gcc's sanitizers)
 # make bench  installs into .venv and measures diffmas and its peers on this machine: table, plots, page (QUICK=1: three minutes)
@@ -23,9 +24,10 @@ PY ?= $(VENV)/bin/python
 TORCH ?= torch -c constraints.txt
 ifeq ($(PY),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 endif
 
-.PHONY: demo test test-engines test-vllm test-asan gpu-run test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families install lint clean
+.PHONY: demo test test-engines test-vllm test-asan gpu-run test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families docs install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
@@ -128,6 +130,15 @@ test-cuda-torch: $(INSTALLED)
 	PYTHONPATH=.compat/cuda-torch $(PY) setup.py -q build --build-base build/cuda-torch --build-lib build/cuda-torch/lib
 	PYTHONPATH=.compat/cuda-torch $(PY) -c "import sys; sys.path[0] = 'build/cuda-torch/lib'; \
 	  import torch, pytest; assert torch.version.cuda, 'CUDA_TORCH has no CUDA'; sys.exit(pytest.main('-q $(CUDA_TORCH_TESTS)'.split()))"
+
+# The package itself is there, so that pip installs what its extra names, and compiles nothing again.
+docs: $(INSTALLED) $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo written: build/site/index.html
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q "diffmas[docs]"
+	touch $@
 
 families: $(INSTALLED)
 	$(PY) tests/families.py

@@ -1,0 +1,113 @@
+"""README and docs: links lead somewhere, commands and their options exist, and every block of Python runs."""
+
+import contextlib
+import functools
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import openai
+import pytest
+import rich
+import tiny_systems as tiny
+import typer
+import yaml
+from pages import PAGES, ROOT, anchors, blocks, commands, links
+from test_serving import client, listening
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from diffmas import patch_model
+from diffmas.cli import app
+from diffmas.cli.config import Config, parsed
+from diffmas.demo import experiment
+from diffmas.serving.team import Team
+
+NAMES = [p.relative_to(ROOT).as_posix() for p in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links(page):
+    for path, anchor in links(page):
+        target = (page.parent / path) if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_links_are_seen():
+    assert ("docs/teams.md", "") in links(ROOT / "README.md") and ("", "what-is-unproven") in links(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands(page):
+    known = typer.main.get_command(app).commands
+    for name, *words in commands(page):
+        if name.startswith("-"):
+            continue
+        assert name in known, name
+        options = {option for p in known[name].params for option in (*p.opts, *p.secondary_opts)} | {"--help"}
+        for word in words:
+            assert not word.startswith("--") or word.partition("=")[0] in options, f"diffmas {name} {word}"
+
+
+def test_commands_are_seen():
+    found = [words[0] for page in PAGES for words in commands(page)]
+    assert {"train", "plan", "serve", "bench"} <= set(found) and len(found) > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_configs(page):
+    for block in blocks(page):
+        if block.language == "yaml":
+            parsed(Config, {"model": "base", **yaml.safe_load(block.text)})
+
+
+# ---- code ------------------------------------------------------------------------------------------------------------
+
+
+def team():
+    """What a page that does not make its own team speaks of."""
+    system = tiny.system()
+    return {
+        "system": system, "model": system.model, "rows": tiny.rows(2), "questions": ["where is the key"],
+        "answers": ["in the garden"],
+        "rich": rich, "patch_model": patch_model,
+    }  # fmt: skip
+
+
+GIVEN = {"docs/training.md": team, "docs/many_gpus.md": team}  # pages of pieces; the others are whole programs
+WITH_CODE = [name for name, page in zip(NAMES, PAGES) if any(b.language == "python" for b in blocks(page))]
+
+
+class Stored:
+    """Models and tokenizers of the hub, as a page loads them: those of the demo, whatever the name."""
+
+    def __init__(self, kind):
+        self.load = kind.from_pretrained
+
+    def __call__(self, name, dtype=None, distributed_config=None):
+        return self.load(name if Path(name).is_dir() else experiment.BASE)
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_code(name, tmp_path, monkeypatch):
+    """The page's blocks one after the other; those for a package that is not here are told, once the others have run."""
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", Stored(kind))
+    monkeypatch.chdir(tmp_path)
+    names, lacking = GIVEN.get(name, dict)(), []
+    with contextlib.ExitStack() as stack:
+        if name == "docs/serving.md":
+            served = Team("facts", tiny.system(base=tiny.model(max_position_embeddings=512)))
+            address, _ = stack.enter_context(listening([served]))
+            asking = functools.partial(client, address)
+            monkeypatch.setattr(openai, "OpenAI", lambda base_url, api_key: asking(key=api_key))
+        for block in blocks(ROOT / name):
+            if block.language == "python":
+                wanted = re.findall(r"^(?:import|from) (\w+)", block.text, re.MULTILINE)
+                if missing := [package for package in wanted if find_spec(package) is None]:
+                    lacking += missing
+                    continue
+                code = "\n" * (block.line - 1) + block.text  # errors name the page's lines
+                exec(compile(code, ROOT / name, "exec"), names)
+    if lacking:
+        pytest.skip(f"the other blocks ran; not installed: {', '.join(lacking)}")

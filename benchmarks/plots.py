@@ -77,28 +77,48 @@ def growth(rows: list[dict]):
         return None
     figure, grid = plt.subplots(2, len(panels), figsize=(2.9 * len(panels), 5), squeeze=False, layout="constrained")
     for (op, axis, series), column in zip(panels, grid.T):
-        for axes, field, scale, unit in zip(column, ("seconds", "peak_bytes"), (1, 1e-6), ("seconds", "peak MB")):
-            for provider, colour in ((OURS, BLUE), ("DynamicCache", ORANGE)):
-                points = [(r.first[axis], r.rows[provider][field] * scale) for r in series if r.rows[provider].get(field)]
-                if not points:
-                    continue
-                x, y = map(np.array, zip(*sorted(points)))
-                label = provider
-                if axis == "N" and len(x) > 1:
-                    a, b = fit(x, y)
-                    label = f"{provider}: N^{b:.2f}"
-                elif len(x) > 1:
-                    slope = np.polyfit(x, y, 1)[0]
-                    label = f"{provider}: {slope:+.3g} each"
-                axes.plot(x, y, "o-", color=colour, markersize=4, label=label)
-            axes.set_ylim(bottom=0)
-            axes.set_ylabel(unit)
-            axes.legend(frameon=False, fontsize=7)
-            axes.grid(color="#e5e7eb")
+        _draw(column, series, axis)
         fixed = ", ".join(f"{k}={series[0].first[k]}" for k in ("N", "T", "agents") if k != axis)
         column[0].set_title(f"{op.replace('_', ' ')}\n{series[0].first['model']} {fixed}", fontsize=8)
         column[1].set_xlabel({"N": "trace rows N", "T": "latent steps T of an agent", "agents": "agents"}[axis])
     return figure
+
+
+def story(rows: list[dict]):
+    """Time and memory of a training step against N, for the README; or None."""
+    steps = [r for r in results(rows) if r.op == "training_step" and r.phase == "step" and r.plain]
+    series = _series(steps, "N")
+    if not series:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    _draw(axes, series, "N")
+    title = "a training step of {agents} agents, {layers} layers of {model} shape, T = {T}"
+    figure.suptitle(title.format(**series[0].first), fontsize=9)
+    for each in axes:
+        each.set_xlabel("rows N of the trace")
+    return figure
+
+
+def _draw(two, series: list[Result], axis: str) -> None:
+    """Seconds and peak memory along an axis, ours and the plain way's, on two axes."""
+    for axes, field, scale, unit in zip(two, ("seconds", "peak_bytes"), (1, 1e-6), ("seconds", "peak MB")):
+        for provider, colour in ((OURS, BLUE), ("DynamicCache", ORANGE)):
+            points = [(r.first[axis], r.rows[provider][field] * scale) for r in series if r.rows[provider].get(field)]
+            if not points:
+                continue
+            x, y = map(np.array, zip(*sorted(points)))
+            label = provider
+            if axis == "N" and len(x) > 1:
+                a, b = fit(x, y)
+                label = f"{provider}: N^{b:.2f}"
+            elif len(x) > 1:
+                slope = np.polyfit(x, y, 1)[0]
+                label = f"{provider}: {slope:+.3g} each"
+            axes.plot(x, y, "o-", color=colour, markersize=4, label=label)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(unit)
+        axes.legend(frameon=False, fontsize=7)
+        axes.grid(color="#e5e7eb")
 
 
 def _series(steps: list[Result], axis: str) -> list[Result]:
@@ -111,10 +131,10 @@ def _series(steps: list[Result], axis: str) -> list[Result]:
 
 
 def plot(rows: list[dict], out: Path) -> dict[str, Path]:
-    """Writes headline and growth as PNG and SVG; -> the SVGs by name."""
+    """Writes headline, growth and, for the README, story as PNG and SVG; -> the SVGs of the first two by name."""
     written = {}
     with plt.rc_context(STYLE):
-        for name, draw in (("headline", headline), ("growth", growth)):
+        for name, draw in (("headline", headline), ("growth", growth), ("story", story)):
             figure = draw(rows)
             for suffix in ("png", "svg"):
                 (out / f"{name}.{suffix}").unlink(missing_ok=True)
@@ -123,7 +143,7 @@ def plot(rows: list[dict], out: Path) -> dict[str, Path]:
                     figure.savefig(out / f"{name}.{suffix}", dpi=160, bbox_inches="tight", metadata=metadata)
                     written[name] = out / f"{name}.svg"
             plt.close(figure)
-    return written
+    return {name: path for name, path in written.items() if name != "story"}
 
 
 def scores(goals: list[tuple], target: Path) -> bool:

@@ -30,7 +30,7 @@ WORDS = {
 
 
 def block(rows: list[dict], results_dir: str, growth: bool) -> str:
-    """What stands between the comments. results_dir: as the README reaches it; growth: whether its growth.png is there."""
+    """What stands between the comments. results_dir: as the README reaches it; growth: whether plots of growth are there."""
     first, done = rows[0], [r for r in results(rows) if r.whole and r.best]
     commits = " and ".join(dict.fromkeys(r["commit"] for r in rows))  # parts of the suite may have been measured again
     ahead = sum(r.best[1] >= 1 for r in done)
@@ -55,8 +55,9 @@ def block(rows: list[dict], results_dir: str, growth: bool) -> str:
     lines += ["", *([f"Single ops against their best peer, over all shapes: {ops}."] if ops else [])]
     links = [f"[{store.FILE}]({results_dir}/{store.FILE})"]
     links += [f"[growth with N, T and the number of agents]({results_dir}/growth.png)"] if growth else []
+    links += [f"[all ops against their best peer]({results_dir}/headline.png)"]
     lines.append(f"Every row: {', '.join(links)}. `make bench` writes a page with sortable tables.")
-    lines += ["", f"![times faster than the best peer and the plain way]({results_dir}/headline.png)"]
+    lines += ["", f"![time and memory of a training step against N]({results_dir}/story.png)"] if growth else []
     return "\n".join(lines)
 
 

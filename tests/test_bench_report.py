@@ -156,9 +156,8 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)|url\(|@import|<link|https?://""", page)
     assert "{{" not in page and "no &lt;compiler&gt; here" in page and "DynamicCache" in page
     assert page.count("data:image/svg+xml;base64,") == 2  # headline, and growth with two lengths
-    assert all(
-        (tmp_path / f"{name}.{kind}").stat().st_size > 1000 for name in ("headline", "growth") for kind in ("png", "svg")
-    )
+    drawn = [tmp_path / f"{name}.{kind}" for name in ("headline", "growth", "story") for kind in ("png", "svg")]
+    assert all(path.stat().st_size > 1000 for path in drawn)
 
 
 def test_the_readme_block_is_rewritten_and_stays_as_it_is(tmp_path):
@@ -170,7 +169,7 @@ def test_the_readme_block_is_rewritten_and_stays_as_it_is(tmp_path):
     assert "| training step of 3 agents, 4 layers of small shape, N = 8192, T = 16 |" in text and "3.00x" in text
     assert readme.update(tmp_path, page) is False and page.read_text() == text
     (tmp_path / "growth.png").touch()  # beside the README, wherever the command runs
-    assert readme.update(tmp_path, page) is True and "(./growth.png)" in page.read_text()
+    assert readme.update(tmp_path, page) is True and "(./story.png)" in page.read_text()
     page.write_text("no comments")
     with pytest.raises(ValueError, match="once each"):
         readme.update(tmp_path, page)

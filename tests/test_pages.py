@@ -1,10 +1,12 @@
 """README and docs: links lead somewhere, commands and their options exist, and every block of Python runs."""
 
 import contextlib
+import csv
+import doctest
 import functools
+import io
 import re
 from importlib.util import find_spec
-from pathlib import Path
 
 import openai
 import pytest
@@ -31,6 +33,10 @@ def test_links(page):
         target = (page.parent / path) if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
 
 
 def test_links_are_seen():
@@ -75,24 +81,28 @@ def team():
 
 
 GIVEN = {"docs/training.md": team, "docs/many_gpus.md": team}  # pages of pieces; the others are whole programs
+LOOSELY = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 WITH_CODE = [name for name, page in zip(NAMES, PAGES) if any(b.language == "python" for b in blocks(page))]
 
 
-class Stored:
-    """Models and tokenizers of the hub, as a page loads them: those of the demo, whatever the name."""
+def stored(kind, monkeypatch):
+    """What a page loads from the hub by its name is the demo's."""
+    load = kind.from_pretrained
 
-    def __init__(self, kind):
-        self.load = kind.from_pretrained
+    def from_pretrained(pretrained_model_name_or_path, **options):
+        if str(pretrained_model_name_or_path).startswith("Qwen/"):
+            return load(experiment.BASE)
+        return load(pretrained_model_name_or_path, **options)
 
-    def __call__(self, name, dtype=None, distributed_config=None):
-        return self.load(name if Path(name).is_dir() else experiment.BASE)
+    monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
 
 
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_code(name, tmp_path, monkeypatch):
-    """The page's blocks one after the other; those for a package that is not here are told, once the others have run."""
+    """The page's blocks one after the other; a block of text is what the one before prints. Those for packages that are not
+    here are told once the others have run."""
     for kind in (AutoModelForCausalLM, AutoTokenizer):
-        monkeypatch.setattr(kind, "from_pretrained", Stored(kind))
+        stored(kind, monkeypatch)
     monkeypatch.chdir(tmp_path)
     names, lacking = GIVEN.get(name, dict)(), []
     with contextlib.ExitStack() as stack:
@@ -101,13 +111,30 @@ def test_code(name, tmp_path, monkeypatch):
             address, _ = stack.enter_context(listening([served]))
             asking = functools.partial(client, address)
             monkeypatch.setattr(openai, "OpenAI", lambda base_url, api_key: asking(key=api_key))
+        said = ""
         for block in blocks(ROOT / name):
+            if block.language == "text":
+                assert doctest.OutputChecker().check_output(block.text, said, LOOSELY), f"line {block.line}: it says\n{said}"
             if block.language == "python":
                 wanted = re.findall(r"^(?:import|from) (\w+)", block.text, re.MULTILINE)
                 if missing := [package for package in wanted if find_spec(package) is None]:
                     lacking += missing
                     continue
                 code = "\n" * (block.line - 1) + block.text  # errors name the page's lines
-                exec(compile(code, ROOT / name, "exec"), names)
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    exec(compile(code, ROOT / name, "exec"), names)
+                said = out.getvalue()
     if lacking:
         pytest.skip(f"the other blocks ran; not installed: {', '.join(lacking)}")
+
+
+@pytest.mark.parametrize("study, name", [("facts", "methods"), ("facts", "audit"), ("gsm8k", "methods")])
+def test_results_are_those_of_the_studies(study, name):
+    """Accuracy with its interval, of each row that is stored."""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    with open(ROOT / f"benchmarks/results/studies/{study}/{name}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        accuracy, low, high = (f"{100 * float(row[key]):.1f}" for key in ("accuracy", "low", "high"))
+        assert f"| {accuracy} [{low}, {high}] |" in page, row["name"]
+    assert len(rows) > 3

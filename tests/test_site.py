@@ -70,10 +70,10 @@ def test_where_files_are():
 def test_docstrings_as_markdown():
     text = (
         "What it does, [a][b].\n\nmodel: a model,\n    patched.\nmode:\n        none: as it is.\n        norm: scaled.\n"
-        "id: `x[0][1]`. Returns x.\n\nsize, name: of it. kind: which: a, b. Raises ValueError otherwise.\n\n    >>> f(a)[0][1]"
+        "id: `x[0][1]`. Returns x.\n\nsize, name: of it. kind:\nwhich: a, b. Raises ValueError otherwise.\n\n    >>> f(a)[0][1]"
     )
     assert markdown(text, ["model", "mode", "id", "size", "name", "kind"]).split("\n") == [
         "What it does, [a]\\[b].", "", "- **model**: a model,", "    patched.", "- **mode**:", "    - **none**: as it is.",
         "    - **norm**: scaled.", "- **id**: `x[0][1]`.", "", "Returns x.", "", "- **size, name**: of it.",
-        "- **kind**: which: a, b.", "", "Raises ValueError otherwise.", "", "    >>> f(a)[0][1]",
+        "- **kind**:", "    which: a, b.", "", "Raises ValueError otherwise.", "", "    >>> f(a)[0][1]",
     ]  # fmt: skip

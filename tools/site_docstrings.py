@@ -55,7 +55,7 @@ def _block(block: str, names: list[str]) -> str:
 def _one_a_line(block: str, names: list[str]):
     """The lines of a block, with a new one for each name that is explained within a sentence, and for what comes of a call."""
     either = "|".join([*map(re.escape, sorted(names, key=len, reverse=True)), r"(?!)"])
-    inner = re.compile(rf"(?<=[.;:)]) (?=(?:{either})(?:, (?:{either}))*: |(?:Returns|Raises) [\w`])")
+    inner = re.compile(rf"(?<=[.;:)]) (?=(?:{either})(?:, (?:{either}))*:(?: |$)|(?:Returns|Raises) [\w`])")
     base = 0
     for line in block.split("\n"):
         indent = len(line) - len(line.lstrip())

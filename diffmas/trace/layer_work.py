@@ -84,8 +84,8 @@ class LayerWork:
     hold: Hold | None = None
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
-    # (layer, rotated q [n, Hq, D], o, lse, (K, V), view, scale, interleaved) -> None: told who attends to what, in arguments and
-    # results of `cross_attention`
+    # (layer, rotated q [n, Hq, D], o, lse, (K, V), view, scale, interleaved) -> None: told who attends to what, in what
+    # `cross_attention` takes and returns
     attended = None
     borrowed: Borrowed | None = None  # as long as a backward of it runs inside of another
 

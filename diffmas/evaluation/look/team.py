@@ -41,7 +41,7 @@ def look_at(
     with evaluating(system), torch.no_grad(), Watch(system) as watch:
         system(questions, [ids])
     names, reads = [agent.name for agent in system.agents], system.graph.reads
-    lanes = [Lane(name, [j for j, _ in edges]) for name, edges in zip(names, reads)]
+    lanes = [Lane(name, [edge.agent for edge in edges]) for name, edges in zip(names, reads)]
     facts = [("answer", system.text_of(ids))]
     blocks, found = _blocks(system, watch.passes, len(ids), nearest)
     for block in blocks:

@@ -114,3 +114,74 @@ def test_what_is_wrong_is_said():
     ):
         with pytest.raises(RuntimeError, match=f"{what}: expected"):
             ops.after_attention(*wrong)
+
+
+# ---- norm and gate of any number of rows, and their gradients --------------------------------------------------------
+
+
+def plain_norm(x, weight):
+    wide = x if x.dtype == torch.float64 else x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def plain_gate(gate, up):
+    return F.silu(gate) * up
+
+
+def with_gradients(op, dy, *inputs):
+    """y, and the gradients of all inputs."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    y = op(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+
+def ours(name, dy, *inputs, **options):
+    ops = torch.ops.diffmas_native
+    grads = getattr(ops, f"{name}_backward")(dy, *inputs, *options.values())
+    return [getattr(ops, name)(*inputs, *options.values()), *([grads] if name == "norm" else grads)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "plain"), [("norm", plain_norm), ("gate", plain_gate)])
+@pytest.mark.parametrize("n", [0, 1, 7, 300])
+def test_norm_and_gate(n, name, plain, dtype):
+    """The numbers of torch's own chain of ops, rounded where they are; strides between rows are taken as they come."""
+    torch.manual_seed(n)
+    x, dy = (3 * torch.randn(n, HIDDEN)).to(dtype), torch.randn(n, 2 * HIDDEN).to(dtype)[:, HIDDEN:]
+    other = torch.randn(n, HIDDEN).to(dtype) if name == "gate" else (1 + 0.3 * torch.randn(HIDDEN)).to(dtype)
+    options = {"eps": EPS} if name == "norm" else {}
+    got = ours(name, dy, x, other, **options)
+    wide = with_gradients(plain, dy.double(), x.double(), other.double())[: len(got)]
+    for y, same, exact in zip(got, with_gradients(plain, dy, x, other), wide):
+        assert y.dtype == dtype
+        if dtype == torch.float32:
+            torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+        elif n:
+            assert (y == same).double().mean() > 0.97
+            assert (y.double() - exact).norm() <= 1.1 * (same.double() - exact).norm()
+
+
+def test_a_gate_that_is_shut_or_wide_open():
+    gate = torch.tensor([[-200.0, -90.0, 90.0, 200.0] * 8])
+    y, dgate, dup = ours("gate", torch.ones_like(gate), gate, torch.full_like(gate, 2.0))
+    want = torch.tensor([[0.0, 0.0, 1.0, 1.0] * 8])
+    torch.testing.assert_close(dgate, 2 * want)
+    torch.testing.assert_close(dup, want * gate)
+    torch.testing.assert_close(y, 2 * want * gate)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda dy, x, weight: (dy, x[:, :40], weight[:40]), "x: expected rows of a length that fits, a multiple of 32"),
+        (lambda dy, x, weight: (dy[1:], x, weight), "dy"),
+        (lambda dy, x, weight: (dy, x, weight[1:]), "weight"),
+        (lambda dy, x, weight: (dy.bfloat16(), x.bfloat16(), weight), "weight"),
+        (lambda dy, x, weight: (dy.bfloat16(), x, weight), "dy: expected the dtype of the others"),
+        (lambda dy, x, weight: (dy, x.half(), weight), "x: expected rows in float32 or bfloat16"),
+    ],
+)
+def test_what_does_not_fit(change, message):
+    tensors = torch.randn(3, HIDDEN), torch.randn(3, HIDDEN), torch.randn(HIDDEN)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.diffmas_native.norm_backward(*change(*tensors), EPS)

@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("norm_qkv", TORCH_BOX(&norm_qkv));
   m.impl("after_attention", TORCH_BOX(&after_attention));
+  m.impl("norm", TORCH_BOX(&norm));
+  m.impl("norm_backward", TORCH_BOX(&norm_backward));
+  m.impl("gate", TORCH_BOX(&gate));
+  m.impl("gate_backward", TORCH_BOX(&gate_backward));
   m.impl("add_lora", TORCH_BOX(&add_lora));
   m.impl("lora_grad", TORCH_BOX(&lora_grad));
   m.impl("merge_states", TORCH_BOX(&merge_states));

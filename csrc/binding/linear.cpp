@@ -156,6 +156,58 @@ Tensor after_attention(const Tensor& o, const Tensor& x, const Tensor& norm, dou
   return y;
 }
 
+namespace {
+
+// x [n, length] and what becomes of it, in order.
+struct Rows {
+  int64_t n, length;
+  cpu::Matrix x;
+
+  Rows(const char* name, const Tensor& t) : n(t.dim() == 2 ? t.size(0) : 0), length(t.dim() == 2 ? t.size(1) : 0), x(matrix(name, t, length)) {}
+  cpu::Matrix like(const char* name, const Tensor& t) const {
+    check_shape(name, t, {n, length});
+    const cpu::Matrix m = matrix(name, t, length);
+    check(m.dtype == x.dtype, name, "the dtype of the others", t);
+    return m;
+  }
+};
+
+cpu::NormArgs norm_args(const Rows& rows, const Tensor& weight, double eps, const cpu::Matrix& y) {
+  const ScalarType dtype = rows.x.dtype == DType::f32 ? ScalarType::Float : ScalarType::BFloat16;
+  return {rows.n, rows.length, rows.x, y, vector("weight", weight, rows.length, dtype), float(eps)};
+}
+
+}  // namespace
+
+Tensor norm(const Tensor& x, const Tensor& weight, double eps) {
+  const Rows rows("x", x);
+  Tensor y = empty(x, {rows.n, rows.length}, x.scalar_type());
+  cpu::norm(norm_args(rows, weight, eps, rows.like("y", y)), threads());
+  return y;
+}
+
+Tensor norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, double eps) {
+  const Rows rows("x", x);
+  Tensor dx = empty(x, {rows.n, rows.length}, x.scalar_type());
+  cpu::norm_backward({norm_args(rows, weight, eps, rows.like("dy", dy)), rows.like("dx", dx)}, threads());
+  return dx;
+}
+
+Tensor gate(const Tensor& gate, const Tensor& up) {
+  const Rows rows("gate", gate);
+  Tensor y = empty(gate, {rows.n, rows.length}, gate.scalar_type());
+  cpu::gate({rows.n, rows.x, rows.like("up", up), rows.like("y", y)}, rows.length, threads());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  const Rows rows("gate", gate);
+  Tensor dgate = empty(gate, {rows.n, rows.length}, gate.scalar_type()), dup = empty(gate, {rows.n, rows.length}, gate.scalar_type());
+  const cpu::GateArgs args{rows.n, rows.x, rows.like("up", up), rows.like("dy", dy)};
+  cpu::gate_backward({args, rows.like("dgate", dgate), rows.like("dup", dup)}, rows.length, threads());
+  return {dgate, dup};
+}
+
 Tensor add_lora(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, bool transposed) {
   check(a.dim() == 2 && b.dim() == 2, "a", "[rank, in], and b: [out, rank]", a);
   const int64_t rank = a.size(0), in = a.size(1), out = b.size(0);

@@ -66,6 +66,11 @@ Tensor after_attention(const Tensor& o, const Tensor& x, const Tensor& norm, dou
                        const Optional& gate_a, const Optional& gate_b, double gate_scale, const Tensor& up_weight,
                        const Optional& up_bias, const Optional& up_a, const Optional& up_b, double up_scale, const Tensor& down_weight,
                        const Optional& down_bias, const Optional& down_a, const Optional& down_b, double down_scale);
+// What stands between a layer's linears, for rows [n, length], and its gradients (cpu/linear.h).
+Tensor norm(const Tensor& x, const Tensor& weight, double eps);
+Tensor norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, double eps);
+Tensor gate(const Tensor& gate, const Tensor& up);
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& dy, const Tensor& gate, const Tensor& up);
 Tensor add_lora(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b, double scale, bool transposed);
 Tensor lora_grad(const Tensor& c, const Tensor& z, double scale);
 

@@ -29,15 +29,33 @@ void linear(const LinearArgs& args, const Threads& threads) {
   for_each_part(threads, args.to, args.n * args.from, [&](int64_t begin, int64_t end) { columns_of(args, begin, end); });
 }
 
-void norm_linears(const NormArgs& norm, const LinearArgs* linears, int64_t count, const Threads& threads) {
+void norm(const NormArgs& args, const Threads& threads) {
+  for_each_chunk(threads, args.n, args.length,
+                 [&](int64_t begin, int64_t end) { kernels().norm_rows(args, begin, end, scratch(args.length)); });
+}
+
+void norm_backward(const NormGradArgs& args, const Threads& threads) {
+  const NormArgs& norm = args.norm;
   for_each_chunk(threads, norm.n, norm.length,
-                 [&](int64_t begin, int64_t end) { kernels().norm_rows(norm, begin, end, scratch(norm.length)); });
+                 [&](int64_t begin, int64_t end) { kernels().norm_backward_rows(args, begin, end, scratch(2 * norm.length)); });
+}
+
+void gate(const GateArgs& args, int64_t columns, const Threads& threads) {
+  for_each_chunk(threads, args.n, columns, [&](int64_t begin, int64_t end) { kernels().gate(args, begin, end, 0, columns); });
+}
+
+void gate_backward(const GateGradArgs& args, int64_t columns, const Threads& threads) {
+  for_each_chunk(threads, args.gate.n, columns, [&](int64_t begin, int64_t end) { kernels().gate_backward(args, begin, end, columns); });
+}
+
+void norm_linears(const NormArgs& args, const LinearArgs* linears, int64_t count, const Threads& threads) {
+  norm(args, threads);
   int64_t to = 0;
   for (int64_t i = 0; i < count; ++i) {
     kernels().linear_prepare(linears[i]);
     to += linears[i].to;
   }
-  for_each_part(threads, to, norm.n * norm.length, [&](int64_t begin, int64_t end) {
+  for_each_part(threads, to, args.n * args.length, [&](int64_t begin, int64_t end) {
     int64_t first = 0;
     for (int64_t i = 0; i < count; first += linears[i++].to)
       columns_of(linears[i], std::max<int64_t>(begin - first, 0), std::min(end - first, linears[i].to));
@@ -50,7 +68,7 @@ void gated_linears(const LinearArgs& gate, const LinearArgs& up, const Threads& 
   for_each_part(threads, gate.to, 2 * gate.n * gate.from, [&](int64_t begin, int64_t end) {
     columns_of(gate, begin, end);
     columns_of(up, begin, end);
-    kernels().gate_columns({gate.n, gate.y, up.y}, begin, end);
+    kernels().gate({gate.n, gate.y, up.y, gate.y}, 0, gate.n, begin, end);
   });
 }
 

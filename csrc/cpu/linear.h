@@ -1,4 +1,4 @@
-// Linear layers of few rows, whose weight is read once, and the small products of LoRA, on the CPU.
+// Linear layers of few rows, whose weight is read once, the small products of LoRA, and what stands between a layer's linears, on the CPU.
 #pragma once
 #include "common/rows.h"
 #include "threads.h"
@@ -47,11 +47,28 @@ struct NormArgs {
   float eps;
 };
 
-// gate = silu(gate) * up for rows [n, .] of one dtype, rounded in between.
+// Its gradient to x, from dy in y's place; the weight is frozen.
+struct NormGradArgs {
+  NormArgs norm;
+  Matrix dx;
+};
+
+// y = silu(gate) * up for rows [n, .] of one dtype, rounded in between; y may be gate.
 struct GateArgs {
   int64_t n;
-  Matrix gate, up;
+  Matrix gate, up, y;
 };
+
+// Its gradients, from dy in y's place.
+struct GateGradArgs {
+  GateArgs gate;
+  Matrix dgate, dup;
+};
+
+void norm(const NormArgs& args, const Threads& threads);
+void norm_backward(const NormGradArgs& args, const Threads& threads);
+void gate(const GateArgs& args, int64_t columns, const Threads& threads);
+void gate_backward(const GateGradArgs& args, int64_t columns, const Threads& threads);
 
 // A norm, and linears whose x is its y. A linear for gate and one for up, and what is made of both.
 void norm_linears(const NormArgs& norm, const LinearArgs* linears, int64_t count, const Threads& threads);

@@ -4,42 +4,19 @@ Reading its weights is most of what such a layer has to do; going from module to
 the layer does. What is not of the common kind, hooked, adapted otherwise than with plain LoRA, or replaced runs as it is.
 """
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from diffmas.models.attention import FusedForward, attend
+from diffmas.models.kinds import is_plain, kind_of
 from diffmas.models.linear_parts import is_ours, parts_of
 from diffmas.ops.linear import FEW_ROWS
 from diffmas.trace.forward_pass import ForwardPass
 
 __all__ = ["few_rows"]
 
-FAMILIES = ("Llama", "Mistral", "Ministral", "Ministral3", "Qwen2", "Qwen3")  # whose decoder layers do the same
-KINDS = {f"{family}{kind}": kind for family in FAMILIES for kind in ("DecoderLayer", "RMSNorm", "MLP")}
 CAPTURING = "transformers.utils.output_capturing"
-KINDS |= {"SiLU": "SiLU", "SiLUActivation": "SiLU"}
-
-
-@functools.cache
-def _kind(module_class: type, forward) -> str | None:
-    """What a class of transformers or torch is in such a layer. forward: the class's, which may be somebody else's."""
-    own = module_class.__module__.startswith(("transformers.", "torch.nn."))
-    while own and forward is not None:  # what wraps a function takes over its names, but not its globals
-        own = getattr(forward, "__globals__", {}).get("__name__", "").startswith(("transformers.", "torch."))
-        forward = getattr(forward, "__wrapped__", None)
-    return KINDS.get(module_class.__name__) if own else None
-
-
-def _is(module: nn.Module, kind: str) -> bool:
-    """Whether it is of a kind, and does what its class does."""
-    module_class = type(module)
-    return (
-        _kind(module_class, module_class.forward) == kind and not module._forward_hooks and not module._forward_pre_hooks
-        and "forward" not in module.__dict__
-    )  # fmt: skip
 
 
 def _seen(attention: nn.Module) -> bool:
@@ -59,7 +36,7 @@ def _linear(module: nn.Module, dtype: torch.dtype):
 
 def _norm(module: nn.Module, like: Tensor):
     """Its weight and eps."""
-    if not _is(module, "RMSNorm"):
+    if not is_plain(module, "RMSNorm"):
         return None
     weight = module._parameters["weight"]
     right = type(weight) is nn.Parameter and weight.dtype == like.dtype and weight.device == like.device
@@ -72,8 +49,7 @@ def few_rows(layer: nn.Module, forward_pass: ForwardPass, args: tuple, kwargs: d
     x = args[0] if args else kwargs["hidden_states"]
     if type(x) is not Tensor or not x.is_cpu or x.shape[1] > FEW_ROWS or not x.is_contiguous():
         return None
-    layer_class = type(layer)
-    if _kind(layer_class, layer_class.forward) != "DecoderLayer" or _has_any_global_hook():
+    if kind_of(layer) != "DecoderLayer" or _has_any_global_hook():
         return None
     if "position_embeddings" not in kwargs:
         return None
@@ -82,11 +58,11 @@ def few_rows(layer: nn.Module, forward_pass: ForwardPass, args: tuple, kwargs: d
     forward = getattr(attention.__dict__.get("forward"), "__self__", None)
     if type(forward) is not FusedForward or attention.diffmas_layer.family.qkv is not None:
         return None
-    if _seen(attention) or not _is(mlp, "MLP"):
+    if _seen(attention) or not is_plain(mlp, "MLP"):
         return None
     projections, inner, dtype = attention._modules, mlp._modules, x.dtype
     before, after = _norm(modules["input_layernorm"], x), _norm(modules["post_attention_layernorm"], x)
-    if before is None or after is None or not _is(inner["act_fn"], "SiLU"):
+    if before is None or after is None or not is_plain(inner["act_fn"], "SiLU"):
         return None
     linears = []
     for module in (

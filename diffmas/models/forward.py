@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmas.models.adapted import check_one_adapter
-from diffmas.models.linears import running
+from diffmas.models.running import running
 from diffmas.models.support import refuse
 from diffmas.trace import Trace
 from diffmas.trace.cache import cache_name

@@ -7,7 +7,6 @@ Without gradients few rows go further, a layer in three ops (diffmas.models.few_
 """
 
 import functools
-import threading
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +15,16 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from diffmas.models.adapted import is_wrapper
 from diffmas.models.few_rows import few_rows
+from diffmas.models.kinds import kind_of
 from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of
 from diffmas.models.parts import attention_layers, causal_lm_of
+from diffmas.models.pointwise import GatedForward, NormForward
+from diffmas.models.running import forward_pass_here, running
 from diffmas.ops.linear import linear, lora_grads, serves
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.lora_run import LoraRun
 
-__all__ = ["fuse_linears", "product", "restore_linears", "running"]
-
-
-class Running(threading.local):
-    """Of this thread: the forward pass whose layer runs."""
-
-    forward_pass: ForwardPass | None = None
-
-
-_running = Running()
-
-
-class running:  # noqa: N801
-    """A context in which the linears that are called belong to a forward pass."""
-
-    def __init__(self, forward_pass: ForwardPass):
-        self.forward_pass = forward_pass
-
-    def __enter__(self):
-        self.before, _running.forward_pass = _running.forward_pass, self.forward_pass
-
-    def __exit__(self, *_):
-        _running.forward_pass = self.before
+__all__ = ["fuse_layers", "product", "restore_layers"]
 
 
 class LayerForward(Ours):
@@ -82,31 +62,34 @@ class LinearForward(Ours):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         module = self.module
-        if not torch.compiler.is_compiling() and not args and not kwargs and _running.forward_pass is not None:
+        if not torch.compiler.is_compiling() and not args and not kwargs and (here := forward_pass_here()) is not None:
             parts = parts_of(module)
             if parts is not None and x.dtype == parts[0].dtype and type(x) is Tensor:
-                return run(x, *parts, _running.forward_pass)
+                return run(x, *parts, here)
         return type(module).forward(module, x, *args, **kwargs)
 
 
 def run(x: Tensor, weight, bias, a, b, scale: float, forward_pass: ForwardPass) -> Tensor:
     """x [..., in] -> [..., out]"""
-    rows = x.reshape(-1, x.shape[-1])
     if not torch.is_grad_enabled() or not (x.requires_grad or (a is not None and (a.requires_grad or b.requires_grad))):
-        y = linear(rows, weight, bias, a, b, scale)[0]
-    else:
-        token, run_of, number = None, None, 0
-        deferred = forward_pass.work.deferred
-        if a is not None and deferred is not None and _defers(a, b, forward_pass):
-            if deferred.lora is None:
-                deferred.lora = LoraRun()
-            run_of = deferred.lora
-            token, number = run_of.token(a, b, scale)
-            trained = (None, None)
-        else:  # a torch function, which whoever gives aliases of parameters sees
-            trained = tuple(w.view_as(w) if w is not None and w.requires_grad else None for w in (a, b))
-        y = LoraLinear.apply(rows, token, *trained, (weight, bias, a, b, scale, run_of, number))
-    return y.view(*x.shape[:-1], y.shape[-1])
+        return _of_rows(x, weight, bias, a, b, scale)[0]
+    token, run_of, number = None, None, 0
+    deferred = forward_pass.work.deferred
+    if a is not None and deferred is not None and _defers(a, b, forward_pass):
+        if deferred.lora is None:
+            deferred.lora = LoraRun()
+        run_of = deferred.lora
+        token, number = run_of.token(a, b, scale)
+        trained = (None, None)
+    else:  # a torch function, which whoever gives aliases of parameters sees
+        trained = tuple(w.view_as(w) if w is not None and w.requires_grad else None for w in (a, b))
+    return LoraLinear.apply(x, token, *trained, (weight, bias, a, b, scale, run_of, number))
+
+
+def _of_rows(x: Tensor, *rest, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
+    """`linear` of x [..., in]: y [..., out], and u [n, r]."""
+    y, u = linear(x.reshape(-1, x.shape[-1]), *rest, transposed)
+    return y.view(*x.shape[:-1], y.shape[-1]), u
 
 
 def _defers(a: Tensor, b: Tensor, forward_pass: ForwardPass) -> bool:
@@ -121,7 +104,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, token, a_input, b_input, rest):
         weight, bias, a, b, scale, run_of, number = rest
-        y, u = linear(x, weight, bias, a, b, scale)
+        y, u = _of_rows(x, weight, bias, a, b, scale)
         if not any(ctx.needs_input_grad[1:4]):
             x = u = None  # as in torch, the gradient to the input needs the weights alone
         ctx.save_for_backward(x, u, weight, a, b)
@@ -139,13 +122,14 @@ def _backward(ctx, dy):
     dx_wanted, deferred, da_wanted, db_wanted, _ = ctx.needs_input_grad
     dx, v, da, db = None, None, None, None
     if dx_wanted:
-        dx, v = linear(dy, weight, None, a, b, scale, transposed=True)
-    elif deferred or da_wanted or db_wanted:
-        v = dy.to(b.dtype) @ b
-    if deferred:
-        run_of.keep(number, x, u, dy, v)
-    elif da_wanted or db_wanted:
-        da, db = lora_grads(x, u, dy, v, scale)
+        dx, v = _of_rows(dy, weight, None, a, b, scale, transposed=True)
+    if deferred or da_wanted or db_wanted:
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        v = dy.to(b.dtype) @ b if v is None else v
+        if deferred:
+            run_of.keep(number, x, u, dy, v)
+        else:
+            da, db = lora_grads(x, u, dy, v, scale)
     return dx, None, da if da_wanted else None, db if db_wanted else None, None
 
 
@@ -180,6 +164,9 @@ def product(model: nn.Module, module: nn.Module, x: Tensor, transposed: bool = F
 # ---- putting it in, and taking it out --------------------------------------------------------------------------------
 
 
+BETWEEN = {"RMSNorm": NormForward, "MLP": GatedForward}  # what stands between a layer's linears
+
+
 def _is_free(module: nn.Module) -> bool:
     """Whether nobody else has replaced a module's forward."""
     return "forward" not in module.__dict__ and not hasattr(module, "_hf_hook")
@@ -194,21 +181,24 @@ def _linears(module: nn.Module):
             yield from _linears(child)
 
 
-def fuse_linears(body: nn.Module, head: nn.Module | None) -> None:
-    """Fuses the linears of a body's decoder layers and the model's head, but those whose forward is somebody else's."""
+def fuse_layers(body: nn.Module, head: nn.Module | None) -> None:
+    """Fuses the linears of a body's decoder layers and the model's head, and the layers' norms and gates, but those whose
+    forward is somebody else's."""
     inside = {id(child): module for module in body.modules() for child in module.children()}
     for layer in {id(x): x for x in (inside[id(attention)] for attention in attention_layers(body))}.values():
         if not _is_free(layer) and not is_ours(layer.__dict__.get("forward")):
             continue
         layer.forward = LayerForward(layer).forward
-        for module in _linears(layer):
+        ours = [(module, LinearForward) for module in _linears(layer)]
+        ours += [(module, BETWEEN[kind]) for module in layer.children() if (kind := kind_of(module)) in BETWEEN]
+        for module, forward in ours:
             if _is_free(module):
-                module.forward = LinearForward(module).forward
+                module.forward = forward(module).forward
     if type(head) is nn.Linear and _is_free(head):
         head.forward = LinearForward(head).forward
 
 
-def restore_linears(model: nn.Module) -> None:
+def restore_layers(model: nn.Module) -> None:
     for module in model.modules():
         if is_ours(module.__dict__.get("forward")):
             del module.forward

@@ -25,7 +25,7 @@ from diffmas.models.attention import Layer, install, uninstall
 from diffmas.models.forward import after_body, before_body
 from diffmas.models.generate import generate
 from diffmas.models.identity import fingerprint_of
-from diffmas.models.linears import fuse_linears, restore_linears
+from diffmas.models.linears import fuse_layers, restore_layers
 from diffmas.models.local import failing_together, gathered, is_part
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
 from diffmas.models.rehearsal import at_rest, rehearse
@@ -203,10 +203,10 @@ def _device(body: nn.Module, layer: int) -> torch.device:
 
 
 def _fuse(record: Patch, fuse: bool) -> None:
-    restore_linears(record.causal_lm)
+    restore_layers(record.causal_lm)
     record.fuse = fuse and linear.available(record.spec.backend)
     if record.fuse:
-        fuse_linears(record.body, record.causal_lm.get_output_embeddings())
+        fuse_layers(record.body, record.causal_lm.get_output_embeddings())
 
 
 def _install(record: Patch) -> None:
@@ -266,7 +266,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     record = patch_of(model)
     for attention, _ in record.pairs():
         uninstall(attention)
-    restore_linears(record.causal_lm)
+    restore_layers(record.causal_lm)
     before, after = record.hook_ids
     for hooks, hook in (
         (record.body._forward_pre_hooks, before), (record.body._forward_pre_hooks_with_kwargs, before),

@@ -38,6 +38,10 @@ LINEAR = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale, bool transposed) -> (Tensor, Tensor)",
     "norm_qkv": f"(Tensor x, Tensor norm, float eps, {_linears('q', 'k', 'v')}) -> (Tensor, Tensor, Tensor)",
     "after_attention": f"(Tensor o, Tensor x, Tensor norm, float eps, {_linears('o', 'gate', 'up', 'down')}) -> Tensor",
+    "norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
+    "norm_backward": "(Tensor dy, Tensor x, Tensor weight, float eps) -> Tensor",
+    "gate": "(Tensor gate, Tensor up) -> Tensor",
+    "gate_backward": "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     "add_lora": "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, float scale, bool transposed) -> Tensor",
     "lora_grad": "(Tensor c, Tensor z, float scale) -> Tensor",
 }

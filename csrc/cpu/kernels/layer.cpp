@@ -1,4 +1,4 @@
-// What a decoder layer does between its linears, for few rows: the norm, and the gate of its feed-forward part.
+// What a decoder layer does between its linears: the norm, and the gate of its feed-forward part. All round where torch does.
 #include "../linear.h"
 #include "kernels.h"
 #include "simd.h"
@@ -34,17 +34,68 @@ void norm_rows(const NormArgs& args, int64_t begin, int64_t end, float* x) {
   }
 }
 
-void gate_columns(const GateArgs& args, int64_t begin, int64_t end) {
-  for (int64_t i = 0; i < args.n; ++i)
+void norm_backward_rows(const NormGradArgs& args, int64_t begin, int64_t end, float* x) {
+  const NormArgs& norm = args.norm;
+  const int64_t d = norm.length;
+  const DType dtype = norm.x.dtype;
+  float* g = x + d;  // the gradient to x / rms(x), rounded as that was
+  for (int64_t i = begin; i < end; ++i) {
+    load_row(x, at(norm.x, i, 0), dtype, d);
+    load_row(g, at(norm.y, i, 0), dtype, d);
+    for (int64_t c = 0; c < d; c += kLinearColumns) {
+      float weight[kLinearColumns];
+      load_row(weight, static_cast<const char*>(norm.weight) + c * element_size(dtype), dtype, kLinearColumns);
+      for (int64_t j = 0; j < kLinearColumns; j += W) store(g + c + j, load(weight + j) * load(g + c + j));
+    }
+    round_row(g, at(args.dx, i, 0), dtype, d);
+    const float r = 1 / __builtin_sqrtf(sum_of_squares(x, d) / float(d) + norm.eps);
+    vf dots = {};
+    for (int64_t c = 0; c < d; c += W) dots += load(g + c) * load(x + c);
+    const float along = sum(dots) * r * r * r / float(d);
+    for (int64_t c = 0; c < d; c += W) store(x + c, load(g + c) * r - load(x + c) * along);
+    store_row(at(args.dx, i, 0), x, dtype, d);
+  }
+}
+
+void gate_block(const GateArgs& args, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+  const DType dtype = args.gate.dtype;
+  for (int64_t i = row_begin; i < row_end; ++i)
     for (int64_t c = begin; c < end; c += kLinearColumns) {
       float gate[kLinearColumns], up[kLinearColumns];
-      char* y = at(args.gate, i, c);
-      load_row(gate, y, args.gate.dtype, kLinearColumns);
-      load_row(up, at(args.up, i, c), args.up.dtype, kLinearColumns);
+      char* y = at(args.y, i, c);
+      load_row(gate, at(args.gate, i, c), dtype, kLinearColumns);
+      load_row(up, at(args.up, i, c), dtype, kLinearColumns);
       for (int64_t j = 0; j < kLinearColumns; j += W) store(gate + j, load(gate + j) / (1.f + exp(-load(gate + j))));
-      round_row(gate, y, args.gate.dtype, kLinearColumns);
+      round_row(gate, y, dtype, kLinearColumns);
       for (int64_t j = 0; j < kLinearColumns; j += W) store(gate + j, load(gate + j) * load(up + j));
-      store_row(y, gate, args.gate.dtype, kLinearColumns);
+      store_row(y, gate, dtype, kLinearColumns);
+    }
+}
+
+void gate_backward_rows(const GateGradArgs& args, int64_t begin, int64_t end, int64_t columns) {
+  const DType dtype = args.gate.gate.dtype;
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t c = 0; c < columns; c += kLinearColumns) {
+      float gate[kLinearColumns], up[kLinearColumns], dy[kLinearColumns], sigmoid[kLinearColumns];
+      char *dgate = at(args.dgate, i, c), *dup = at(args.dup, i, c);
+      load_row(gate, at(args.gate.gate, i, c), dtype, kLinearColumns);
+      load_row(up, at(args.gate.up, i, c), dtype, kLinearColumns);
+      load_row(dy, at(args.gate.y, i, c), dtype, kLinearColumns);
+      float silu[kLinearColumns], dsilu[kLinearColumns];
+      for (int64_t j = 0; j < kLinearColumns; j += W) {
+        store(sigmoid + j, 1.f / (1.f + exp(-load(gate + j))));
+        store(silu + j, load(gate + j) / (1.f + exp(-load(gate + j))));
+        store(dsilu + j, load(dy + j) * load(up + j));
+      }
+      round_row(silu, dup, dtype, kLinearColumns);
+      round_row(dsilu, dgate, dtype, kLinearColumns);
+      for (int64_t j = 0; j < kLinearColumns; j += W) {
+        const vf s = load(sigmoid + j);
+        store(silu + j, load(dy + j) * load(silu + j));
+        store(dsilu + j, load(dsilu + j) * s * (1.f + load(gate + j) * (1.f - s)));
+      }
+      store_row(dup, silu, dtype, kLinearColumns);
+      store_row(dgate, dsilu, dtype, kLinearColumns);
     }
 }
 

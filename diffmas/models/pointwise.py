@@ -1,0 +1,89 @@
+"""RMSNorm and the gated feed-forward part of a patched model's layers in a forward over a trace on the CPU: an op each, which
+keeps its inputs alone and rounds where transformers' own chain of eight does.
+
+Where a norm's weight is trained, and where anything is not of the common kind, the module runs as it is.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from diffmas.models.kinds import is_plain, kind_of
+from diffmas.models.linear_parts import Ours
+from diffmas.models.running import forward_pass_here
+
+__all__ = ["GatedForward", "NormForward"]
+
+COLUMNS = 32  # row lengths are multiples of it
+
+
+def _serves(x: Tensor) -> bool:
+    return (
+        type(x) is Tensor and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.shape[-1] % COLUMNS == 0
+        and forward_pass_here() is not None and not torch.compiler.is_compiling()
+    )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., length] -> [n, length] whose rows are in one piece."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+class Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return torch.ops.diffmas_native.norm(_rows(x), weight, eps).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return torch.ops.diffmas_native.norm_backward(_rows(dy), _rows(x), weight, ctx.eps).view(x.shape), None, None
+
+
+class NormForward(Ours):
+    """The forward of an RMSNorm. x [..., hidden] -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.module
+        weight = norm._parameters.get("weight")
+        if kind_of(norm) == "RMSNorm" and _serves(x) and _fits(weight, x):
+            return Norm.apply(x, weight, norm.variance_epsilon)
+        return type(norm).forward(norm, x)
+
+
+def _fits(weight, x: Tensor) -> bool:
+    if type(weight) is not nn.Parameter or (weight.requires_grad and torch.is_grad_enabled()):
+        return False
+    return weight.dtype == x.dtype and weight.is_cpu and weight.is_contiguous()
+
+
+class Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return torch.ops.diffmas_native.gate(_rows(gate), _rows(up)).view(gate.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.ops.diffmas_native.gate_backward(_rows(dy), _rows(gate), _rows(up))
+        return dgate.view(gate.shape), dup.view(up.shape)
+
+
+class GatedForward(Ours):
+    """The forward of an MLP, down(silu(gate(x)) * up(x)). x [..., hidden] -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mlp, modules = self.module, self.module._modules
+        if kind_of(mlp) != "MLP" or not is_plain(modules["act_fn"], "SiLU") or _has_any_global_hook() or not _serves(x):
+            return type(mlp).forward(mlp, x)
+        gate, up = modules["gate_proj"](x), modules["up_proj"](x)
+        if not _serves(gate) or type(up) is not Tensor or gate.shape != up.shape or gate.dtype != up.dtype:
+            return modules["down_proj"](modules["act_fn"](gate) * up)
+        return modules["down_proj"](Gate.apply(gate, up))

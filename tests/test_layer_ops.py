@@ -93,7 +93,7 @@ def test_bits_do_not_depend_on_the_threads():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_instruction_set(form):
-    run_again(form, __file__, "test_the_ops or large_numbers")
+    run_again(form, __file__, "test_the_ops or large_numbers or test_norm_and_gate or test_a_gate")
 
 
 def test_what_is_wrong_is_said():

@@ -10,6 +10,7 @@ import tiny_systems as tiny
 import torch
 from models import assert_close, body, prefill, tokens
 from models import tiny as tiny_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -258,6 +259,23 @@ def test_text_agents_beside_latent_ones():
     assert [lane.message for lane in look.lanes] == [turn.texts[0].strip() for turn in turns]
     assert [lane.tokens for lane in look.lanes] == [turn.lengths[0] for turn in turns]
     assert dict(look.facts).get("answer of text agents", "") == answers.texts[0][0].strip()
+
+
+def test_each_agent_speaks_by_its_own_head():
+    """With adapters by role, LoRA on the head too: the first latent step says what the planner would say next."""
+    model = tiny_model("qwen3", torch.float32, patch=False, tie_word_embeddings=False)
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    names = [agent.name for agent in systems.AGENTS]
+    model = get_peft_model(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    system = MultiAgentSystem(model, systems.tokenizer(), systems.AGENTS, adapter_scope="per_role", realign="none").eval()
+    look = look_at(system, QUESTION, max_new_tokens=2)
+    ids = torch.tensor([system.prompt_ids(systems.AGENTS[0], {"question": QUESTION})])
+    for name, same in (("planner", True), ("critic", False)):
+        model.set_adapter(name)
+        best = model(ids, use_cache=False).logits[0, -1].softmax(-1).topk(3).values.tolist()
+        assert ([p for _, p in look.blocks[1].steps[0].nearest[:3]] == pytest.approx(best, rel=1e-3)) == same
 
 
 def test_agents_without_a_turn():

@@ -93,7 +93,7 @@ def test_wheel_without_a_compiler_works_and_says_so(source, tmp_path):
         "diffmas/ops/reference.py", "diffmas/evaluation/run.py", "diffmas/demo/base/model.safetensors",
         "diffmas/kernels/inject.py", "diffmas/build_info.json", "diffmas/benchmarks/bench_attention.py",
         "diffmas/benchmarks/page.html", "diffmas/benchmarks/studies/facts.yaml", "diffmas/py.typed",
-        *(f"diffmas/evaluation/look/page.{kind}" for kind in ("html", "css", "js")),
+        *(f"diffmas/evaluation/look/page.{kind}" for kind in ("html", "css", "js", "figures.js")),
     ):  # fmt: skip
         assert wanted in names
     data = {name for name in names if name.startswith("diffmas/kernels/") and not name.endswith(".py")}

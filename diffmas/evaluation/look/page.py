@@ -17,14 +17,15 @@ ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}  # no text of 
 def page(look: Look, path) -> Path:
     """Writes the page. What a model wrote is only ever text in it, and nothing is loaded: a policy in the page forbids all but
     its own script and style."""
-    path, parts = Path(path), {name: (HERE / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    script, style = (f"'sha256-{_digest(parts[name])}'" for name in ("js", "css"))
+    path, read = Path(path), lambda name: (HERE / name).read_text(encoding="utf-8")
+    style, script = read("page.css"), read("page.figures.js") + read("page.js")
+    allowed = f"script-src 'sha256-{_digest(script)}'; style-src 'sha256-{_digest(style)}'"
     filled = {
-        "title": html.escape(look.title), "style": parts["css"], "script": parts["js"],
-        "policy": f"default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'",
+        "title": html.escape(look.title), "style": style, "script": script,
+        "policy": f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'",
         "data": json.dumps(look.to_dict(), ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(ESCAPED),
     }  # fmt: skip
-    pieces = parts["html"].split("{{")  # the template's own marks alone: what is filled in may hold some
+    pieces = read("page.html").split("{{")  # the template's own marks alone: what is filled in may hold some
     text = pieces[0] + "".join(filled[name] + rest for name, rest in (p.split("}}", 1) for p in pieces[1:]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.gradient_report import GradientReport, norm_of
 from diffmas.agents.system import MultiAgentSystem
@@ -42,7 +43,7 @@ def look_at(
         system(questions, [ids])
     names, reads = [agent.name for agent in system.agents], system.graph.reads
     lanes = [Lane(name, [edge.agent for edge in edges]) for name, edges in zip(names, reads)]
-    facts = [("answer", system.text_of(ids))]
+    facts = [("answer", system.text_of(ids, generation.get("stop")))]
     blocks, found = _blocks(system, watch.passes, len(ids), nearest)
     for block in blocks:
         if block.kind == "prompt" and system.chat_template:
@@ -84,12 +85,14 @@ def _blocks(system, passes: list[Pass], answer: int, nearest: int) -> tuple[list
         if kind != "latent":
             texts = texts_of(system.tokenizer, [int(p.ids[i]) for p, i in rows])
         steps = []
-        if kind == "answer":  # each token was chosen by the row before it
-            steps = _steps(system, [(p, i - 1) for p, i in rows], nearest, torch.tensor([int(p.ids[i]) for p, i in rows]))
-            for step, text in zip(steps, texts):
-                step.text = text
-        elif kind == "latent":
-            steps = _steps(system, rows, nearest)
+        with adapters.of_agent(system, names.index(agent)):  # which may have a head of its own
+            if kind == "answer":  # each token was chosen by the row before it
+                chosen = torch.tensor([int(p.ids[i]) for p, i in rows])
+                steps = _steps(system, [(p, i - 1) for p, i in rows], nearest, chosen)
+            elif kind == "latent":
+                steps = _steps(system, rows, nearest)
+        for step, text in zip(steps if kind == "answer" else [], texts):
+            step.text = text
         blocks.append(Block(names.index(agent), kind, int(rows[0][0].positions[rows[0][1]]), len(rows), texts, steps))
     return blocks, [rows for _, _, rows in tokens]
 

@@ -1,13 +1,20 @@
 """What the commands share: where they write, how they fail, and options that several of them have."""
 
+import contextlib
 import functools
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-__all__ = ["ConfigFile", "Device", "Fields", "console", "device_of", "errors", "explained", "fields_of"]
+__all__ = [
+    "AsJson", "ConfigFile", "Device", "Fields", "console", "device_of", "errors", "explained", "fields_of", "goes_on",
+    "print_json", "warn",
+]  # fmt: skip
 
 console = Console()
 errors = Console(stderr=True)
@@ -18,9 +25,12 @@ Fields = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one")]
 
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+
 
 def explained(command):
-    """Decorates a command: the user's errors become one line on stderr and exit status 1; others keep their traceback."""
+    """Decorates a command: the user's errors become one line on stderr and exit status 1, Ctrl-C one with status 130; others
+    keep their traceback."""
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
@@ -29,8 +39,38 @@ def explained(command):
         except (ValueError, OSError, FloatingPointError) as error:  # the last is diffmas.training.NonFiniteLoss
             errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            errors.print(f"interrupted{'; ' + str(error) if str(error) else ''}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(130) from error
 
     return wrapped
+
+
+@contextlib.contextmanager
+def goes_on(how: Callable[[], str]):
+    """Inside, Ctrl-C says how the work goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(how()) from error
+
+
+def print_json(data) -> None:
+    """One JSON object on stdout; numbers that are not finite, which JSON does not know, are null."""
+
+    def finite(x):
+        if isinstance(x, dict):
+            return {str(key): finite(value) for key, value in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [finite(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    typer.echo(json.dumps(finite(data), ensure_ascii=False, allow_nan=False))
+
+
+def warn(line: str) -> None:
+    """A line on stderr that nothing depends on."""
+    errors.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def device_of(name: str | None) -> str:

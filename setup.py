@@ -19,6 +19,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,6 +91,15 @@ def find_torch():
     return None
 
 
+def say(text):
+    """To the person who waits: pip keeps to itself what a build prints."""
+    try:
+        with open("/dev/tty", "w") as terminal:
+            terminal.write(f"diffmas: {text}\n")
+    except OSError:  # nobody is there
+        print(text, flush=True)
+
+
 def run(command, tool):
     print(shlex.join(command), flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
@@ -98,20 +109,27 @@ def run(command, tool):
         raise BuildError(f"`{tool}` failed at install time: {next((x for x in lines if 'error' in x), lines[-1])}")
 
 
-def compile_all(jobs, build_dir):
-    """jobs: (source, object, command without them); -> the objects, compiled anew where a source is newer."""
+def compile_all(jobs, build_dir, what):
+    """jobs: (source, object, command without them); -> the objects, compiled anew where a source is newer. what: they are."""
     headers = max(p.stat().st_mtime for p in [Path(__file__), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
     build_dir.mkdir(parents=True, exist_ok=True)
+    outputs = [(build_dir / name, source, command) for source, name, command in jobs]
+    missing = [o for o, source, _ in outputs if not o.exists() or o.stat().st_mtime < max(headers, source.stat().st_mtime)]
+    workers, start, done, lock = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1)), time.monotonic(), [], threading.Lock()
+    if missing:
+        say(f"{what}: {len(missing)} files to compile, {workers} at once (MAX_JOBS)")
 
     def compile_one(job):
-        source, name, command = job
-        output = build_dir / name
-        if not output.exists() or output.stat().st_mtime < max(headers, source.stat().st_mtime):
+        output, source, command = job
+        if output in missing:
             run([*command, "-c", str(source), "-o", str(output)], command[0])
+            with lock:
+                done.append(output)
+                say(f"{what}: {len(done)} of {len(missing)}, {time.monotonic() - start:.0f} s, {output.name}")
         return str(output)
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        return list(pool.map(compile_one, jobs))
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(compile_one, outputs))
 
 
 def compile_cuda(build_dir):
@@ -127,7 +145,8 @@ def compile_cuda(build_dir):
     if runtime is None:
         raise BuildError(f"{nvcc} has no libcudart_static.a")
     command = lambda source: [nvcc, *CUDA_FLAGS, SM90 if source.stem.endswith("_sm90") else ALL_TARGETS, f"-I{CSRC}"]
-    objects = compile_all([(s, f"{s.stem}.cuda.o", command(s)) for s in sorted(CSRC.glob("cuda/*.cu"))], build_dir)
+    jobs = [(s, f"{s.stem}.cuda.o", command(s)) for s in sorted(CSRC.glob("cuda/*.cu"))]
+    objects = compile_all(jobs, build_dir, "CUDA kernels (NVCC= leaves them out)")
     # The runtime is ours alone: torch may bring another one into the process.
     return objects, [str(runtime), "-Wl,--exclude-libs,libcudart_static.a", "-lpthread", "-ldl", "-lrt"]
 
@@ -158,7 +177,7 @@ def compile_library(target, build_dir):
         for source in sorted(x for some in sources for x in CSRC.glob(f"cpu/kernels/{some}"))
         for isa, more in isas.items()
     ]
-    objects = compile_all(jobs, build_dir)
+    objects = compile_all(jobs, build_dir, "CPU kernels")
     why_no_cuda, links, cuda = None, [], []
     try:
         more, links = compile_cuda(build_dir)
@@ -168,7 +187,7 @@ def compile_library(target, build_dir):
     binding = [*command, *cuda, "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch / 'include'}"]
     kind = "binding.with_cuda" if cuda else "binding"
     sources = [s for s in sorted(CSRC.glob("binding/*.cpp")) if cuda or s.stem != "cuda"]
-    objects += compile_all([(s, f"{s.stem}.{kind}.o", binding) for s in sources], build_dir)
+    objects += compile_all([(s, f"{s.stem}.{kind}.o", binding) for s in sources], build_dir, "torch's ops")
     target.parent.mkdir(parents=True, exist_ok=True)
     link = [*compiler, *SANITIZE, "-shared", *objects, *links, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(target)]
     run(link, compiler[0])

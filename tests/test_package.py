@@ -127,3 +127,50 @@ def test_env_command_says_what_is_missing():
     assert run.returncode == 0, run.stderr
     assert "backend triton" in run.stdout and "there is no CUDA device" in run.stdout
     assert "backend reference" in run.stdout and "transformers" in run.stdout
+
+
+def test_a_build_says_what_it_compiles(tmp_path, monkeypatch):
+    """Before and after each file, and nothing where all are there already."""
+    names = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    monkeypatch.chdir(ROOT)
+    exec((ROOT / "setup.py").read_text().split("\nsetup(\n")[0], names)
+    said = []
+    names["say"], names["run"] = said.append, lambda command, tool: Path(command[-1]).touch()
+    monkeypatch.setenv("MAX_JOBS", "2")
+    source = ROOT / "csrc" / "cpu" / "inject.cpp"
+    jobs = [(source, f"{name}.o", ["cc"]) for name in "abc"]
+    assert names["compile_all"](jobs, tmp_path, "CPU kernels") == [str(tmp_path / f"{name}.o") for name in "abc"]
+    assert said[0] == "CPU kernels: 3 files to compile, 2 at once (MAX_JOBS)" and len(said) == 4
+    assert "CPU kernels: 3 of 3, 0 s" in said[-1]
+    said.clear()
+    names["compile_all"](jobs, tmp_path, "CPU kernels")
+    assert said == []
+
+
+def test_a_wheel_for_every_python_needs_the_stable_abi_alone(tmp_path):
+    """What `make wheel` checks, on the library that is here."""
+    from tools import check_wheel
+
+    assert check_wheel.unstable(["aoti_torch_empty_strided", "_ZTVN10__cxxabiv117__class_type_infoE", "memcpy"]) == []
+    for name in (
+        "PyObject_Call",
+        "_Py_Dealloc",
+        "_ZN2at4_ops3add4callE",
+        "_ZNK3c1010TensorImpl5sizesEv",
+        "_ZN5torch7Library4implE",
+    ):
+        assert check_wheel.unstable([name]) == [name]
+    check_wheel.check_tag(Path("diffmas-0.1.0-py3-none-manylinux_2_34_x86_64.whl"))
+    for name in ("cp311-cp311-manylinux_2_34_x86_64", "py3-none-linux_x86_64", "py3-none-any"):
+        with pytest.raises(SystemExit, match="expected a tag of any Python"):
+            check_wheel.check_tag(Path(f"diffmas-0.1.0-{name}.whl"))
+    wheel = tmp_path / "w.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("diffmas/__init__.py", "")
+    with pytest.raises(SystemExit, match="built without a compiler"):
+        check_wheel.check_symbols(wheel, tmp_path)
+    if not extension.loaded or not shutil.which("nm"):
+        pytest.skip(f"no library here, or no nm: {extension.error}")
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.write(ROOT / "diffmas" / "libdiffmas.so", check_wheel.LIBRARY)
+    check_wheel.check_symbols(wheel, tmp_path)

@@ -63,7 +63,7 @@ def test_train_says_what_it_does_and_saves(project, trained):
     assert "best eval_loss" in trained and "4 steps" in trained
     names = {p.name for p in (project / "run").iterdir()} - {"README.md", "special_tokens_map.json"}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "agents.json", "checkpoint-2", "checkpoint-4", "runs",
+        "adapter_config.json", "adapter_model.safetensors", "agents.json", "card.json", "checkpoint-2", "checkpoint-4", "runs",
         "gradients.csv", "gradients.png", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert list((project / "run").glob("runs/**/events.out.tfevents.*"))
@@ -117,11 +117,19 @@ def test_evaluate_compares(project, trained):
     result = call("evaluate", project / "config.yaml", "--adapter", project / "run", "--device", "cpu")
     assert all(name in result.stdout for name in ("single", "text", "latent_mas", "diffmas", "perplexity"))
     directory = project / "run" / "evaluation"
-    assert {p.name for p in directory.iterdir()} == {"results.csv", "entropy.csv", "results.png", "answers.jsonl"}
+    assert {p.name for p in directory.iterdir()} == {
+        "results.csv", "entropy.csv", "results.png", "answers.jsonl", "made_with.json",
+    }  # fmt: skip
     assert len((directory / "answers.jsonl").read_text().splitlines()) == 2
     for row in read_csv(directory / "results.csv"):
         # Two samples of each of two questions: pass@1 is the accuracy, and pass@2 counts questions with a right one.
         assert row["pass_at_1"] == row["accuracy"] and float(row["pass_at_1"]) <= float(row["pass_at_2"]) <= 1
+    made = json.loads((directory / "made_with.json").read_text())
+    assert made["versions"]["torch"] and "commit" in made and made["seed"] == 0 and made["data"] == "rows.jsonl"
+    said = (project / "run" / "README.md").read_text()
+    row = read_csv(directory / "results.csv")[-1]
+    assert f"| rows.jsonl | diffmas | {100 * float(row['accuracy']):.1f} | [" in said and "- seed: 42" in said
+    assert "- validation rows: 2" in said and f"torch {made['versions']['torch']}" in said
     bare = call("evaluate", project / "config.yaml", "--output", project / "bare", "--device", "cpu").stdout
     assert "latent_mas" in bare and len((project / "bare" / "results.csv").read_text().splitlines()) == 4
 
@@ -260,7 +268,7 @@ def test_text_agents_of_a_task_keep_system_messages(project):
 def test_audit_says_who_communicates(project, trained, tmp_path):
     result = call("audit", project / "config.yaml", "--adapter", project / "run", "--device", "cpu", "--kind", "latent")
     assert "no evidence that the team communicates" in result.stdout and "other: critic" in result.stdout
-    assert {p.name for p in (project / "run" / "audit").iterdir()} == {"audit.csv", "audit.png"}
+    assert {p.name for p in (project / "run" / "audit").iterdir()} == {"audit.csv", "audit.png", "made_with.json"}
     of_two = ("--device", "cpu", "--limit", 2, "--output", tmp_path)
     result = call("audit", settings_of(project, tmp_path, evaluation={"data": str(project / "rows.jsonl")}), *of_two)
     assert "2 questions" in result.stdout and "10 questions" not in result.stdout
@@ -447,3 +455,12 @@ def test_the_example_is_a_config(pytestconfig):
     assert len(train) == 4 and len(held_out) == 1
     arguments = build.training_arguments(settings)  # also without a GPU
     assert not arguments.bf16 and arguments.gradient_accumulation_steps == 64
+
+
+def test_latents_unlike_tokens_are_told_before_training(project, tmp_path):
+    system, limits = {"realign": "none"}, {"methods": ["latent_mas"], "limit": 1}
+    path = settings_of(project, tmp_path, system=system, evaluation=limits, output_dir=str(tmp_path / "run"))
+    assert "times a token's norm; try realign='ridge'" in call("train", path, "--overwrite").output
+    assert "times a token's norm" in call("evaluate", path, "--output", tmp_path / "out", "--device", "cpu").output
+    path = settings_of(project, tmp_path, evaluation=limits, output_dir=str(tmp_path / "run"))
+    assert "token's norm" not in call("evaluate", path, "--output", tmp_path / "out", "--device", "cpu").output

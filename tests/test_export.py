@@ -9,9 +9,11 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from diffmas import MultiAgentSystem
+from diffmas.agents import card as cards
+from diffmas.agents import hub
+from diffmas.agents.hub import check_push
 from diffmas.cli import main as cli
-from diffmas.serving import export as exporting
-from diffmas.serving.export import check_push, export
+from diffmas.serving.export import export
 
 HUB = "someone/base-1b"
 
@@ -83,7 +85,7 @@ def test_the_card_says_what_it_is(tmp_path, base, monkeypatch):
         assert text in card.text, text
     known = tmp_path / "cached.md"
     known.write_text("---\nlicense: other\nlicense_name: house\nlicense_link: LICENSE\n---\nA base model.\n")
-    monkeypatch.setattr(exporting, "try_to_load_from_cache", lambda repo, name: str(known) if repo == HUB else None)
+    monkeypatch.setattr(cards, "try_to_load_from_cache", lambda repo, name: str(known) if repo == HUB else None)
     card = read()
     assert (card.data.license, card.data.license_name) == ("other", "house") and "base model: house" in card.text
 
@@ -94,7 +96,7 @@ def test_the_licence_beside_a_base_model(tmp_path, base):
     card = ModelCard.load(export(tmp_path / "team", tmp_path / "out") / "README.md")
     assert card.data.license == "mit" and card.data.base_model is None
     (base / "README.md").write_text("---\n- no\n: card\n---\n")
-    assert exporting.licence_of(str(base)) == {}
+    assert cards.licence_of(str(base)) == {}
 
 
 def test_what_is_refused_leaves_everything_as_it_was(tmp_path, base):
@@ -152,7 +154,7 @@ def test_push_to_the_hub(tmp_path, base, monkeypatch):
     from huggingface_hub import HfApi
 
     calls = []
-    monkeypatch.setattr(exporting, "HfApi", lambda: FakeHub(calls))
+    monkeypatch.setattr(hub, "HfApi", lambda: FakeHub(calls))
     saved(base, tmp_path / "team")
     out = tmp_path / "out"
     for arguments, says in (

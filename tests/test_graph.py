@@ -13,12 +13,12 @@ from transformers import DynamicCache
 from diffmas import Agent, MultiAgentSystem, Trace
 from diffmas.agents import prompts
 from diffmas.agents.board import Board
+from diffmas.agents.card import contents
 from diffmas.agents.graph import Graph, Read
 from diffmas.evaluation.baselines import Stitched, TextAgents, single_agent
 from diffmas.evaluation.plain_hf import plain_loss
 from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_of
-from diffmas.serving.export import card
 from diffmas.trace.cache import cache_argument
 
 TIGHT = 1e-9  # everything is float64
@@ -454,7 +454,7 @@ def test_a_graph_is_saved_and_loaded(tmp_path):
     s.save_pretrained(tmp_path)
     described = json.loads((tmp_path / "agents.json").read_text())
     assert described["agents"][2]["reads"] == [{"agent": "a", "positions": "same_branch"}]
-    assert "### solver: answers, reads c (reindex), b (keep), a (shift)" in str(card(described, "team"))
+    assert "### solver: answers, reads c (reindex), b (keep), a (shift)" in contents(described, "team")[1]
     loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer())
     assert loaded.agents == agents and loaded.agents[2].reads == (Read("a", "same_branch"),)
     s.load_weights(tmp_path)

@@ -11,11 +11,11 @@ from test_ragged import planned, rows_of
 
 from diffmas import Agent, MultiAgentSystem, Trace
 from diffmas.agents import turns
+from diffmas.agents.card import contents
 from diffmas.agents.jacobi import latent_passes, rows_written
 from diffmas.agents.latent import latent_steps
 from diffmas.evaluation.plain_hf import plain_generate, plain_loss
 from diffmas.models.patch import patch_of
-from diffmas.serving.export import card
 
 TIGHT = 1e-9  # everything is float64
 STEPS = [(6, 1), (0, 5), (3, 4)]  # of the planner and of the critic
@@ -238,7 +238,7 @@ def test_passes_are_saved_and_loaded(tmp_path):
     loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer())
     assert loaded.agents == agents
     described = json.loads((tmp_path / "agents.json").read_text())
-    assert f"### planner: T = {AGENTS[0].latent_steps} in 2 passes" in str(card(described, "team"))
+    assert f"### planner: T = {AGENTS[0].latent_steps} in 2 passes" in contents(described, "team")[1]
     one_by_one = MultiAgentSystem(with_lora(tiny("qwen3", patch=False)), tokenizer(), AGENTS)
     with pytest.raises(ValueError, match="agents.json: expected agents "):
         one_by_one.load_weights(tmp_path)

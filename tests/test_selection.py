@@ -14,12 +14,12 @@ from test_graph import TIGHT, Loop, agent, exact, loop_loss
 from diffmas import Agent, MultiAgentSystem, Segment, Trace
 from diffmas.agents import board, prompts
 from diffmas.agents.board import Board
+from diffmas.agents.card import contents
 from diffmas.agents.meter import measuring
 from diffmas.agents.scores import attention_by_layer, scores
 from diffmas.agents.selection import MEASURED, selected
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
-from diffmas.serving.export import card
 from diffmas.trace.attention_mass import AttentionMass
 from diffmas.trace.views import places, rows_of
 
@@ -493,7 +493,7 @@ def test_a_selection_is_saved_and_loaded(tmp_path):
         {"agent": "c", "positions": None, "select": {"kind": "latent", "rows": 1}},
         {"agent": "b", "positions": "keep", "select": {"every": 2}},
     ]
-    assert "reads c (kind latent, rows 1), b (keep, every 2), a (rows 20)" in str(card(described, "team"))
+    assert "reads c (kind latent, rows 1), b (keep, every 2), a (rows 20)" in contents(described, "team")[1]
     loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer())
     assert loaded.agents == agents
     s.load_weights(tmp_path)
@@ -547,7 +547,7 @@ def test_a_budget_is_saved_and_loaded(tmp_path):
     loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer())
     assert loaded.agents == s.agents
     described = json.loads((tmp_path / "agents.json").read_text())
-    assert "### b: T = 3, at most 5 rows\n" in str(card(described, "team"))
+    assert "### b: T = 3, at most 5 rows\n" in contents(described, "team")[1]
     for x in described["agents"]:
         del x["max_rows"], x["max_rows_by"]  # as a directory from before there were any
     (tmp_path / "agents.json").write_text(json.dumps(described))

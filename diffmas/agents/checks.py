@@ -6,16 +6,21 @@ from diffmas.agents.graph import check_graph
 from diffmas.agents.prompts import Agent
 from diffmas.models.adapted import check_adapters, check_bare
 
-__all__ = ["check_team"]
+__all__ = ["check_agents", "check_team"]
 
 
-def check_team(model: nn.Module, agents: list[Agent], adapter_scope: str, trace_content: str, sinks: int) -> None:
-    """Raises ValueError naming the argument that does not fit: agents among each other, or their adapters and the model's."""
+def check_agents(agents: list[Agent]) -> None:
+    """Raises ValueError for agents that do not fit to each other, whatever their model."""
     if not agents:
         raise ValueError("agents: expected at least one agent, got an empty list")
     names = [agent.name for agent in agents]
     if len(set(names)) != len(names):
         raise ValueError(f"agents: expected distinct names, got {names}")
+
+
+def check_team(model: nn.Module, agents: list[Agent], adapter_scope: str, trace_content: str, sinks: int) -> None:
+    """Raises ValueError naming the argument that does not fit: agents among each other, or their adapters and the model's."""
+    check_agents(agents)
     check_graph(agents, trace_content, sinks, model.config.get_text_config().num_hidden_layers)
     check_adapters(model)
     if adapter_scope == "final_only":

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffmas.agents import card
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
 from diffmas.models.adapted import base_weights, trained_in_base
@@ -112,8 +113,10 @@ def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tens
         return
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(path))
+    readme = path / card.CARD
+    before = readme.read_text(encoding="utf-8") if readme.is_file() else None
     if hasattr(model, "peft_config"):
-        model.save_pretrained(str(path), state_dict=adapters)
+        model.save_pretrained(str(path), state_dict=adapters)  # writes into the card, too
     if learned_map is not None:
         save_file({"weight": learned_map.cpu().contiguous()}, path / MAP_FILE)
     head = {
@@ -121,7 +124,12 @@ def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tens
         "base_fingerprint": fingerprint, "trained_in_base": trained, "adapters": adapters_of(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }  # fmt: skip
-    write_json(path / AGENTS_FILE, {**head, **description})
+    described = {**head, **description}
+    if before is None:
+        readme.unlink(missing_ok=True)
+    (path / card.FACTS).unlink(missing_ok=True)  # of the weights that were there
+    card.write(path, described, before=before)
+    write_json(path / AGENTS_FILE, described)
 
 
 def _check(data, kinds: dict, where: str) -> None:

@@ -108,7 +108,7 @@ class Graph:
         return {edge.select.by for edge in self.reads[i] if edge.select is not None} & {*MEASURED}
 
 
-def check_graph(agents, trace_content: str, sinks: int, layers: int) -> None:
+def check_graph(agents, trace_content: str, sinks: int, layers: float) -> None:
     """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows, or layers, that are
     never there. layers: of the model."""
     reads = Graph.of(agents).reads

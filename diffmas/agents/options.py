@@ -8,6 +8,7 @@ from diffmas.trace.views import SINKS
 __all__ = ["Options"]
 
 CHOICES = {
+    "realign": ("none", "norm", "ridge", "soft_token", "learned"),
     "grad_scope": ("full", "detach_trace", "last_k"),
     "trace_content": ("all", "latent_only"),
     "adapter_scope": ("shared", "per_role", "final_only"),
@@ -21,8 +22,8 @@ class Options:
     """How agents communicate and which of them are trained; see `MultiAgentSystem` for each field.
 
     Also the keys of agents.json and of the section `system` in config.yaml. Raises ValueError naming a field whose value is
-    not one of its choices; `realign` and `temperature` are checked by `diffmas.agents.realign`, `chat_options` against the
-    template by `diffmas.agents.chat`.
+    not one of its choices; `temperature` is checked by `diffmas.agents.realign`, `chat_options` against the template by
+    `diffmas.agents.chat`.
     """
 
     realign: str = "ridge"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffmas.agents.eval_mode import evaluating
+from diffmas.agents.options import CHOICES
 from diffmas.models.adapted import adapter_state
 from diffmas.models.identity import state_of
 from diffmas.models.linear_parts import is_ours
@@ -24,7 +25,7 @@ from diffmas.models.local import for_all, gathered, local
 
 __all__ = ["REALIGN", "Realign", "Solved"]
 
-REALIGN = ("none", "norm", "ridge", "soft_token", "learned")
+REALIGN = CHOICES["realign"]
 CHUNK = 4096  # tokens of the vocabulary at once
 
 
@@ -48,6 +49,11 @@ class Realign(nn.Module):
         soft_token: softmax(head(h) / temperature) E_in, the expected token embedding.
         learned: ridge, but W is a parameter that is trained and saved with the adapter.
     ridge: relative to the mean of the diagonal of E_out' E_out.
+
+    With tied embeddings, ridge and norm are nearly one: a latent is the model's guess of the next token as a vector of that
+    space, of a token's norm. soft_token at a temperature of 0.5 or less spells tokens; at 1 it may be a mean of a hundred, of
+    less than half of a token's norm. none is far from a token's norm wherever the final norm's is (16 times, SmolLM2-135M).
+    `diffmas.agents.latent_check` tells by a question; docs/training.md has a table.
 
     E_in and E_out are what the two modules compute: with the active adapter (LoRA on them, saved or trained tokens) and with
     what an embedding multiplies its weight by. Norm and W are those of the modules as they are: who trains, loads, resizes or

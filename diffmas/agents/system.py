@@ -4,6 +4,7 @@ All K/V rows of an agent's turn (`diffmas.agents.turns`) land on the trace, whic
 forward gives the loss, or its decoding loop the text (`diffmas.agents.answers`).
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffmas.agents import adapters, file, gradients, prompts
+from diffmas.agents import adapters, file, gradients, hub, prompts
 from diffmas.agents.answers import answer_loss, answer_tokens
 from diffmas.agents.board import Board
 from diffmas.agents.chat import check_chat
@@ -281,12 +282,23 @@ class MultiAgentSystem(nn.Module):
 
     def save_pretrained(self, path) -> None:
         """Writes a directory with the PEFT adapters (if there are any), a learned realignment, the tokenizer with its chat
-        template, and `agents.json`.
+        template, a model card (`diffmas.agents.card`), and `agents.json`.
 
         Raises ValueError, before anything is written, for an agent whose latent_steps are a function.
         """
         reshard(self)
         file.save(path, self.model, self.tokenizer, self.describe(), self._learned_map)
+
+    def push_to_hub(self, repo: str, private: bool = True) -> str:
+        """Saves the system and uploads it into a model repository of the Hugging Face hub, owner/name; returns its address.
+
+        private: whether a repository that is made for it is. Raises ValueError, before anything is uploaded, for a name that is
+        none, and where the base model has no name on the hub (`diffmas export --base` gives it one).
+        """
+        hub.check_push(repo, causal_lm_of(self.model).config._name_or_path)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(path := Path(directory) / repo.rpartition("/")[2])
+            return hub.push_to_hub(path, repo, private)
 
     def load_weights(self, path) -> None:
         """Copies adapters and learned realignment of a directory that `save_pretrained` wrote into this system, in place.

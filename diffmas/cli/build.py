@@ -8,8 +8,8 @@ from diffmas.cli.methods import TRAINED
 from diffmas.evaluation.tasks import task
 
 __all__ = [
-    "base_model", "evaluation_rows", "methods_of", "scorer_of", "trained_as", "trained_system", "training_arguments",
-    "training_rows", "untrained_system",
+    "base_model", "check_adapters", "evaluation_rows", "methods_of", "scorer_of", "trained_as", "trained_system",
+    "training_arguments", "training_rows", "untrained_system",
 ]  # fmt: skip
 
 
@@ -148,6 +148,12 @@ def text_team(config: Config, system):
     return with_agents(system, published.agents("text")), published.agents("single")[0]
 
 
+def check_adapters(names, adapters) -> None:
+    """Raises ValueError for a method that is nothing without an adapter, before any model is loaded."""
+    if "text_sft" in names and "text_sft" not in adapters:
+        raise ValueError("evaluation.methods: 'text_sft' needs --text-sft DIR, which `diffmas train --method text_sft` writes")
+
+
 def methods_of(config: Config, system, names, adapters: dict[str, Path] | None = None) -> dict:
     """The methods by name, in the order of METHODS. adapters: directories of `diffmas train --method`, by method; "text_sft"
     needs one, "stitch" is untrained without one. Raises ValueError for one that is missing, or of another base model, method or
@@ -162,8 +168,7 @@ def methods_of(config: Config, system, names, adapters: dict[str, Path] | None =
         "text_sft": {"class": evaluation.Writers.class_name(), "agents": [WRITER.described()]},
         "stitch": {"class": evaluation.Stitched.class_name(), **{key: described[key] for key in TOLD}},
     }
-    if "text_sft" in names and "text_sft" not in adapters:
-        raise ValueError("evaluation.methods: 'text_sft' needs --text-sft DIR, which `diffmas train --method text_sft` writes")
+    check_adapters(names, adapters)
     for name, directory in adapters.items():
         system.model = add_adapter(directory, system.model, name, expected[name])
     writing, alone = text_team(config, system)

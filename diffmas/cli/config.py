@@ -16,6 +16,7 @@ Or a published task, whose questions, agents and verdicts stand for what the fil
 
 import contextlib
 import difflib
+import math
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -23,6 +24,8 @@ from pathlib import Path
 
 import yaml
 
+from diffmas.agents.checks import check_agents
+from diffmas.agents.graph import check_graph
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
 from diffmas.cli.methods import METHODS
@@ -139,6 +142,11 @@ class Config:
         self.agents = self.agents or theirs
         if not self.agents:
             raise ValueError("agents: expected at least one agent or a task, got neither")
+        check_agents(self.agents)  # all that can be told before the model is loaded, whose layers nobody knows yet
+        check_graph(self.agents, self.system.trace_content, self.system.sinks, math.inf)
+        self.system.agents_without_grad(len(self.agents))
+        if self.system.temperature <= 0:
+            raise ValueError(f"system.temperature: expected a positive number, got {self.system.temperature}")
         if self.generation.max_new_tokens is None and published:
             self.generation.max_new_tokens = published.max_new_tokens
         if self.dtype not in DTYPES:

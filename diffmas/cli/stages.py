@@ -3,54 +3,23 @@ and is not done again while what it rests on is the same."""
 
 import re
 import secrets
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from diffmas.agents.file import read_json, write_json
 from diffmas.cli import build
 from diffmas.cli.config import Config
+from diffmas.cli.made_with import made_with
 from diffmas.cli.methods import TRAINED
 
-__all__ = ["Stages", "made_with", "slug"]
-
-PACKAGES = ("torch", "transformers", "peft", "diffmas")
+__all__ = ["Stages", "slug"]
 
 
 def slug(name: str) -> str:
     """A name as a file may have it."""
     return re.sub(r"[^A-Za-z0-9.=-]+", "_", name)
-
-
-@cache
-def made_with() -> dict:
-    """Versions, the commit if this file is part of a checkout, and the machine."""
-    from diffmas.benchmarks.machine import cpu_name
-
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-
-    def git(*arguments) -> str | None:
-        try:
-            run = subprocess.run(
-                ["git", "-C", str(Path(__file__).resolve().parent), *arguments], capture_output=True, text=True, check=False
-            )  # fmt: skip
-        except OSError:
-            return None
-        return run.stdout.strip() if run.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", Path(__file__).name) else None
-    if commit and git("status", "--porcelain", "--untracked-files=no"):
-        commit += ", changed"
-    return {"versions": versions, "commit": commit, "machine": cpu_name()}
 
 
 class Stages:

@@ -30,8 +30,9 @@ import yaml
 from diffmas.agents.file import read_json, write_json
 from diffmas.cli.config import Config
 from diffmas.cli.config import parsed as checked
+from diffmas.cli.made_with import made_with
 from diffmas.cli.methods import TRAINED
-from diffmas.cli.stages import Stages, made_with, slug
+from diffmas.cli.stages import Stages, slug
 from diffmas.evaluation.pooled import Pooled, pool
 
 __all__ = ["Outcome", "Recipe", "changes_of", "named", "run", "write_made"]

@@ -19,7 +19,7 @@ REFUSED = {
     "neftune_noise_alpha": "noise in the embeddings would not reach the latent steps; dropout of the LoRA does",
     "parallelism_config": "DistributedDataParallel, under torchrun, trains the adapter on several GPUs",
     "past_index": "agents hand on a trace, which needs no past in the outputs",
-    "push_to_hub": "huggingface_hub.upload_folder takes the directory of save_pretrained to the hub",
+    "push_to_hub": "`system.push_to_hub(repo)` after training, or `diffmas export --push-to-hub`, takes a team to the hub",
     "save_safetensors": "adapters are written as safetensors",
     "torch_compile": "compile the decoder layers before training: `for layer in body.layers: layer.compile()`",
     "use_cache": "a system has its trace",

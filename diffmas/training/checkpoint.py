@@ -11,6 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
+from diffmas.agents.card import CARD, FACTS
 from diffmas.agents.file import AGENTS_FILE, read_json, write_json
 
 __all__ = [
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # {file: SHA-256}
 IN_PROGRESS = "checkpoint-is-incomplete.txt"  # transformers has it beside the others until enable_jit_checkpoint's are written
+NOT_OF_IT = (MANIFEST, IN_PROGRESS, CARD, FACTS)  # a card may be written again, when there are results
 RESUME_FILES = ("trainer_state.json", AGENTS_FILE, "optimizer.pt", "scheduler.pt")
 # What the optimizer's state is written as, by who has it.
 OPTIMIZER = {
@@ -40,7 +42,7 @@ def _sha256(file: Path) -> str:
 
 def write_manifest(path: Path) -> None:
     """Marks a directory as whole, with the files that are in it now."""
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (MANIFEST, IN_PROGRESS))
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in NOT_OF_IT)
     write_json(path / MANIFEST, {file.relative_to(path).as_posix(): _sha256(file) for file in files})
 
 

@@ -19,11 +19,12 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="an earlier export makes room")] = False,
 ):
     """Write a trained system to give away: adapters, realignment, agents, tokenizer, chat template, and a model card."""
+    from diffmas.agents import hub
     from diffmas.agents.file import read_agents
-    from diffmas.serving import export as exporting
+    from diffmas.serving.export import export as write
 
     if push_to_hub is not None:
-        exporting.check_push(push_to_hub, base or read_agents(team)["base_model"])
-    console.print(str(exporting.export(team, out, base, overwrite)), highlight=False, soft_wrap=True)
+        hub.check_push(push_to_hub, base or read_agents(team)["base_model"])
+    console.print(str(write(team, out, base, overwrite)), highlight=False, soft_wrap=True)
     if push_to_hub is not None:
-        console.print(exporting.push_to_hub(out, push_to_hub, private), highlight=False, soft_wrap=True)
+        console.print(hub.push_to_hub(out, push_to_hub, private), highlight=False, soft_wrap=True)

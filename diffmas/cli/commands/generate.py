@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from tqdm.auto import tqdm
 
-from diffmas.cli.terminal import Device, Fields, device_of, errors, fields_of
+from diffmas.cli.terminal import Device, Fields, device_of, errors, fields_of, goes_on
 
 __all__ = ["generate"]
 
@@ -46,7 +46,9 @@ def generate(
     system = MultiAgentSystem.from_pretrained(adapter, model).to(device_of(device))
     if questions is not None:
         options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples=samples)
-        return _answer_file(system, questions, output, batch_size, secrets.randbits(30) if seed is None else seed, options)
+        seed = secrets.randbits(30) if seed is None else seed
+        with goes_on(lambda: f"what is answered is in {output}, and the same command goes on"):
+            return _answer_file(system, questions, output, batch_size, seed, options)
     texts = system.generate(
         [fields], max_new_tokens, temperature, top_p, seed, samples=samples, progress=errors.is_terminal
     )  # fmt: skip

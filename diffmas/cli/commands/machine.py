@@ -21,9 +21,12 @@ def demo(
     seed: Annotated[int, typer.Option(help="of the LoRA's weights, the training questions and their order")] = 0,
 ):
     """Train and compare a small real system on this machine; ends with a table and a plot."""
+    from diffmas.agents.file import write_json
+    from diffmas.cli.made_with import made_with
     from diffmas.demo import run
 
     run(output, model, seed, steps, questions)
+    write_json(output / "made_with.json", {**made_with(), "seed": seed, "model": model})
 
 
 def bench(

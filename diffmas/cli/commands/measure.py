@@ -1,5 +1,6 @@
 """diffmas tasks | evaluate | audit: questions, and who answers them right."""
 
+import csv
 from pathlib import Path
 from typing import Annotated
 
@@ -8,17 +9,21 @@ from rich import box
 from rich.table import Table
 
 from diffmas.cli.methods import METHODS
-from diffmas.cli.terminal import ConfigFile, Device, console, device_of, errors
+from diffmas.cli.terminal import AsJson, ConfigFile, Device, console, device_of, errors, goes_on, print_json, warn
 
 __all__ = ["audit", "evaluate", "tasks"]
 
 Limit = Annotated[int | None, typer.Option(help="only so many questions, from the first", min=1)]
 
 
-def tasks():
+def tasks(as_json: AsJson = False):
     """List the published tasks that `evaluate --task` and a config's `task` know."""
     from diffmas.evaluation.tasks import TASKS
 
+    if as_json:
+        columns = ("name", "kind", "questions", "hub", "licence", "gated")
+        rows = [{**{c: getattr(t, c) for c in columns}, "train": "train" in t.splits} for t in TASKS.values()]
+        return print_json({"tasks": rows})
     out = Table(box=box.SIMPLE_HEAD)
     for head in ("task", "kind", "questions", "train", "on the hub", "licence"):
         out.add_column(head, justify="right" if head == "questions" else "left", overflow="fold")
@@ -111,11 +116,14 @@ def evaluate(
         Path | None, typer.Option(help="directory for results.csv, entropy.csv, results.png and answers.jsonl")
     ] = None,
     device: Device = None,
+    as_json: AsJson = False,
 ):
     """Compare the trained system with its baselines on the same questions, of a config or of a published task."""
     from diffmas import evaluation
-    from diffmas.cli.build import evaluation_rows, methods_of, scorer_of, trained_system
+    from diffmas.agents.file import write_json
+    from diffmas.cli.build import check_adapters, evaluation_rows, methods_of, scorer_of, trained_system
     from diffmas.cli.config import check_methods
+    from diffmas.cli.made_with import made_with
 
     settings, place = _settings(config, task, model, path, latent_steps, output, adapter), device_of(device)
     options = settings.evaluation
@@ -130,19 +138,34 @@ def evaluate(
     scorer, rows = scorer_of(settings), evaluation_rows(settings)
     adapters = {name: path for name, path in (("text_sft", text_sft), ("stitch", stitch)) if path}
     names = {*options.methods, *adapters} - (set() if adapter else {"diffmas"})
+    check_adapters(names, adapters)
     if "diffmas" in options.methods and not adapter:
         errors.print("diffmas: left out, it needs --adapter", highlight=False)
     compared = methods_of(settings, trained_system(settings, adapter, place), names, adapters)
+    if adapter is None and "latent_mas" in compared:
+        from diffmas.agents.latent_check import unlike_tokens
+        from diffmas.training.data import question_and_answer
+
+        for line in unlike_tokens(compared["latent_mas"].system, question_and_answer(rows[0])[0]):
+            warn(line)
     target = output or Path(settings.output_dir) / "evaluation"
-    files = [target / name for name in ("results.csv", "entropy.csv", "results.png", "answers.jsonl")]
+    files = [target / name for name in ("results.csv", "entropy.csv", "results.png", "answers.jsonl", "made_with.json")]
+    asked = options.data or settings.data.validation or settings.task or settings.data.train
+    made = {
+        **made_with(), "seed": settings.generation.seed, "model": settings.model, "adapter": adapter and str(adapter),
+        "data": asked and Path(asked).name,
+    }  # fmt: skip
 
     def save(results):
         evaluation.write_csv(results, files[0])
         evaluation.write_entropy(results, files[1])
         evaluation.plot(results, files[2])
         evaluation.write_answers(results, rows, files[3])
+        write_json(files[4], made)
 
     def show(results):
+        if as_json:
+            return print_json({"made_with": made, "results": [r.row() for r in results], "files": list(map(str, files))})
         for table in evaluation.tables(results, str(config or task)):
             console.print(table)
             console.print()
@@ -153,11 +176,12 @@ def evaluate(
             console.print(str(file), highlight=False, soft_wrap=True)
 
     try:
-        results = evaluation.evaluate(
-            compared, rows, options.samples, scorer, options.batch_size,
-            lambda name: errors.print(f"{name} ...", highlight=False), save, [name for name in compared if name != "diffmas"],
-            **vars(settings.generation),
-        )  # fmt: skip
+        with goes_on(lambda: f"the methods that were done are in {target}; --methods takes the others"):
+            results = evaluation.evaluate(
+                compared, rows, options.samples, scorer, options.batch_size,
+                lambda name: errors.print(f"{name} ...", highlight=False), save,
+                [name for name in compared if name != "diffmas"], **vars(settings.generation),
+            )  # fmt: skip
     except evaluation.MethodsFailed as failure:
         if failure.results:
             show(failure.results)
@@ -165,6 +189,17 @@ def evaluate(
         given = all(isinstance(error, (ValueError, OSError)) for error in failure.errors.values())
         raise (ValueError if given else RuntimeError)(f"{failure} ({written})") from failure
     show(results)
+    for name, directory in {"diffmas": adapter, **adapters}.items():
+        if directory and (result := next((r for r in results if r.method == name), None)) is not None:
+            _say_in_the_card(directory, result, made)
+
+
+def _say_in_the_card(directory: Path, result, made: dict) -> None:
+    from diffmas.agents.facts import add_facts
+
+    numbers = ("method", "accuracy", "low", "high", "questions", "samples", "perplexity")
+    made = {key: made[key] for key in ("data", "seed", "versions", "commit")}
+    add_facts(directory, metrics=[{**made, **{key: getattr(result, key) for key in numbers}}])
 
 
 def audit(
@@ -176,11 +211,14 @@ def audit(
     limit: Limit = None,
     output: Annotated[Path | None, typer.Option(help="directory for audit.csv and audit.png")] = None,
     device: Device = None,
+    as_json: AsJson = False,
 ):
     """Does a team communicate? Answers with each agent's own message, none, another question's, and noise."""
     from diffmas import evaluation
+    from diffmas.agents.file import write_json
     from diffmas.cli.build import evaluation_rows, scorer_of, trained_system
     from diffmas.cli.config import load
+    from diffmas.cli.made_with import made_with
 
     settings, place = load(config), device_of(device)
     options = settings.evaluation
@@ -192,8 +230,12 @@ def audit(
         **vars(settings.generation),
     )  # fmt: skip
     target = output or Path(settings.output_dir) / "audit"
+    files = evaluation.write_audit(conditions, target / "audit.csv"), evaluation.plot_audit(conditions, target / "audit.png")
+    made = {**made_with(), "seed": settings.generation.seed, "model": settings.model, "adapter": adapter and str(adapter)}
+    write_json(target / "made_with.json", made)
+    if as_json:
+        with files[0].open(newline="", encoding="utf-8") as rows:
+            return print_json({"made_with": made, "conditions": list(csv.DictReader(rows)), "files": list(map(str, files))})
     console.print(evaluation.audit_table(conditions, str(config)))
-    for file in (
-        evaluation.write_audit(conditions, target / "audit.csv"), evaluation.plot_audit(conditions, target / "audit.png"),
-    ):  # fmt: skip
+    for file in files:
         console.print(str(file), highlight=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffmas.cli.terminal import Device, console, device_of, errors
+from diffmas.cli.terminal import Device, console, device_of, errors, goes_on
 
 __all__ = ["study"]
 
@@ -28,10 +28,11 @@ def study(
 
     path = studies.named(name)
     target = output or Path("runs") / "studies" / path.stem
-    outcome = studies.run(
-        path, target, model, device_of(device), case, seed, studies.changes_of(change or []),
-        lambda text: errors.print(f"{text} ...", highlight=False),
-    )  # fmt: skip
+    with goes_on(lambda: f"what is done is in {target}, and the same command goes on"):
+        outcome = studies.run(
+            path, target, model, device_of(device), case, seed, studies.changes_of(change or []),
+            lambda text: errors.print(f"{text} ...", highlight=False),
+        )  # fmt: skip
     shown = results or target
     for rows, what in ((outcome.methods, "methods"), (outcome.audits, "audit")):
         if rows:

@@ -2,13 +2,14 @@
 
 import math
 import shutil
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from diffmas.cli.methods import TRAINED
-from diffmas.cli.terminal import ConfigFile, console, errors
+from diffmas.cli.terminal import ConfigFile, console, errors, goes_on, warn
 
 __all__ = ["train"]
 
@@ -47,12 +48,53 @@ def train(
         console.print(_summary(settings, trainer))
         for path in earlier:
             shutil.rmtree(path)
-    result = trainer.train(resume_from_checkpoint=resume or None)
+    if method == "diffmas" and not resume:
+        _look_at_latents(trainer)
+    with goes_on(lambda: _how_on(config, method, settings.output_dir)):
+        result = trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     if trainer.is_world_process_zero():
+        _say_in_the_card(settings, trainer)
         best = f", best eval_loss {trainer.state.best_metric:.4f}" if trainer.state.best_metric is not None else ""
         console.print(f"{result.global_step} steps, training loss {result.training_loss:.4f}{best}", highlight=False)
         console.print(f"adapter and agents.json: {settings.output_dir}", highlight=False, soft_wrap=True)
+
+
+def _how_on(config, method: str, output_dir: str) -> str:
+    """What to do after Ctrl-C."""
+    from diffmas.training import last_checkpoint
+
+    newest = last_checkpoint(output_dir)
+    again = f"diffmas train {config}" + (f" --method {method}" if method != "diffmas" else "")
+    return f"`{again} --resume` goes on from {newest}" if newest else f"no checkpoint was due yet: `{again}` starts again"
+
+
+def _say_in_the_card(settings, trainer) -> None:
+    from diffmas.agents.facts import add_facts
+    from diffmas.cli.made_with import made_with
+
+    arguments, state, held_out = trainer.args, trainer.state, trainer.eval_dataset
+    data = {"train": settings.data.train and Path(settings.data.train).name, "task": settings.task}
+    data = {name: value for name, value in data.items() if value}
+    data |= {"rows": len(trainer.train_dataset), "validation rows": len(held_out or [])}
+    best = {} if state.best_metric is None else {"lowest eval_loss": f"{state.best_metric:.4g}"}
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    training = {
+        "recipe": settings.recipe, "steps": state.global_step, "rows a step": rows, "learning rate": arguments.learning_rate,
+        "seed": arguments.seed, **best,
+    }  # fmt: skip
+    add_facts(settings.output_dir, data=data, training=training, made_with=made_with())
+
+
+def _look_at_latents(trainer) -> None:
+    """Where this process has the model alone: are latent steps like tokens before anything is trained?"""
+    from diffmas.agents.latent_check import unlike_tokens
+    from diffmas.training.data import question_and_answer
+
+    if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled:
+        return
+    for line in unlike_tokens(trainer.model, question_and_answer(trainer.train_dataset[0])[0]):
+        warn(line)
 
 
 def _summary(settings, trainer) -> Table:

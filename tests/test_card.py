@@ -1,0 +1,105 @@
+"""Every saved team says what it is; what a person wrote into its card stays; a team goes to the hub in one call."""
+
+import json
+
+import pytest
+import tiny_systems as tiny
+from huggingface_hub import ModelCard
+from test_export import HUB, FakeHub
+
+from diffmas import MultiAgentSystem
+from diffmas.agents import hub
+from diffmas.agents.card import BEGIN, END
+from diffmas.agents.facts import add_facts
+from diffmas.training.checkpoint import check_manifest, write_manifest
+
+METRIC = {"data": "test.jsonl", "method": "diffmas", "accuracy": 0.5, "low": 0.25, "high": 0.7501, "questions": 8, "samples": 2,
+          "seed": 3}  # fmt: skip
+
+
+def card_of(path) -> ModelCard:
+    return ModelCard.load(path / "README.md")
+
+
+def test_a_saved_team_has_a_card(tmp_path):
+    tiny.system(7, realign="norm", sinks=2).save_pretrained(tmp_path / "team")
+    card = card_of(tmp_path / "team")
+    assert card.data.library_name == "diffmas" and "multi-agent" in card.data.tags
+    for text in (
+        "# team", "### planner: T = 7", "### solver: answers", "- realign: `norm`", "- sinks: `2`",
+        "default (r = 2, alpha = 4)", "MultiAgentSystem.from_pretrained('team')", "Licence of the base model: not known",
+    ):  # fmt: skip
+        assert text in card.text, text
+    assert "[More Information Needed]" not in card.text  # PEFT's own
+
+
+def test_facts_come_into_the_card_and_replace_earlier_ones(tmp_path):
+    system, team = tiny.system(), tmp_path / "team"
+    system.save_pretrained(team)
+    add_facts(team, data={"train": "rows.jsonl", "rows": 8}, training={"steps": 4, "seed": 1}, metrics=[METRIC])
+    others = [{**METRIC, "data": "other.jsonl"}, {**METRIC, "questions": 2}]
+    add_facts(team, metrics=[{**METRIC, "accuracy": 0.75}, *others], made_with={"commit": None})
+    text = card_of(team).text
+    for line in (
+        "- train: rows.jsonl", "- steps: 4", "- seed: 1", "- commit: not known",
+        "| test.jsonl | diffmas | 75.0 | [25.0, 75.0] | 8 | 2 | 3 |",
+        "| test.jsonl | diffmas | 50.0 | [25.0, 75.0] | 2 | 2 | 3 |",
+        "| other.jsonl | diffmas | 50.0 | [25.0, 75.0] | 8 | 2 | 3 |",
+    ):  # fmt: skip
+        assert line in text, line
+    assert text.count("test.jsonl") == 2
+    system.save_pretrained(team)  # other weights, for all that is known
+    assert "test.jsonl" not in card_of(team).text and not (team / "card.json").exists()
+    with pytest.raises(ValueError, match="agents.json"):
+        add_facts(tmp_path, metrics=[])
+
+
+def test_what_a_person_wrote_stays(tmp_path):
+    system, team = tiny.system(), tmp_path / "team"
+    system.save_pretrained(team)
+    file = team / "README.md"
+    first = file.read_text()
+    file.write_text("---\nlicense: mit\n---\n\nMine before.\n\n" + first[first.index(BEGIN) :] + "\nMine after.\n")
+    system.save_pretrained(team)
+    add_facts(team, metrics=[METRIC])
+    text = file.read_text()
+    assert "Mine before." in text and text.endswith("Mine after.\n") and "license: mit" in text and "| 50.0 |" in text
+    assert text.count(BEGIN) == text.count(END) == 1 and "Framework versions" not in text
+    file.write_text("All mine.\n")
+    system.save_pretrained(team)
+    add_facts(team, metrics=[METRIC])
+    assert file.read_text() == "All mine.\n"
+
+
+def test_a_checkpoint_stays_whole_when_its_card_is_written_again(tmp_path):
+    tiny.system().save_pretrained(tmp_path)
+    write_manifest(tmp_path)
+    add_facts(tmp_path, metrics=[METRIC])
+    assert "adapter_model.safetensors" in check_manifest(tmp_path)
+
+
+def test_push_to_the_hub_in_one_call(monkeypatch):
+    calls, system = [], tiny.system()
+    monkeypatch.setattr(hub, "HfApi", lambda: FakeHub(calls))
+    for name, base, says in (("me/team", "", "base: expected a hub name"), ("not/a/name", HUB, "Repo id")):
+        system.model.get_base_model().config._name_or_path = base
+        with pytest.raises(ValueError, match=says):
+            system.push_to_hub(name)
+    assert not calls
+    system.model.get_base_model().config._name_or_path = HUB
+    assert system.push_to_hub("me/team") == "https://huggingface.co/me/team"
+    (created, uploaded) = calls
+    assert created == ("create", "me/team", True, True) and uploaded[1] == "me/team"
+    assert {"README.md", "agents.json", "adapter_model.safetensors", "tokenizer.json"} <= uploaded[2]
+
+
+def test_an_export_has_the_facts_too(tmp_path):
+    from diffmas.serving.export import export
+
+    tiny.system().save_pretrained(tmp_path / "team")
+    add_facts(tmp_path / "team", metrics=[METRIC])
+    out = export(tmp_path / "team", tmp_path / "out", HUB)
+    card = card_of(out)
+    assert card.data.base_model == HUB and "| test.jsonl | diffmas | 50.0 |" in card.text and "# out" in card.text
+    assert json.loads((out / "card.json").read_text())["metrics"] == [METRIC]
+    assert MultiAgentSystem.from_pretrained(out, tiny.model(), tiny.tokenizer()).agents == tiny.agents()

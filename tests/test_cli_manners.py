@@ -1,0 +1,158 @@
+"""What a command says besides its results: JSON for machines, how an interrupted one goes on, errors before a model is loaded,
+and no warnings."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny_systems as tiny
+import yaml
+from test_cli import AGENTS, call
+from typer.testing import CliRunner
+
+from diffmas import Trainer, evaluation
+from diffmas.cli import main as cli
+from diffmas.models import load as loading
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.save_base(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def config(base, tmp_path):
+    """Writes a config with changes."""
+    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(4))
+
+    def write(**changes):
+        settings = {
+            "model": str(base), "output_dir": "run", "agents": AGENTS, "lora": {"r": 2}, "data": {"train": "rows.jsonl"},
+            "training": {
+                "max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_strategy": "steps",
+                "save_steps": 1, "use_cpu": True, "report_to": [],
+            },
+            "generation": {"max_new_tokens": 2}, "evaluation": {"data": "rows.jsonl", "methods": ["single", "latent_mas"]},
+        }  # fmt: skip
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, **changes}))
+        return tmp_path / "config.yaml"
+
+    return write
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def test_results_as_json(config, tmp_path):
+    run = call("evaluate", config(), "--json", "--output", tmp_path / "out", "--device", "cpu")
+    said = json.loads(run.stdout, parse_constant=pytest.fail)
+    assert [r["method"] for r in said["results"]] == ["single", "latent_mas"] and said["results"][0]["questions"] == 4
+    assert said["made_with"]["versions"]["torch"] and said["made_with"]["seed"] == 0 and "commit" in said["made_with"]
+    assert json.loads((tmp_path / "out" / "made_with.json").read_text()) == said["made_with"]
+    run = call("audit", config(), "--json", "--output", tmp_path / "audit", "--device", "cpu", "--limit", 2)
+    assert "own" in {c["message"] for c in json.loads(run.stdout)["conditions"]}
+    assert json.loads((tmp_path / "audit" / "made_with.json").read_text()) == json.loads(run.stdout)["made_with"]
+    assert "gsm8k" in [t["name"] for t in json.loads(call("tasks", "--json").stdout)["tasks"]]
+
+
+def test_numbers_that_json_does_not_know_are_null(capsys):
+    from diffmas.cli.terminal import print_json
+
+    print_json({"a": [float("inf"), 1.5], "b": (float("nan"), "x")})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, 1.5], "b": [None, "x"]}
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+def interrupted(*arguments) -> str:
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    assert result.exit_code == 130, (result.output, result.exception)
+    return result.output
+
+
+def test_an_interrupted_training_says_how_it_goes_on(config, tmp_path, monkeypatch):
+    path, step = config(), Trainer.training_step
+    calls = []
+
+    def stop_at(n):
+        def once(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == n:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        calls.clear()
+        monkeypatch.setattr(Trainer, "training_step", once)
+
+    stop_at(1)
+    said = interrupted("train", path)
+    assert f"no checkpoint was due yet: `diffmas train {path}` starts again" in said and "Traceback" not in said
+    stop_at(3)
+    said = interrupted("train", path)
+    assert f"`diffmas train {path} --resume` goes on from {tmp_path / 'run' / 'checkpoint-2'}" in said
+    assert "3 steps" in call("train", path, "--resume").output
+
+
+def test_other_interrupted_commands_say_what_is_left(config, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    tiny.system().save_pretrained(tmp_path / "team")
+    monkeypatch.setattr(evaluation, "evaluate", stop)
+    said = interrupted("evaluate", config(), "--output", tmp_path / "out", "--device", "cpu")
+    assert f"the methods that were done are in {tmp_path / 'out'}" in said
+    monkeypatch.setattr("diffmas.agents.system.MultiAgentSystem.generate", stop)
+    files = ("--questions", tmp_path / "rows.jsonl", "--output", tmp_path / "answers.jsonl")
+    base = yaml.safe_load(config().read_text())["model"]
+    said = interrupted("generate", "--adapter", tmp_path / "team", "--model", base, *files, "--device", "cpu")
+    assert "the same command goes on" in said and str(tmp_path / "answers.jsonl") in said
+
+
+# ---- errors, warnings, costs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"system": {"realign": "magic"}}, "realign: expected one of"),
+        ({"system": {"last_k": 2}}, "last_k: expected 1 to 3"),
+        ({"system": {"temperature": 0.0}}, "temperature: expected a positive number"),
+        ({"agents": [AGENTS[0], AGENTS[0]]}, "agents: expected distinct names"),
+        ({"agents": [AGENTS[0], {**AGENTS[2], "reads": []}]}, "nobody; it would think in vain"),
+        ({"agents": [{**AGENTS[0], "prompt": "{nothing}"}, AGENTS[2]]}, "nothing"),
+        ({"evaluation": {"methods": ["text_sft"], "data": "rows.jsonl"}}, "'text_sft' needs --text-sft DIR"),
+        ({"training": {"max_step": 3}}, "'max_steps', or another of"),
+    ],
+    ids=["realign", "last_k", "temperature", "names", "reads", "field", "adapter", "misspelt"],
+)
+def test_a_wrong_config_is_told_before_a_model_is_loaded(config, monkeypatch, changes, says):
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    path = config(**changes)
+    assert says in call("evaluate", path, "--device", "cpu", code=1).output
+    if "evaluation" not in changes:
+        assert says in call("train", path, code=1).output
+
+
+def test_commands_give_no_warnings(config, tmp_path):
+    """In a process of its own: pytest has filters for warnings."""
+    path = config()
+    for arguments in (
+        ("train", str(path)), ("generate", "--adapter", "run", "--question", "where is the key", "--max-new-tokens", "2"),
+        ("evaluate", str(path), "--adapter", "run", "--limit", "1"),
+    ):  # fmt: skip
+        run = subprocess.run(
+            [sys.executable, "-m", "diffmas", *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert "Warning" not in run.stderr and "deprecated" not in run.stderr, run.stderr
+
+
+def test_help_does_not_wait_for_torch():
+    """Which is nearly all that it would cost."""
+    code = "import sys, diffmas; from diffmas.cli import app; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr

@@ -44,7 +44,7 @@ def unlike_tokens(system, question: dict) -> list[str]:
     if logits is not None and (unsure := _entropy(logits).max().item()) > text + LESS_SURE:
         lines.append(
             f"at latent steps the model's next token has an entropy of up to {unsure:.1f} nats, in the prompt of at most "
-            f"{text:.1f}; try fewer steps or another realign than {system.realign.mode!r} (docs/training.md)"
+            f"{text:.1f}; try fewer steps or another realign than {system.realign.mode!r} (docs/choosing.md)"
         )
     return lines
 

@@ -53,7 +53,7 @@ class Realign(nn.Module):
     With tied embeddings, ridge and norm are nearly one: a latent is the model's guess of the next token as a vector of that
     space, of a token's norm. soft_token at a temperature of 0.5 or less spells tokens; at 1 it may be a mean of a hundred, of
     less than half of a token's norm. none is far from a token's norm wherever the final norm's is (16 times, SmolLM2-135M).
-    `diffmas.agents.latent_check` tells by a question; docs/training.md has a table.
+    `diffmas.agents.latent_check` tells by a question; docs/choosing.md has a table.
 
     E_in and E_out are what the two modules compute: with the active adapter (LoRA on them, saved or trained tokens) and with
     what an embedding multiplies its weight by. Norm and W are those of the modules as they are: who trains, loads, resizes or

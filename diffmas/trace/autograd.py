@@ -27,7 +27,7 @@ from diffmas.trace.pool import Pool
 from diffmas.trace.store import Hold
 from diffmas.trace.views import KVRange
 
-__all__ = ["attend", "begin", "carrier", "end", "inherit", "reposition"]
+__all__ = ["attend", "begin", "carrier", "end", "inherit", "reposition", "save_carrier", "views_of"]
 
 
 def carrier(owned) -> Tensor:
@@ -37,7 +37,7 @@ def carrier(owned) -> Tensor:
     return tensor
 
 
-def _save(ctx, carrier: Tensor) -> None:
+def save_carrier(ctx, carrier: Tensor) -> None:
     ctx.save_for_backward(carrier)
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         ctx.owned = carrier.owned  # what hooks keep in the saved tensor's place does not carry it
@@ -51,7 +51,7 @@ def _apply(function: type[torch.autograd.Function]):
 class Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx, carrier, leaf, past):
-        _save(ctx, carrier)
+        save_carrier(ctx, carrier)
         ctx.work = weakref.ref(carrier.owned)
         return torch.zeros(0)
 
@@ -202,7 +202,7 @@ torch.library.register_autograd("diffmas::attend", _attend_op_backward, setup_co
 # ---- between passes ---------------------------------------------------------------------------------------------------
 
 
-def _views_of(hold: Hold) -> list:
+def views_of(hold: Hold) -> list:
     """The rows that it has read, and those that it claimed."""
     return [*hold.views, [KVRange(first, after - first, 0) for first, after in hold.claimed]]
 
@@ -210,9 +210,9 @@ def _views_of(hold: Hold) -> list:
 class Reposition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, past, carrier, moves, lineage, backend):
-        _save(ctx, carrier)
+        save_carrier(ctx, carrier)
         ctx.moves, ctx.lineage, ctx.backend = [(pool, move, stream_of(pool.device)) for pool, move in moves], lineage, backend
-        ctx.views = _views_of(carrier.owned)
+        ctx.views = views_of(carrier.owned)
         return torch.zeros(0)
 
     @staticmethod
@@ -240,7 +240,7 @@ def reposition(past: Tensor, moves: list[tuple[Pool, tuple]], lineage: int, back
 class Inherit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, past, carrier, rows, readers, writers):
-        _save(ctx, carrier)
+        save_carrier(ctx, carrier)
         ctx.rows, ctx.readers, ctx.writers = [(pool, x, stream_of(pool.device)) for pool, x in rows], readers, writers
         return torch.zeros(0)
 

@@ -1,4 +1,4 @@
-"""Copies of a trace's rows: in one run, in another trace's storage, in a file."""
+"""Copies of a trace's rows: in one run, in another trace's storage, in a file, as tensors with a gradient."""
 
 from typing import Self
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from diffmas.trace import file
 from diffmas.trace.autograd import reposition
 from diffmas.trace.cache import CacheFace
+from diffmas.trace.crossing import arrive, leave
 from diffmas.trace.spec import spec_of
 from diffmas.trace.store import Hold
 from diffmas.trace.views import Segment, rows_of
@@ -94,20 +95,70 @@ class Copying(CacheFace):
 
     def _with_rows(self, segments, next_positions, kv, ids: Tensor | None) -> Self:
         """A view of rows from elsewhere, which are copied into this trace's store as constants; see `of_rows`."""
+        first, hold = self._write_rows(kv, ids)  # held until the view is there
+        moved = [[s._replace(start=s.start + first) for s in row] for row in segments]
+        return self._view(moved, None, next_positions, torch.zeros(0))
+
+    def _write_rows(self, kv, ids: Tensor | None) -> tuple[int, Hold]:
+        """Copies rows into this trace's store; the first of them there, and who holds them."""
         store, rows = self._store, kv[0][0].shape[0] if kv else 0
-        hold = Hold(store)  # until the view is there
+        hold = Hold(store)
         with store.allocation():
             first = store.write(store.allocate(rows), rows, self._lineage)
             hold.claimed.append((first, first + rows))
             store.token_ids.write(np.arange(first, first + rows), ids)
         for layer, pair in zip(self.spec.layers, kv):
-            pair = [x.to(self.spec.device(layer.index)) for x in pair]
+            pair = [x.detach().to(self.spec.device(layer.index)) for x in pair]
             pool = store.pool(layer.index, *pair)
             with pool.writing(np.arange(first, first + rows)) as kv:
                 for mine, x in zip(kv, pair):
                     mine[first : first + rows] = x
-        moved = [[s._replace(start=s.start + first) for s in row] for row in segments]
-        return self._view(moved, None, next_positions, torch.zeros(0))
+        return first, hold
+
+    # ---- rows as tensors, with gradients -----------------------------------------------------------------------------
+
+    def packed_rows(self) -> list[tuple[Tensor, Tensor]]:
+        """K and V of all that it sees, by layer: copies [n, Hkv, D] each, sequence by sequence, as they were written (position
+        offsets are not applied). Differentiable: their gradient goes to whoever wrote the rows.
+
+        Raises ValueError for an empty trace.
+        """
+        if not any(self.lengths):
+            raise ValueError("packed_rows: expected a trace that holds tokens, got an empty one")
+        rows = torch.from_numpy(rows_of(self.segments))
+        pools = [(pool, rows.to(pool.device)) for pool in self._store.pools]
+        return leave(self._order, pools, self._lineage, Hold(self._store, self._segments))
+
+    def extended(self, segments: list[list[Segment]], kv: list[tuple[Tensor, Tensor]]) -> Self:
+        """A view with new rows behind what each sequence sees. Differentiable: their gradient goes to k and v.
+
+        segments: for each sequence, of rows of k and v, at the positions that k was rotated for. kv: by layer, k and v [n, Hkv,
+        D]. Raises ValueError for other layers, shapes or segments.
+        """
+        rows = kv[0][0].shape[0] if kv else 0
+        if len(segments) != self.batch_size or any(not 0 <= s.start <= s.end <= rows for row in segments for s in row):
+            raise ValueError(
+                f"segments: expected a list for each of {self.batch_size} sequences, of {rows} rows; got {segments}"
+            )
+        if len(kv) != len(self.spec.layers):
+            raise ValueError(f"kv: expected K and V of {len(self.spec.layers)} layers, got {len(kv)}")
+        for layer, (k, v) in zip(self.spec.layers, kv):
+            pool = self._store.pools[layer.index]
+            shape = k.shape if pool is None else (rows, *pool.read([])[0].shape[1:])
+            if k.shape != shape or v.shape != shape or k.dim() != 3 or k.shape[0] != rows:
+                found = f"{list(k.shape)} and {list(v.shape)}"
+                raise ValueError(f"kv: expected K and V [{rows}, Hkv, D] of layer {layer.index} as it has them, got {found}")
+        if not rows:
+            return self._view(self._segments, self._extents)
+        first, hold = self._write_rows(kv, None)
+        order = self._order
+        if torch.is_grad_enabled() and any(x.requires_grad for pair in kv for x in pair):
+            order = arrive(order, self._store.pools, first, kv, self._lineage, hold)
+            for layer, pair in zip(self.spec.layers, kv):
+                layer.records |= any(x.requires_grad for x in pair)  # else a frozen layer would leave them no gradient
+        row = [[*own, *(s._replace(start=s.start + first) for s in new)] for own, new in zip(self._segments, segments)]
+        nexts = [max([after, *(s.next_position for s in new)]) for after, new in zip(self._next, segments)]
+        return self._view(row, None, nexts, order)
 
 
 def _rows_of(trace: Copying) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:

@@ -193,7 +193,7 @@ def test_trained_baselines_go_to_directories_of_their_own_and_are_compared(proje
     call("evaluate", path, *directories, "--output", tmp_path / "bare")  # the adapters are not those of the bare methods
     bare = (tmp_path / "bare" / "results.csv").read_text().splitlines()[1:]
     assert [line.split(",")[lines[0].split(",").index("perplexity")] for line in bare] == perplexities[:5]
-    assert "--method: expected one of ('diffmas', 'text_sft', 'stitch'), got 'sft'" in call(
+    assert "--method: expected one of ('diffmas', 'text_sft', 'stitch', 'c2c'), got 'sft'" in call(
         "train", path, "--method", "sft", code=1
     ).output  # fmt: skip
     path = settings_of(project, tmp_path, evaluation={"methods": ["text_sft"]})
@@ -323,7 +323,7 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_help_names_all_methods():
-    assert all(name in call("evaluate", "--help").output for name in ("some of single,text,text_sft", "stitch,diffmas"))
+    assert all(name in call("evaluate", "--help").output for name in ("some of single,text,text_sft", "stitch,c2c,diffmas"))
 
 
 def test_a_loss_that_is_nan_is_one_line(project, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from pages import PAGES, ROOT, anchors, blocks, commands, links
 from test_serving import client, listening
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffmas import patch_model
+from diffmas import Agent, patch_model
 from diffmas.cli import app
 from diffmas.cli.config import Config, parsed
 from diffmas.demo import experiment
@@ -80,7 +80,18 @@ def team():
     }  # fmt: skip
 
 
-GIVEN = {"docs/training.md": team, "docs/many_gpus.md": team}  # pages of pieces; the others are whole programs
+def two_models():
+    """Two models, and agents of both."""
+    agents = [Agent("expert", "notes : {question}", 2, model="small"), Agent("solver", "question : {question}")]
+    models = {"model": tiny.model(), "small": tiny.model(1), "agents": agents}
+    return {**models, "tokenizer": tiny.tokenizer(), "small_tokenizer": tiny.tokenizer()}
+
+
+GIVEN = {
+    "docs/training.md": team,
+    "docs/many_gpus.md": team,
+    "docs/teams.md": two_models,
+}  # pages of pieces; the others are whole programs
 LOOSELY = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 WITH_CODE = [name for name, page in zip(NAMES, PAGES) if any(b.language == "python" for b in blocks(page))]
 

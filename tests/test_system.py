@@ -454,7 +454,7 @@ def test_plain_hugging_face_agrees(trace_content):
 
 def test_options_have_one_list_of_names_and_defaults():
     parameters = inspect.signature(MultiAgentSystem).parameters
-    assert {n: parameters[n].default for n in list(parameters)[3:]} == asdict(Options())
+    assert {n: parameters[n].default for n in list(parameters)[3:]} == {**asdict(Options()), "others": None}
     described = system().describe()
-    of_class = {"class": "diffmas.agents.system.MultiAgentSystem", "own_options": {}}
+    of_class = {"class": "diffmas.agents.system.MultiAgentSystem", "own_options": {}, "others": {}}
     assert {**of_class, "agents": described["agents"], **asdict(Options(chat_template=False))} == described

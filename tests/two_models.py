@@ -60,8 +60,8 @@ def forward(model, module, kv, x, first: int):
 
 
 def think(model, ids, steps: int = 0, realign=lambda h: h, kv=(), first: int = 0):
-    """kv of a prompt and its latent steps, behind kv."""
-    x = model.get_input_embeddings()(torch.tensor(ids))
+    """kv of a prompt and its latent steps, behind kv. ids: of its tokens, or what stands for them, [n, hidden]."""
+    x = ids if torch.is_tensor(ids) else model.get_input_embeddings()(torch.tensor(ids))
     for _ in range(steps + 1):
         out, kv = forward(model, body(model), kv, x, first)
         first += len(x)

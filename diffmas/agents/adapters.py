@@ -60,7 +60,7 @@ def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=
         config.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?"
     if adapter_scope != "per_role":
         return say_features(get_peft_model(model, config))
-    first, *others = dict.fromkeys(agent.adapter for agent in agents)
+    first, *others = dict.fromkeys(agent.adapter for agent in agents if agent.model is None)
     model = get_peft_model(model, config, adapter_name=first)
     for name in others:
         model.add_adapter(name, config)
@@ -116,16 +116,18 @@ def will_switch(model: nn.Module) -> AdapterLock:
 
 @contextlib.contextmanager
 def of_agent(system, i: int):
-    """Inside, the system's model has the adapter of agent i."""
-    if system.adapter_scope == "per_role":
+    """Inside, the model of agent i has that agent's adapter. Another model than the system's has one for all its agents."""
+    model = system.writer(system.agents[i]).model
+    own = model is system.model
+    if own and system.adapter_scope == "per_role":
         with _switched(system.model, _active_adapter=[system.agents[i].adapter]):
             yield
-    elif system.adapter_scope == "final_only" and i < len(system.agents) - 1:
+    elif own and system.adapter_scope == "final_only" and i < len(system.agents) - 1:
         with switched_off(system.model):
             yield
     else:
         with _LOCKS_LOCK:
-            lock = _LOCKS.get(causal_lm_of(system.model))
+            lock = _LOCKS.get(causal_lm_of(model))
         with lock or contextlib.nullcontext():
             yield
 

@@ -3,7 +3,10 @@
 import torch
 
 from diffmas.agents import adapters
-from diffmas.agents.graph import branches_of, handed_on
+from diffmas.agents.alignment import partners
+from diffmas.agents.checks import readings
+from diffmas.agents.crossing import fused, projected
+from diffmas.agents.graph import branches_of, handed_on, home
 from diffmas.agents.meter import has_read, phase
 from diffmas.agents.prompts import Turn, turn_of
 from diffmas.agents.scores import scores
@@ -17,14 +20,19 @@ __all__ = ["Board"]
 class Board:
     """The turns of one batch of questions.
 
-    trace: a sequence for each question; what is on it, everybody reads. In a chain it goes from agent to agent. Else each agent
-    leaves a view of what it hands on, and a reader joins those that it reads. groups: the agents that take their turn in one
-    forward, in order.
+    trace: a sequence for each question; what is on it, everybody of the system's model reads. In a chain it goes from agent to
+    agent. Else each agent leaves a view of what it hands on, and a reader joins those that it reads. groups: the agents that
+    take their turn in one forward, in order.
     """
 
     def __init__(self, system, trace: Trace):
         self.system, self.graph = system, system.graph
         self._trace, self._handed = trace, {}
+        self._models = [home(agent, readings(system.others)) for agent in system.agents]  # that write their rows
+        names = dict.fromkeys(name for name in self._models if name is not None)
+        self._beside = {name: Trace(system.others[name].model, trace.batch_size) for name in names}  # empty
+        self._crossed: dict[int, Trace] = {}  # of agents of other models, what is read of them by the system's model
+        self._learning = torch.is_grad_enabled()
         self.groups = [group for level in self.graph.levels for group in _groups(system, level)]
 
     def read(self, i: int, questions: list[dict]) -> Trace:
@@ -55,11 +63,11 @@ class Board:
     def _joined(self, i: int, scores: list[dict]) -> Trace:
         """What agent i reads, where the rows that it may choose from have these scores."""
         edges, sinks = self.graph.reads[i], self.system.sinks
-        units = [self._handed[edge.agent] for edge in edges]
-        base, *rows = map(_by_sequence, (self._trace, *units))
+        units, trace = [self._unit(edge.agent, i) for edge in edges], self._base(i)
+        base, *rows = map(_by_sequence, (trace, *units))
         branches = [branches_of(base[b], [unit[b] for unit in rows], edges, sinks, scores[b]) for b in range(len(base))]
         views = [unit.reading([row[k + 1] for row in branches]) for k, unit in enumerate(units)]
-        return Trace.join([self._trace, *views], ["keep", *(edge.positions for edge in edges)])
+        return Trace.join([trace, *views], ["keep", *(edge.positions for edge in edges)])
 
     def write(self, group: list[int], questions: list[dict], turns: list[list[Turn]] | None = None, least_steps=()) -> None:
         """A group's turns. turns: of all agents, [agent][question]. least_steps: of each agent (`MultiAgentSystem.think`)."""
@@ -87,7 +95,7 @@ class Board:
         wide = Trace.stack(reads)
         wide.agent = [agent.name for agent in agents for _ in range(B)]
         take_turns(system, agents[0], wide, own, least)
-        base, kind = _by_sequence(self._trace), "latent" if system.trace_content == "latent_only" else None
+        base, kind = _by_sequence(self._base(group[0])), "latent" if system.trace_content == "latent_only" else None
         with phase("hand-over"):
             for k, (i, read) in enumerate(zip(group, reads)):
                 mine = wide.select(range(k * B, (k + 1) * B))
@@ -96,6 +104,35 @@ class Board:
                 self._handed[i] = mine.reading(
                     [handed_on(row, n, common, system.agents[i].name, kind, system.sinks) for row, n, common in rows]
                 )
+                if i in self.graph.fuses:
+                    self._handed[i] = self._fused(i, questions, own[k * B : (k + 1) * B])
+
+    # ---- between models ----------------------------------------------------------------------------------------------
+
+    def _base(self, i: int) -> Trace:
+        """What all agents of the model of agent i read."""
+        name = self._models[i]
+        return self._trace if name is None else self._beside[name]
+
+    def _unit(self, j: int, i: int) -> Trace:
+        """What agent i reads of agent j."""
+        name = self._models[j]
+        if name == self._models[i]:
+            return self._handed[j]
+        if j not in self._crossed:
+            # Whoever reads first, and learns or not: the rows are the same for all.
+            with torch.set_grad_enabled(self._learning):
+                self._crossed[j] = projected(self.system.others[name].projector, self._handed[j], self._trace)
+        return self._crossed[j]
+
+    def _fused(self, i: int, questions: list[dict], turns: list[Turn]) -> Trace:
+        """What agent i hands on, with the rows of its prompt fused with those of the agent of another model."""
+        system, j = self.system, self.graph.fuses[i]
+        agent, sharer = system.agents[i], system.agents[j]
+        of = [partners(system, agent, sharer, fields) for fields in questions]
+        with torch.set_grad_enabled(self._learning):
+            projector = system.others[sharer.model].projector
+            return fused(projector, self._handed[i], [len(turn.ids) for turn in turns], self._handed[j], sharer.name, of)
 
     def written(self, i: int) -> Trace:
         """A view with the latent rows of agent i, who has had its turn."""
@@ -104,15 +141,18 @@ class Board:
     def select(self, sequences: list[int]) -> None:
         """Goes on with these questions alone."""
         self._trace = self._trace.select(sequences)
-        self._handed = {i: trace.select(sequences) for i, trace in self._handed.items()}
+        for traces in (self._handed, self._crossed, self._beside):
+            traces.update({key: trace.select(sequences) for key, trace in traces.items()})
 
 
 def _groups(system, level: list[int]) -> list[list[int]]:
-    """The agents of a level that can share a forward: of one adapter, that learn or do not, and that take their steps alike."""
+    """The agents of a level that can share a forward: of one model and adapter, that learn or do not, and that take their steps
+    alike."""
     groups: dict[tuple, list[int]] = {}
     for i in level:
         agent = system.agents[i]
-        adapter = agent.adapter if system.adapter_scope == "per_role" else None
+        own = system.writer(agent) is system
+        adapter = (agent.model, agent.adapter if own and system.adapter_scope == "per_role" else None)
         apart = None if system.together else i
         key = (adapter, i >= system.agents_without_grad, agent.passes, agent.grad_passes, agent.stop_change, apart)
         groups.setdefault(key, []).append(i)

@@ -1,27 +1,51 @@
 """What does not fit together in a team, told before anything is built."""
 
+import re
+
 from torch import nn
 
-from diffmas.agents.graph import check_graph
+from diffmas.agents.alignment import check_tokenizers
+from diffmas.agents.chat import check_chat
+from diffmas.agents.encoder import Encoder
+from diffmas.agents.graph import Graph, check_graph, home
+from diffmas.agents.member import Other
+from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
 from diffmas.models.adapted import check_adapters, check_bare
+from diffmas.models.parts import causal_lm_of
 
-__all__ = ["check_agents", "check_team"]
+__all__ = ["check_agents", "check_others", "check_team", "readings"]
 
 
-def check_agents(agents: list[Agent]) -> None:
-    """Raises ValueError for agents that do not fit to each other, whatever their model."""
+def readings(others) -> dict[str, str]:
+    """How the rows of others are read, by name."""
+    return {name: other.reading for name, other in others.items()}
+
+
+def check_agents(agents: list[Agent], others) -> None:
+    """Raises ValueError for agents that do not fit to each other, whatever their models. others: names of other models."""
     if not agents:
         raise ValueError("agents: expected at least one agent, got an empty list")
     names = [agent.name for agent in agents]
     if len(set(names)) != len(names):
         raise ValueError(f"agents: expected distinct names, got {names}")
+    for agent in agents:
+        if agent.model is not None and agent.model not in others:
+            raise ValueError(f"agent {agent.name!r}: model: expected None or one of {sorted(others)}, got {agent.model!r}")
 
 
-def check_team(model: nn.Module, agents: list[Agent], adapter_scope: str, trace_content: str, sinks: int) -> None:
+def check_team(
+    model: nn.Module, agents: list[Agent], adapter_scope: str, trace_content: str, sinks: int, others: dict[str, Other]
+) -> None:  # fmt: skip
     """Raises ValueError naming the argument that does not fit: agents among each other, or their adapters and the model's."""
-    check_agents(agents)
-    check_graph(agents, trace_content, sinks, model.config.get_text_config().num_hidden_layers)
+    for name, other in others.items():
+        if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"others: expected names of letters, digits, - and _, got {name!r}")
+        if not isinstance(other, (Other, Encoder)):
+            raise ValueError(f"others: expected {name!r} as an Other or Encoder, got {type(other).__name__}")
+    check_agents(agents, others)
+    layers = model.config.get_text_config().num_hidden_layers
+    check_graph(agents, trace_content, sinks, layers, readings(others))
     check_adapters(model)
     if adapter_scope == "final_only":
         check_bare(model)
@@ -33,6 +57,42 @@ def check_team(model: nn.Module, agents: list[Agent], adapter_scope: str, trace_
                 f"agent {agent.name!r}: role: expected a name that no agent of another role has, got {agent.role!r}; to "
                 f"share an adapter with {other.name!r}, give both one role"
             )
-    roles = dict.fromkeys(agent.adapter for agent in agents)
+    roles = dict.fromkeys(agent.adapter for agent in agents if home(agent, readings(others)) is None)
     if adapter_scope == "per_role" and (missing := [n for n in roles if n not in model.peft_config]):
         raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every role, the model has none for {missing}")
+
+
+def check_others(model: nn.Module, tokenizer, agents: list[Agent], others: dict[str, Other], options: Options) -> None:
+    """Raises ValueError naming what of a team's other models does not fit."""
+    for name, other in others.items():
+        try:
+            if causal_lm_of(other.model) is causal_lm_of(model):
+                raise ValueError("model: expected another than the system's, got the same")
+            other.check(model)
+            mine = [agent for agent in agents if agent.model == name]
+            check_chat(other.tokenizer, other.chat_template, other.chat_options or {}, mine)
+            if other.reading == "fused":
+                check_tokenizers(tokenizer, other.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"others, {name!r}: {error}") from error
+        for agent in mine:
+            if agent.max_rows is not None or any(read.select is not None for read in agent.reads or ()):
+                raise ValueError(f"agent {agent.name!r}: expected no select and no max_rows with another model, got some")
+        if not mine:
+            raise ValueError(f"others: expected an agent whose model is {name!r}, got none")
+    if agents[-1].model is not None:
+        raise ValueError(f"agent {agents[-1].name!r}: model: expected None for who answers, got {agents[-1].model!r}")
+    for i, j in Graph.of(agents, beside=readings(others)).fuses.items():
+        _check_fused(agents[i], agents[j], i == len(agents) - 1, options)
+
+
+def _check_fused(agent: Agent, sharer: Agent, last: bool, options: Options) -> None:
+    """Raises ValueError for an agent whose rows cannot be fused with those of another model's."""
+    where = f"agent {agent.name!r}, whose rows are fused with those of {sharer.name!r}"
+    if last:
+        raise ValueError(f"{where}: expected another agent that reads it and answers, got the last agent")
+    if agent.latent_steps != 0:
+        raise ValueError(f"{where}: latent_steps: expected 0, got {agent.latent_steps!r}; who reads it can take some")
+    for name, wanted in (("trace_content", "all"), ("no_latents", "prompt")):
+        if (found := getattr(options, name)) != wanted:
+            raise ValueError(f"{where}: {name}: expected {wanted!r}, got {found!r}")

@@ -26,8 +26,9 @@ from diffmas.models.local import first_of, gathered, say_features, shared, sprea
 from diffmas.models.parts import causal_lm_of
 
 __all__ = [
-    "AGENTS_FILE", "add_adapter", "check_class", "check_description", "check_same", "load_model", "load_weights", "read_agents",
-    "read_json", "read_map", "save", "write_json",
+    "AGENTS_FILE", "HEAD", "add_adapter", "check_base", "check_class", "check_description", "check_kinds", "check_like",
+    "check_same", "load_adapters", "load_model", "load_saved_tokenizer", "load_weights", "put_adapters", "read_adapters",
+    "read_agents", "read_json", "read_map", "read_weights", "save", "save_model", "write_json",
 ]  # fmt: skip
 
 AGENTS_FILE = "agents.json"
@@ -36,6 +37,10 @@ TOKENIZER_FILE = "tokenizer_config.json"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FORMAT, SAMPLED_FORMAT = "diffmas-agents-2", "diffmas-agents-1"  # the first one's base_fingerprint was a sampled one
 OF_CLASS = ("class", "own_options")  # of `MultiAgentSystem.describe()`; None, which fits to any, where older versions wrote
+HEAD = {
+    "format": str, "base_model": str | None, "base_fingerprint": str, "trained_in_base": list, "adapters": dict,
+    "tokenizer": str | None,
+}  # fmt: skip
 SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what PEFT multiplies the weights by
 
 
@@ -106,24 +111,14 @@ def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tens
     """
     check_description(description)
     path = Path(path)
-    adapters, trained = adapter_state_dict(model), sorted(trained_in_base(model))
-    fingerprint = model_fingerprint(model, trained)
+    readme = path / card.CARD
+    before = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    head = save_model(path, model, tokenizer)  # writes into the card, too
     learned_map = None if learned_map is None else whole(learned_map)
     if not first_of(model):
         return
-    path.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(str(path))
-    readme = path / card.CARD
-    before = readme.read_text(encoding="utf-8") if readme.is_file() else None
-    if hasattr(model, "peft_config"):
-        model.save_pretrained(str(path), state_dict=adapters)  # writes into the card, too
     if learned_map is not None:
         save_file({"weight": learned_map.cpu().contiguous()}, path / MAP_FILE)
-    head = {
-        "format": FORMAT, "base_model": causal_lm_of(model).config._name_or_path,
-        "base_fingerprint": fingerprint, "trained_in_base": trained, "adapters": adapters_of(model),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }  # fmt: skip
     described = {**head, **description}
     if before is None:
         readme.unlink(missing_ok=True)
@@ -132,7 +127,23 @@ def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tens
     write_json(path / AGENTS_FILE, described)
 
 
-def _check(data, kinds: dict, where: str) -> None:
+def save_model(path: Path, model: nn.Module, tokenizer) -> dict:
+    """Writes the adapters and the tokenizer; returns what HEAD lists of them, which names the model."""
+    adapters, trained = adapter_state_dict(model), sorted(trained_in_base(model))
+    fingerprint = model_fingerprint(model, trained)
+    if first_of(model):
+        path.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(path))
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(str(path), state_dict=adapters)
+    return {
+        "format": FORMAT, "base_model": causal_lm_of(model).config._name_or_path,
+        "base_fingerprint": fingerprint, "trained_in_base": trained, "adapters": adapters_of(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }  # fmt: skip
+
+
+def check_kinds(data, kinds: dict, where: str) -> None:
     """Raises ValueError unless `data` is an object of exactly these keys and kinds."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, got {type(data).__name__}")
@@ -154,14 +165,11 @@ def read_agents(path) -> dict:
     if found not in (FORMAT, SAMPLED_FORMAT):
         raise ValueError(f"{file}: expected format {FORMAT}, got {found}")
     described = _with_later_options(described)
-    head = {
-        "format": str, "base_model": str | None, "base_fingerprint": str, "trained_in_base": list, "adapters": dict,
-        "tokenizer": str | None, "agents": list, "class": str | None, "own_options": dict | None,
-    }  # fmt: skip
-    _check(described, {**head, **get_type_hints(Options)}, str(file))
+    team = {"agents": list, "class": str | None, "own_options": dict | None, "others": dict}
+    check_kinds(described, {**HEAD, **team, **get_type_hints(Options)}, str(file))
     kinds = get_type_hints(Agent)
     for i, agent in enumerate(described["agents"]):
-        _check(agent, {f.name: kinds[f.name] for f in fields(Agent)}, f"{file}: agents[{i}]")
+        check_kinds(agent, {f.name: kinds[f.name] for f in fields(Agent)}, f"{file}: agents[{i}]")
     return described
 
 
@@ -172,7 +180,8 @@ def _with_later_options(described: dict) -> dict:
     described = {**dict.fromkeys(OF_CLASS), **described}
 
     def filled(agents: list) -> list:
-        later = dict.fromkeys(("stop_change", "role", "passes", "grad_passes", "reads", "max_rows", "max_rows_by"))
+        names = ("stop_change", "role", "passes", "grad_passes", "reads", "max_rows", "max_rows_by", "model")
+        later = dict.fromkeys(names)
         return [{**later, **agent} if isinstance(agent, dict) else agent for agent in agents]
 
     own = described["own_options"]
@@ -181,7 +190,7 @@ def _with_later_options(described: dict) -> dict:
     # Where latent_only drops nothing, sinks change nothing.
     sinks = 0 if described.get("trace_content") == "latent_only" else Options.sinks
     later = {"sinks": sinks, "chat_options": None, "latent_grad_clip": None, "trained_in_base": [], "tokenizer": None}
-    return {**later, **described, "agents": filled(described["agents"])}
+    return {"others": {}, **later, **described, "agents": filled(described["agents"])}
 
 
 def check_base(described: dict, model: nn.Module, path) -> None:
@@ -231,20 +240,32 @@ def load_weights(path, model: nn.Module, tokenizer, description: dict, learned_m
     for key, value in json.loads(json.dumps(description)).items():
         if described.get(key) != value and not _unsaid(described, key):
             raise ValueError(f"{path / AGENTS_FILE}: expected {key} {value!r}, got {described.get(key)!r}")
-    if described["tokenizer"] not in (None, mine := tokenizer_fingerprint(tokenizer)):
-        raise ValueError(
-            f"{path / AGENTS_FILE}: expected agents of this system's tokenizer and chat template (fingerprint {mine}), got "
-            f"those of others (fingerprint {described['tokenizer']}), which stand beside it"
-        )
-    adapters = adapters_of(model)
-    if described["adapters"] != adapters:
-        raise ValueError(f"{path / AGENTS_FILE}: expected adapters {adapters}, got {described['adapters']}")
+    check_like(path / AGENTS_FILE, described, model, tokenizer)
     with gathered([p for p in (*model.parameters(), learned_map) if p is not None and p.requires_grad], True):
-        _copy_weights(path, model, adapters, learned_map)
+        read = read_adapters(path, model)
+        new_map = None if learned_map is None else read_map(path, learned_map.shape)
+        put_adapters(model, read)
+        if new_map is not None:
+            with torch.no_grad():
+                learned_map.copy_(spread_like(new_map, learned_map))
 
 
-def _copy_weights(path: Path, model: nn.Module, adapters, learned_map: nn.Parameter | None) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+def check_like(file: Path, head: dict, model: nn.Module, tokenizer) -> None:
+    """Raises ValueError unless the adapters and the tokenizer in a file's HEAD are like these."""
+    if head["tokenizer"] not in (None, mine := tokenizer_fingerprint(tokenizer)):
+        raise ValueError(
+            f"{file}: expected agents of this system's tokenizer and chat template (fingerprint {mine}), got those of others "
+            f"(fingerprint {head['tokenizer']}), which stand beside it"
+        )
+    if head["adapters"] != (adapters := adapters_of(model)):
+        raise ValueError(f"{file}: expected adapters {adapters}, got {head['adapters']}")
+
+
+def read_adapters(path: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The weights of a directory's adapters, by name; raises ValueError unless they are like the model's."""
+    if not (adapters := adapters_of(model)):
+        return {}
+    from peft import get_peft_model_state_dict
 
     read = {}
     for name in adapters:
@@ -255,14 +276,17 @@ def _copy_weights(path: Path, model: nn.Module, adapters, learned_map: nn.Parame
         if shapes != found:
             key = sorted(k for k in shapes.keys() | found.keys() if shapes.get(k) != found.get(k))[0]
             raise ValueError(f"{file}: expected {key} of shape {shapes.get(key)}, got {found.get(key)}")
-    new_map = None if learned_map is None else read_map(path, learned_map.shape)
+    return read
+
+
+def put_adapters(model: nn.Module, read: dict[str, dict[str, Tensor]]) -> None:
+    """Copies weights of `read_adapters` into the model's adapters."""
     for name, weights in read.items():
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
         mine = get_peft_model_state_dict(model, adapter_name=name)
         weights = {key: spread_like(x, mine[key]) for key, x in weights.items()}
         set_peft_model_state_dict(model, weights, adapter_name=name)
-    if new_map is not None:
-        with torch.no_grad():
-            learned_map.copy_(spread_like(new_map, learned_map))
 
 
 def load_adapters(path, model: nn.Module, adapters: dict[str, dict], trainable: bool = False) -> nn.Module:

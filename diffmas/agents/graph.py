@@ -11,7 +11,7 @@ from typing import NamedTuple
 from diffmas.agents.selection import MEASURED, Score, Select, select_of, selected
 from diffmas.trace.views import JOINS, Segment, length_of, only, without_first, without_rows
 
-__all__ = ["Edge", "Graph", "Read", "branches_of", "check_graph", "handed_on", "reads_of"]
+__all__ = ["Edge", "Graph", "Read", "branches_of", "check_graph", "handed_on", "home", "reads_of"]
 
 Row = list[Segment]
 
@@ -70,24 +70,33 @@ class Edge(NamedTuple):
 class Graph:
     """A team's shape. reads: by agent, its edges to the agents that it reads, in order. chain: whether each reads all that was
     written before it, on one trace, since nobody says otherwise. levels: of all agents but the last, those that do not wait for
-    each other."""
+    each other. fuses: by agent whose rows are fused with those of one of another model, the number of that one."""
 
     reads: list[list[Edge]]
     chain: bool
     levels: list[list[int]] = field(default_factory=list)
+    fuses: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, agents, positions: str = "shift") -> "Graph":
-        """positions: of edges that do not say theirs. Raises ValueError for a name that is no agent's before the reader, and
-        for one that is there twice."""
-        number = {agent.name: i for i, agent in enumerate(agents)}
-        in_line = all(agent.reads is None for agent in agents)
+    def of(cls, agents, positions: str = "shift", beside: dict[str, str] | None = None) -> "Graph":
+        """positions: of edges that do not say theirs. beside: of other models by name, the `reading` of an `Other`.
+
+        Raises ValueError for a name that is no agent's before the reader, for one that is there twice, for an agent of another
+        model that reads one not of its model, and for two that are fused with one.
+        """
+        number, models = {agent.name: i for i, agent in enumerate(agents)}, [home(agent, beside) for agent in agents]
+        fusing = {name for name, reading in (beside or {}).items() if reading == "fused"}
+        in_line = all(agent.reads is None for agent in agents) and not any(models)
         chain = in_line and all(agent.max_rows is None for agent in agents)
         if in_line and positions == "shift":  # what is not read by one of them stays where it is for the others
             positions = "keep"
         reads: list[list[Edge]] = []
+        fuses: dict[int, int] = {}
         for i, agent in enumerate(agents):
-            edges = [Read(other.name) for other in agents[:i]] if agent.reads is None else agent.reads
+            if agent.reads is None:
+                edges = [Read(agents[j].name) for j in range(i) if _readable(models[j], models[i], fusing)]
+            else:
+                edges = agent.reads
             names = [edge.agent for edge in edges]
             for n, name in enumerate(names):
                 if number.get(name, i) < i and name not in names[:n]:
@@ -95,23 +104,53 @@ class Graph:
                 known = [other.name for other in agents[:i]]
                 why = "a second time" if name in names[:n] else "no agent" if name not in number else "which is not before it"
                 raise ValueError(f"agent {agent.name!r}: reads: expected some of {known}, each once, got {name!r}, {why}")
+            for edge in edges:
+                j = number[edge.agent]
+                if models[i] is None and models[j] in fusing:
+                    if i in fuses:
+                        raise ValueError(
+                            f"agent {agent.name!r}: reads: expected one agent at most whose rows are fused with its own, got "
+                            f"{agents[fuses[i]].name!r} and {edge.agent!r}"
+                        )
+                    if edge.positions or edge.select:
+                        where = f"agent {agent.name!r}: reads: {edge.agent}"
+                        raise ValueError(f"{where}: expected neither positions nor select of rows that are fused with its own")
+                    fuses[i] = j
+                elif not _readable(models[j], models[i], fusing):
+                    raise ValueError(
+                        f"agent {agent.name!r}: reads: expected agents of its own model {models[i]!r}, got {edge.agent!r} of "
+                        f"{models[j]!r}"
+                    )
+            edges = [edge for edge in edges if fuses.get(i) != number[edge.agent]]
             reads.append([Edge(number[edge.agent], edge.positions or positions, edge.select) for edge in edges])
         depth: list[int] = []
-        for edges in reads:
-            depth.append(1 + max((depth[edge.agent] for edge in edges), default=-1))
+        for i, edges in enumerate(reads):
+            before = [edge.agent for edge in edges] + ([fuses[i]] if i in fuses else [])
+            depth.append(1 + max((depth[j] for j in before), default=-1))
         thinkers = range(len(agents) - 1)
         levels = [[i for i in thinkers if depth[i] == d] for d in range(max(depth[:-1], default=-1) + 1)]
-        return cls(reads, chain, levels)
+        return cls(reads, chain, levels, fuses)
 
     def measures(self, i: int) -> set[str]:
         """By what agent i chooses rows of each agent that it reads, that has to be measured first."""
         return {edge.select.by for edge in self.reads[i] if edge.select is not None} & {*MEASURED}
 
 
-def check_graph(agents, trace_content: str, sinks: int, layers: float) -> None:
+def _readable(writer: str | None, reader: str | None, fusing) -> bool:
+    """Whether an agent's rows are put before another's, by their models."""
+    return writer == reader or (reader is None and writer not in fusing)
+
+
+def home(agent, beside: dict[str, str] | None) -> str | None:
+    """The model that writes an agent's rows: None, the system's, also where another one has encoded its prompt."""
+    return None if (beside or {}).get(agent.model) == "embeddings" else agent.model
+
+
+def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: dict[str, str] | None = None) -> None:
     """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows, or layers, that are
-    never there. layers: of the model."""
-    reads = Graph.of(agents).reads
+    never there. layers: of the model. beside: as in `Graph.of`."""
+    graph = Graph.of(agents, beside=beside)
+    reads = graph.reads
     for agent in agents:
         if agent.max_rows is not None and agent.max_rows <= sinks:
             raise ValueError(f"agent {agent.name!r}: max_rows: expected more than the {sinks} sinks, got {agent.max_rows}")
@@ -121,15 +160,17 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float) -> None:
             if edge.select is not None and max(edge.select.layers or (0,)) >= layers:
                 where = f"agent {reader.name!r}: reads: {agent.name}: select: layers"
                 raise ValueError(f"{where}: expected some of the model's, 0 to {layers - 1}, got {max(edge.select.layers)}")
-            why = None
-            if kind == "prompt" and trace_content == "latent_only":
+            why, encoded = None, agent.model != home(agent, beside)
+            if kind == "prompt" and encoded:
+                why = "whose prompt another model encodes, to latent rows"
+            elif kind == "prompt" and trace_content == "latent_only":
                 why = "whose prompt nobody gets with trace_content='latent_only'"
-            elif kind == "latent" and agent.latent_steps == 0:
+            elif kind == "latent" and agent.latent_steps == 0 and not encoded:
                 why = "which takes no latent steps"
             if why is not None:
                 where = f"agent {reader.name!r}: reads: {agent.name}: select: kind"
                 raise ValueError(f"{where}: expected one that leaves rows, got {kind!r} of an agent {why}")
-    read = {edge.agent for edges in reads for edge in edges}
+    read = {edge.agent for edges in reads for edge in edges} | {*graph.fuses.values()}
     if unread := [agent.name for i, agent in enumerate(agents[:-1]) if i not in read]:
         raise ValueError(f"agents: expected somebody who reads {unread[0]!r}, got nobody; it would think in vain")
 

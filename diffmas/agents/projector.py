@@ -78,6 +78,7 @@ class Between(nn.Module):
     def __init__(self, sharer: nn.Module, receiver: nn.Module, layers):
         super().__init__()
         self.sharer, self.receiver = spec_of(sharer), spec_of(receiver)
+        self._reader = (causal_lm_of(receiver),)  # a tuple hides it from nn.Module
         self.sharer_rows, self.receiver_rows = row_shapes(sharer), row_shapes(receiver)
         self.layers = layer_map(layers, len(self.sharer_rows), len(self.receiver_rows), gaps=self.fuses)
         for i, j in enumerate(self.layers):  # raises where a layer's turn is not known
@@ -90,6 +91,11 @@ class Between(nn.Module):
         for name, mine, model in (("sharer", self.sharer, sharer), ("receiver", self.receiver, receiver)):
             if spec_of(model) is not mine:
                 raise ValueError(f"projector: expected one that was made for this {name}, got one of another model or patch")
+
+    def row_dtype(self, device: torch.device) -> torch.dtype:
+        """Of rows that the receiver's layers would write now."""
+        autocast = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if autocast else self._reader[0].dtype
 
     def sizes(self, i: int) -> tuple[int, int]:
         """Values of a row of K in the receiver's layer i, and in the sharer's layer that it reads."""
@@ -138,7 +144,8 @@ class Projector(Between):
             k, v = (x.to(self.keys[i][0].weight) for x in rows[j])
             k = turned(k, -written, self.sharer, self.sharer.layers[j])
             k, v = (f(x.flatten(1)).unflatten(1, self.receiver_rows[i]) for f, x in ((self.keys[i], k), (self.values[i], v)))
-            made.append((turned(k, read, self.receiver, self.receiver.layers[i]), v))
+            rows_of_layer = turned(k, read, self.receiver, self.receiver.layers[i]), v
+            made.append(tuple(x.to(self.row_dtype(x.device)) for x in rows_of_layer))
         return made
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from string import Formatter
 from typing import NamedTuple
 
+from diffmas.agents.alignment import partners
 from diffmas.agents.chat import chat_text
 from diffmas.agents.graph import branches_of, handed_on, reads_of
 from diffmas.agents.selection import PLANNED, check_by, check_count, within
@@ -30,11 +31,12 @@ class Agent:
     rows it reads, out of those before it, in this order; or {"agent": name, "positions": ..., "select": ...} for where it has
     them, and which of them (`diffmas.agents.graph.Read`). None: all before it; []: nobody. max_rows: it reads at most so many
     rows, `sinks` included; where there are more, the best ones, max_rows_by: last (the default), similarity or attention
-    (`diffmas.agents.selection`).
+    (`diffmas.agents.selection`). model: the name of another model that takes the turn (`MultiAgentSystem`'s others), and whose
+    rows are read through its projector; None is the system's own.
 
     Raises ValueError for T < 0, stop_change <= 0, passes < 1, grad_passes that are not 1 to passes, passes together with
-    stop_change, reads that are no list of agents, max_rows < 1, an unknown max_rows_by, an empty name or role, or a prompt
-    that is no string.
+    stop_change, reads that are no list of agents, max_rows < 1, an unknown max_rows_by, an empty name, role or model, or a
+    prompt that is no string.
 
         >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
         'Plan how to answer: 2 + 2?'
@@ -53,6 +55,7 @@ class Agent:
     reads: list | None = None  # then a tuple of `Read`
     max_rows: int | None = None
     max_rows_by: str | None = None
+    model: str | None = None
 
     def __post_init__(self):
         T = self.latent_steps
@@ -74,6 +77,8 @@ class Agent:
             raise ValueError("name: expected a name for every agent, got an empty one")
         if self.role is not None and not (isinstance(self.role, str) and self.role):
             raise ValueError(f"agent {self.name!r}: role: expected a name or None, got {self.role!r}")
+        if self.model is not None and not (isinstance(self.model, str) and self.model):
+            raise ValueError(f"agent {self.name!r}: model: expected the name of another model or None, got {self.model!r}")
         if not isinstance(self.prompt, str):
             raise ValueError(f"agent {self.name!r}: prompt: expected a format string, got {type(self.prompt).__name__}")
         object.__setattr__(self, "reads", reads_of(self.name, self.reads))
@@ -194,13 +199,26 @@ def prompt_that_fits(system, agent: Agent, b: int, fields: dict, at: int, room: 
         ids = system.prompt_ids(agent, fields)
     except ValueError as error:
         raise ValueError(f"questions[{b}], {error}") from error
-    limit, n = getattr(system.model.config.get_text_config(), "max_position_embeddings", None), len(ids) + room
+    config, n = system.writer(agent).model.config.get_text_config(), len(ids) + room
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and at + n > limit:
         raise TooLong(
             f"questions[{b}], agent {agent.name!r}: expected {what} to fit in the context of {limit} positions, "
             f"got {at} before it and {n} of its own"
         )
+    if encodes(system, agent):
+        limit = getattr(system.member(agent).model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(ids) > limit:
+            raise TooLong(
+                f"questions[{b}], agent {agent.name!r}: expected its prompt to fit in the {limit} positions of "
+                f"{agent.model!r}, got {len(ids)} tokens"
+            )
     return ids
+
+
+def encodes(system, agent: Agent) -> bool:
+    """Whether another model encodes the agent's prompt, whose rows are then latent ones."""
+    return system.member(agent) is not system.writer(agent)
 
 
 def turn_of(system, agent: Agent, b: int, fields: dict, at: int) -> Turn:
@@ -209,7 +227,7 @@ def turn_of(system, agent: Agent, b: int, fields: dict, at: int) -> Turn:
         T = agent.steps(fields)
     except ValueError as error:
         raise ValueError(f"questions[{b}], {error}") from error
-    if T == 0 and system.no_latents == "skip":
+    if T == 0 and system.no_latents == "skip" and not encodes(system, agent):
         return Turn([], 0)
     return Turn(prompt_that_fits(system, agent, b, fields, at, T, f"its prompt and {T} latent steps"), T)
 
@@ -230,7 +248,8 @@ def tokenize(system, questions: list[dict], room: list[int], what: str, starts: 
             turn = turn_of(system, agent, b, fields, at)
             row.append(turn)
             at += len(turn.ids) + turn.steps
-            handed += min(len(turn.ids), max(system.sinks - handed, 0)) + turn.steps
+            n = len(turn.ids)
+            handed += (n if encodes(system, agent) else min(n, max(system.sinks - handed, 0))) + turn.steps
             if system.trace_content == "latent_only" and system.positions == "reindex":
                 at = handed
         turns[-1].append(Turn(prompt_that_fits(system, system.agents[-1], b, fields, at, room[b], what), 0))
@@ -254,8 +273,13 @@ def _turns_in_graph(system, b: int, fields: dict, room: int, what: str) -> list[
         if i == len(system.agents) - 1:
             return [*turns, Turn(prompt_that_fits(system, agent, b, fields, at, room, what), 0)]
         turns.append(turn := turn_of(system, agent, b, fields, at))
+        if i in graph.fuses:
+            try:
+                partners(system, agent, system.agents[graph.fuses[i]], fields)
+            except ValueError as error:
+                raise ValueError(f"questions[{b}], {error}") from error
         read, n = length_of(row), len(turn.ids)
-        for kind_of, length in (("prompt", n), ("latent", turn.steps)):
+        for kind_of, length in (("latent" if encodes(system, agent) else "prompt", n), ("latent", turn.steps)):
             row = [*row, Segment(b, agent.name, kind_of, rows, length, at)] if length else row
             rows, at = rows + length, at + length
         handed.append(handed_on(row, read, [], agent.name, kind, system.sinks))

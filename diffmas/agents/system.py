@@ -10,16 +10,17 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffmas.agents import adapters, file, gradients, hub, prompts
+from diffmas.agents import adapters, file, gradients, hub, other_file, prompts
 from diffmas.agents.answers import answer_loss, answer_tokens
 from diffmas.agents.board import Board
 from diffmas.agents.chat import check_chat
-from diffmas.agents.checks import check_team
+from diffmas.agents.checks import check_others, check_team, readings
 from diffmas.agents.decoding import text_before
 from diffmas.agents.gradient_report import GradientReport
-from diffmas.agents.graph import Graph
+from diffmas.agents.graph import Graph, home
+from diffmas.agents.member import Member, default_chat
 from diffmas.agents.options import Options
 from diffmas.agents.output import SystemOutput
 from diffmas.agents.prompts import Agent, Turn
@@ -35,7 +36,7 @@ from diffmas.trace.views import SINKS
 __all__ = ["Agent", "MultiAgentSystem", "SystemOutput"]
 
 
-class MultiAgentSystem(nn.Module):
+class MultiAgentSystem(Member):
     """Agents over one patched model; the last agent answers (DiffMAS, arXiv 2604.21794).
 
     model: a transformers causal LM or a PEFT model around one; it is patched if it is not yet. A new system is in its mode,
@@ -56,6 +57,8 @@ class MultiAgentSystem(nn.Module):
     latent_grad_clip: the largest norm of the gradient that a latent step hands to the hidden state before it, for each
         sequence, in norms of what its answer's last hidden states get (`diffmas.agents.gradient_clip`); None: no limit. In
         training by `forward` without a trace.
+    others: other models by name. `diffmas.agents.Other`: an agent with that name as its `model` takes its turns there, and
+        agents of the system's model read its rows through a projector. `diffmas.agents.Encoder`: it encodes the agent's prompt.
     no_latents: prompt | skip, whether an agent hands on its prompt or has no turn where its T is 0. At T = 0 for all, "skip"
         is the last agent alone, as the paper's T = 0 is; the default is not.
 
@@ -73,16 +76,19 @@ class MultiAgentSystem(nn.Module):
         trace_content: str = "all", *, last_k: int | None = None, adapter_scope: str = "shared",
         no_latents: str = "prompt", positions: str = "keep", chat_template: bool | None = None, temperature: float = 1.0,
         sinks: int = SINKS, chat_options: dict | None = None, latent_grad_clip: float | None = None,
+        others: dict[str, Member] | None = None,
     ):  # fmt: skip
         super().__init__()
         options = Options(
             realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature,
             sinks, chat_options, latent_grad_clip,
         )  # fmt: skip
-        check_team(model, agents, adapter_scope, trace_content, sinks)
+        others = others or {}
+        check_team(model, agents, adapter_scope, trace_content, sinks, others)
+        check_others(model, tokenizer, agents, others, options)
         self.agents_without_grad = options.agents_without_grad(len(agents))  # the first so many
-        self.chat_template = bool(getattr(tokenizer, "chat_template", None)) if chat_template is None else chat_template
-        check_chat(tokenizer, self.chat_template, chat_options or {}, agents)
+        self.chat_template = default_chat(tokenizer, chat_template)
+        check_chat(tokenizer, self.chat_template, chat_options or {}, [agent for agent in agents if agent.model is None])
         if not hasattr(causal_lm_of(model), "diffmas_patch"):
             patch_model(model)
         self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
@@ -92,22 +98,32 @@ class MultiAgentSystem(nn.Module):
         self.together = True  # whether agents that do not read each other share a forward; not while a gradient report watches
         self.agreement = None  # what processes that share a sharded model tell each other before they run it (diffmas.training)
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
+        self.others = nn.ModuleDict(others)
         self.training = model.training
         if adapter_scope != "shared":
             adapters.will_switch(model)
         if adapter_scope == "per_role":
-            adapters.train_roles(model, list(dict.fromkeys(agent.adapter for agent in agents)))
+            adapters.train_roles(model, list(dict.fromkeys(agent.adapter for agent in agents if self.writer(agent) is self)))
 
     @property
     def graph(self) -> Graph:
         """Who reads whom. Raises ValueError naming an agent whose `reads` do not fit."""
-        return Graph.of(self.agents, "reindex" if self.positions == "reindex" else "shift")
+        return Graph.of(self.agents, "reindex" if self.positions == "reindex" else "shift", readings(self.others))
+
+    def member(self, agent: Agent) -> Member:
+        """What reads an agent's prompt: the system itself, or one of its others."""
+        return self if agent.model is None else self.others[agent.model]
+
+    def writer(self, agent: Agent) -> Member:
+        """What writes an agent's rows: as `member`, but the system itself where another model only encodes."""
+        return self if home(agent, readings(self.others)) is None else self.others[agent.model]
 
     # ---- text to tokens ----------------------------------------------------------------------------------------------
 
     def prompt_ids(self, agent: Agent, fields: dict) -> list[int]:
         """The token ids of an agent's prompt, chat template included."""
-        return prompts.prompt_ids(self.tokenizer, agent, fields, self.chat_template, self.chat_options)
+        member = self.member(agent)
+        return super().prompt_ids(agent, fields) if member is self else member.prompt_ids(agent, fields)
 
     def answer_ids(self, answer: str | list[int]) -> list[int]:
         """The token ids of an answer, closed by the end-of-sequence token; those that were decoded stay as they are."""
@@ -129,14 +145,6 @@ class MultiAgentSystem(nn.Module):
     fields_of = staticmethod(prompts.fields_of)
 
     # ---- one agent ---------------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.get_input_embeddings().parameters()).device
-
-    def pack(self, rows: list[list[int]]) -> Tensor:
-        """Token ids of several sequences as one, [1, n], on the model's device."""
-        return torch.tensor([t for row in rows for t in row], dtype=torch.long, device=self.device)[None]
 
     def think(
         self, agent: Agent, questions: list[dict], trace: Trace, turns: list[Turn] | None = None, least_steps: int = 0
@@ -249,6 +257,8 @@ class MultiAgentSystem(nn.Module):
             >>> system.gradient_report(["where is the key"], ["in the garden"]).norm > 0
             True
         """
+        if self.others:
+            raise ValueError("gradient_report: expected agents of one model, got some of others")
         if self.agreement is not None:
             raise ValueError("gradient_report: expected a model that this process has alone, got one that several share")
         return gradients.report(self, questions, answers, num_items_in_batch)
@@ -274,6 +284,7 @@ class MultiAgentSystem(nn.Module):
             "adapter_scope": self.adapter_scope, "no_latents": self.no_latents, "positions": self.positions,
             "chat_template": self.chat_template, "temperature": self.realign.temperature, "sinks": self.sinks,
             "chat_options": self.chat_options, "latent_grad_clip": self.latent_grad_clip,
+            "others": {name: other.describe() for name, other in self.others.items()},
         }  # fmt: skip
 
     @property
@@ -282,11 +293,14 @@ class MultiAgentSystem(nn.Module):
 
     def save_pretrained(self, path) -> None:
         """Writes a directory with the PEFT adapters (if there are any), a learned realignment, the tokenizer with its chat
-        template, a model card (`diffmas.agents.card`), and `agents.json`.
+        template, a model card (`diffmas.agents.card`), and `agents.json`; and in `others` the same of other models, with their
+        projectors.
 
         Raises ValueError, before anything is written, for an agent whose latent_steps are a function.
         """
         reshard(self)
+        file.check_description(self.describe())
+        other_file.save(path, self.others)
         file.save(path, self.model, self.tokenizer, self.describe(), self._learned_map)
 
     def push_to_hub(self, repo: str, private: bool = True) -> str:
@@ -307,33 +321,37 @@ class MultiAgentSystem(nn.Module):
         options, or damaged weights.
         """
         reshard(self)
+        file.check_description(self.describe())
+        copy_others = other_file.read_weights(path, self.others)
         file.load_weights(path, self.model, self.tokenizer, self.describe(), self._learned_map)
+        copy_others()
 
     @classmethod
-    def of_description(cls, model, tokenizer, description: dict) -> "MultiAgentSystem":
-        """The system of a description, as `describe` gives it, on a model."""
+    def of_description(cls, model, tokenizer, description: dict, **others) -> "MultiAgentSystem":
+        """The system of a description, as `describe` gives it, on a model. others: others=..., of a team that has some."""
         options = {option.name: description[option.name] for option in fields(Options)}
         agents = [Agent(**agent) for agent in description["agents"]]
-        return cls(model, tokenizer, agents, **options, **(description["own_options"] or {}))
+        return cls(model, tokenizer, agents, **options, **(description["own_options"] or {}), **others)
 
     @classmethod
     def from_pretrained(
-        cls, path, model=None, tokenizer=None, *, trainable: bool = False, **model_options
+        cls, path, model=None, tokenizer=None, *, trainable: bool = False, others: dict | None = None, **model_options
     ) -> "MultiAgentSystem":
         """A system from a directory that `save_pretrained` wrote.
 
         model: a loaded base model, a directory, GGUF file or hub name, or None for the one that agents.json names. tokenizer:
-        by default the one that was saved. trainable: whether its adapters are. model_options: of
-        `diffmas.models.load.load_model`. Raises ValueError naming the file that is missing, damaged, or of another model, and
-        for a system of another class.
+        by default the one that was saved. trainable: whether its adapters are. others: by name, the base models of others, as
+        `model` is the system's. model_options: of `diffmas.models.load.load_model`. Raises ValueError naming the file that is
+        missing, damaged, or of another model, and for a system of another class.
 
             >>> system.save_pretrained(directory)
             >>> MultiAgentSystem.from_pretrained(directory, base_model, tokenizer).agents == system.agents
             True
         """
         described, model, tokenizer = file.load_model(path, cls.class_name(), model, tokenizer, trainable, **model_options)
+        beside = other_file.load(path, described["others"], model, others or {}, trainable, **model_options)
         try:
-            system = cls.of_description(model, tokenizer, described)
+            system = cls.of_description(model, tokenizer, described, **beside)
         except ValueError as error:
             raise ValueError(f"{Path(path) / file.AGENTS_FILE}: {error}") from error
         if (learned_map := system._learned_map) is not None:

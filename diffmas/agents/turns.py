@@ -39,18 +39,20 @@ def take_turns(system, agent: Agent, trace: Trace, turns: list[Turn], least_step
     ids, steps = [turn.ids for turn in turns], [turn.steps for turn in turns]
     if not any(ids):
         return
-    patch = patch_of(system.model)
-    forward_pass = trace.plan([len(row) for row in ids], "prompt", reserve=steps)
+    member, reader = system.writer(agent), system.member(agent)
+    patch, encoded = patch_of(member.model), reader is not member
+    forward_pass = trace.plan([len(row) for row in ids], "latent" if encoded else "prompt", reserve=steps)
     with phase("prefill", trace):
-        h = forward(patch, trace, forward_pass, input_ids=system.pack(ids)).last_hidden_state[0]
+        x = {"inputs_embeds": reader(ids)[None]} if encoded else {"input_ids": member.pack(ids)}
+        h = forward(patch, trace, forward_pass, **x).last_hidden_state[0]
         h = h[forward_pass.last_rows().to(h.device)]  # not always where the embeddings are
     with phase("latent", trace):
         if one_by_one(steps, agent.passes, agent.grad_passes):
-            h = latent_steps(patch, system.realign, trace, h, steps, agent.stop_change)
+            h = latent_steps(patch, member.realign, trace, h, steps, agent.stop_change)
         else:
-            latent_passes(patch, system.realign, trace, h, steps, agent.passes, agent.grad_passes)
+            latent_passes(patch, member.realign, trace, h, steps, agent.passes, agent.grad_passes)
         if (more := forwards([least_steps], agent.passes) - forwards(steps, agent.passes)) > 0:
-            latent_steps(patch, system.realign, trace, h, [more] * len(steps))
+            latent_steps(patch, member.realign, trace, h, [more] * len(steps))
             trace.drop_newest([more] * len(steps))
 
 

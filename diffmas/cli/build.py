@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from diffmas.cli.config import Config, training_fields
+from diffmas.cli.config import Config, OtherModel, training_fields
 from diffmas.cli.methods import TRAINED
 from diffmas.evaluation.tasks import task
 
@@ -34,6 +34,26 @@ def base_model(config: Config, device: str | None = None):
     return load_model(config.model, dtype=config.dtype, device=device)
 
 
+def other_of(described: OtherModel, config: Config, receiver, adapter: bool = True, device: str | None = None, loaded=None):
+    """Another model, with a new projector to `receiver`. adapter: whether it may get a new LoRA adapter. loaded: it and its
+    tokenizer, by default as `described` names them."""
+    from diffmas.agents.adapters import add_lora, lora_config
+    from diffmas.agents.other_file import load_encoder, made
+    from diffmas.models.load import load_model, load_tokenizer
+
+    encodes, how = described.projector.get("kind") == "encoder", dict(vars(described))
+    name, projector, lora = (how.pop(key) for key in ("model", "projector", "lora"))
+    if encodes and (wrong := [k for k in ("realign", "temperature") if how.pop(k) != getattr(OtherModel, k)] + ["lora"] * lora):
+        raise ValueError(f"others: {wrong[0]}: expected none with an encoder, which takes no latent steps and is not trained")
+    options = {"dtype": config.dtype, "device": device}
+    if loaded is None and encodes:
+        loaded = load_encoder(name, **options), load_tokenizer(name)
+    model, tokenizer = loaded or load_model(name, **options)
+    if adapter and lora:
+        model = add_lora(model, config=lora_config(**vars(config.lora)))
+    return made(projector, model, tokenizer, receiver, **how).to(device or "cpu")
+
+
 def untrained_system(config: Config, adapter: bool = True, device: str | None = None):
     """The system that a config describes. adapter: whether it gets new LoRA adapters, else it is the bare model."""
     from diffmas.agents.adapters import add_lora, lora_config
@@ -45,7 +65,21 @@ def untrained_system(config: Config, adapter: bool = True, device: str | None = 
         model = add_lora(model, config.agents, config.system.adapter_scope, lora_config(**vars(config.lora)))
     else:
         options["adapter_scope"] = "shared"
+    if config.others:
+        options["others"] = {name: other_of(one, config, model, adapter, device) for name, one in config.others.items()}
     return MultiAgentSystem(model, tokenizer, config.agents, **options)
+
+
+def c2c_system(config: Config, device: str | None = None):
+    """The last agent as `diffmas.evaluation.C2C` with the config's c2c; what it trains is the projector."""
+    from diffmas import evaluation
+
+    if config.c2c is None:
+        raise ValueError("c2c: expected the model whose rows are fused (in config.yaml, c2c: {model: NAME}), got none")
+    system = untrained_system(replace(config, others={}, agents=[replace(config.agents[-1], reads=None)]), False, device)
+    described = replace(config.c2c, projector={**config.c2c.projector, "kind": "c2c"})
+    other = other_of(described, config, system.model, False, device)
+    return evaluation.c2c(system, other, text_team(config, system)[1]).system
 
 
 def trained_system(config: Config, adapter: Path | None, device: str | None = None, other_agents: bool = False):
@@ -150,25 +184,28 @@ def text_team(config: Config, system):
 
 def check_adapters(names, adapters) -> None:
     """Raises ValueError for a method that is nothing without an adapter, before any model is loaded."""
-    if "text_sft" in names and "text_sft" not in adapters:
-        raise ValueError("evaluation.methods: 'text_sft' needs --text-sft DIR, which `diffmas train --method text_sft` writes")
+    for name in ("text_sft", "c2c"):
+        if name in names and name not in adapters:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"evaluation.methods: {name!r} needs {option} DIR, which `diffmas train --method {name}` writes")
 
 
 def methods_of(config: Config, system, names, adapters: dict[str, Path] | None = None) -> dict:
     """The methods by name, in the order of METHODS. adapters: directories of `diffmas train --method`, by method; "text_sft"
-    needs one, "stitch" is untrained without one. Raises ValueError for one that is missing, or of another base model, method or
-    team."""
+    and "c2c" need one, "stitch" is untrained without one. Raises ValueError for one that is missing, or of another base model,
+    method or team."""
     from diffmas import evaluation
     from diffmas.agents.file import add_adapter
     from diffmas.evaluation.text_sft import WRITER
 
-    adapters = adapters or {}
+    adapters = dict(adapters or {})
     described = system.describe()
     expected = {
         "text_sft": {"class": evaluation.Writers.class_name(), "agents": [WRITER.described()]},
         "stitch": {"class": evaluation.Stitched.class_name(), **{key: described[key] for key in TOLD}},
     }
     check_adapters(names, adapters)
+    fused = adapters.pop("c2c", None)
     for name, directory in adapters.items():
         system.model = add_adapter(directory, system.model, name, expected[name])
     writing, alone = text_team(config, system)
@@ -179,6 +216,7 @@ def methods_of(config: Config, system, names, adapters: dict[str, Path] | None =
         "text_sft": lambda: evaluation.TextAgents(writing, tokens, "text_sft"),
         "latent_mas": lambda: evaluation.latent_mas(system),
         "stitch": lambda: evaluation.stitch(system, "stitch" if "stitch" in adapters else False),
+        "c2c": lambda: evaluation.load_c2c(fused, system, alone, dtype=config.dtype, device=system.device),
         "diffmas": lambda: evaluation.Latent(system),
     }
     return {name: make() for name, make in makers.items() if name in names}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 
-from diffmas.agents.checks import check_agents
+from diffmas.agents.checks import check_agents, readings
 from diffmas.agents.graph import check_graph
 from diffmas.agents.options import Options
 from diffmas.agents.prompts import Agent
@@ -44,6 +44,29 @@ class Lora:
     alpha: int = 16
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class OtherModel:
+    """Another model beside the first one (`diffmas.agents.member.Other`).
+
+    model: a hub name, a directory or a GGUF file. projector: its kind, projector or c2c, and options of
+    `diffmas.agents.projector.Projector` or `Fuser`. lora: whether it gets an adapter of its own, of the section lora; else it
+    is frozen. Others: as `diffmas.agents.member.Other` takes them.
+    """
+
+    model: str
+    projector: dict = field(default_factory=lambda: {"kind": "projector"})
+    lora: bool = False
+    realign: str = "ridge"
+    temperature: float = 1.0
+    chat_template: bool | None = None
+    chat_options: dict | None = None
+
+    @property
+    def reading(self) -> str:
+        """As of the `Other` or `Encoder` that it names."""
+        return {"c2c": "fused", "encoder": "embeddings"}.get(self.projector.get("kind"), "rows")
 
 
 @dataclass
@@ -105,6 +128,7 @@ class Config:
 
     model: a hub name, a directory or a GGUF file. task: one of `diffmas tasks`. agents: by default the task's, with
     latent_steps as their T, and with passes and grad_passes (`diffmas.Agent`). dtype: of the weights, one of DTYPES.
+    others: other models of the team, `OtherModel` by name. c2c: the model that the method "c2c" is to hear from.
     system: options of `MultiAgentSystem`. training: any fields of transformers' TrainingArguments but output_dir, over a
     recipe, default or paper (`default_arguments`). gradient_report_steps, explosion_factor: see `diffmas.Trainer`.
     early_stopping_patience: how many evaluations without a better eval_loss end training.
@@ -121,6 +145,8 @@ class Config:
     output_dir: str = "diffmas-output"
     dtype: str = "auto"
     system: Options = field(default_factory=Options)
+    others: dict = field(default_factory=dict)
+    c2c: OtherModel | None = None
     lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     recipe: str = "default"
@@ -142,8 +168,12 @@ class Config:
         self.agents = self.agents or theirs
         if not self.agents:
             raise ValueError("agents: expected at least one agent or a task, got neither")
-        check_agents(self.agents)  # all that can be told before the model is loaded, whose layers nobody knows yet
-        check_graph(self.agents, self.system.trace_content, self.system.sinks, math.inf)
+        self.others = {
+            name: other if isinstance(other, OtherModel) else parsed(OtherModel, other, f"others.{name}.")
+            for name, other in self.others.items()
+        }
+        check_agents(self.agents, self.others)  # all that can be told before the model is loaded, whose layers nobody knows yet
+        check_graph(self.agents, self.system.trace_content, self.system.sinks, math.inf, readings(self.others))
         self.system.agents_without_grad(len(self.agents))
         if self.system.temperature <= 0:
             raise ValueError(f"system.temperature: expected a positive number, got {self.system.temperature}")
@@ -233,8 +263,9 @@ def load(path) -> Config:
     near = lambda name: str(path.parent / name) if name else name  # noqa: E731
     config.data.train, config.data.validation = near(config.data.train), near(config.data.validation)
     config.evaluation.data, config.output_dir = near(config.evaluation.data), near(config.output_dir)
-    if (path.parent / config.model).exists():
-        config.model = str((path.parent / config.model).resolve())  # absolute, as agents.json will name it
+    for one in (config, *config.others.values(), *([config.c2c] if config.c2c else [])):
+        if (path.parent / one.model).exists():
+            one.model = str((path.parent / one.model).resolve())  # absolute, as agents.json will name it
     return config
 
 

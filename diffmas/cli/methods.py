@@ -2,5 +2,5 @@
 
 __all__ = ["METHODS", "TRAINED"]
 
-METHODS = ("single", "text", "text_sft", "latent_mas", "stitch", "diffmas")
-TRAINED = ("diffmas", "text_sft", "stitch")  # methods that `diffmas train` trains
+METHODS = ("single", "text", "text_sft", "latent_mas", "stitch", "c2c", "diffmas")
+TRAINED = ("diffmas", "text_sft", "stitch", "c2c")  # methods that `diffmas train` trains

@@ -4,7 +4,7 @@ import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 
-from diffmas.cli.config import Config, training_kinds
+from diffmas.cli.config import Config, OtherModel, training_kinds
 
 __all__ = ["schema"]
 
@@ -15,6 +15,7 @@ def schema() -> dict:
     """Of `diffmas.cli.config.Config`, the fields of transformers' TrainingArguments included; JSON Schema 2020-12."""
     root = _of(Config)
     root["properties"]["training"] = _object({name: _of(kind) for name, kind in training_kinds().items()})
+    root["properties"]["others"] = {"type": "object", "additionalProperties": _of(OtherModel)}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "diffmas config.yaml", **root}
 
 

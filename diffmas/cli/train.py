@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from diffmas.cli.build import scorer_of, text_team, training_arguments, training_rows, untrained_system
+from diffmas.cli.build import c2c_system, scorer_of, text_team, training_arguments, training_rows, untrained_system
 from diffmas.cli.config import Config
 
 __all__ = ["trainer_of"]
@@ -19,7 +19,7 @@ def trainer_of(config: Config, method: str = "diffmas", resume: bool = False, pr
 
     rows, held_out = training_rows(config)
     arguments = training_arguments(config)
-    system = untrained_system(config)
+    system = c2c_system(config) if method == "c2c" else untrained_system(config)
     if method == "text_sft":
         system, rows, held_out = _text_sft(config, arguments, system.to(arguments.device), rows, held_out, resume, progress)
     elif method == "stitch":

@@ -11,6 +11,7 @@ from diffmas.evaluation.baselines import (
     single_agent,
     stitch,
 )
+from diffmas.evaluation.c2c import C2C, c2c, load_c2c
 from diffmas.evaluation.metrics import Scorer, perplexity, wilson
 from diffmas.evaluation.run import (
     MethodsFailed,
@@ -25,7 +26,7 @@ from diffmas.evaluation.run import (
 from diffmas.evaluation.text_sft import Writers, right_turns
 
 __all__ = [
-    "Answers", "Condition", "Latent", "Method", "MethodsFailed", "Result", "Scorer", "Stitched", "TextAgents", "Writers",
-    "audit", "audit_table", "communicates", "evaluate", "latent_mas", "perplexity", "plot", "plot_audit", "right_turns",
-    "single_agent", "stitch", "tables", "wilson", "write_answers", "write_audit", "write_csv", "write_entropy",
+    "Answers", "C2C", "Condition", "Latent", "Method", "MethodsFailed", "Result", "Scorer", "Stitched", "TextAgents", "Writers",
+    "audit", "audit_table", "c2c", "communicates", "evaluate", "latent_mas", "load_c2c", "perplexity", "plot", "plot_audit",
+    "right_turns", "single_agent", "stitch", "tables", "wilson", "write_answers", "write_audit", "write_csv", "write_entropy",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 Latent         a system as it is: DiffMAS (arXiv 2604.21794) when it is trained
 latent_mas     the same agents and latent steps without the trained adapter: LatentMAS (arXiv 2511.20639)
 stitch         the agents write independently, and what they wrote is joined
+c2c            the last agent alone, with what another model has read: `evaluation.c2c`
 single_agent   the last agent alone
 TextAgents     the agents exchange text instead of K/V states; trained on their own right answers by `evaluation.text_sft`
 """
@@ -17,6 +18,7 @@ import torch
 from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.graph import Graph, Read
+from diffmas.agents.member import Member
 from diffmas.agents.meter import Cost, Decoding, measuring, phase
 from diffmas.agents.options import Options
 from diffmas.agents.sampling import Sampling
@@ -109,7 +111,7 @@ def _generate(system, questions, **options) -> tuple[list[list[str]], list[list[
     return texts, [[len(sample) for sample in row] for row in tokens]
 
 
-def with_agents(system: MultiAgentSystem, agents: list[Agent], kind=MultiAgentSystem, **options) -> MultiAgentSystem:
+def with_agents(system: Member, agents: list[Agent], kind=MultiAgentSystem, **options) -> MultiAgentSystem:
     """A system of other agents on the same model, all of them with its active adapter, if there is one."""
     chat = {"chat_template": system.chat_template, "chat_options": system.chat_options}
     return kind(system.model, system.tokenizer, agents, **{"realign": "none", **chat, **options})
@@ -122,6 +124,8 @@ OWN = ("realign", "adapter_scope", "chat_template", "chat_options")
 def _team(system: MultiAgentSystem, kind=MultiAgentSystem, **options) -> MultiAgentSystem:
     """The system's agents, with its options but `adapter_scope`, as another kind of team. A learned realignment, which belongs
     to an adapter, becomes "ridge"; other modes stay."""
+    if system.others:
+        raise ValueError(f"agents: expected agents of one model for another team of them, got others: {sorted(system.others)}")
     learned = system.realign.mode == "learned"
     described = system.describe()
     shared = {option.name: described[option.name] for option in fields(Options) if option.name not in OWN}
@@ -215,10 +219,11 @@ class TextAgents:
         # For each agent, itself before the first message and after it.
         self._readers = []
         self._reads = system.graph.reads
-        for agent in (replace(agent, reads=None) for agent in system.agents):
+        for agent in system.agents:
+            member, agent = system.member(agent), replace(agent, reads=None, model=None)
             takes = f"{{{MESSAGES}}}" in agent.prompt
             after = agent if takes else replace(agent, prompt=f"{{{MESSAGES}}}\n\n{agent.prompt}")
-            self._readers.append([Latent(with_agents(system, [a]), adapter) for a in (agent, after)])
+            self._readers.append([Latent(with_agents(member, [a]), adapter) for a in (agent, after)])
 
     def _read(self, i: int, questions: list[dict], messages: list[str]) -> tuple[Latent, list[dict]]:
         """Agent i as a method, and the questions as it reads them."""

@@ -25,6 +25,8 @@ def export(team, out, base: str | None = None, overwrite: bool = False) -> Path:
     """
     team, out = Path(team), Path(out)
     described = file.read_agents(team)
+    if described["others"]:
+        raise ValueError(f"{team}: expected a team of one model, got others beside it: {sorted(described['others'])}")
     _check_place(team, out, overwrite)
     given = base or described["base_model"]
     if not given:

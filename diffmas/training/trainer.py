@@ -17,6 +17,7 @@ from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.adapted import check_held
 from diffmas.models.local import is_spread, local, reshard
 from diffmas.models.parts import trained_beside_the_text
+from diffmas.training.annealing import Annealing
 from diffmas.training.arguments import adopted, check_arguments, wants_ids
 from diffmas.training.checkpoint import last_checkpoint
 from diffmas.training.data import Collator, check_row
@@ -36,13 +37,16 @@ def _may_leave_unused(system: MultiAgentSystem) -> bool:
     if T = 0 and no latent step reads the agent's last hidden state. Ranks may differ in T, and this answer may not. Text gives
     none to an adapter in a vision tower.
     """
-    return system.adapter_scope == "per_role" or system.realign.mode == "learned" or trained_beside_the_text(system.model)
+    if system.others or system.adapter_scope == "per_role" or system.realign.mode == "learned":
+        return True
+    return trained_beside_the_text(system.model)
 
 
 class Trainer(Files):
     """transformers' Trainer for a `MultiAgentSystem`.
 
-    system: its PEFT adapter is trained; a plain model gets one first. peft_config: for that one, by default `lora_config()`.
+    system: its PEFT adapters are trained, and the projectors of other models; a plain model gets an adapter first, but where
+        there are projectors to train. peft_config: for that one, by default `lora_config()`.
     args: TrainingArguments, by default `default_arguments("diffmas-output")`; they stay as they are. docs/training.md lists the
         few fields that are refused.
     train_dataset, eval_dataset: rows of questions and answers (`diffmas.training.data`), as lists or datasets.
@@ -86,7 +90,10 @@ class Trainer(Files):
         for name, rows in sets.items():
             self._check_rows(system, name, rows)
         if not hasattr(system.model, "peft_config"):
-            system.model = add_lora(system.model, config=peft_config)
+            if system.others and peft_config is None:
+                system.model.requires_grad_(False)
+            else:
+                system.model = add_lora(system.model, config=peft_config)
         elif peft_config is not None:
             raise ValueError("peft_config: expected None for a model that has an adapter, got a config")
         if options.get("processing_class") not in (None, system.tokenizer):
@@ -119,11 +126,15 @@ class Trainer(Files):
         self._batches = self.accelerator.num_processes  # at once, of rows of their own
         if tensor_parallel(system):
             self._batches //= self.get_tp_size()
+        if self._sharded and system.others:
+            raise ValueError(f"system: expected one model with {self._engine}, got others beside it, which it does not shard")
         if self._sharded:
             prepare(system, self.is_fsdp_enabled or zero3)
             self._monitor.alone = False
         self._monitor.log = self.log
+        self._monitor.alone &= not system.others  # whose gradients a report does not tell apart
         self.add_callback(self._monitor)
+        self.add_callback(Annealing(system.others.values()))
 
     def _set_up(self, system: MultiAgentSystem, args: TrainingArguments, *, data_collator, **options) -> None:
         """transformers' own part of the construction."""

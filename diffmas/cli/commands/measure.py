@@ -105,6 +105,7 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
     text_sft: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method text_sft`")] = None,
     stitch: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method stitch`; none: untrained")] = None,
+    c2c: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method c2c`")] = None,
     limit: Limit = None,
     samples: Annotated[int | None, typer.Option(help="answers per question", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="questions at once", min=1)] = None,
@@ -136,7 +137,7 @@ def evaluate(
     vars(settings.generation).update({k: v for k, v in decoding.items() if v is not None})
     check_methods(options.methods)
     scorer, rows = scorer_of(settings), evaluation_rows(settings)
-    adapters = {name: path for name, path in (("text_sft", text_sft), ("stitch", stitch)) if path}
+    adapters = {name: path for name, path in (("text_sft", text_sft), ("stitch", stitch), ("c2c", c2c)) if path}
     names = {*options.methods, *adapters} - (set() if adapter else {"diffmas"})
     check_adapters(names, adapters)
     if "diffmas" in options.methods and not adapter:

@@ -28,6 +28,7 @@ def train(
 
     text_sft: text agents answer the training questions, evaluation.samples times each; where the answer is right, all that
     they wrote is what one shared adapter is trained on. stitch: agents that do not read each other.
+    c2c: the last agent alone, its prompt's rows fused with those of the config's c2c; the projector is trained.
     """
     from diffmas.cli.build import trained_as
     from diffmas.cli.config import load

@@ -36,6 +36,8 @@ def look_at(
     """
     if nearest < 1:
         raise ValueError(f"nearest: expected at least 1 token, got {nearest}")
+    if system.others:
+        raise ValueError("system: expected agents of one model to look at, got some of others")
     questions = system.fields_of([question])
     decoding = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, **generation)
     ids = system.generate_tokens(questions, samples=1, **decoding)[0][0]

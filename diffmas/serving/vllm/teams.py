@@ -131,6 +131,7 @@ def check_team(name: str, described: dict) -> None:
         ("trace_content", described["trace_content"], "all", "rows that are dropped or moved would need a KV connector"),
         ("class", described["class"], (None, MultiAgentSystem.class_name()), "others may join or shift traces"),
         ("trained_in_base", described["trained_in_base"], [], "vLLM serves the base model's own weights"),
+        ("others", described["others"], {}, "its agents are one model's"),
         *[(f"reads of agent {agent['name']!r}", agent["reads"], None, "a prompt reads all before it")
           for agent in described["agents"]],
         *[(f"max_rows of agent {agent['name']!r}", agent["max_rows"], None, "a prompt reads all before it")

@@ -1,0 +1,134 @@
+"""Other models by config.yaml: teams that are trained, evaluated and answer, and C2C as a baseline."""
+
+import json
+
+import pytest
+import tiny_systems as tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_cli import call
+
+from diffmas import Agent, MultiAgentSystem, Trainer, default_arguments
+from diffmas.agents.member import Other
+from diffmas.agents.projector import Fuser
+from diffmas.cli import build, config
+from diffmas.demo.experiment import BASE
+from diffmas.evaluation import c2c
+from diffmas.evaluation.tasks import facts
+from diffmas.models.load import load_model
+from diffmas.models.patch import patch_model
+from diffmas.serving.export import export
+
+AGENTS = [
+    {"name": "expert", "prompt": "notes : {question}", "latent_steps": 2, "model": "small"},
+    {"name": "solver", "prompt": "question : {question} answer :"},
+]  # fmt: skip
+SETTINGS = {
+    "model": "base", "output_dir": "run", "agents": AGENTS, "lora": {"r": 2, "alpha": 4},
+    "others": {"small": {"model": "small", "projector": {"kind": "projector", "hidden": 8}, "lora": True}},
+    "c2c": {"model": "small", "projector": {"hidden": 16, "inner": 16}}, "data": {"train": "rows.jsonl"},
+    "training": {"max_steps": 3, "learning_rate": 1e-2, "use_cpu": True, "report_to": [], "gradient_accumulation_steps": 1},
+    "generation": {"max_new_tokens": 4, "temperature": 0.6},
+    "evaluation": {"data": "rows.jsonl", "limit": 3, "samples": 2, "max_message_tokens": 3},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    path = tmp_path_factory.mktemp("project")
+    tiny.save_base(path / "base")
+    tiny.save_base(path / "small", seed=1, num_hidden_layers=3, hidden_size=24, head_dim=12)
+    tiny.write_jsonl(path / "rows.jsonl", tiny.rows(10))
+    (path / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return path
+
+
+def test_a_team_and_c2c_are_trained_and_compared(project):
+    path = project / "config.yaml"
+    for method, directory in (("diffmas", "run"), ("c2c", "run-c2c")):
+        output = call("train", path, "--method", method).output
+        assert "3 steps" in output
+        weights = load_file(next((project / directory / "others").rglob("projector.safetensors")))
+        assert weights and all(x.isfinite().all() for x in weights.values())
+        assert (project / directory / "adapter_model.safetensors").is_file() == (method == "diffmas")
+    assert (project / "run" / "others" / "small" / "adapter_model.safetensors").is_file()
+    methods = ("--methods", "single,text,c2c,diffmas", "--device", "cpu", "--adapter", project / "run")
+    call("evaluate", path, "--c2c", project / "run-c2c", *methods, "--output", project / "out")
+    lines = (project / "out" / "results.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["single", "text", "c2c", "diffmas"]
+    output = call("evaluate", path, *methods, code=1).output
+    assert "'c2c' needs --c2c DIR" in output
+    output = call("evaluate", path, *methods[:2], "--c2c", project / "run", *methods[2:], code=1).output
+    assert "expected a system of the class diffmas.evaluation.c2c.C2C" in " ".join(output.split())
+    output = call("evaluate", path, "--methods", "latent_mas", "--adapter", project / "run", "--device", "cpu", code=1).output
+    assert "expected agents of one model for another team of them, got others: ['small']" in " ".join(output.split())
+    answers = call("generate", "--adapter", project / "run", "--question", "where is the key", "--max-new-tokens", 4).output
+    assert answers.strip()
+    with pytest.raises(ValueError, match=r"run: expected a team of one model, got others beside it: \['small'\]"):
+        export(project / "run", project / "exported")
+
+
+def test_c2c_is_of_the_prompt_that_is_asked(project, tmp_path):
+    settings = config.load(project / "config.yaml")
+    build.c2c_system(settings).save_pretrained(tmp_path / "fused")
+    described = json.loads((tmp_path / "fused" / "agents.json").read_text())
+    assert [agent["name"] for agent in described["agents"]] == ["sharer", "receiver", "solver"]
+    bare = build.trained_system(settings, None)
+    method = build.methods_of(settings, bare, ["c2c"], {"c2c": tmp_path / "fused"})["c2c"]
+    assert method.system.describe()["others"] == described["others"]
+    for agent in described["agents"]:
+        agent["prompt"] = "question : {question}"
+    (tmp_path / "fused" / "agents.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="fused: expected prompt 'question : {question} answer :' of agent 'sharer'"):
+        build.methods_of(settings, bare, ["c2c"], {"c2c": tmp_path / "fused"})
+    settings.c2c = None
+    with pytest.raises(ValueError, match="c2c: expected the model whose rows are fused"):
+        build.c2c_system(settings)
+
+
+def test_configs_that_do_not_fit():
+    for change, message in (
+        ({"others": {"small": {}}}, "others.small.model: expected a value, got none"),
+        ({"others": {"small": {"model": "x", "hidden": 3}}}, "others.small.hidden: expected"),
+        ({"others": {"small": "x"}}, "others.small.: expected a mapping, got str"),
+        ({"c2c": {"model": "x", "lora": 3}}, "c2c.lora: expected bool, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.parsed(config.Config, {**SETTINGS, **change})
+    model = patch_model(tiny.model())
+    for projector, message in (
+        ({"kind": "linear"}, r"projector: expected a kind of \['c2c', 'encoder', 'projector'\], got 'linear'"),
+        ({"kind": "projector", "width": 3}, "projector: expected options of Projector, got {'width': 3}"),
+    ):
+        settings = config.parsed(config.Config, SETTINGS)
+        described = config.OtherModel("small", projector)
+        with pytest.raises(ValueError, match=message):
+            build.other_of(described, settings, model, loaded=(tiny.model(1), tiny.tokenizer()))
+
+
+def test_c2c_lowers_the_loss_of_the_demos_model(tmp_path):
+    """It has to learn what the answers look like: the question alone tells the model nothing."""
+    torch.manual_seed(0)
+    model, tokenizer = load_model(str(BASE), dtype=torch.float32)
+    sharer, theirs = load_model(str(BASE), dtype=torch.float32)
+    for one in (model, sharer):
+        patch_model(one.requires_grad_(False))
+    other = Other(sharer, theirs, Fuser(sharer, model, hidden=64, inner=64))
+    team = MultiAgentSystem(model, tokenizer, [Agent("solver", facts.SOLVER_PROMPT)])
+    method = c2c(team, other)
+    held_out = facts.make_rows(32, seed=1)
+    questions, answers = [{"question": row["question"]} for row in held_out], [row["answer"] for row in held_out]
+    before, tokens = method.loss(questions, answers)
+    arguments = default_arguments(
+        tmp_path, max_steps=20, per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=3e-3, report_to=[],
+        use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    method.system.train()
+    Trainer(method.system, arguments, train_dataset=facts.make_rows(320, seed=2)).train()
+    method.system.eval()
+    after, _ = method.loss(questions, answers)
+    print(before / tokens, after / tokens)
+    assert after < 0.9 * before
+    assert other.projector.temperature == pytest.approx(0.001 ** (19 / 20))
+    assert not any(p.requires_grad for p in (*model.parameters(), *sharer.parameters()))

@@ -233,6 +233,9 @@ def test_what_does_not_fit_is_refused():
     both = Agent("receiver", "w5", reads=["sharer", "second"])
     message = "agent 'receiver': reads: expected one agent at most whose rows are fused with its own, got 'sharer' and 'second'"
     refused(message, [sharer, second, both, solver])
+    moved_there = Agent("receiver", "w5 {question} w6", reads=[{"agent": "sharer", "positions": "keep"}])
+    message = "agent 'receiver': reads: sharer: expected neither positions nor select of rows that are fused with its own"
+    refused(message, [sharer, moved_there, solver])
     other = Agent("receiver", "w5 {question}", reads=["sharer"])
     refused(r"questions\[0\], agent 'receiver': expected the prompt of 'sharer', .* 'w5 w10 w11 w6', got 'w5 w10 w11'",
             [sharer, other, solver])  # fmt: skip

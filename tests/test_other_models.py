@@ -164,6 +164,21 @@ def test_answers_to_one_question_share_the_rows():
     assert_close(got, gradients(s), TIGHT)
 
 
+def test_some_of_their_rows():
+    """Selected as an own agent's; by what is in them, as the reader's model has them."""
+    latents = [EXPERT, Agent("solver", "w9 {question}", reads=[{"agent": "expert", "select": {"kind": "latent"}}])]
+    s, want = team(latents), team(trace_content="latent_only")
+    s(QUESTIONS, ANSWERS).loss.backward()
+    want(QUESTIONS, ANSWERS).loss.backward()
+    assert_close(gradients(s), gradients(want), TIGHT)
+    for by in ("similarity", "attention"):
+        some = [EXPERT, Agent("solver", "w9 {question}", reads=[{"agent": "expert", "select": {"rows": 2, "by": by}}])]
+        trace = (s := team(some)).communicate(s.fields_of(QUESTIONS))
+        assert trace.lengths == [2, 2, 2] and {x.agent for x in trace.segments} == {"expert"}
+    budget = team([EXPERT, Agent("solver", "w9 {question}", max_rows=3)])
+    assert budget.communicate(budget.fields_of(QUESTIONS)).lengths == [3, 3, 3]
+
+
 def test_an_agent_without_a_turn_is_read_as_nothing():
     agents = [Agent("expert", "w5 {question}", "T", model="small"), SOLVER]
     s = team(agents, no_latents="skip")
@@ -340,6 +355,9 @@ def test_what_does_not_fit_is_refused():
     refused("adapter_scope: 'per_role' needs an adapter for every role", adapter_scope="per_role")
     with pytest.raises(ValueError, match="agent 'x': model: expected the name of another model or None, got ''"):
         Agent("x", "w5", model="")
+    chooses = Agent("b", "w5", 1, model="small", reads=[{"agent": "expert", "select": {"rows": 1}}])
+    message = "agent 'b': expected no select and no max_rows with another model, got some"
+    refused(message, agents=[EXPERT, chooses, SOLVER])
     mine = Other(receiver, tokenizer(), Projector(receiver, receiver))
     refused("others, 'small': model: expected another than the system's, got the same", others={"small": mine})
     s = team(models=(sharer, receiver))

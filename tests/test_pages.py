@@ -87,11 +87,8 @@ def two_models():
     return {**models, "tokenizer": tiny.tokenizer(), "small_tokenizer": tiny.tokenizer()}
 
 
-GIVEN = {
-    "docs/training.md": team,
-    "docs/many_gpus.md": team,
-    "docs/teams.md": two_models,
-}  # pages of pieces; the others are whole programs
+# Pages of pieces; the others are whole programs.
+GIVEN = {"docs/training.md": team, "docs/many_gpus.md": team, "docs/teams.md": two_models}
 LOOSELY = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 WITH_CODE = [name for name, page in zip(NAMES, PAGES) if any(b.language == "python" for b in blocks(page))]
 

@@ -88,7 +88,7 @@ def two_models():
 
 
 # Pages of pieces; the others are whole programs.
-GIVEN = {"docs/training.md": team, "docs/many_gpus.md": team, "docs/teams.md": two_models}
+GIVEN = {"docs/training.md": team, "docs/many_gpus.md": team, "docs/teams.md": two_models, "docs/view.md": team}
 LOOSELY = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 WITH_CODE = [name for name, page in zip(NAMES, PAGES) if any(b.language == "python" for b in blocks(page))]
 

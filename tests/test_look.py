@@ -262,20 +262,20 @@ def test_text_agents_beside_latent_ones():
 
 
 def test_each_agent_speaks_by_its_own_head():
-    """With adapters by role, LoRA on the head too: the first latent step says what the planner would say next."""
+    """With adapters by role, LoRA on the head too: an agent that reads nobody first says what it alone would say next."""
     model = tiny_model("qwen3", torch.float32, patch=False, tie_word_embeddings=False)
     config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    names = [agent.name for agent in systems.AGENTS]
-    model = get_peft_model(model, config, adapter_name=names[0])
-    for name in names[1:]:
-        model.add_adapter(name, config)
-    system = MultiAgentSystem(model, systems.tokenizer(), systems.AGENTS, adapter_scope="per_role", realign="none").eval()
-    look = look_at(system, QUESTION, max_new_tokens=2)
-    ids = torch.tensor([system.prompt_ids(systems.AGENTS[0], {"question": QUESTION})])
-    for name, same in (("planner", True), ("critic", False)):
-        model.set_adapter(name)
+    agents = OPTIONS[3]["agents"]
+    model = get_peft_model(model, config, adapter_name=agents[0].name)
+    for agent in agents[1:]:
+        model.add_adapter(agent.name, config)
+    system = MultiAgentSystem(model, systems.tokenizer(), agents, adapter_scope="per_role", realign="none").eval()
+    blocks = look_at(system, QUESTION, max_new_tokens=2).blocks
+    for agent, block in zip(agents[:2], (blocks[1], blocks[3])):
+        model.set_adapter(agent.name)
+        ids = torch.tensor([system.prompt_ids(agent, {"question": QUESTION})])
         best = model(ids, use_cache=False).logits[0, -1].softmax(-1).topk(3).values.tolist()
-        assert ([p for _, p in look.blocks[1].steps[0].nearest[:3]] == pytest.approx(best, rel=1e-3)) == same
+        assert [p for _, p in block.steps[0].nearest[:3]] == pytest.approx(best, rel=1e-3), agent.name
 
 
 def test_agents_without_a_turn():
@@ -361,7 +361,7 @@ def test_a_saved_trace(tmp_path):
 @pytest.mark.parametrize("suffix, begins", [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
 def test_the_figure(suffix, begins, tmp_path, recwarn):
     look = look_at(tiny.system(), "where is the key", "in the garden", text_agents=True, max_new_tokens=4)
-    look.title, look.blocks[1].steps[0].text, look.lanes[0].name = "$x^", "$\\frac{汉", "$plan_ner"
+    look.title, look.blocks[1].steps[0].text, look.lanes[0].name = "$x^$", "$\\frac{汉$", "$plan_$"
     file = plot(look, tmp_path / "new" / f"look.{suffix}", layer=1)
     assert file.read_bytes().startswith(begins) and not [w for w in recwarn if "Glyph" in str(w.message)]
     with pytest.raises(ValueError, match=r"layer: expected one in \[0, 2\) or None, got 2"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmas.ops import reference
-from diffmas.ops.backends import check_backend
+from diffmas.ops.backends import check_backend, check_reads
 from diffmas.ops.checks import (
     FLOAT_MAX,
     MAX_HEAD_DIM,
@@ -17,6 +17,7 @@ from diffmas.ops.checks import (
     check_index,
     check_indptr,
     check_pools,
+    check_quantized,
     check_query,
     check_segments,
     check_shape,
@@ -85,7 +86,8 @@ def inject(
 def cross_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, q_indptr: Tensor, seg_indptr: Tensor, seg_start: Tensor,
     seg_len: Tensor, seg_offset: Tensor | None = None, inv_freq: Tensor | None = None, *, scale: float | None = None,
-    causal: bool = True, interleaved: bool = False, backend: str = "auto",
+    causal: bool = True, interleaved: bool = False, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of n packed queries of B sequences, each over its own view of the pools, read in place.
 
@@ -98,6 +100,8 @@ def cross_attention(
     scale: of the scores, by default D ** -0.5.
     causal: the queries are the last tokens of their view, and see no token behind themselves.
     interleaved: as in `inject`.
+    k_scale, v_scale [R, Hkv] float32: the pools are payloads of 8 bits, int8 or float8_e4m3fn without NaN, and a row is that
+        many times as large (`quantize`). Every query sees such rows: causal must be False.
 
     Returns o [n, Hq, D] and lse [n, Hq], the natural log of the softmax's denominator, in float32 (float64 for float64);
     where a query sees nothing, o = 0 and lse = -inf. Raises ValueError naming the argument for shapes, dtypes, devices and
@@ -116,7 +120,13 @@ def cross_attention(
     check_pools(k_pool, v_pool, "Hkv", D)
     Hkv = k_pool.shape[1]
     expect(Hkv > 0 and Hq % Hkv == 0, "k_pool", f"a number of heads that divides {Hq}", Hkv)
-    check_floats(q, q=q, k_pool=k_pool, v_pool=v_pool, inv_freq=inv_freq)
+    quantized = k_scale is not None or v_scale is not None
+    if quantized:
+        check_floats(q, q=q, inv_freq=inv_freq)
+        check_quantized(q, k_pool, v_pool, k_scale, v_scale)
+        expect(not causal, "causal", "False with quantised rows, which every query sees", causal)
+    else:
+        check_floats(q, q=q, k_pool=k_pool, v_pool=v_pool, inv_freq=inv_freq)
     expect(seg_start.dim() == 1, "seg_start", "a 1-D int64 or int32 tensor", f"{seg_start.dtype} {list(seg_start.shape)}")
     S = seg_start.shape[0]
     check_shape("seg_indptr", seg_indptr, tuple(q_indptr.shape))
@@ -133,10 +143,13 @@ def cross_attention(
     if inv_freq is not None:
         check_shape("inv_freq", inv_freq, ("Dr/2",))
         expect(2 * inv_freq.shape[0] <= D, "inv_freq", f"at most {D // 2} frequencies", inv_freq.shape[0])
-    return torch.ops.diffmas.cross_attention(
-        q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, frequencies_of(inv_freq, q),
-        scale, causal, interleaved, check_backend(backend),
-    )  # fmt: skip
+    view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, frequencies_of(inv_freq, q)
+    if quantized:
+        check_reads(backend)
+        return torch.ops.diffmas.cross_attention_quantized(
+            q, k_pool, v_pool, k_scale, v_scale, *view, scale, interleaved, backend
+        )
+    return torch.ops.diffmas.cross_attention(q, k_pool, v_pool, *view, scale, causal, interleaved, check_backend(backend))
 
 
 def merge_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

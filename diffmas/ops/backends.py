@@ -19,7 +19,7 @@ from diffmas.ops import extension, reference
 from diffmas.ops.checks import FLOATS, MAX_HEAD_DIM
 from diffmas.ops.fused import PARTS, Composed
 
-__all__ = ["BACKENDS", "available", "check_backend", "implementation"]
+__all__ = ["BACKENDS", "available", "check_backend", "check_reads", "implementation"]
 
 INTERPRETED = (torch.float32, torch.float16, torch.float64)
 
@@ -215,6 +215,15 @@ def check_backend(name: str) -> str:
 
 # Read once: on every call, looking it up took a tenth of the time of attention of 17 x 17 tokens.
 AUTO = os.environ.get("DIFFMAS_BACKEND") or "auto"
+
+
+def check_reads(backend: str) -> None:
+    """Raises ValueError for a backend that reads no quantised rows."""
+    reads = lambda b: b.has("cross_attention_quantized", torch.bfloat16, 64)
+    name = AUTO if check_backend(backend) == "auto" else backend
+    if name != "auto" and not reads(BACKENDS[check_backend(name)]):
+        there = [x for x, b in BACKENDS.items() if b.why_missing is None and reads(b)]
+        raise ValueError(f"backend: expected one that reads quantised rows, of those here {there}, got {name!r}")
 
 
 def implementation(op: str, lead: Tensor, backend: str):

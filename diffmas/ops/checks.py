@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmas.ops import reference
+from diffmas.ops.quantize import PAYLOADS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT_MAX = torch.finfo(torch.float32).max
@@ -163,6 +164,19 @@ def check_pools(k_pool: Tensor, v_pool: Tensor, heads: int | str, D: int | str) 
     check_shape("v_pool", v_pool, tuple(k_pool.shape))
     if k_pool.dtype != v_pool.dtype:
         refuse("v_pool", f"the dtype of k_pool, {k_pool.dtype}", v_pool.dtype)
+
+
+def check_quantized(q: Tensor, k_pool: Tensor, v_pool: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """Pools of 8 bits, checked by `check_pools` before, and their scales."""
+    expect(k_scale is not None and v_scale is not None, "k_scale, v_scale", "both of them", "only one")
+    expect(k_pool.dtype in PAYLOADS, "k_pool", f"one of {[str(x) for x in PAYLOADS]} where there are scales", k_pool.dtype)
+    for name, x in (("k_pool", k_pool), ("v_pool", v_pool), ("k_scale", k_scale), ("v_scale", v_scale)):
+        expect(x.device == q.device, name, f"a tensor on {q.device}", x.device)
+    for name, x in (("k_pool", k_pool), ("v_pool", v_pool)):
+        expect(x.shape[-1] == 1 or x.stride(-1) == 1, name, "a last stride of 1", x.stride())
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        check_shape(name, x, tuple(k_pool.shape[:2]))
+        expect(x.dtype == torch.float32, name, "float32", x.dtype)
 
 
 def narrowed(x: Tensor | None, like: Tensor) -> Tensor | None:

@@ -19,6 +19,8 @@ __all__ = [
     "inject_backward",
     "cross_attention",
     "cross_attention_backward",
+    "cross_attention_quantized",
+    "cross_attention_quantized_backward",
     "merge_states",
     "merge_states_backward",
     "reposition",
@@ -235,6 +237,36 @@ def cross_attention_backward(
         dk_pool.index_add_(0, rows[needs_grad], dkeys[needs_grad].to(dk_pool.dtype))
         dv_pool.index_add_(0, rows[needs_grad], dvalues[needs_grad].to(dv_pool.dtype))
     return dq
+
+
+# ---- the same over quantised rows ------------------------------------------------------------------------------------
+
+
+def dequantized(k_pool, v_pool, k_scale, v_scale, q) -> tuple[Tensor, Tensor]:
+    """The whole pools, in the accumulation dtype of q."""
+    acc = accumulator(q.dtype)
+    return tuple(x.to(acc) * scale.to(acc)[..., None] for x, scale in ((k_pool, k_scale), (v_pool, v_scale)))
+
+
+def cross_attention_quantized(
+    q, k_pool, v_pool, k_scale, v_scale, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, interleaved
+) -> tuple[Tensor, Tensor]:
+    """As `cross_attention`, of queries that see all of their views, rows of 8 bits: k_pool, v_pool [R, Hkv, D] int8 or
+    float8_e4m3fn (no NaN), and k_scale, v_scale [R, Hkv], by which a row is larger (diffmas.ops.quantize)."""
+    pools = dequantized(k_pool, v_pool, k_scale, v_scale, q)
+    view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq
+    return cross_attention(q, *pools, *view, scale, False, interleaved)
+
+
+def cross_attention_quantized_backward(
+    do, q, o, lse, k_pool, v_pool, k_scale, v_scale, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale,
+    interleaved,
+) -> Tensor:  # fmt: skip
+    """-> dq [n, Hq, D]: the rows are constants. o and lse may be those of a larger view than the one given."""
+    pools = dequantized(k_pool, v_pool, k_scale, v_scale, q)
+    view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq
+    grads, no_rows = (torch.zeros_like(x) for x in pools), torch.zeros_like(q_indptr[1:])
+    return cross_attention_backward(do, None, q, o, lse, *pools, *view, scale, False, interleaved, *grads, no_rows)
 
 
 # ---- merge_states ----------------------------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ torch.library.register_fake("diffmas::inject", lambda q, *_, **__: q.new_empty(q
 torch.library.register_fake("diffmas::inject_backward", _fake_inject_backward)
 torch.library.register_fake("diffmas::cross_attention", _fake_states)
 torch.library.register_fake("diffmas::cross_attention_backward", _fake_dq)
+torch.library.register_fake("diffmas::cross_attention_quantized", _fake_states)
+torch.library.register_fake("diffmas::cross_attention_quantized_backward", lambda do, q, *_, **__: q.new_empty(q.shape))
 torch.library.register_fake("diffmas::merge_states", _fake_states)
 torch.library.register_fake("diffmas::merge_states_backward", _fake_merge_backward)
 torch.library.register_fake("diffmas::reposition", lambda *_, **__: None)

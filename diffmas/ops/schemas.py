@@ -1,6 +1,6 @@
 """The schemas of the ops: torch.ops.diffmas_native (csrc/binding) has them as they are, torch.ops.diffmas with a backend."""
 
-__all__ = ["FUSED", "LEAD", "LINEAR", "SCHEMAS", "with_backend"]
+__all__ = ["FUSED", "LEAD", "LINEAR", "QUANTIZED", "SCHEMAS", "with_backend"]
 
 ROPE = "Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved"
 TABLES = "Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_offset, Tensor? inv_freq"
@@ -18,6 +18,13 @@ SCHEMAS = {
     "Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
     "reposition": f"({MOVE}, {POOLS}) -> ()",
     "reposition_backward": f"({MOVE}, {GRADS}) -> ()",
+}
+
+# Attention over rows of 8 bits: all of a view, whose rows are constants.
+ROWS_OF_8_BITS = f"Tensor k_pool, Tensor v_pool, Tensor k_scale, Tensor v_scale, {TABLES}, float scale, bool interleaved"
+QUANTIZED = {
+    "cross_attention_quantized": f"(Tensor q, {ROWS_OF_8_BITS}) -> (Tensor, Tensor)",
+    "cross_attention_quantized_backward": f"(Tensor do, Tensor q, Tensor o, Tensor lse, {ROWS_OF_8_BITS}) -> Tensor",
 }
 
 # Of torch.ops.diffmas_native alone: diffmas/ops/fused.py.
@@ -50,11 +57,12 @@ LINEAR = {
 def with_backend(name: str) -> str:
     """Of torch.ops.diffmas. work: what a backend's `attention_work` has found."""
     work = ", Tensor? work=None" if name.startswith("cross_attention") else ""
-    return SCHEMAS[name].replace(") -> ", f", str backend='auto'{work}) -> ")
+    return (SCHEMAS | QUANTIZED)[name].replace(") -> ", f", str backend='auto'{work}) -> ")
 
 
 # The number of the argument whose device, dtype and head size decide which backend runs the op.
 LEAD = {
     "inject": 0, "inject_backward": 1, "cross_attention": 0, "cross_attention_backward": 2,
+    "cross_attention_quantized": 0, "cross_attention_quantized_backward": 1,
     "merge_states": 0, "merge_states_backward": 2, "reposition": 5, "reposition_backward": 5,
 }  # fmt: skip

@@ -13,7 +13,7 @@ from diffmas.trace.cache import CacheFace
 from diffmas.trace.forward_pass import ForwardPass, Table
 from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold
-from diffmas.trace.views import KINDS, Segment, ranges_of
+from diffmas.trace.views import FROZEN, KINDS, Segment, apart, ranges_of
 
 __all__ = ["Appending"]
 
@@ -58,18 +58,19 @@ class Appending(CacheFace):
                     self._append(segments[b], b, kind, start, positions[done : done + rows])
                     n, done = n - rows, done + rows
             slots = _counted([start for start, _ in hold.claimed], [end - start for start, end in hold.claimed])
-            hold.read([ranges_of(row) for row in segments])
+            views, quantised = zip(*(apart(ranges_of(row)) for row in segments))
+            hold.read(list(views))
         deferred, step = None, 0
         if kind == "latent" and max(lengths) == 1:
             deferred, step = self._deferred
             if not 0 < step < DeferredKVGrad.LONGEST or deferred.lengths != lengths:
                 deferred, step = DeferredKVGrad(lengths), 0
             step += 1
-        older = [ranges_of(row) for row, n in zip(self._segments, lengths) if n] if step == 1 else None
+        older = [apart(ranges_of(row))[0] for row, n in zip(self._segments, lengths) if n] if step == 1 else None
         table = Table(self._segments, segments, extents, after)
         forward_pass = ForwardPass(
             self.spec, self._store, lengths, positions, slots, hold.views, self._order, table, lineage=self._lineage,
-            deferred=deferred, step=step, older=older, hold=hold,
+            deferred=deferred, step=step, older=older, hold=hold, frozen=list(quantised) if any(quantised) else None,
         )  # fmt: skip
         forward_pass.kind = kind
         return forward_pass
@@ -133,7 +134,7 @@ class Appending(CacheFace):
     ) -> Extent:  # fmt: skip
         """Where a sequence writes next: on in its extent, unless that is full or another fork has gone on there. one_by_one:
         whether the batch's sequences get a token each."""
-        end = row[-1].end if row else None
+        end = row[-1].end if row and row[-1].start < FROZEN else None
         if extent is not None and extent.filled == end:
             self._store.lengthen(extent, tokens + reserve)
             if extent.filled < extent.end:

@@ -1,18 +1,23 @@
-"""Copies of a trace's rows: in one run, in another trace's storage, in a file, as tensors with a gradient."""
+"""Copies of a trace's rows: in one run, in 8 bits, in another trace's storage, in a file, as tensors with a gradient."""
 
+import functools
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffmas.ops.backends import check_reads
+from diffmas.ops.quantize import format_of
 from diffmas.trace import file
 from diffmas.trace.autograd import reposition
 from diffmas.trace.cache import CacheFace
 from diffmas.trace.crossing import arrive, leave
+from diffmas.trace.frozen import Frozen, renumbered, rows_seen
+from diffmas.trace.offload import runs_of
 from diffmas.trace.spec import spec_of
 from diffmas.trace.store import Hold
-from diffmas.trace.views import Segment, rows_of
+from diffmas.trace.views import FROZEN, Segment, apart, rows_of
 
 __all__ = ["Copying"]
 
@@ -26,6 +31,8 @@ class Copying(CacheFace):
 
         Worth it before a long decode over many segments or offsets. Positions become the ones they were read at.
         """
+        if rows_seen(self.segments)[1].size:
+            raise ValueError("repack: expected rows as they were written, got quantised ones, whose keys cannot be moved")
         total = sum(self.lengths)
         hold = Hold(self._store, self._segments)
         offset, rows = [], []
@@ -57,14 +64,56 @@ class Copying(CacheFace):
             order = reposition(order, moves, self._lineage, self.spec.backend, hold)
         return self._view(rows, None, self._next, order)
 
+    def quantize(self, bits: str = "int8") -> Self:
+        """A trace that sees the same rows in 8 bits: a copy of them in a store of its own, constants that attention reads as
+        they are. What is written on it stays in full precision, and has its gradients. For a long context that many read: bytes
+        and time of reading it are half of 16 bits.
+
+        bits: "int8" or "fp8" (e4m3), with a scale for each row and head, read in the attention kernels; "int4": rows of sixteen
+        levels, half a byte an element in files, one in memory. Rows that are quantised already are copied. The pools that the
+        rows came from stay as long as a trace of theirs does.
+
+        Raises ValueError for an empty trace, for one that a gradient would have to reach (`detach` it), for rows on the host
+        (`offload`), for other bits than the trace has already, and for a backend that cannot read them.
+
+            >>> with torch.no_grad():
+            ...     context = prefill(model, torch.arange(3, 40))
+            >>> small = context.quantize("int8")
+            >>> small.memory() < context.memory(), small.lengths == context.lengths
+            (True, True)
+        """
+        format_of(bits)
+        check_reads(self.spec.backend)
+        if not any(self.lengths):
+            raise ValueError("trace: expected one that holds tokens, got an empty one")
+        if self._order.requires_grad:
+            raise ValueError("trace: expected one that no gradient has to reach (`detach`), got one with gradients")
+        store, (own, quantised) = self._store, rows_seen(self.segments)
+        if store.offloaded:
+            raise ValueError("offload: expected rows on the device, where quantised ones are read, got rows on the host")
+        parts = []
+        if len(own):
+            ranges = [slice(*span) for span in runs_of(own)]
+            with store.lock:
+                ids = store.token_ids.read(own)
+            parts.append(Frozen.of(bits, [pool.read(ranges) for pool in store.pools], ids))
+        if len(quantised):
+            parts.append(store.frozen.take(quantised))
+        frozen = functools.reduce(Frozen.with_rows, parts)
+        copy = self.of_rows(self.spec, renumbered(self._segments, own, quantised), self._next, [], frozen=frozen)
+        copy.agent = self.agent
+        return copy
+
     def save(self, path) -> None:
-        """Writes the rows it sees to one safetensors file, with fingerprints of model, adapter and RoPE, and a checksum.
+        """Writes the rows it sees to one safetensors file, with fingerprints of model, adapter and RoPE, and a checksum;
+        quantised rows as they are, those of int4 with two elements a byte.
 
         Raises ValueError for an empty trace.
         """
         if not any(self.lengths):
             raise ValueError("trace: expected one that holds tokens, got an empty one")
-        file.write(path, self.spec.fingerprint(), self._segments, self._next, *_rows_of(self))
+        segments, *rows = self._rows()
+        file.write(path, self.spec.fingerprint(), segments, self._next, *rows)
 
     @classmethod
     def load(cls, path, model, offload: str | None = None) -> Self:
@@ -79,24 +128,28 @@ class Copying(CacheFace):
     @classmethod
     def of_rows(
         cls, model, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]],
-        ids: Tensor | None = None, capacity: int | None = None, offload: str | None = None,
+        ids: Tensor | None = None, frozen: Frozen | None = None, *, capacity: int | None = None, offload: str | None = None,
     ) -> Self:  # fmt: skip
         """A trace with rows that were written before: kv, by layer, k and v [rows, Hkv, D]; segments of these rows; ids [rows],
-        their token ids, -1 where there is none."""
-        return cls(model, len(segments), capacity, offload=offload)._with_rows(segments, next_positions, kv, ids)
+        their token ids, -1 where there is none. frozen: quantised rows, which segments count from FROZEN on. Raises ValueError
+        where the backend cannot read these, and with `offload`."""
+        return cls(model, len(segments), capacity, offload=offload)._with_rows(segments, next_positions, kv, ids, frozen)
 
     def adopted(self, other: Self) -> Self:
         """The other's view, of a copy of its rows in this trace's store."""
-        rows, done = [[] for _ in range(other.batch_size)], 0
-        for s in other.segments:
-            rows[s.sequence].append(s._replace(start=done))
-            done += s.length
-        return self._with_rows(rows, other.next_positions, *_rows_of(other))
+        segments, *rows = other._rows()
+        return self._with_rows(segments, other.next_positions, *rows)
 
-    def _with_rows(self, segments, next_positions, kv, ids: Tensor | None) -> Self:
+    def _with_rows(self, segments, next_positions, kv, ids: Tensor | None, frozen: Frozen | None) -> Self:
         """A view of rows from elsewhere, which are copied into this trace's store as constants; see `of_rows`."""
-        first, hold = self._write_rows(kv, ids)  # held until the view is there
-        moved = [[s._replace(start=s.start + first) for s in row] for row in segments]
+        quantised = 0
+        if frozen is not None:
+            check_reads(self.spec.backend)
+            if self._store.offloaded:
+                raise ValueError("offload: expected rows as they were written, got quantised ones, which stay on the device")
+            quantised = self._store.freeze(frozen.to(self.spec.device)) - FROZEN
+        first, hold = self._write_rows(kv, ids) if kv else (0, None)  # held until the view is there
+        moved = [[s._replace(start=s.start + (first if s.start < FROZEN else quantised)) for s in row] for row in segments]
         return self._view(moved, None, next_positions, torch.zeros(0))
 
     def _write_rows(self, kv, ids: Tensor | None) -> tuple[int, Hold]:
@@ -121,10 +174,12 @@ class Copying(CacheFace):
         """K and V of all that it sees, by layer: copies [n, Hkv, D] each, sequence by sequence, as they were written (position
         offsets are not applied). Differentiable: their gradient goes to whoever wrote the rows.
 
-        Raises ValueError for an empty trace.
+        Raises ValueError for an empty trace, and for quantised rows.
         """
         if not any(self.lengths):
             raise ValueError("packed_rows: expected a trace that holds tokens, got an empty one")
+        if rows_seen(self.segments)[1].size:
+            raise ValueError("packed_rows: expected rows with a gradient, got quantised ones")
         rows = torch.from_numpy(rows_of(self.segments))
         pools = [(pool, rows.to(pool.device)) for pool in self._store.pools]
         return leave(self._order, pools, self._lineage, Hold(self._store, self._segments))
@@ -160,12 +215,14 @@ class Copying(CacheFace):
         nexts = [max([after, *(s.next_position for s in new)]) for after, new in zip(self._next, segments)]
         return self._view(row, None, nexts, order)
 
-
-def _rows_of(trace: Copying) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """What a trace sees, sequence by sequence, as `of_rows` takes it: kv and ids."""
-    sequences = range(trace.batch_size)
-    ids = torch.cat([trace.token_ids(b) for b in sequences])
-    if not len(ids):
-        return [], ids
-    layers = [[trace.keys_values(i, b) for b in sequences] for i in range(len(trace))]
-    return [tuple(torch.cat(column) for column in zip(*rows)) for rows in layers], ids
+    def _rows(self) -> tuple[list[list[Segment]], list[tuple[Tensor, Tensor]], Tensor, Frozen | None]:
+        """What it sees, sequence by sequence, as `of_rows` takes it: segments, kv, ids, frozen."""
+        store, (own, quantised) = self._store, apart(self.segments)
+        segments, done = [[] for _ in range(self.batch_size)], [0, FROZEN]
+        for s in self.segments:
+            which = int(s.start >= FROZEN)
+            segments[s.sequence].append(s._replace(start=done[which]))
+            done[which] += s.length
+        kv = [store.read(i, own) for i in range(len(self))] if own else []
+        frozen = store.frozen.take(rows_of(quantised)) if quantised else None
+        return segments, kv, torch.from_numpy(self._ids(own)), frozen

@@ -13,11 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffmas.trace.views import Segment
+from diffmas.ops.quantize import pack, unpack
+from diffmas.trace.frozen import Frozen
+from diffmas.trace.views import FROZEN, Segment
 
 __all__ = ["read", "write"]
 
 FORMAT = "diffmas-trace-2"  # the first one's fingerprints were of a sample of the weights
+QUANTIZED = "diffmas-trace-3"  # the same with quantised rows
+PARTS = ("k", "v", "k_scale", "v_scale")
 
 
 def _checksum(header: dict, tensors: dict) -> str:
@@ -32,11 +36,12 @@ def _checksum(header: dict, tensors: dict) -> str:
 
 def write(
     path, fingerprint: dict, segments: list[list[Segment]], next_positions: list[int], kv: list[tuple[Tensor, Tensor]],
-    ids: Tensor,
+    ids: Tensor, frozen: Frozen | None = None,
 ) -> None:  # fmt: skip
     """Writes a trace's segments by sequence, the position of each sequence's next token, and its rows.
 
     kv: by layer, k and v [rows, Hkv, D], in the order of the segments. ids [rows]: their token ids, -1 where there is none.
+    frozen: quantised rows, those of segments from FROZEN on.
     fingerprint: of the model, as plain data. The file is written beside its place first: a crash leaves the old file or the new
     one.
     """
@@ -53,6 +58,14 @@ def write(
         "segments": [[s.sequence, s.agent, s.kind, s.length, s.offset, *([s.layers] if s.layers else [])] for s in flat],
         "next": next_positions,
     }
+    if frozen is not None:
+        header |= {
+            "format": QUANTIZED,
+            "quantized": [s.start >= FROZEN for s in flat],
+            "head_dim": frozen.layers[0][0].shape[2],
+        }
+        header |= {"bits": frozen.bits, "dtype": str(frozen.dtype).removeprefix("torch.")}
+        tensors |= _packed(frozen)
     header["checksum"] = _checksum(header, tensors)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +74,28 @@ def write(
     os.replace(partial, path)
 
 
-def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[tuple[Tensor, Tensor]], Tensor]:
-    """The segments (of rows 0, 1, 2, ...), next positions, rows and token ids of a file that `write` wrote.
+def _packed(frozen: Frozen) -> dict[str, Tensor]:
+    tensors = {"quantized.ids": torch.from_numpy(frozen.ids)}
+    for i, layer in enumerate(frozen.layers):
+        for name, x in zip(PARTS, layer):
+            packed = frozen.bits == "int4" and x.dim() == 3
+            tensors[f"{i}.quantized.{name}"] = (pack(x) if packed else x).cpu().contiguous()
+    return tensors
+
+
+def _unpacked(header: dict, tensors: dict) -> Frozen:
+    ids, layers = tensors["quantized.ids"].numpy(), []
+    while f"{len(layers)}.quantized.k" in tensors:
+        layer = [tensors[f"{len(layers)}.quantized.{name}"] for name in PARTS]
+        if header["bits"] == "int4":
+            layer[:2] = (unpack(x, header["head_dim"]) for x in layer[:2])
+        layers.append(tuple(layer))
+    return Frozen(header["bits"], getattr(torch, header["dtype"]), layers, ids)
+
+
+def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[tuple[Tensor, Tensor]], Tensor, Frozen | None]:
+    """The segments (of rows 0, 1, 2, ..., of quantised ones from FROZEN on), next positions, rows, token ids and quantised rows
+    of a file that `write` wrote.
 
     Raises ValueError for a file that is missing, damaged, or of another fingerprint.
     """
@@ -76,7 +109,7 @@ def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path}: expected a whole trace file, got a damaged one ({error})") from error
     found = header.get("format") if isinstance(header, dict) else None
-    if found != FORMAT:
+    if found not in (FORMAT, QUANTIZED):
         raise ValueError(f"{path}: expected a trace file of format {FORMAT}, got {found}")
     if header.get("checksum") != _checksum(header, tensors):
         raise ValueError(f"{path}: expected the checksum {header.get('checksum')}, got another: the file is damaged")
@@ -84,19 +117,23 @@ def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[
         if header[what] != mine:
             raise ValueError(f"{path}: expected a trace of this {what} ({mine}), got one of another ({header[what]})")
     positions, ids = tensors.pop("positions"), tensors.pop("ids")
-    kv = [(tensors[f"{i}.k"], tensors[f"{i}.v"]) for i in range(len(tensors) // 2)]
-    return _segments(header, positions), header["next"], kv, ids
+    frozen = _unpacked(header, tensors) if found == QUANTIZED else None
+    kv = [(tensors[f"{i}.k"], tensors[f"{i}.v"]) for i in range(len(tensors)) if f"{i}.k" in tensors]
+    return _segments(header, positions), header["next"], kv, ids, frozen
 
 
 def _segments(header: dict, positions: Tensor) -> list[list[Segment]]:
     """The segments by sequence. positions [rows]: where the rows are read; each run of consecutive ones is a segment."""
-    rows, at = [[] for _ in range(header["batch_size"])], 0
-    for sequence, agent, kind, length, offset, *layers in header["segments"]:
-        where = positions[at : at + length]
+    rows, done, at = [[] for _ in range(header["batch_size"])], 0, [0, FROZEN]  # the next row; and of quantised ones
+    quantized = header.get("quantized") or [False] * len(header["segments"])
+    for (sequence, agent, kind, length, offset, *layers), which in zip(header["segments"], quantized):
+        where = positions[done : done + length]
         gaps = (where.diff() != 1).nonzero()[:, 0] + 1
         for first, last in zip([0, *gaps.tolist()], [*gaps.tolist(), length]):
             position = int(where[first]) - offset
             seen_by = tuple(layers[0]) if layers else None
-            rows[sequence].append(Segment(sequence, agent, kind, at + first, last - first, position, offset, seen_by))
-        at += length
+            start = at[which] + first
+            rows[sequence].append(Segment(sequence, agent, kind, start, last - first, position, offset, seen_by))
+        at[which] += length
+        done += length
     return rows

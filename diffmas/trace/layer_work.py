@@ -82,6 +82,7 @@ class LayerWork:
     step: int = 0
     older: list[list[KVRange]] | None = None
     hold: Hold | None = None
+    frozen: list[list[KVRange]] | None = None
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
     # (layer, rotated q [n, Hq, D], o, lse, (K, V), view, scale, interleaved) -> None: told who attends to what, in what
@@ -95,9 +96,10 @@ class LayerWork:
         self.committed = False  # its tokens are part of the trace: from now on layers can only be recomputed
         self.forget()
         self._flushes: dict[int, tuple] = {}  # by layer, for the pass that begins a run
-        self._offsets = any(r.offset for view in self.views for r in view)
+        seen = (*self.views, *(self.frozen or ()))
+        self._offsets = any(r.offset for view in seen for r in view)
         # Of each layer, which of the ranges that only some layers see it sees; those that see the same have the same tables.
-        some = {r.layers for view in self.views for r in view} - {None}
+        some = {r.layers for view in seen for r in view} - {None}
         self._sights = [frozenset(x for x in some if layer.index in x) for layer in self.spec.layers] if some else None
         self._tables: dict[tuple[torch.device, frozenset | None], Tables] = {}
         number = next(_numbers)
@@ -115,10 +117,11 @@ class LayerWork:
         key = device, self._sights and self._sights[layer]
         tables = self._tables.get(key)
         if tables is None:
-            views, older = self.views, self.older
+            views, older, frozen = self.views, self.older, self.frozen
             if self._sights is not None:
-                views, older = seen_in(views, layer), older and seen_in(older, layer)
-            tables = self._tables[key] = Tables(device, self.lengths, self.slots, self.positions, self.grad_tail, views, older)
+                views, older, frozen = (x and seen_in(x, layer) for x in (views, older, frozen))
+            numbers = self.lengths, self.slots, self.positions, self.grad_tail
+            tables = self._tables[key] = Tables(device, *numbers, views, older, frozen)
         return tables
 
     def all_on(self, device: torch.device) -> list[Tables]:
@@ -163,22 +166,31 @@ class LayerWork:
                     "inject_attend", kv[0], q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *kv,
                     *views["all"], scale, backend=backend, **found,
                 )  # fmt: skip
-                if self.attended is not None:
-                    self.attended(i, q_rot, o, lse, kv, views["all"], scale, interleaved)
-                return o, q_rot, lse
-            flat_or_heads, slots = q, tables.slots
-            q, k, v = (with_heads(x, slots.shape[0], pool.head_dim) for x in (q, k, v))
-            cos, sin = packed_table(cos), packed_table(sin)
-            q_rot = call("inject", q, q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, *kv, backend=backend)
-            prefix, rest = (
-                call(
-                    "cross_attention", q_rot, q_rot, *kv, *view, scale, causal, interleaved, backend=backend,
-                    **find(name, q_rot, view, causal),
-                )
-                for name, view, causal in zip(("shared", "rest"), views["shared"], (False, True))
-            )  # fmt: skip
-        o, lse = call("merge_states", q_rot, *prefix, *rest, backend=backend)
-        return in_layout_of(flat_or_heads, o), q_rot, lse
+                if views["frozen"] is None:
+                    if self.attended is not None:
+                        self.attended(i, q_rot, o, lse, kv, views["all"], scale, interleaved)
+                    return o, q_rot, lse
+                states = [(o.view(q_rot.shape), lse)]
+            else:
+                q_heads, slots = with_heads(q, tables.slots.shape[0], pool.head_dim), tables.slots
+                k, v = (with_heads(x, slots.shape[0], pool.head_dim) for x in (k, v))
+                rope = (packed_table(cos), packed_table(sin), slots, q_weight, k_weight, eps, interleaved)
+                q_rot = call("inject", q_heads, q_heads, k, v, *rope, *kv, backend=backend)
+                states = [
+                    call(
+                        "cross_attention", q_rot, q_rot, *kv, *view, scale, causal, interleaved, backend=backend,
+                        **find(name, q_rot, view, causal),
+                    )
+                    for name, view, causal in zip(("shared", "rest"), views["shared"], (False, True))
+                ]  # fmt: skip
+        if views["frozen"] is not None:
+            rows, view = self.store.frozen.layers[i], views["frozen"]
+            found = find("frozen", q_rot, view, False, k_pool=rows[0])
+            args = (*rows, *view, scale, interleaved)
+            states.append(call("cross_attention_quantized", q_rot, q_rot, *args, backend=backend, **found))
+        merge = lambda a, b: call("merge_states", q_rot, *a, *b, backend=backend)
+        o, lse = functools.reduce(merge, states)
+        return in_layout_of(q, o), q_rot, lse
 
     def _check_recompute(self, i: int, recording: bool) -> None:
         if torch._C._current_graph_task_id() == -1:
@@ -240,10 +252,32 @@ class LayerWork:
             found = tables.work.of(
                 "dq", i, q_rot.shape[0], "all", q_rot, view, True, k_pool=k_pool, scale=scale, backend=backend
             )
+            if self.frozen is not None:
+                run = self._with_frozen(run, layer, do, q_rot, o, lse, scale)
             return run(
                 "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, k_pool, v_pool, *view, scale, dk_pool, dv_pool,
                 tables.grad_tail if own_rows_only else None, weight_grads, backend=backend, **found,
             )  # fmt: skip
+
+    def _with_frozen(self, run, layer: LayerSpec, do, q_rot, o, lse, scale: float):
+        """`run`, but attention's dq gets what the quantised rows add to it, which have no gradient of their own."""
+        interleaved, tables, backend = layer.rope == "interleaved", self.on(q_rot.device, layer.index), self.spec.backend
+        rows, view = self.store.frozen.layers[layer.index], self._views(tables, layer, q_rot.device)["frozen"]
+        find = functools.partial(
+            tables.work.of, "dq", layer.index, q_rot.shape[0], k_pool=rows[0], scale=scale, backend=backend
+        )
+
+        def with_more(name: str, *args, **found):
+            dq = run(name, q_rot, *args, backend=backend, **found)
+            if name != "cross_attention_backward":
+                return dq
+            states = do.reshape(q_rot.shape), q_rot, o.view(q_rot.shape), lse
+            name = "cross_attention_quantized_backward"
+            found = find("frozen", q_rot, view, False)
+            return dq + call(name, q_rot, *states, *rows, *view, scale, interleaved, backend=backend, **found)
+
+        parts = Composed(lambda part: functools.partial(with_more, part))
+        return lambda name, like, *args, backend, **found: getattr(parts, name)(*args, **found)
 
     def _watched(self, i: int, dk_pool: Tensor, dv_pool: Tensor, slots: Tensor):
         """`call`, but the two parts of attention's backward run one by one: between them the rows' gradient is in the pool."""

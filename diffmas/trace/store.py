@@ -13,12 +13,14 @@ import weakref
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from diffmas.trace.frozen import Frozen
 from diffmas.trace.offload import Courier, OffloadedPool
 from diffmas.trace.pool import Pool
 from diffmas.trace.token_ids import TokenIds
-from diffmas.trace.views import Rows
+from diffmas.trace.views import FROZEN, Rows, Segment, rows_of
 
 __all__ = ["Extent", "Hold", "Store", "ranges_in"]
 
@@ -70,6 +72,7 @@ class Store:
         self.pools: list[Pool | None] = [None] * layers
         self.offloaded, self._courier = offloaded, Courier()
         self.rows = rows
+        self.frozen: Frozen | None = None  # quantised rows
         self.needs_grad = [frozenset([0])]  # by lineage (see Pool): the lineages whose rows its readers leave gradients for
         self.lock = threading.RLock()
         self.token_ids = TokenIds()
@@ -90,6 +93,7 @@ class Store:
         held = [holder.held() for holder in list(self._holders)]
         more = [pair for _, pairs in held for pair in pairs]
         ranges = np.concatenate([np.array(more, dtype=np.int64).reshape(-1, 2), *(rows for rows, _ in held)])
+        ranges = ranges[ranges[:, 0] < FROZEN]  # quantised rows stay as long as the store
         starts, ends = (np.bincount(x, minlength=self.top + 1) for x in ranges.T)
         return (starts - ends).cumsum()[:-1] > 0
 
@@ -187,7 +191,38 @@ class Store:
         return start
 
     def written_by(self, rows: np.ndarray, lineage: int) -> np.ndarray:
+        rows = rows[rows < FROZEN]
         return rows[self._writers[rows] == lineage]
+
+    # ---- what rows hold ----------------------------------------------------------------------------------------------
+
+    def read(self, layer: int, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
+        """A copy of rows of K and V, where they are kept; quantised ones in the trace's dtype."""
+        if self.frozen is None:
+            return self.pools[layer].read([slice(s.start, s.end) for s in segments])
+        parts = [self.frozen.read(layer, 0, 0)]
+        for s in segments:
+            there = s.start - FROZEN
+            parts.append(
+                self.pools[layer].read([slice(s.start, s.end)]) if there < 0 else self.frozen.read(layer, there, s.length)
+            )
+        return tuple(torch.cat(x) for x in zip(*parts))
+
+    def ids(self, segments: Sequence[Segment]) -> np.ndarray:
+        """The token ids of rows, -1 where none is known."""
+        rows = rows_of(segments)
+        with self.lock:
+            ids, frozen = self.token_ids.read(rows), rows >= FROZEN
+            if frozen.any():
+                ids[frozen] = self.frozen.ids[rows[frozen] - FROZEN]
+        return ids
+
+    def freeze(self, rows: Frozen) -> int:
+        """Takes over quantised rows; the number of the first one."""
+        with self.lock:
+            first = 0 if self.frozen is None else self.frozen.rows
+            self.frozen = rows if self.frozen is None else self.frozen.with_rows(rows)
+        return FROZEN + first
 
     # ---- storage -----------------------------------------------------------------------------------------------------
 

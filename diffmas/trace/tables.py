@@ -21,14 +21,17 @@ class Tables:
 
     def __init__(
         self, device: torch.device, lengths: list[int], slots: np.ndarray, positions: np.ndarray, grad_tail: list[int],
-        views: list[list[KVRange]], older: list[list[KVRange]] | None,
+        views: list[list[KVRange]], older: list[list[KVRange]] | None, frozen: list[list[KVRange]] | None = None,
     ):  # fmt: skip
         parts = [list(accumulate(lengths, initial=0)), grad_tail, *table_of(views)]
         if older is not None:
             parts += table_of(older)
+        if frozen is not None:
+            ends, frozen = _grouped(lengths, frozen)
+            parts += [ends, *table_of(frozen)]
         # Few queries of several sequences are served faster by one pass over the rows that all of them read.
         groups = share(views) if 1 < len(lengths) and max(lengths) <= DECODE_TOKENS else None
-        rows = {"all": sum(map(length_of, views))}
+        rows = {"all": sum(map(length_of, views)), "frozen": sum(map(length_of, frozen or []))}
         if groups is not None:
             sizes, shared, rest = groups
             rows |= {"shared": sum(map(length_of, shared)), "rest": sum(map(length_of, rest))}
@@ -40,9 +43,11 @@ class Tables:
         self.slots, positions, self.q_indptr, self.grad_tail, *tables = self._packed.split_with_sizes(self._sizes)
         self.position_ids = positions[None]
         self._all, tables = tables[:4], tables[4:]
-        self._older = self._groups = self._shared = self._rest = None
+        self._older = self._frozen = self._groups = self._shared = self._rest = None
         if older is not None:
             self._older, tables = tables[:4], tables[4:]
+        if frozen is not None:
+            self._frozen, tables = tables[:5], tables[5:]
         if groups is not None:
             self._groups, self._shared, self._rest = tables[0], tables[1:5], tables[5:]
         self.work = AttentionWork(rows)
@@ -50,14 +55,16 @@ class Tables:
         self.as_written = self._views(None)
 
     def _views(self, inv_freq: Tensor | None) -> dict[str, tuple | None]:
-        """By name: q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq. older: without q_indptr; shared: two
-        views."""
-        older = shared = None
+        """By name: q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq. older: without q_indptr; shared: two views;
+        frozen: of quantised rows."""
+        older = shared = frozen = None
         if self._older is not None:
             older = _read(self._older, inv_freq)
         if self._groups is not None:
             shared = (self._groups, *_read(self._shared, inv_freq)), (self.q_indptr, *_read(self._rest, inv_freq))
-        return {"all": (self.q_indptr, *_read(self._all, inv_freq)), "older": older, "shared": shared}
+        if self._frozen is not None:
+            frozen = (self._frozen[0], *_read(self._frozen[1:], inv_freq))
+        return {"all": (self.q_indptr, *_read(self._all, inv_freq)), "older": older, "shared": shared, "frozen": frozen}
 
     def at_offsets(self, inv_freq: Tensor) -> dict[str, tuple | None]:
         """The views for layers that rotate, where a segment is read at a position offset."""
@@ -84,6 +91,19 @@ class Tables:
         """Becomes those of the pass so many latent steps later, or earlier; one addition, that whoever saved these for a
         gradient does not see."""
         self._packed.data.add_(self._step, alpha=steps)
+
+
+def _grouped(lengths: list[int], frozen: list[list[KVRange]]) -> tuple[list[int], list[list[KVRange]]]:
+    """Neighbouring sequences that see the same quantised rows as one with the queries of all, none of which is masked: where
+    the queries of each begin, and their views."""
+    ends, distinct = [0], []
+    for view, end in zip(frozen, accumulate(lengths)):
+        if distinct and distinct[-1] == view:
+            ends[-1] = end
+        else:
+            distinct.append(view)
+            ends.append(end)
+    return ends, distinct
 
 
 def _read(table: Sequence[Tensor], inv_freq: Tensor | None) -> tuple:

@@ -105,26 +105,25 @@ class Trace(Appending, Copying):
     def token_ids(self, sequence: int) -> Tensor:
         """The token ids of a sequence's rows, in order, -1 for rows that no token was written to (latent steps, embeddings);
         [length] int64."""
-        row = self._segments[sequence]
-        with self._store.lock:
-            ids = self._store.token_ids.read(rows_of(row))
-        kinds = np.repeat([KINDS.index(s.kind) for s in row], [s.length for s in row])
+        return torch.from_numpy(self._ids(self._segments[sequence]))
+
+    def _ids(self, segments: list[Segment]) -> np.ndarray:
+        ids = self._store.ids(segments)
+        kinds = np.repeat([KINDS.index(s.kind) for s in segments], [s.length for s in segments])
         ids[kinds == KINDS.index("latent")] = -1  # whatever these rows held before
-        return torch.from_numpy(ids)
+        return ids
 
     def keys_values(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """A copy of one sequence's K and V rows as they were written (position offsets are not applied), where they are kept;
-        [length, Hkv, D] each."""
-        pool = self._store.pools[layer]
-        if pool is None:
+        [length, Hkv, D] each. Quantised rows: what they stand for."""
+        if self._store.pools[layer] is None and self._store.frozen is None:
             raise ValueError("keys_values: expected a trace that holds tokens, got an empty one")
-        ranges = [slice(s.start, s.end) for s in self._segments[sequence]]
-        return pool.read(ranges)
+        return self._store.read(layer, self._segments[sequence])
 
     @property
     def rows(self) -> int:
         """Rows of each layer that this trace, its forks, and the forward passes and graphs over them need, spare room
-        included."""
+        included, quantised rows not."""
         return self._store.rows_held
 
     @property
@@ -139,8 +138,9 @@ class Trace(Appending, Copying):
         return found
 
     def memory(self) -> int:
-        """Bytes that the pools of all layers occupy, spare room and forks included."""
-        return sum(p.bytes for p in self._store.pools if p)
+        """Bytes that the rows of all layers occupy, spare room and forks included."""
+        frozen = self._store.frozen
+        return sum(p.bytes for p in self._store.pools if p) + (frozen.bytes if frozen else 0)
 
     def __repr__(self):
         return f"Trace(batch_size={self.batch_size}, lengths={self.lengths}, layers={len(self)})"

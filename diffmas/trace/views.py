@@ -11,13 +11,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 __all__ = [
-    "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "Size", "common_prefix", "joined", "length_of", "only", "places",
-    "ranges_of", "rows_of", "seen_in", "share", "table_of", "without_first", "without_rows",
+    "FROZEN", "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "Size", "apart", "common_prefix", "joined", "length_of", "only",
+    "places", "ranges_of", "rows_of", "seen_in", "share", "table_of", "without_first", "without_rows",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
 JOINS = ("keep", "shift", "reindex", "same_branch")
 SINKS = 4  # first tokens that stay where others are dropped: attention sinks (StreamingLLM, arXiv 2309.17453)
+FROZEN = 1 << 40  # a store's quantised rows are numbered from here on (diffmas.trace.frozen)
 SAVED_ROWS = 2048  # a pass over shared rows must save reading this many, or its two more calls cost more
 
 
@@ -181,6 +182,11 @@ def ranges_of(segments: Sequence[Segment]) -> list[KVRange]:
 def seen_in(views: Sequence[Sequence[Rows]], layer: int) -> list[list[Rows]]:
     """What a layer sees of views."""
     return [[x for x in view if x.layers is None or layer in x.layers] for view in views]
+
+
+def apart(view: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
+    """The rows of pools, and quantised rows, these numbered from 0."""
+    return [x for x in view if x.start < FROZEN], [x._replace(start=x.start - FROZEN) for x in view if x.start >= FROZEN]
 
 
 def table_of(views: Sequence[Sequence[KVRange]]) -> tuple[list[int], ...]:

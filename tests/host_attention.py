@@ -28,6 +28,22 @@ class HostAttention:
         self._run(True, args, {"do": do.contiguous(), "dlse": dlse, "o": o, "lse": lse, "grad_tail": grad_tail}, outputs)
         return outputs["dq"] if want_dq else q.new_empty(0)
 
+    def cross_attention_quantized(self, q, k_pool, v_pool, k_scale, v_scale, *args):
+        *args, interleaved = args
+        outputs = dict(o=torch.full_like(q, torch.nan), lse=torch.full(q.shape[:2], torch.nan))
+        scales = dict(k_scale=k_scale, v_scale=v_scale)
+        self._run(False, (q, k_pool, v_pool, *args, False, interleaved), scales, outputs)
+        return outputs["o"], outputs["lse"]
+
+    def cross_attention_quantized_backward(self, do, q, o, lse, k_pool, v_pool, k_scale, v_scale, q_indptr, *args):
+        *args, interleaved = args
+        more = dict(
+            do=do.contiguous(), o=o, lse=lse, grad_tail=torch.zeros_like(q_indptr[1:]), k_scale=k_scale, v_scale=v_scale
+        )
+        outputs = dict(dq=torch.full_like(q, torch.nan))
+        self._run(True, (q, k_pool, v_pool, q_indptr, *args, False, interleaved), more, outputs)
+        return outputs["dq"]
+
     def _run(self, backward, args, more, outputs):
         inputs, numbers = dict(zip(INPUTS, args)), dict(zip(NUMBERS, args[len(INPUTS) :]))
         if inputs["q"].shape[0]:

@@ -8,6 +8,7 @@ import torch
 from host_attention import HostAttention
 from op_cases import VIEWS, View, attention_inputs, random_attention
 from op_runs import attention_all, exact_in_half, nan_stays_in_its_sequence, row_makes_nan_of_what_it_sees, within_budget
+from quantized_cases import BITS, in_bits, run_quantized
 
 from diffmas import ops
 from diffmas.ops import backends
@@ -52,6 +53,17 @@ def test_head_sizes(D, form):
 @pytest.mark.parametrize("seed", range(4))
 def test_random_views(seed, form):
     agree(random_attention(seed, 300), form, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", BITS[:2])
+@pytest.mark.parametrize("name", ["one_query_long_view", "ragged", "offset"])
+def test_quantised_rows(name, bits, dtype, form):
+    inputs = attention_inputs(VIEWS[name], D=80 if name == "ragged" else 33, Dr=16, rows=700)
+    do = exact_in_half(*inputs.q.shape)
+    run = lambda dtype, backend: run_quantized(in_bits(inputs.to(dtype), bits), do, backend)
+    for got, like, want in zip(run(dtype, "cpu"), run(dtype, "reference"), run(torch.float64, "reference")):
+        within_budget(got, like, want, 80 * 2**0.5)
 
 
 def test_scale(form):

@@ -15,6 +15,7 @@ from op_runs import (
     row_makes_nan_of_what_it_sees,
     within_budget,
 )
+from quantized_cases import BITS, in_bits, run_quantized
 
 from diffmas import ops
 from diffmas.ops import backends, reference
@@ -61,6 +62,18 @@ SHAPES = {
     "odd": (AFAR, dict(heads=(2, 2), D=37, Dr=22)),
     "d48": (MANY, dict(heads=(2, 1), D=48)),
 }
+
+
+@pytest.mark.parametrize("bits", BITS[:2])
+@pytest.mark.parametrize("name", ["one_query_long_view", "ragged", "offset", "many_queries", "odd"])
+def test_quantised_rows(name, bits, kernels):
+    """Which become floats, under the sanitizers too."""
+    view, shape = SHAPES.get(name) or (VIEWS[name], {})
+    inputs = attention_inputs(view, **shape, rows=700)
+    do = exact_in_half(*inputs.q.shape)
+    run = lambda dtype, backend: run_quantized(in_bits(inputs.to(dtype), bits), do, backend)
+    for got, like, want in zip(run(torch.bfloat16, "cpu"), run(torch.bfloat16, "reference"), run(torch.float64, "reference")):
+        within_budget(got, like, want, inputs.q.shape[2] * 2**0.5)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -1,5 +1,7 @@
 #include "common/attention.h"
 
+#include <vector>
+
 #include "cpu/attention.h"
 #include "ops.h"
 #ifdef DIFFMAS_CUDA
@@ -32,16 +34,32 @@ void check_inside(const AttentionArgs& a) {
   }
 }
 
+// The pools, whose rows may be payloads, and their scales.
+struct KV {
+  const Tensor &k_pool, &v_pool;
+  const Tensor *k_scale = nullptr, *v_scale = nullptr;
+};
+
 // What both directions take.
-AttentionArgs attention_args(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr,
-                             const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq,
-                             double scale, bool causal, bool interleaved) {
+AttentionArgs attention_args(const Tensor& q, const KV& kv, const Tensor& q_indptr, const Tensor& seg_indptr, const Tensor& seg_start,
+                             const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq, double scale, bool causal,
+                             bool interleaved) {
   const Device device = device_of(q);
   AttentionArgs a{};
   a.q = rows("q", q, device);
   a.n = q.size(0), a.q_heads = q.size(1), a.head_dim = q.size(2);
-  const Pools p = pools("k_pool", k_pool, "v_pool", v_pool, -1, a.head_dim, device);
-  a.k_pool = p.k, a.v_pool = p.v, a.pool_rows = p.rows, a.kv_heads = p.kv_heads;
+  if (kv.k_scale) {
+    check_dims("k_pool", kv.k_pool);
+    a.pool_rows = kv.k_pool.size(0), a.kv_heads = kv.k_pool.size(1);
+    a.k_pool = payload("k_pool", kv.k_pool, a.pool_rows, a.kv_heads, a.head_dim, device);
+    a.v_pool = payload("v_pool", kv.v_pool, a.pool_rows, a.kv_heads, a.head_dim, device);
+    check_dtype("v_pool", kv.v_pool, kv.k_pool.scalar_type());
+    a.k_scale = scales("k_scale", *kv.k_scale, a.pool_rows, a.kv_heads, device);
+    a.v_scale = scales("v_scale", *kv.v_scale, a.pool_rows, a.kv_heads, device);
+  } else {
+    const Pools p = pools("k_pool", kv.k_pool, "v_pool", kv.v_pool, -1, a.head_dim, device);
+    a.k_pool = p.k, a.v_pool = p.v, a.pool_rows = p.rows, a.kv_heads = p.kv_heads;
+  }
   check_heads(a.q_heads, "k_pool", a.kv_heads, a.head_dim);
   a.scale = float(scale);
   a.interleaved = interleaved;
@@ -102,7 +120,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_pool, const T
                                   const Optional& inv_freq, double scale, bool causal, bool interleaved, bool flat) {
   const OnDevice on(q);
   AttentionArgs a =
-      attention_args(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved);
+      attention_args(q, {k_pool, v_pool}, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved);
   Tensor o = empty_heads(q, a.n, a.q_heads, a.head_dim, flat);
   Tensor lse = empty(q, {a.n, a.q_heads}, ScalarType::Float);
   a.o = rows_of_own(o, a.q_heads, a.head_dim, a.q.dtype);
@@ -116,6 +134,41 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_pool, const T
   Partials partials{q, {}};
   cpu::attention_forward(a, threads(), partials.workspace());
   return {o, lse};
+}
+
+std::tuple<Tensor, Tensor> cross_attention_quantized(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& k_scale,
+                                                     const Tensor& v_scale, const Tensor& q_indptr, const Tensor& seg_indptr,
+                                                     const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,
+                                                     const Optional& inv_freq, double scale, bool interleaved) {
+  AttentionArgs a = attention_args(q, {k_pool, v_pool, &k_scale, &v_scale}, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
+                                   scale, false, interleaved);
+  Tensor o = empty_heads(q, a.n, a.q_heads, a.head_dim, false);
+  Tensor lse = empty(q, {a.n, a.q_heads}, ScalarType::Float);
+  a.o = rows_of_own(o, a.q_heads, a.head_dim, a.q.dtype);
+  a.lse = floats_of_own(lse);
+  Partials partials{q, {}};
+  cpu::attention_forward(a, threads(), partials.workspace());
+  return {o, lse};
+}
+
+Tensor cross_attention_quantized_backward(const Tensor& d_o, const Tensor& q, const Tensor& o, const Tensor& lse, const Tensor& k_pool,
+                                          const Tensor& v_pool, const Tensor& k_scale, const Tensor& v_scale, const Tensor& q_indptr,
+                                          const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len,
+                                          const Optional& seg_offset, const Optional& inv_freq, double scale, bool interleaved) {
+  const Device device = device_of(q);
+  AttentionArgs a = attention_args(q, {k_pool, v_pool, &k_scale, &v_scale}, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
+                                   scale, false, interleaved);
+  const Tensor grad = packed(d_o);
+  a.d_o = heads("do", grad, a.n, a.q_heads, a.head_dim, device).rows;
+  a.o = heads("o", o, a.n, a.q_heads, a.head_dim, device).rows;
+  a.lse = const_cast<float*>(floats("lse", lse, {a.n, a.q_heads}, device));
+  const std::vector<int64_t> no_rows(size_t(a.view.batch), 0);  // none gets a gradient
+  a.view.grad_tail = no_rows.data();
+  Tensor dq = empty_heads(q, a.n, a.q_heads, a.head_dim, false);
+  a.dq = rows_of_own(dq, a.q_heads, a.head_dim, a.q.dtype);
+  Partials partials{q, {}};
+  cpu::attention_backward(a, threads(), partials.workspace());
+  return dq;
 }
 
 std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr,
@@ -133,7 +186,7 @@ Tensor cross_attention_backward(const Tensor& d_o, const Optional& dlse, const T
   const OnDevice on(q);
   const Device device = device_of(q);
   AttentionArgs a =
-      attention_args(q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved);
+      attention_args(q, {k_pool, v_pool}, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved);
   const Tensor grad = packed(d_o);
   Optional packed_dlse;
   if (dlse) {

@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CPU, m) {
   m.impl("inject_backward", TORCH_BOX(&inject_backward));
   m.impl("cross_attention", TORCH_BOX(&cross_attention));
   m.impl("cross_attention_backward", TORCH_BOX(&cross_attention_backward));
+  m.impl("cross_attention_quantized", TORCH_BOX(&cross_attention_quantized));
+  m.impl("cross_attention_quantized_backward", TORCH_BOX(&cross_attention_quantized_backward));
   m.impl("inject_attend", TORCH_BOX(&inject_attend));
   m.impl("inject_attend_backward", TORCH_BOX(&inject_attend_backward));
   m.impl("linear", TORCH_BOX(&linear));

@@ -18,6 +18,15 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k_pool
                                            const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len,
                                            const Optional& seg_offset, const Optional& inv_freq, double scale, bool causal,
                                            bool interleaved);
+// The same over all of each view, rows of 8 bits that get no gradient; on the CPU.
+std::tuple<Tensor, Tensor> cross_attention_quantized(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& k_scale,
+                                                     const Tensor& v_scale, const Tensor& q_indptr, const Tensor& seg_indptr,
+                                                     const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,
+                                                     const Optional& inv_freq, double scale, bool interleaved);
+Tensor cross_attention_quantized_backward(const Tensor& d_o, const Tensor& q, const Tensor& o, const Tensor& lse, const Tensor& k_pool,
+                                          const Tensor& v_pool, const Tensor& k_scale, const Tensor& v_scale, const Tensor& q_indptr,
+                                          const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len,
+                                          const Optional& seg_offset, const Optional& inv_freq, double scale, bool interleaved);
 Tensor cross_attention_backward(const Tensor& d_o, const Optional& dlse, const Tensor& q, const Tensor& o, const Tensor& lse,
                                 const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr, const Tensor& seg_indptr,
                                 const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq,

@@ -96,6 +96,24 @@ Rows rows(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_t h
   return rows(name, t, device);
 }
 
+Rows payload(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_t head_dim, Device device) {
+  check_device(name, t, device);
+  check_dims(name, t);
+  check_shape(name, t, {n, heads, head_dim});
+  const bool bytes = t.scalar_type() == ScalarType::Char;
+  STD_TORCH_CHECK(bytes || t.scalar_type() == ScalarType::Float8_e4m3fn, name, ": expected dtype int8 or float8_e4m3fn, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  check_last_stride(name, t);
+  return {t.data_ptr(), t.stride(0), t.stride(1), bytes ? DType::i8 : DType::e4m3};
+}
+
+Scales scales(const char* name, const Tensor& t, int64_t n, int64_t heads, Device device) {
+  check_device(name, t, device);
+  check_dtype(name, t, ScalarType::Float);
+  check_shape(name, t, {n, heads});
+  return {static_cast<const float*>(t.data_ptr()), t.stride(0), t.stride(1)};
+}
+
 bool is_flat(const Tensor& t, int64_t n) { return t.dim() == 3 && t.size(0) == 1 && t.size(1) == n; }
 
 Heads heads(const char* name, const Tensor& t, int64_t n, int64_t head_dim, Device device) {

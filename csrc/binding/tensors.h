@@ -49,6 +49,9 @@ void check_rows_fit(const char* name, int64_t rows);
 // [rows, heads, D] with last stride 1, in float32, bfloat16 or float16.
 Rows rows(const char* name, const Tensor& t, Device device);
 Rows rows(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_t head_dim, Device device);
+// Quantised rows [n, heads, D] with last stride 1, in int8 or float8_e4m3fn, and what they are multiplied with, float32 [n, heads].
+Rows payload(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_t head_dim, Device device);
+Scales scales(const char* name, const Tensor& t, int64_t n, int64_t heads, Device device);
 // Tokens' heads, in either of two layouts: [n, heads, D], or flat, as projections give and take them, [1, n, heads * D]. No view is made:
 // that would take as long as the rest of the call's checks.
 struct Heads {

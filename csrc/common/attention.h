@@ -27,11 +27,12 @@ struct AttentionArgs {
   float* lse;  // [n, Hq]
   float scale;
   bool interleaved;
+  Scales k_scale, v_scale;  // of pools in 8 bits, on the CPU
   // Backward only.
   Rows d_o;
   const float* dlse;      // [n, Hq] or null
   Rows dq;                // no data: not wanted
-  Rows dk_pool, dv_pool;  // float32
+  Rows dk_pool, dv_pool;  // float32; no data where no row gets a gradient
 };
 
 }  // namespace diffmas

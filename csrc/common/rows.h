@@ -4,7 +4,7 @@
 
 namespace diffmas {
 
-enum class DType : int32_t { f32, bf16, f16 };
+enum class DType : int32_t { f32, bf16, f16, i8, e4m3 };  // the last two: payloads of quantised rows
 
 inline constexpr int64_t kMaxHeadDim = 512;
 
@@ -13,6 +13,12 @@ struct Rows {
   void* data;
   int64_t stride_row, stride_head;
   DType dtype;
+};
+
+// What the rows of a payload are multiplied with, [rows, heads]; data is null where rows are what they are.
+struct Scales {
+  const float* data;
+  int64_t stride_row, stride_head;
 };
 
 // A [rows, Dr] tensor (cos, sin) or a [D] vector (norm weight, stride 0); data is null when absent.

@@ -11,7 +11,14 @@ inline Rows rows(const Tensors& t, const char* name) {
   return {t.data(name), t.stride(name, 0), t.stride(name, 1),
           dtype == "float32"    ? DType::f32
           : dtype == "bfloat16" ? DType::bf16
-                                : DType::f16};
+          : dtype == "int8"     ? DType::i8
+          : dtype == "float16"  ? DType::f16
+                                : DType::e4m3};
+}
+
+inline Scales scales(const Tensors& t, const char* name) {
+  if (!t.has(name)) return {};
+  return {t.data<float>(name), t.stride(name, 0), t.stride(name, 1)};
 }
 
 inline AttentionArgs attention_args(const Tensors& t) {
@@ -26,6 +33,7 @@ inline AttentionArgs attention_args(const Tensors& t) {
   a.q = rows(t, "q"), a.k_pool = rows(t, "k_pool"), a.v_pool = rows(t, "v_pool"), a.o = rows(t, "o");
   a.lse = t.data<float>("lse"), a.scale = float(t.number("scale")), a.interleaved = t.number("interleaved");
   a.d_o = rows(t, "do"), a.dlse = t.data<float>("dlse"), a.dq = rows(t, "dq");
+  a.k_scale = scales(t, "k_scale"), a.v_scale = scales(t, "v_scale");
   a.dk_pool = rows(t, "dk_pool"), a.dv_pool = rows(t, "dv_pool");
   return a;
 }

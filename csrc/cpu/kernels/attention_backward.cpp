@@ -38,10 +38,12 @@ void small_q_tile(const QueryBlock& q, const Queries<N>& in, const Tile& tile, i
   const ScheduledAttention& args = q.args;
   const int64_t rows = q.rows(), d = q.d;
   RowTable k, v, dk, dv;
-  find_whole_rows<N>(k, args, tile, count, args.k_pool, q.head, kVector, k_buffer);
-  find_whole_rows<N>(v, args, tile, count, args.v_pool, q.head, kVector, v_buffer);
+  find_whole_rows<N>(k, args, tile, count, args.k_pool, args.k_scale, q.head, kVector, k_buffer);
+  find_whole_rows<N>(v, args, tile, count, args.v_pool, args.v_scale, q.head, kVector, v_buffer);
   scores(v, count, round_up(d, kVector), in.d_o_elements, rows, t.dp);
   scores(k, count, round_up(d, kVector), in.x_elements, rows, t.p);
+  times_scales(v, count, t.dp, rows);
+  times_scales(k, count, t.p, rows);
   for (int64_t r = 0; r < rows; ++r) {
     float* p = t.p + r * kSmallQKeys;
     float* dp = t.dp + r * kSmallQKeys;
@@ -52,10 +54,11 @@ void small_q_tile(const QueryBlock& q, const Queries<N>& in, const Tile& tile, i
     }
     for (int64_t i = max(0, min(count, q.limit(r) - tile.view + 1)); i < round_up(count, N::kNumbers); ++i) p[i] = dp[i] = 0;
   }
+  times_scales(k, count, t.dp, rows);
   if (dq) weighted_sum(k, count, d, keys_of(t.dp, rows, count, t.ds_elements), dq, rows);
   if (!tile.needs_grad) return;
-  find_rows(dk, args, tile, count, args.dk_pool, q.head, false);
-  find_rows(dv, args, tile, count, args.dv_pool, q.head, false);
+  find_rows(dk, args, tile, count, args.dk_pool, {}, q.head, false);
+  find_rows(dv, args, tile, count, args.dv_pool, {}, q.head, false);
   outer_sum(dv, count, args.head_dim, t.p, in.d_o, rows, d);
   outer_sum(dk, count, args.head_dim, t.dp, in.x, rows, d);
 }

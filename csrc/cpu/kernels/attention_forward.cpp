@@ -87,10 +87,10 @@ void small_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) 
   const E* x = nullptr;
   RowTable k, v;
   const auto find_k = [&](int64_t t) {
-    find_whole_rows<N>(k, args, args.tiles[t], q.visible(args.tiles[t]), args.k_pool, q.head, kVector, k_buffer);
+    find_whole_rows<N>(k, args, args.tiles[t], q.visible(args.tiles[t]), args.k_pool, args.k_scale, q.head, kVector, k_buffer);
   };
   const auto find_v = [&](int64_t t) {
-    find_whole_rows<N>(v, args, args.tiles[t], q.visible(args.tiles[t]), args.v_pool, q.head, N::kRowLength, v_buffer);
+    find_whole_rows<N>(v, args, args.tiles[t], q.visible(args.tiles[t]), args.v_pool, args.v_scale, q.head, N::kRowLength, v_buffer);
   };
   const bool asks = N::kNumbers == 2 && q.rows() > 1;  // for V during the scores, and for the next tile's K during the sums
   for (int64_t t = task.tile_begin; t < task.tile_end; ++t) {
@@ -104,9 +104,11 @@ void small_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) 
     if (!asks || t == task.tile_begin) find_k(t);
     if (asks) find_v(t), k.next = &v;
     scores(k, count, round_up(d, kVector), x, q.rows(), s);
+    times_scales(k, count, s, q.rows());
     if (!asks) find_v(t);
     fetch_first(v, d);  // they arrive while the softmax runs
     small_q_softmax<N>(q, tile, count, s, state);
+    times_scales(v, count, s, q.rows());  // which the sum of the weights has nothing to do with
     v.next = nullptr;
     if (asks && t + 1 < task.tile_end) find_k(t + 1), v.next = &k;
     weighted_sum(v, count, d, reinterpret_cast<const E*>(s), state.o, q.rows());
@@ -191,8 +193,8 @@ void large_q_task(const QueryBlock& q, const ForwardTask& task, float* scratch) 
       q.pack(packed, rotation >= 0 ? rotated : plain, reinterpret_cast<float*>(k_buffer));
     }
     const int64_t count = q.visible(tile);
-    const TileRows<E> k = tile_rows<N>(args, tile, count, args.k_pool, task.head, d, k_buffer);
-    const TileRows<E> v = tile_rows<N>(args, tile, count, args.v_pool, task.head, d, v_buffer);
+    const TileRows<E> k = tile_rows<N>(args, tile, count, args.k_pool, args.k_scale, task.head, d, k_buffer);
+    const TileRows<E> v = tile_rows<N>(args, tile, count, args.v_pool, args.v_scale, task.head, d, v_buffer);
     const Left<E> v_left = columns(v, count, d, v_columns);
     Ahead ahead = t + 1 < task.tile_end ? ahead_of(args.tiles[t + 1], args.k_pool, args.v_pool, q) : Ahead{};
     for (int64_t p = 0; p < q.panels(); ++p) {

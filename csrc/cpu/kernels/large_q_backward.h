@@ -185,8 +185,8 @@ static void large_q_unit(const QueryBlock& q, const BackwardUnit& unit, float* d
       for (int64_t j = 0; j < q.panels() * kPanel * d; ++j) dq_lanes[j] = 0;
     }
     const int64_t count = q.visible(tile);
-    const TileRows<E> k = tile_rows<N>(args, tile, count, args.k_pool, q.head, d, k_buffer);
-    const TileRows<E> v = tile_rows<N>(args, tile, count, args.v_pool, q.head, d, v_buffer);
+    const TileRows<E> k = tile_rows<N>(args, tile, count, args.k_pool, args.k_scale, q.head, d, k_buffer);
+    const TileRows<E> v = tile_rows<N>(args, tile, count, args.v_pool, args.v_scale, q.head, d, v_buffer);
     const Left<E> k_left = dq ? columns(k, count, d, k_columns) : Left<E>{};
     // Asked for meanwhile: the rows of the gradient pools, and the next tile.
     Ahead grads = tile.needs_grad ? ahead_of(tile, args.dk_pool, args.dv_pool, q) : Ahead{};

@@ -17,30 +17,43 @@ struct RowTable {
   int64_t count;
   DType dtype;
   bool fetch;                      // ask for rows ahead
+  bool scaled = false;             // rows are payloads, to be multiplied with
+  float scale[kOneRowKeys + kPast];
   const RowTable* next = nullptr;  // the rows that are read after these, if they are to be asked for meanwhile
 };
 
-static void find_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool, int64_t head,
-                      bool ahead) {
+static void find_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool,
+                      const Scales& scales, int64_t head, bool ahead) {
   table.count = count;
   table.dtype = pool.dtype;
   table.fetch = ahead || tile.row < 0;
   for_rows(args, tile, count, [&](int64_t i, int64_t row) { table.row[i] = row_of(pool, row, head); });
   for (int64_t i = 0; i < kPast; ++i) table.row[count + i] = table.row[count - 1];
+  table.scaled = scales.data;
+  if (!table.scaled) return;
+  for_rows(args, tile, count, [&](int64_t i, int64_t row) { table.scale[i] = scale_of(scales, row, head); });
 }
 
 // The same for rows that are read as whole vectors, of `multiple` numbers: others go through the buffer [kSmallQKeys, d], padded with
 // zeros.
 template <class N>
 static void find_whole_rows(RowTable& table, const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool,
-                            int64_t head, int64_t multiple, float* buffer) {
+                            const Scales& scales, int64_t head, int64_t multiple, float* buffer) {
   using E = typename N::Element;
-  if (args.head_dim % multiple == 0) return find_rows(table, args, tile, count, pool, head, N::kNumbers == 1 && pool.dtype != DType::f32);
-  const TileRows<E> padded = tile_rows<N>(args, tile, count, pool, head, round_up(args.head_dim, multiple), reinterpret_cast<E*>(buffer));
+  if (args.head_dim % multiple == 0)
+    return find_rows(table, args, tile, count, pool, scales, head, N::kNumbers == 1 && pool.dtype != DType::f32);
+  const TileRows<E> padded = tile_rows<N>(args, tile, count, pool, scales, head, round_up(args.head_dim, multiple), reinterpret_cast<E*>(buffer));
   table.count = count;
   table.dtype = N::kNumbers == 1 ? DType::f32 : pool.dtype;
-  table.fetch = false;
+  table.fetch = table.scaled = false;
   for (int64_t i = 0; i < count + kPast; ++i) table.row[i] = reinterpret_cast<const char*>(padded.data + min(i, count - 1) * padded.stride);
+}
+
+// x [rows, kSmallQKeys] times the scales of the tile's rows.
+static void times_scales(const RowTable& table, int64_t count, float* x, int64_t rows) {
+  if (!table.scaled) return;
+  for (int64_t r = 0; r < rows; ++r, x += kSmallQKeys)
+    for (int64_t i = 0; i < count; ++i) x[i] *= table.scale[i];
 }
 
 // To L1, or to L2 where they would take the place of rows that are needed before.

@@ -24,9 +24,11 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef int8_t vb __attribute__((vector_size(W)));
 typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t vi_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef int8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
 typedef float f4 __attribute__((vector_size(16)));
 typedef float f4_any __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -157,12 +159,39 @@ DIFFMAS_INLINE vf load_halves(const uint16_t* p) {
 #endif
 }
 
+// Eight bits with their sign in all the bits above.
+DIFFMAS_INLINE vi load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const vb_any*>(p), vi);
+#endif
+}
+
+// float8_e4m3fn: four bits of exponent with a bias of 7, three of mantissa, subnormals, one NaN and no infinity. Shifted into place the
+// exponent is 120 too small; a subnormal is a multiple of 2^-9, and would be one as a float too, which some CPUs take long for.
+DIFFMAS_INLINE vf from_e4m3(vi bytes) {
+  const vi body = bytes & 0x7f, sign = bytes & int32_t(0x80000000);
+  const vf normal = (vf)((body << 20) + (120 << 23)), subnormal = __builtin_convertvector(body, vf) * 0x1p-9f;
+  const vi positive = body < 8 ? (vi)subnormal : body == 0x7f ? (vi)splat(__builtin_nanf("")) : (vi)normal;
+  return (vf)(positive | sign);
+}
+DIFFMAS_INLINE float e4m3_to_float(uint8_t byte) {
+  const uint32_t body = byte & 0x7f;
+  const float x = body < 8 ? float(body) * 0x1p-9f : body == 0x7f ? __builtin_nanf("") : bits_to_float((body << 20) + (120 << 23));
+  return byte & 0x80 ? -x : x;
+}
+
 // W elements of a row stored as kType, from element c on.
 template <DType kType>
 DIFFMAS_INLINE vf load_as(const void* row, int64_t c) {
   if constexpr (kType == DType::f32) return load(static_cast<const float*>(row) + c);
   if constexpr (kType == DType::bf16) return load_bfloats(static_cast<const uint16_t*>(row) + c);
   if constexpr (kType == DType::f16) return load_halves(static_cast<const uint16_t*>(row) + c);
+  if constexpr (kType == DType::i8) return __builtin_convertvector(load_bytes(static_cast<const int8_t*>(row) + c), vf);
+  if constexpr (kType == DType::e4m3) return from_e4m3(load_bytes(static_cast<const int8_t*>(row) + c));
 }
 
 DIFFMAS_INLINE void store_halves(uint16_t* dst, const float* src) {
@@ -186,10 +215,18 @@ static void load_row(float* dst, const void* src, DType dtype, int64_t d, float 
     const uint16_t* s = static_cast<const uint16_t*>(src);
     for (; i + W <= d; i += W) store(dst + i, load_bfloats(s + i) * factor);
     for (; i < d; ++i) dst[i] = bfloat_to_float(s[i]) * factor;
-  } else {
+  } else if (dtype == DType::f16) {
     const uint16_t* s = static_cast<const uint16_t*>(src);
     for (; i + W <= d; i += W) store(dst + i, load_halves(s + i) * factor);
     for (; i < d; ++i) dst[i] = half_to_float(s[i]) * factor;
+  } else if (dtype == DType::i8) {
+    const int8_t* s = static_cast<const int8_t*>(src);
+    for (; i + W <= d; i += W) store(dst + i, load_as<DType::i8>(s, i) * factor);
+    for (; i < d; ++i) dst[i] = float(s[i]) * factor;
+  } else {
+    const uint8_t* s = static_cast<const uint8_t*>(src);
+    for (; i + W <= d; i += W) store(dst + i, load_as<DType::e4m3>(s, i) * factor);
+    for (; i < d; ++i) dst[i] = e4m3_to_float(s[i]) * factor;
   }
 }
 
@@ -224,10 +261,16 @@ static float sum_of_squares(const float* x, int64_t d) {
   return total;
 }
 
-DIFFMAS_INLINE int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+DIFFMAS_INLINE constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::f32 ? 4 : dtype == DType::bf16 || dtype == DType::f16 ? 2 : 1;
+}
 
 DIFFMAS_INLINE char* row_of(const Rows& rows, int64_t row, int64_t head) {
   return static_cast<char*>(rows.data) + (row * rows.stride_row + head * rows.stride_head) * element_size(rows.dtype);
+}
+
+DIFFMAS_INLINE float scale_of(const Scales& scales, int64_t row, int64_t head) {
+  return scales.data ? scales.data[row * scales.stride_row + head * scales.stride_head] : 1.f;
 }
 
 }  // namespace diffmas::cpu::DIFFMAS_ISA

@@ -125,6 +125,8 @@ static void scores(const RowTable& k, int64_t count, int64_t d, const float* x, 
     case DType::f32: return scores_as<Converted<DType::f32>>(k, count, d, x, rows, s);
     case DType::bf16: return scores_as<Converted<DType::bf16>>(k, count, d, x, rows, s);
     case DType::f16: return scores_as<Converted<DType::f16>>(k, count, d, x, rows, s);
+    case DType::i8: return scores_as<Converted<DType::i8>>(k, count, d, x, rows, s);
+    case DType::e4m3: return scores_as<Converted<DType::e4m3>>(k, count, d, x, rows, s);
   }
 }
 
@@ -153,7 +155,7 @@ static void add_one(const RowTable& v, int64_t count, int64_t d, const typename 
 // Asks for the vector at element 2c of the 2 rows [2 d] that start at v[0]: over c in [0, d) all their lines, in address order.
 template <DType kType>
 DIFFMAS_INLINE void fetch_rows(const char* const* v, int64_t d, int64_t c) {
-  constexpr int kSize = kType == DType::f32 ? 4 : 2;
+  constexpr int kSize = element_size(kType);
   const char* p = 2 * c < d ? v[0] + 2 * c * kSize : v[1] + (2 * c - d) * kSize;
   for (int i = 0; i < 2 * W * kSize; i += 64) __builtin_prefetch(p + i);
 }
@@ -216,6 +218,8 @@ static void weighted_sum(const RowTable& v, int64_t count, int64_t d, const floa
     case DType::f32: return weighted_sum_of<Converted<DType::f32>>(v, count, d, p, y, rows);
     case DType::bf16: return weighted_sum_of<Converted<DType::bf16>>(v, count, d, p, y, rows);
     case DType::f16: return weighted_sum_of<Converted<DType::f16>>(v, count, d, p, y, rows);
+    case DType::i8: return weighted_sum_of<Converted<DType::i8>>(v, count, d, p, y, rows);
+    case DType::e4m3: return weighted_sum_of<Converted<DType::e4m3>>(v, count, d, p, y, rows);
   }
 }
 

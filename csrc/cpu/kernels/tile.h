@@ -150,7 +150,7 @@ DIFFMAS_INLINE Ahead ahead_of(const Tile& tile, const Rows& k, const Rows& v, co
 // The rows of a tile where they lie, when they are what a product takes, or a copy of them in the buffer, rows of d numbers.
 template <class N>
 static TileRows<typename N::Element> tile_rows(const ScheduledAttention& args, const Tile& tile, int64_t count, const Rows& pool,
-                                               int64_t head, int64_t d, typename N::Element* buffer) {
+                                               const Scales& scales, int64_t head, int64_t d, typename N::Element* buffer) {
   using E = typename N::Element;
   constexpr bool kFloats = N::kNumbers == 1;
   const bool fits = args.head_dim == d && count % N::kRows == 0 && pool.stride_row % N::kNumbers == 0;
@@ -160,7 +160,7 @@ static TileRows<typename N::Element> tile_rows(const ScheduledAttention& args, c
   for_rows(args, tile, count, [&](int64_t i, int64_t row) {
     const char* from = row_of(pool, row, head);
     if constexpr (kFloats) {
-      load_row(buffer + i * length, from, pool.dtype, args.head_dim);
+      load_row(buffer + i * length, from, pool.dtype, args.head_dim, scale_of(scales, row, head));
       for (int64_t c = args.head_dim; c < d; ++c) buffer[i * length + c] = 0;
     } else {
       char* to = reinterpret_cast<char*>(buffer + i * length);

@@ -6,7 +6,9 @@ import triton.language as tl
 from diffmas.kernels.attention_tiles import (
     LOG2E,
     entry_of,
+    load_scales,
     load_tile,
+    numbers,
     pointers_of_stream,
     rotate,
     rows_of_positions,
@@ -43,18 +45,28 @@ def cross_attention_bwd_kernel_delta(
 
 @triton.jit
 def _dq_tile(
-    acc, q, do, base, delta, p_k, p_v, stride_kr, stride_vr, to_row, b_rows, n_tile, n_end, b_last, scale_log2: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr,
+    acc, q, do, base, delta, p_k, p_v, k_scale, v_scale, stride_kr, stride_vr, stride_sr, to_row, b_rows, n_tile, n_end,
+    b_last, scale_log2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr, PAYLOAD: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Arguments as in the forward."""
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
-    k = load_tile(p_k, stride_kr, to_row, n_tile, b_rows, inside, D, BLOCK_N, BLOCK_D, ROWS, MASKED).to(DOT)
+    k = load_tile(p_k, stride_kr, to_row, n_tile, b_rows, inside, D, BLOCK_N, BLOCK_D, ROWS, MASKED)
+    k = numbers(k, PAYLOAD, DOT)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC) * scale_log2
+    if PAYLOAD != "floats":
+        b_k = load_scales(k_scale, stride_sr, to_row, n_tile, b_rows, inside, BLOCK_N, ROWS, MASKED, PAYLOAD, ACC)
+        b_v = load_scales(v_scale, stride_sr, to_row, n_tile, b_rows, inside, BLOCK_N, ROWS, MASKED, PAYLOAD, ACC)
+        s *= b_k[None, :]
     p = tl.exp2(s - base[:, None])
-    v = load_tile(p_v, stride_vr, to_row, n_tile, b_rows, inside, D, BLOCK_N, BLOCK_D, ROWS, MASKED).to(DOT)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee", out_dtype=ACC) - delta[:, None])
+    v = load_tile(p_v, stride_vr, to_row, n_tile, b_rows, inside, D, BLOCK_N, BLOCK_D, ROWS, MASKED)
+    dp = tl.dot(do, tl.trans(numbers(v, PAYLOAD, DOT)), input_precision="ieee", out_dtype=ACC)
+    if PAYLOAD != "floats":
+        dp *= b_v[None, :]
+        ds = p * (dp - delta[:, None]) * b_k[None, :]
+    else:
+        ds = p * (dp - delta[:, None])
     if MASKED:
         seen = inside[None, :]
         if b_last is not None:
@@ -65,11 +77,11 @@ def _dq_tile(
 
 @triton.jit(do_not_specialize=["seg_offset", "n", "o_streams"])
 def cross_attention_bwd_kernel_dq(
-    q, do, base, delta, k_pool, v_pool, work, seg_offset, cos, sin, q_turned, dq, n, o_streams,
-    stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
-    Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
-    OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    q, do, base, delta, k_pool, v_pool, k_scale, v_scale, work, seg_offset, cos, sin, q_turned, dq, n, o_streams,
+    stride_qn, stride_qh, stride_don, stride_doh, stride_kr, stride_kh, stride_vr, stride_vh, stride_sr, stride_sh,
+    scale: tl.constexpr, Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PAYLOAD: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid as in the forward. dq [n, Hq, D]; if SPLIT, one for every split; in ACC if SPLIT or OFFSET."""
     i_tile, i_h, i_split = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -89,6 +101,8 @@ def cross_attention_bwd_kernel_dq(
         n_all, b_last = tl.maximum(N - L + t_first + 1, 0), N - L + b_token
 
     k_pool, v_pool = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
+    if PAYLOAD != "floats":
+        k_scale, v_scale = k_scale + i_h.to(tl.int64) * stride_sh, v_scale + i_h.to(tl.int64) * stride_sh
     p_dq = dq + ((b_n + i_split.to(tl.int64) * n) * Hq + b_head) * D
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)  # dq / scale, rotated as q is for the segments at hand
     scale_log2: tl.constexpr = scale * LOG2E
@@ -116,14 +130,14 @@ def cross_attention_bwd_kernel_dq(
         for i in range(n_first, n_full, BLOCK_N):
             b_rows, b_next = b_next, rows_of_positions(work, to_row, i + BLOCK_N, BLOCK_N, ROWS)
             acc = _dq_tile(
-                acc, b_q, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, to_row, b_rows, i, n_to, b_last, scale_log2, D,
-                BLOCK_D, BLOCK_N, ROWS, False, DOT, ACC,
+                acc, b_q, b_do, b_base, b_delta, p_k, p_v, k_scale, v_scale, stride_kr, stride_vr, stride_sr, to_row, b_rows,
+                i, n_to, b_last, scale_log2, D, BLOCK_D, BLOCK_N, ROWS, False, PAYLOAD, DOT, ACC,
             )  # fmt: skip
         for i in range(n_full, n_to, BLOCK_N):
             b_rows, b_next = b_next, rows_of_positions(work, to_row, i + BLOCK_N, BLOCK_N, ROWS)
             acc = _dq_tile(
-                acc, b_q, b_do, b_base, b_delta, p_k, p_v, stride_kr, stride_vr, to_row, b_rows, i, n_to, b_last, scale_log2, D,
-                BLOCK_D, BLOCK_N, ROWS, True, DOT, ACC,
+                acc, b_q, b_do, b_base, b_delta, p_k, p_v, k_scale, v_scale, stride_kr, stride_vr, stride_sr, to_row, b_rows,
+                i, n_to, b_last, scale_log2, D, BLOCK_D, BLOCK_N, ROWS, True, PAYLOAD, DOT, ACC,
             )  # fmt: skip
         s, n_first = s_next, n_to
         n_to, s_next, to_row = stream_of(work, o_streams, s)

@@ -6,7 +6,9 @@ import triton.language as tl
 from diffmas.kernels.attention_tiles import (
     LOG2E,
     entry_of,
+    load_scales,
     load_tile,
+    numbers,
     pointers_of_stream,
     rows_of_positions,
     rows_of_tile,
@@ -19,16 +21,18 @@ __all__ = ["cross_attention_fwd_kernel"]
 
 @triton.jit
 def _forward_tile(
-    acc, m, total, q, p_k, p_v, stride_kr, stride_vr, to_row, b_rows, n_tile, n_end, b_last, scale_log2: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr,
+    acc, m, total, q, p_k, p_v, k_scale, v_scale, stride_kr, stride_vr, stride_sr, to_row, b_rows, n_tile, n_end, b_last,
+    scale_log2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr, PAYLOAD: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over BLOCK_N keys from view position n_tile; p_k, p_v, b_rows: as `load_tile` has them; the stream ends at
     n_end."""
     o_n = tl.arange(0, BLOCK_N)
     inside = n_tile + o_n < n_end
-    k = load_tile(p_k, stride_kr, to_row, n_tile, b_rows, inside, D, BLOCK_N, BLOCK_D, ROWS, MASKED).to(DOT)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
+    k = load_tile(p_k, stride_kr, to_row, n_tile, b_rows, inside, D, BLOCK_N, BLOCK_D, ROWS, MASKED)
+    s = tl.dot(q, tl.trans(numbers(k, PAYLOAD, DOT)), input_precision="ieee", out_dtype=ACC)
+    if PAYLOAD != "floats":
+        s *= load_scales(k_scale, stride_sr, to_row, n_tile, b_rows, inside, BLOCK_N, ROWS, MASKED, PAYLOAD, ACC)[None, :]
     # Scaled behind the maximum, in one instruction with the difference. Not where a scale turns the order round.
     factor: tl.constexpr = scale_log2 if scale_log2 > 0 else 1.0
     if scale_log2 <= 0:
@@ -44,18 +48,22 @@ def _forward_tile(
         base = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing yet
     p = tl.exp2(s * factor - base[:, None])
     shrink = tl.exp2(m - base)
-    v = load_tile(p_v, stride_vr, to_row, n_tile, b_rows, inside, D, BLOCK_N, BLOCK_D, ROWS, MASKED).to(DOT)
+    v = load_tile(p_v, stride_vr, to_row, n_tile, b_rows, inside, D, BLOCK_N, BLOCK_D, ROWS, MASKED)
+    total = total * shrink + tl.sum(p, 1)
+    if PAYLOAD != "floats":
+        p *= load_scales(v_scale, stride_sr, to_row, n_tile, b_rows, inside, BLOCK_N, ROWS, MASKED, PAYLOAD, ACC)[None, :]
+    v = numbers(v, PAYLOAD, DOT)
     acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
-    return acc, m_new, total * shrink + tl.sum(p, 1)
+    return acc, m_new, total
 
 
 @triton.jit(do_not_specialize=["seg_offset", "n", "o_streams"])
 def cross_attention_fwd_kernel(
-    q, k_pool, v_pool, work, seg_offset, cos, sin, q_turned, o, lse,
-    n, o_streams, stride_qn, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, scale: tl.constexpr,
+    q, k_pool, v_pool, k_scale, v_scale, work, seg_offset, cos, sin, q_turned, o, lse,
+    n, o_streams, stride_qn, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh, stride_sr, stride_sh, scale: tl.constexpr,
     Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, INTERLEAVED: tl.constexpr,
     OFFSET: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, PAYLOAD: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, K/V heads, splits). o [n, Hq, D], lse [n, Hq]; if SPLIT, one for every split, lse in log2."""
     # The last tiles of a causal sequence see most: they start first.
@@ -73,6 +81,8 @@ def cross_attention_fwd_kernel(
         n_all, b_last = tl.maximum(N - L + t_first + 1, 0), N - L + b_token
 
     k_pool, v_pool = k_pool + i_h.to(tl.int64) * stride_kh, v_pool + i_h.to(tl.int64) * stride_vh
+    if PAYLOAD != "floats":
+        k_scale, v_scale = k_scale + i_h.to(tl.int64) * stride_sh, v_scale + i_h.to(tl.int64) * stride_sh
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     m, total = tl.full((BLOCK_M,), -float("inf"), ACC), tl.zeros((BLOCK_M,), ACC)
     scale_log2: tl.constexpr = scale * LOG2E
@@ -96,14 +106,14 @@ def cross_attention_fwd_kernel(
         for i in range(n_first, n_full, BLOCK_N):
             b_rows, b_next = b_next, rows_of_positions(work, to_row, i + BLOCK_N, BLOCK_N, ROWS)
             acc, m, total = _forward_tile(
-                acc, m, total, b_q, p_k, p_v, stride_kr, stride_vr, to_row, b_rows, i, n_to, b_last, scale_log2, D,
-                BLOCK_D, BLOCK_N, ROWS, False, DOT, ACC,
+                acc, m, total, b_q, p_k, p_v, k_scale, v_scale, stride_kr, stride_vr, stride_sr, to_row, b_rows, i, n_to,
+                b_last, scale_log2, D, BLOCK_D, BLOCK_N, ROWS, False, PAYLOAD, DOT, ACC,
             )  # fmt: skip
         for i in range(n_full, n_to, BLOCK_N):
             b_rows, b_next = b_next, rows_of_positions(work, to_row, i + BLOCK_N, BLOCK_N, ROWS)
             acc, m, total = _forward_tile(
-                acc, m, total, b_q, p_k, p_v, stride_kr, stride_vr, to_row, b_rows, i, n_to, b_last, scale_log2, D,
-                BLOCK_D, BLOCK_N, ROWS, True, DOT, ACC,
+                acc, m, total, b_q, p_k, p_v, k_scale, v_scale, stride_kr, stride_vr, stride_sr, to_row, b_rows, i, n_to,
+                b_last, scale_log2, D, BLOCK_D, BLOCK_N, ROWS, True, PAYLOAD, DOT, ACC,
             )  # fmt: skip
         s, n_first = s_next, n_to
         n_to, s_next, to_row = stream_of(work, o_streams, s)

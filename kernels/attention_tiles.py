@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "ENTRY", "INDEX", "LOG2E", "SCAN", "STREAM", "entry_of", "load_at_offset", "load_rows", "load_tile", "pointers",
-    "pointers_of_stream", "rank", "rotate", "rows_of_positions", "rows_of_tile", "sequence_of_tile", "skip_segments",
-    "stream_of", "sum_of", "turn",
+    "ENTRY", "INDEX", "LOG2E", "SCAN", "STREAM", "entry_of", "load_at_offset", "load_rows", "load_scales", "load_tile",
+    "numbers", "pointers", "pointers_of_stream", "rank", "rotate", "rows_of_positions", "rows_of_tile", "sequence_of_tile",
+    "skip_segments", "stream_of", "sum_of", "turn",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -198,6 +198,35 @@ def load_tile(
     else:
         b_rows = to_row + n_tile + tl.arange(0, BLOCK_N)
         return load_rows(pointers(p_x, stride_row, b_rows, BLOCK_D), mask, D, BLOCK_D, MASKED)
+
+
+@triton.jit
+def numbers(x, PAYLOAD: tl.constexpr, DOT: tl.constexpr):
+    """Rows as they were loaded, for a product in DOT. PAYLOAD "floats": numbers. "int8", "e4m3": of quantised rows, which are
+    `load_scales` times as large; e4m3 comes as int8 too, without NaN. Not all GPUs that Triton serves know its type, but its
+    bits are those of a float16, 256 times smaller. Divided likewise, int8 needs no scale that float16 is too short for."""
+    if PAYLOAD == "e4m3":
+        x = ((x.to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
+    if PAYLOAD == "int8":
+        x = x.to(tl.float32) * (1 / 128)
+    return x.to(DOT)
+
+
+@triton.jit
+def load_scales(
+    p_scale, stride_row, to_row, n_tile, b_rows, mask, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+    PAYLOAD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What `numbers` of the tile at view position n_tile are multiplied with, [BLOCK_N]; arguments as in `load_tile`."""
+    if ROWS != "gathered":
+        b_rows = to_row + n_tile + tl.arange(0, BLOCK_N)
+    p_rows = p_scale + b_rows.to(tl.int64) * stride_row
+    if MASKED:
+        x = tl.load(p_rows, mask=mask, other=0)
+    else:
+        x = tl.load(p_rows)
+    unit: tl.constexpr = 256 if PAYLOAD == "e4m3" else 128
+    return x.to(ACC) * unit
 
 
 @triton.jit

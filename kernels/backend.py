@@ -1,6 +1,12 @@
 """The op functions of the Triton backend, by the names of their counterparts in `diffmas.ops.reference`."""
 
-from diffmas.kernels.cross_attention import attention_work, cross_attention, cross_attention_backward
+from diffmas.kernels.cross_attention import (
+    attention_work,
+    cross_attention,
+    cross_attention_backward,
+    cross_attention_quantized,
+    cross_attention_quantized_backward,
+)
 from diffmas.kernels.inject import inject, inject_backward
 from diffmas.kernels.merge_states import merge_states, merge_states_backward
 from diffmas.kernels.reposition import reposition, reposition_backward
@@ -9,6 +15,8 @@ __all__ = [
     "attention_work",
     "cross_attention",
     "cross_attention_backward",
+    "cross_attention_quantized",
+    "cross_attention_quantized_backward",
     "inject",
     "inject_backward",
     "merge_states",

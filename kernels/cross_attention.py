@@ -32,7 +32,13 @@ from diffmas.kernels.launch import (
 )
 from diffmas.ops import reference
 
-__all__ = ["attention_work", "cross_attention", "cross_attention_backward"]
+__all__ = [
+    "attention_work",
+    "cross_attention",
+    "cross_attention_backward",
+    "cross_attention_quantized",
+    "cross_attention_quantized_backward",
+]
 
 MAX_SPLITS = 64
 MAX_BLOCK_N = 128
@@ -43,7 +49,12 @@ MAX_PROGRAMS = 65_535  # CUDA's limit of a grid's third number
 def _shape(q, k_pool, q_indptr, seg_offset, inv_freq) -> tuple:
     """The arguments of `sizes` that the tensors decide. The last is how many pairs of dimensions an offset rotates."""
     rotated = None if seg_offset is None else inv_freq.shape[0]
-    return *q.shape, *k_pool.shape[:2], q_indptr.shape[0] - 1, q.dtype, k_pool.dtype, q.device, rotated
+    return *q.shape, *k_pool.shape[:2], q_indptr.shape[0] - 1, q.dtype, _bits(k_pool).dtype, q.device, rotated
+
+
+def _bits(pool) -> torch.Tensor:
+    """Payloads as int8, whatever they are."""
+    return pool.view(torch.int8) if pool.element_size() == 1 else pool
 
 
 @once_per_shape
@@ -53,6 +64,8 @@ def sizes(
     """Of fwd, dq, dkv or dkv_tail, from shapes alone: a split's share of the view is found on the device."""
     G, offset, dot = Hq // Hkv, rotated is not None, dot_dtype(dtype, pool_dtype)
     block = tiles(kernel.removesuffix("_tail"), ceil_div(n, B) * G, D, dot.primitive_bitwidth > 16, offset, device)
+    if kernel == "dq" and pool_dtype == torch.int8:  # quantised rows become numbers in registers, where K stays to the end
+        block = block | dict(BLOCK_N=max(16, block["BLOCK_N"] // 2))
     BLOCK_D = max(16, power_of_two(D))
     constants = block | dict(
         scale=float(scale), Hq=Hq, G=G, D=D, HALF=rotated or 0, CAUSAL=causal, INTERLEAVED=interleaved, OFFSET=offset,
@@ -73,7 +86,7 @@ def sizes(
     wanted = ceil_div(2 * processors(device), count * Hkv)
     splits = max(1, min(wanted, MAX_SPLITS, ceil_div(R, 4 * block["BLOCK_N"])))
     hoist = hoist and block["BLOCK_N"] * BLOCK_D <= 2048 * block.get("num_warps", 8)  # eight pointers a thread, or fewer
-    constants |= dict(BLOCK_M=BLOCK_M, SPLIT=splits > 1, ROWS="hoisted" if hoist else "computed")
+    constants |= dict(BLOCK_M=BLOCK_M, SPLIT=splits > 1, ROWS="hoisted" if hoist else "computed", PAYLOAD="floats")
     return Launch((count, Hkv, splits), constants)
 
 
@@ -81,6 +94,13 @@ def sizes(
 def gathering(launch: Launch) -> Launch:
     """The same of fwd or dq, but tiles are gathered row by row."""
     return Launch(launch.grid, launch.constants | dict(ROWS="gathered"))
+
+
+@once_per_shape
+def reading(launch: Launch, payload: torch.dtype) -> Launch:
+    """The same of fwd or dq, but rows are quantised."""
+    name = "int8" if payload == torch.int8 else "e4m3"
+    return Launch(launch.grid, launch.constants | dict(PAYLOAD=name))
 
 
 @once_per_shape
@@ -164,26 +184,56 @@ def _turned(splits, q, k_pool, seg_offset) -> torch.Tensor | None:
     return q.new_empty((splits, *q.shape), dtype=torch.promote_types(q.dtype, k_pool.dtype))
 
 
+class _Rows:
+    """The pools of a call, as the kernels take them: pointers, and strides of K and V, then of the scales."""
+
+    def __init__(self, k_pool, v_pool, k_scale=None, v_scale=None):
+        self.payload = k_pool.dtype if k_scale is not None else None
+        self.k, self.v = _bits(k_pool), _bits(v_pool)
+        self.strides = (*k_pool.stride()[:2], *v_pool.stride()[:2])
+        self.scales, self.scale_strides = (k_scale, v_scale), (0, 0)
+        if k_scale is not None:
+            if k_scale.stride() != v_scale.stride():
+                self.scales = k_scale.contiguous(), v_scale.contiguous()
+            self.scale_strides = self.scales[0].stride()
+
+    def launch(self, launch: Launch) -> Launch:
+        return launch if self.payload is None else reading(launch, self.payload)
+
+
 def cross_attention(
     q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved,
     work=None, *, tiles=attention_blocks,
 ):  # fmt: skip
     """work: of `attention_work`, which is made here without it."""
+    view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq
+    return _forward(q, _Rows(k_pool, v_pool), view, scale, causal, interleaved, work, tiles)
+
+
+def cross_attention_quantized(
+    q, k_pool, v_pool, k_scale, v_scale, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, interleaved,
+    work=None, *, tiles=attention_blocks,
+):  # fmt: skip
+    view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq
+    return _forward(q, _Rows(k_pool, v_pool, k_scale, v_scale), view, scale, False, interleaved, work, tiles)
+
+
+def _forward(q, rows: _Rows, view, scale, causal, interleaved, work, tiles):
     n, Hq, D = q.shape
     q, acc = rows_of(q), reference.accumulator(q.dtype)
     o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty((n, Hq), dtype=acc, device=q.device)
     if not n:
         return o, lse
-    view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq
-    work, launch, o_streams = _working("fwd", work, q, k_pool, view, scale, causal, interleaved, tiles)
-    splits, offsets = launch.grid[2], _offsets(q, seg_offset, inv_freq, interleaved)
-    strides = *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2]
-    turned = _turned(splits, q, k_pool, seg_offset)
+    work, launch, o_streams = _working("fwd", work, q, rows.k, view, scale, causal, interleaved, tiles)
+    splits, offsets = launch.grid[2], _offsets(q, *view[4:], interleaved)
+    strides = *q.stride()[:2], *rows.strides, *rows.scale_strides
+    turned = _turned(splits, q, rows.k, view[4])
     parts = (o, lse)
     if splits > 1:
         parts = q.new_empty((splits, n, Hq, D), dtype=acc), q.new_empty((splits, n, Hq), dtype=acc)
     with on(q):
-        launch(cross_attention_fwd_kernel, (q, k_pool, v_pool, work, *offsets, turned, *parts), (n, o_streams, *strides))
+        pointers = q, rows.k, rows.v, *rows.scales, work, *offsets, turned, *parts
+        rows.launch(launch)(cross_attention_fwd_kernel, pointers, (n, o_streams, *strides))
         if splits > 1:
             merge_sizes(n * Hq, D)(cross_attention_merge_kernel, (*parts, o, lse), (n * Hq, splits))
     return o, lse
@@ -194,8 +244,8 @@ def cross_attention_backward(
     scale, causal, interleaved, dk_pool, dv_pool, grad_tail=None, want_dq=True, work=None, *, tiles=attention_blocks,
 ):  # fmt: skip
     """work: of dq."""
-    n, Hq, D = q.shape
-    q, do, o, lse, acc = rows_of(q), rows_of(do), o.contiguous(), lse.contiguous(), reference.accumulator(q.dtype)
+    n = q.shape[0]
+    q, do, o, lse = rows_of(q), rows_of(do), o.contiguous(), lse.contiguous()
     dq = q.new_empty(q.shape if want_dq else 0)
     if not n:
         return dq
@@ -203,26 +253,14 @@ def cross_attention_backward(
     sizes_of = lambda kernel: sizes(
         kernel, *_shape(q, k_pool, q_indptr, seg_offset, inv_freq), scale, causal, interleaved, tiles
     )
-    base, delta = torch.empty_like(lse), torch.empty_like(lse)
-    dlse = None if dlse is None else dlse.contiguous()
     with on(q):
-        launch = delta_sizes(n, Hq, D, k_pool.shape[1], q.dtype, dlse is not None)
-        launch(cross_attention_bwd_kernel_delta, (do, o, lse, dlse, base, delta), (n, *do.stride()[:2]))
+        base, delta = _delta(do, dlse, q, o, lse, k_pool.shape[1])
         index, offsets = (q_indptr, seg_indptr, seg_start, seg_len), _offsets(q, seg_offset, inv_freq, interleaved)
         read = q, do, base, delta, k_pool, v_pool
         strides = *q.stride()[:2], *do.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2]
         if want_dq:
-            view = *index, seg_offset, inv_freq
-            work, launch, o_streams = _working("dq", work, q, k_pool, view, scale, causal, interleaved, tiles)
-            splits = launch.grid[2]
-            whole = splits == 1 and (seg_offset is None or q.dtype == acc)
-            parts = dq if whole else q.new_empty((splits, n, Hq, D), dtype=acc)
-            pointers = *read, work, *offsets, _turned(splits, q, k_pool, seg_offset), parts
-            launch(cross_attention_bwd_kernel_dq, pointers, (n, o_streams, *strides))
-            if splits == 1 and not whole:
-                dq.copy_(parts[0])
-            elif splits > 1:
-                merge_sizes(n * Hq, D)(cross_attention_merge_kernel, (parts, None, dq, None), (n * Hq, splits))
+            view, rows = (*index, seg_offset, inv_freq), _Rows(k_pool, v_pool)
+            _dq(dq, q, do, base, delta, rows, view, offsets, scale, causal, interleaved, work, tiles)
         strides = *strides, *dk_pool.stride()[:2], *dv_pool.stride()[:2]
         if grad_tail is None:
             sizes_of("dkv")(cross_attention_bwd_kernel_dkv, (*read, *index, *offsets, dk_pool, dv_pool), (n, B, S, *strides))
@@ -230,3 +268,44 @@ def cross_attention_backward(
             launch, pointers = sizes_of("dkv_tail"), (*read, *index, *offsets, grad_tail, dk_pool, dv_pool)
             launch(cross_attention_bwd_kernel_dkv_tail, pointers, (n, *strides))
     return dq
+
+
+def cross_attention_quantized_backward(
+    do, q, o, lse, k_pool, v_pool, k_scale, v_scale, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale,
+    interleaved, work=None, *, tiles=attention_blocks,
+):  # fmt: skip
+    """work: of dq."""
+    q, do, o, lse = rows_of(q), rows_of(do), o.contiguous(), lse.contiguous()
+    dq = q.new_empty(q.shape)
+    if not q.shape[0]:
+        return dq
+    view, rows = (q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq), _Rows(k_pool, v_pool, k_scale, v_scale)
+    with on(q):
+        base, delta = _delta(do, None, q, o, lse, k_pool.shape[1])
+        offsets = _offsets(q, seg_offset, inv_freq, interleaved)
+        _dq(dq, q, do, base, delta, rows, view, offsets, scale, False, interleaved, work, tiles)
+    return dq
+
+
+def _delta(do, dlse, q, o, lse, Hkv) -> tuple[torch.Tensor, torch.Tensor]:
+    (n, Hq, D), base, delta = q.shape, torch.empty_like(lse), torch.empty_like(lse)
+    dlse = None if dlse is None else dlse.contiguous()
+    launch = delta_sizes(n, Hq, D, Hkv, q.dtype, dlse is not None)
+    launch(cross_attention_bwd_kernel_delta, (do, o, lse, dlse, base, delta), (n, *do.stride()[:2]))
+    return base, delta
+
+
+def _dq(dq, q, do, base, delta, rows: _Rows, view, offsets, scale, causal, interleaved, work, tiles) -> None:
+    (n, Hq, D), acc, seg_offset = q.shape, reference.accumulator(q.dtype), view[4]
+    work, launch, o_streams = _working("dq", work, q, rows.k, view, scale, causal, interleaved, tiles)
+    splits = launch.grid[2]
+    whole = splits == 1 and (seg_offset is None or q.dtype == acc)
+    parts = dq if whole else q.new_empty((splits, n, Hq, D), dtype=acc)
+    turned = _turned(splits, q, rows.k, seg_offset)
+    pointers = q, do, base, delta, rows.k, rows.v, *rows.scales, work, *offsets, turned, parts
+    strides = *q.stride()[:2], *do.stride()[:2], *rows.strides, *rows.scale_strides
+    rows.launch(launch)(cross_attention_bwd_kernel_dq, pointers, (n, o_streams, *strides))
+    if splits == 1 and not whole:
+        dq.copy_(parts[0])
+    elif splits > 1:
+        merge_sizes(n * Hq, D)(cross_attention_merge_kernel, (parts, None, dq, None), (n * Hq, splits))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from contests import MACHINE, MODULES, doubling, way
 
-from diffmas.benchmarks import bench_attention, bench_generation, bench_training, machine, measure, report
+from diffmas.benchmarks import bench_attention, bench_generation, bench_quantized, bench_training, machine, measure, report
 from diffmas.benchmarks.attention import problem
 from diffmas.benchmarks.machine import peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Senseless, Trial
@@ -381,3 +381,14 @@ def test_hopeless_providers_sit_out():
     contest._once = {OURS: 1e-3, "slow": 1e-3 * (measure.HOPELESS + 1)}
     assert contest.sample("slow", measure.HOPELESS_ROUNDS - 1) is not None
     assert contest.sample("slow", measure.HOPELESS_ROUNDS) is None and contest.sample(OURS, 9) is not None
+
+
+def test_quantised_rows_give_one_answer_either_way():
+    """And what the row says of bytes is what the rows have."""
+    for case in bench_quantized.CPU_CASES:
+        p = bench_quantized.problem(dataclasses.replace(case, N=130))
+        contest = Contest(p, bench_quantized.PROVIDERS)
+        assert set(contest.trials) == set(bench_quantized.PROVIDERS), contest.notes
+        size = sum(x.numel() * x.element_size() for x in p.inputs.rows)
+        own = 2 * p.inputs.q.numel() * p.inputs.q.element_size() * (1 + (case.phase == "backward"))
+        assert p.read == size + own and case.note.startswith(f"{size // (2 * 8 * 130)} bytes for ")

@@ -1,6 +1,7 @@
 """The compiled Triton kernels, executed: their PTX for sm_80 and sm_90 in numpy (tests/ptx) against the float64 reference,
 within the budget of test_ops.py; what programs without work cost; and faults made on purpose, each of which is found."""
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs, random_attention
 from op_runs import attention_all, exact_in_half, finite, inject_all, merge_all, raw, reposition_all, within_budget
+from quantized_cases import in_bits, quantized_dq, run_quantized
 
 pytest.importorskip("triton")
 
@@ -126,6 +128,36 @@ def test_attention(name, arch, long_segments):
 @pytest.mark.parametrize("arch, seed, dtype", [(80, 2, BRAIN), (90, 3, HALF)])
 def test_attention_of_random_views(arch, seed, dtype):
     check_attention(random_attention(seed, 304), arch, dtype)
+
+
+QUANTIZED = {
+    "int8": ("int8", Attention(View([30], TWO.segments, causal=False), BRAIN, gathers=False)),
+    "fp8": ("fp8", Attention(View([30], TWO.segments, causal=False), BRAIN, gathers=False)),
+    "one_token": ("int8", Attention(View([1, 1], [[(0, 190, 0), (300, 3, 0)], [(0, 90, 0)]], causal=False), BRAIN)),
+    "float16": ("int8", Attention(View([12], [[(0, 150, 0), (160, 12, 0)]], causal=False), HALF, 64, rows=192)),
+    "fp8_float16": ("fp8", Attention(View([2], [[(0, 150, 0), (160, 12, 0)]], causal=False), HALF, 64, rows=192)),
+    "float32": ("fp8", Attention(View([5, 2], [[(0, 40, 0)], [(7, 9, 0)]], causal=False), FLOAT, 64, rows=64)),
+    "offset": ("int8", Attention(View([7], [[(0, 60, 13), (80, 20, -4)]], causal=False), BRAIN, 80, (2, 2), 48, rows=112)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantised_rows(name, arch, long_segments):
+    bits, case = QUANTIZED[name]
+    if not case.gathers:
+        long_segments()
+    inputs = case.inputs()
+    do, args = exact_in_half(*inputs.q.shape), in_bits(inputs.to(case.dtype), bits)
+    with executed(arch) as launches:
+        o, lse = backend.cross_attention_quantized(*args, tiles=launches.tiles)
+        backward = functools.partial(backend.cross_attention_quantized_backward, tiles=launches.tiles)
+        dq = quantized_dq(args, do, backward)
+    run = lambda dtype, name: run_quantized(in_bits(inputs.to(dtype), bits), do, name)
+    agree([o, finite(lse), dq], run, case.dtype, inputs.q.shape[2] * 2**0.5, products=case.dtype)
+    assert {one.constants["PAYLOAD"] for one in launches.of("fwd_kernel") + launches.of("dq")} == {
+        "int8" if bits == "int8" else "e4m3"
+    }
 
 
 def check(run, arch, dtype, terms):

@@ -9,6 +9,7 @@ import torch
 from models import assert_close, gradients
 from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs, random_attention
 from op_runs import attention_all, exact_in_half, inject_all, merge_all, raw, reposition_all, within_budget
+from quantized_cases import BITS, in_bits, run_quantized
 from systems import ANSWERS, QUESTIONS, system
 
 from diffmas import Agent, ops
@@ -344,6 +345,41 @@ def test_dkv_of_a_latent_step_is_launched_over_the_newest_rows():
 def test_attention_of_random_views(seed, dtype):
     inputs = random_attention(seed, 3000 if DEVICE == "cuda" else 300)
     agree(attending(inputs), dtype, inputs.q.shape[2] * 2**0.5, products=dtype)
+
+
+def attending_in(bits, inputs):
+    do = exact_in_half(*inputs.q.shape)
+    return lambda dtype, backend, device: run_quantized(in_bits(inputs.to(dtype, device), bits), do, backend)
+
+
+@pytest.mark.parametrize("bits", BITS[:2])
+@pytest.mark.parametrize("name", ["ragged", "offset", "one_query_long_view", "empty_view"])
+def test_quantised_rows(name, bits, dtype):
+    heads = (2, 2) if dtype == torch.float16 else (4, 2)
+    inputs = attention_inputs(VIEWS[name], heads, rows=POOL)
+    agree(attending_in(bits, inputs), dtype, 64 * 2**0.5, products=dtype)
+
+
+@pytest.mark.parametrize("seed", range(60 if DEVICE == "cuda" else 3))
+def test_quantised_rows_of_random_views(seed, dtype):
+    inputs = random_attention(seed, 3000 if DEVICE == "cuda" else 300)
+    agree(attending_in(BITS[seed % 2], inputs), dtype, inputs.q.shape[2] * 2**0.5, products=dtype)
+
+
+def test_small_quantised_rows_in_float16():
+    """Their weights, which are multiplied with scales, stay in float16's range."""
+    inputs = attention_inputs(VIEWS["not_causal"], rows=POOL)
+    inputs.v_pool /= 512  # exact
+    agree(attending_in("int8", inputs), torch.float16, 1, products=torch.float16)
+
+
+def test_quantised_rows_whose_scales_lie_apart():
+    inputs = attention_inputs(VIEWS["not_causal"], rows=POOL).to(torch.float32, DEVICE)
+    args = list(in_bits(inputs, "fp8"))
+    want = raw.cross_attention_quantized(*args, "triton")
+    args[3] = args[3].contiguous()
+    for got, x in zip(raw.cross_attention_quantized(*args, "triton"), want):
+        assert torch.equal(got, x)
 
 
 def test_attention_at_offsets_in_inference_mode_and_after_a_change():

@@ -72,6 +72,23 @@ def test_kernels_compile_for_sm_90():
         assert cost["stack"] == cost["spills"] == 0 and cost["shared"] <= SHARED, (kernel, cost)
 
 
+QUANTIZED = """
+import json
+from tools.triton_report import QUANTIZED, compiled, launches
+for op in QUANTIZED:
+    for launch in launches(op):
+        if "PAYLOAD" in launch.constants:
+            print(json.dumps([launch.constants["PAYLOAD"], compiled(launch)]))
+"""
+
+
+def test_quantised_rows_compile_for_sm_90():
+    rows = printed_by(QUANTIZED)
+    assert [payload for payload, _ in rows] == 4 * ["int8"] + 4 * ["e4m3"]
+    for payload, cost in rows:
+        assert cost["stack"] == cost["spills"] == 0 and cost["shared"] <= SHARED and cost["mma"], (payload, cost)
+
+
 IDLE = """
 import json
 from tools.triton_report import binary, inner_loops, launches, opcodes

@@ -31,7 +31,7 @@ from diffmas.kernels import cross_attention, inject, merge_states, reposition
 from diffmas.kernels.blocks import ARCHITECTURES, launch_options, line_of, table
 from diffmas.kernels.launch import interpreting
 
-__all__ = ["OPS", "Launch", "binary", "compiled", "fits", "inner_loops", "launches", "opcodes", "tiles_for"]
+__all__ = ["OPS", "QUANTIZED", "Launch", "binary", "compiled", "fits", "inner_loops", "launches", "opcodes", "tiles_for"]
 
 TABLE = Path(__file__).with_name("triton_report.csv")
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have
@@ -39,7 +39,7 @@ SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-    torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
 
@@ -82,6 +82,17 @@ def attention_call(
     return cross_attention.cross_attention_backward(q, lse, q, q, lse, *pools, *view, *grads, tail, tiles=tiles)
 
 
+def quantized_call(n, D, dtype, tiles, tokens=2, payload=torch.int8, backward=False):
+    """As `attention_call`, over quantised rows."""
+    rows, q, lse = n + 4096, torch.zeros(tokens, 8, D, dtype=dtype), torch.zeros(tokens, 8)
+    pools = torch.zeros(2, 2, rows, D, dtype=torch.int8).view(payload).transpose(1, 2).unbind()
+    scales, one = torch.zeros(2, 2, rows).transpose(1, 2).unbind(), lambda *x: torch.tensor(x)
+    view = one(0, tokens), one(0, 2), one(0, 1), one(1, 1), None, None, 0.1, False
+    if not backward:
+        return cross_attention.cross_attention_quantized(q, *pools, *scales, *view, tiles=tiles)
+    return cross_attention.cross_attention_quantized_backward(q, q, q, lse, *pools, *scales, *view, tiles=tiles)
+
+
 # call(n, D, dtype, **flags) of n tokens or rows; attention is called with tiles too
 OPS = {
     "inject": (inject, inject_call, {}),
@@ -116,6 +127,14 @@ OPS = {
     "attention_backward, step, offset": (cross_attention, attention_call, dict(backward=True, grad_tail=True, offset=True)),
     "attention_backward, flush": (cross_attention, attention_call, dict(tokens=16, backward=True, causal=False)),
 }
+# Printed alone: they have the tiles of full rows, dq half of a tile's keys, and none of their own in blocks.csv yet.
+QUANTIZED = {
+    "quantised rows": (cross_attention, quantized_call, dict(tokens=128)),
+    "quantised rows, latent step": (cross_attention, quantized_call, {}),
+    "quantised rows, backward": (cross_attention, quantized_call, dict(tokens=128, backward=True)),
+    "quantised rows, backward of a step": (cross_attention, quantized_call, dict(backward=True)),
+}
+QUANTIZED |= {f"{op}, fp8": (*x, flags | dict(payload=torch.float8_e4m3fn)) for op, (*x, flags) in QUANTIZED.items()}
 
 
 @dataclass
@@ -181,9 +200,10 @@ def launches(
     op: str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, n: int = 48, arch: int = 90, forced: dict | None = None,
     **more,
 ) -> list[Launch]:  # fmt: skip
-    """Every kernel launch of one call of `op`, an entry of OPS, on n tokens, with the tiles of an architecture. more: flags of
+    """Every kernel launch of one call of `op`, of OPS or QUANTIZED, on n tokens, with the tiles of an architecture. more: flags
+    of
     the call in the place of the entry's."""
-    module, call, flags = OPS[op]
+    module, call, flags = (OPS | QUANTIZED)[op]
     kernels = {name: x for name, x in vars(module).items() if isinstance(x, triton.JITFunction) and "_kernel" in name}
     seen = []
     try:

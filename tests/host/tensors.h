@@ -35,11 +35,12 @@ class Tensors {
     std::vector<int64_t> index(t.sizes.size(), 0);
     for (int64_t size : t.sizes)
       if (size == 0) return;
-    for (;;) {  // over rows, runs of the last dimension
+    const bool runs = t.sizes.empty() || t.strides.back() == 1;
+    for (;;) {  // over rows, runs of the last dimension, or over elements
       int64_t at = 0;
       for (size_t i = 0; i < index.size(); ++i) at += index[i] * t.strides[i];
-      __asan_unpoison_memory_region(t.data + at * t.element, size_t((t.sizes.empty() ? 1 : t.sizes.back()) * t.element));
-      int i = int(index.size()) - 2;
+      __asan_unpoison_memory_region(t.data + at * t.element, size_t((!runs || t.sizes.empty() ? 1 : t.sizes.back()) * t.element));
+      int i = int(index.size()) - (runs ? 2 : 1);
       for (; i >= 0 && ++index[size_t(i)] == t.sizes[size_t(i)]; --i) index[size_t(i)] = 0;
       if (i < 0) return;
     }

@@ -28,11 +28,32 @@ PLAIN = {
 }  # fmt: skip
 
 
+SHORT = ("f16", "bf16", "f16x2", "bf16x2")
+
+
+def in_short(kind, function):
+    """A function of float64 for floats of 16 bits, or for two of them in a register."""
+    wide = from_bfloat16 if kind.startswith("bf16") else lambda bits: bits.view(np.float16)
+    short = to_bfloat16 if kind.startswith("bf16") else lambda x: x.astype(np.float16).view(np.uint16)
+    of_bits = lambda *bits: short(function(*(wide(x).astype("f8") for x in bits)))
+
+    def of_pairs(*pairs):
+        low, high = (of_bits(*((x >> np.uint32(by)).astype(np.uint16) for x in pairs)) for by in (0, 16))
+        return low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+
+    if kind.endswith("x2"):
+        return of_pairs
+    return lambda *xs: of_bits(*(x.view(np.uint16) for x in xs)).view(TYPES[kind])
+
+
 @decoder(*PLAIN)
 def plain(code, one):
-    if one.opcode[-1] in ("f16", "bf16", "f16x2", "bf16x2") and one.opcode[0] not in ("and", "or", "xor", "not"):
-        raise Fault(f"the executor has no arithmetic in 16 bits: {one.text}")
-    return simple(code, one, PLAIN[one.opcode[0]])
+    function = PLAIN[one.opcode[0]]
+    if one.opcode[-1] in SHORT and one.opcode[0] not in ("and", "or", "xor", "not"):
+        if one.opcode[0] not in ("add", "sub", "neg", "abs"):
+            raise Fault(f"the executor does not do this in 16 bits: {one.text}")
+        function = in_short(one.opcode[-1], function)
+    return simple(code, one, function)
 
 
 @decoder("min", "max")
@@ -49,6 +70,8 @@ def least_or_most(code, one):
 def product(opcode):
     """The function of mul and mad, and the type of its result."""
     kind = opcode[-1]
+    if kind in SHORT:
+        return in_short(kind, operator.mul), kind
     if kind.startswith("f"):
         return operator.mul, kind
     if "wide" in opcode:
@@ -74,9 +97,9 @@ def multiply_and_add(code, one):
 @decoder("fma")
 def fused(code, one):
     """Rounded once for f32: the product is exact in float64. In float64 it is rounded twice."""
+    if one.opcode[-1] in SHORT:
+        return simple(code, one, in_short(one.opcode[-1], lambda a, b, c: a * b + c))
     dtype = TYPES[one.opcode[-1]]
-    if dtype.itemsize == 2:
-        raise Fault(f"the executor has no arithmetic in 16 bits: {one.text}")
     return simple(code, one, lambda a, b, c: (a.astype("f8") * b + c).astype(dtype))
 
 

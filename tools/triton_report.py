@@ -201,8 +201,7 @@ def launches(
     **more,
 ) -> list[Launch]:  # fmt: skip
     """Every kernel launch of one call of `op`, of OPS or QUANTIZED, on n tokens, with the tiles of an architecture. more: flags
-    of
-    the call in the place of the entry's."""
+    of the call in the place of the entry's."""
     module, call, flags = (OPS | QUANTIZED)[op]
     kernels = {name: x for name, x in vars(module).items() if isinstance(x, triton.JITFunction) and "_kernel" in name}
     seen = []

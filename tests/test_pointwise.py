@@ -113,8 +113,16 @@ class Other(nn.Module):
         return 2 * self.module(x)
 
 
+def in_place(module):
+    module.register_forward_hook(lambda module, args, y: y.mul_(2))
+
+
+def seen_in_backward(module):
+    module.register_full_backward_hook(lambda module, dx, dy: (2 * dx[0],))
+
+
 @pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "mlp", "mlp.act_fn", "mlp.gate_proj"])
-@pytest.mark.parametrize("change", [doubled, hooked, Other])
+@pytest.mark.parametrize("change", [doubled, hooked, in_place, seen_in_backward, Other])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_what_somebody_else_does_to_a_part(name, change, first, monkeypatch):
     """It is done, whether the model is patched before or after."""

@@ -33,5 +33,7 @@ def is_plain(module: nn.Module, kind: str) -> bool:
     """Whether it is of a kind, and nobody hooks into it or has replaced its forward."""
     if kind_of(module) != kind or module._forward_hooks or module._forward_pre_hooks:
         return False
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
     forward = module.__dict__.get("forward")
     return forward is None or is_ours(forward)

@@ -18,7 +18,7 @@ from diffmas.models.few_rows import few_rows
 from diffmas.models.kinds import kind_of
 from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of
 from diffmas.models.parts import attention_layers, causal_lm_of
-from diffmas.models.pointwise import GatedForward, NormForward
+from diffmas.models.pointwise import GatedForward, NormForward, unflattened
 from diffmas.models.running import forward_pass_here, running
 from diffmas.ops.linear import linear, lora_grads, serves
 from diffmas.trace.forward_pass import ForwardPass
@@ -89,7 +89,7 @@ def run(x: Tensor, weight, bias, a, b, scale: float, forward_pass: ForwardPass) 
 def _of_rows(x: Tensor, *rest, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
     """`linear` of x [..., in]: y [..., out], and u [n, r]."""
     y, u = linear(x.reshape(-1, x.shape[-1]), *rest, transposed)
-    return y.view(*x.shape[:-1], y.shape[-1]), u
+    return unflattened(y, x), u
 
 
 def _defers(a: Tensor, b: Tensor, forward_pass: ForwardPass) -> bool:

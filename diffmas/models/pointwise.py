@@ -13,7 +13,7 @@ from diffmas.models.kinds import is_plain, kind_of
 from diffmas.models.linear_parts import Ours
 from diffmas.models.running import forward_pass_here
 
-__all__ = ["GatedForward", "NormForward"]
+__all__ = ["GatedForward", "NormForward", "unflattened"]
 
 COLUMNS = 32  # row lengths are multiples of it
 
@@ -31,12 +31,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def unflattened(y: Tensor, x: Tensor) -> Tensor:
+    """y [n, length] in the shape of x [..., any]. y is the caller's alone; what a function of autograd returns must not be a
+    view, which nobody could change in place."""
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
 class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return torch.ops.diffmas_native.norm(_rows(x), weight, eps).view(x.shape)
+        return unflattened(torch.ops.diffmas_native.norm(_rows(x), weight, eps), x)
 
     @staticmethod
     @once_differentiable
@@ -66,7 +72,7 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return torch.ops.diffmas_native.gate(_rows(gate), _rows(up)).view(gate.shape)
+        return unflattened(torch.ops.diffmas_native.gate(_rows(gate), _rows(up)), gate)
 
     @staticmethod
     @once_differentiable

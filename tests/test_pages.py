@@ -136,7 +136,9 @@ def test_code(name, tmp_path, monkeypatch):
         pytest.skip(f"the other blocks ran; not installed: {', '.join(lacking)}")
 
 
-@pytest.mark.parametrize("study, name", [("facts", "methods"), ("facts", "audit"), ("gsm8k", "methods")])
+@pytest.mark.parametrize(
+    "study, name", [("facts", "methods"), ("facts", "audit"), ("gsm8k", "methods"), ("openbookqa", "methods")]
+)
 def test_results_are_those_of_the_studies(study, name):
     """Accuracy with its interval, of each row that is stored."""
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

@@ -355,6 +355,13 @@ def test_a_saved_trace(tmp_path):
         look_at_file(path)
 
 
+def test_a_saved_trace_of_quantised_rows(tmp_path):
+    trace, path = saved(tmp_path)
+    trace.quantize("int8").save(path)
+    with pytest.raises(ValueError, match=r"expected rows as they were written, got quantised ones \(int8\)"):
+        look_at_file(path)
+
+
 # ---- the figure ------------------------------------------------------------------------------------------------------
 
 

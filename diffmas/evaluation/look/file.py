@@ -19,9 +19,11 @@ def look_at_file(path, tokenizer=None, sequence: int = 0) -> Look:
     """One sequence of a file that `Trace.save` wrote. tokenizer: of its model; None shows token ids. What needs hidden states
     or queries, of which a trace keeps none, is left out: nearest tokens, attention, gradients.
 
-    Raises ValueError for a file that is missing or damaged, and for a sequence that it has not.
+    Raises ValueError for a file that is missing or damaged, for quantised rows, and for a sequence that it has not.
     """
-    segments, _, kv, ids = trace_file.read(path, {})
+    segments, _, kv, ids, frozen = trace_file.read(path, {})
+    if frozen is not None:
+        raise ValueError(f"{path}: expected rows as they were written, got quantised ones ({frozen.bits})")
     if not 0 <= sequence < len(segments):
         raise ValueError(f"sequence: expected one in [0, {len(segments)}), of {path}, got {sequence}")
     row = segments[sequence]

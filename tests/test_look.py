@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from diffmas import MultiAgentSystem, unpatch_model
+from diffmas import Agent, MultiAgentSystem, unpatch_model
 from diffmas.agents.gradient_report import norm_of
 from diffmas.evaluation import TextAgents
 from diffmas.evaluation.look import Block, Lane, Look, Step, look_at, look_at_file, plot
@@ -276,6 +276,24 @@ def test_each_agent_speaks_by_its_own_head():
         ids = torch.tensor([system.prompt_ids(agent, {"question": QUESTION})])
         best = model(ids, use_cache=False).logits[0, -1].softmax(-1).topk(3).values.tolist()
         assert [p for _, p in block.steps[0].nearest[:3]] == pytest.approx(best, rel=1e-3), agent.name
+
+
+def test_attention_where_rows_are_let_go():
+    """The prompts of agents that hand on latent rows alone are free for others after their turn: who reads nobody attends to
+    itself, whatever lay in its rows before."""
+    agents = [
+        Agent("left", "plan : {question} in the garden , the cellar , the kitchen", 1, reads=[]),
+        Agent("right", "notes : {question}", 1, reads=[]),
+        Agent("solver", "question : {question} answer :", reads=["left", "right"]),
+    ]  # fmt: skip
+    system = MultiAgentSystem(tiny.model(), tiny.tokenizer(), agents, trace_content="latent_only", sinks=0)
+    look = look_at(system, "where is the key", max_new_tokens=2)
+    blocks = [(look.lanes[b.agent].name, b.kind) for b in look.blocks]
+    own = {name: [b for b, (agent, _) in enumerate(blocks) if agent == name] for name, _ in blocks}
+    own["solver"] += [blocks.index(("left", "latent")), blocks.index(("right", "latent"))]
+    for (agent, _), shares in zip(blocks, look.between_blocks()):  # the first row apart
+        elsewhere = [b for b in range(len(blocks)) if b not in own[agent]]
+        assert float(shares[1:][elsewhere].sum()) == 0, agent
 
 
 def test_agents_without_a_turn():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffmas.models.patch import patch_of
 from diffmas.ops.reference import sequences
+from diffmas.trace.store import Hold
 
 __all__ = ["Pass", "Watch", "attention_weights"]
 
@@ -24,7 +25,8 @@ class Pass:
 
     slots, positions [n]: of the rows that it wrote. ids [n]: of its tokens; None for latent steps. h [n, hidden]: the last
     hidden states. fed, x [n, hidden]: of latent steps, the hidden states that went in, and the embeddings that these became.
-    sees: by layer, [N], the slots that it saw, its own at the end. weights: by layer, [n, N], the mean over heads.
+    sees: by layer, [N], the slots that it saw, its own at the end. weights: by layer, [n, N], the mean over heads. hold: of the
+    rows that it saw, which nobody else writes as long as it lives: a slot means one row in all passes that are kept.
     """
 
     agent: str
@@ -32,6 +34,7 @@ class Pass:
     slots: np.ndarray
     positions: np.ndarray
     ids: Tensor | None
+    hold: Hold
     fed: Tensor | None = None
     x: Tensor | None = None
     h: Tensor | None = None
@@ -88,7 +91,7 @@ class Watch:
         ids = kwargs.get("input_ids")
         self._running = Pass(
             newest.agent, newest.kind, forward_pass.work.slots.copy(), forward_pass.positions.copy(),
-            None if ids is None else ids[0].cpu(),
+            None if ids is None else ids[0].cpu(), forward_pass.work.hold,
         )  # fmt: skip
         if newest.kind == "latent":
             self._running.fed, self._running.x = self._realigned

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from test_export import HUB, FakeHub
 
 from diffmas import MultiAgentSystem
+from diffmas.agents import card as cards
 from diffmas.agents import hub
 from diffmas.agents.card import BEGIN, END
 from diffmas.agents.facts import add_facts
@@ -69,6 +70,48 @@ def test_what_a_person_wrote_stays(tmp_path):
     system.save_pretrained(team)
     add_facts(team, metrics=[METRIC])
     assert file.read_text() == "All mine.\n"
+
+
+def test_a_card_in_another_encoding_stays(tmp_path):
+    file, mine = tmp_path / "README.md", "Größe".encode("latin-1")
+    file.write_bytes(mine)
+    tiny.system().save_pretrained(tmp_path)
+    assert file.read_bytes() == mine and (tmp_path / "agents.json").is_file()
+    file.write_bytes(mine + f"\n{BEGIN}\n{END}\n".encode())
+    add_facts(tmp_path, metrics=[METRIC])
+    assert file.read_bytes().startswith(mine + b"\n") and b"| 50.0 |" in file.read_bytes()
+
+
+@pytest.mark.parametrize("base", ["runs--1", "a..b"])
+def test_a_base_model_of_a_name_that_the_hub_refuses(tmp_path, base):
+    system = tiny.system()
+    system.model.get_base_model().config._name_or_path = base
+    system.save_pretrained(tmp_path)
+    assert base in card_of(tmp_path).text and (tmp_path / "agents.json").is_file()
+
+
+def test_a_team_is_saved_without_its_card(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(cards, "contents", full)
+    with pytest.warns(UserWarning, match="README.md: the model card was not written: no space left"):
+        tiny.system().save_pretrained(tmp_path)
+    assert (tmp_path / "agents.json").is_file() and not (tmp_path / "README.md").exists()
+
+
+def test_a_card_that_was_put_aside_comes_back(tmp_path):
+    """After a save that was cut off, too."""
+    system, (file, aside) = tiny.system(), (tmp_path / "README.md", tmp_path / "README.md.kept")
+    aside.write_text("Mine.\n")
+    file.write_text("library_name: peft\n")
+    system.save_pretrained(tmp_path)
+    assert file.read_text() == "Mine.\n" and not aside.exists()
+    with pytest.raises(ZeroDivisionError), cards.kept(tmp_path):
+        assert not file.exists()
+        file.write_text("of others")
+        raise ZeroDivisionError
+    assert file.read_text() == "Mine.\n"
 
 
 def test_a_checkpoint_stays_whole_when_its_card_is_written_again(tmp_path):

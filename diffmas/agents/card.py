@@ -1,18 +1,21 @@
 """The model card of a team's directory: README.md, from its agents.json and from what is known of its training and results.
 
 card.json has the facts that agents.json does not: {"data": {...}, "training": {...}, "metrics": [...], "made_with": {...}}
-(`diffmas.agents.facts`). What a person wrote into README.md outside of the marks stays.
+(`diffmas.agents.facts`). What a person wrote into README.md outside of the marks stays, in any encoding.
 """
 
 import json
 import os
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-__all__ = ["CARD", "FACTS", "contents", "is_here", "licence_of", "read_facts", "write"]
+__all__ = ["CARD", "FACTS", "contents", "is_here", "kept", "licence_of", "read_facts", "write"]
 
 CARD, FACTS = "README.md", "card.json"
 BEGIN, END = "<!-- diffmas: begin -->", "<!-- diffmas: end -->"
@@ -20,12 +23,18 @@ OPTIONS = ("realign", "trace_content", "positions", "sinks", "no_latents", "adap
 SYSTEM = "diffmas.agents.system.MultiAgentSystem"
 
 
-def write(path: Path, described: dict, title: str | None = None, before: str | None = None) -> None:
-    """Writes the card of a directory. described: of `diffmas.agents.file.read_agents`. title: by default the directory's name.
-    before: the card that was there, by default the one that is; one that somebody wrote alone stays as it is."""
+def write(path: Path, described: dict, title: str | None = None) -> None:
+    """Writes the card of a directory, or warns why it cannot: a team is whole without. described: of
+    `diffmas.agents.file.read_agents`. title: by default the directory's name. A card that somebody wrote alone stays."""
+    try:
+        _write(path, described, title)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path / CARD}: the model card was not written: {error}", stacklevel=2)
+
+
+def _write(path: Path, described: dict, title: str | None) -> None:
     file = path / CARD
-    if before is None and file.is_file():
-        before = file.read_text(encoding="utf-8")
+    before = file.read_text(encoding="utf-8", errors="surrogateescape") if file.is_file() else None
     data, text = contents(described, title or path.resolve().name, read_facts(path))
     if before is not None and BEGIN in before and END in before:
         text = before[: before.index(BEGIN)] + text + before[before.index(END) + len(END) :]
@@ -34,8 +43,23 @@ def write(path: Path, described: dict, title: str | None = None, before: str | N
     else:
         text = f"---\n{data.to_yaml()}\n---\n\n{text}\n"
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
     os.replace(partial, file)
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[None]:
+    """Others may write a card there meanwhile, such as PEFT, which fails at one that it cannot read; then it is as it was."""
+    file, aside = path / CARD, path / f"{CARD}.kept"
+    if file.is_file() and not aside.is_file():  # one that is there is of whoever did not come to the end
+        os.replace(file, aside)
+    try:
+        yield
+    finally:
+        if aside.is_file():
+            os.replace(aside, file)
+        else:
+            file.unlink(missing_ok=True)
 
 
 def read_facts(path) -> dict:
@@ -57,14 +81,14 @@ def licence_of(base: str) -> dict:
     license_link."""
     if not base:
         return {}
-    found = Path(base) / CARD if Path(base).is_dir() else None
-    if found is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not is_here(base):
-        found = try_to_load_from_cache(base, CARD)
-    if not isinstance(found, (str, Path)) or not Path(found).is_file():
-        return {}
     try:
+        found = Path(base) / CARD if Path(base).is_dir() else None
+        if found is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not is_here(base):
+            found = try_to_load_from_cache(base, CARD)
+        if not isinstance(found, (str, Path)) or not Path(found).is_file():
+            return {}
         data = ModelCard.load(found).data.to_dict()
-    except (ValueError, yaml.YAMLError):  # a README of another kind
+    except (OSError, ValueError, yaml.YAMLError):  # no name that the hub has, or a README of another kind
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
 

@@ -111,19 +111,15 @@ def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tens
     """
     check_description(description)
     path = Path(path)
-    readme = path / card.CARD
-    before = readme.read_text(encoding="utf-8") if readme.is_file() else None
-    head = save_model(path, model, tokenizer)  # writes into the card, too
+    head = save_model(path, model, tokenizer)
     learned_map = None if learned_map is None else whole(learned_map)
     if not first_of(model):
         return
     if learned_map is not None:
         save_file({"weight": learned_map.cpu().contiguous()}, path / MAP_FILE)
     described = {**head, **description}
-    if before is None:
-        readme.unlink(missing_ok=True)
     (path / card.FACTS).unlink(missing_ok=True)  # of the weights that were there
-    card.write(path, described, before=before)
+    card.write(path, described)
     write_json(path / AGENTS_FILE, described)
 
 
@@ -135,7 +131,8 @@ def save_model(path: Path, model: nn.Module, tokenizer) -> dict:
         path.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(path))
         if hasattr(model, "peft_config"):
-            model.save_pretrained(str(path), state_dict=adapters)
+            with card.kept(path):
+                model.save_pretrained(str(path), state_dict=adapters)
     return {
         "format": FORMAT, "base_model": causal_lm_of(model).config._name_or_path,
         "base_fingerprint": fingerprint, "trained_in_base": trained, "adapters": adapters_of(model),

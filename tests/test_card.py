@@ -119,6 +119,9 @@ def test_a_checkpoint_stays_whole_when_its_card_is_written_again(tmp_path):
     write_manifest(tmp_path)
     add_facts(tmp_path, metrics=[METRIC])
     assert "adapter_model.safetensors" in check_manifest(tmp_path)
+    file = tmp_path / "manifest.json"  # older ones have the card
+    file.write_text(json.dumps({**json.loads(file.read_text()), "README.md": "0" * 64}))
+    assert "adapter_model.safetensors" in check_manifest(tmp_path)
 
 
 def test_push_to_the_hub_in_one_call(monkeypatch):

@@ -21,10 +21,12 @@ import tiny_systems as tiny
 import torch
 import uvicorn
 from threads import wait
+from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from diffmas import Agent, MultiAgentSystem
+from diffmas import Agent, MultiAgentSystem, patch_model
+from diffmas.agents import Encoder, Other, Projector
 from diffmas.cli import main as cli
 from diffmas.serving.batcher import Batcher, Closed, Job, Overloaded
 from diffmas.serving.pieces import Pieces
@@ -169,6 +171,32 @@ def test_agents_that_read_some_of_the_others():
     for said in reversed(got.agents):
         fresh.agents = fresh.agents[:-1]
         assert said["text"] == fresh.generate(["where is the key"], 5, temperature=0)[0][0]
+
+
+def test_output_of_agents_of_other_models():
+    """They write no text here; what an encoder has read is its prompt, and no latent step."""
+    torch.manual_seed(0)
+    sizes = dict(num_hidden_layers=1, hidden_size=20, num_attention_heads=2, intermediate_size=24, max_position_embeddings=64)
+    model, small, bert = tiny.model(), tiny.model(seed=4), BertModel(BertConfig(vocab_size=len(tiny.VOCAB), **sizes))
+    patch_model(model), patch_model(small)
+    others = {
+        "bert": Encoder(bert, tiny.tokenizer(), model), "small": Other(small, tiny.tokenizer(), Projector(small, model)),
+    }  # fmt: skip
+    planner, critic, solver = tiny.agents()
+    crew = [Agent("reader", "{question}", 1, model="bert"), replace(planner, model="small"), critic, solver]
+    system = MultiAgentSystem(model, tiny.tokenizer(), crew, others=others).eval()
+    with listening([Team("mixed", system)]) as (address, _), client(address) as connected:
+        text = [{"role": "user", "content": "where is the key"}]
+        ask = functools.partial(connected.chat.completions.create, model="mixed", messages=text, max_tokens=5, temperature=0)
+        got, plain = ask(extra_body={"agent_output": True}), ask()
+    assert [(said["name"], said["prompt_tokens"], said["latent_steps"]) for said in got.agents] == [
+        ("reader", 4, 1), ("planner", 6, 2), ("critic", 6, 2),
+    ]  # fmt: skip
+    assert got.usage.latent_steps == plain.usage.latent_steps == 5
+    assert got.choices[0].message.content == plain.choices[0].message.content
+    system.agents = crew[:-1]
+    want = system.generate(["where is the key"], 5, temperature=0)[0][0]
+    assert [said["text"] for said in got.agents] == [None, None, want] and want
 
 
 def test_models(server):

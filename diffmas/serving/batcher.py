@@ -19,7 +19,7 @@ from diffmas.agents.board import Board
 from diffmas.agents.decoding import decode
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.next_tokens import RESERVE
-from diffmas.agents.prompts import Turn
+from diffmas.agents.prompts import Turn, encodes
 from diffmas.agents.sampling import Sampling
 from diffmas.serving.team import Question
 from diffmas.trace import Trace
@@ -39,7 +39,8 @@ class Closed(Exception):
 
 @dataclass
 class AgentOutput:
-    """What an agent did for one question. text: what it would have written in place of its latent steps, if that was asked."""
+    """What an agent did for one question. text: what it would have written in place of its latent steps, if that was asked; of
+    agents of other models None, since these write no text here."""
 
     name: str
     prompt_tokens: int
@@ -192,7 +193,10 @@ class Batcher:
             board = Board(system, trace)
             for group in board.groups:
                 asked = [job.question.fields for job in jobs]
-                texts = {i: self._texts(jobs, board.read(i, asked), i) for i in group} if settings.agent_output else {}
+                texts = {}
+                for i in group if settings.agent_output else ():
+                    if system.agents[i].model is None:
+                        texts[i] = self._texts(jobs, board.read(i, asked), i)
                 turns = [list(row) for row in zip(*(job.question.turns for job in jobs))]
                 board.write(group, asked, turns)
                 for i in group:
@@ -212,9 +216,12 @@ class Batcher:
 
     def _tell_turn(self, jobs: list[Job], i: int, trace: Trace, turns: list[Turn], texts: list[str | None] | None) -> None:
         """What agent i has done. trace: with its latent rows."""
-        name, taken = jobs[0].question.team.agents[i].name, [0] * len(jobs)
+        system = jobs[0].question.team.system
+        name, taken = system.agents[i].name, [0] * len(jobs)
         for s in trace.segments:
             taken[s.sequence] += s.length * ((s.agent, s.kind) == (name, "latent"))
+        if encodes(system, system.agents[i]):  # whose prompt is latent rows
+            taken = [n - len(turn.ids) for n, turn in zip(taken, turns)]
         for b, (job, turn, steps) in enumerate(zip(jobs, turns, taken)):
             job.agents.append(AgentOutput(name, len(turn.ids), steps, texts and texts[b]))
 

@@ -26,7 +26,7 @@ class Fields(dict):
 
 class Settings(NamedTuple):
     """How an answer is decoded: what the questions of a batch have in common. None: the team's own. agent_output: whether every
-    agent writes a text, too."""
+    agent of the system's model writes a text, too."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -100,6 +100,8 @@ class Team:
         room = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         turns = self.system.tokenize([fields], [room], WHAT)
         for n in range(1, len(self.agents)) if settings.agent_output else ():
+            if self.agents[n - 1].model is not None:  # writes none
+                continue
             shorter = copy.copy(self.system)
             shorter.agents = self.system.agents[:n]
             shorter.tokenize([fields], [room], WHAT)  # each text has to fit

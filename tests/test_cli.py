@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from diffmas import MultiAgentSystem, evaluation
 from diffmas.cli import build, config
 from diffmas.cli import main as cli
-from diffmas.evaluation import Stitched
+from diffmas.evaluation import Stitched, tasks
 
 AGENTS = [{"name": a.name, "prompt": a.prompt, "latent_steps": a.latent_steps} for a in tiny.agents()]
 
@@ -259,10 +259,10 @@ def test_text_agents_of_a_task_keep_system_messages(project):
     """A task's own text prompts stand for its agents alone, not for others that have a system message more."""
     settings = config.Config(str(project / "base"), task="gsm8k")
     system = build.trained_system(settings, None)
-    team, alone = build.text_team(settings, system)
-    assert team is not system and alone.name == "solver"
-    system.agents[1] = dataclasses.replace(system.agents[1], system="Doubt everything.")
-    assert build.text_team(settings, system) == (system, None)
+    assert build.text_team(settings, system) is not system
+    assert build.alone(settings) == tasks.task("gsm8k").agents("single")[0]
+    system.agents[1] = settings.agents[1] = dataclasses.replace(system.agents[1], system="Doubt everything.")
+    assert build.text_team(settings, system) is system and build.alone(settings) is settings.agents[-1]
 
 
 def test_audit_says_who_communicates(project, trained, tmp_path):

@@ -15,7 +15,7 @@ from diffmas.agents.projector import Fuser
 from diffmas.cli import build, config
 from diffmas.demo.experiment import BASE
 from diffmas.evaluation import c2c
-from diffmas.evaluation.tasks import facts
+from diffmas.evaluation.tasks import facts, task
 from diffmas.models.load import load_model
 from diffmas.models.patch import patch_model
 from diffmas.serving.export import export
@@ -85,6 +85,26 @@ def test_c2c_is_of_the_prompt_that_is_asked(project, tmp_path):
     settings.c2c = None
     with pytest.raises(ValueError, match="c2c: expected the model whose rows are fused"):
         build.c2c_system(settings)
+
+
+@pytest.mark.parametrize("of", ["task", "task with T", "last_k"])
+def test_c2c_is_evaluated_as_it_was_trained(project, tmp_path, of):
+    """Training and evaluation ask one agent alike: the task's own prompt of one, or the last agent's; whatever a team needs."""
+    given = {
+        "task": {"task": "gsm8k"}, "task with T": {"task": "gsm8k", "latent_steps": 2},
+        "last_k": {"agents": AGENTS, "others": SETTINGS["others"], "system": {"grad_scope": "last_k", "last_k": 2}},
+    }  # fmt: skip
+    c2c = {**SETTINGS["c2c"], "model": str(project / "small")}
+    settings = config.parsed(config.Config, {"model": str(project / "base"), "dtype": "float32", "c2c": c2c, **given[of]})
+    for other in settings.others.values():
+        other.model = str(project / "small")
+    trained = build.c2c_system(settings)
+    wanted = settings.agents[-1] if of == "last_k" else task("gsm8k").agents("single")[0]
+    assert {agent.prompt for agent in trained.agents} == {wanted.prompt}
+    trained.save_pretrained(tmp_path / "fused")
+    bare = build.trained_system(settings, None)
+    method = build.methods_of(settings, bare, ["c2c"], {"c2c": tmp_path / "fused"})["c2c"]
+    assert method.system.describe() == trained.describe()
 
 
 def test_configs_that_do_not_fit():

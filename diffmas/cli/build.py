@@ -71,15 +71,18 @@ def untrained_system(config: Config, adapter: bool = True, device: str | None = 
 
 
 def c2c_system(config: Config, device: str | None = None):
-    """The last agent as `diffmas.evaluation.C2C` with the config's c2c; what it trains is the projector."""
+    """Who answers alone as `diffmas.evaluation.C2C` with the config's c2c; what it trains is the projector."""
     from diffmas import evaluation
+    from diffmas.agents.system import MultiAgentSystem
 
     if config.c2c is None:
         raise ValueError("c2c: expected the model whose rows are fused (in config.yaml, c2c: {model: NAME}), got none")
-    system = untrained_system(replace(config, others={}, agents=[replace(config.agents[-1], reads=None)]), False, device)
+    model, tokenizer = base_model(config, device)
     described = replace(config.c2c, projector={**config.c2c.projector, "kind": "c2c"})
-    other = other_of(described, config, system.model, False, device)
-    return evaluation.c2c(system, other, text_team(config, system)[1]).system
+    other = other_of(described, config, model, False, device)
+    chat = {"chat_template": config.system.chat_template, "chat_options": config.system.chat_options}
+    system = MultiAgentSystem(model, tokenizer, [replace(alone(config), reads=None)], realign="none", **chat)
+    return evaluation.c2c(system, other).system
 
 
 def trained_system(config: Config, adapter: Path | None, device: str | None = None, other_agents: bool = False):
@@ -168,18 +171,28 @@ def scorer_of(config: Config):
     return task(config.task).scorer() if config.task is not None and not given else Scorer(**given)
 
 
+def _published(config: Config, agents):
+    """The config's task if these agents are its own, whose prompts it has in other forms; else None."""
+    if config.task is None:
+        return None
+    published = task(config.task)
+    of_agents, of_task = ([(a.name, a.prompt, a.system) for a in some] for some in (agents, published.agents()))
+    return published if of_agents == of_task else None
+
+
+def alone(config: Config):
+    """The agent that answers alone: a task has its own prompt for it, else it is the last agent."""
+    published = _published(config, config.agents)
+    return published.agents("single")[0] if published else config.agents[-1]
+
+
 def text_team(config: Config, system):
-    """The agents as they are when they write text, and the one that answers alone (None: the last of them): a task has its own
-    prompts for each, unless the system has others than the task's."""
+    """The agents as they are when they write text: a task has its own prompts for each, unless the system has others than the
+    task's."""
     from diffmas.evaluation.baselines import with_agents
 
-    if config.task is None:
-        return system, None
-    published = task(config.task)
-    roles = [[(a.name, a.prompt, a.system) for a in agents] for agents in (system.agents, published.agents())]
-    if roles[0] != roles[1]:
-        return system, None
-    return with_agents(system, published.agents("text")), published.agents("single")[0]
+    published = _published(config, system.agents)
+    return with_agents(system, published.agents("text")) if published else system
 
 
 def check_adapters(names, adapters) -> None:
@@ -208,15 +221,15 @@ def methods_of(config: Config, system, names, adapters: dict[str, Path] | None =
     fused = adapters.pop("c2c", None)
     for name, directory in adapters.items():
         system.model = add_adapter(directory, system.model, name, expected[name])
-    writing, alone = text_team(config, system)
+    writing, one = text_team(config, system), alone(config)
     tokens = config.evaluation.max_message_tokens
     makers = {
-        "single": lambda: evaluation.single_agent(system, alone),
+        "single": lambda: evaluation.single_agent(system, one),
         "text": lambda: evaluation.TextAgents(writing, tokens),
         "text_sft": lambda: evaluation.TextAgents(writing, tokens, "text_sft"),
         "latent_mas": lambda: evaluation.latent_mas(system),
         "stitch": lambda: evaluation.stitch(system, "stitch" if "stitch" in adapters else False),
-        "c2c": lambda: evaluation.load_c2c(fused, system, alone, dtype=config.dtype, device=system.device),
+        "c2c": lambda: evaluation.load_c2c(fused, system, one, dtype=config.dtype, device=system.device),
         "diffmas": lambda: evaluation.Latent(system),
     }
     return {name: make() for name, make in makers.items() if name in names}

@@ -41,7 +41,7 @@ def _text_sft(config: Config, arguments, system, rows, held_out, resume: bool, p
     from diffmas.agents.file import read_json, write_json
 
     options, scorer = config.evaluation, scorer_of(config)
-    writing, _ = text_team(config, system)
+    writing = text_team(config, system)
     writers = evaluation.Writers(
         system.model, system.tokenizer, writing.agents, system.chat_template, system.chat_options
     )  # fmt: skip

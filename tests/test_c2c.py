@@ -134,10 +134,10 @@ def test_the_temperature_falls():
 
 
 def test_tokens_are_aligned_by_their_characters():
-    assert aligned([(0, 2), (3, 6)], [(0, 2), (3, 5), (5, 6)], 6) == [0, 1]
-    assert aligned([(0, 2), (3, 6)], [(0, 1), (1, 2), (3, 6)], 6) == [1, 2]  # as long: the last
-    assert aligned([(-3, 0), (0, 2), (2, 9)], [(-3, 0), (0, 6)], 6) == [-1, 1, 1]  # what is no part of the prompt
-    assert aligned([(2, 2), (3, 4)], [(0, 2)], 6) == [-1, -1]
+    assert aligned([(0, 2), (3, 6)], [(0, 2), (3, 5), (5, 6)]) == [0, 1]
+    assert aligned([(0, 2), (3, 6)], [(0, 1), (1, 2), (3, 6)]) == [1, 2]  # as long: the last
+    assert aligned([(0, 0), (0, 2), (2, 6)], [(0, 0), (0, 6)]) == [-1, 1, 1]  # what is no part of the prompt
+    assert aligned([(2, 2), (3, 4)], [(0, 2)]) == [-1, -1]
 
 
 def test_partners_of_two_tokenizers():
@@ -158,6 +158,23 @@ def test_partners_behind_a_chat_template():
     assert partners(s, s.agents[1], s.agents[0], {"question": "w7"}) == [-1, 1, 2, 3, -1]
     s.others["small"].tokenizer = s.tokenizer
     assert partners(s, s.agents[1], s.agents[0], {"question": "w7"}) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("prompt", ["w5 {question}\n", "  w5 {question}", "\n w5 {question} \n"], ids=repr)
+def test_partners_where_a_chat_template_strips_the_prompt(prompt):
+    s = fusing([Agent("sharer", prompt, model="small"), Agent("receiver", prompt, reads=["sharer"]), AGENTS[2]])
+    fields = {"question": "w10 w11"}
+    for member, front in ((s, "w2 w3"), (s.others["small"], "w2")):  # of different length
+        member.tokenizer.chat_template = front + " {{ messages[0].content | trim }} w4"
+        member.chat_template = True
+    receiver, sharer = s.agents[1], s.agents[0]
+    assert s.prompt_ids(receiver, fields) == [2, 3, 5, 10, 11, 4]
+    assert len(s.prompt_ids(sharer, fields)) == 7  # w2 w5 w1 ##0 w1 ##1 w4
+    assert partners(s, receiver, sharer, fields) == [-1, -1, 1, 2, 4, -1]
+    s.tokenizer.chat_template = "{{ messages[0].content | upper }}"
+    message = "agent 'receiver': chat_template: expected it to keep the prompt .*w10 w11.*, got '.*W10 W11"
+    with pytest.raises(ValueError, match=message):
+        partners(s, receiver, sharer, fields)
 
 
 # ---- in a team -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ def check_tokenizers(a, b) -> None:
 
 
 def spans(member, agent, fields: dict, count: int) -> list[Span]:
-    """The characters of the agent's rendered prompt that each of its first `count` tokens stands for."""
+    """The characters of the agent's rendered prompt that each of its first `count` tokens stands for, none of those around it.
+
+    Raises ValueError where the chat template changes the prompt: it may only strip white space around it.
+    """
     text = prompt = agent.render(fields)
     if member.chat_template:
         text = chat_text(member.tokenizer, agent, prompt, member.chat_options or {})
@@ -35,15 +38,19 @@ def spans(member, agent, fields: dict, count: int) -> list[Span]:
         text = f"{agent.system}\n\n{prompt}"
     special = {"add_special_tokens": False} if member.chat_template else {}
     found = member.tokenizer(text, return_offsets_mapping=True, **special)["offset_mapping"][:count]
-    at = text.rfind(prompt)
-    return [(a - at, b - at) for a, b in found]
+    kept = prompt if prompt in text else prompt.strip()
+    at, first = text.rfind(kept), prompt.find(kept)
+    if at < 0:
+        raise ValueError(f"agent {agent.name!r}: chat_template: expected it to keep the prompt {prompt!r}, got {text!r}")
+    within = lambda x: first + min(max(x - at, 0), len(kept))  # noqa: E731
+    return [(within(a), within(b)) for a, b in found]
 
 
-def aligned(own: list[Span], theirs: list[Span], length: int) -> list[int]:
-    """For each of `own` the number of the one of `theirs` that has most of its characters in [0, length), or -1."""
+def aligned(own: list[Span], theirs: list[Span]) -> list[int]:
+    """For each of `own` the number of the one of `theirs` that has most of its characters, or -1."""
     found = []
     for a, b in own:
-        shared = [min(b, d, length) - max(a, c, 0) for c, d in theirs]
+        shared = [min(b, d) - max(a, c) for c, d in theirs]
         most = max(shared, default=0)
         found.append(len(shared) - 1 - shared[::-1].index(most) if most > 0 else -1)
     return found
@@ -64,4 +71,4 @@ def partners(system, agent, sharer, fields: dict) -> list[int]:
     ids, their_ids = (system.prompt_ids(a, fields) for a in (agent, sharer))
     if same(member.tokenizer, other.tokenizer) and ids == their_ids[: len(ids)]:
         return list(range(len(ids)))
-    return aligned(spans(member, agent, fields, len(ids)), spans(other, sharer, fields, len(their_ids)), len(text))
+    return aligned(spans(member, agent, fields, len(ids)), spans(other, sharer, fields, len(their_ids)))

@@ -87,6 +87,19 @@ def test_c2c_is_of_the_prompt_that_is_asked(project, tmp_path):
         build.c2c_system(settings)
 
 
+@pytest.mark.parametrize("kind, roles", [("encoder", ["reader", "solver"]), ("projector", ["solver"])])
+def test_a_role_has_an_adapter_where_the_systems_model_writes_its_rows(project, kind, roles):
+    """It does for an agent whose prompt another model encodes, and not for one that another model runs."""
+    agents = [{**AGENTS[0], "name": "reader"}, AGENTS[1]]
+    given = {"model": str(project / "base"), "dtype": "float32", "agents": agents, "system": {"adapter_scope": "per_role"}}
+    others = {"small": {"model": str(project / "small"), "projector": {"kind": kind}}}
+    system = build.untrained_system(config.parsed(config.Config, {**given, "others": others}))
+    assert sorted(system.model.peft_config) == roles
+    system(["where is the key"], ["in the garden"]).loss.backward()
+    for role in roles:
+        assert any(p.grad.any() for name, p in system.named_parameters() if f"lora_B.{role}." in name)
+
+
 @pytest.mark.parametrize("of", ["task", "task with T", "last_k"])
 def test_c2c_is_evaluated_as_it_was_trained(project, tmp_path, of):
     """Training and evaluation ask one agent alike: the task's own prompt of one, or the last agent's; whatever a team needs."""

@@ -45,10 +45,10 @@ def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_module
 def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=None) -> nn.Module:
     """A PEFT model around `model`, with one adapter, or with adapter_scope "per_role" one for each role.
 
-    agents: only needed for "per_role": the adapters get their roles' names (`Agent.adapter`). config: a PEFT config of any kind
-    that works in the model's layers, by default `lora_config()`. In a multimodal model, what text does not go through (vision
-    tower, projector) gets no adapter, unless the config has exclude_modules of its own. Raises Unsupported for a kind that
-    works elsewhere, such as prompt tuning.
+    agents: only needed for "per_role", those whose rows the model writes, not an `Other`: the adapters get their roles' names
+    (`Agent.adapter`). config: a PEFT config of any kind that works in the model's layers, by default `lora_config()`. In a
+    multimodal model, what text does not go through (vision tower, projector) gets no adapter, unless the config has
+    exclude_modules of its own. Raises Unsupported for a kind that works elsewhere, such as prompt tuning.
     """
     from peft import get_peft_model
 
@@ -60,7 +60,7 @@ def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=
         config.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?"
     if adapter_scope != "per_role":
         return say_features(get_peft_model(model, config))
-    first, *others = dict.fromkeys(agent.adapter for agent in agents if agent.model is None)
+    first, *others = dict.fromkeys(agent.adapter for agent in agents)
     model = get_peft_model(model, config, adapter_name=first)
     for name in others:
         model.add_adapter(name, config)

@@ -57,12 +57,15 @@ def other_of(described: OtherModel, config: Config, receiver, adapter: bool = Tr
 def untrained_system(config: Config, adapter: bool = True, device: str | None = None):
     """The system that a config describes. adapter: whether it gets new LoRA adapters, else it is the bare model."""
     from diffmas.agents.adapters import add_lora, lora_config
+    from diffmas.agents.checks import readings
+    from diffmas.agents.graph import home
     from diffmas.agents.system import MultiAgentSystem
 
     model, tokenizer = base_model(config, device)
     options = dict(vars(config.system))
     if adapter:
-        model = add_lora(model, config.agents, config.system.adapter_scope, lora_config(**vars(config.lora)))
+        own = [agent for agent in config.agents if home(agent, readings(config.others)) is None]
+        model = add_lora(model, own, config.system.adapter_scope, lora_config(**vars(config.lora)))
     else:
         options["adapter_scope"] = "shared"
     if config.others:

@@ -1,5 +1,7 @@
 """What another model has encoded as latent rows, against a plain loop, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from diffmas import Agent, MultiAgentSystem
 from diffmas.agents import Encoder
 from diffmas.cli.build import other_of
 from diffmas.cli.config import Config, OtherModel, parsed
+from diffmas.evaluation import TextAgents
 
 READER, SOLVER = Agent("reader", "w5 {question}", model="bert"), Agent("solver", "w9 {question}")
 SHAPES = {
@@ -132,6 +135,16 @@ def test_an_encoder_by_config(tmp_path):
         described = OtherModel(**{**others["bert"], **option})
         with pytest.raises(ValueError, match=f"others: {next(iter(option))}: expected none with an encoder"):
             other_of(described, settings, model)
+
+
+def test_text_agents_write_with_the_systems_model():
+    """An encoder writes nothing: its agent reads and writes as one of the system's own."""
+    s = team(SHAPES["graph"])
+    alone = MultiAgentSystem(s.model, tokenizer(), [replace(agent, model=None) for agent in s.agents])
+    turns, answers = TextAgents(s, 4).write(QUESTIONS, max_new_tokens=3, temperature=0, seed=0)
+    wanted, same = TextAgents(alone, 4).write(QUESTIONS, max_new_tokens=3, temperature=0, seed=0)
+    assert [turn.texts for turn in turns] == [turn.texts for turn in wanted] and answers.texts == same.texts
+    assert all(any(turn.texts) for turn in turns)
 
 
 def test_what_does_not_fit_is_refused():

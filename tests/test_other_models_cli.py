@@ -63,6 +63,9 @@ def test_a_team_and_c2c_are_trained_and_compared(project):
     assert "expected a system of the class diffmas.evaluation.c2c.C2C" in " ".join(output.split())
     output = call("evaluate", path, "--methods", "latent_mas", "--adapter", project / "run", "--device", "cpu", code=1).output
     assert "expected agents of one model for another team of them, got others: ['small']" in " ".join(output.split())
+    output = call("train", path, "--method", "text_sft", code=1).output
+    message = "text_sft: expected agents of one model, which share its adapter, got some of others: ['expert']"
+    assert message in " ".join(output.split())
     answers = call("generate", "--adapter", project / "run", "--question", "where is the key", "--max-new-tokens", 4).output
     assert answers.strip()
     with pytest.raises(ValueError, match=r"run: expected a team of one model, got others beside it: \['small'\]"):

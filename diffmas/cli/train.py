@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from diffmas.agents.checks import readings
+from diffmas.agents.graph import home
 from diffmas.cli.build import c2c_system, scorer_of, text_team, training_arguments, training_rows, untrained_system
 from diffmas.cli.config import Config
 
@@ -17,6 +19,8 @@ def trainer_of(config: Config, method: str = "diffmas", resume: bool = False, pr
     from diffmas import evaluation
     from diffmas.training import Trainer
 
+    if method == "text_sft" and (others := [a.name for a in config.agents if home(a, readings(config.others)) is not None]):
+        raise ValueError(f"text_sft: expected agents of one model, which share its adapter, got some of others: {others}")
     rows, held_out = training_rows(config)
     arguments = training_arguments(config)
     system = c2c_system(config) if method == "c2c" else untrained_system(config)

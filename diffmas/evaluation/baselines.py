@@ -202,7 +202,8 @@ class TextAgents:
     """Each agent but the last writes a message; the next ones read all messages so far, or those of the agents that they read.
 
     A prompt takes the messages as its field {messages}; without that field they stand before it. Every sample of a question
-    has messages of its own. Samples that read the same, as those of the first agent do, share the rows of their prompt.
+    has messages of its own. Samples that read the same, as those of the first agent do, share the rows of their prompt. What
+    another model only encodes (`Encoder`), the system's model reads and answers as text.
 
     max_message_tokens: at most, of one message. adapter: as in `Latent`. message: a format string of one message. separator:
     between messages. last_reads_only: only the last agent reads messages. Raises ValueError for max_message_tokens < 1.
@@ -220,7 +221,7 @@ class TextAgents:
         self._readers = []
         self._reads = system.graph.reads
         for agent in system.agents:
-            member, agent = system.member(agent), replace(agent, reads=None, model=None)
+            member, agent = system.writer(agent), replace(agent, reads=None, model=None)
             takes = f"{{{MESSAGES}}}" in agent.prompt
             after = agent if takes else replace(agent, prompt=f"{{{MESSAGES}}}\n\n{agent.prompt}")
             self._readers.append([Latent(with_agents(member, [a]), adapter) for a in (agent, after)])

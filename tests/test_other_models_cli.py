@@ -1,6 +1,8 @@
 """Other models by config.yaml: teams that are trained, evaluated and answer, and C2C as a baseline."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import tiny_systems as tiny
@@ -17,6 +19,7 @@ from diffmas.demo.experiment import BASE
 from diffmas.evaluation import c2c
 from diffmas.evaluation.tasks import facts, task
 from diffmas.models.load import load_model
+from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_model
 from diffmas.serving.export import export
 
@@ -101,6 +104,50 @@ def test_a_role_has_an_adapter_where_the_systems_model_writes_its_rows(project, 
     system(["where is the key"], ["in the garden"]).loss.backward()
     for role in roles:
         assert any(p.grad.any() for name, p in system.named_parameters() if f"lora_B.{role}." in name)
+
+
+def team_of(project, **other):
+    """The settings of the team, with absolute paths, and with another other model."""
+    others = {"small": {**SETTINGS["others"]["small"], "model": str(project / "small"), **other}}
+    given = {"model": str(project / "base"), "dtype": "float32", "agents": AGENTS, "others": others}
+    return config.parsed(config.Config, given)
+
+
+def test_a_study_may_ask_a_trained_team_otherwise(project, tmp_path):
+    """As a case does that is `trained_by` another: the other models stay."""
+    settings = team_of(project)
+    build.untrained_system(settings).save_pretrained(tmp_path / "team")
+    settings.agents[0] = replace(settings.agents[0], latent_steps=3)
+    system = build.trained_system(settings, tmp_path / "team", other_agents=True)
+    assert [agent.latent_steps for agent in system.agents] == [3, 0] and list(system.others) == ["small"]
+    again = build.trained_system(team_of(project), tmp_path / "team")
+    system.agents[0] = again.agents[0]
+    asked = dict(questions=["where is the key"], answers=["in the garden"])
+    assert torch.equal(system(**asked).loss, again(**asked).loss)
+
+
+def test_a_trained_teams_other_models_are_the_configs(project, tmp_path):
+    build.untrained_system(team_of(project)).save_pretrained(tmp_path / "team")
+    tiny.save_base(tmp_path / "another", seed=2, num_hidden_layers=3, hidden_size=24, head_dim=12)
+    load = lambda settings: build.trained_system(settings, tmp_path / "team")  # noqa: E731
+    where = "team: others, 'small': expected "
+    for change, message in (
+        ({"model": str(tmp_path / "another")}, "small: expected agents of this base model .*, got those of"),
+        ({"projector": {"kind": "projector", "hidden": 4}}, where + "hidden 4, got 8"),
+        ({"projector": {"kind": "projector", "layers": "depth"}}, where + r"layers \[0, 2\], got \[1, 2\]"),
+        ({"projector": {"kind": "projector", "width": 3}}, where + "width 3, got None"),
+        ({"realign": "norm"}, where + "realign 'norm', got 'ridge'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(team_of(project, **change))
+    shutil.copytree(project / "small", tmp_path / "moved")
+    found = load(team_of(project, model=str(tmp_path / "moved"), projector={"kind": "projector", "layers": "terminal"}))
+    assert causal_lm_of(found.others["small"].model).config._name_or_path == str(tmp_path / "moved")
+    alone = config.parsed(config.Config, {"model": str(project / "base"), "agents": AGENTS[1:]})
+    described = json.loads((tmp_path / "team" / "agents.json").read_text())
+    (tmp_path / "team" / "agents.json").write_text(json.dumps({**described, "agents": described["agents"][1:]}))
+    with pytest.raises(ValueError, match=r"team: expected others \[\], got \['small'\]"):
+        load(alone)
 
 
 @pytest.mark.parametrize("of", ["task", "task with T", "last_k"])

@@ -92,7 +92,7 @@ def trained_system(config: Config, adapter: Path | None, device: str | None = No
     """The system of a directory that `diffmas train` wrote, or without one the config's on the bare model; in eval mode.
 
     other_agents: whether the config's agents may have other prompts and latent steps than those that were trained. Raises
-    ValueError for a directory whose agents, or options that matter to an answer, are not the config's."""
+    ValueError for a directory whose agents, other models, or options that matter to an answer, are not the config's."""
     from diffmas.agents.file import check_same, read_agents
     from diffmas.agents.system import MultiAgentSystem
 
@@ -104,12 +104,34 @@ def trained_system(config: Config, adapter: Path | None, device: str | None = No
     if other_agents and len(agents) == len(as_trained):  # its name and its role stay an agent's own
         as_trained = [{**mine, "name": its["name"], "role": its["role"]} for mine, its in zip(agents, as_trained)]
     check_same(adapter, {**described, "agents": as_trained}, {"agents": agents, **wanted})
-    system = MultiAgentSystem.from_pretrained(adapter, config.model, dtype=config.dtype, device=device).eval()
+    check_same(adapter, {**described, "others": sorted(described["others"])}, {"others": sorted(config.others)})
+    beside = {name: one.model for name, one in config.others.items()}
+    system = MultiAgentSystem.from_pretrained(adapter, config.model, others=beside, dtype=config.dtype, device=device).eval()
+    for name, one in config.others.items():
+        _check_other(f"{adapter}: others, {name!r}", one, system.others[name])
     if not other_agents:
         return system
-    again = MultiAgentSystem.of_description(system.model, system.tokenizer, {**system.describe(), "agents": agents})
+    description = {**system.describe(), "agents": agents}
+    again = MultiAgentSystem.of_description(system.model, system.tokenizer, description, others=dict(system.others))
     again.realign.load_state_dict(system.realign.state_dict())
     return again.eval()
+
+
+def _check_other(where: str, expected: OtherModel, other) -> None:
+    """Raises ValueError naming the first option that another model of a team has otherwise, if it matters to an answer."""
+    from diffmas.agents.projector import layer_map
+
+    described = other.describe()
+    found, projector = {**described.pop("projector"), **described}, dict(expected.projector)
+    projector.pop("dropout", None)
+    if isinstance(projector.get("layers"), str):
+        between = other.projector
+        sizes = len(between.sharer_rows), len(between.receiver_rows)
+        projector["layers"] = layer_map(projector["layers"], *sizes, gaps=between.fuses)
+    own = {k: v for k, v in vars(expected).items() if k in found and (k, v) != ("chat_template", None)}
+    for key, value in {**own, **projector}.items():
+        if key not in found or found[key] != value:
+            raise ValueError(f"{where}: expected {key} {value!r}, got {found.get(key)!r}")
 
 
 def trained_as(config: Config, method: str) -> Config:

@@ -137,6 +137,19 @@ def test_an_encoder_by_config(tmp_path):
             other_of(described, settings, model)
 
 
+def test_the_frozen_model_has_no_dropout():
+    encodes = bert().train()
+    assert encodes.config.hidden_dropout_prob > 0
+    s = team(encodes=encodes)
+    with torch.no_grad():
+        wanted = s.eval()(QUESTIONS, ANSWERS).loss
+        assert torch.equal(s.train()(QUESTIONS, ANSWERS).loss, wanted)  # the receiver has none
+        fresh = team(encodes=bert().train())  # as it was constructed
+        assert torch.equal(fresh(QUESTIONS, ANSWERS).loss, wanted)
+    encoder = s.others["bert"]
+    assert encoder.training and encoder.map.training and not any(m.training for m in encoder.model.modules())
+
+
 def test_text_agents_write_with_the_systems_model():
     """An encoder writes nothing: its agent reads and writes as one of the system's own."""
     s = team(SHAPES["graph"])

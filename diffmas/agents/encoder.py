@@ -41,7 +41,7 @@ class Encoder(Member):
         super().__init__()
         if hidden is not None and (type(hidden) is not int or hidden < 1):
             raise ValueError(f"hidden: expected an integer >= 1 or None, got {hidden!r}")
-        self.model, self.tokenizer = encoder_of(model).requires_grad_(False), tokenizer
+        self.model, self.tokenizer = encoder_of(model).requires_grad_(False).eval(), tokenizer
         self.chat_template, self.chat_options = default_chat(tokenizer, chat_template), chat_options
         self.hidden, embeddings = hidden, receiver.get_input_embeddings()
         sizes = [model.config.get_text_config().hidden_size, *([hidden] if hidden else []), embeddings.weight.shape[-1]]
@@ -49,6 +49,12 @@ class Encoder(Member):
         self.map = nn.Sequential(first, *(x for layer in rest for x in (nn.GELU(), layer)))
         self._dtype = lambda: embeddings.weight.dtype
         self.training = receiver.training
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """As a module's, but for the frozen model, whose dropout would only be noise: it stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     def check(self, receiver: nn.Module) -> None:
         """Raises ValueError unless it maps to the input embeddings of the system's model."""

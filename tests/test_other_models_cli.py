@@ -88,6 +88,9 @@ def test_c2c_is_of_the_prompt_that_is_asked(project, tmp_path):
     (tmp_path / "fused" / "agents.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match="fused: expected prompt 'question : {question} answer :' of agent 'sharer'"):
         build.methods_of(settings, bare, ["c2c"], {"c2c": tmp_path / "fused"})
+    settings.c2c.lora = True
+    with pytest.raises(ValueError, match="c2c.lora: expected false, since the projector alone is trained, got true"):
+        build.c2c_system(settings)
     settings.c2c = None
     with pytest.raises(ValueError, match="c2c: expected the model whose rows are fused"):
         build.c2c_system(settings)

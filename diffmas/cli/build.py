@@ -80,6 +80,8 @@ def c2c_system(config: Config, device: str | None = None):
 
     if config.c2c is None:
         raise ValueError("c2c: expected the model whose rows are fused (in config.yaml, c2c: {model: NAME}), got none")
+    if config.c2c.lora:
+        raise ValueError("c2c.lora: expected false, since the projector alone is trained, got true")
     model, tokenizer = base_model(config, device)
     described = replace(config.c2c, projector={**config.c2c.projector, "kind": "c2c"})
     other = other_of(described, config, model, False, device)

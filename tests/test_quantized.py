@@ -1,6 +1,9 @@
 """Traces with quantised rows: attention is that over the numbers which the rows stand for, in forward and backward; what is
 written on them learns as ever."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -296,6 +299,20 @@ def test_traces_of_another_origin_are_joined(tmp_path):
     assert plain._store.frozen.rows == 12 and plain.lengths == [12, 44, 10]
     with pytest.raises(ValueError, match="bits: expected rows in int8 of torch.float64, as this trace has, got fp8"):
         Trace.join([home, context(model).quantize("fp8")])
+
+
+def test_a_captured_pass_keeps_the_rows_that_it_reads():
+    """A graph reads them where they lie (`ForwardPass.storage`), also when the trace's store has taken over others."""
+    model = tiny("qwen3")
+    with torch.no_grad():
+        small = prefill(model, *tokens(2, 2, 2), trace=context(model).quantize())
+    storage = small.plan([1, 1, 1], "text").storage()
+    payload = weakref.ref(small._store.frozen.layers[0][0])
+    joined = Trace.join([small, context(model, 2, 2, 2).quantize()])
+    gc.collect()
+    assert payload() is not None and any(x is payload() for layer in storage for x in layer)
+    after = joined.plan([1, 1, 1], "text").storage()
+    assert [mine is now for mine, now in zip(storage, after)] == [True] * 3 + [False] * 3
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------

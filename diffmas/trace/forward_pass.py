@@ -132,9 +132,10 @@ class ForwardPass:
         """A context in which no other thread allocates rows and no pool moves."""
         return self.work.store.still()
 
-    def storage(self) -> list[tuple[Tensor, Tensor]]:
-        """K and V of every layer's pool, where they lie now."""
-        return [pool.kv for pool in self.work.store.pools]
+    def storage(self) -> list[tuple[Tensor, ...]]:
+        """K and V of every layer's pool, where they lie now; and the quantised rows that it reads."""
+        frozen = self.work.frozen_rows
+        return [pool.kv for pool in self.work.store.pools] + (frozen.layers if frozen is not None else [])
 
     @property
     def run_left(self) -> int:

@@ -92,6 +92,8 @@ class LayerWork:
 
     def __post_init__(self):
         self.hold = self.hold or Hold(self.store, self.views)
+        # The rows that `frozen` numbers, also when the store has others: a graph reads them where they lie.
+        self.frozen_rows = self.store.frozen if self.frozen is not None else None
         self.ref = weakref.ref(self)  # for the graph's nodes; Begin's owns it
         self.committed = False  # its tokens are part of the trace: from now on layers can only be recomputed
         self.forget()
@@ -184,7 +186,7 @@ class LayerWork:
                     for name, view, causal in zip(("shared", "rest"), views["shared"], (False, True))
                 ]  # fmt: skip
         if views["frozen"] is not None:
-            rows, view = self.store.frozen.layers[i], views["frozen"]
+            rows, view = self.frozen_rows.layers[i], views["frozen"]
             found = find("frozen", q_rot, view, False, k_pool=rows[0])
             args = (*rows, *view, scale, interleaved)
             states.append(call("cross_attention_quantized", q_rot, q_rot, *args, backend=backend, **found))
@@ -262,7 +264,7 @@ class LayerWork:
     def _with_frozen(self, run, layer: LayerSpec, do, q_rot, o, lse, scale: float):
         """`run`, but attention's dq gets what the quantised rows add to it, which have no gradient of their own."""
         interleaved, tables, backend = layer.rope == "interleaved", self.on(q_rot.device, layer.index), self.spec.backend
-        rows, view = self.store.frozen.layers[layer.index], self._views(tables, layer, q_rot.device)["frozen"]
+        rows, view = self.frozen_rows.layers[layer.index], self._views(tables, layer, q_rot.device)["frozen"]
         find = functools.partial(
             tables.work.of, "dq", layer.index, q_rot.shape[0], k_pool=rows[0], scale=scale, backend=backend
         )

@@ -232,6 +232,24 @@ def test_bytes():
     assert store.pools[0].rows < 54  # room for what is written, none for what was
 
 
+def test_sizes():
+    """Bytes of what is seen, by who wrote it: quantised rows as they are kept, others in 16 bits."""
+    model = tiny("qwen3", torch.bfloat16)
+    trace = context(model)
+    row, small_row = 2 * 2 * 8 * 2, 2 * 2 * (8 + 4)  # K and V, two heads of 8 elements; and a scale
+    small = trace.quantize("int8")
+    assert trace.sizes == {None: (54, 3 * 54 * row)} and small.sizes == {None: (54, 3 * 54 * small_row)}
+    assert small.sizes[None].bytes == small.memory()
+    small.agent = "b"
+    with torch.no_grad():
+        prefill(model, *tokens(1, 1, 2), trace=small)
+    assert small.sizes == {None: (54, 3 * 54 * small_row), "b": (4, 3 * 4 * row)}
+    narrowed = small.reading([[s._replace(layers=(1, 2)) for s in row] for row in small._segments])
+    assert narrowed.sizes == {None: (54, 2 * 54 * small_row), "b": (4, 2 * 4 * row)}
+    small._store.pools[0] = None  # as where rows go to some layers alone
+    assert narrowed.sizes["b"].bytes == 2 * 4 * row
+
+
 def test_compiled_layers():
     model = tiny("qwen3", torch.float32)
     small = context(model).quantize("int8")

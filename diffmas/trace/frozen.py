@@ -52,6 +52,9 @@ class Frozen:
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
 
+    def row_bytes(self, layer: int) -> int:
+        return sum(x[:1].numel() * x.element_size() for x in self.layers[layer])
+
     def read(self, layer: int, start: int, length: int) -> tuple[Tensor, Tensor]:
         """K and V of some rows, as numbers."""
         *payloads, k_scale, v_scale = (x[start : start + length] for x in self.layers[layer])

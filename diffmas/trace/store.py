@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmas.trace.frozen import Frozen
+from diffmas.trace.frozen import Frozen, rows_seen
 from diffmas.trace.offload import Courier, OffloadedPool
 from diffmas.trace.pool import Pool
 from diffmas.trace.token_ids import TokenIds
@@ -207,6 +207,12 @@ class Store:
                 self.pools[layer].read([slice(s.start, s.end)]) if there < 0 else self.frozen.read(layer, there, s.length)
             )
         return tuple(torch.cat(x) for x in zip(*parts))
+
+    def bytes_of(self, layer: int, segments: Sequence[Segment]) -> int:
+        """Of K and V of rows, each of them once."""
+        own, quantised = rows_seen(segments)
+        total = len(own) * self.pools[layer].row_bytes if len(own) else 0
+        return total + (len(quantised) * self.frozen.row_bytes(layer) if len(quantised) else 0)
 
     def ids(self, segments: Sequence[Segment]) -> np.ndarray:
         """The token ids of rows, -1 where none is known."""

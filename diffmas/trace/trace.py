@@ -132,9 +132,8 @@ class Trace(Appending, Copying):
         found = {}
         for agent in dict.fromkeys(s.agent for s in self.segments):
             own = [s for s in self.segments if s.agent == agent]
-            count = lambda segments: len(np.unique(rows_of(segments)))
-            pools = enumerate(p for p in self._store.pools if p)
-            found[agent] = Size(count(own), sum(p.row_bytes * count(*seen_in([own], layer)) for layer, p in pools))
+            total = sum(self._store.bytes_of(layer, *seen_in([own], layer)) for layer in range(len(self)))
+            found[agent] = Size(len(np.unique(rows_of(own))), total)
         return found
 
     def memory(self) -> int:

@@ -26,8 +26,9 @@ def head_major(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Frozen:
-    """bits: their format (diffmas.ops.quantize). dtype: what they were quantised from. layers: of each, the payloads of K and V
-    [rows, Hkv, D] and their scales [rows, Hkv], as `cross_attention` takes them. ids [rows]: token ids, -1 where none is known.
+    """bits: their format (diffmas.ops.quantize). dtype: of what they were quantised from, the first ones. layers:
+    of each, the payloads of K and V [rows, Hkv, D] and their scales [rows, Hkv], as `cross_attention` takes them. ids [rows]:
+    token ids, -1 where none is known.
     """
 
     bits: str
@@ -55,10 +56,10 @@ class Frozen:
     def row_bytes(self, layer: int) -> int:
         return sum(x[:1].numel() * x.element_size() for x in self.layers[layer])
 
-    def read(self, layer: int, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """K and V of some rows, as numbers."""
+    def read(self, layer: int, start: int, length: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """K and V of some rows, as numbers of their own dtype or another."""
         *payloads, k_scale, v_scale = (x[start : start + length] for x in self.layers[layer])
-        return tuple(dequantize(x, scale, self.dtype) for x, scale in zip(payloads, (k_scale, v_scale)))
+        return tuple(dequantize(x, scale, dtype or self.dtype) for x, scale in zip(payloads, (k_scale, v_scale)))
 
     def take(self, rows: np.ndarray) -> "Frozen":
         """These rows alone."""
@@ -66,11 +67,10 @@ class Frozen:
         return replace(self, layers=[tuple(map(pick, layer)) for layer in self.layers], ids=self.ids[rows])
 
     def with_rows(self, more: "Frozen") -> "Frozen":
-        """These rows and others behind them. Raises ValueError for others of another format."""
-        if (more.bits, more.dtype) != (self.bits, self.dtype):
-            raise ValueError(
-                f"bits: expected rows in {self.bits} of {self.dtype}, as this trace has, got {more.bits} of {more.dtype}"
-            )
+        """These rows and others behind them. Raises ValueError for others of another format; their dtype may be another, as a
+        context's in float32 whose readers run under autocast."""
+        if more.bits != self.bits:
+            raise ValueError(f"bits: expected rows in {self.bits}, as this trace has, got rows in {more.bits}")
         layers = [tuple(map(_behind, mine, theirs)) for mine, theirs in zip(self.layers, more.layers)]
         return replace(self, layers=layers, ids=np.concatenate((self.ids, more.ids)))
 

@@ -197,15 +197,15 @@ class Store:
     # ---- what rows hold ----------------------------------------------------------------------------------------------
 
     def read(self, layer: int, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
-        """A copy of rows of K and V, where they are kept; quantised ones in the trace's dtype."""
+        """A copy of rows of K and V, where they are kept; quantised ones in the pool's dtype, where there is one."""
+        pool = self.pools[layer]
         if self.frozen is None:
-            return self.pools[layer].read([slice(s.start, s.end) for s in segments])
-        parts = [self.frozen.read(layer, 0, 0)]
+            return pool.read([slice(s.start, s.end) for s in segments])
+        dtype = None if pool is None else pool.dtype
+        parts = [self.frozen.read(layer, 0, 0, dtype)]
         for s in segments:
             there = s.start - FROZEN
-            parts.append(
-                self.pools[layer].read([slice(s.start, s.end)]) if there < 0 else self.frozen.read(layer, there, s.length)
-            )
+            parts.append(pool.read([slice(s.start, s.end)]) if there < 0 else self.frozen.read(layer, there, s.length, dtype))
         return tuple(torch.cat(x) for x in zip(*parts))
 
     def bytes_of(self, layer: int, segments: Sequence[Segment]) -> int:

@@ -28,9 +28,9 @@ from diffmas.ops import dequantize, quantize
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.frozen import Frozen
 from diffmas.trace.spec import LayerSpec, ModelSpec
-from diffmas.trace.store import Store
+from diffmas.trace.store import Hold, Store
 from diffmas.trace.tables import Tables
-from diffmas.trace.views import KVRange
+from diffmas.trace.views import FROZEN, KVRange
 
 BITS = ["int8", "fp8", "int4"]
 
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_a_plain_loop(bits):
     layer = LayerSpec(0, "half")
     store = Store(1)
     store.allocate(40)
-    store.freeze(Frozen.of(bits, [(k, v)], np.full(R, -1)))
+    store.freeze(Frozen.of(bits, [(k, v)], np.full(R, -1)), Hold(store))
     spec = ModelSpec([layer], "reference", inv_freq=lambda device: inv_freq)
     frozen = [[KVRange(2, 9, 0), KVRange(20, 5, 7)], [], [KVRange(0, 30, 0)]]
     lengths = [[3, 2, 0], [1, 1, 2]]
@@ -338,6 +338,35 @@ def test_traces_of_another_origin_are_joined(tmp_path):
     assert plain._store.frozen.rows == 12 and plain.lengths == [12, 44, 10]
     with pytest.raises(ValueError, match="bits: expected rows in int8, as this trace has, got rows in fp8"):
         Trace.join([home, context(model).quantize("fp8")])
+
+
+def test_joins_that_are_let_go_leave_nothing_behind():
+    """A trace of another origin is joined time and again: its rows take the place of those before, which somebody who has read
+    them still needs."""
+    model = tiny("qwen3")
+    home, rows = context(model), tokens(3, 3, 3, seed=8)
+    contexts = [context(model, 3, 4, 5, seed=seed).quantize() for seed in (6, 7)]
+    want = []
+    for other in contexts:
+        loss_of(torch.cat(read(model, Trace.join([home, other]), *rows))).backward()
+        want.append(gradients(model))
+        assert home._store.frozen.rows == 12
+    losses = [loss_of(torch.cat(read(model, Trace.join([home, other]), *rows))) for other in contexts]
+    for loss, grads in zip(losses, want):
+        loss.backward()
+        assert_close(gradients(model), grads)
+    joined = Trace.join([home, contexts[0]])
+    (last,) = (s for s in joined.segments if s.sequence == 2 and s.start >= FROZEN)
+    first = joined.reading([[], [last], []])  # sees rows behind those that may go
+    before = first.keys_values(1, 1)
+    del joined
+    both = Trace.join([first, contexts[1]])
+    assert both._store.frozen.rows == 24
+    for x, y in zip(first.keys_values(1, 1), before):
+        assert torch.equal(x, y)
+    del first, both
+    fp8 = Trace.join([home, context(model, 1, 1, 1).quantize("fp8")])  # the rows of the other format are gone
+    assert fp8._store.frozen.rows == 3
 
 
 def test_a_captured_pass_keeps_the_rows_that_it_reads():

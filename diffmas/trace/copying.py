@@ -142,13 +142,13 @@ class Copying(CacheFace):
 
     def _with_rows(self, segments, next_positions, kv, ids: Tensor | None, frozen: Frozen | None) -> Self:
         """A view of rows from elsewhere, which are copied into this trace's store as constants; see `of_rows`."""
-        quantised = 0
+        quantised, held = 0, Hold(self._store)  # held until the view is there
         if frozen is not None:
             check_reads(self.spec.backend)
             if self._store.offloaded:
                 raise ValueError("offload: expected rows as they were written, got quantised ones, which stay on the device")
-            quantised = self._store.freeze(frozen.to(self.spec.device)) - FROZEN
-        first, hold = self._write_rows(kv, ids) if kv else (0, None)  # held until the view is there
+            quantised = self._store.freeze(frozen.to(self.spec.device), held) - FROZEN
+        first, hold = self._write_rows(kv, ids) if kv else (0, None)
         moved = [[s._replace(start=s.start + (first if s.start < FROZEN else quantised)) for s in row] for row in segments]
         return self._view(moved, None, next_positions, torch.zeros(0))
 

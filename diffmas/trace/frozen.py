@@ -1,7 +1,8 @@
 """Quantised rows of a store: constants in 8 bits an element, that attention reads as they are.
 
 They are numbered from FROZEN on (diffmas.trace.views), so a segment of them is cut, joined and compared like any other. Nobody
-frees single ones: they go with the store.
+frees single ones: those behind the last one that is needed go when others come (`Store.freeze`), the rest with the store. A
+forward pass keeps the rows that it reads (`LayerWork.frozen_rows`).
 """
 
 from collections.abc import Sequence
@@ -60,6 +61,10 @@ class Frozen:
         """K and V of some rows, as numbers of their own dtype or another."""
         *payloads, k_scale, v_scale = (x[start : start + length] for x in self.layers[layer])
         return tuple(dequantize(x, scale, dtype or self.dtype) for x, scale in zip(payloads, (k_scale, v_scale)))
+
+    def first(self, rows: int) -> "Frozen":
+        """So many of the rows, where they lie."""
+        return replace(self, layers=[tuple(x[:rows] for x in layer) for layer in self.layers], ids=self.ids[:rows])
 
     def take(self, rows: np.ndarray) -> "Frozen":
         """These rows alone."""

@@ -88,12 +88,16 @@ class Store:
         with self.lock:  # not while another thread goes through them
             self._holders.add(holder)
 
-    def _held(self) -> np.ndarray:
-        """Whether a live holder names a row; [top] bool."""
+    def _ranges_held(self) -> np.ndarray:
+        """What live holders name; [n, 2], first row and the row after the last."""
         held = [holder.held() for holder in list(self._holders)]
         more = [pair for _, pairs in held for pair in pairs]
-        ranges = np.concatenate([np.array(more, dtype=np.int64).reshape(-1, 2), *(rows for rows, _ in held)])
-        ranges = ranges[ranges[:, 0] < FROZEN]  # quantised rows stay as long as the store
+        return np.concatenate([np.array(more, dtype=np.int64).reshape(-1, 2), *(rows for rows, _ in held)])
+
+    def _held(self) -> np.ndarray:
+        """Whether a live holder names a row; [top] bool."""
+        ranges = self._ranges_held()
+        ranges = ranges[ranges[:, 0] < FROZEN]  # quantised rows have no gaps to fill (`freeze`)
         starts, ends = (np.bincount(x, minlength=self.top + 1) for x in ranges.T)
         return (starts - ends).cumsum()[:-1] > 0
 
@@ -223,12 +227,14 @@ class Store:
                 ids[frozen] = self.frozen.ids[rows[frozen] - FROZEN]
         return ids
 
-    def freeze(self, rows: Frozen) -> int:
-        """Takes over quantised rows; the number of the first one."""
+    def freeze(self, rows: Frozen, hold: Hold) -> int:
+        """Takes over quantised rows, which `hold` names until a view does; the number of the first one. They come behind the
+        last one that is needed: what nobody sees beyond it goes."""
         with self.lock:
-            first = 0 if self.frozen is None else self.frozen.rows
-            self.frozen = rows if self.frozen is None else self.frozen.with_rows(rows)
-        return FROZEN + first
+            kept = 0 if self.frozen is None else max(int(self._ranges_held()[:, 1].max(initial=0)) - FROZEN, 0)
+            self.frozen = self.frozen.first(kept).with_rows(rows) if kept else rows
+            hold.claimed.append((FROZEN + kept, FROZEN + kept + rows.rows))
+        return FROZEN + kept
 
     # ---- storage -----------------------------------------------------------------------------------------------------
 

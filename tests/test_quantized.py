@@ -383,6 +383,23 @@ def test_a_captured_pass_keeps_the_rows_that_it_reads():
     assert [mine is now for mine, now in zip(storage, after)] == [True] * 3 + [False] * 3
 
 
+def test_weights_that_are_offloaded():
+    """accelerate leaves them on the meta device between forwards: rows stay where the forward wrote them."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny("llama")
+    want = torch.cat(read(model, context(model).quantize(), *tokens(2, 2, 2)))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    small = context(model).quantize()
+    assert_close(torch.cat(read(model, small, *tokens(2, 2, 2))), want)
+    joined = Trace.join([small, context(model, 3, 4, 5, seed=6).quantize()])
+    assert joined.lengths == [12, 44, 10]
+    torch.cat(read(model, joined, *tokens(2, 2, 2)))
+    for other in (small, context(model)):
+        with pytest.raises(ValueError, match="trace: expected a layer 0 in memory, .* whose weights are offloaded"):
+            Trace(model, 3).adopted(other)
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------------------
 
 

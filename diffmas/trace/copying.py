@@ -100,9 +100,11 @@ class Copying(CacheFace):
         if len(quantised):
             parts.append(store.frozen.take(quantised))
         frozen = functools.reduce(Frozen.with_rows, parts)
-        copy = self.of_rows(self.spec, renumbered(self._segments, own, quantised), self._next, [], frozen=frozen)
-        copy.agent = self.agent
-        return copy
+        small = type(self)(self.spec, self.batch_size)
+        hold = Hold(small._store)  # until the view is there
+        small._store.freeze(frozen, hold)  # where the rows lie: with offloaded weights, nobody else knows
+        small.agent = self.agent
+        return small._view(renumbered(self._segments, own, quantised), None, self._next)
 
     def save(self, path) -> None:
         """Writes the rows it sees to one safetensors file, with fingerprints of model, adapter and RoPE, and a checksum;
@@ -147,10 +149,19 @@ class Copying(CacheFace):
             check_reads(self.spec.backend)
             if self._store.offloaded:
                 raise ValueError("offload: expected rows as they were written, got quantised ones, which stay on the device")
-            quantised = self._store.freeze(frozen.to(self.spec.device), held) - FROZEN
+            quantised = self._store.freeze(frozen.to(self._device), held) - FROZEN
         first, hold = self._write_rows(kv, ids) if kv else (0, None)
         moved = [[s._replace(start=s.start + (first if s.start < FROZEN else quantised)) for s in row] for row in segments]
         return self._view(moved, None, next_positions, torch.zeros(0))
+
+    def _device(self, layer: int) -> torch.device:
+        """Where rows from elsewhere go; raises ValueError where that is not known yet."""
+        device = self._store.device(layer) or self.spec.device(layer)
+        if device.type == "meta":
+            raise ValueError(
+                f"trace: expected a layer {layer} in memory, where its rows go, got one whose weights are offloaded"
+            )
+        return device
 
     def _write_rows(self, kv, ids: Tensor | None) -> tuple[int, Hold]:
         """Copies rows into this trace's store; the first of them there, and who holds them."""
@@ -161,7 +172,7 @@ class Copying(CacheFace):
             hold.claimed.append((first, first + rows))
             store.token_ids.write(np.arange(first, first + rows), ids)
         for layer, pair in zip(self.spec.layers, kv):
-            pair = [x.detach().to(self.spec.device(layer.index)) for x in pair]
+            pair = [x.detach().to(self._device(layer.index)) for x in pair]
             pool = store.pool(layer.index, *pair)
             with pool.writing(np.arange(first, first + rows)) as kv:
                 for mine, x in zip(kv, pair):

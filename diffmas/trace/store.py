@@ -236,6 +236,12 @@ class Store:
             hold.claimed.append((FROZEN + kept, FROZEN + kept + rows.rows))
         return FROZEN + kept
 
+    def device(self, layer: int) -> torch.device | None:
+        """Where a layer's rows lie; None where it has none yet."""
+        if self.pools[layer] is not None:
+            return self.pools[layer].device
+        return None if self.frozen is None else self.frozen.layers[layer][0].device
+
     # ---- storage -----------------------------------------------------------------------------------------------------
 
     def pool(self, layer: int, k: Tensor, v: Tensor) -> Pool:

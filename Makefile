@@ -63,7 +63,7 @@ test-vllm: $(INSTALLED) .compat/vllm/.installed
 # first too, or the sanitizer finds no exceptions to intercept. Python's own leaks are not looked at; pytest must not keep
 # stderr from an aborting process.
 ASAN := build/asan
-ASAN_TESTS ?= tests/test_ops.py tests/test_op_inputs.py tests/test_linear_op.py tests/test_layer_ops.py --deselect tests/test_layer_ops.py::test_every_instruction_set --deselect tests/test_ops.py::test_every_instruction_set --deselect tests/test_linear_op.py::test_every_instruction_set --deselect tests/test_ops.py::test_attention_backward_of_many_blocks
+ASAN_TESTS ?= tests/test_ops.py tests/test_op_inputs.py tests/test_linear_op.py tests/test_layer_ops.py tests/test_quantized_ops.py --deselect tests/test_layer_ops.py::test_every_instruction_set --deselect tests/test_quantized_ops.py::test_every_instruction_set --deselect tests/test_ops.py::test_every_instruction_set --deselect tests/test_linear_op.py::test_every_instruction_set --deselect tests/test_ops.py::test_attention_backward_of_many_blocks
 test-asan: $(INSTALLED)
 	DIFFMAS_SANITIZE=1 $(PY) setup.py -q build --build-base $(ASAN) --build-lib $(ASAN)/lib
 	test -f $(ASAN)/lib/diffmas/libdiffmas.so
@@ -115,7 +115,7 @@ bench-readme: $(INSTALLED)
 # goes with its huggingface_hub: transformers imports the one that is there. In a directory of this name, or dill, by which
 # datasets tells data sets apart, takes all of it for the user's own code and pickles it whole.
 COMPAT ?= 4.56.2 5.17.0
-COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate decoding gradients passes threads latent linears few_rows lora_run gradient_clip graphed_steps graphed_decoding system adapters training training_arguments evaluation files load chat multimodal sinks ragged audit gradient_report rl graph jacobi offload))
+COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate decoding gradients passes threads latent linears few_rows pointwise lora_run gradient_clip graphed_steps graphed_decoding system adapters training training_arguments evaluation files load chat multimodal sinks ragged audit gradient_report rl graph jacobi selection offload))
 compat: $(INSTALLED)
 	for v in $(COMPAT); do \
 	  test -d .compat/$$v || { $(PY) -m pip install -q --target .compat/$$v.part/site-packages "transformers==$$v" datasets && mv .compat/$$v.part .compat/$$v; } || exit 1; \

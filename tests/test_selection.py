@@ -17,7 +17,7 @@ from diffmas.agents.board import Board
 from diffmas.agents.card import contents
 from diffmas.agents.meter import measuring
 from diffmas.agents.scores import attention_by_layer, scores
-from diffmas.agents.selection import MEASURED, selected
+from diffmas.agents.selection import MEASURED, selected, within
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace.attention_mass import AttentionMass
@@ -243,6 +243,45 @@ def test_a_budget_holds_for_what_is_on_the_trace_before():
         rows, places = rows_of([x for x in trace.segments if x.sequence == b]).tolist(), trace.positions(b).tolist()
         assert rows[:3] == first[b][:3] and places[:3] == [0, 1, 2]
         assert places[3:] == list(range(trace.next_positions[b] - 4, trace.next_positions[b]))
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["given", "learned"])  # whether the trace before has a gradient
+def test_whoever_reads_an_agent_with_a_budget_has_what_all_see(learns):
+    """It leaves out rows of the trace before in its own turn alone."""
+    a, b = agent("a", 2, None), agent("b", 2, None, max_rows=7)
+    s = system(agents=[a, b, agent("solver", 0, None)], sinks=3)
+    fields = s.fields_of(QUESTIONS)
+
+    def remembered():
+        with torch.set_grad_enabled(learns):
+            return s.think(Agent("memory", "w30 w31 w32 w33 w34 w35 w36 w37", 2), fields, Trace(s.model, 3))
+
+    def loss():
+        return s(QUESTIONS, ANSWERS, trace=s.communicate(fields, remembered() if learns else memory.fork(1)[0])).loss
+
+    memory = remembered()
+    got = s.communicate(fields, memory.fork(1)[0])
+    before = system(agents=[a, s.agents[2]], sinks=3).communicate(fields, memory.fork(1)[0])
+    by_sequence = [[x for x in before.segments if x.sequence == q] for q in range(3)]
+    view = before.reading([within(row, 3, 7, None, {}) for row in by_sequence])
+    want = s.think(b, fields, view)
+    for q, n in enumerate(before.lengths):
+        own = got.lengths[q] - n
+        assert own == want.lengths[q] - 7 > 2
+        assert got.positions(q).tolist() == [*before.positions(q).tolist(), *want.positions(q)[-own:].tolist()]
+        for x, y, z in zip(*(t.keys_values(1, q) for t in (got, before, want))):
+            assert_close(x, torch.cat((y, z[-own:])), 1e-12)
+    loss().backward()
+    slopes = gradients(s)
+    step = {name: torch.randn_like(g) for name, g in slopes.items()}
+    params, ends = dict(s.named_parameters()), []
+    with torch.no_grad():
+        for by in (1e-5, -2e-5):
+            for name, x in step.items():
+                params[name] += by * x
+            ends.append(float(loss()))
+    want = sum(float((g * step[name]).sum()) for name, g in slopes.items())
+    assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(want, rel=1e-5)
 
 
 def check_single_runs(s, rows):

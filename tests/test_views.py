@@ -381,6 +381,9 @@ def test_reading_rows_of_other_sequences(model):
     ):
         with pytest.raises(ValueError, match=message):
             trace.reading(segments)
+    assert trace.reading([[], [view.segments[-1]]], view).lengths == [0, view.segments[-1].length]
+    with pytest.raises(ValueError, match="beside: expected a trace with the same storage"):
+        trace.reading([[], []], prefill(model, *new))
 
 
 # ---- repack -----------------------------------------------------------------------------------------------------------

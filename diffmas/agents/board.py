@@ -95,14 +95,16 @@ class Board:
         wide = Trace.stack(reads)
         wide.agent = [agent.name for agent in agents for _ in range(B)]
         take_turns(system, agents[0], wide, own, least)
-        base, kind = _by_sequence(self._base(group[0])), "latent" if system.trace_content == "latent_only" else None
+        common, kind = self._base(group[0]), "latent" if system.trace_content == "latent_only" else None
+        base = _by_sequence(common)
         with phase("hand-over"):
             for k, (i, read) in enumerate(zip(group, reads)):
                 mine = wide.select(range(k * B, (k + 1) * B))
                 mine.agent = None
                 rows = zip(_by_sequence(mine), read.lengths, base)
                 self._handed[i] = mine.reading(
-                    [handed_on(row, n, common, system.agents[i].name, kind, system.sinks) for row, n, common in rows]
+                    [handed_on(row, n, to_all, system.agents[i].name, kind, system.sinks) for row, n, to_all in rows],
+                    None if agents[k].max_rows is None else common,  # of which it may have read some rows alone
                 )
                 if i in self.graph.fuses:
                     self._handed[i] = self._fused(i, questions, own[k * B : (k + 1) * B])

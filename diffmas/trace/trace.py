@@ -212,22 +212,28 @@ class Trace(Appending, Copying):
         view = self._view([only(row, kind, agent, sinks) for row in self._segments], self._extents)
         return view._reindexed() if positions == "reindex" else view
 
-    def reading(self, segments: list[list[Segment]]) -> "Trace":
+    def reading(self, segments: list[list[Segment]], beside: "Trace | None" = None) -> "Trace":
         """A view in which sequence b sees segments[b], in that order: rows of any sequences of this trace, at the positions
-        that the segments' offsets give them. The next positions stay.
+        that the segments' offsets give them. The next positions stay. beside: a trace with the same storage, such as one that
+        this one was selected from; its rows may be seen too.
 
-        Raises ValueError unless there is a list for each sequence, of rows that this trace sees, none of them twice in one.
+        Raises ValueError unless there is a list for each sequence, of rows that these traces see, none of them twice in one.
         """
         if len(segments) != self.batch_size:
             raise ValueError(f"segments: expected a list for each of {self.batch_size} sequences, got {len(segments)}")
-        seen = rows_of(self.segments)
+        if beside is not None and beside._store is not self._store:
+            raise ValueError("beside: expected a trace with the same storage, got one with another")
+        seen = rows_of(self.segments if beside is None else self.segments + beside.segments)
         for b, row in enumerate(segments):
             rows = rows_of(row)
             if not np.isin(rows, seen).all():
                 raise ValueError(f"segments[{b}]: expected rows that this trace sees, got others")
             if len(np.unique(rows)) < len(rows):
                 raise ValueError(f"segments[{b}]: expected every row once, got one twice")
-        return self._view(segments)
+        if beside is None:
+            return self._view(segments)
+        lineage, order = self._ordered_after([self, beside])
+        return self._view(segments, order=order, lineage=lineage)
 
     def _reindexed(self) -> "Trace":
         """The same tokens, read at positions 0, 1, 2, ..."""

@@ -1,15 +1,16 @@
 """Every saved team says what it is; what a person wrote into its card stays; a team goes to the hub in one call."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_systems as tiny
 from huggingface_hub import ModelCard
 from test_export import HUB, FakeHub
 
-from diffmas import MultiAgentSystem
+from diffmas import MultiAgentSystem, patch_model
+from diffmas.agents import Other, Projector, hub
 from diffmas.agents import card as cards
-from diffmas.agents import hub
 from diffmas.agents.card import BEGIN, END
 from diffmas.agents.facts import add_facts
 from diffmas.training.checkpoint import check_manifest, write_manifest
@@ -137,6 +138,29 @@ def test_push_to_the_hub_in_one_call(monkeypatch):
     (created, uploaded) = calls
     assert created == ("create", "me/team", True, True) and uploaded[1] == "me/team"
     assert {"README.md", "agents.json", "adapter_model.safetensors", "tokenizer.json"} <= uploaded[2]
+
+
+def mixed(small: str, base: str = HUB):
+    """A team with an agent of another model."""
+    models = tiny.model(), tiny.model(4)
+    for model, name in zip(models, (base, small)):
+        patch_model(model)
+        model.config._name_or_path = name
+    crew = tiny.agents()
+    crew[1] = replace(crew[1], model="small")
+    others = {"small": Other(models[1], tiny.tokenizer(), Projector(models[1], models[0]))}
+    return MultiAgentSystem(models[0], tiny.tokenizer(), crew, others=others)
+
+
+def test_other_models_have_to_be_on_the_hub_too(tmp_path, monkeypatch):
+    calls, system = [], mixed(str(tmp_path))
+    monkeypatch.setattr(hub, "HfApi", lambda: FakeHub(calls))
+    system.save_pretrained(tmp_path / "team")
+    for push in (system.push_to_hub, lambda repo: hub.push_to_hub(tmp_path / "team", repo)):
+        with pytest.raises(ValueError, match="others, 'small': base: expected a hub name to push to me/team"):
+            push("me/team")
+    assert not calls
+    assert mixed("someone/small-1b").push_to_hub("me/team") == "https://huggingface.co/me/team"
 
 
 def test_an_export_has_the_facts_too(tmp_path):

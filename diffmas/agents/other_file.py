@@ -16,7 +16,7 @@ from diffmas.models.load import load_base, load_tokenizer
 from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_model
 
-__all__ = ["load", "load_encoder", "made", "projector_of", "read_weights", "save"]
+__all__ = ["base_models", "load", "load_encoder", "made", "projector_of", "read_weights", "save"]
 
 OTHER_FILE, PROJECTOR_FILE = "other.json", "projector.safetensors"
 KINDS = {kind.kind: kind for kind in (Projector, Fuser)}
@@ -64,6 +64,11 @@ def save(path, others) -> None:
         head = file.save_model(place, other.model, other.tokenizer)
         save_file({key: x.detach().cpu().contiguous() for key, x in other.own_state().items()}, place / PROJECTOR_FILE)
         file.write_json(place / OTHER_FILE, head)
+
+
+def base_models(path, names) -> dict[str, str | None]:
+    """The base models of a directory's other models, by the names of these."""
+    return {name: _head(directory(path, name))["base_model"] for name in names}
 
 
 def _head(place: Path) -> dict:

@@ -307,9 +307,10 @@ class MultiAgentSystem(Member):
         """Saves the system and uploads it into a model repository of the Hugging Face hub, owner/name; returns its address.
 
         private: whether a repository that is made for it is. Raises ValueError, before anything is uploaded, for a name that is
-        none, and where the base model has no name on the hub (`diffmas export --base` gives it one).
+        none, and where the base model has no name on the hub (`diffmas export --base` gives it one), or that of another model.
         """
-        hub.check_push(repo, causal_lm_of(self.model).config._name_or_path)
+        bases = {name: causal_lm_of(other.model).config._name_or_path for name, other in self.others.items()}
+        hub.check_push(repo, causal_lm_of(self.model).config._name_or_path, bases)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(path := Path(directory) / repo.rpartition("/")[2])
             return hub.push_to_hub(path, repo, private)

@@ -152,6 +152,15 @@ def mixed(small: str, base: str = HUB):
     return MultiAgentSystem(models[0], tiny.tokenizer(), crew, others=others)
 
 
+def test_a_card_says_which_agent_has_which_model(tmp_path):
+    mixed("someone/small-1b").save_pretrained(tmp_path / "team")
+    tiny.system().save_pretrained(tmp_path / "one")
+    text, of_one = card_of(tmp_path / "team").text, card_of(tmp_path / "one").text
+    assert "### critic: T = 2, of the model small" in text and "what other models (`small`) make" in text
+    assert "share one language model" not in text
+    assert "share one language model" in of_one and "of the model" not in of_one
+
+
 def test_other_models_have_to_be_on_the_hub_too(tmp_path, monkeypatch):
     calls, system = [], mixed(str(tmp_path))
     monkeypatch.setattr(hub, "HfApi", lambda: FakeHub(calls))

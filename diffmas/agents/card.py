@@ -105,8 +105,8 @@ def contents(described: dict, title: str, facts: dict | None = None) -> tuple[Mo
     parts = [
         BEGIN,
         f"# {title}",
-        "A team of agents that share one language model and communicate through its key/value states (diffmas): each agent "
-        "but the last takes latent steps, and the last one answers.",
+        f"A team of agents that {_models(described)} (diffmas): each agent but the last takes latent steps, and the last one "
+        "answers.",
         f"Base model: `{base}`. Adapters: {_adapters(described)}. Licence of the base model: "
         f"{name or 'not known where this was saved; see there'}.",
         "## Agents",
@@ -121,6 +121,13 @@ def contents(described: dict, title: str, facts: dict | None = None) -> tuple[Mo
         END,
     ]
     return data, "\n\n".join(parts)
+
+
+def _models(described: dict) -> str:
+    if not described["others"]:
+        return "share one language model and communicate through its key/value states"
+    names = ", ".join(f"`{name}`" for name in described["others"])
+    return f"communicate through key/value states of its base model, to which what other models ({names}) make is brought"
 
 
 def _known(facts: dict) -> list[str]:
@@ -173,6 +180,7 @@ def _agent(agent: dict, last: bool) -> str:
     reads = [_edge(edge) for edge in agent["reads"] or ()]
     T += f", reads {', '.join(reads) or 'nobody'}" if agent["reads"] is not None else ""
     T += f", at most {agent['max_rows']} rows" if agent["max_rows"] is not None else ""
+    T += f", of the model {agent['model']}" if agent["model"] is not None else ""
     texts = [("System message", agent["system"]), ("Prompt", agent["prompt"])]
     return "\n\n".join(
         [f"### {agent['name']}: {T}{stop}", *(f"{what}:\n\n{_fenced(text, 'text')}" for what, text in texts if text)]

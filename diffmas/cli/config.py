@@ -101,9 +101,9 @@ class Evaluation:
     """`diffmas evaluate`.
 
     data: a file of JSON lines, by default the task's test part, or without a task the validation rows. methods: some of
-    METHODS. samples: answers per question. batch_size: questions at once, each with all samples. max_message_tokens: of each
-    message in the methods "text" and "text_sft". extract, match: see `diffmas.evaluation.Scorer`; by default the task's, or all
-    and exact. limit: only so many rows, from the first.
+    METHODS; the default goes without latent_mas where there are other models. samples: answers per question. batch_size:
+    questions at once, each with all samples. max_message_tokens: of each message in the methods "text" and "text_sft". extract,
+    match: see `diffmas.evaluation.Scorer`; by default the task's, or all and exact. limit: only so many rows, from the first.
     """
 
     data: str | None = None

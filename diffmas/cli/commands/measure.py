@@ -123,7 +123,7 @@ def evaluate(
     from diffmas import evaluation
     from diffmas.agents.file import write_json
     from diffmas.cli.build import check_adapters, evaluation_rows, methods_of, scorer_of, trained_system
-    from diffmas.cli.config import check_methods
+    from diffmas.cli.config import Evaluation, check_methods
     from diffmas.cli.made_with import made_with
 
     settings, place = _settings(config, task, model, path, latent_steps, output, adapter), device_of(device)
@@ -142,6 +142,9 @@ def evaluate(
     check_adapters(names, adapters)
     if "diffmas" in options.methods and not adapter:
         errors.print("diffmas: left out, it needs --adapter", highlight=False)
+    if settings.others and methods is None and options.methods == Evaluation().methods:  # nobody has asked for it
+        errors.print("latent_mas: left out, it needs agents of one model", highlight=False)
+        names -= {"latent_mas"}
     compared = methods_of(settings, trained_system(settings, adapter, place), names, adapters)
     if adapter is None and "latent_mas" in compared:
         from diffmas.agents.latent_check import unlike_tokens

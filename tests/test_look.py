@@ -321,6 +321,19 @@ def test_looking_changes_nothing():
     assert system.together
 
 
+def test_attention_to_quantised_rows_is_refused():
+    """Nobody has its weights, and a picture without them would be of another team."""
+    system = tiny.system().eval()
+    with torch.no_grad():
+        context = prefill(system.model, torch.tensor([3, 4, 5, 6]))
+    fields = [{"question": "where is the key"}]
+    with Watch(system) as watch:
+        system.communicate(fields, trace=context.fork(1)[0])
+        with pytest.raises(ValueError, match="trace: expected rows as they were written.* got quantised ones"):
+            system.communicate(fields, trace=context.quantize())
+    assert {len(p.weights) for p in watch.passes} == {len(context)}
+
+
 def test_attention_is_told_where_sequences_share_rows():
     """A pass that reads shared rows at once has no query that sees all of its view: it goes the other way when watched."""
     model = tiny_model("llama", torch.float32, max_position_embeddings=4096)

@@ -430,6 +430,30 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
         went_on.quantize("fp8")
 
 
+def test_keys_that_nobody_can_move():
+    """Of quantised rows at position offsets a transformers layer has none; `repack` before `quantize` is what can be done."""
+    model = tiny("qwen3")
+    for early in (True, False):
+        a, b = (prefill(model, *tokens(3, 3, seed=s), trace=t) for s, t in enumerate(Trace(model, 2).fork(2)))
+        joined = Trace.join([a.detach(), b.detach()])
+        small = (joined.repack() if early else joined).quantize()
+        if early:
+            assert small.layers[0].keys.shape == (2, 2, 6, 8)
+        else:
+            with pytest.raises(ValueError, match="keys: .* quantised rows at position offsets.* `repack` the trace before"):
+                small.layers[0].keys  # noqa: B018
+        assert small.keys_values(0, 1)[0].shape == (6, 2, 8)
+
+
+def test_a_pass_is_not_captured_before_there_are_pools():
+    model = tiny("qwen3")
+    small = context(model).quantize()
+    assert not small.plan([1, 1, 1], "text").repeatable(1)
+    with torch.no_grad():
+        prefill(model, *tokens(1, 1, 1), trace=small)
+    assert small.plan([1, 1, 1], "text").repeatable(1)
+
+
 def test_a_backend_that_cannot_read_them_is_refused(tmp_path, monkeypatch):
     model = tiny("qwen3", torch.float32)
     trace = context(model)

@@ -6,6 +6,8 @@ from torch import Tensor, stack, zeros
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
+from diffmas.trace.views import FROZEN
+
 __all__ = ["CacheFace", "LayerView", "cache_argument", "cache_name"]
 
 NAMES = ("cache", "past_key_values")  # of a model's argument: since transformers 5.24, which prefers it, and before
@@ -97,7 +99,8 @@ class LayerView:
     """One layer of a trace as a layer of transformers' caches; read-only.
 
     keys, values [B, Hkv, longest, D]: copies, with zeros on the left of shorter sequences; None for an empty trace. Raises
-    ValueError for keys that are read at other positions than they were written at: `repack` the trace first.
+    ValueError for keys that are read at other positions than they were written at: `repack` the trace first, before it is
+    quantised.
     """
 
     __slots__ = ("_index", "_trace")
@@ -114,6 +117,11 @@ class LayerView:
 
     @property
     def keys(self) -> Tensor | None:
+        if any(s.offset and s.start >= FROZEN for s in self._trace.segments):
+            raise ValueError(
+                "keys: expected a trace that is read where it was written, got quantised rows at position offsets, whose keys "
+                "cannot be moved: `keys_values` has them as they were written; or `repack` the trace before it is quantised"
+            )
         if any(s.offset for s in self._trace.segments):
             raise ValueError("keys: expected a trace that is read where it was written, got position offsets; repack it first")
         return self._padded(0)

@@ -146,9 +146,8 @@ class ForwardPass:
         """Whether `steps` steps from this one stay in their extents and in the pools there are, on the device: a capture must
         not move these."""
         rooms, store = (e.end - e.filled for e, n in zip(self.table.extents, self.lengths) if n), self.work.store
-        return (
-            not store.offloaded and all(room >= steps - 1 for room in rooms) and all(p.rows >= store.top for p in store.pools)
-        )
+        roomy = all(pool is not None and pool.rows >= store.top for pool in store.pools)
+        return not store.offloaded and all(room >= steps - 1 for room in rooms) and roomy
 
     def place(self) -> Place:
         return Place(self.work.slots, self.positions, self.table.segments)

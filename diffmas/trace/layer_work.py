@@ -86,7 +86,7 @@ class LayerWork:
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
     # (layer, rotated q [n, Hq, D], o, lse, (K, V), view, scale, interleaved) -> None: told who attends to what, in what
-    # `cross_attention` takes and returns
+    # `cross_attention` takes and returns. Not where a sequence of the pass sees quantised rows: ask `frozen` first.
     attended = None
     borrowed: Borrowed | None = None  # as long as a backward of it runs inside of another
 

@@ -26,6 +26,7 @@ FOREIGN = {
     "_execution_engine": "torch: callbacks at the end of a backward pass",
     "_exit": "os: ends a process that was forked, and nothing of its parent's",
     "_has_any_global_hook": "torch.nn.Module: whether somebody hooks into all calls",
+    "_unsafe_view": "torch.ops.aten: another shape of a tensor that nobody else has, which is not a view to autograd",
     "_foreach_copy_": "torch: copies of many tensors in a few launches",
     "_foreach_norm": "torch: the norms of all gradients in a few launches",
     "_forward_hooks": "torch.nn.Module: a hook that is removed by its id, since handles cannot be pickled or copied",

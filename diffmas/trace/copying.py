@@ -100,11 +100,16 @@ class Copying(CacheFace):
         if len(quantised):
             parts.append(store.frozen.take(quantised))
         frozen = functools.reduce(Frozen.with_rows, parts)
-        small = type(self)(self.spec, self.batch_size)
-        hold = Hold(small._store)  # until the view is there
-        small._store.freeze(frozen, hold)  # where the rows lie: with offloaded weights, nobody else knows
+        segments = renumbered(self._segments, own, quantised)
+        small = type(self)(self.spec, self.batch_size)._with_frozen(frozen, segments, self._next)
         small.agent = self.agent
-        return small._view(renumbered(self._segments, own, quantised), None, self._next)
+        return small
+
+    def _with_frozen(self, frozen: Frozen, segments: list[list[Segment]], next_positions: list[int]) -> Self:
+        """A view of quantised rows in an empty trace's store, where they lie: with offloaded weights, nobody else knows."""
+        hold = Hold(self._store)  # until the view is there
+        self._store.freeze(frozen, hold)
+        return self._view(segments, None, next_positions)
 
     def save(self, path) -> None:
         """Writes the rows it sees to one safetensors file, with fingerprints of model, adapter and RoPE, and a checksum;

@@ -456,7 +456,7 @@ def test_a_config_may_name_a_task(base, tmp_path):
         (("--task", "gsm8k", "--model", "m", "--path", "none.jsonl"), "none.jsonl: expected a file of JSON lines"),
         (
             ("--task", "gsm8k", "--model", "m", "--methods", "magic"),
-            "expected some of ('single', 'text', 'text_sft', 'latent_mas', 'stitch', 'diffmas'), got 'magic'",
+            "expected some of ('single', 'text', 'text_sft', 'latent_mas', 'stitch', 'c2c', 'diffmas'), got 'magic'",
         ),
     ],
 )

@@ -5,6 +5,7 @@ import contextlib
 import torch
 from models import make_config, randomize
 from systems import ANSWERS, QUESTIONS, tokenizer
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from diffmas import Agent, MultiAgentSystem, patch_model
@@ -95,3 +96,24 @@ def with_and_without(made, tolerance=2e-5):
 def unfused(made):
     patch_model(made.model, fuse=False)
     return made
+
+
+# ---- what somebody else does to a part of a model -------------------------------------------------------------------
+
+
+def doubled(module):
+    forward = type(module).forward
+    module.forward = lambda x: 2 * forward(module, x)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+class Other(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return 2 * self.module(x)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from loops import loop_loss
 from models import assert_close, gradients
 from systems import ANSWERS, QUESTIONS, tokenizer
-from test_other_models import TIGHT, greedy, loop_loss, moved, randomized, team
+from test_other_models import TIGHT, greedy, moved, randomized, team
 from two_models import forward, pair, think, turn
 
 from diffmas import Agent, MultiAgentSystem
@@ -189,7 +190,7 @@ def test_loss_and_every_gradient_equal_the_loop(equal, layers):
     out = s(QUESTIONS, ANSWERS)
     out.loss.backward()
     got = gradients(s)
-    want = loop_loss(s, loop=Loop)
+    want = loop_loss(s, Loop)
     want.backward()
     assert_close(out.loss, want, TIGHT)
     want = gradients(s)
@@ -273,7 +274,7 @@ def baseline(gate=1.0, **options):
 def test_all_but_the_last_token_of_the_prompt_are_fused():
     s = baseline()
     out = s(QUESTIONS, ANSWERS)
-    want = loop_loss(s, loop=Loop)
+    want = loop_loss(s, Loop)
     assert_close(out.loss, want, TIGHT)
     fields = {"question": "w10 w11"}
     assert [s.prompt_ids(agent, fields) for agent in s.agents[1:]] == [[5, 10, 11], [6]]

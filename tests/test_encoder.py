@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import loop_loss
 from models import assert_close, build, gradients, make_config, with_lora
 from systems import ANSWERS, QUESTIONS, exact_norms, tokenizer
-from test_other_models import TIGHT, Loop, greedy, loop_loss, randomized
+from test_other_models import TIGHT, Loop, greedy, randomized
 from tiny_systems import model as tiny_model
 from transformers import BertConfig, BertModel
 from two_models import exact_rotary, pieces
@@ -66,7 +67,7 @@ def test_loss_and_every_gradient_equal_the_loop(shape, content, hidden):
     out = s(QUESTIONS, ANSWERS)
     out.loss.backward()
     got = gradients(s)
-    want = loop_loss(s, loop=Encoded)
+    want = loop_loss(s, Encoded)
     want.backward()
     assert_close(out.loss, want, TIGHT)
     assert_close(got, gradients(s), TIGHT)
@@ -105,7 +106,7 @@ def test_a_causal_lm_gives_soft_tokens(tmp_path):
     s = team(encodes=small, hidden=5)
     assert s.others["bert"].model is small.model
     loss = s(QUESTIONS, ANSWERS).loss
-    assert_close(loss, loop_loss(s, loop=Encoded), 1e-6)  # its norms are transformers' own, in float32
+    assert_close(loss, loop_loss(s, Encoded), 1e-6)  # its norms are transformers' own, in float32
     s.save_pretrained(tmp_path)
     again = tiny_model(1, torch.float64, vocab_size=80).eval()
     loaded = MultiAgentSystem.from_pretrained(tmp_path, receiver(), others={"bert": again})

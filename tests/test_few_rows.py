@@ -4,10 +4,9 @@ import functools
 
 import pytest
 import torch
-from linear_systems import base, calm, counted, lora, system, unfused
+from linear_systems import Other, base, calm, counted, doubled, hooked, lora, system, unfused
 from models import make_config
 from systems import QUESTIONS
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from diffmas import Trace, Unsupported, patch_model, unpatch_model
@@ -93,26 +92,8 @@ def test_weights_that_would_be_trained():
     assert not calls
 
 
-def doubled(module):
-    forward = type(module).forward
-    module.forward = lambda x: 2 * forward(module, x)
-
-
-def hooked(module):
-    module.register_forward_hook(lambda module, args, y: 2 * y)
-
-
 def seen_before(module):
     module.register_forward_pre_hook(lambda module, args: (1 + args[0],))
-
-
-class Other(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return 2 * self.module(x)
 
 
 NAMES = [

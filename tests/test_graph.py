@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from loops import check_greedy_tokens, loop_loss
 from models import assert_close, body, gradients, tiny, with_lora
 from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer, unrolled_loss
 from transformers import DynamicCache
@@ -174,15 +174,6 @@ class Loop:
         return self.forward(self.s.model, self.rows(i, 0), x, self.layout(i)[1])[0].logits[0][-len(ids) - 1 :]
 
 
-def loop_loss(s, loop=Loop):
-    total, count = 0.0, 0
-    for question, answer in zip(QUESTIONS, ANSWERS):
-        ids = s.answer_ids(answer)
-        total = total + F.cross_entropy(loop(s, question).logits(ids)[:-1], torch.tensor(ids), reduction="sum")
-        count += len(ids)
-    return total / count
-
-
 # ---- loss, gradients, tokens -----------------------------------------------------------------------------------------
 
 
@@ -193,7 +184,7 @@ def test_loss_and_gradients_equal_the_loop(shape, options):
     out = s(QUESTIONS, ANSWERS)
     out.loss.backward()
     got = gradients(s)
-    want = loop_loss(s)
+    want = loop_loss(s, Loop)
     want.backward()
     assert_close(out.loss, want, TIGHT)
     assert_close(got, gradients(s), TIGHT)
@@ -202,14 +193,7 @@ def test_loss_and_gradients_equal_the_loop(shape, options):
 @pytest.mark.parametrize("shape", ["parallel", "tree"])
 def test_generated_tokens(shape):
     s = system(agents=SHAPES[shape], trace_content="latent_only")
-    tokens = [row[0] for row in s.generate_tokens(QUESTIONS, max_new_tokens=4, temperature=0)]
-    for question, got in zip(QUESTIONS, tokens):
-        with torch.no_grad():
-            ids = []
-            while len(ids) < len(got):
-                ids.append(int(Loop(s, question).logits(ids)[-1].argmax()))
-        assert got == ids
-    assert s.generate_tokens(QUESTIONS, max_new_tokens=4, temperature=0, batch_size=2, samples=2) == [[x, x] for x in tokens]
+    check_greedy_tokens(s, Loop)
 
 
 @pytest.mark.parametrize(

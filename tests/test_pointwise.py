@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from linear_systems import assert_close, base, counted, gradients, lora, system
+from linear_systems import Other, assert_close, base, counted, doubled, gradients, hooked, lora, system
 from models import make_config
 from systems import ANSWERS, QUESTIONS
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from diffmas import Trace, patch_model, unpatch_model
@@ -93,24 +92,6 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|differentiate"):
         grad.sum().backward()
-
-
-def doubled(module):
-    forward = type(module).forward
-    module.forward = lambda x: 2 * forward(module, x)
-
-
-def hooked(module):
-    module.register_forward_hook(lambda module, args, y: 2 * y)
-
-
-class Other(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return 2 * self.module(x)
 
 
 def in_place(module):

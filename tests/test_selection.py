@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import check_greedy_tokens, loop_loss
 from models import assert_close, body, gradients, tiny, with_lora
 from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer
-from test_graph import TIGHT, Loop, agent, exact, loop_loss
+from test_graph import TIGHT, Loop, agent, exact
 
 from diffmas import Agent, MultiAgentSystem, Segment, Trace
 from diffmas.agents import board, prompts
@@ -205,14 +206,7 @@ def test_loss_and_gradients_equal_the_loop(shape, options):
 @pytest.mark.parametrize("shape", ["together", "similar", "some layers in turns"])
 def test_generated_tokens(shape):
     s = system(agents=SHAPES[shape], **LATENT)
-    tokens = [row[0] for row in s.generate_tokens(QUESTIONS, max_new_tokens=4, temperature=0)]
-    for question, got in zip(QUESTIONS, tokens):
-        with torch.no_grad():
-            ids = []
-            while len(ids) < len(got):
-                ids.append(int(Choosing(s, question).logits(ids)[-1].argmax()))
-        assert got == ids
-    assert s.generate_tokens(QUESTIONS, max_new_tokens=4, temperature=0, batch_size=2, samples=2) == [[x, x] for x in tokens]
+    check_greedy_tokens(s, Choosing)
 
 
 @pytest.mark.parametrize("options", [{}, LATENT, REINDEX], ids=str)

@@ -12,7 +12,8 @@ from diffmas.agents.prompts import Turn, turn_of
 from diffmas.agents.scores import scores
 from diffmas.agents.selection import MEASURED, within
 from diffmas.agents.turns import take_turns
-from diffmas.trace import Segment, Trace
+from diffmas.trace import Trace
+from diffmas.trace.views import by_sequence
 
 __all__ = ["Board"]
 
@@ -58,13 +59,13 @@ class Board:
         if agent.max_rows is None:
             return trace
         budget = self.system.sinks, agent.max_rows, agent.max_rows_by
-        return trace.reading([within(row, *budget, found[b]) for b, row in enumerate(_by_sequence(trace))])
+        return trace.reading([within(row, *budget, found[b]) for b, row in enumerate(by_sequence(trace))])
 
     def _joined(self, i: int, scores: list[dict]) -> Trace:
         """What agent i reads, where the rows that it may choose from have these scores."""
         edges, sinks = self.graph.reads[i], self.system.sinks
         units, trace = [self._unit(edge.agent, i) for edge in edges], self._base(i)
-        base, *rows = map(_by_sequence, (trace, *units))
+        base, *rows = map(by_sequence, (trace, *units))
         branches = [branches_of(base[b], [unit[b] for unit in rows], edges, sinks, scores[b]) for b in range(len(base))]
         views = [unit.reading([row[k + 1] for row in branches]) for k, unit in enumerate(units)]
         return Trace.join([trace, *views], ["keep", *(edge.positions for edge in edges)])
@@ -96,12 +97,12 @@ class Board:
         wide.agent = [agent.name for agent in agents for _ in range(B)]
         take_turns(system, agents[0], wide, own, least)
         common, kind = self._base(group[0]), "latent" if system.trace_content == "latent_only" else None
-        base = _by_sequence(common)
+        base = by_sequence(common)
         with phase("hand-over"):
             for k, (i, read) in enumerate(zip(group, reads)):
                 mine = wide.select(range(k * B, (k + 1) * B))
                 mine.agent = None
-                rows = zip(_by_sequence(mine), read.lengths, base)
+                rows = zip(by_sequence(mine), read.lengths, base)
                 self._handed[i] = mine.reading(
                     [handed_on(row, n, to_all, system.agents[i].name, kind, system.sinks) for row, n, to_all in rows],
                     None if agents[k].max_rows is None else common,  # of which it may have read some rows alone
@@ -159,10 +160,3 @@ def _groups(system, level: list[int]) -> list[list[int]]:
         key = (adapter, i >= system.agents_without_grad, agent.passes, agent.grad_passes, agent.stop_change, apart)
         groups.setdefault(key, []).append(i)
     return list(groups.values())
-
-
-def _by_sequence(trace: Trace) -> list[list[Segment]]:
-    rows: list[list[Segment]] = [[] for _ in range(trace.batch_size)]
-    for s in trace.segments:
-        rows[s.sequence].append(s)
-    return rows

@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 __all__ = [
-    "FROZEN", "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "Size", "apart", "common_prefix", "joined", "length_of", "only",
-    "places", "ranges_of", "rows_of", "seen_in", "share", "table_of", "without_first", "without_rows",
+    "FROZEN", "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "Size", "apart", "by_sequence", "common_prefix", "joined",
+    "length_of", "only", "places", "ranges_of", "rows_of", "seen_in", "share", "table_of", "without_first", "without_rows",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
@@ -81,6 +81,14 @@ Rows = TypeVar("Rows", Segment, KVRange)
 
 def length_of(view: Sequence[Rows]) -> int:
     return sum(x.length for x in view)
+
+
+def by_sequence(trace) -> list[list[Segment]]:
+    """The segments of each of a trace's sequences."""
+    rows: list[list[Segment]] = [[] for _ in range(trace.batch_size)]
+    for s in trace.segments:
+        rows[s.sequence].append(s)
+    return rows
 
 
 def rows_of(view: Sequence[Rows]) -> np.ndarray:

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from models import assert_close, body, latent_steps, prefill, read, tiny, tokens
+from models import assert_close, body, gradients, latent_steps, loss_of, prefill, read, tiny, tokens
 from systems import QUESTIONS, system
 from threads import together
 
@@ -260,8 +260,14 @@ def test_shared_rows_are_read_once(positions, monkeypatch):
     prefill(model, *tokens(4, 4, 4, seed=1), trace=left)
     prefill(model, *tokens(2, 6, 3, seed=2), trace=right)
     joined = Trace.join([left, right], positions=positions)
-    owners = [0, 0, 0, 2, 1, 1]
-    want = read(model, joined.select(owners), *tokens(1, 2, 1, 1, 3, 1, seed=3))
+    owners, new = [0, 0, 0, 2, 1, 1], tokens(1, 2, 1, 1, 3, 1, seed=3)
+
+    def learn():
+        out = torch.cat(read(model, joined.select(owners), *new))
+        loss_of(out).backward(retain_graph=True)
+        return out, gradients(model)
+
+    want, want_gradients = learn()
     monkeypatch.setattr(views, "SAVED_ROWS", 8)
     called = []
     call = layer_work.call
@@ -269,10 +275,12 @@ def test_shared_rows_are_read_once(positions, monkeypatch):
         "diffmas.trace.layer_work.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw)
     )
     with torch.no_grad():
-        got = read(model, joined.select(owners), *tokens(1, 2, 1, 1, 3, 1, seed=3))
+        assert_close(torch.cat(read(model, joined.select(owners), *new)), want, 1e-10)
     assert "merge_states" in called
-    for x, y in zip(got, want):
-        assert_close(x, y, 1e-10)
+    got, got_gradients = learn()
+    assert_close(got, want, 1e-10)
+    assert_close(got_gradients, want_gradients, 1e-9)
+    assert called.count("cross_attention_backward") == 2 * len(joined)
 
 
 def test_samples_share_their_prompt(monkeypatch):
@@ -289,3 +297,39 @@ def test_samples_share_their_prompt(monkeypatch):
         shared = latent_steps(model, trace.fork(1)[0], h, 3)
         monkeypatch.undo()
         assert_close(shared, latent_steps(model, trace, h, 3), 1e-10)
+
+
+SEG_LEN = {"inject_attend": 15, "cross_attention": 6, "inject_attend_backward": 18, "cross_attention_backward": 10}
+
+
+def learned(how: str, monkeypatch, saved: int):
+    """Four answers whose agents read one reader's rows. -> loss, gradients, how many rows attention's calls read."""
+    agents = [Agent("reader", " ".join(["w5 w6 w7"] * 8), 2), Agent("a", "w5 {question}", "T"), Agent("b", "w9 {question}")]
+    s = system(agents=agents, no_latents="prompt", lora=how != "all weights")
+    rows = [{"question": q, "T": T} for q, T in zip([*QUESTIONS, "w16"], (3, 0, 5, 5))]
+    read, call = 0, layer_work.call
+
+    def counting(name, like, *args, **options):
+        nonlocal read
+        read += int(args[SEG_LEN[name]].sum()) if name in SEG_LEN else 0
+        return call(name, like, *args, **options)
+
+    with monkeypatch.context() as m:
+        m.setattr(views, "SAVED_ROWS", saved)
+        m.setattr(layer_work, "call", counting)
+        trace = s.think(agents[0], s.fields_of([rows[0]]), Trace(s.model))
+        trace = (trace.detach() if how == "detached" else trace).select([0] * 4)
+        trace = s.think(agents[1], s.fields_of(rows), trace)
+        loss = s(rows, ["w3 w4", "w8", "w9 w2", "w7"], trace=trace).loss
+        loss.backward()
+    return loss.detach(), gradients(s), read
+
+
+@pytest.mark.parametrize("how", ["", "all weights", "detached"])
+def test_rows_of_several_readers_are_read_once_in_backward(how, monkeypatch):
+    """By the tokens of all branches, and by all steps of a run when the rows get their gradient; each row learns from all."""
+    want_loss, want, one_by_one = learned(how, monkeypatch, 1 << 30)
+    loss, got, read = learned(how, monkeypatch, 1)
+    assert_close(loss, want_loss, 1e-12)
+    assert_close(got, want, 1e-9)
+    assert 2 * read < one_by_one

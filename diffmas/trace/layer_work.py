@@ -66,6 +66,18 @@ class Borrowed(NamedTuple):
     kept: dict[int, tuple[Tensor, ...]]
 
 
+def _composed(run):
+    """What stands in for `call`: the two ops of a layer's backward one by one, each by `run`."""
+
+    def composed(name: str, like: Tensor, *args, backend: str, **found):
+        if name != "inject_attend_backward":
+            return run(name, like, *args, backend=backend, **found)
+        parts = Composed(lambda part: functools.partial(run, part, like, backend=backend))
+        return parts.inject_attend_backward(*args, **found)
+
+    return composed
+
+
 @dataclass(eq=False)
 class LayerWork:
     """n packed new tokens of B sequences. Fields: see `ForwardPass`."""
@@ -162,7 +174,7 @@ class LayerWork:
             find = functools.partial(
                 tables.work.of, "fwd", i, tables.slots.shape[0], k_pool=kv[0], scale=scale, backend=backend
             )
-            if recording or views["shared"] is None or self.attended is not None:
+            if views["shared"] is None or self.attended is not None:
                 found = find("all", q, views["all"], True)
                 q_rot, o, lse = call(  # the pool says how long a head is
                     "inject_attend", kv[0], q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *kv,
@@ -183,7 +195,7 @@ class LayerWork:
                         "cross_attention", q_rot, q_rot, *kv, *view, scale, causal, interleaved, backend=backend,
                         **find(name, q_rot, view, causal),
                     )
-                    for name, view, causal in zip(("shared", "rest"), views["shared"], (False, True))
+                    for name, view, causal in zip(("shared", "rest"), views["shared"][:2], (False, True))
                 ]  # fmt: skip
         if views["frozen"] is not None:
             rows, view = self.frozen_rows.layers[i], views["frozen"]
@@ -250,49 +262,67 @@ class LayerWork:
                     borrowed.kept[i] = kept
                 else:
                     grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
-            view = self._views(tables, layer, q_rot.device)["all"]
-            found = tables.work.of(
-                "dq", i, q_rot.shape[0], "all", q_rot, view, True, k_pool=k_pool, scale=scale, backend=backend
-            )
+            views, newest = self._views(tables, layer, q_rot.device), tables.grad_tail if own_rows_only else None
+            find = functools.partial(tables.work.of, "dq", i, q_rot.shape[0], k_pool=k_pool, scale=scale, backend=backend)
+            if views["shared"] is not None:
+                run, found = self._by_shared(run, find, views["shared"], newest), {}
+            else:
+                found = find("all", q_rot, views["all"], True)
             if self.frozen is not None:
                 run = self._with_frozen(run, layer, do, q_rot, o, lse, scale)
             return run(
-                "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, k_pool, v_pool, *view, scale, dk_pool, dv_pool,
-                tables.grad_tail if own_rows_only else None, weight_grads, backend=backend, **found,
+                "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, k_pool, v_pool, *views["all"], scale, dk_pool,
+                dv_pool, newest, weight_grads, backend=backend, **found,
             )  # fmt: skip
+
+    def _by_shared(self, run, find, views: tuple, newest: Tensor | None):
+        """`run`, but attention's backward is that of the rows which several sequences read, and that of the rest: with the
+        o and lse of all rows, a sum."""
+        *views, none = views
+
+        def parts(name: str, q_rot, *args, **how):
+            if name != "cross_attention_backward":
+                return run(name, q_rot, *args, **how)
+            states, (scale, _, interleaved, dk, dv, _, want_dq) = args[:7], args[13:]
+            each = zip(("shared", "rest"), views, (False, True), (none if newest is not None else None, newest))
+            shared, rest = (
+                run(
+                    name, q_rot, *states, *view, scale, causal, interleaved, dk, dv, tail, want_dq, **how,
+                    **find(part, q_rot, view, causal),
+                )
+                for part, view, causal, tail in each
+            )  # fmt: skip
+            return shared + rest
+
+        return _composed(parts)
 
     def _with_frozen(self, run, layer: LayerSpec, do, q_rot, o, lse, scale: float):
         """`run`, but attention's dq gets what the quantised rows add to it, which have no gradient of their own."""
         interleaved, tables, backend = layer.rope == "interleaved", self.on(q_rot.device, layer.index), self.spec.backend
         rows, view = self.frozen_rows.layers[layer.index], self._views(tables, layer, q_rot.device)["frozen"]
-        find = functools.partial(
-            tables.work.of, "dq", layer.index, q_rot.shape[0], k_pool=rows[0], scale=scale, backend=backend
-        )
 
-        def with_more(name: str, *args, **found):
-            dq = run(name, q_rot, *args, backend=backend, **found)
+        def with_more(name: str, *args, **how):
+            dq = run(name, *args, **how)
             if name != "cross_attention_backward":
                 return dq
             states = do.reshape(q_rot.shape), q_rot, o.view(q_rot.shape), lse
             name = "cross_attention_quantized_backward"
-            found = find("frozen", q_rot, view, False)
+            found = tables.work.of(
+                "dq", layer.index, q_rot.shape[0], "frozen", q_rot, view, False, k_pool=rows[0], scale=scale, backend=backend
+            )
             return dq + call(name, q_rot, *states, *rows, *view, scale, interleaved, backend=backend, **found)
 
-        parts = Composed(lambda part: functools.partial(with_more, part))
-        return lambda name, like, *args, backend, **found: getattr(parts, name)(*args, **found)
+        return _composed(with_more)
 
     def _watched(self, i: int, dk_pool: Tensor, dv_pool: Tensor, slots: Tensor):
         """`call`, but the two parts of attention's backward run one by one: between them the rows' gradient is in the pool."""
 
-        def run(name: str, like: Tensor, *args, backend: str, **found):
-            if name == "inject_attend_backward":
-                parts = Composed(lambda part: functools.partial(run, part, like, backend=backend))
-                return parts.inject_attend_backward(*args, **found)
+        def run(name: str, like: Tensor, *args, **how):
             if name == "inject_backward":
                 self.watch(i, dk_pool[slots], dv_pool[slots])
-            return call(name, like, *args, backend=backend, **found)
+            return call(name, like, *args, **how)
 
-        return run
+        return _composed(run)
 
     def flush(self) -> None:
         """Adds dK and dV of the rows before a run of latent steps, for all steps that this backward pass has been through."""
@@ -305,10 +335,10 @@ class LayerWork:
                     do, q, o, lse = (torch.stack(x, 1 if x[0].shape[0] == B else 2) for x in zip(*steps))  # by sequence
                     q, lse = q.flatten(0, 1), lse.flatten(0, 1)
                     do, o = do.view(q.shape), o.view(q.shape)
-                    q_indptr = torch.arange(0, q.shape[0] + 1, len(steps), device=q.device)
                     with grads.lend(self.lineage, self.older) as (k, v, dk, dv):
-                        call(  # every step sees all of the older rows
-                            "cross_attention_backward", q, do, None, q, o, lse, k, v, q_indptr, *older, scale, False,
-                            interleaved, dk, dv, None, False, backend=self.spec.backend,
-                        )  # fmt: skip
+                        for sequences, *view in older:
+                            call(  # every step sees all of the older rows
+                                "cross_attention_backward", q, do, None, q, o, lse, k, v, sequences * len(steps), *view, scale,
+                                False, interleaved, dk, dv, None, False, backend=self.spec.backend,
+                            )  # fmt: skip
                 steps.clear()

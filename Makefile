@@ -114,13 +114,19 @@ bench-readme: $(INSTALLED)
 # The Hugging Face side against the oldest supported transformers and one in between; .venv holds the newest. With a datasets that
 # goes with its huggingface_hub: transformers imports the one that is there. In a directory of this name, or dill, by which
 # datasets tells data sets apart, takes all of it for the user's own code and pickles it whole.
-COMPAT ?= 4.56.2 5.17.0
-COMPAT_TESTS := $(addprefix tests/test_,$(addsuffix .py,patch views trace rows deferred generate decoding gradients passes threads latent linears few_rows pointwise lora_run gradient_clip graphed_steps graphed_decoding system adapters training training_arguments evaluation files load chat multimodal sinks ragged audit gradient_report rl graph jacobi selection offload))
-compat: $(INSTALLED)
-	for v in $(COMPAT); do \
-	  test -d .compat/$$v || { $(PY) -m pip install -q --target .compat/$$v.part/site-packages "transformers==$$v" datasets && mv .compat/$$v.part .compat/$$v; } || exit 1; \
-	  PYTHONPATH=.compat/$$v/site-packages $(PY) $(PYTEST) $(COMPAT_TESTS) || exit 1; \
-	done
+OLDEST ?= 4.56.2
+BETWEEN ?= 5.17.0
+test_files = $(addprefix tests/test_,$(addsuffix .py,$(1)))
+# What looks at transformers' own models, caches, loops and files, and what rests on it.
+LOOKS := patch generate decoding latent linears few_rows pointwise graphed_decoding system adapters training training_arguments files load chat multimodal rl
+RESTS := views trace rows deferred gradients passes threads lora_run gradient_clip graphed_steps evaluation sinks ragged audit gradient_report graph jacobi selection offload
+compat: $(INSTALLED) .compat/$(OLDEST)/site-packages .compat/$(BETWEEN)/site-packages
+	PYTHONPATH=.compat/$(OLDEST)/site-packages $(PY) $(PYTEST) $(call test_files,$(LOOKS) $(RESTS))
+	PYTHONPATH=.compat/$(BETWEEN)/site-packages $(PY) $(PYTEST) $(call test_files,$(LOOKS))
+
+.compat/%/site-packages: | $(INSTALLED)
+	$(PY) -m pip install -q --target .compat/$*.part/site-packages "transformers==$*" datasets
+	mv .compat/$*.part .compat/$*
 
 # Builds and loads the library with a CUDA build of torch, 6 GB beside .venv, and runs what needs no GPU. Not in CI. For another
 # CUDA_TORCH, remove .compat/cuda-torch and build/cuda-torch first.

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from diffmas import Agent, MultiAgentSystem, patch_model
 from diffmas.agents.adapters import add_lora
-from diffmas.models import linears
+from diffmas.models import few_rows_learning, linears
 
 T = 4
 AGENTS = [Agent("planner", "w5 {question} w6", T), Agent("critic", "w7 w8 {question}", T - 1), Agent("solver", "w9 {question}")]
@@ -85,12 +85,12 @@ def counted(owner, name):
 
 
 def with_and_without(made, tolerance=2e-5):
-    """-> the calls of the fused linear."""
+    """-> the calls of the fused linear, of latent steps' parts too."""
     want = gradients(unfused(made))
     patch_model(made.model)
-    with counted(linears, "run") as calls:
+    with counted(linears, "run") as calls, counted(few_rows_learning.Learning, "forward") as in_parts:
         assert_close(gradients(made), want, tolerance)
-    return calls
+    return calls + in_parts
 
 
 def unfused(made):

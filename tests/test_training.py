@@ -1,6 +1,7 @@
 """The trainer against what it must equal: one big batch, an uninterrupted run, a single process."""
 
 import csv
+import gc
 import json
 import math
 import os
@@ -78,6 +79,19 @@ def test_learns_evaluates_and_keeps_the_best(run):
     questions, answers = zip(*((r["question"], r["answer"]) for r in tiny.rows(6)))
     with torch.no_grad():
         assert run.model(list(questions), list(answers)).loss.item() == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_no_collection_runs_within_a_step(tmp_path):
+    """Python's cycle collector would look at all of memory for the sake of a graph, which is freed without it."""
+    trainer = Trainer(tiny.system(), arguments(tmp_path, max_steps=1), train_dataset=tiny.rows(4))
+    enabled, layer = [], trainer.model.model.get_base_model().get_input_embeddings()
+    layer.register_forward_hook(lambda *_: enabled.append(gc.isenabled()))
+    trainer.train()
+    assert enabled and not any(enabled) and gc.isenabled()
+    layer.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert gc.isenabled()
 
 
 def test_logs_to_tensorboard(run):

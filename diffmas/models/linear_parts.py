@@ -3,13 +3,17 @@
 Looked at in each forward: adapters are switched, merged, hooked and replaced.
 """
 
+from typing import NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from diffmas.ops.linear import serves
+from diffmas.trace.forward_pass import ForwardPass
+from diffmas.trace.lora_run import LoraRun
 
-__all__ = ["Ours", "is_lora", "is_ours", "parts_of"]
+__all__ = ["Ours", "Waiting", "is_lora", "is_ours", "parts_of", "waiting"]
 
 
 class Ours:
@@ -84,3 +88,26 @@ def _lora_parts(module: nn.Module):
     if a.device.type != "cpu" or b.device.type != "cpu" or not a.is_contiguous() or not b.is_contiguous():
         return None
     return *parts[:2], a, b, module.scaling[name]
+
+
+class Waiting(NamedTuple):
+    """Where the gradients of an adapter's weights wait for the end of a run of latent steps. token: an input of the step's
+    node; number: of the linear, by which the run keeps what they are made of."""
+
+    token: Tensor
+    run: LoraRun
+    number: int
+
+
+def waiting(a: Tensor | None, b: Tensor | None, scale: float, forward_pass: ForwardPass) -> Waiting | None:
+    """None where they do not wait: outside of a run, and where autograd gives them to aliases that tell one step's from
+    another's, not to the parameters alone (diffmas.agents.gradients, diffmas.agents.learning)."""
+    deferred = forward_pass.work.deferred
+    if a is None or deferred is None or not forward_pass.order.requires_grad:
+        return None
+    if not (a.requires_grad and b.requires_grad and a.is_leaf and b.is_leaf):
+        return None
+    if deferred.lora is None:
+        deferred.lora = LoraRun()
+    token, number = deferred.lora.token(a, b, scale)
+    return Waiting(token, deferred.lora, number)

@@ -16,13 +16,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from diffmas.models.adapted import is_wrapper
 from diffmas.models.few_rows import few_rows
 from diffmas.models.kinds import kind_of
-from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of
+from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of, waiting
 from diffmas.models.parts import attention_layers, causal_lm_of
 from diffmas.models.pointwise import GatedForward, NormForward, unflattened
 from diffmas.models.running import forward_pass_here, running
 from diffmas.ops.linear import linear, lora_grads, serves
 from diffmas.trace.forward_pass import ForwardPass
-from diffmas.trace.lora_run import LoraRun
 
 __all__ = ["fuse_layers", "product", "restore_layers"]
 
@@ -34,11 +33,12 @@ class LayerForward(Ours):
         layer, forward_pass = self.module, kwargs.get("diffmas_trace")
         if forward_pass is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return type(layer).forward(layer, *args, **kwargs)
-        if not torch.is_grad_enabled() and (y := few_rows(layer, forward_pass, args, kwargs)) is not None:
-            return y
         forward = type(layer).forward
+        checkpoints = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+        if not checkpoints and (y := few_rows(layer, forward_pass, args, kwargs)) is not None:
+            return y
         recomputed = _recomputed(forward)
-        if recomputed is not forward and layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+        if recomputed is not forward and checkpoints:
             run = functools.partial(self.run, recomputed, forward_pass, kwargs)
             return layer._gradient_checkpointing_func(run, *args)
         return self.run(forward, forward_pass, kwargs, *args)
@@ -73,29 +73,20 @@ def run(x: Tensor, weight, bias, a, b, scale: float, forward_pass: ForwardPass) 
     """x [..., in] -> [..., out]"""
     if not torch.is_grad_enabled() or not (x.requires_grad or (a is not None and (a.requires_grad or b.requires_grad))):
         return _of_rows(x, weight, bias, a, b, scale)[0]
-    token, run_of, number = None, None, 0
-    deferred = forward_pass.work.deferred
-    if a is not None and deferred is not None and _defers(a, b, forward_pass):
-        if deferred.lora is None:
-            deferred.lora = LoraRun()
-        run_of = deferred.lora
-        token, number = run_of.token(a, b, scale)
+    waits = waiting(a, b, scale, forward_pass)
+    if waits is not None:
+        token, *waits = waits
         trained = (None, None)
     else:  # a torch function, which whoever gives aliases of parameters sees
+        token, waits = None, (None, 0)
         trained = tuple(w.view_as(w) if w is not None and w.requires_grad else None for w in (a, b))
-    return LoraLinear.apply(x, token, *trained, (weight, bias, a, b, scale, run_of, number))
+    return LoraLinear.apply(x, token, *trained, (weight, bias, a, b, scale, *waits))
 
 
 def _of_rows(x: Tensor, *rest, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
     """`linear` of x [..., in]: y [..., out], and u [n, r]."""
     y, u = linear(x.reshape(-1, x.shape[-1]), *rest, transposed)
     return unflattened(y, x), u
-
-
-def _defers(a: Tensor, b: Tensor, forward_pass: ForwardPass) -> bool:
-    """Whether the gradients of a and b may wait for the end of the run: where autograd gives them to the parameters alone, and
-    not to aliases that tell one step's from another's (diffmas.agents.gradients, diffmas.agents.learning)."""
-    return a.requires_grad and b.requires_grad and a.is_leaf and b.is_leaf and forward_pass.order.requires_grad
 
 
 class LoraLinear(torch.autograd.Function):

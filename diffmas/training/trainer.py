@@ -20,6 +20,7 @@ from diffmas.models.parts import trained_beside_the_text
 from diffmas.training.annealing import Annealing
 from diffmas.training.arguments import adopted, check_arguments, wants_ids
 from diffmas.training.checkpoint import last_checkpoint
+from diffmas.training.collecting import no_collections
 from diffmas.training.data import Collator, check_row
 from diffmas.training.files import Files
 from diffmas.training.gradients import GradientMonitor
@@ -174,7 +175,7 @@ class Trainer(Files):
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step + 1
         gather_once(model, self.accelerator.state)
-        with self._monitor.micro_batch(step, inputs, num_items_in_batch):
+        with self._monitor.micro_batch(step, inputs, num_items_in_batch), no_collections():
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.is_fsdp_enabled:
             reshard(model)

@@ -1,0 +1,118 @@
+"""What stands before and after attention in a latent step's layer, with gradients: a node of autograd each for ten.
+
+With one token a sequence, going through autograd's nodes takes longer than what most of them do. The ops are those that
+the layer's parts call one by one (diffmas.models.linears, diffmas.models.pointwise), in the same order, backward too: to the
+bit the same. Gradients of LoRA's weights wait for the end of the run (diffmas.trace.lora_run).
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from diffmas.models.linear_parts import Waiting
+from diffmas.models.pointwise import unflattened
+from diffmas.ops.linear import linear
+
+__all__ = ["AfterAttention", "Learning", "NormedLinears"]
+
+
+class Learning(NamedTuple):
+    """A linear of a latent step: its parts (diffmas.models.linear_parts), and where its adapter's gradients wait."""
+
+    parts: tuple
+    waiting: Waiting | None
+
+    @property
+    def token(self) -> Tensor | None:
+        return self.waiting and self.waiting.token
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple]:
+        """y, and what backward needs of the adapter's: x and u."""
+        y, u = linear(x, *self.parts)
+        return y, (x, u) if self.waiting is not None else (None, None)
+
+    def backward(self, dy: Tensor, x: Tensor | None, u: Tensor | None) -> Tensor:
+        """dx; keeps what the adapter's gradients are made of."""
+        weight, _, a, b, scale = self.parts
+        dx, v = linear(dy, weight, None, a, b, scale, transposed=True)
+        if self.waiting is not None:
+            self.waiting.run.keep(self.waiting.number, x, u, dy, v)
+        return dx
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[1, n, length] -> [n, length]; a sum's gradient has strides of 0."""
+    x = x.reshape(x.shape[1:])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _weights(linears) -> tuple:
+    """What backward reads of them, and autograd watches."""
+    return tuple(w for one in linears for w in (one.parts[0], *one.parts[2:4]))
+
+
+class NormedLinears(torch.autograd.Function):
+    """x [1, n, hidden] -> linears of its RMSNorm, [1, n, out] each. norm: its weight and eps."""
+
+    @staticmethod
+    def forward(ctx, x, norm, linears, *tokens):
+        weight, eps = norm
+        normed = torch.ops.diffmas_native.norm(_rows(x), weight, eps)
+        ys, kept = zip(*(one.forward(normed) for one in linears))
+        ctx.save_for_backward(x, weight, *itertools.chain(*kept), *_weights(linears))
+        ctx.rest = eps, linears
+        return tuple(unflattened(y, x) for y in ys)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        return (_before_once if torch.is_grad_enabled() else _before)(ctx, *dys)
+
+
+def _before(ctx, *dys):
+    eps, linears = ctx.rest
+    x, weight, *kept = ctx.saved_tensors
+    dnormed = None
+    for i, (one, dy) in reversed([*enumerate(zip(linears, dys))]):  # autograd's order, in which their sums round
+        dx = one.backward(_rows(dy), *kept[2 * i : 2 * i + 2])
+        dnormed = dx if dnormed is None else dnormed.add_(dx)
+    dx = torch.ops.diffmas_native.norm_backward(dnormed, _rows(x), weight, eps)
+    return dx.view(x.shape), None, None, *(None for _ in linears)
+
+
+class AfterAttention(torch.autograd.Function):
+    """Attention's o [1, n, Hq * D] and the layer's x [1, n, hidden] -> what the layer returns. linears: out, gate, up, down."""
+
+    @staticmethod
+    def forward(ctx, o, x, norm, linears, *tokens):
+        (out, gate, up, down), (weight, eps), native = linears, norm, torch.ops.diffmas_native
+        y, of_out = out.forward(_rows(o))
+        middle = _rows(x) + y
+        normed = native.norm(middle, weight, eps)
+        (gate_y, of_gate), (up_y, of_up) = gate.forward(normed), up.forward(normed)
+        y, of_down = down.forward(native.gate(gate_y, up_y))
+        ctx.save_for_backward(middle, weight, gate_y, up_y, *of_out, *of_gate, *of_up, *of_down, *_weights(linears))
+        ctx.rest = eps, linears
+        return unflattened(middle + y, x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (_after_once if torch.is_grad_enabled() else _after)(ctx, dy)
+
+
+def _after(ctx, dy):
+    eps, (out, gate, up, down) = ctx.rest
+    middle, weight, gate_y, up_y, *kept = ctx.saved_tensors
+    of_out, of_gate, of_up, of_down = (kept[i : i + 2] for i in range(0, 8, 2))
+    dy, native = _rows(dy), torch.ops.diffmas_native
+    dgate, dup = native.gate_backward(down.backward(dy, *of_down), gate_y, up_y)
+    dnormed = up.backward(dup, *of_up)
+    dnormed.add_(gate.backward(dgate, *of_gate))
+    dmiddle = dy + native.norm_backward(dnormed, middle, weight, eps)
+    do = out.backward(dmiddle, *of_out)
+    return do[None], dmiddle[None], None, None, *(None for _ in range(4))
+
+
+_before_once, _after_once = once_differentiable(_before), once_differentiable(_after)

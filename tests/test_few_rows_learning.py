@@ -41,7 +41,7 @@ def calls(made):
 
 def one_by_one(made, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(linears, "few_rows", lambda *_: None)
+        m.setattr(linears, "learning_layer", lambda *_: None)
         none, found = calls(made)
     assert none == 0
     return found
@@ -84,7 +84,7 @@ def test_no_more_is_kept_than_one_by_one(monkeypatch):
         model = lora(base(dtype=torch.bfloat16), target_modules=targets)
         ours, _ = kept(model)
         with monkeypatch.context() as m:
-            m.setattr(linears, "few_rows", lambda *_: None)
+            m.setattr(linears, "learning_layer", lambda *_: None)
             assert ours <= kept(model)[0]
 
 

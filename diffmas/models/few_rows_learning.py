@@ -9,14 +9,18 @@ import itertools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
-from diffmas.models.linear_parts import Waiting
+from diffmas.models.attention import attend
+from diffmas.models.linear_parts import Waiting, waiting
+from diffmas.models.plain_layer import plain_layer
 from diffmas.models.pointwise import unflattened
-from diffmas.ops.linear import linear
+from diffmas.ops.linear import FEW_ROWS, linear
+from diffmas.trace.forward_pass import ForwardPass
 
-__all__ = ["AfterAttention", "Learning", "NormedLinears"]
+__all__ = ["AfterAttention", "Learning", "NormedLinears", "learning_layer"]
 
 
 class Learning(NamedTuple):
@@ -116,3 +120,31 @@ def _after(ctx, dy):
 
 
 _before_once, _after_once = once_differentiable(_before), once_differentiable(_after)
+
+
+def _learning(linears: list[tuple], forward_pass: ForwardPass) -> list[Learning] | None:
+    """None where the gradients of an adapter do not wait."""
+    found = []
+    for parts in linears:
+        weights = parts[2:4]
+        waits = waiting(*weights, parts[4], forward_pass)
+        if waits is None and any(w is not None and w.requires_grad for w in weights):
+            return None
+        found.append(Learning(parts, waits))
+    return found
+
+
+def learning_layer(layer: nn.Module, forward_pass: ForwardPass, args: tuple, kwargs: dict) -> Tensor | None:
+    """The output of a decoder layer whose forward was called with these arguments, x [1, n, hidden] first; None where the layer
+    has to do it."""
+    x = args[0] if args else kwargs["hidden_states"]
+    if type(x) is not Tensor or not x.is_cpu or x.shape[1] > FEW_ROWS or not x.requires_grad or _has_any_global_hook():
+        return None
+    if "position_embeddings" not in kwargs or (plain := plain_layer(layer, x.dtype)) is None:
+        return None
+    attention, (before, after), linears = plain
+    if (learning := _learning(linears, forward_pass)) is None:
+        return None
+    q, k, v = NormedLinears.apply(x, before, learning[:3], *(one.token for one in learning[:3]))
+    o = attend(attention, forward_pass, q, k, v, *kwargs["position_embeddings"], kwargs.get("position_ids"))
+    return AfterAttention.apply(o, x, after, learning[3:], *(one.token for one in learning[3:]))

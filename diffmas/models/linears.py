@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from diffmas.models.adapted import is_wrapper
 from diffmas.models.few_rows import few_rows
+from diffmas.models.few_rows_learning import learning_layer
 from diffmas.models.kinds import kind_of
 from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of, waiting
 from diffmas.models.parts import attention_layers, causal_lm_of
@@ -35,7 +36,8 @@ class LayerForward(Ours):
             return type(layer).forward(layer, *args, **kwargs)
         forward = type(layer).forward
         checkpoints = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
-        if not checkpoints and (y := few_rows(layer, forward_pass, args, kwargs)) is not None:
+        at_once = learning_layer if torch.is_grad_enabled() else few_rows
+        if not checkpoints and (y := at_once(layer, forward_pass, args, kwargs)) is not None:
             return y
         recomputed = _recomputed(forward)
         if recomputed is not forward and checkpoints:

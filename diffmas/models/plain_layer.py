@@ -1,0 +1,75 @@
+"""What a decoder layer of the common kind is made of, where nobody hooks into it and its adapters are plain LoRA."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from diffmas.models.attention import FusedForward
+from diffmas.models.kinds import is_plain, kind_of
+from diffmas.models.linear_parts import is_ours, parts_of
+
+__all__ = ["PlainLayer", "plain_layer"]
+
+CAPTURING = "transformers.utils.output_capturing"
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class PlainLayer(NamedTuple):
+    """attention: the module. norms: weight and eps of the one before attention and of the one after it. linears: the parts
+    (diffmas.models.linear_parts) of q, k, v, output, gate, up and down."""
+
+    attention: nn.Module
+    norms: list[tuple]
+    linears: list[tuple]
+
+
+def _seen(attention: nn.Module) -> bool:
+    """Whether somebody hooks into it. transformers leaves hooks behind that collect attention weights, of which a trace has
+    none, once it was asked for hidden states."""
+    hooks = attention._forward_hooks.values()
+    others = attention._forward_pre_hooks or attention._backward_hooks or attention._backward_pre_hooks
+    return bool(others) or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
+
+
+def _linear(module: nn.Module, dtype: torch.dtype):
+    """Its parts, where nobody else sees or does anything."""
+    if module._forward_hooks or module._forward_pre_hooks or not is_ours(module.__dict__.get("forward")):
+        return None
+    if module._backward_hooks or module._backward_pre_hooks:
+        return None
+    parts = parts_of(module)
+    return parts if parts is not None and parts[0].dtype == dtype else None
+
+
+def _norm(module: nn.Module, dtype: torch.dtype):
+    """Its weight and eps."""
+    if not is_plain(module, "RMSNorm"):
+        return None
+    weight = module._parameters["weight"]
+    right = type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
+    return (weight, module.variance_epsilon) if right and not (weight.requires_grad and torch.is_grad_enabled()) else None
+
+
+def plain_layer(layer: nn.Module, dtype: torch.dtype) -> PlainLayer | None:
+    """None where it has to run as it is."""
+    if kind_of(layer) != "DecoderLayer":
+        return None
+    modules = layer._modules
+    attention, mlp = modules["self_attn"], modules["mlp"]
+    forward = getattr(attention.__dict__.get("forward"), "__self__", None)
+    if type(forward) is not FusedForward or attention.diffmas_layer.family.qkv is not None:
+        return None
+    if _seen(attention) or not is_plain(mlp, "MLP"):
+        return None
+    projections, inner = attention._modules, mlp._modules
+    norms = [_norm(modules[name], dtype) for name in ("input_layernorm", "post_attention_layernorm")]
+    if None in norms or not is_plain(inner["act_fn"], "SiLU"):
+        return None
+    linears = []
+    for name in LINEARS:
+        parts = _linear(projections[name] if name in projections else inner[name], dtype)
+        if parts is None:
+            return None
+        linears.append(parts)
+    return PlainLayer(attention, norms, linears)

@@ -251,4 +251,5 @@ def test_the_command(tmp_path):
     call("view", trace, "--model", tmp_path / "base", "--output", out, "--sequence", 1)
     assert "lamp" in out.read_text()
     assert "expected none with a saved trace" in call("view", trace, "--question", "a", code=1).output
-    assert "which is no file" in call("view", tmp_path / "nothing", code=1).output
+    said = call("view", tmp_path / "nothing", "--question", "a", code=1).output
+    assert "nothing: expected the directory of a team or a saved trace, found none" in said

@@ -100,7 +100,9 @@ def test_the_command(tmp_path, config, options, said):
     assert told["engines"][0]["total"] > 2 * told["sizes"]["weights"] and told["episode"]["forwards"] > 10
 
 
-def test_the_command_refuses_a_dtype(tmp_path):
+def test_the_command_refuses_what_is_no_model_or_dtype(tmp_path):
+    ran = CliRunner().invoke(app, ["plan", "--model", str(tmp_path / "none"), "--gpus", "2"])
+    assert ran.exit_code == 1 and "expected a directory, a .gguf file or a hub name, found no such" in ran.output
     AutoConfig.for_model("qwen3", **WIDE).save_pretrained(tmp_path)
     ran = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--gpus", "2", "--dtype", "int8"])
     assert ran.exit_code == 1 and "dtype: expected" in ran.output

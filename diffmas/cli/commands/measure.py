@@ -19,9 +19,10 @@ def tasks():
     """List the published tasks that `evaluate --task` and a config's `task` know."""
     from diffmas.evaluation.tasks import TASKS
 
-    out = Table(box=box.SIMPLE_HEAD)
-    for head in ("task", "kind", "questions", "train", "on the hub", "licence"):
-        out.add_column(head, justify="right" if head == "questions" else "left", overflow="fold")
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for head in ("task", "kind", "rows", "train", "on the hub", "licence"):
+        names = head in ("task", "on the hub")  # to be copied
+        out.add_column(head, justify="right" if head == "rows" else "left", overflow="fold", no_wrap=names)
     for t in TASKS.values():
         licence = t.licence + (", gated" if t.gated else "")
         out.add_row(t.name, t.kind, str(t.questions), "yes" if "train" in t.splits else "", t.hub, licence)

@@ -29,15 +29,15 @@ def plan(
 ):
     """Show the memory that each engine needs on a GPU, by formula (docs/many_gpus.md); the model is not loaded."""
     import torch
-    from transformers import AutoConfig
 
+    from diffmas.models.load import load_config
     from diffmas.training.plan import Episode, sizes_of
     from diffmas.training.plan import plan as needs_of
 
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
-    sizes = sizes_of(AutoConfig.from_pretrained(model), r or None, kind)
+    sizes = sizes_of(load_config(model), r or None, kind)
     episode = Episode(agents, prompt, latent_steps, answer, batch)
     needs = needs_of(sizes, gpus, episode, checkpointing, offload)
     fitting = [need.engine for need in needs if need.total <= 0.9 * memory * GB]

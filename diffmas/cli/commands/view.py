@@ -34,6 +34,8 @@ def view(
     from diffmas.evaluation.look import look_at, look_at_file, page, plot
 
     fields = fields_of(question, field)
+    if not path.exists():
+        raise ValueError(f"{path}: expected the directory of a team or a saved trace, found none")
     if path.is_dir():
         from diffmas.agents.system import MultiAgentSystem
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from diffmas.cli.made_with import in_a_line
 from diffmas.cli.terminal import Device, Fields, console, device_of, fields_of
 
 __all__ = ["view"]
@@ -46,6 +47,7 @@ def view(
             system, fields, answer, text_agents=text, nearest=nearest, max_new_tokens=max_new_tokens, temperature=temperature,
             seed=seed,
         )  # fmt: skip
+        look.facts.append(("made with", in_a_line(seed)))
     else:
         from diffmas.models.load import load_tokenizer
 

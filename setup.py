@@ -139,6 +139,8 @@ def compile_cuda(build_dir):
     nvcc = find_nvcc()
     if SANITIZE:
         raise BuildError("a library for the sanitizers has no CUDA kernels")
+    if os.environ.get("NVCC") == "":
+        raise BuildError("left out at install time, since NVCC was empty")
     if nvcc is None:
         raise BuildError("no nvcc found at install time (looked for $NVCC, the path, $CUDA_HOME and /usr/local/cuda)")
     dry = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True).stderr  # says where its libraries are

@@ -158,6 +158,14 @@ def test_a_build_says_what_it_compiles(tmp_path, monkeypatch):
     assert said == []
 
 
+def test_cuda_kernels_that_were_left_out_are_said_to_be(tmp_path, monkeypatch):
+    names = setup_names()
+    for nvcc, says in (("", "left out at install time, since NVCC was empty"), ("no-such-nvcc", "no nvcc found at install")):
+        monkeypatch.setenv("NVCC", nvcc)
+        with pytest.raises(names["BuildError"], match=says):
+            names["compile_cuda"](tmp_path)
+
+
 def test_a_wheel_for_every_python_needs_the_stable_abi_alone(tmp_path):
     """What `make wheel` checks, on the library that is here."""
     from tools import check_wheel

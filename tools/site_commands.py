@@ -27,7 +27,7 @@ def _section(name: str, command) -> str:
     said = re.sub(r"\n(?!\n)(?<!\n\n)", " ", command.help)
     rows = [p.get_help_record(context) for p in command.params]
     table = [f"| `{names}` | {_cell(says)} |" for names, says in filter(None, rows)]
-    table = ["| | |", "|---|---|", *table, ""] if table else []
+    table = ["| | what it is |", "|---|---|", *table, ""] if table else []
     usage = command.get_usage(context).removeprefix("Usage: ")
     return "\n".join([f"## {name}\n", said, "", "```", usage, "```", "", *table])
 

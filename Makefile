@@ -166,7 +166,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -t
 	@echo "installing torch, some hundred MB"
 	$(VENV)/bin/python -m pip install -q $(TORCH)
 	@echo "compiling diffmas: minutes on two cores, more with nvcc; NVCC= does without CUDA kernels, MAX_JOBS=N compiles N files at once"
-	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
+	PYTHONWARNINGS="ignore:Editable installation" $(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
 	touch $@
 
 lint: $(INSTALLED)

@@ -27,7 +27,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
+REPOSITORY = None  # its address on GitHub, once it has one
 CSRC = Path("csrc")
 LIBRARY = "libdiffmas.so"
 BUILD_INFO = "build_info.json"
@@ -137,6 +139,8 @@ def compile_cuda(build_dir):
     nvcc = find_nvcc()
     if SANITIZE:
         raise BuildError("a library for the sanitizers has no CUDA kernels")
+    if os.environ.get("NVCC") == "":
+        raise BuildError("left out at install time, since NVCC was empty")
     if nvcc is None:
         raise BuildError("no nvcc found at install time (looked for $NVCC, the path, $CUDA_HOME and /usr/local/cuda)")
     dry = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True).stderr  # says where its libraries are
@@ -223,14 +227,36 @@ class BuildExtension(build_ext):
                     shutil.copy(built.parent / name, Path("diffmas", name))
 
 
+def described(readme, repository):
+    """A README as a package index shows it, where relative links lead nowhere: absolute ones, or none without an address."""
+    link = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)")
+    if repository is None:
+        return link.sub(lambda match: "" if match[1] else match[2], readme)
+    kind = lambda match: "raw" if match[1] else "blob"
+    return link.sub(lambda match: f"{match[1]}[{match[2]}]({repository}/{kind(match)}/HEAD/{match[3]})", readme)
+
+
 class Wheel(bdist_wheel):
     def get_tag(self):  # the library does not know Python's ABI
         return "py3", "none", super().get_tag()[2]
 
 
+class SourceDist(sdist):
+    """As the repository, where two packages are symlinks to directories at the top."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        for link in (path for path in Path("diffmas").iterdir() if path.is_symlink()):
+            shutil.rmtree(Path(base_dir, link))
+            Path(base_dir, link).symlink_to(os.readlink(link))
+
+
 setup(
+    long_description=described(Path("README.md").read_text(encoding="utf-8"), REPOSITORY),
+    long_description_content_type="text/markdown",
+    project_urls={"Repository": REPOSITORY, "Issues": f"{REPOSITORY}/issues"} if REPOSITORY else {},
     ext_modules=[Extension("diffmas.libdiffmas", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel, "sdist": SourceDist},
     # Reported to pip as a requirement of the isolated build; see above.
     setup_requires=["torch>=2.10"] if find_compiler() and not find_torch() else [],
 )

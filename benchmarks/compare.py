@@ -24,7 +24,7 @@ from diffmas.benchmarks.measure import NOISE, drowned
 from diffmas.benchmarks.result import results
 from diffmas.benchmarks.run import HERE, modules, selected
 
-__all__ = ["compare"]
+__all__ = ["compare", "failed"]
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess:
@@ -98,9 +98,10 @@ def _write(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def compare(rev: str, quick: bool, only: str, threads: int, max_rounds: int, console: Console, out: Path | None = None) -> int:
-    """Prints the table, and writes it to out/compare.csv if asked for. -> 0, or 1 if a case failed in this tree or none was
-    compared. ValueError for what the user gave."""
+def compare(
+    rev: str, quick: bool, only: str, threads: int, max_rounds: int, console: Console, out: Path | None = None
+) -> list[dict]:
+    """Prints the table, writes its rows to out/compare.csv if asked for; returns them. ValueError for what the user gave."""
     cases = []
     for path in modules():
         module = importlib.import_module(f"diffmas.benchmarks.{path.stem}")
@@ -136,4 +137,9 @@ def compare(rev: str, quick: bool, only: str, threads: int, max_rounds: int, con
     console.print(table)
     if out:
         _write(out / "compare.csv", rows)
-    return int(any(row["why"] for row in rows) or not any("seconds" in row for row in rows))
+    return rows
+
+
+def failed(rows: list[dict]) -> bool:
+    """Whether a case failed in this tree, or none was compared."""
+    return any(row["why"] for row in rows) or not any("seconds" in row for row in rows)

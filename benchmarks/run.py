@@ -8,7 +8,7 @@ from rich.console import Console
 
 from diffmas.benchmarks import report, store
 
-__all__ = ["HERE", "default_out", "modules", "run", "selected", "write_report"]
+__all__ = ["HERE", "default_out", "modules", "rows", "run", "selected", "write_report"]
 
 HERE = Path(__file__).resolve().parent  # one name for every file: diffmas/benchmarks is a symlink in a checkout
 
@@ -48,6 +48,11 @@ def run(out: Path, quick: bool, only: str, threads: int, max_rounds: int, consol
     elif (out / store.FILE).exists():
         write_report(out, console)
     return int(status)
+
+
+def rows(out: Path) -> list[dict]:
+    """All that is stored, with the values' own types."""
+    return store.read(out / store.FILE) if (out / store.FILE).exists() else []
 
 
 def write_report(out: Path, console: Console) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -209,13 +210,16 @@ def test_the_names_of_stored_rows_are_those_of_the_cases():
 def test_bench_measures_one_case_and_reports(tmp_path):
     key = next(c for c in bench_attention.CASES if c.N == 2048 and c.quick).key
     command = [sys.executable, "-m", "diffmas", "bench", "--quick", "--only", key, "--out", str(tmp_path), "--max-rounds", "2"]
+    command += ["--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with open(tmp_path / store.FILE) as file:
         rows = list(csv.DictReader(file))
     assert {"diffmas", "sdpa", "cat + sdpa", "eager"} <= {r["provider"] for r in rows}
     assert all(float(r["seconds"]) > 0 and float(r["error"]) <= float(r["budget"]) for r in rows)
-    assert "cross_attention" in done.stdout and (tmp_path / "index.html").exists()
+    told = json.loads(done.stdout)["rows"]
+    assert [(r["provider"], f"{r['seconds']:.6g}") for r in told] == [(r["provider"], r["seconds"]) for r in rows]
+    assert "cross_attention" in done.stderr and (tmp_path / "index.html").exists()
 
 
 def test_errors_of_the_command(tmp_path, monkeypatch):
@@ -247,11 +251,14 @@ def test_a_comparison_fails_if_this_tree_does_or_nothing_is_compared(why, status
     monkeypatch.setattr(compare, "worktree", lambda rev, console: contextlib.nullcontext(tmp_path))
     monkeypatch.setattr(compare, "Worker", Worker)
     key = next(c for c in bench_attention.CASES if c.quick).key
-    result = CliRunner().invoke(app, ["bench", "--only", key, "--compare", "rev[/z]", "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, ["bench", "--only", key, "--compare", "rev[/z]", "--out", str(tmp_path), "--json"])
     assert result.exit_code == status, result.output
     with open(tmp_path / "compare.csv") as file:
         (written,) = csv.DictReader(file)
-    assert (written["rev_why"], written["why"]) == why and written["times_faster"] == ("" if status else "1.0")
+    (told,) = json.loads(result.stdout)["rows"]
+    assert (told["rev_why"], told["why"]) == (written["rev_why"], written["why"]) == why and written["times_faster"] == (
+        "" if status else "1.0"
+    )
 
 
 def test_a_case_that_nothing_matches_is_an_error_that_names_the_modules(tmp_path):

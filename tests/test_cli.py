@@ -148,6 +148,12 @@ def test_generate_answers_a_file_and_goes_on(project, trained, tmp_path):
     (tmp_path / "out" / "answers.jsonl").write_text("".join(whole.splitlines(True)[:3]) + whole.splitlines()[3][:9])
     call(*run, *files, "--batch-size", 3)
     assert (tmp_path / "out" / "answers.jsonl").read_text() == whole
+    made = json.loads((tmp_path / "out" / "answers.made_with.json").read_text())
+    assert (made["seed"], made["samples"], len(made["made_with"])) == (3, 2, 1) and made["made_with"][0]["versions"]["torch"]
+    assert "expected answers of max_new_tokens 5, found 4" in call(*run[:-3], 5, *run[-2:], *files, code=1).output
+    (tmp_path / "out" / "answers.jsonl").write_text("".join(whole.splitlines(True)[:3]))
+    call(*run[:5], *run[7:], *files)
+    assert (tmp_path / "out" / "answers.jsonl").read_text() == whole, "the seed is the earlier one"
     tiny.write_jsonl(tmp_path / "questions.jsonl", rows[1:])
     assert "answers.jsonl:1: expected the answers to line 1" in call(*run, *files, code=1).output
     assert (tmp_path / "out" / "answers.jsonl").read_text() == whole, "nothing that was computed is lost"
@@ -344,6 +350,9 @@ def test_env_says_what_is_there():
     for name in (*ops.available(), "torch", "transformers", "peft", "accelerate", "python", "C++ extension", "CUDA devices"):
         assert name in output
     assert torch.__version__.split("+")[0] in output
+    found = json.loads(call("env", "--json").stdout)
+    assert found["versions"]["torch"] == torch.__version__ and found["backends"]["reference"]["missing"] is None
+    assert found["extension"]["loaded"] == (found["extension"]["error"] is None) == (ops.available()["cpu"] is None)
 
 
 # ---- errors are one line ---------------------------------------------------------------------------------------------

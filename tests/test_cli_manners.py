@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import tiny_systems as tiny
+import typer
 import yaml
 from test_cli import AGENTS, call
 from typer.testing import CliRunner
 
 from diffmas import Trainer, evaluation
 from diffmas.cli import main as cli
+from diffmas.cli.terminal import Partly, explained, with_json
 from diffmas.models import load as loading
 
 
@@ -52,9 +54,47 @@ def test_results_as_json(config, tmp_path):
     assert said["made_with"]["versions"]["torch"] and said["made_with"]["seed"] == 0 and "commit" in said["made_with"]
     assert json.loads((tmp_path / "out" / "made_with.json").read_text()) == said["made_with"]
     run = call("audit", config(), "--json", "--output", tmp_path / "audit", "--device", "cpu", "--limit", 2)
-    assert "own" in {c["message"] for c in json.loads(run.stdout)["conditions"]}
+    own, none, *_ = json.loads(run.stdout)["conditions"]
+    assert (own["message"], own["agent"], own["gain"], none["message"]) == ("own", None, None, "none")
+    assert isinstance(none["accuracy"], float) and isinstance(none["gain_low"], float) and "own" in run.stderr
     assert json.loads((tmp_path / "audit" / "made_with.json").read_text()) == json.loads(run.stdout)["made_with"]
     assert "gsm8k" in [t["name"] for t in json.loads(call("tasks", "--json").stdout)["tasks"]]
+
+
+def test_training_and_answers_as_json(config, tmp_path):
+    """All else that a command, or transformers in it, prints is on stderr."""
+    run = call("train", config(), "--json")
+    said = json.loads(run.stdout, parse_constant=pytest.fail)
+    assert (said["steps"], said["rows"], said["rows_a_step"]) == (3, 4, [1, 1, 1]) and said["agents"][0]["latent_steps"] == 2
+    assert said["training_loss"] > 0 and said["trainable"] < said["parameters"] and said["made_with"]["seed"] == 42
+    assert "diffmas train" in run.stderr and "train_loss" in run.stderr
+    asked = ("--question", "where is the key", "--max-new-tokens", 2, "--samples", 2, "--device", "cpu")
+    run = call("generate", "--adapter", tmp_path / "run", *asked, "--json")
+    said = json.loads(run.stdout)
+    assert said["fields"] == {"question": "where is the key"} and said["made_with"]["versions"]["torch"]
+    assert "".join(text + "\n" for text in said["answers"]) == run.stderr[-sum(len(text) + 1 for text in said["answers"]) :]
+    again = call("generate", "--adapter", tmp_path / "run", *asked, "--seed", said["made_with"]["seed"], "--json")
+    assert json.loads(again.stdout) == said, "a seed that nobody gave is told"
+
+
+def test_every_command_has_json_and_says_what_its_options_are():
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        assert ("--json" in [x for p in command.params for x in p.opts]) == (name not in ("schema", "serve")), name
+        assert command.help and all(p.help for p in command.params), name
+
+
+def test_what_a_failed_command_has_is_json_all_the_same(capsys):
+    def fails(number: int):
+        print("a table")
+        raise Partly({"done": number}, ValueError("number: expected 2"))
+
+    with pytest.raises(typer.Exit):
+        explained(with_json(fails))(1, as_json=True)
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"done": 1} and said.err == "a table\nerror: number: expected 2\n"
+    with pytest.raises(typer.Exit):
+        explained(with_json(fails))(1)
+    assert capsys.readouterr() == ("a table\n", "error: number: expected 2\n")
 
 
 def test_numbers_that_json_does_not_know_are_null(capsys):

@@ -74,3 +74,5 @@ def test_the_command_prints_the_schema_and_the_version():
     assert json.loads(call("schema")) == json.loads(json.dumps(schema()))
     assert call("--version") == f"diffmas {diffmas.__version__}\n"
     assert "--install-completion" in call("--help")
+    asked = {"_DIFFMAS_COMPLETE": "complete_bash", "COMP_WORDS": "diffmas train --res", "COMP_CWORD": "2"}
+    assert CliRunner().invoke(cli.app, [], prog_name="diffmas", env=asked).output == "--resume\n"

@@ -54,13 +54,19 @@ def test_a_short_run_ends_with_table_plot_and_adapter(tmp_path):
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(experiment.BASE, model)
     run = CliRunner().invoke(
-        app, ["demo", "--model", str(model), "--output", str(out), "--steps", "2", "--questions", "8", "--seed", "1"]
+        app, ["demo", "--model", str(model), "--output", str(out), "--steps", "2", "--questions", "8", "--seed", "1", "--json"]
     )
     assert run.exit_code == 0, run.output
-    assert "recall with all facts in context" in run.output
+    assert "recall with all facts in context" in run.stderr
+    told = json.loads(run.stdout)
+    assert told["training_step"]["speedup"] > 0 and told["made_with"]["seed"] == 1
     with open(out / "results.csv") as file:
         methods = [row["method"] for row in csv.DictReader(file)]
-    assert methods == ["single agent", "text agents", "LatentMAS (untrained)", "DiffMAS (trained)"]
+    assert (
+        methods
+        == [r["method"] for r in told["results"]]
+        == ["single agent", "text agents", "LatentMAS (untrained)", "DiffMAS (trained)"]
+    )
     assert (out / "results.png").stat().st_size > 10_000
     assert len((out / "answers.jsonl").read_text().splitlines()) == 8
     again = MultiAgentSystem.from_pretrained(out / "adapter")

@@ -528,7 +528,7 @@ def test_methods_are_compared_with_the_best_baseline():
     assert saved == [["weak"], ["strong"] * 2, ["strong"] * 3]
     assert strong.difference is None and ours.difference == difference_of_rates([1, 1, 1, 1], [1, 1, 1, 0])
     assert weak.difference.value == -0.5 and weak.row()["difference_low"] == weak.difference.low
-    assert strong.row()["difference"] == "" and strong.row()["best_baseline"] == "strong"
+    assert strong.row()["difference"] is None and strong.row()["best_baseline"] == "strong"
     assert [r.best_baseline for r in evaluate(methods, tiny.rows(4), baselines=["weak"])] == ["weak"] * 3
     (alone,) = evaluate({"ours": right[0]}, tiny.rows(4))
     assert alone.best_baseline is None and alone.difference is None and math.isnan(alone.decoded_perplexity)

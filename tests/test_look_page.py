@@ -243,6 +243,7 @@ def test_the_command(tmp_path):
     assert call("view", tmp_path / "team", *question, *asked).stdout.split() == [str(out), str(figure)]
     text = out.read_text()
     assert '"right answer"' in text and "in the garden" in text and '"gradient":[' in text and figure.exists()
+    assert '"made with"' in text and f"torch {torch.__version__}" in text and "seed 0" in text
     assert "--question: expected a question" in call("view", tmp_path / "team", code=1).output
     assert "--field: expected name=text, got 'a'" in call("view", tmp_path / "team", "--field", "a", code=1).output
     _, trace = saved(tmp_path)
@@ -251,4 +252,5 @@ def test_the_command(tmp_path):
     call("view", trace, "--model", tmp_path / "base", "--output", out, "--sequence", 1)
     assert "lamp" in out.read_text()
     assert "expected none with a saved trace" in call("view", trace, "--question", "a", code=1).output
-    assert "which is no file" in call("view", tmp_path / "nothing", code=1).output
+    said = call("view", tmp_path / "nothing", "--question", "a", code=1).output
+    assert "nothing: expected the directory of a team or a saved trace, found none" in said

@@ -64,30 +64,40 @@ def test_what_is_imported_is_declared():
     assert names <= declared, names - declared
 
 
-def test_sdist_holds_the_sources(source, tmp_path):
+def test_sdist_is_the_repository(source, tmp_path):
+    """All that tests, examples and pages need, and the symlinks that two packages are."""
     with tarfile.open(build("sdist", source, tmp_path, CXX="/bin/false")) as archive:
+        links = {member.name.split("/", 1)[-1]: member.linkname for member in archive.getmembers() if member.issym()}
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    for wanted in (
-        "setup.py",
-        "csrc/common/rows.h",
-        "csrc/binding/library.cpp",
-        "csrc/cpu/inject.cpp",
-        "csrc/cpu/kernels/simd.h",
-        "csrc/cuda/inject.cu",
-        "csrc/cuda/inject/forward.cuh",
-        "kernels/inject.py",
-        "tests/test_ops.py",
-        "tests/engines/worker.py",
-        "examples/train.yaml",
-        "Makefile",
-        "constraints.txt",
-    ):
-        assert wanted in names
+    assert links == {"diffmas/benchmarks": "../benchmarks", "diffmas/kernels": "../kernels"}
+    drawn_again = [path for kind in ("html", "svg") for path in (source / "benchmarks" / "results").rglob(f"*.{kind}")]
+    there = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file() and path not in drawn_again}
+    there = {name for name in there if not name.startswith(tuple(links))}
+    assert len(there) > 300 and {"tests/engines/worker.py", "examples/train.yaml", "Makefile"} < there
+    assert there <= names, sorted(there - names)[:5]
+
+
+def setup_names() -> dict:
+    """What setup.py defines."""
+    names = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    exec((ROOT / "setup.py").read_text().split("\nsetup(\n")[0], names)
+    return names
+
+
+def test_links_of_the_readme_in_a_package():
+    described = setup_names()["described"]
+    text = "![a plot](b/c.png) and [a page](docs/d.md#e), [here](#f), [there](https://g.org/h)"
+    rest = "[here](#f), [there](https://g.org/h)"
+    assert described(text, None) == f" and a page, {rest}"
+    link = "https://github.com/o/n/{}/HEAD"
+    absolute = f"![a plot]({link.format('raw')}/b/c.png) and [a page]({link.format('blob')}/docs/d.md#e), {rest}"
+    assert described(text, "https://github.com/o/n") == absolute
 
 
 def test_wheel_without_a_compiler_works_and_says_so(source, tmp_path):
     with zipfile.ZipFile(build("wheel", source, tmp_path, CXX="/bin/false")) as archive:
         names = set(archive.namelist())
+        metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
         archive.extractall(tmp_path / "site")
     for wanted in (
         "diffmas/ops/reference.py", "diffmas/evaluation/run.py", "diffmas/demo/base/model.safetensors",
@@ -96,6 +106,9 @@ def test_wheel_without_a_compiler_works_and_says_so(source, tmp_path):
         *(f"diffmas/evaluation/look/page.{kind}" for kind in ("html", "css", "js", "figures.js")),
     ):  # fmt: skip
         assert wanted in names
+    for line in ("Author: The diffmas authors", "License-Expression: Apache-2.0", "Classifier: Typing :: Typed", "# diffmas"):
+        assert line in metadata.splitlines()
+    assert "Keywords: " in metadata and "Description-Content-Type: text/markdown" in metadata and "](docs/" not in metadata
     data = {name for name in names if name.startswith("diffmas/kernels/") and not name.endswith(".py")}
     assert data == {"diffmas/kernels/blocks.csv", "diffmas/kernels/README.md"}
     assert not any("benchmarks/results" in name or name.startswith("benchmarks") for name in names)
@@ -131,10 +144,8 @@ def test_env_command_says_what_is_missing():
 
 def test_a_build_says_what_it_compiles(tmp_path, monkeypatch):
     """Before and after each file, and nothing where all are there already."""
-    names = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
     monkeypatch.chdir(ROOT)
-    exec((ROOT / "setup.py").read_text().split("\nsetup(\n")[0], names)
-    said = []
+    names, said = setup_names(), []
     names["say"], names["run"] = said.append, lambda command, tool: Path(command[-1]).touch()
     monkeypatch.setenv("MAX_JOBS", "2")
     source = ROOT / "csrc" / "cpu" / "inject.cpp"
@@ -145,6 +156,14 @@ def test_a_build_says_what_it_compiles(tmp_path, monkeypatch):
     said.clear()
     names["compile_all"](jobs, tmp_path, "CPU kernels")
     assert said == []
+
+
+def test_cuda_kernels_that_were_left_out_are_said_to_be(tmp_path, monkeypatch):
+    names = setup_names()
+    for nvcc, says in (("", "left out at install time, since NVCC was empty"), ("no-such-nvcc", "no nvcc found at install")):
+        monkeypatch.setenv("NVCC", nvcc)
+        with pytest.raises(names["BuildError"], match=says):
+            names["compile_cuda"](tmp_path)
 
 
 def test_a_wheel_for_every_python_needs_the_stable_abi_alone(tmp_path):

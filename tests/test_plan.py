@@ -1,5 +1,7 @@
 """The memory of a team's training by formula, against what autograd keeps and what FSDP2 leaves on a process."""
 
+import json
+
 import pytest
 import tiny_systems as tiny
 import torch
@@ -92,9 +94,15 @@ def test_the_command(tmp_path, config, options, said):
     assert all(engine in ran.output for engine in ENGINES) and said in ran.output
     table, below = ran.output.split("└")
     assert max(map(len, table.splitlines())) <= 80 and len(below.splitlines()) == 3
+    told = json.loads(CliRunner().invoke(app, ["plan", "--model", str(tmp_path), *options, "--json"]).stdout)
+    assert [need["engine"] for need in told["engines"]] == list(ENGINES)
+    assert next((f"{need['engine']} is the first" for need in told["engines"] if need["fits"]), "nothing fits") in said
+    assert told["engines"][0]["total"] > 2 * told["sizes"]["weights"] and told["episode"]["forwards"] > 10
 
 
-def test_the_command_refuses_a_dtype(tmp_path):
+def test_the_command_refuses_what_is_no_model_or_dtype(tmp_path):
+    ran = CliRunner().invoke(app, ["plan", "--model", str(tmp_path / "none"), "--gpus", "2"])
+    assert ran.exit_code == 1 and "expected a directory, a .gguf file or a hub name, found no such" in ran.output
     AutoConfig.for_model("qwen3", **WIDE).save_pretrained(tmp_path)
     ran = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--gpus", "2", "--dtype", "int8"])
     assert ran.exit_code == 1 and "dtype: expected" in ran.output

@@ -8,6 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import typer
+
+from diffmas.cli import app
 
 missing = [name for name in ("mkdocs", "material", "mkdocstrings", "griffe") if find_spec(name) is None]
 if missing:
@@ -54,6 +57,16 @@ def test_the_reference_shows_signatures_and_examples(site):
     assert 'id="diffmas.MultiAgentSystem.generate"' in text and "<strong>latent_steps</strong>" in text
     plain = re.sub(r"<[^>]+>", "", text)
     assert "Agent(" in plain and "system.generate(" in plain and "realign: str = " in plain
+
+
+def test_the_page_of_commands_has_all_of_them(site):
+    shown = re.sub(r"<[^>]+>", "", (site / "commands.html").read_text(encoding="utf-8"))
+    commands = typer.main.get_command(app).commands
+    assert len(commands) > 10
+    for name, command in commands.items():
+        assert f"diffmas {name} [OPTIONS]" in shown, name
+        for option in (x for p in command.params for x in p.opts if x.startswith("--")):
+            assert option in shown, f"{name} {option}"
 
 
 def test_where_files_are():

@@ -50,7 +50,7 @@ def recipe(tmp_path, **changes):
 def call(*arguments, code: int = 0):
     result = CliRunner().invoke(cli.app, ["study", *map(str, arguments)])
     assert result.exit_code == code, (result.output, result.exception)
-    return result.output
+    return result
 
 
 def run(path, output, cases=("one fact",)):
@@ -150,30 +150,38 @@ def test_a_case_may_be_measured_with_the_adapters_of_another(tmp_path, monkeypat
 def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
     changes = ("--set", "training.max_steps=1", "--set", "evaluation={limit: 3}")
     versions = {"torch": version("torch").partition("+")[0], "peft": "0.1"}
-    output = call(
+    ran = call(
         recipe(tmp_path, audit=None, versions=versions), "--output", tmp_path / "out", "--results", tmp_path / "shown",
-        "--case", "two facts", "--seed", "3", *changes,
+        "--case", "two facts", "--seed", "3", *changes, "--json",
     )  # fmt: skip
+    output, told = ran.stderr, json.loads(ran.stdout)
     assert "two facts" in output and "peft: the recipe was made with 0.1" in output and "torch: the recipe" not in output
     with (tmp_path / "shown" / "methods.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["case"] for row in rows} == {"two facts"} and {row["questions"] for row in rows} == {"3"}
+    for row, same in zip(rows, told["methods"], strict=True):
+        assert (row["name"], row["accuracy"], row["difference"] or None) == (
+            same["name"], f"{same['accuracy']:.4f}", None if same["difference"] is None else f"{same['difference']:.4f}"
+        )  # fmt: skip
     assert [row["name"] for row in rows] == ["single", "all facts, bare", "diffmas", "all facts"]  # the case's methods
     with (tmp_path / "shown" / "costs.csv").open() as file:
         steps = {row["method"]: row["latent_steps"] for row in csv.DictReader(file)}
     assert steps["diffmas"] == str(3 * 3 * 2) and steps["single"] == "0"
     text = (tmp_path / "shown" / "made_with.json").read_text()
     made = json.loads(text)
+    assert told["made_with"] == made and told["failures"] == [] and str(tmp_path / "shown" / "costs.csv") in told["files"]
     assert made["changes"] == {"training": {"max_steps": 1}, "evaluation": {"limit": 3}}
     assert made["recipe"]["seeds"] == [0, 3] and made["recipe"]["config"]["model"] == "base" and str(BASE.parent) not in text
     (with_what,) = made["made_with"]
     assert with_what["versions"]["torch"] and with_what["machine"]
     (rate,) = made["training_tokens_per_second"]["diffmas"]
     assert rate > 0 and not (tmp_path / "shown" / "audit.csv").exists()
-    assert "expected results of the same changes" in call(
-        recipe(tmp_path, audit=None, versions=versions), "--output", tmp_path / "out", code=1
+    assert (
+        "expected results of the same changes"
+        in call(recipe(tmp_path, audit=None, versions=versions), "--output", tmp_path / "out", code=1).output
     )
-    assert "expected results of the same recipe" in call(recipe(tmp_path, about="other"), "--output", tmp_path / "out", code=1)
+    other = call(recipe(tmp_path, about="other"), "--output", tmp_path / "out", code=1)
+    assert "expected results of the same recipe" in other.output
 
 
 def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -191,11 +199,11 @@ def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(study.Stages, "_method", breaks)
         patched.setattr(tasks.Facts, "splits", {"train": (4, 1), "validation": (2, 2), "test": (6, 3)})
-        output = call(*arguments, code=1)
+        output = call(*arguments, code=1).output
         assert "one fact, seed 0, text_sft: train rows: expected a right answer" in output
         assert "one fact, seed 0, latent_mas: a broken method" in output and "one fact: single" in output
         patched.setattr(study.Stages, "_method", method)
-        assert "latent_mas" in (again := call(*arguments, code=1)) and "a broken method" not in again
+        assert "latent_mas" in (again := call(*arguments, code=1).output) and "a broken method" not in again
 
 
 @pytest.mark.parametrize(
@@ -218,7 +226,7 @@ def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_refused(tmp_path, changes, arguments, error):
-    output = call(recipe(tmp_path, **changes), "--output", tmp_path / "out", *arguments, code=1)
+    output = call(recipe(tmp_path, **changes), "--output", tmp_path / "out", *arguments, code=1).output
     assert re.search(error.replace("[", r"\[").replace("]", r"\]"), output), output
 
 

@@ -1,4 +1,5 @@
-"""mkdocs's hooks: pages that stand outside docs/, as README.md, and files there that pages link to, come along.
+"""mkdocs's hooks: pages that stand outside docs/, as README.md, and files there that pages link to, come along; the page of
+commands is written.
 
 mkdocs knows docs/ alone, and a link to ../benchmarks leads out of the site. Pages have the links that work in the repository;
 here they are led to where the site has the file.
@@ -10,6 +11,8 @@ import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
+
+from tools.site_commands import page as commands
 
 __all__ = ["PAGES", "linked", "moved", "on_files", "on_page_markdown", "place"]
 
@@ -66,6 +69,7 @@ def on_files(files, config):
             uri = place(path)
             if (ROOT / path).is_file() and files.get_file_from_path(uri) is None:
                 files.append(File.generated(config, uri, abs_src_path=os.fspath(ROOT / path)))
+    files.append(File.generated(config, "commands.md", content=commands()))
     return files
 
 

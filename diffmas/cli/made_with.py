@@ -5,7 +5,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["made_with"]
+__all__ = ["in_a_line", "made_with"]
 
 PACKAGES = ("torch", "transformers", "peft", "diffmas")
 
@@ -35,3 +35,10 @@ def made_with() -> dict:
     if commit and git("status", "--porcelain", "--untracked-files=no"):
         commit += ", changed"
     return {"versions": versions, "commit": commit, "machine": cpu_name()}
+
+
+def in_a_line(seed: int) -> str:
+    """The same in short, for where people read it."""
+    made = made_with()
+    said = [f"{name} {number}" for name, number in made["versions"].items()]
+    return ", ".join([*said, *([f"commit {made['commit']}"] if made["commit"] else []), f"seed {seed}"])

@@ -17,7 +17,7 @@ from diffmas.cli.commands.serve import serve
 from diffmas.cli.commands.study import study
 from diffmas.cli.commands.train import train
 from diffmas.cli.commands.view import view
-from diffmas.cli.terminal import explained, warn
+from diffmas.cli.terminal import explained, warn, with_json
 
 __all__ = ["app"]
 
@@ -25,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 OWN_THREADS = ("bench",)  # it has an option, and measures what a library's user gets
+WITHOUT_RESULTS = (schema, serve)  # JSON itself; one that ends with Ctrl-C
 LONG = ("demo", "train", "generate", "evaluate", "audit", "study", "view", "serve")
 
 
@@ -37,7 +38,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback(help=__doc__)
 def _of_all(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="and exit")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="of diffmas")] = False,
 ):
     # PEFT asks transformers 5.24 for a name that goes with version 6.
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
@@ -48,7 +49,7 @@ def _of_all(
 
 
 for command in (demo, init, schema, train, generate, tasks, evaluate, audit, study, view, plan, serve, export, bench, env):
-    app.command()(explained(command))
+    app.command()(explained(command if command in WITHOUT_RESULTS else with_json(command)))
 
 
 if __name__ == "__main__":

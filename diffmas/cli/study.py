@@ -114,8 +114,8 @@ def changes_of(given: list[str]) -> dict:
     return changes
 
 
-def write_made(made: dict, directory: Path) -> None:
-    """What a study was made with, beside its tables; without the places of files."""
+def write_made(made: dict, directory: Path) -> Path:
+    """Writes what a study was made with beside its tables, without the places of files; returns its path."""
 
     def named_only(x):
         if isinstance(x, dict):
@@ -126,6 +126,7 @@ def write_made(made: dict, directory: Path) -> None:
 
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "made_with.json", named_only(made))
+    return directory / "made_with.json"
 
 
 def merged(base: dict, changes: dict) -> dict:

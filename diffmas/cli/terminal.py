@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +14,8 @@ import typer
 from rich.console import Console
 
 __all__ = [
-    "AsJson", "ConfigFile", "Device", "Fields", "console", "device_of", "errors", "explained", "fields_of", "goes_on",
-    "print_json", "warn",
+    "ConfigFile", "Device", "Fields", "Partly", "console", "device_of", "errors", "explained", "fields_of", "goes_on",
+    "print_json", "warn", "with_json",
 ]  # fmt: skip
 
 console = Console()
@@ -25,7 +27,38 @@ Fields = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one")]
 
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout; all that people read goes to stderr")]
+
+
+class Partly(Exception):
+    """A command that failed has results all the same. result: these; error: what is raised behind them."""
+
+    def __init__(self, result: dict, error: Exception):
+        super().__init__(str(error))
+        self.result, self.error = result, error
+
+
+def with_json(command):
+    """Decorates a command that returns its results, as a dict: they are printed where somebody asks for --json."""
+
+    @functools.wraps(command)
+    def wrapped(*args, as_json: bool = False, **kwargs):
+        error = None
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            try:
+                result = command(*args, **kwargs)
+            except Partly as partly:
+                result, error = partly.result, partly.error
+        if as_json and result is not None:  # of several processes one has them
+            print_json(result)
+        if error is not None:
+            raise error
+
+    option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
+    signature = inspect.signature(command)
+    wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+    wrapped.__annotations__ = {**command.__annotations__, "as_json": AsJson}
+    return wrapped
 
 
 def explained(command):
@@ -56,7 +89,7 @@ def goes_on(how: Callable[[], str]):
 
 
 def print_json(data) -> None:
-    """One JSON object on stdout; numbers that are not finite, which JSON does not know, are null."""
+    """One JSON object on stdout; numbers that are not finite, which JSON does not know, are null, paths texts."""
 
     def finite(x):
         if isinstance(x, dict):
@@ -65,7 +98,7 @@ def print_json(data) -> None:
             return [finite(value) for value in x]
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    typer.echo(json.dumps(finite(data), ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(finite(data), ensure_ascii=False, allow_nan=False, default=str))
 
 
 def warn(line: str) -> None:

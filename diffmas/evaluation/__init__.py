@@ -1,6 +1,6 @@
 """Evaluation: tasks as rows of questions and answers, baselines side by side, metrics. See `diffmas.evaluation.run`."""
 
-from diffmas.evaluation.audit import Condition, audit, audit_table, communicates, plot_audit, write_audit
+from diffmas.evaluation.audit import Condition, audit, audit_rows, audit_table, communicates, plot_audit, write_audit
 from diffmas.evaluation.baselines import (
     Answers,
     Latent,
@@ -27,6 +27,7 @@ from diffmas.evaluation.text_sft import Writers, right_turns
 
 __all__ = [
     "Answers", "C2C", "Condition", "Latent", "Method", "MethodsFailed", "Result", "Scorer", "Stitched", "TextAgents", "Writers",
-    "audit", "audit_table", "c2c", "communicates", "evaluate", "latent_mas", "load_c2c", "perplexity", "plot", "plot_audit",
-    "right_turns", "single_agent", "stitch", "tables", "wilson", "write_answers", "write_audit", "write_csv", "write_entropy",
+    "audit", "audit_rows", "audit_table", "c2c", "communicates", "evaluate", "latent_mas", "load_c2c", "perplexity", "plot",
+    "plot_audit", "right_turns", "single_agent", "stitch", "tables", "wilson", "write_answers", "write_audit", "write_csv",
+    "write_entropy",
 ]  # fmt: skip

@@ -45,7 +45,7 @@ from diffmas.evaluation.run import gap, narrow_table, percent, shares_right
 from diffmas.trace import Segment, Trace
 from diffmas.training.data import question_and_answer
 
-__all__ = ["CHANGES", "Condition", "audit", "audit_table", "communicates", "plot_audit", "verdict", "write_audit"]
+__all__ = ["CHANGES", "Condition", "audit", "audit_rows", "audit_table", "communicates", "plot_audit", "verdict", "write_audit"]
 
 CHANGES = ("own", "none", "other", "noise")
 
@@ -302,20 +302,25 @@ def audit_table(conditions: list[Condition], title: str = "") -> Table:
     return narrow_table(title, heads, rows, f"{len(conditions[0].scores)} questions\n{verdict(conditions)}")
 
 
-def write_audit(conditions: list[Condition], path) -> Path:
-    """Writes a CSV file with a line per condition, and returns its path."""
+def audit_rows(conditions: list[Condition]) -> list[dict]:
+    """The numbers of each condition by name, as in the CSV file; those that do not apply are None."""
     rows = []
     for c in conditions:
         gain, saved = (
-            dict(zip((name, f"{name}_low", f"{name}_high"), x or ("",) * 3))
+            dict(zip((name, f"{name}_low", f"{name}_high"), x or (None,) * 3))
             for name, x in (("gain", c.gain), ("saved", c.saved))
         )
-        says = communicates(conditions, c.agent) if c.change == "other" else ""
-        head = {"message": c.change, "agent": c.agent or "", "questions": len(c.scores)}
+        says = communicates(conditions, c.agent) if c.change == "other" else None
+        head = {"message": c.change, "agent": c.agent, "questions": len(c.scores)}
         rows.append(
             {**head, "accuracy": c.accuracy, "low": c.low, "high": c.high, **gain, "nll": c.nll, **saved, "communicates": says}
         )
-    return write_rows(rows, path)
+    return rows
+
+
+def write_audit(conditions: list[Condition], path) -> Path:
+    """Writes a CSV file with a line per condition, and returns its path."""
+    return write_rows(audit_rows(conditions), path)
 
 
 def plot_audit(conditions: list[Condition], path, title: str = "") -> Path:

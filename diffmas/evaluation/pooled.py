@@ -33,6 +33,12 @@ class Pooled:
     to: str | None
     difference: Difference | None
 
+    def row(self) -> dict:
+        """The numbers by name, as in the CSV file; those that do not apply are None."""
+        numbers = {"accuracy": self.accuracy, "low": self.low, "high": self.high, "compared_with": self.to}
+        gap = dict(zip(("difference", "difference_low", "difference_high"), self.difference or (None,) * 3))
+        return {"case": self.case, "name": self.name, "questions": self.questions, **numbers, **gap, "by_seed": self.by_seed}
+
 
 def pool(case: str, scores: dict[str, Sequence[Sequence[float]]], to: str | None = None) -> list[Pooled]:
     """scores: by name, [seed][question], the share of right samples. to: the row that others are compared with; by default the
@@ -71,14 +77,8 @@ def pooled_table(rows: list[Pooled], title: str = "") -> Table:
 
 def write_pooled(rows: list[Pooled], path) -> Path:
     """Writes a CSV file with a line per row, and returns its path."""
-    lines = []
-    for r in rows:
-        difference = dict(zip(("difference", "difference_low", "difference_high"), r.difference or ("", "", "")))
-        numbers = {"accuracy": r.accuracy, "low": r.low, "high": r.high, "compared_with": r.to or "", **difference}
-        numbers = {k: f"{x:.4f}" if isinstance(x, float) else x for k, x in numbers.items()}
-        seeds = " ".join(f"{x:.4f}" for x in r.by_seed)
-        lines.append({"case": r.case, "name": r.name, "questions": r.questions, **numbers, "by_seed": seeds})
-    return write_rows(lines, path)
+    shown = lambda x: f"{x:.4f}" if isinstance(x, float) else " ".join(map(shown, x)) if isinstance(x, list) else x
+    return write_rows(({name: shown(x) for name, x in r.row().items()} for r in rows), path)
 
 
 def plot_pooled(rows: list[Pooled], path, title: str = "") -> Path:

@@ -73,8 +73,8 @@ class Result:
     texts: list[list[str]] = field(default_factory=list, repr=False)
 
     def row(self) -> dict:
-        """The numbers by name, as in the CSV file; those that do not apply are empty."""
-        gap = self.difference or ("", "", "")
+        """The numbers by name, as in the CSV file; those that do not apply are None."""
+        gap = self.difference or (None,) * 3
         row = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -89,7 +89,7 @@ class Result:
             elif f.name == "read":
                 row |= {f"{what}_read_by_{name}": n for name, size in value.items() for what, n in zip(("rows", "bytes"), size)}
             elif f.name not in ("entropy_curve", "entropy_counts", "scores", "texts"):
-                row[f.name] = "" if value is None else value
+                row[f.name] = value
         return row
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-__all__ = ["load_base", "load_model", "load_tokenizer"]
+__all__ = ["load_base", "load_config", "load_model", "load_tokenizer"]
 
 # Of the options of a model, those that say where its files are, and hold for the tokenizer too.
 PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code")
@@ -35,15 +35,21 @@ def load_model(name, *, dtype="auto", device=None, **options) -> tuple[nn.Module
     return load_base(name, dtype=dtype, device=device, **options), tokenizer
 
 
+def load_config(name, **options):
+    """The config of `load_model`'s model, without the model."""
+    from transformers import AutoConfig
+
+    place = _place(name, options)
+    return _explained(name, place, "model", lambda: AutoConfig.from_pretrained(**place))
+
+
 def load_base(name, *, dtype="auto", device=None, **options) -> nn.Module:
     """The model of `load_model` without its tokenizer; a multimodal one with its vision tower."""
     import transformers
-    from transformers import AutoConfig
 
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: expected 'auto', a torch.dtype or the name of one, got {dtype!r}")
-    place = _place(name, options)
-    config = _explained(name, place, "model", lambda: AutoConfig.from_pretrained(**place))
+    place, config = _place(name, options), load_config(name, **options)
     options = {**options, **place, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if "gguf_file" in place and (packed := getattr(transformers, "GgufConfig", None)) is not None:
         # Since 5.24 transformers would leave the blocks packed where it has kernels for them.

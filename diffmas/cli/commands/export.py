@@ -25,6 +25,9 @@ def export(
 
     if push_to_hub is not None:
         hub.check_push(push_to_hub, base or read_agents(team)["base_model"])
-    console.print(str(write(team, out, base, overwrite)), highlight=False, soft_wrap=True)
+    made = {"directory": write(team, out, base, overwrite)}
+    console.print(str(out), highlight=False, soft_wrap=True)
     if push_to_hub is not None:
-        console.print(hub.push_to_hub(out, push_to_hub, private), highlight=False, soft_wrap=True)
+        made["hub"] = hub.push_to_hub(out, push_to_hub, private)
+        console.print(made["hub"], highlight=False, soft_wrap=True)
+    return made

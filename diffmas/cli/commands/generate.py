@@ -21,7 +21,7 @@ def generate(
         Path | None, typer.Option(help="a file of JSON lines with the fields of the prompts, answered into --output")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="with --questions: JSON lines with `answers`; one that is there goes on")
+        Path | None, typer.Option(help="with --questions: JSON lines with `answers`, and what made them beside; a file goes on")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="with --questions: so many at once", min=1)] = 16,
     model: Annotated[
@@ -29,14 +29,15 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="of an answer", min=1)] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    top_p: Annotated[float | None, typer.Option(help="tokens that hold this share of the probability; 1: all")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the samples; drawn, and told, where nobody gives one")] = None,
     samples: Annotated[int | None, typer.Option(help="answers", min=1)] = None,
     device: Device = None,
 ):
     """Answer a question, or a file of them, with a trained system. What is not given is the model's own generation config's, or
     256 tokens at temperature 0.6 and top-p 0.95."""
     from diffmas.agents.system import MultiAgentSystem
+    from diffmas.cli.made_with import made_with
 
     fields = fields_of(question, field)
     if (questions is None) != (output is None):
@@ -44,30 +45,33 @@ def generate(
     if questions is not None and fields:
         raise ValueError("--questions: expected it without --question and --field, got both")
     system = MultiAgentSystem.from_pretrained(adapter, model).to(device_of(device))
+    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples=samples)
+    asked = {"adapter": str(adapter.resolve()), "model": model, **options}
     if questions is not None:
-        options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples=samples)
-        seed = secrets.randbits(30) if seed is None else seed
         with goes_on(lambda: f"what is answered is in {output}, and the same command goes on"):
-            return _answer_file(system, questions, output, batch_size, seed, options)
-    texts = system.generate(
-        [fields], max_new_tokens, temperature, top_p, seed, samples=samples, progress=errors.is_terminal
-    )  # fmt: skip
-    for text in texts[0]:
+            return _answer_file(system, questions, output, batch_size, seed, asked, options)
+    seed = secrets.randbits(30) if seed is None else seed
+    (texts,) = system.generate([fields], seed=seed, progress=errors.is_terminal, **options)
+    for text in texts:
         typer.echo(text)
+    return {"made_with": {**made_with(), **asked, "seed": seed}, "fields": fields, "answers": texts}
 
 
-def _answer_file(system, questions: Path, output: Path, batch_size: int, seed: int, options: dict) -> None:
+def _answer_file(system, questions: Path, output: Path, batch_size: int, seed: int | None, asked: dict, options: dict) -> dict:
     """Each line of questions with its answers, in batches. Every question has a seed of its own: a file that goes on is as if
     it had not stopped."""
+    from diffmas.agents.file import write_json
+    from diffmas.evaluation.files import room_for
     from diffmas.training.data import fields_of_row, read_jsonl
 
     rows = read_jsonl(questions, system.agents, answers=False)
-    done = _answered(output, rows)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    done, beside = _answered(output, rows), output.with_suffix(".made_with.json")
+    made = _made(beside if done else None, seed, asked)
+    write_json(room_for(beside), made)
     with output.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=done, desc="questions", leave=False) as bar:
         while done < len(rows):
             batch = rows[done : done + batch_size]
-            seeds = [(seed * 1_000_003 + i) % (1 << 31) for i in range(done, done + len(batch))]
+            seeds = [(made["seed"] * 1_000_003 + i) % (1 << 31) for i in range(done, done + len(batch))]
             texts = system.generate([fields_of_row(row) for row in batch], seed=seeds, **options)
             for row, answers in zip(batch, texts):
                 file.write(json.dumps({**row, "answers": answers}, ensure_ascii=False) + "\n")
@@ -75,6 +79,22 @@ def _answer_file(system, questions: Path, output: Path, batch_size: int, seed: i
             done += len(batch)
             bar.update(len(batch))
     errors.print(f"{output}: {done} questions", highlight=False, soft_wrap=True)
+    return {"made_with": made, "questions": done, "files": [output, beside]}
+
+
+def _made(left: Path | None, seed: int | None, asked: dict) -> dict:
+    """What answers are made with, by the file that is left of earlier ones, if any, and now. A seed that nobody gives is the
+    earlier one, or drawn. Raises ValueError where the earlier ones were asked for otherwise."""
+    from diffmas.agents.file import read_json
+    from diffmas.cli.made_with import made_with
+
+    earlier = read_json(left) if left is not None and left.exists() else {}
+    asked = {**asked, "seed": earlier.get("seed", secrets.randbits(30)) if seed is None else seed}
+    for name, value in asked.items():
+        if earlier and earlier[name] != value:
+            raise ValueError(f"{left}: expected answers of {name} {value!r}, found {earlier[name]!r}; choose another --output")
+    made = earlier.get("made_with", [])
+    return {**asked, "made_with": made if made_with() in made else [*made, made_with()]}
 
 
 def _answered(output: Path, rows: list[dict]) -> int:

@@ -56,9 +56,9 @@ def init(
     """Write a commented config for a published task."""
     from diffmas.evaluation.tasks import task as find
 
+    found = find(task)
     if output.exists():
         raise ValueError(f"--output: expected no file, found {output}")
-    found = find(task)
     train = "# train: FILE           # the set in its published form, instead of the hub's"
     if "train" not in found.splits:
         train = 'train: FILE             # this task is published without: lines of {"question": ..., "answer": ...}'
@@ -66,6 +66,7 @@ def init(
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(TEXT.format(**values, steps=found.latent_steps), encoding="utf-8")
     console.print(f"{output}: next, diffmas train {output}", highlight=False, soft_wrap=True)
+    return {"file": output}
 
 
 def schema():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from diffmas.cli.terminal import console
+from diffmas.cli.terminal import Partly, console
 
 __all__ = ["bench", "demo", "env"]
 
@@ -25,8 +25,10 @@ def demo(
     from diffmas.cli.made_with import made_with
     from diffmas.demo import run
 
-    run(output, model, seed, steps, questions)
-    write_json(output / "made_with.json", {**made_with(), "seed": seed, "model": model})
+    made = {**made_with(), "seed": seed, "model": model}
+    shown = run(output, model, seed, steps, questions)
+    write_json(output / "made_with.json", made)
+    return {"made_with": made, **shown}
 
 
 def bench(
@@ -44,58 +46,88 @@ def bench(
 
     if compare:
         from diffmas.benchmarks.compare import compare as measure
+        from diffmas.benchmarks.compare import failed
 
-        raise typer.Exit(measure(compare, quick, only, threads, max_rounds, console, out))
+        rows = measure(compare, quick, only, threads, max_rounds, console, out)
+        return _with_status({"rows": rows}, int(failed(rows)))
     target = out or suite.default_out(quick and not (report or readme))
     if readme:
         from diffmas.benchmarks.readme import update
 
-        return console.print("README.md: " + ("updated" if update(target, Path("README.md")) else "as it was"))
-    if report:
-        return suite.write_report(target, console)
-    raise typer.Exit(suite.run(target, quick, only, threads, max_rounds, console))
+        changed = update(target, Path("README.md"))
+        console.print("README.md: " + ("updated" if changed else "as it was"))
+        return {"file": "README.md", "updated": changed}
+    status = suite.write_report(target, console) if report else suite.run(target, quick, only, threads, max_rounds, console)
+    return _with_status({"rows": suite.rows(target), "directory": target}, status or 0)
 
 
-def _cpu_forms() -> str:
-    """Which form of the CPU kernels runs, and what else is in the library."""
-    from diffmas.ops import extension
-
-    try:
-        runs = extension.cpu_form()
-    except RuntimeError as error:  # DIFFMAS_CPU_ISA
-        return f", [red]{error}[/]"
-    left_out = f"; the compiler did not know {', '.join(extension.cpu_forms_left_out)}" if extension.cpu_forms_left_out else ""
-    return f", CPU kernels: {runs} (of {', '.join(extension.cpu_forms)}{left_out})"
+def _with_status(result: dict, status: int) -> dict:
+    """The result; behind it the process ends with this status."""
+    if status:
+        raise Partly(result, typer.Exit(status))
+    return result
 
 
 def env():
     """Show backends, extension, versions and devices as diffmas finds them."""
+    found = _found()
+    out = Table(title=f"diffmas {found['versions']['diffmas']}", show_header=False)
+    out.add_column(no_wrap=True)
+    out.add_column(overflow="fold")
+    for name, backend in found["backends"].items():
+        how = " by name, in Triton's interpreter" if backend["interpreted"] else ""
+        missing = backend["missing"]
+        out.add_row(f"backend {name}", f"[green]usable[/]{how}" if missing is None else f"[yellow]missing[/]: {missing}")
+    out.add_row("C++ extension", _of_extension(found["extension"]), end_section=True)
+    out.add_row("python", f"{found['python']} on {found['platform']}")
+    for name, installed in found["versions"].items():
+        if name != "diffmas":
+            out.add_row(name, installed or "[yellow]not installed[/]")
+    cuda = found["cuda"]
+    built_for = f"torch is built for CUDA {cuda['torch']}" if cuda["torch"] else "torch is built without CUDA"
+    out.add_row("CUDA devices", ", ".join(cuda["devices"]) or f"none ({built_for})")
+    console.print(out)
+    return found
+
+
+def _found() -> dict:
+    """What `env` shows."""
     import torch
 
-    import diffmas
     from diffmas import ops
     from diffmas.ops import extension
 
-    out = Table(title=f"diffmas {diffmas.__version__}", show_header=False)
-    out.add_column(no_wrap=True)
-    out.add_column(overflow="fold")
-    for name, missing in ops.available().items():
-        how = " by name, in Triton's interpreter" if ops.BACKENDS[name].interpreted else ""
-        out.add_row(f"backend {name}", f"[green]usable[/]{how}" if missing is None else f"[yellow]missing[/]: {missing}")
-    forms = _cpu_forms() if extension.loaded else ""
-    kernels = f", CUDA kernels for {', '.join('sm_' + t for t in extension.cuda_targets)}" if extension.cuda_targets else ""
-    out.add_row(
-        "C++ extension",
-        f"[green]loaded[/]{forms}{kernels}" if extension.loaded else f"[yellow]not loaded[/]: {extension.error}",
-        end_section=True,
-    )
-    out.add_row("python", f"{platform.python_version()} on {platform.platform()}")
-    for name in ("torch", "triton", "transformers", "peft", "accelerate"):
+    versions = {}
+    for name in ("diffmas", "torch", "triton", "transformers", "peft", "accelerate"):
         try:
-            out.add_row(name, version(name))
+            versions[name] = version(name)
         except PackageNotFoundError:
-            out.add_row(name, "[yellow]not installed[/]")
+            versions[name] = None
+    backends = {
+        name: {"missing": missing, "interpreted": ops.BACKENDS[name].interpreted} for name, missing in ops.available().items()
+    }
+    form = error = None
+    if extension.loaded:
+        try:
+            form = extension.cpu_form()
+        except RuntimeError as wrong:  # DIFFMAS_CPU_ISA
+            error = str(wrong)
+    built = {
+        "loaded": extension.loaded, "error": error or extension.error, "cpu_form": form, "cpu_forms": extension.cpu_forms,
+        "cpu_forms_left_out": extension.cpu_forms_left_out, "cuda_targets": extension.cuda_targets,
+    }  # fmt: skip
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    built_for = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-    out.add_row("CUDA devices", ", ".join(devices) if devices else f"none ({built_for})")
-    console.print(out)
+    return {
+        "versions": versions, "python": platform.python_version(), "platform": platform.platform(), "backends": backends,
+        "extension": built, "cuda": {"torch": torch.version.cuda, "devices": devices},
+    }  # fmt: skip
+
+
+def _of_extension(built: dict) -> str:
+    """Which form of the CPU kernels runs, and what else is in the library."""
+    if not built["loaded"]:
+        return f"[yellow]not loaded[/]: {built['error']}"
+    left_out = f"; the compiler did not know {', '.join(built['cpu_forms_left_out'])}" if built["cpu_forms_left_out"] else ""
+    forms = f"CPU kernels: {built['cpu_form']} (of {', '.join(built['cpu_forms'])}{left_out})"
+    kernels = f", CUDA kernels for {', '.join('sm_' + t for t in built['cuda_targets'])}" if built["cuda_targets"] else ""
+    return f"[green]loaded[/], {forms if built['cpu_form'] else '[red]' + built['error'] + '[/]'}{kernels}"

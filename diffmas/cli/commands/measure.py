@@ -1,6 +1,5 @@
 """diffmas tasks | evaluate | audit: questions, and who answers them right."""
 
-import csv
 from pathlib import Path
 from typing import Annotated
 
@@ -9,28 +8,27 @@ from rich import box
 from rich.table import Table
 
 from diffmas.cli.methods import METHODS
-from diffmas.cli.terminal import AsJson, ConfigFile, Device, console, device_of, errors, goes_on, print_json, warn
+from diffmas.cli.terminal import ConfigFile, Device, Partly, console, device_of, errors, goes_on, warn
 
 __all__ = ["audit", "evaluate", "tasks"]
 
 Limit = Annotated[int | None, typer.Option(help="only so many questions, from the first", min=1)]
 
 
-def tasks(as_json: AsJson = False):
+def tasks():
     """List the published tasks that `evaluate --task` and a config's `task` know."""
     from diffmas.evaluation.tasks import TASKS
 
-    if as_json:
-        columns = ("name", "kind", "questions", "hub", "licence", "gated")
-        rows = [{**{c: getattr(t, c) for c in columns}, "train": "train" in t.splits} for t in TASKS.values()]
-        return print_json({"tasks": rows})
-    out = Table(box=box.SIMPLE_HEAD)
-    for head in ("task", "kind", "questions", "train", "on the hub", "licence"):
-        out.add_column(head, justify="right" if head == "questions" else "left", overflow="fold")
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for head in ("task", "kind", "rows", "train", "on the hub", "licence"):
+        names = head in ("task", "on the hub")  # to be copied
+        out.add_column(head, justify="right" if head == "rows" else "left", overflow="fold", no_wrap=names)
     for t in TASKS.values():
         licence = t.licence + (", gated" if t.gated else "")
         out.add_row(t.name, t.kind, str(t.questions), "yes" if "train" in t.splits else "", t.hub, licence)
     console.print(out)
+    columns = ("name", "kind", "questions", "hub", "licence", "gated")
+    return {"tasks": [{**{c: getattr(t, c) for c in columns}, "train": "train" in t.splits} for t in TASKS.values()]}
 
 
 def _settings(config, task, model, path, latent_steps, output, adapter):
@@ -117,7 +115,6 @@ def evaluate(
         Path | None, typer.Option(help="directory for results.csv, entropy.csv, results.png and answers.jsonl")
     ] = None,
     device: Device = None,
-    as_json: AsJson = False,
 ):
     """Compare the trained system with its baselines on the same questions, of a config or of a published task."""
     from diffmas import evaluation
@@ -167,9 +164,7 @@ def evaluate(
         evaluation.write_answers(results, rows, files[3])
         write_json(files[4], made)
 
-    def show(results):
-        if as_json:
-            return print_json({"made_with": made, "results": [r.row() for r in results], "files": list(map(str, files))})
+    def show(results) -> dict:
         for table in evaluation.tables(results, str(config or task)):
             console.print(table)
             console.print()
@@ -178,6 +173,7 @@ def evaluate(
         _show_zeros(results, rows, settings.task is not None and not (options.extract or options.match))
         for file in files:
             console.print(str(file), highlight=False, soft_wrap=True)
+        return {"made_with": made, "results": [r.row() for r in results], "files": files}
 
     try:
         with goes_on(lambda: f"the methods that were done are in {target}; --methods takes the others"):
@@ -187,15 +183,15 @@ def evaluate(
                 [name for name in compared if name != "diffmas"], **vars(settings.generation),
             )  # fmt: skip
     except evaluation.MethodsFailed as failure:
-        if failure.results:
-            show(failure.results)
         written = f"{target} has {', '.join(r.method for r in failure.results)}" if failure.results else "nothing was written"
         given = all(isinstance(error, (ValueError, OSError)) for error in failure.errors.values())
-        raise (ValueError if given else RuntimeError)(f"{failure} ({written})") from failure
-    show(results)
+        error = (ValueError if given else RuntimeError)(f"{failure} ({written})")
+        raise Partly(show(failure.results), error) if failure.results else error from failure
+    shown = show(results)
     for name, directory in {"diffmas": adapter, **adapters}.items():
         if directory and (result := next((r for r in results if r.method == name), None)) is not None:
             _say_in_the_card(directory, result, made)
+    return shown
 
 
 def _say_in_the_card(directory: Path, result, made: dict) -> None:
@@ -215,7 +211,6 @@ def audit(
     limit: Limit = None,
     output: Annotated[Path | None, typer.Option(help="directory for audit.csv and audit.png")] = None,
     device: Device = None,
-    as_json: AsJson = False,
 ):
     """Does a team communicate? Answers with each agent's own message, none, another question's, and noise."""
     from diffmas import evaluation
@@ -237,9 +232,7 @@ def audit(
     files = evaluation.write_audit(conditions, target / "audit.csv"), evaluation.plot_audit(conditions, target / "audit.png")
     made = {**made_with(), "seed": settings.generation.seed, "model": settings.model, "adapter": adapter and str(adapter)}
     write_json(target / "made_with.json", made)
-    if as_json:
-        with files[0].open(newline="", encoding="utf-8") as rows:
-            return print_json({"made_with": made, "conditions": list(csv.DictReader(rows)), "files": list(map(str, files))})
     console.print(evaluation.audit_table(conditions, str(config)))
     for file in files:
         console.print(str(file), highlight=False, soft_wrap=True)
+    return {"made_with": made, "conditions": evaluation.audit_rows(conditions), "files": files}

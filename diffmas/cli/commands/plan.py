@@ -1,5 +1,6 @@
 """diffmas plan: which engine a team's training fits with, before anything is loaded."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -28,27 +29,30 @@ def plan(
 ):
     """Show the memory that each engine needs on a GPU, by formula (docs/many_gpus.md); the model is not loaded."""
     import torch
-    from transformers import AutoConfig
 
+    from diffmas.models.load import load_config
     from diffmas.training.plan import Episode, sizes_of
     from diffmas.training.plan import plan as needs_of
 
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
-    sizes = sizes_of(AutoConfig.from_pretrained(model), r or None, kind)
+    sizes = sizes_of(load_config(model), r or None, kind)
     episode = Episode(agents, prompt, latent_steps, answer, batch)
+    needs = needs_of(sizes, gpus, episode, checkpointing, offload)
+    fitting = [need.engine for need in needs if need.total <= 0.9 * memory * GB]
     table = Table(
         title=f"{model}: {sizes.weights / 1e9:.2f} B weights, {sizes.trained / 1e6:.1f} M trained; GiB on each of {gpus} GPUs"
     )
     for column in ("engine", "weights", "trained", "pools", "activations", "all", "gathered"):
         table.add_column(column, justify="left" if column == "engine" else "right")
-    needs = needs_of(sizes, gpus, episode, checkpointing, offload)
     for need in needs:
         parts = (need.weights, need.optimizer, need.pools, need.activations, need.total, need.gathered)
-        table.add_row(need.engine, *(f"{x / GB:.1f}" for x in parts), style="" if need.total <= 0.9 * memory * GB else "dim")
+        table.add_row(need.engine, *(f"{x / GB:.1f}" for x in parts), style="" if need.engine in fitting else "dim")
     console.print(table)
     console.print(f"an episode: {episode.rows} rows, {episode.forwards} forwards; gathered: GiB that come to a GPU for one")
-    fitting = [need.engine for need in needs if need.total <= 0.9 * memory * GB]
     less = "nothing fits; more GPUs, a smaller --batch, --checkpointing, --offload"
     console.print(f"in 0.9 of {memory:g} GiB: {f'{fitting[0]} is the first that fits' if fitting else less}")
+    rows = [{**asdict(need), "total": need.total, "fits": need.engine in fitting} for need in needs]  # bytes on each GPU
+    of_episode = {**asdict(episode), "rows": episode.rows, "forwards": episode.forwards}
+    return {"model": model, "gpus": gpus, "sizes": asdict(sizes), "episode": of_episode, "engines": rows}

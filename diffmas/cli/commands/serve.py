@@ -23,8 +23,8 @@ def serve(
     model: Annotated[
         str | None, typer.Option(help="base model (directory, GGUF file or hub name), if it is not where it was")
     ] = None,
-    host: Annotated[str, typer.Option(help="where to listen; another than loopback needs a token")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="address to listen at; another than loopback needs a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="where to listen", min=1, max=65535)] = 8000,
     token: Annotated[
         str | None, typer.Option(envvar="DIFFMAS_TOKEN", help="what clients have to bring as their API key", show_default=False)
     ] = None,

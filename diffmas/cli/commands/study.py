@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffmas.cli.terminal import Device, console, device_of, errors, goes_on
+from diffmas.cli.terminal import Device, Partly, console, device_of, errors, goes_on
 
 __all__ = ["study"]
 
@@ -23,6 +23,7 @@ def study(
     device: Device = None,
 ):
     """Run an experiment over cases and seeds: trainings, methods side by side, a causal audit; a killed one goes on."""
+    from diffmas.agents.file import read_json
     from diffmas.cli import study as studies
     from diffmas.evaluation import files, pooled
 
@@ -33,15 +34,20 @@ def study(
             path, target, model, device_of(device), case, seed, studies.changes_of(change or []),
             lambda text: errors.print(f"{text} ...", highlight=False),
         )  # fmt: skip
-    shown = results or target
+    shown, written = results or target, []
     for rows, what in ((outcome.methods, "methods"), (outcome.audits, "audit")):
         if rows:
             console.print(pooled.pooled_table(rows, f"{path.stem}: {what}"))
             console.print()
-            for file in (pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(rows, shown / f"{what}.png")):
-                console.print(str(file), highlight=False, soft_wrap=True)
+            written += [pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(rows, shown / f"{what}.png")]
     if outcome.costs:
-        console.print(str(files.write_rows(outcome.costs, shown / "costs.csv")), highlight=False, soft_wrap=True)
-    studies.write_made(outcome.made, shown)
+        written.append(files.write_rows(outcome.costs, shown / "costs.csv"))
+    written.append(studies.write_made(outcome.made, shown))
+    for file in written:
+        console.print(str(file), highlight=False, soft_wrap=True)
+    rows = {"methods": [r.row() for r in outcome.methods], "audit": [r.row() for r in outcome.audits], "costs": outcome.costs}
+    result = {"made_with": read_json(written[-1]), **rows, "failures": outcome.failures, "files": written}
     if outcome.failures:
-        raise ValueError("; ".join(outcome.failures) + f" (the others are in {shown}; run it again to try these again)")
+        lines = "; ".join(outcome.failures)
+        raise Partly(result, ValueError(f"{lines} (the others are in {shown}; run it again to try these again)"))
+    return result

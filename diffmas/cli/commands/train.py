@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from diffmas.cli.methods import TRAINED
 from diffmas.cli.terminal import ConfigFile, console, errors, goes_on, warn
@@ -32,6 +33,7 @@ def train(
     """
     from diffmas.cli.build import trained_as
     from diffmas.cli.config import load
+    from diffmas.cli.made_with import made_with
     from diffmas.cli.train import trainer_of
     from diffmas.training import checkpoints
 
@@ -46,7 +48,7 @@ def train(
         )
     trainer = trainer_of(settings, method, resume, lambda text: errors.print(f"{text} ...", highlight=False))
     if trainer.is_world_process_zero():
-        console.print(_summary(settings, trainer))
+        console.print(_table(summary := _summary(settings, trainer)))
         for path in earlier:
             shutil.rmtree(path)
     if method == "diffmas" and not resume:
@@ -55,10 +57,13 @@ def train(
         result = trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        _say_in_the_card(settings, trainer)
+        _say_in_the_card(settings, trainer, made_with())
         best = f", best eval_loss {trainer.state.best_metric:.4f}" if trainer.state.best_metric is not None else ""
         console.print(f"{result.global_step} steps, training loss {result.training_loss:.4f}{best}", highlight=False)
         console.print(f"adapter and agents.json: {settings.output_dir}", highlight=False, soft_wrap=True)
+        numbers = {"training_loss": result.training_loss, "best_eval_loss": trainer.state.best_metric}
+        made = {**made_with(), "seed": trainer.args.seed}
+        return {"made_with": made, **summary, "steps": result.global_step, **numbers, "history": trainer.state.log_history}
 
 
 def _how_on(config, method: str, output_dir: str) -> str:
@@ -70,9 +75,8 @@ def _how_on(config, method: str, output_dir: str) -> str:
     return f"`{again} --resume` goes on from {newest}" if newest else f"no checkpoint was due yet: `{again}` starts again"
 
 
-def _say_in_the_card(settings, trainer) -> None:
+def _say_in_the_card(settings, trainer, made: dict) -> None:
     from diffmas.agents.facts import add_facts
-    from diffmas.cli.made_with import made_with
 
     arguments, state, held_out = trainer.args, trainer.state, trainer.eval_dataset
     data = {"train": settings.data.train and Path(settings.data.train).name, "task": settings.task}
@@ -84,7 +88,7 @@ def _say_in_the_card(settings, trainer) -> None:
         "recipe": settings.recipe, "steps": state.global_step, "rows a step": rows, "learning rate": arguments.learning_rate,
         "seed": arguments.seed, **best,
     }  # fmt: skip
-    add_facts(settings.output_dir, data=data, training=training, made_with=made_with())
+    add_facts(settings.output_dir, data=data, training=training, made_with=made)
 
 
 def _look_at_latents(trainer) -> None:
@@ -98,24 +102,39 @@ def _look_at_latents(trainer) -> None:
         warn(line)
 
 
-def _summary(settings, trainer) -> Table:
-    out = Table(title="diffmas train", show_header=False)
+def _summary(settings, trainer) -> dict:
     system, arguments, rows, held_out = trainer.model, trainer.args, trainer.train_dataset, trainer.eval_dataset
-    trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in system.parameters())
-    step = (arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
-    rows_per_step = math.prod(step)
     schedule = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
+    step = (arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
+    return {
+        "model": settings.model, "agents": [{"name": a.name, "latent_steps": a.latent_steps} for a in system.agents],
+        "trainable": sum(p.numel() for p in system.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in system.parameters()), "adapter_scope": system.adapter_scope,
+        "lora": vars(settings.lora), "rows": len(rows), "validation_rows": len(held_out or []), "rows_a_step": step,
+        "learning_rate": arguments.learning_rate, "schedule": schedule, "device": str(arguments.device),
+        "output_dir": settings.output_dir,
+    }  # fmt: skip
+
+
+def _table(of: dict) -> Table:
+    out = Table(title="diffmas train", show_header=False)
+    out.add_column(no_wrap=True)
+    out.add_column(overflow="fold")
+    *readers, last = of["agents"]
+    step = " x ".join(map(str, of["rows_a_step"]))
     for name, value in (
-        ("model", settings.model),
-        ("agents", ", ".join(f"{a.name} (T={a.latent_steps})" for a in system.agents[:-1]) + f" -> {system.agents[-1].name}"),
-        ("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"),
-        ("adapter", f"{system.adapter_scope}, r={settings.lora.r}, alpha={settings.lora.alpha}"),
-        ("data", f"{len(rows)} rows, {len(held_out or [])} for validation"),
-        ("step", f"{rows_per_step} rows = " + " x ".join(map(str, step)) + " (micro-batch x accumulation x processes)"),
-        ("learning rate", f"{arguments.learning_rate:g}, {schedule}"),
-        ("device", str(arguments.device)),
-        ("output", settings.output_dir),
+        ("model", of["model"]),
+        ("agents", ", ".join(f"{a['name']} (T={a['latent_steps']})" for a in readers) + f" -> {last['name']}"),
+        (
+            "trainable",
+            f"{of['trainable']:,} of {of['parameters']:,} parameters ({100 * of['trainable'] / of['parameters']:.2f} %)",
+        ),
+        ("adapter", f"{of['adapter_scope']}, r={of['lora']['r']}, alpha={of['lora']['alpha']}"),
+        ("data", f"{of['rows']} rows, {of['validation_rows']} for validation"),
+        ("step", f"{math.prod(of['rows_a_step'])} rows = {step} (micro-batch x accumulation x processes)"),
+        ("learning rate", f"{of['learning_rate']:g}, {of['schedule']}"),
+        ("device", of["device"]),
+        ("output", of["output_dir"]),
     ):
-        out.add_row(name, str(value))
+        out.add_row(name, Text(value))
     return out

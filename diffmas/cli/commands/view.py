@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from diffmas.cli.made_with import in_a_line
 from diffmas.cli.terminal import Device, Fields, console, device_of, fields_of
 
 __all__ = ["view"]
@@ -27,13 +28,15 @@ def view(
     nearest: Annotated[int, typer.Option(help="tokens shown of each latent step", min=1)] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="of the answer, and of a text agent's message", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="of what is sampled")] = 0,
     device: Device = None,
 ):
     """See a team at work on one question: who says what to whom, as a page to open in a browser."""
     from diffmas.evaluation.look import look_at, look_at_file, page, plot
 
     fields = fields_of(question, field)
+    if not path.exists():
+        raise ValueError(f"{path}: expected the directory of a team or a saved trace, found none")
     if path.is_dir():
         from diffmas.agents.system import MultiAgentSystem
 
@@ -44,12 +47,14 @@ def view(
             system, fields, answer, text_agents=text, nearest=nearest, max_new_tokens=max_new_tokens, temperature=temperature,
             seed=seed,
         )  # fmt: skip
+        look.facts.append(("made with", in_a_line(seed)))
     else:
         from diffmas.models.load import load_tokenizer
 
         if fields or answer is not None or text:
             raise ValueError("--question, --field, --answer, --text: expected none with a saved trace, whose model has run")
         look = look_at_file(path, None if model is None else load_tokenizer(model), sequence)
-    console.print(str(page(look, output)), highlight=False, soft_wrap=True)
-    if figure is not None:
-        console.print(str(plot(look, figure)), highlight=False, soft_wrap=True)
+    files = [page(look, output), *([] if figure is None else [plot(look, figure)])]
+    for file in files:
+        console.print(str(file), highlight=False, soft_wrap=True)
+    return {"files": files, "look": look.to_dict()}

@@ -176,6 +176,7 @@ def _adapters(described: dict) -> str:
 def _agent(agent: dict, last: bool) -> str:
     T = "answers" if last else f"T = {agent['latent_steps']}"
     T += f" in {agent['passes']} passes" if agent["passes"] and not last else ""
+    T += f", then writes up to {agent['max_message_tokens']} tokens" if agent["max_message_tokens"] and not last else ""
     stop = f", stops when a step changes less than {agent['stop_change']}" if agent["stop_change"] and not last else ""
     reads = [_edge(edge) for edge in agent["reads"] or ()]
     T += f", reads {', '.join(reads) or 'nobody'}" if agent["reads"] is not None else ""

@@ -78,6 +78,8 @@ def check_others(model: nn.Module, tokenizer, agents: list[Agent], others: dict[
         for agent in mine:
             if agent.max_rows is not None or any(read.select is not None for read in agent.reads or ()):
                 raise ValueError(f"agent {agent.name!r}: expected no select and no max_rows with another model, got some")
+            if (most := agent.max_message_tokens) is not None:
+                raise ValueError(f"agent {agent.name!r}: max_message_tokens: expected None with another model, got {most}")
         if not mine:
             raise ValueError(f"others: expected an agent whose model is {name!r}, got none")
     if agents[-1].model is not None:
@@ -93,6 +95,8 @@ def _check_fused(agent: Agent, sharer: Agent, last: bool, options: Options) -> N
         raise ValueError(f"{where}: expected another agent that reads it and answers, got the last agent")
     if agent.latent_steps != 0:
         raise ValueError(f"{where}: latent_steps: expected 0, got {agent.latent_steps!r}; who reads it can take some")
+    if agent.max_message_tokens is not None:
+        raise ValueError(f"{where}: max_message_tokens: expected None, got {agent.max_message_tokens}; who reads it can write")
     for name, wanted in (("trace_content", "all"), ("no_latents", "prompt")):
         if (found := getattr(options, name)) != wanted:
             raise ValueError(f"{where}: {name}: expected {wanted!r}, got {found!r}")

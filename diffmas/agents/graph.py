@@ -167,6 +167,8 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: d
                 why = "whose prompt nobody gets with trace_content='latent_only'"
             elif kind == "latent" and agent.latent_steps == 0 and not encoded:
                 why = "which takes no latent steps"
+            elif kind == "text" and agent.max_message_tokens is None:
+                why = "which writes no message"
             if why is not None:
                 where = f"agent {reader.name!r}: reads: {agent.name}: select: kind"
                 raise ValueError(f"{where}: expected one that leaves rows, got {kind!r} of an agent {why}")
@@ -178,9 +180,10 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: d
 # ---- rows, of one sequence -------------------------------------------------------------------------------------------
 
 
-def handed_on(row: Row, read: int, base: Row, agent: str, kind: str | None, sinks: int) -> Row:
+def handed_on(row: Row, read: int, base: Row, agent: str, kind: tuple[str, ...] | None, sinks: int) -> Row:
     """What whoever reads an agent gets: what all see (`base`), the first tokens that the agent saw, as attention sinks, and its
-    own rows of one kind. row: what it saw and wrote; read: how many rows it saw. Nothing of it where it has written nothing."""
+    own rows, of all kinds or some. row: what it saw and wrote; read: how many rows it saw. Nothing of it where it has written
+    nothing."""
     if length_of(row) == read:
         return list(base)
     own = without_first(row, read)

@@ -11,7 +11,7 @@ from diffmas.agents.alignment import partners
 from diffmas.agents.chat import chat_text
 from diffmas.agents.graph import branches_of, handed_on, reads_of
 from diffmas.agents.selection import PLANNED, check_by, check_count, within
-from diffmas.trace.views import Segment, joined, length_of
+from diffmas.trace.views import SAID, Segment, joined, length_of
 
 __all__ = ["Agent", "TooLong", "Turn", "answer_ids", "fields_of", "prompt_ids", "tokenize", "turn_of"]
 
@@ -32,11 +32,13 @@ class Agent:
     them, and which of them (`diffmas.agents.graph.Read`). None: all before it; []: nobody. max_rows: it reads at most so many
     rows, `sinks` included; where there are more, the best ones, max_rows_by: last (the default), similarity or attention
     (`diffmas.agents.selection`). model: the name of another model that takes the turn (`MultiAgentSystem`'s others), and whose
-    rows are read through its projector; None is the system's own.
+    rows are read through its projector; None is the system's own. max_message_tokens: behind its latent steps it writes a text
+    of at most so many tokens, whose rows are read like the others (`diffmas.agents.messages`); with latent_steps 0 it says that
+    alone; None: no text. message_temperature: None or 0 takes the likeliest tokens.
 
     Raises ValueError for T < 0, stop_change <= 0, passes < 1, grad_passes that are not 1 to passes, passes together with
-    stop_change, reads that are no list of agents, max_rows < 1, an unknown max_rows_by, an empty name, role or model, or a
-    prompt that is no string.
+    stop_change, reads that are no list of agents, max_rows < 1, an unknown max_rows_by, max_message_tokens < 1, a negative
+    message_temperature, or one without messages, an empty name, role or model, or a prompt that is no string.
 
         >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
         'Plan how to answer: 2 + 2?'
@@ -56,6 +58,8 @@ class Agent:
     max_rows: int | None = None
     max_rows_by: str | None = None
     model: str | None = None
+    max_message_tokens: int | None = None
+    message_temperature: float | None = None
 
     def __post_init__(self):
         T = self.latent_steps
@@ -84,6 +88,7 @@ class Agent:
         object.__setattr__(self, "reads", reads_of(self.name, self.reads))
         check_count(f"agent {self.name!r}: max_rows", self.max_rows)
         check_by(f"agent {self.name!r}: max_rows_by", self.max_rows_by, "max_rows", self.max_rows)
+        check_message(self.name, self.max_message_tokens, self.message_temperature)
 
     def described(self) -> dict:
         """As plain data, which `Agent(**data)` takes."""
@@ -129,15 +134,33 @@ class Agent:
         self.steps(fields)
 
 
+def check_message(name: str, tokens: int | None, temperature: float | None) -> None:
+    """Raises ValueError naming what does not fit of the message that an agent of this name writes."""
+    check_count(f"agent {name!r}: max_message_tokens", tokens)
+    where = f"agent {name!r}: message_temperature"
+    if temperature is not None and tokens is None:
+        raise ValueError(f"{where}: expected None without max_message_tokens, got {temperature!r}")
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if temperature is not None and not (number and 0 <= temperature < math.inf):
+        raise ValueError(f"{where}: expected a number >= 0 or None, got {temperature!r}")
+
+
 class TooLong(ValueError):
     """What does not fit in the model's context."""
 
 
 class Turn(NamedTuple):
-    """An agent's turn on one question. ids: of its prompt's tokens, none where it has no turn. steps: T, 0 for the last one."""
+    """An agent's turn on one question. ids: of its prompt's tokens, none where it has no turn. steps: T, 0 for the last one.
+    message: tokens of its message, at most."""
 
     ids: list[int]
     steps: int
+    message: int = 0
+
+    @property
+    def most(self) -> int:
+        """Tokens of all kinds, at most."""
+        return len(self.ids) + self.steps + self.message
 
 
 def fields_of(questions) -> list[dict]:
@@ -227,9 +250,16 @@ def turn_of(system, agent: Agent, b: int, fields: dict, at: int) -> Turn:
         T = agent.steps(fields)
     except ValueError as error:
         raise ValueError(f"questions[{b}], {error}") from error
-    if T == 0 and system.no_latents == "skip" and not encodes(system, agent):
+    if T == 0 and is_skipped(system, agent):
         return Turn([], 0)
-    return Turn(prompt_that_fits(system, agent, b, fields, at, T, f"its prompt and {T} latent steps"), T)
+    most = agent.max_message_tokens or 0
+    what = f"its prompt and {T} latent steps" + (f" and a message of {most} tokens" if most else "")
+    return Turn(prompt_that_fits(system, agent, b, fields, at, T + most, what), T, most)
+
+
+def is_skipped(system, agent: Agent) -> bool:
+    """Whether an agent that is not the last has no turn where it takes no latent steps."""
+    return system.no_latents == "skip" and agent.max_message_tokens is None and not encodes(system, agent)
 
 
 def tokenize(system, questions: list[dict], room: list[int], what: str, starts: list[int] | None = None) -> list[list[Turn]]:
@@ -247,9 +277,9 @@ def tokenize(system, questions: list[dict], room: list[int], what: str, starts: 
         for agent, row in zip(system.agents[:-1], turns):
             turn = turn_of(system, agent, b, fields, at)
             row.append(turn)
-            at += len(turn.ids) + turn.steps
+            at += turn.most
             n = len(turn.ids)
-            handed += (n if encodes(system, agent) else min(n, max(system.sinks - handed, 0))) + turn.steps
+            handed += (n if encodes(system, agent) else min(n, max(system.sinks - handed, 0))) + turn.steps + turn.message
             if system.trace_content == "latent_only" and system.positions == "reindex":
                 at = handed
         turns[-1].append(Turn(prompt_that_fits(system, system.agents[-1], b, fields, at, room[b], what), 0))
@@ -258,8 +288,8 @@ def tokenize(system, questions: list[dict], room: list[int], what: str, starts: 
 
 def _turns_in_graph(system, b: int, fields: dict, room: int, what: str) -> list[Turn]:
     """The turns of all agents on question b, each at the position where `diffmas.agents.board` will have it, or, behind rows
-    that are chosen by what is in them, at the last one where it may."""
-    graph, kind = system.graph, "latent" if system.trace_content == "latent_only" else None
+    that are chosen by what is in them, or are a message's, at the last one where it may."""
+    graph, kind = system.graph, SAID if system.trace_content == "latent_only" else None
     turns: list[Turn] = []
     handed: list[list[Segment]] = []
     ends: list[int] = []
@@ -279,7 +309,8 @@ def _turns_in_graph(system, b: int, fields: dict, room: int, what: str) -> list[
             except ValueError as error:
                 raise ValueError(f"questions[{b}], {error}") from error
         read, n = length_of(row), len(turn.ids)
-        for kind_of, length in (("latent" if encodes(system, agent) else "prompt", n), ("latent", turn.steps)):
+        written = (("latent" if encodes(system, agent) else "prompt", n), ("latent", turn.steps), ("text", turn.message))
+        for kind_of, length in written:
             row = [*row, Segment(b, agent.name, kind_of, rows, length, at)] if length else row
             rows, at = rows + length, at + length
         handed.append(handed_on(row, read, [], agent.name, kind, system.sinks))

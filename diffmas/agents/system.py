@@ -18,6 +18,7 @@ from diffmas.agents.board import Board
 from diffmas.agents.chat import check_chat
 from diffmas.agents.checks import check_others, check_team, readings
 from diffmas.agents.decoding import text_before
+from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.graph import Graph, home
 from diffmas.agents.member import Member, default_chat
@@ -27,9 +28,10 @@ from diffmas.agents.prompts import Agent, Turn
 from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling
 from diffmas.agents.turns import think
+from diffmas.models.head import check_head
 from diffmas.models.local import gathers, reshard
 from diffmas.models.parts import causal_lm_of
-from diffmas.models.patch import patch_model
+from diffmas.models.patch import patch_model, patch_of
 from diffmas.trace import Trace
 from diffmas.trace.views import SINKS
 
@@ -48,7 +50,7 @@ class MultiAgentSystem(Member):
     realign: none | norm | ridge | soft_token | learned, the map from hidden states to input embeddings
         (`diffmas.agents.realign`); temperature is soft_token's.
     grad_scope: full | detach_trace (gradients reach the last agent only) | last_k (the last `last_k` agents).
-    trace_content: all | latent_only (an agent hands on its latent steps without its prompt).
+    trace_content: all | latent_only (an agent hands on its latent steps and its message without its prompt).
     sinks: the first so many tokens of a sequence stay with latent_only, whoever wrote them: pretrained models use them as
         attention sink (StreamingLLM, arXiv 2309.17453), and without them their attention breaks.
     positions: keep | reindex (renumbered from 0), the positions of the rows that latent_only hands on.
@@ -100,6 +102,9 @@ class MultiAgentSystem(Member):
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.others = nn.ModuleDict(others)
         self.training = model.training
+        if any(agent.max_message_tokens is not None for agent in agents[:-1]):
+            with evaluating(model):
+                check_head(causal_lm_of(model), patch_of(model).body)
         if adapter_scope != "shared":
             adapters.will_switch(model)
         if adapter_scope == "per_role":
@@ -147,23 +152,24 @@ class MultiAgentSystem(Member):
     # ---- one agent ---------------------------------------------------------------------------------------------------
 
     def think(
-        self, agent: Agent, questions: list[dict], trace: Trace, turns: list[Turn] | None = None, least_steps: int = 0
+        self, agent: Agent, questions: list[dict], trace: Trace, turns: list[Turn] | None = None, least_steps: int = 0,
+        seeds: list[int] | None = None,
     ) -> Trace:  # fmt: skip
-        """An agent's turn: one forward over its prompts on top of the trace, then T latent steps without logits.
+        """An agent's turn: one forward over its prompts on top of the trace, T latent steps without logits, its message.
 
         questions: one dict of prompt fields for each sequence of the trace. turns: the agent's row of `tokenize`, to save a
         second tokenization. least_steps: where no T is as large, more forwards follow, whose rows are dropped: processes that
-        share a model run it equally often. Returns the trace for the next agent.
+        share a model run it equally often. seeds: as in `communicate`. Returns the trace for the next agent.
         """
-        return think(self, agent, questions, trace, turns, least_steps)
+        return think(self, agent, questions, trace, turns, least_steps, seeds)
 
-    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None, least_steps=()) -> Trace:
+    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None, least_steps=(), seeds=None) -> Trace:
         """All agents but the last take their turns; returns the trace that the last one reads.
 
         questions: dicts of prompt fields. trace: to go on from; a new one by default. turns: the result of `tokenize`.
-        least_steps: of each agent (`think`).
+        least_steps: of each agent (`think`). seeds: of each question, for messages that are sampled.
         """
-        board = Board(self, Trace(self.model, batch_size=len(questions)) if trace is None else trace)
+        board = Board(self, Trace(self.model, batch_size=len(questions)) if trace is None else trace, seeds)
         for group in board.groups:
             board.write(group, questions, turns, least_steps)
         return board.read(len(self.agents) - 1, questions)

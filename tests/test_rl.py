@@ -402,9 +402,7 @@ def test_arguments_that_do_not_fit(tmp_path, options, text):
 def test_messages_that_a_loss_would_sample_anew_are_refused(tmp_path):
     system = tiny.system()
     system.agents[0] = replace(system.agents[0], max_message_tokens=4, message_temperature=1.0)
-    with pytest.raises(
-        ValueError, match="agent 'planner': message_temperature: expected None or 0 with latents='recompute'"
-    ):
+    with pytest.raises(ValueError, match="agent 'planner': message_temperature: expected None or 0 with latents='recompute'"):
         GRPOTrainer(system, scored(), config(tmp_path), train_dataset=tiny.rows(2))
     trainer = GRPOTrainer(system, scored(), config(tmp_path), train_dataset=tiny.rows(4), latents="keep")
     trainer.train()

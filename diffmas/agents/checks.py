@@ -4,17 +4,20 @@ import re
 
 from torch import nn
 
+from diffmas.agents.agent import Agent
 from diffmas.agents.alignment import check_tokenizers
 from diffmas.agents.chat import check_chat
 from diffmas.agents.encoder import Encoder
+from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.graph import Graph, check_graph, home
 from diffmas.agents.member import Other
 from diffmas.agents.options import Options
-from diffmas.agents.prompts import Agent
 from diffmas.models.adapted import check_adapters, check_bare
+from diffmas.models.head import check_head
 from diffmas.models.parts import causal_lm_of
+from diffmas.models.patch import patch_of
 
-__all__ = ["check_agents", "check_others", "check_team", "readings"]
+__all__ = ["check_agents", "check_others", "check_team", "check_writers", "readings"]
 
 
 def readings(others) -> dict[str, str]:
@@ -60,6 +63,14 @@ def check_team(
     roles = dict.fromkeys(agent.adapter for agent in agents if home(agent, readings(others)) is None)
     if adapter_scope == "per_role" and (missing := [n for n in roles if n not in model.peft_config]):
         raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every role, the model has none for {missing}")
+
+
+def check_writers(model: nn.Module, agents: list[Agent]) -> None:
+    """Raises ValueError where agents write messages, and the model's logits are not what their first tokens come from. Runs
+    the model, which is patched, over one token."""
+    if any(agent.max_message_tokens is not None for agent in agents[:-1]):
+        with evaluating(model):
+            check_head(causal_lm_of(model), patch_of(model).body)
 
 
 def check_others(model: nn.Module, tokenizer, agents: list[Agent], others: dict[str, Other], options: Options) -> None:

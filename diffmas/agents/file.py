@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffmas.agents import card
+from diffmas.agents.agent import Agent
 from diffmas.agents.options import Options
-from diffmas.agents.prompts import Agent
 from diffmas.models.adapted import base_weights, trained_in_base
 from diffmas.models.identity import model_fingerprint, sampled_fingerprint
 from diffmas.models.load import load_base, load_tokenizer
@@ -178,7 +178,7 @@ def _with_later_options(described: dict) -> dict:
 
     def filled(agents: list) -> list:
         names = ("stop_change", "role", "passes", "grad_passes", "reads", "max_rows", "max_rows_by", "model")
-        later = dict.fromkeys((*names, "max_message_tokens", "message_temperature"))
+        later = dict.fromkeys((*names, "max_message_tokens", "message_temperature", "rounds", "later_prompt"))
         return [{**later, **agent} if isinstance(agent, dict) else agent for agent in agents]
 
     own = described["own_options"]

@@ -205,6 +205,10 @@ class Aliases:
 
 def report(system, questions, answers, num_items_in_batch=None) -> GradientReport:
     """See `MultiAgentSystem.gradient_report`."""
+    if system.others:
+        raise ValueError("gradient_report: expected agents of one model, got some of others")
+    if system.agreement is not None:
+        raise ValueError("gradient_report: expected a model that this process has alone, got one that several share")
     if answers is None:
         raise ValueError("answers: expected a list, got None")
     aliases = Aliases(system)

@@ -3,6 +3,7 @@
 By default a team is a chain: each agent reads all that was written before it. `Agent(reads=[...])` names the agents that one
 reads, out of those before it in the list, in the order in which it has their rows: parallel agents that read nobody and are
 joined, a tree, a solver that reads some of many. Agents of one *level* do not read each other, and take their turn together.
+What goes round is written out before, turn by turn (`diffmas.agents.rounds`).
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,16 +24,19 @@ class Read:
     positions: where the reader has them, as `Trace.join` takes it: shift (as a block behind what stands before), keep (where
     they were written), reindex (without gaps behind what stands before), same_branch (from the start, beside the others).
     None: shift, or the system's reindex. select: which of the rows it has (`diffmas.agents.selection.Select`), None: all.
+    round: "same" reads what an agent wrote in this round, and not in the one before (`diffmas.agents.rounds`).
     """
 
     agent: str
     positions: str | None = None
     select: Select | None = None
+    round: str | None = None
 
     def described(self) -> dict:
         """As plain data."""
         select = {} if self.select is None else {"select": self.select.described()}
-        return {"agent": self.agent, "positions": self.positions, **select}
+        of_round = {} if self.round is None else {"round": self.round}
+        return {"agent": self.agent, "positions": self.positions, **select, **of_round}
 
 
 def reads_of(reader: str, reads) -> tuple[Read, ...] | None:
@@ -49,10 +53,12 @@ def reads_of(reader: str, reads) -> tuple[Read, ...] | None:
         except TypeError:
             edge = Read(None)
         if not (isinstance(edge.agent, str) and edge.agent):
-            what = "a name, or a dict of agent, positions and select"
+            what = "a name, or a dict of agent, positions, select and round"
             raise ValueError(f"agent {reader!r}: reads: expected {what}, got {read!r}")
         if edge.positions is not None and edge.positions not in JOINS:
             raise ValueError(f"agent {reader!r}: reads: expected positions of {JOINS}, got {edge.positions!r}")
+        if edge.round not in (None, "same"):
+            raise ValueError(f"agent {reader!r}: reads: {edge.agent}: round: expected 'same' or None, got {edge.round!r}")
         where = f"agent {reader!r}: reads: {edge.agent}: select"
         edges.append(replace(edge, select=select_of(where, edge.select)))
     return tuple(edges)

@@ -11,8 +11,8 @@ is an agent of its own, ann@1 and ann@2, of ann's adapter. So whoever reads such
 from dataclasses import replace
 from itertools import groupby
 
+from diffmas.agents.agent import Agent
 from diffmas.agents.graph import Read
-from diffmas.agents.prompts import Agent
 
 __all__ = ["unrolled"]
 
@@ -40,7 +40,9 @@ def unrolled(agents: list[Agent]) -> list[Agent]:
 
 def _turn(agent: Agent, number: int, beside: list[str], rounds: dict[str, int]) -> Agent:
     """An agent's turn in a round, of the first one in round 1. beside: whose rounds these are."""
-    reads = agent.reads if agent.reads is None else [x for read in agent.reads for x in _read(agent, read, number, beside, rounds)]
+    reads = agent.reads
+    if reads is not None:
+        reads = [turn for read in reads for turn in _read(agent, read, number, beside, rounds)]
     if agent.rounds is None:
         return replace(agent, reads=reads)
     prompt = agent.prompt if number == 1 or agent.later_prompt is None else agent.later_prompt

@@ -13,25 +13,25 @@ import torch
 from torch import nn
 
 from diffmas.agents import adapters, file, gradients, hub, other_file, prompts
+from diffmas.agents.agent import Agent
 from diffmas.agents.answers import answer_loss, answer_tokens
 from diffmas.agents.board import Board
 from diffmas.agents.chat import check_chat
-from diffmas.agents.checks import check_others, check_team, readings
+from diffmas.agents.checks import check_others, check_team, check_writers, readings
 from diffmas.agents.decoding import text_before
-from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.graph import Graph, home
 from diffmas.agents.member import Member, default_chat
 from diffmas.agents.options import Options
 from diffmas.agents.output import SystemOutput
-from diffmas.agents.prompts import Agent, Turn
+from diffmas.agents.prompts import Turn
 from diffmas.agents.realign import Realign
+from diffmas.agents.rounds import unrolled
 from diffmas.agents.sampling import Sampling
 from diffmas.agents.turns import think
-from diffmas.models.head import check_head
 from diffmas.models.local import gathers, reshard
 from diffmas.models.parts import causal_lm_of
-from diffmas.models.patch import patch_model, patch_of
+from diffmas.models.patch import patch_model
 from diffmas.trace import Trace
 from diffmas.trace.views import SINKS
 
@@ -46,7 +46,8 @@ class MultiAgentSystem(Member):
     tokenizer: the model's. Its chat template is used if it has one, unless chat_template is False. chat_options: what else
         the template reads, such as {"enable_thinking": False}.
     agents: in the order of their turns; the last one answers. By default each reads all that was written before it; `Agent`'s
-        reads make other shapes of teams (`diffmas.agents.graph`), whose agents may take their turns in one forward.
+        reads make other shapes of teams (`diffmas.agents.graph`), which may share a forward; who takes turns in rounds becomes
+        as many agents (`diffmas.agents.rounds`).
     realign: none | norm | ridge | soft_token | learned, the map from hidden states to input embeddings
         (`diffmas.agents.realign`); temperature is soft_token's.
     grad_scope: full | detach_trace (gradients reach the last agent only) | last_k (the last `last_k` agents).
@@ -85,7 +86,7 @@ class MultiAgentSystem(Member):
             realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature,
             sinks, chat_options, latent_grad_clip,
         )  # fmt: skip
-        others = others or {}
+        others, agents = others or {}, unrolled(agents)
         check_team(model, agents, adapter_scope, trace_content, sinks, others)
         check_others(model, tokenizer, agents, others, options)
         self.agents_without_grad = options.agents_without_grad(len(agents))  # the first so many
@@ -102,9 +103,7 @@ class MultiAgentSystem(Member):
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.others = nn.ModuleDict(others)
         self.training = model.training
-        if any(agent.max_message_tokens is not None for agent in agents[:-1]):
-            with evaluating(model):
-                check_head(causal_lm_of(model), patch_of(model).body)
+        check_writers(model, agents)
         if adapter_scope != "shared":
             adapters.will_switch(model)
         if adapter_scope == "per_role":
@@ -263,10 +262,6 @@ class MultiAgentSystem(Member):
             >>> system.gradient_report(["where is the key"], ["in the garden"]).norm > 0
             True
         """
-        if self.others:
-            raise ValueError("gradient_report: expected agents of one model, got some of others")
-        if self.agreement is not None:
-            raise ValueError("gradient_report: expected a model that this process has alone, got one that several share")
         return gradients.report(self, questions, answers, num_items_in_batch)
 
     # ---- files -------------------------------------------------------------------------------------------------------

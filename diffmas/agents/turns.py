@@ -7,11 +7,12 @@ hidden state of each sequence is realigned and fed back T times, its own T; then
 import torch
 
 from diffmas.agents import prompts
+from diffmas.agents.agent import Agent
 from diffmas.agents.jacobi import forwards, latent_passes, one_by_one, rows_written
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.messages import write_messages
 from diffmas.agents.meter import phase
-from diffmas.agents.prompts import Agent, Turn
+from diffmas.agents.prompts import Turn
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace import Trace

@@ -353,6 +353,8 @@ def test_what_does_not_fit_is_refused():
     refused(message, agents=[EXPERT, chooses, SOLVER])
     message = "agent 'expert': max_message_tokens: expected None with another model, got 4"
     refused(message, agents=[replace(EXPERT, max_message_tokens=4), SOLVER])
+    message = "agent 'expert': quantized: expected None with another model, got 'int8'"
+    refused(message, agents=[replace(EXPERT, quantized="int8"), SOLVER])
     mine = Other(receiver, tokenizer(), Projector(receiver, receiver))
     refused("others, 'small': model: expected another than the system's, got the same", others={"small": mine})
     s = team(models=(sharer, receiver))

@@ -8,6 +8,7 @@ from string import Formatter
 
 from diffmas.agents.graph import reads_of
 from diffmas.agents.selection import check_by, check_count
+from diffmas.ops.quantize import FORMATS
 
 __all__ = ["Agent"]
 
@@ -32,12 +33,13 @@ class Agent:
     of at most so many tokens, whose rows are read like the others (`diffmas.agents.messages`); with latent_steps 0 it says that
     alone; None: no text. message_temperature: None or 0 takes the likeliest tokens. rounds: it takes so many turns, in rounds
     with its neighbours in the list that take as many (`diffmas.agents.rounds`); None: one. later_prompt: of all rounds but the
-    first, if it is another.
+    first, if it is another. quantized: whoever reads its rows has them in this format, int8, fp8 or int4, in training rounded
+    to its numbers (`diffmas.agents.quantized`); None: as they are.
 
     Raises ValueError for T < 0, stop_change <= 0, passes < 1, grad_passes that are not 1 to passes, passes together with
     stop_change, reads that are no list of agents, max_rows < 1, an unknown max_rows_by, max_message_tokens < 1, a negative
-    message_temperature, or one without messages, rounds < 1, a later_prompt without rounds, an empty name, role or model, or a
-    prompt that is no string.
+    message_temperature, or one without messages, rounds < 1, a later_prompt without rounds, an unknown format, an empty name,
+    role or model, or a prompt that is no string.
 
         >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
         'Plan how to answer: 2 + 2?'
@@ -61,6 +63,7 @@ class Agent:
     message_temperature: float | None = None
     rounds: int | None = None
     later_prompt: str | None = None
+    quantized: str | None = None
 
     def __post_init__(self):
         T = self.latent_steps
@@ -90,6 +93,8 @@ class Agent:
         if self.later_prompt is not None and (self.rounds is None or not isinstance(self.later_prompt, str)):
             wanted = "None without rounds" if self.rounds is None else "a format string or None"
             raise ValueError(f"agent {self.name!r}: later_prompt: expected {wanted}, got {self.later_prompt!r}")
+        if self.quantized is not None and self.quantized not in FORMATS:
+            raise ValueError(f"agent {self.name!r}: quantized: expected one of {[*FORMATS]} or None, got {self.quantized!r}")
         object.__setattr__(self, "reads", reads_of(self.name, self.reads))
         check_count(f"agent {self.name!r}: max_rows", self.max_rows)
         check_by(f"agent {self.name!r}: max_rows_by", self.max_rows_by, "max_rows", self.max_rows)

@@ -9,11 +9,12 @@ from diffmas.agents.crossing import fused, projected
 from diffmas.agents.graph import branches_of, handed_on, home
 from diffmas.agents.meter import has_read, phase
 from diffmas.agents.prompts import Turn, turn_of
+from diffmas.agents.quantized import quantized
 from diffmas.agents.scores import scores
 from diffmas.agents.selection import MEASURED, within
 from diffmas.agents.turns import take_turns
 from diffmas.trace import Trace
-from diffmas.trace.views import SAID, by_sequence
+from diffmas.trace.views import SAID, by_sequence, length_of
 
 __all__ = ["Board"]
 
@@ -107,6 +108,9 @@ class Board:
                     [handed_on(row, n, to_all, system.agents[i].name, kind, system.sinks) for row, n, to_all in rows],
                     None if agents[k].max_rows is None else common,  # of which it may have read some rows alone
                 )
+                if agents[k].quantized is not None:
+                    fixed = [max(length_of(row), system.sinks) for row in base]
+                    self._handed[i] = quantized(self._handed[i], fixed, agents[k].quantized)
                 if i in self.graph.fuses:
                     self._handed[i] = self._fused(i, questions, own[k * B : (k + 1) * B])
 

@@ -93,7 +93,7 @@ class Graph:
         number, models = {agent.name: i for i, agent in enumerate(agents)}, [home(agent, beside) for agent in agents]
         fusing = {name for name, reading in (beside or {}).items() if reading == "fused"}
         in_line = all(agent.reads is None for agent in agents) and not any(models)
-        chain = in_line and all(agent.max_rows is None for agent in agents)
+        chain = in_line and all(agent.max_rows is None and agent.quantized is None for agent in agents)
         if in_line and positions == "shift":  # what is not read by one of them stays where it is for the others
             positions = "keep"
         reads: list[list[Edge]] = []
@@ -157,7 +157,13 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: d
     never there. layers: of the model. beside: as in `Graph.of`."""
     graph = Graph.of(agents, beside=beside)
     reads = graph.reads
-    for agent in agents:
+    for i, agent in enumerate(agents):
+        small = next((agents[edge.agent].name for edge in reads[i] if agents[edge.agent].quantized is not None), None)
+        if small is not None and "attention" in {agent.max_rows_by} | graph.measures(i):
+            raise ValueError(
+                f"agent {agent.name!r}: expected another choice of rows than by attention, which nobody sums for quantised "
+                f"ones, with those of {small!r}"
+            )
         if agent.max_rows is not None and agent.max_rows <= sinks:
             raise ValueError(f"agent {agent.name!r}: max_rows: expected more than the {sinks} sinks, got {agent.max_rows}")
     for reader, edges in zip(agents, reads):

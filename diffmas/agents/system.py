@@ -17,7 +17,7 @@ from diffmas.agents.agent import Agent
 from diffmas.agents.answers import answer_loss, answer_tokens
 from diffmas.agents.board import Board
 from diffmas.agents.chat import check_chat
-from diffmas.agents.checks import check_others, check_team, check_writers, readings
+from diffmas.agents.checks import check_others, check_patched, check_team, readings
 from diffmas.agents.decoding import text_before
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.graph import Graph, home
@@ -103,7 +103,7 @@ class MultiAgentSystem(Member):
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.others = nn.ModuleDict(others)
         self.training = model.training
-        check_writers(model, agents)
+        check_patched(model, agents)
         if adapter_scope != "shared":
             adapters.will_switch(model)
         if adapter_scope == "per_role":
@@ -331,9 +331,8 @@ class MultiAgentSystem(Member):
     @classmethod
     def of_description(cls, model, tokenizer, description: dict, **others) -> "MultiAgentSystem":
         """The system of a description, as `describe` gives it, on a model. others: others=..., of a team that has some."""
-        options = {option.name: description[option.name] for option in fields(Options)}
-        agents = [Agent(**agent) for agent in description["agents"]]
-        return cls(model, tokenizer, agents, **options, **(description["own_options"] or {}), **others)
+        options = {option.name: description[option.name] for option in fields(Options)} | (description["own_options"] or {})
+        return cls(model, tokenizer, [Agent(**agent) for agent in description["agents"]], **options, **others)
 
     @classmethod
     def from_pretrained(

@@ -149,7 +149,10 @@ def test_attention_and_states_against_eager_attention(family, options):
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family, options", [("qwen3", {}), ("cohere", {}), ("granite", {"logits_scaling": 4.0})])
+@pytest.mark.parametrize("family, options", [
+    ("qwen3", {}), ("cohere", {}), ("granite", {"logits_scaling": 4.0}),
+    ("gemma2", dict(query_pre_attn_scalar=8, final_logit_softcapping=5.0)),
+])  # fmt: skip
 def test_the_lens_is_the_models_own_head(family, options):
     model = tiny_model(family, patch=False, **options)
     ids = torch.tensor([[3, 4, 5, 6, 7]])

@@ -270,6 +270,14 @@ def test_where_agents_end_up_is_at_most_what_is_checked():
         s.tokenize(s.fields_of(QUESTIONS), [3] * 3)
 
 
+def test_who_writes_has_a_turn_without_latent_steps():
+    agents = [replace(SHAPES["chain"][2], latent_steps=0), *SHAPES["chain"][:2], SHAPES["chain"][3]]
+    s = system(agents=agents, no_latents="skip")
+    assert [bool(row[0].ids) for row in s.tokenize(s.fields_of(QUESTIONS), [0] * 3)] == [False, True, True, True]
+    with torch.no_grad():
+        assert {x.agent for x in s.communicate(s.fields_of(QUESTIONS)).segments} == {"a", "b"}
+
+
 def test_a_reader_has_the_text_alone():
     """By kind; and a reader of the latent steps does not have it."""
     first = agent("a", 2, [], **TEXT)

@@ -62,8 +62,8 @@ class MultiAgentSystem(Member):
         training by `forward` without a trace.
     others: other models by name. `diffmas.agents.Other`: an agent with that name as its `model` takes its turns there, and
         agents of the system's model read its rows through a projector. `diffmas.agents.Encoder`: it encodes the agent's prompt.
-    no_latents: prompt | skip, whether an agent hands on its prompt or has no turn where its T is 0. At T = 0 for all, "skip"
-        is the last agent alone, as the paper's T = 0 is; the default is not.
+    no_latents: prompt | skip, whether an agent without a message hands on its prompt or has no turn where its T is 0. At T = 0
+        for all, "skip" is the last agent alone, as the paper's T = 0 is; the default is not.
 
     Raises ValueError naming the argument that does not fit, for no agents, and for two agents of one name.
 

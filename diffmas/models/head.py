@@ -19,7 +19,8 @@ def logits_of(causal_lm: nn.Module, h: Tensor) -> Tensor:
 @torch.no_grad()
 def check_head(causal_lm: nn.Module, body: nn.Module) -> None:
     """Raises ValueError where `logits_of` are not the model's own logits, of one token."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=causal_lm.get_input_embeddings().weight.device)
+    device = next(causal_lm.get_input_embeddings().parameters()).device
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     seen: list[Tensor] = []
     hook = body.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     try:

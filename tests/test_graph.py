@@ -470,8 +470,8 @@ def test_shapes_that_are_refused(agents, message):
     "reads, message",
     [
         ("a", "reads: expected a list of agents' names or None, got 'a'"),
-        ([3], "reads: expected a name, or a dict of agent, positions and select, got 3"),
-        ([{"name": "a"}], "reads: expected a name, or a dict of agent, positions and select, got {'name': 'a'}"),
+        ([3], "reads: expected a name, or a dict of agent, positions, select and round, got 3"),
+        ([{"name": "a"}], "reads: expected a name, or a dict of agent, positions, select and round, got {'name': 'a'}"),
         ([at("a", "there")], "reads: expected positions of .*'same_branch'.*, got 'there'"),
     ],
 )

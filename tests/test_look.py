@@ -19,9 +19,10 @@ from diffmas.agents.gradient_report import norm_of
 from diffmas.evaluation import TextAgents
 from diffmas.evaluation.look import Block, Lane, Look, Step, look_at, look_at_file, plot
 from diffmas.evaluation.look.figures import rounded
-from diffmas.evaluation.look.lens import lens, logits_of, rows_with, texts_of
+from diffmas.evaluation.look.lens import lens, rows_with, texts_of
 from diffmas.evaluation.look.watch import Watch
 from diffmas.models.forward import forward
+from diffmas.models.head import logits_of
 from diffmas.models.patch import patch_of
 
 QUESTION = systems.QUESTIONS[1]
@@ -148,12 +149,15 @@ def test_attention_and_states_against_eager_attention(family, options):
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family, options", [("qwen3", {}), ("cohere", {}), ("granite", {"logits_scaling": 4.0})])
+@pytest.mark.parametrize("family, options", [
+    ("qwen3", {}), ("cohere", {}), ("granite", {"logits_scaling": 4.0}),
+    ("gemma2", dict(query_pre_attn_scalar=8, final_logit_softcapping=5.0)),
+])  # fmt: skip
 def test_the_lens_is_the_models_own_head(family, options):
     model = tiny_model(family, patch=False, **options)
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     out = model(ids, output_hidden_states=True, use_cache=False)  # the last of these is after the norm
-    assert_close(logits_of(model, out.hidden_states[-1][0]), out.logits[0].float())
+    assert_close(logits_of(model, out.hidden_states[-1][0]), out.logits[0])
     seen, log_p = lens(model, out.hidden_states[-1][0], 3, ids[0]), out.logits[0].log_softmax(-1)
     assert_close(seen.chosen.double(), log_p.exp().gather(1, ids.T)[:, 0])
     assert torch.equal(seen.ids, log_p.topk(3).indices)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -350,6 +351,10 @@ def test_what_does_not_fit_is_refused():
     chooses = Agent("b", "w5", 1, model="small", reads=[{"agent": "expert", "select": {"rows": 1}}])
     message = "agent 'b': expected no select and no max_rows with another model, got some"
     refused(message, agents=[EXPERT, chooses, SOLVER])
+    message = "agent 'expert': max_message_tokens: expected None with another model, got 4"
+    refused(message, agents=[replace(EXPERT, max_message_tokens=4), SOLVER])
+    message = "agent 'expert': quantized: expected None with another model, got 'int8'"
+    refused(message, agents=[replace(EXPERT, quantized="int8"), SOLVER])
     mine = Other(receiver, tokenizer(), Projector(receiver, receiver))
     refused("others, 'small': model: expected another than the system's, got the same", others={"small": mine})
     s = team(models=(sharer, receiver))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -396,6 +397,16 @@ def test_generation_kwargs_go_before_the_other_fields(tmp_path):
 def test_arguments_that_do_not_fit(tmp_path, options, text):
     with pytest.raises(ValueError, match=text):
         GRPOTrainer(tiny.system(), scored(), config(tmp_path, **options), train_dataset=tiny.rows(2))
+
+
+def test_messages_that_a_loss_would_sample_anew_are_refused(tmp_path):
+    system = tiny.system()
+    system.agents[0] = replace(system.agents[0], max_message_tokens=4, message_temperature=1.0)
+    with pytest.raises(ValueError, match="agent 'planner': message_temperature: expected None or 0 with latents='recompute'"):
+        GRPOTrainer(system, scored(), config(tmp_path), train_dataset=tiny.rows(2))
+    trainer = GRPOTrainer(system, scored(), config(tmp_path), train_dataset=tiny.rows(4), latents="keep")
+    trainer.train()
+    assert trainer.state.global_step
 
 
 def test_a_model_that_processes_share_is_refused(tmp_path, monkeypatch):

@@ -173,6 +173,29 @@ def test_agents_that_read_some_of_the_others():
         assert said["text"] == fresh.generate(["where is the key"], 5, temperature=0)[0][0]
 
 
+def test_agents_that_write_messages():
+    """These are their output; a question's are the same whoever is answered beside it, sampled ones by its seed."""
+    planner, critic, solver = tiny.agents()
+    crew = [replace(planner, max_message_tokens=4, message_temperature=2.0), replace(critic, max_message_tokens=3), solver]
+    system, fresh = tiny.system(), tiny.system()
+    system.agents = fresh.agents = crew
+    with listening([Team("writers", system)]) as (address, _), client(address) as connected:
+        text = [{"role": "user", "content": "where is the key"}]
+        ask = functools.partial(connected.chat.completions.create, model="writers", messages=text, max_tokens=5, temperature=0)
+        got, plain, other = ask(extra_body={"agent_output": True}, seed=3), ask(seed=3), ask(seed=4)
+    counts = [said["message_tokens"] for said in got.agents]
+    assert got.usage.message_tokens == plain.usage.message_tokens == sum(counts) and 1 <= counts[0] <= 4 and counts[1] <= 3
+    want = fresh.generate(["where is the key"], 5, temperature=0, seed=[3])
+    assert got.choices[0].message.content == plain.choices[0].message.content == want[0][0]
+    with torch.no_grad():
+        trace = fresh.communicate([{"question": "where is the key"}], seeds=[3 * 1_000_003])
+    rows = [(s.agent, s.kind) for s in trace.segments for _ in range(s.length)]
+    for said in got.agents:
+        ids = [t for t, row in zip(trace.token_ids(0).tolist(), rows) if row == (said["name"], "text")]
+        assert said["text"] == fresh.text_of(ids) and said["message_tokens"] == len(ids)
+    assert other.usage.latent_steps == 4
+
+
 def test_output_of_agents_of_other_models():
     """They write no text here; what an encoder has read is its prompt, and no latent step."""
     torch.manual_seed(0)

@@ -104,7 +104,8 @@ def answer_tokens(
             batch = [rows[first : first + step] for rows in turns]
             if trace is None:
                 read = trace_for(system, batch, [rows_ahead(sampling)] * len(batch[0]), len(batch[0]))
-                read = system.communicate(questions[first : first + step], read, batch)
+                seeds = [sampling.seed_of(first + b) for b in range(len(batch[0]))]
+                read = system.communicate(questions[first : first + step], read, batch, seeds=seeds)
             else:
                 read = trace.select(range(first, first + len(batch[0])))
             read.agent = system.agents[-1].name

@@ -9,11 +9,12 @@ from diffmas.agents.crossing import fused, projected
 from diffmas.agents.graph import branches_of, handed_on, home
 from diffmas.agents.meter import has_read, phase
 from diffmas.agents.prompts import Turn, turn_of
+from diffmas.agents.quantized import quantized
 from diffmas.agents.scores import scores
 from diffmas.agents.selection import MEASURED, within
 from diffmas.agents.turns import take_turns
 from diffmas.trace import Trace
-from diffmas.trace.views import by_sequence
+from diffmas.trace.views import SAID, by_sequence, length_of
 
 __all__ = ["Board"]
 
@@ -23,11 +24,11 @@ class Board:
 
     trace: a sequence for each question; what is on it, everybody of the system's model reads. In a chain it goes from agent to
     agent. Else each agent leaves a view of what it hands on, and a reader joins those that it reads. groups: the agents that
-    take their turn in one forward, in order.
+    take their turn in one forward, in order. seeds: of each question, of messages that are sampled (`diffmas.agents.messages`).
     """
 
-    def __init__(self, system, trace: Trace):
-        self.system, self.graph = system, system.graph
+    def __init__(self, system, trace: Trace, seeds: list[int] | None = None):
+        self.system, self.graph, self._seeds = system, system.graph, seeds
         self._trace, self._handed = trace, {}
         self._models = [home(agent, readings(system.others)) for agent in system.agents]  # that write their rows
         names = dict.fromkeys(name for name in self._models if name is not None)
@@ -77,8 +78,8 @@ class Board:
         least = max((least_steps[i] for i in group), default=0) if least_steps else 0
         with torch.set_grad_enabled(learning), adapters.of_agent(system, first):
             if self.graph.chain:
-                own = None if turns is None else turns[first]
-                self._trace = system.think(system.agents[first], questions, self.read(first, questions), own, least)
+                own, read = None if turns is None else turns[first], self.read(first, questions)
+                self._trace = system.think(system.agents[first], questions, read, own, least, self._seeds)
             else:
                 self._write_together(group, questions, turns, least)
 
@@ -95,8 +96,8 @@ class Board:
             own = [turn for i in group for turn in turns[i]]
         wide = Trace.stack(reads)
         wide.agent = [agent.name for agent in agents for _ in range(B)]
-        take_turns(system, agents[0], wide, own, least)
-        common, kind = self._base(group[0]), "latent" if system.trace_content == "latent_only" else None
+        take_turns(system, agents[0], wide, own, least, self._seeds and self._seeds * len(group))
+        common, kind = self._base(group[0]), SAID if system.trace_content == "latent_only" else None
         base = by_sequence(common)
         with phase("hand-over"):
             for k, (i, read) in enumerate(zip(group, reads)):
@@ -107,6 +108,9 @@ class Board:
                     [handed_on(row, n, to_all, system.agents[i].name, kind, system.sinks) for row, n, to_all in rows],
                     None if agents[k].max_rows is None else common,  # of which it may have read some rows alone
                 )
+                if agents[k].quantized is not None:
+                    fixed = [max(length_of(row), system.sinks) for row in base]
+                    self._handed[i] = quantized(self._handed[i], fixed, agents[k].quantized)
                 if i in self.graph.fuses:
                     self._handed[i] = self._fused(i, questions, own[k * B : (k + 1) * B])
 
@@ -138,25 +142,28 @@ class Board:
             return fused(projector, self._handed[i], [len(turn.ids) for turn in turns], self._handed[j], sharer.name, of)
 
     def written(self, i: int) -> Trace:
-        """A view with the latent rows of agent i, who has had its turn."""
+        """A view with the latent rows and the message of agent i, who has had its turn."""
         return self._trace if self.graph.chain else self._handed[i]
 
     def select(self, sequences: list[int]) -> None:
         """Goes on with these questions alone."""
         self._trace = self._trace.select(sequences)
+        self._seeds = self._seeds and [self._seeds[b] for b in sequences]
         for traces in (self._handed, self._crossed, self._beside):
             traces.update({key: trace.select(sequences) for key, trace in traces.items()})
 
 
 def _groups(system, level: list[int]) -> list[list[int]]:
     """The agents of a level that can share a forward: of one model and adapter, that learn or do not, and that take their steps
-    alike."""
+    and write alike."""
     groups: dict[tuple, list[int]] = {}
     for i in level:
         agent = system.agents[i]
         own = system.writer(agent) is system
         adapter = (agent.model, agent.adapter if own and system.adapter_scope == "per_role" else None)
         apart = None if system.together else i
-        key = (adapter, i >= system.agents_without_grad, agent.passes, agent.grad_passes, agent.stop_change, apart)
+        steps = (agent.passes, agent.grad_passes, agent.stop_change)
+        writes = (agent.max_message_tokens is None, agent.message_temperature)
+        key = (adapter, i >= system.agents_without_grad, *steps, *writes, apart)
         groups.setdefault(key, []).append(i)
     return list(groups.values())

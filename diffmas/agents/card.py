@@ -176,10 +176,12 @@ def _adapters(described: dict) -> str:
 def _agent(agent: dict, last: bool) -> str:
     T = "answers" if last else f"T = {agent['latent_steps']}"
     T += f" in {agent['passes']} passes" if agent["passes"] and not last else ""
+    T += f", then writes up to {agent['max_message_tokens']} tokens" if agent["max_message_tokens"] and not last else ""
     stop = f", stops when a step changes less than {agent['stop_change']}" if agent["stop_change"] and not last else ""
     reads = [_edge(edge) for edge in agent["reads"] or ()]
     T += f", reads {', '.join(reads) or 'nobody'}" if agent["reads"] is not None else ""
     T += f", at most {agent['max_rows']} rows" if agent["max_rows"] is not None else ""
+    T += f", read in {agent['quantized']}" if agent["quantized"] is not None and not last else ""
     T += f", of the model {agent['model']}" if agent["model"] is not None else ""
     texts = [("System message", agent["system"]), ("Prompt", agent["prompt"])]
     return "\n\n".join(

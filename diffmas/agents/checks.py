@@ -4,17 +4,21 @@ import re
 
 from torch import nn
 
+from diffmas.agents.agent import Agent
 from diffmas.agents.alignment import check_tokenizers
 from diffmas.agents.chat import check_chat
 from diffmas.agents.encoder import Encoder
+from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.graph import Graph, check_graph, home
 from diffmas.agents.member import Other
 from diffmas.agents.options import Options
-from diffmas.agents.prompts import Agent
 from diffmas.models.adapted import check_adapters, check_bare
+from diffmas.models.head import check_head
 from diffmas.models.parts import causal_lm_of
+from diffmas.models.patch import patch_of
+from diffmas.ops.backends import check_reads
 
-__all__ = ["check_agents", "check_others", "check_team", "readings"]
+__all__ = ["check_agents", "check_others", "check_patched", "check_team", "readings"]
 
 
 def readings(others) -> dict[str, str]:
@@ -29,6 +33,8 @@ def check_agents(agents: list[Agent], others) -> None:
     names = [agent.name for agent in agents]
     if len(set(names)) != len(names):
         raise ValueError(f"agents: expected distinct names, got {names}")
+    if len(formats := dict.fromkeys(agent.quantized for agent in agents if agent.quantized is not None)) > 1:
+        raise ValueError(f"agents: expected one format of quantized rows, got {list(formats)}")
     for agent in agents:
         if agent.model is not None and agent.model not in others:
             raise ValueError(f"agent {agent.name!r}: model: expected None or one of {sorted(others)}, got {agent.model!r}")
@@ -62,6 +68,19 @@ def check_team(
         raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every role, the model has none for {missing}")
 
 
+def check_patched(model: nn.Module, agents: list[Agent]) -> None:
+    """Raises ValueError for what a patched model cannot do of what its agents do: where they write messages and its logits are
+    not what their first tokens come from, and where it cannot read quantised rows. For the former, it runs over one token."""
+    spec = patch_of(model).spec
+    if any(agent.quantized is not None for agent in agents):
+        check_reads(spec.backend)
+        if spec.offload is not None:
+            raise ValueError("offload: expected rows on the device with quantized agents, got rows on the host")
+    if any(agent.max_message_tokens is not None for agent in agents[:-1]):
+        with evaluating(model):
+            check_head(causal_lm_of(model), patch_of(model).body)
+
+
 def check_others(model: nn.Module, tokenizer, agents: list[Agent], others: dict[str, Other], options: Options) -> None:
     """Raises ValueError naming what of a team's other models does not fit."""
     for name, other in others.items():
@@ -78,6 +97,9 @@ def check_others(model: nn.Module, tokenizer, agents: list[Agent], others: dict[
         for agent in mine:
             if agent.max_rows is not None or any(read.select is not None for read in agent.reads or ()):
                 raise ValueError(f"agent {agent.name!r}: expected no select and no max_rows with another model, got some")
+            for option in ("max_message_tokens", "quantized"):
+                if (found := getattr(agent, option)) is not None:
+                    raise ValueError(f"agent {agent.name!r}: {option}: expected None with another model, got {found!r}")
         if not mine:
             raise ValueError(f"others: expected an agent whose model is {name!r}, got none")
     if agents[-1].model is not None:
@@ -93,6 +115,9 @@ def _check_fused(agent: Agent, sharer: Agent, last: bool, options: Options) -> N
         raise ValueError(f"{where}: expected another agent that reads it and answers, got the last agent")
     if agent.latent_steps != 0:
         raise ValueError(f"{where}: latent_steps: expected 0, got {agent.latent_steps!r}; who reads it can take some")
+    for name in ("max_message_tokens", "quantized"):
+        if (found := getattr(agent, name)) is not None:
+            raise ValueError(f"{where}: {name}: expected None, got {found!r}; who reads it can have it")
     for name, wanted in (("trace_content", "all"), ("no_latents", "prompt")):
         if (found := getattr(options, name)) != wanted:
             raise ValueError(f"{where}: {name}: expected {wanted!r}, got {found!r}")

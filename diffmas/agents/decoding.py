@@ -23,7 +23,7 @@ from diffmas.models.patch import patch_of
 from diffmas.trace import Trace
 from diffmas.trace.cache import cache_argument
 
-__all__ = ["Stops", "decode", "rows_ahead", "text_before"]
+__all__ = ["Stops", "decode", "decode_behind", "rows_ahead", "text_before"]
 
 
 def rows_ahead(sampling: Sampling) -> int:
@@ -104,7 +104,7 @@ def _rules(system, sampling: Sampling, trace: Trace, prompts: list[list[int]]) -
     n = sampling.samples
     if sampling.together:
         return [Rules(sampling, system, list(range(n * len(prompts))), torch.zeros(1, dtype=torch.long))]
-    texts = with_past(trace, [torch.tensor(prompt) for prompt in prompts])
+    texts = with_past(trace, [torch.tensor(prompt, dtype=torch.long) for prompt in prompts])
     return [Rules(sampling, system, list(range(n * b, n * b + n)), text) for b, text in enumerate(texts)]
 
 
@@ -127,57 +127,73 @@ def decode(
         if on_token is not None:
             raise ValueError("on_token: expected None with num_beams, whose tokens are not final before their end")
         return _beam_search(system, trace, prompts, sampling, first)
-    patch, device, samples = patch_of(system.model), system.device, sampling.samples
+    patch, samples = patch_of(system.model), sampling.samples
     reserve = min(RESERVE, sampling.max_new_tokens)
     empty = not any(trace.lengths)
     differs = [not (empty and b and prompts[b] == prompts[b - 1]) for b in range(len(prompts))]
     lead = [b for b, new in enumerate(differs) if new]
     reads = [n - 1 for n in accumulate(differs) for _ in range(samples)]  # for each sequence, which of these it reads
-    rules, stops = _rules(system, sampling, trace, prompts), Stops(system.tokenizer, sampling.stop)
+    rules = _rules(system, sampling, trace, prompts)
     written = trace.select(lead)
     forward_pass = written.plan([len(prompts[b]) for b in lead], "prompt", reserve=reserve if len(reads) == len(lead) else 0)
-    ids = torch.tensor([t for b in lead for t in prompts[b]], device=device)[None]
+    ids = torch.tensor([t for b in lead for t in prompts[b]], device=system.device)[None]
     keep = forward_pass.last_rows().tolist()
     with phase("prefill", written):
         logits = forward(patch, written, forward_pass, head=True, input_ids=ids, logits_to_keep=keep).logits[0]
-    logits, trace = logits[reads], written.select(reads)
-    active = list(range(len(reads)))  # for each sequence of the trace, its index in `tokens`
-    generators = [sampling.generator(first + b, s) for b in range(len(prompts)) for s in range(samples)]
-    tokens: list[list[int]] = [[] for _ in reads]
-    limits = [sampling.limit(first + b) for b in range(len(prompts)) for _ in range(samples)]
-    next_tokens = NextTokens(patch, device)
+    of = [(first + b, sample) for b in range(len(prompts)) for sample in range(samples)]
     with (
         phase("decode", written),
         tqdm(total=sampling.max_new_tokens, desc="decode", unit="step", disable=not progress, leave=False) as bar,
     ):
-        while True:
-            parts = logits.split([len(some.members) for some in rules])
-            scores = [some.scores(part) for some, part in zip(rules, parts)]
-            chosen = sampling.choose(torch.cat(scores), [generators[i] for i in active])
-            decoded(len(tokens[active[0]]), logits, chosen)
-            for i, token in zip(active, chosen):
-                tokens[i].append(token)
+        rows = iter(_tokens(system, written.select(reads), logits[reads], sampling, of, rules, decoded, on_token, bar))
+    return [[next(rows) for _ in range(samples)] for _ in prompts]
+
+
+def decode_behind(system, trace: Trace, logits: Tensor, sampling: Sampling) -> list[list[int]]:
+    """The token ids that go on behind each sequence of a trace, which has them then, in part. logits [B, V]: of their first
+    ones. sampling: of B questions, without beams, one sample each."""
+    B = trace.batch_size
+    rules = _rules(system, sampling, trace, [[]] * B)
+    return _tokens(system, trace, logits, sampling, [(b, 0) for b in range(B)], rules)
+
+
+def _tokens(
+    system, trace: Trace, logits: Tensor, sampling: Sampling, of: list[tuple[int, int]], rules: list[Rules],
+    seen: Callable | None = None, on_token: Callable | None = None, bar: tqdm | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """For each sequence of the trace its token ids. logits [n, V]: of the first ones. of: the numbers of each one's question
+    and sample. seen: told how manieth tokens they are, their logits and ids. bar: of progress."""
+    active = list(range(len(of)))  # for each sequence of the trace, its index in `tokens`
+    generators, limits = [sampling.generator(*which) for which in of], [sampling.limit(question) for question, _ in of]
+    tokens: list[list[int]] = [[] for _ in of]
+    next_tokens, stops = NextTokens(patch_of(system.model), system.device), Stops(system.tokenizer, sampling.stop)
+    while True:
+        parts = logits.split([len(some.members) for some in rules])
+        scores = [some.scores(part) for some, part in zip(rules, parts)]
+        chosen = sampling.choose(torch.cat(scores), [generators[i] for i in active])
+        if seen is not None:
+            seen(len(tokens[active[0]]), logits, chosen)
+        for i, token in zip(active, chosen):
+            tokens[i].append(token)
+        if bar is not None:
             bar.update()
             bar.set_postfix(sequences=len(active), refresh=False)
-            for some, part in zip(rules, scores):
-                done = some.append([tokens[i][-1] for i in some.members], part)
-                done = [d or len(tokens[i]) >= limits[i] or stops(tokens[i]) for i, d in zip(some.members, done)]
-                if on_token is not None:
-                    told = [(first + i // samples, i % samples, tokens[i][-1], d) for i, d in zip(some.members, done)]
-                    done = [on_token(*what) or what[-1] for what in told]
-                if any(done):
-                    some.keep([not d for d in done])
-            rules = [some for some in rules if some.members]
-            going = [i for some in rules for i in some.members]
-            if not going:
-                break
-            if len(going) < len(active):
-                place = {i: j for j, i in enumerate(active)}
-                trace, active = trace.select([place[i] for i in going]), going
-            left = max(limits[i] for i in active) - len(tokens[active[0]])  # all that are active have as many
-            logits = next_tokens(trace, [tokens[i][-1] for i in active], left)
-    rows = iter(tokens)
-    return [[next(rows) for _ in range(samples)] for _ in prompts]
+        for some, part in zip(rules, scores):
+            done = some.append([tokens[i][-1] for i in some.members], part)
+            done = [d or len(tokens[i]) >= limits[i] or stops(tokens[i]) for i, d in zip(some.members, done)]
+            if on_token is not None:
+                done = [on_token(*of[i], tokens[i][-1], d) or d for i, d in zip(some.members, done)]
+            if any(done):
+                some.keep([not d for d in done])
+        rules = [some for some in rules if some.members]
+        going = [i for some in rules for i in some.members]
+        if not going:
+            return tokens
+        if len(going) < len(active):
+            place = {i: j for j, i in enumerate(active)}
+            trace, active = trace.select([place[i] for i in going]), going
+        left = max(limits[i] for i in active) - len(tokens[active[0]])  # all that are active have as many
+        logits = next_tokens(trace, [tokens[i][-1] for i in active], left)
 
 
 def _beam_search(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, first: int):

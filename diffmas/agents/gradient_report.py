@@ -14,7 +14,8 @@ __all__ = ["GradientReport", "PassGradient", "largest_group", "layer_groups", "n
 class PassGradient:
     """Norms of the gradient that one forward pass of an agent gets; zeros where it ran without gradients.
 
-    kind: prompt | latent | answer (the last agent's prompt and answer, one pass). step: of the latent steps, from 1; else 0.
+    kind: prompt | latent | text (a message) | answer (the last agent's prompt and answer, one pass). step: of the latent steps,
+    from 1, and of a message, which is behind them; else 0.
     hidden: of dL/dh of the last hidden states. rows: of dL/d(K, V) of the rows that it wrote, by layer. parameters: of its part
     of the trainable parameters' gradient, by layer and then of what is in no layer; None where that was not measured.
     """

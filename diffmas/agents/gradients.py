@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffmas.agents.gradient_report import GradientReport, PassGradient
 from diffmas.models.parts import attention_layers
 from diffmas.models.patch import patch_of
+from diffmas.trace.views import SAID
 
 __all__ = ["GradientWatch", "layers_of_parameters", "report"]
 
@@ -128,7 +129,7 @@ class GradientWatch:
         if newest.agent is None:  # measures which rows an agent reads
             return
         kind = "answer" if newest.agent == self._agents[-1] else newest.kind
-        self._step = self._step + 1 if kind == "latent" else 0  # a prompt begins every turn
+        self._step = self._step + 1 if kind in SAID else 0  # a prompt begins every turn
         self._place = Place(newest.agent, kind, self._step)
         parameters = Norms() if self._aliases is None else self._aliases.run(newest.agent)
         measured = self._found.setdefault(self._place, Measured(Norms(), Norms(), parameters))
@@ -204,6 +205,10 @@ class Aliases:
 
 def report(system, questions, answers, num_items_in_batch=None) -> GradientReport:
     """See `MultiAgentSystem.gradient_report`."""
+    if system.others:
+        raise ValueError("gradient_report: expected agents of one model, got some of others")
+    if system.agreement is not None:
+        raise ValueError("gradient_report: expected a model that this process has alone, got one that several share")
     if answers is None:
         raise ValueError("answers: expected a list, got None")
     aliases = Aliases(system)

@@ -3,6 +3,7 @@
 By default a team is a chain: each agent reads all that was written before it. `Agent(reads=[...])` names the agents that one
 reads, out of those before it in the list, in the order in which it has their rows: parallel agents that read nobody and are
 joined, a tree, a solver that reads some of many. Agents of one *level* do not read each other, and take their turn together.
+What goes round is written out before, turn by turn (`diffmas.agents.rounds`).
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,16 +24,19 @@ class Read:
     positions: where the reader has them, as `Trace.join` takes it: shift (as a block behind what stands before), keep (where
     they were written), reindex (without gaps behind what stands before), same_branch (from the start, beside the others).
     None: shift, or the system's reindex. select: which of the rows it has (`diffmas.agents.selection.Select`), None: all.
+    round: "same" reads what an agent wrote in this round, and not in the one before (`diffmas.agents.rounds`).
     """
 
     agent: str
     positions: str | None = None
     select: Select | None = None
+    round: str | None = None
 
     def described(self) -> dict:
         """As plain data."""
         select = {} if self.select is None else {"select": self.select.described()}
-        return {"agent": self.agent, "positions": self.positions, **select}
+        of_round = {} if self.round is None else {"round": self.round}
+        return {"agent": self.agent, "positions": self.positions, **select, **of_round}
 
 
 def reads_of(reader: str, reads) -> tuple[Read, ...] | None:
@@ -49,10 +53,12 @@ def reads_of(reader: str, reads) -> tuple[Read, ...] | None:
         except TypeError:
             edge = Read(None)
         if not (isinstance(edge.agent, str) and edge.agent):
-            what = "a name, or a dict of agent, positions and select"
+            what = "a name, or a dict of agent, positions, select and round"
             raise ValueError(f"agent {reader!r}: reads: expected {what}, got {read!r}")
         if edge.positions is not None and edge.positions not in JOINS:
             raise ValueError(f"agent {reader!r}: reads: expected positions of {JOINS}, got {edge.positions!r}")
+        if edge.round not in (None, "same"):
+            raise ValueError(f"agent {reader!r}: reads: {edge.agent}: round: expected 'same' or None, got {edge.round!r}")
         where = f"agent {reader!r}: reads: {edge.agent}: select"
         edges.append(replace(edge, select=select_of(where, edge.select)))
     return tuple(edges)
@@ -87,7 +93,7 @@ class Graph:
         number, models = {agent.name: i for i, agent in enumerate(agents)}, [home(agent, beside) for agent in agents]
         fusing = {name for name, reading in (beside or {}).items() if reading == "fused"}
         in_line = all(agent.reads is None for agent in agents) and not any(models)
-        chain = in_line and all(agent.max_rows is None for agent in agents)
+        chain = in_line and all(agent.max_rows is None and agent.quantized is None for agent in agents)
         if in_line and positions == "shift":  # what is not read by one of them stays where it is for the others
             positions = "keep"
         reads: list[list[Edge]] = []
@@ -151,7 +157,13 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: d
     never there. layers: of the model. beside: as in `Graph.of`."""
     graph = Graph.of(agents, beside=beside)
     reads = graph.reads
-    for agent in agents:
+    for i, agent in enumerate(agents):
+        small = next((agents[edge.agent].name for edge in reads[i] if agents[edge.agent].quantized is not None), None)
+        if small is not None and "attention" in {agent.max_rows_by} | graph.measures(i):
+            raise ValueError(
+                f"agent {agent.name!r}: expected another choice of rows than by attention, which nobody sums for quantised "
+                f"ones, with those of {small!r}"
+            )
         if agent.max_rows is not None and agent.max_rows <= sinks:
             raise ValueError(f"agent {agent.name!r}: max_rows: expected more than the {sinks} sinks, got {agent.max_rows}")
     for reader, edges in zip(agents, reads):
@@ -167,6 +179,8 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: d
                 why = "whose prompt nobody gets with trace_content='latent_only'"
             elif kind == "latent" and agent.latent_steps == 0 and not encoded:
                 why = "which takes no latent steps"
+            elif kind == "text" and agent.max_message_tokens is None:
+                why = "which writes no message"
             if why is not None:
                 where = f"agent {reader.name!r}: reads: {agent.name}: select: kind"
                 raise ValueError(f"{where}: expected one that leaves rows, got {kind!r} of an agent {why}")
@@ -178,9 +192,10 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: d
 # ---- rows, of one sequence -------------------------------------------------------------------------------------------
 
 
-def handed_on(row: Row, read: int, base: Row, agent: str, kind: str | None, sinks: int) -> Row:
+def handed_on(row: Row, read: int, base: Row, agent: str, kind: tuple[str, ...] | None, sinks: int) -> Row:
     """What whoever reads an agent gets: what all see (`base`), the first tokens that the agent saw, as attention sinks, and its
-    own rows of one kind. row: what it saw and wrote; read: how many rows it saw. Nothing of it where it has written nothing."""
+    own rows, of all kinds or some. row: what it saw and wrote; read: how many rows it saw. Nothing of it where it has written
+    nothing."""
     if length_of(row) == read:
         return list(base)
     own = without_first(row, read)

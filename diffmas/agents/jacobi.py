@@ -46,8 +46,9 @@ def rows_written(T: list[int], passes: int | None, grad_passes: int | None) -> i
 
 def latent_passes(
     patch: Patch, realign: nn.Module, trace: Trace, h: Tensor, T: list[int], passes: int, grad_passes: int | None = None
-) -> None:  # fmt: skip
-    """Appends T[b] latent tokens to sequence b of the trace, in `passes` forwards or as many as the longest T.
+) -> Tensor:  # fmt: skip
+    """Appends T[b] latent tokens to sequence b of the trace, in `passes` forwards or as many as the longest T; returns the last
+    hidden states, [B, hidden], as constants.
 
     h [B, hidden]: the last hidden state of each sequence. grad_passes: gradients go through the last so many passes; what the
     passes before them have computed is a constant. None: through all.
@@ -61,8 +62,12 @@ def latent_passes(
             known = _known(_passes(patch, realign, trace.fork(1)[0], x, T, constant), T)
         firsts = torch.tensor([i for i, b in enumerate(owner) if i == 0 or owner[i - 1] != b], device=h.device)
         x = known.roll(1, 0).index_copy(0, firsts, x[firsts])
-    for _ in _passes(patch, realign, trace, x, T, count):
-        pass
+    end = h.detach()
+    for j, h in enumerate(_passes(patch, realign, trace, x, T, count)):
+        going = [b for b, n in enumerate(_left(T, j)) if n]
+        last = [n - 1 for n in accumulate(n for n in _left(T, j) if n)]
+        end = end.index_copy(0, torch.tensor(going, device=h.device), h.detach()[torch.tensor(last, device=h.device)])
+    return end
 
 
 def _passes(patch: Patch, realign, trace: Trace, x: Tensor, T: list[int], count: int):

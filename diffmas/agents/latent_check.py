@@ -25,7 +25,8 @@ def unlike_tokens(system, question: dict) -> list[str]:
     nobody else may run the model meanwhile.
     """
     (fields,) = system.fields_of([question])
-    lines, silent = [], [agent.name for agent in system.agents[:-1] if agent.steps(fields) == 0]
+    lines = []
+    silent = [x.name for x in system.agents[:-1] if x.steps(fields) == 0 and x.max_message_tokens is None]
     if silent and system.trace_content == "latent_only" and system.no_latents == "prompt":
         names = ", ".join(silent)
         lines.append(f"T = 0 with trace_content='latent_only': nobody reads {names}; try latent_steps, or trace_content='all'")

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from diffmas.agents import prompts
+from diffmas.agents.agent import Agent
 from diffmas.agents.projector import Between
-from diffmas.agents.prompts import Agent
 from diffmas.agents.realign import Realign
 from diffmas.models.adapted import check_adapters
 from diffmas.models.parts import causal_lm_of

@@ -23,8 +23,8 @@ PHASES = ("prefill", "latent", "hand-over", "decode", "other")
 @dataclass
 class Cost:
     """seconds: by phase; a phase within another does not count twice. rows: appended to traces, by phase: tokens of prompts in
-    "prefill", latent steps in "latent". read: by agent, what others wrote and it read in its turns (`Trace.sizes`), all
-    questions together. trace_bytes: of the largest trace (`Trace.memory`)."""
+    "prefill", latent steps in "latent", tokens of messages, but not of answers, in "decode". read: by agent, what others wrote
+    and it read in its turns (`Trace.sizes`), all questions together. trace_bytes: of the largest trace (`Trace.memory`)."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))

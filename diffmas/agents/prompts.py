@@ -1,132 +1,15 @@
-"""Agents, and their prompts and answers as token ids."""
+"""Agents' prompts and answers as token ids, and whether they fit."""
 
-import math
-import operator
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from string import Formatter
 from typing import NamedTuple
 
+from diffmas.agents.agent import Agent
 from diffmas.agents.alignment import partners
 from diffmas.agents.chat import chat_text
-from diffmas.agents.graph import branches_of, handed_on, reads_of
-from diffmas.agents.selection import PLANNED, check_by, check_count, within
-from diffmas.trace.views import Segment, joined, length_of
+from diffmas.agents.graph import branches_of, handed_on
+from diffmas.agents.selection import PLANNED, within
+from diffmas.trace.views import SAID, Segment, joined, length_of
 
-__all__ = ["Agent", "TooLong", "Turn", "answer_ids", "fields_of", "prompt_ids", "tokenize", "turn_of"]
-
-
-@dataclass(frozen=True)
-class Agent:
-    """A role in a system.
-
-    name: unique in the system. prompt: a format string with fields of the question, such as "{question}". latent_steps: T,
-    how many latent steps follow the prompt; the last agent decodes text instead. An integer, or for each question its own: the
-    name of the question's field that has it, or a function of the question's fields (which cannot be saved). system: a system
-    message. stop_change: ends a question's latent steps before T, after the first step that changes its last hidden state by
-    less than this, |h_t - h_(t-1)| / |h_(t-1)|; None takes all T. Waits for the device at each step. role: with adapter_scope
-    "per_role" the agents of a role have one adapter, of its name; None is a role of the agent's own, named as it is. passes: J,
-    how many forwards over all latent tokens at once stand for the T steps (`diffmas.agents.jacobi`); None, or J >= T: one by
-    one. grad_passes: gradients go through the last so many of them; None: through all. reads: the names of the agents whose
-    rows it reads, out of those before it, in this order; or {"agent": name, "positions": ..., "select": ...} for where it has
-    them, and which of them (`diffmas.agents.graph.Read`). None: all before it; []: nobody. max_rows: it reads at most so many
-    rows, `sinks` included; where there are more, the best ones, max_rows_by: last (the default), similarity or attention
-    (`diffmas.agents.selection`). model: the name of another model that takes the turn (`MultiAgentSystem`'s others), and whose
-    rows are read through its projector; None is the system's own.
-
-    Raises ValueError for T < 0, stop_change <= 0, passes < 1, grad_passes that are not 1 to passes, passes together with
-    stop_change, reads that are no list of agents, max_rows < 1, an unknown max_rows_by, an empty name, role or model, or a
-    prompt that is no string.
-
-        >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
-        'Plan how to answer: 2 + 2?'
-        >>> Agent("planner", "Plan: {question}", latent_steps="steps").steps({"question": "2 + 2?", "steps": 3})
-        3
-    """
-
-    name: str
-    prompt: str
-    latent_steps: int | str | Callable = 0
-    system: str | None = None
-    stop_change: float | None = None
-    role: str | None = None
-    passes: int | None = None
-    grad_passes: int | None = None
-    reads: list | None = None  # then a tuple of `Read`
-    max_rows: int | None = None
-    max_rows_by: str | None = None
-    model: str | None = None
-
-    def __post_init__(self):
-        T = self.latent_steps
-        if isinstance(T, bool) or not (isinstance(T, int) and T >= 0 or isinstance(T, str) and T or callable(T)):
-            raise ValueError(
-                f"agent {self.name!r}: latent_steps: expected an integer >= 0, the name of a field or a function, got {T!r}"
-            )
-        if self.stop_change is not None and not 0 < self.stop_change < math.inf:
-            raise ValueError(f"agent {self.name!r}: stop_change: expected a number > 0 or None, got {self.stop_change!r}")
-        J, k = self.passes, self.grad_passes
-        if J is not None and (isinstance(J, bool) or not isinstance(J, int) or J < 1):
-            raise ValueError(f"agent {self.name!r}: passes: expected an integer >= 1 or None, got {J!r}")
-        if J is not None and self.stop_change is not None:
-            raise ValueError(f"agent {self.name!r}: stop_change: expected None with passes, got {self.stop_change!r}")
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or J is None or not 1 <= k <= J):
-            most = "None without passes" if J is None else f"1 to {J} passes or None"
-            raise ValueError(f"agent {self.name!r}: grad_passes: expected {most}, got {k!r}")
-        if not self.name:
-            raise ValueError("name: expected a name for every agent, got an empty one")
-        if self.role is not None and not (isinstance(self.role, str) and self.role):
-            raise ValueError(f"agent {self.name!r}: role: expected a name or None, got {self.role!r}")
-        if self.model is not None and not (isinstance(self.model, str) and self.model):
-            raise ValueError(f"agent {self.name!r}: model: expected the name of another model or None, got {self.model!r}")
-        if not isinstance(self.prompt, str):
-            raise ValueError(f"agent {self.name!r}: prompt: expected a format string, got {type(self.prompt).__name__}")
-        object.__setattr__(self, "reads", reads_of(self.name, self.reads))
-        check_count(f"agent {self.name!r}: max_rows", self.max_rows)
-        check_by(f"agent {self.name!r}: max_rows_by", self.max_rows_by, "max_rows", self.max_rows)
-
-    def described(self) -> dict:
-        """As plain data, which `Agent(**data)` takes."""
-        reads = None if self.reads is None else [read.described() for read in self.reads]
-        return {**asdict(self), "reads": reads}
-
-    @property
-    def adapter(self) -> str:
-        """The name of its adapter, where each role has its own."""
-        return self.role or self.name
-
-    def render(self, fields: dict) -> str:
-        """The prompt with the question's fields filled in; raises ValueError naming a field that is not there."""
-        for _, name, _, _ in Formatter().parse(self.prompt):
-            if name is not None and (not name or name.split(".")[0].split("[")[0] not in fields):
-                raise ValueError(
-                    f"agent {self.name!r}: its prompt needs the field {{{name}}}, the question has {sorted(fields)}"
-                )
-        return self.prompt.format_map(fields)
-
-    def steps(self, fields: dict) -> int:
-        """T for a question; raises ValueError for a field that is not there, or a value that is no integer >= 0."""
-        T = self.latent_steps
-        if isinstance(T, int):
-            return T
-        if callable(T):
-            given, T = "from its function", T(fields)
-        elif T not in fields:
-            raise ValueError(f"agent {self.name!r}: latent_steps: expected a field {T!r}, the question has {sorted(fields)}")
-        else:
-            given, T = f"in the field {T!r}", fields[T]
-            T = int(T) if isinstance(T, str) and T.isdecimal() else T  # as a command line has it
-        try:
-            if not isinstance(T, bool) and operator.index(T) >= 0:
-                return operator.index(T)
-        except TypeError:
-            pass
-        raise ValueError(f"agent {self.name!r}: latent_steps: expected an integer >= 0 {given}, got {T!r}")
-
-    def check(self, fields: dict) -> None:
-        """Raises ValueError naming a field of the prompt or of the latent steps that a question lacks, or that does not fit."""
-        self.render(fields)
-        self.steps(fields)
+__all__ = ["TooLong", "Turn", "answer_ids", "fields_of", "prompt_ids", "tokenize", "turn_of"]
 
 
 class TooLong(ValueError):
@@ -134,10 +17,17 @@ class TooLong(ValueError):
 
 
 class Turn(NamedTuple):
-    """An agent's turn on one question. ids: of its prompt's tokens, none where it has no turn. steps: T, 0 for the last one."""
+    """An agent's turn on one question. ids: of its prompt's tokens, none where it has no turn. steps: T, 0 for the last one.
+    message: tokens of its message, at most."""
 
     ids: list[int]
     steps: int
+    message: int = 0
+
+    @property
+    def most(self) -> int:
+        """Tokens of all kinds, at most."""
+        return len(self.ids) + self.steps + self.message
 
 
 def fields_of(questions) -> list[dict]:
@@ -227,9 +117,16 @@ def turn_of(system, agent: Agent, b: int, fields: dict, at: int) -> Turn:
         T = agent.steps(fields)
     except ValueError as error:
         raise ValueError(f"questions[{b}], {error}") from error
-    if T == 0 and system.no_latents == "skip" and not encodes(system, agent):
+    if T == 0 and is_skipped(system, agent):
         return Turn([], 0)
-    return Turn(prompt_that_fits(system, agent, b, fields, at, T, f"its prompt and {T} latent steps"), T)
+    most = agent.max_message_tokens or 0
+    what = f"its prompt and {T} latent steps" + (f" and a message of {most} tokens" if most else "")
+    return Turn(prompt_that_fits(system, agent, b, fields, at, T + most, what), T, most)
+
+
+def is_skipped(system, agent: Agent) -> bool:
+    """Whether an agent that is not the last has no turn where it takes no latent steps."""
+    return system.no_latents == "skip" and agent.max_message_tokens is None and not encodes(system, agent)
 
 
 def tokenize(system, questions: list[dict], room: list[int], what: str, starts: list[int] | None = None) -> list[list[Turn]]:
@@ -247,9 +144,9 @@ def tokenize(system, questions: list[dict], room: list[int], what: str, starts: 
         for agent, row in zip(system.agents[:-1], turns):
             turn = turn_of(system, agent, b, fields, at)
             row.append(turn)
-            at += len(turn.ids) + turn.steps
+            at += turn.most
             n = len(turn.ids)
-            handed += (n if encodes(system, agent) else min(n, max(system.sinks - handed, 0))) + turn.steps
+            handed += (n if encodes(system, agent) else min(n, max(system.sinks - handed, 0))) + turn.steps + turn.message
             if system.trace_content == "latent_only" and system.positions == "reindex":
                 at = handed
         turns[-1].append(Turn(prompt_that_fits(system, system.agents[-1], b, fields, at, room[b], what), 0))
@@ -258,8 +155,8 @@ def tokenize(system, questions: list[dict], room: list[int], what: str, starts: 
 
 def _turns_in_graph(system, b: int, fields: dict, room: int, what: str) -> list[Turn]:
     """The turns of all agents on question b, each at the position where `diffmas.agents.board` will have it, or, behind rows
-    that are chosen by what is in them, at the last one where it may."""
-    graph, kind = system.graph, "latent" if system.trace_content == "latent_only" else None
+    that are chosen by what is in them, or are a message's, at the last one where it may."""
+    graph, kind = system.graph, SAID if system.trace_content == "latent_only" else None
     turns: list[Turn] = []
     handed: list[list[Segment]] = []
     ends: list[int] = []
@@ -279,7 +176,8 @@ def _turns_in_graph(system, b: int, fields: dict, room: int, what: str) -> list[
             except ValueError as error:
                 raise ValueError(f"questions[{b}], {error}") from error
         read, n = length_of(row), len(turn.ids)
-        for kind_of, length in (("latent" if encodes(system, agent) else "prompt", n), ("latent", turn.steps)):
+        written = (("latent" if encodes(system, agent) else "prompt", n), ("latent", turn.steps), ("text", turn.message))
+        for kind_of, length in written:
             row = [*row, Segment(b, agent.name, kind_of, rows, length, at)] if length else row
             rows, at = rows + length, at + length
         handed.append(handed_on(row, read, [], agent.name, kind, system.sinks))

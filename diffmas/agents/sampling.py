@@ -29,7 +29,7 @@ from transformers.generation import (
 from diffmas.models.generate import options_of
 from diffmas.models.parts import causal_lm_of
 
-__all__ = ["Sampling", "end_tokens"]
+__all__ = ["Sampling", "end_tokens", "stream"]
 
 # transformers' options that are a processor, a criterion or of its beam search; its other ones do nothing in a loop of ours.
 OPTIONS = {
@@ -134,12 +134,15 @@ class Sampling:
         """The most tokens of an answer to this question."""
         return self.max_new_tokens if self.limits is None else self.limits[question]
 
-    def generator(self, question: int, sample: int) -> torch.Generator:
-        """The random stream of one sample; with one each, a result does not depend on how questions are batched. A question
-        with a seed of its own is answered as if it were alone."""
+    def seed_of(self, question: int) -> int:
+        """That from which a question's random streams follow. A question with a seed of its own is answered as if it were
+        alone."""
         seed, question = (self.seed[question], 0) if isinstance(self.seed, list) else (self.seed, question)
-        mixed = (seed * 1_000_003 + question) * 1_000_033 + sample
-        return torch.Generator().manual_seed(mixed % (1 << 63))
+        return stream(seed, question)
+
+    def generator(self, question: int, sample: int) -> torch.Generator:
+        """The random stream of one sample; with one each, a result does not depend on how questions are batched."""
+        return torch.Generator().manual_seed((self.seed_of(question) * 1_000_033 + sample) % (1 << 63))
 
     def choose(self, scores: Tensor, generators: list[torch.Generator]) -> list[int]:
         """One token id for each row of processed logits [n, V]."""
@@ -149,6 +152,11 @@ class Sampling:
         u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(ladder.device)
         picked = torch.searchsorted(ladder, u[:, None] * ladder[:, -1:], right=True)[:, 0]
         return picked.clamp_max(scores.shape[-1] - 1).tolist()
+
+
+def stream(seed: int, question: int = 0) -> int:
+    """From which all random streams of a question follow. question: of those that share the seed."""
+    return seed * 1_000_003 + question
 
 
 def _what_is_prepared(model, input_ids, logits_processor, stopping_criteria, generation_config, **_):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
+from diffmas.agents.prompts import is_skipped
 from diffmas.agents.selection import Score
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
@@ -45,7 +46,7 @@ def scores(system, i: int, questions: list[dict], read: Trace, measures: set[str
 def _prompt(system, i: int, fields: dict) -> list[int]:
     """None of an agent that has no turn."""
     agent = system.agents[i]
-    skipped = system.no_latents == "skip" and i < len(system.agents) - 1 and agent.steps(fields) == 0
+    skipped = i < len(system.agents) - 1 and is_skipped(system, agent) and agent.steps(fields) == 0
     return [] if skipped else system.prompt_ids(agent, fields)
 
 

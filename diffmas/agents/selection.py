@@ -15,7 +15,7 @@ __all__ = ["BY", "MEASURED", "PLANNED", "Score", "Select", "best", "check_by", "
 
 Row = list[Segment]
 Score = Callable[[np.ndarray], np.ndarray]  # of rows of one view, in its order: how good each is
-KINDS = ("prompt", "latent")  # of the rows that an agent writes which is read
+KINDS = ("prompt", "latent", "text")  # of the rows that an agent writes which is read
 MEASURED = ("similarity", "attention")  # by a forward of the reader's prompt (diffmas.agents.scores)
 BY = ("last", *MEASURED)
 
@@ -36,10 +36,9 @@ PLANNED: dict[str, Score] = dict.fromkeys(MEASURED, _span)  # before anything ha
 class Select:
     """What a reader has of an agent's rows, one condition after the other.
 
-    kind: prompt or latent, those of one kind alone. every: k, the last of these and every k-th before it. rows: at most so
-    many of these, the best ones; by: last (those that were written last, the
-    default), similarity or attention (`diffmas.agents.scores`). layers: that see them; the others see the sinks alone (KVComm,
-    arXiv 2510.03346).
+    kind: prompt, latent or text, those of one kind alone. every: k, the last of these and every k-th before it. rows: at most
+    so many of these, the best ones; by: last (those that were written last, the default), similarity or attention
+    (`diffmas.agents.scores`). layers: that see them; the others see the sinks alone (KVComm, arXiv 2510.03346).
     """
 
     kind: str | None = None

@@ -13,18 +13,20 @@ import torch
 from torch import nn
 
 from diffmas.agents import adapters, file, gradients, hub, other_file, prompts
+from diffmas.agents.agent import Agent
 from diffmas.agents.answers import answer_loss, answer_tokens
 from diffmas.agents.board import Board
 from diffmas.agents.chat import check_chat
-from diffmas.agents.checks import check_others, check_team, readings
+from diffmas.agents.checks import check_others, check_patched, check_team, readings
 from diffmas.agents.decoding import text_before
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.graph import Graph, home
 from diffmas.agents.member import Member, default_chat
 from diffmas.agents.options import Options
 from diffmas.agents.output import SystemOutput
-from diffmas.agents.prompts import Agent, Turn
+from diffmas.agents.prompts import Turn
 from diffmas.agents.realign import Realign
+from diffmas.agents.rounds import unrolled
 from diffmas.agents.sampling import Sampling
 from diffmas.agents.turns import think
 from diffmas.models.local import gathers, reshard
@@ -44,11 +46,12 @@ class MultiAgentSystem(Member):
     tokenizer: the model's. Its chat template is used if it has one, unless chat_template is False. chat_options: what else
         the template reads, such as {"enable_thinking": False}.
     agents: in the order of their turns; the last one answers. By default each reads all that was written before it; `Agent`'s
-        reads make other shapes of teams (`diffmas.agents.graph`), whose agents may take their turns in one forward.
+        reads make other shapes of teams (`diffmas.agents.graph`), which may share a forward; who takes turns in rounds becomes
+        as many agents (`diffmas.agents.rounds`).
     realign: none | norm | ridge | soft_token | learned, the map from hidden states to input embeddings
         (`diffmas.agents.realign`); temperature is soft_token's.
     grad_scope: full | detach_trace (gradients reach the last agent only) | last_k (the last `last_k` agents).
-    trace_content: all | latent_only (an agent hands on its latent steps without its prompt).
+    trace_content: all | latent_only (an agent hands on its latent steps and its message without its prompt).
     sinks: the first so many tokens of a sequence stay with latent_only, whoever wrote them: pretrained models use them as
         attention sink (StreamingLLM, arXiv 2309.17453), and without them their attention breaks.
     positions: keep | reindex (renumbered from 0), the positions of the rows that latent_only hands on.
@@ -59,8 +62,8 @@ class MultiAgentSystem(Member):
         training by `forward` without a trace.
     others: other models by name. `diffmas.agents.Other`: an agent with that name as its `model` takes its turns there, and
         agents of the system's model read its rows through a projector. `diffmas.agents.Encoder`: it encodes the agent's prompt.
-    no_latents: prompt | skip, whether an agent hands on its prompt or has no turn where its T is 0. At T = 0 for all, "skip"
-        is the last agent alone, as the paper's T = 0 is; the default is not.
+    no_latents: prompt | skip, whether an agent without a message hands on its prompt or has no turn where its T is 0. At T = 0
+        for all, "skip" is the last agent alone, as the paper's T = 0 is; the default is not.
 
     Raises ValueError naming the argument that does not fit, for no agents, and for two agents of one name.
 
@@ -83,7 +86,7 @@ class MultiAgentSystem(Member):
             realign, grad_scope, trace_content, last_k, adapter_scope, no_latents, positions, chat_template, temperature,
             sinks, chat_options, latent_grad_clip,
         )  # fmt: skip
-        others = others or {}
+        others, agents = others or {}, unrolled(agents)
         check_team(model, agents, adapter_scope, trace_content, sinks, others)
         check_others(model, tokenizer, agents, others, options)
         self.agents_without_grad = options.agents_without_grad(len(agents))  # the first so many
@@ -100,6 +103,7 @@ class MultiAgentSystem(Member):
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.others = nn.ModuleDict(others)
         self.training = model.training
+        check_patched(model, agents)
         if adapter_scope != "shared":
             adapters.will_switch(model)
         if adapter_scope == "per_role":
@@ -147,23 +151,24 @@ class MultiAgentSystem(Member):
     # ---- one agent ---------------------------------------------------------------------------------------------------
 
     def think(
-        self, agent: Agent, questions: list[dict], trace: Trace, turns: list[Turn] | None = None, least_steps: int = 0
+        self, agent: Agent, questions: list[dict], trace: Trace, turns: list[Turn] | None = None, least_steps: int = 0,
+        seeds: list[int] | None = None,
     ) -> Trace:  # fmt: skip
-        """An agent's turn: one forward over its prompts on top of the trace, then T latent steps without logits.
+        """An agent's turn: one forward over its prompts on top of the trace, T latent steps without logits, its message.
 
         questions: one dict of prompt fields for each sequence of the trace. turns: the agent's row of `tokenize`, to save a
         second tokenization. least_steps: where no T is as large, more forwards follow, whose rows are dropped: processes that
-        share a model run it equally often. Returns the trace for the next agent.
+        share a model run it equally often. seeds: as in `communicate`. Returns the trace for the next agent.
         """
-        return think(self, agent, questions, trace, turns, least_steps)
+        return think(self, agent, questions, trace, turns, least_steps, seeds)
 
-    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None, least_steps=()) -> Trace:
+    def communicate(self, questions: list[dict], trace: Trace | None = None, turns=None, least_steps=(), seeds=None) -> Trace:
         """All agents but the last take their turns; returns the trace that the last one reads.
 
         questions: dicts of prompt fields. trace: to go on from; a new one by default. turns: the result of `tokenize`.
-        least_steps: of each agent (`think`).
+        least_steps: of each agent (`think`). seeds: of each question, for messages that are sampled.
         """
-        board = Board(self, Trace(self.model, batch_size=len(questions)) if trace is None else trace)
+        board = Board(self, Trace(self.model, batch_size=len(questions)) if trace is None else trace, seeds)
         for group in board.groups:
             board.write(group, questions, turns, least_steps)
         return board.read(len(self.agents) - 1, questions)
@@ -257,10 +262,6 @@ class MultiAgentSystem(Member):
             >>> system.gradient_report(["where is the key"], ["in the garden"]).norm > 0
             True
         """
-        if self.others:
-            raise ValueError("gradient_report: expected agents of one model, got some of others")
-        if self.agreement is not None:
-            raise ValueError("gradient_report: expected a model that this process has alone, got one that several share")
         return gradients.report(self, questions, answers, num_items_in_batch)
 
     # ---- files -------------------------------------------------------------------------------------------------------
@@ -330,9 +331,8 @@ class MultiAgentSystem(Member):
     @classmethod
     def of_description(cls, model, tokenizer, description: dict, **others) -> "MultiAgentSystem":
         """The system of a description, as `describe` gives it, on a model. others: others=..., of a team that has some."""
-        options = {option.name: description[option.name] for option in fields(Options)}
-        agents = [Agent(**agent) for agent in description["agents"]]
-        return cls(model, tokenizer, agents, **options, **(description["own_options"] or {}), **others)
+        options = {option.name: description[option.name] for option in fields(Options)} | (description["own_options"] or {})
+        return cls(model, tokenizer, [Agent(**agent) for agent in description["agents"]], **options, **others)
 
     @classmethod
     def from_pretrained(

@@ -24,10 +24,11 @@ from pathlib import Path
 
 import yaml
 
+from diffmas.agents.agent import Agent
 from diffmas.agents.checks import check_agents, readings
 from diffmas.agents.graph import check_graph
 from diffmas.agents.options import Options
-from diffmas.agents.prompts import Agent
+from diffmas.agents.rounds import unrolled
 from diffmas.cli.methods import METHODS
 from diffmas.evaluation.tasks import task
 
@@ -165,7 +166,7 @@ class Config:
         for name in ("latent_steps", *passes):
             if getattr(self, name) is not None and (not theirs or (self.agents or theirs) != theirs):
                 raise ValueError(f"{name}: expected it for a task's agents, got it with agents that have their own")
-        self.agents = self.agents or theirs
+        self.agents = unrolled(self.agents or theirs)
         if not self.agents:
             raise ValueError("agents: expected at least one agent or a task, got neither")
         self.others = {

@@ -153,6 +153,6 @@ def _tokens(trainer) -> float:
     questions, answers = zip(*(question_and_answer(row) for row in rows))
     lengths = [len(system.answer_ids(answer)) for answer in answers]
     turns = system.tokenize(list(questions), lengths)
-    count = sum(lengths) + sum(len(turn.ids) + turn.steps for row in turns for turn in row)
+    count = sum(lengths) + sum(turn.most for row in turns for turn in row)
     step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     return count / len(rows) * step * trainer.state.global_step

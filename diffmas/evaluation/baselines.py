@@ -96,7 +96,8 @@ class Latent:
     def answer(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> Answers:
         with self.switched(), measuring(self.system.device) as meter:
             texts, lengths = _generate(self.system, questions, samples=samples, batch_size=batch_size, **generation)
-        return Answers(texts, sum(map(sum, lengths)), meter.cost.total, meter.cost, meter.decoding)
+        tokens = sum(map(sum, lengths)) + meter.cost.rows["decode"]
+        return Answers(texts, tokens, meter.cost.total, meter.cost, meter.decoding)
 
     def loss(self, questions, answers, batch_size: int | None = None) -> tuple[float, int]:
         with self.switched():
@@ -205,8 +206,9 @@ class TextAgents:
     has messages of its own. Samples that read the same, as those of the first agent do, share the rows of their prompt. What
     another model only encodes (`Encoder`), the system's model reads and answers as text.
 
-    max_message_tokens: at most, of one message. adapter: as in `Latent`. message: a format string of one message. separator:
-    between messages. last_reads_only: only the last agent reads messages. Raises ValueError for max_message_tokens < 1.
+    max_message_tokens: at most, of one message, where its agent does not say. adapter: as in `Latent`. message: a format string
+    of one message. separator: between messages. last_reads_only: only the last agent reads messages. Raises ValueError for
+    max_message_tokens < 1.
     """
 
     def __init__(
@@ -239,7 +241,8 @@ class TextAgents:
             (agent,) = method.system.agents
             prompts = [agent.render(fields) for fields in read]
         if i < len(self._readers) - 1:
-            generation = {**generation, "max_new_tokens": self.max_message_tokens, "seed": generation["seed"] + i + 1}
+            most = agent.max_message_tokens or self.max_message_tokens
+            generation = {**generation, "max_new_tokens": most, "seed": generation["seed"] + i + 1}
         with method.switched():
             texts, lengths = _generate(method.system, read, batch_size=batch_size, samples=1, **generation)
         most = Sampling.of(method.system, generation.get("max_new_tokens")).max_new_tokens

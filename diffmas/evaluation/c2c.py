@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from diffmas.agents import file, other_file
+from diffmas.agents.agent import Agent
 from diffmas.agents.member import Other
-from diffmas.agents.prompts import Agent
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.evaluation.baselines import Latent, with_agents
 

@@ -37,6 +37,8 @@ class _Plain:
     def __init__(self, system, questions, room: list[int], cache=None, every_logit: bool = False):
         if not system.graph.chain:
             raise ValueError("system: expected agents that each read all before them, got some with reads of their own")
+        if any(agent.max_message_tokens is not None for agent in system.agents[:-1]):
+            raise ValueError("system: expected agents that take latent steps alone, got some that write messages")
         self.system, self.questions = system, system.fields_of(questions)
         self.turns = system.tokenize(self.questions, room, "its prompt and answer")
         self.prompts = [turn.ids for turn in self.turns[-1]]

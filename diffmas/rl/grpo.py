@@ -85,6 +85,12 @@ class GRPOTrainer(Trainer, trl.GRPOTrainer):
         for name, instead in REFUSED.items():
             if value := getattr(args, name, None):
                 raise ValueError(f"{name}: expected it to be off for a multi-agent system, got {value!r}; {instead}")
+        for agent in system.agents[:-1]:
+            if agent.message_temperature and latents == "recompute":
+                raise ValueError(
+                    f"agent {agent.name!r}: message_temperature: expected None or 0 with latents='recompute', got "
+                    f"{agent.message_temperature}: the loss would read other messages than the answers did"
+                )
         self._keep, self._samples = latents == "keep", []
         self._rewards = dict(reward_funcs=reward_funcs, reward_processing_classes=reward_processing_classes)
         super().__init__(

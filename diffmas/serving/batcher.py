@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from diffmas.agents import adapters
@@ -20,7 +21,7 @@ from diffmas.agents.decoding import decode
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.next_tokens import RESERVE
 from diffmas.agents.prompts import Turn, encodes
-from diffmas.agents.sampling import Sampling
+from diffmas.agents.sampling import Sampling, stream
 from diffmas.serving.team import Question
 from diffmas.trace import Trace
 
@@ -39,13 +40,15 @@ class Closed(Exception):
 
 @dataclass
 class AgentOutput:
-    """What an agent did for one question. text: what it would have written in place of its latent steps, if that was asked; of
-    agents of other models None, since these write no text here."""
+    """What an agent did for one question. text, if that was asked: its message, or of one that writes none what it would have
+    written in place of its latent steps; of agents of other models None, since these write no text here. message_tokens: of its
+    message."""
 
     name: str
     prompt_tokens: int
     latent_steps: int
     text: str | None = None
+    message_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -190,12 +193,12 @@ class Batcher:
         system, settings = first.team.system, first.settings
         trace = Trace(system.model, len(jobs), capacity=max(map(_rows, jobs)))
         with evaluating(system), system.realign.unchanging():
-            board = Board(system, trace)
+            board = Board(system, trace, [stream(job.question.seed) for job in jobs])
             for group in board.groups:
                 asked = [job.question.fields for job in jobs]
                 texts = {}
                 for i in group if settings.agent_output else ():
-                    if system.agents[i].model is None:
+                    if system.agents[i].model is None and system.agents[i].max_message_tokens is None:
                         texts[i] = self._texts(jobs, board.read(i, asked), i)
                 turns = [list(row) for row in zip(*(job.question.turns for job in jobs))]
                 board.write(group, asked, turns)
@@ -215,15 +218,18 @@ class Batcher:
             )  # fmt: skip
 
     def _tell_turn(self, jobs: list[Job], i: int, trace: Trace, turns: list[Turn], texts: list[str | None] | None) -> None:
-        """What agent i has done. trace: with its latent rows."""
-        system = jobs[0].question.team.system
+        """What agent i has done. trace: with its latent rows and its message."""
+        team, asked = jobs[0].question.team, jobs[0].question.settings.agent_output
+        system = team.system
         name, taken = system.agents[i].name, [0] * len(jobs)
         for s in trace.segments:
             taken[s.sequence] += s.length * ((s.agent, s.kind) == (name, "latent"))
         if encodes(system, system.agents[i]):  # whose prompt is latent rows
             taken = [n - len(turn.ids) for n, turn in zip(taken, turns)]
         for b, (job, turn, steps) in enumerate(zip(jobs, turns, taken)):
-            job.agents.append(AgentOutput(name, len(turn.ids), steps, texts and texts[b]))
+            said = _written(trace, b, name) if turn.message else []
+            text = team.text_of(said) if said and asked else texts and texts[b]
+            job.agents.append(AgentOutput(name, len(turn.ids), steps, text, len(said)))
 
     def _left(self, job: Job) -> bool:
         return job.gone or self._closed
@@ -260,11 +266,18 @@ class Batcher:
         return texts
 
 
+def _written(trace: Trace, sequence: int, agent: str) -> list[int]:
+    """The token ids of an agent's message in a sequence."""
+    rows = [s for s in trace.segments if s.sequence == sequence]
+    own = np.repeat([(s.agent, s.kind) == (agent, "text") for s in rows], [s.length for s in rows])
+    return trace.token_ids(sequence)[torch.from_numpy(own)].tolist()
+
+
 def _rows(job: Job) -> int:
     """Of the trace, that a question is sure to need, and some for its answers."""
     question = job.question
     answers = question.settings.samples * min(RESERVE, question.max_new_tokens)
-    return sum(len(turn.ids) + turn.steps for turn in question.turns) + answers
+    return sum(turn.most for turn in question.turns) + answers
 
 
 def without_frames(error: Exception) -> Exception:

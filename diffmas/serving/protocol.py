@@ -164,11 +164,13 @@ def _explained(error: ValidationError) -> Refused:
 
 
 def _usage(job: Job) -> dict:
-    """OpenAI's counts, of all agents' prompts and of the answer, and latent_steps, of all agents."""
+    """OpenAI's counts, of all agents' prompts and of the answer; latent_steps and, of their messages, message_tokens, of all
+    agents."""
     prompt, answered = job.question.prompt_tokens, sum(map(len, job.tokens))
     return {
         "prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered,
         "latent_steps": sum(agent.latent_steps for agent in job.agents),
+        "message_tokens": sum(agent.message_tokens for agent in job.agents),
     }  # fmt: skip
 
 

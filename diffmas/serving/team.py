@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from diffmas.agents.prompts import Agent, Turn
+from diffmas.agents.agent import Agent
+from diffmas.agents.prompts import Turn
 from diffmas.agents.sampling import Sampling, end_tokens
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.parts import causal_lm_of

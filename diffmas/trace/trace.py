@@ -190,9 +190,11 @@ class Trace(Appending, Copying):
         lineage = self._store.new_lineage()
         return self._view(self._segments, self._extents, order=self._order.detach(), lineage=lineage)
 
-    def keep(self, kind: str | None = None, agent: str | None = None, positions: str = "keep", sinks: int = SINKS) -> "Trace":
-        """A view of the segments of one kind and/or one agent, and of the first tokens. positions: keep, or reindex (renumbered
-        from 0).
+    def keep(
+        self, kind: str | tuple[str, ...] | None = None, agent: str | None = None, positions: str = "keep", sinks: int = SINKS,
+    ) -> "Trace":  # fmt: skip
+        """A view of the segments of one kind, or of several, and/or of one agent, and of the first tokens. positions: keep, or
+        reindex (renumbered from 0).
 
         sinks: the first so many tokens that a sequence sees stay, whoever wrote them: pretrained models use them as attention
         sink, and a view without them breaks their attention (StreamingLLM, arXiv 2309.17453). 0 keeps what is asked for alone.
@@ -200,8 +202,9 @@ class Trace(Appending, Copying):
         Raises ValueError for an agent that wrote nothing on this trace, and for sinks < 0; a kind that nobody wrote is a view
         of the sinks.
         """
-        if kind is not None and kind not in KINDS:
-            raise ValueError(f"kind: expected one of {KINDS} or None, got {kind!r}")
+        kinds = (kind,) if isinstance(kind, str) else kind
+        if kinds is not None and not (isinstance(kinds, tuple) and kinds and {*kinds} <= {*KINDS}):
+            raise ValueError(f"kind: expected one of {KINDS}, a tuple of some or None, got {kind!r}")
         if positions not in ("keep", "reindex"):
             raise ValueError(f"positions: expected 'keep' or 'reindex', got {positions!r}")
         if not isinstance(sinks, int) or sinks < 0:

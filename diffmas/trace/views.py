@@ -11,11 +11,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 __all__ = [
-    "FROZEN", "JOINS", "KINDS", "SINKS", "KVRange", "Segment", "Size", "apart", "by_sequence", "common_prefix", "joined",
-    "length_of", "only", "places", "ranges_of", "rows_of", "seen_in", "share", "table_of", "without_first", "without_rows",
+    "FROZEN", "JOINS", "KINDS", "SAID", "SINKS", "KVRange", "Segment", "Size", "apart", "by_sequence", "common_prefix",
+    "joined", "length_of", "only", "places", "ranges_of", "rows_of", "seen_in", "share", "table_of", "without_first",
+    "without_rows",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
+SAID = ("latent", "text")  # all but prompts
 JOINS = ("keep", "shift", "reindex", "same_branch")
 SINKS = 4  # first tokens that stay where others are dropped: attention sinks (StreamingLLM, arXiv 2309.17453)
 FROZEN = 1 << 40  # a store's quantised rows are numbered from here on (diffmas.trace.frozen)
@@ -119,11 +121,12 @@ def without_first(view: Sequence[Rows], rows: int) -> list[Rows]:
     return rest
 
 
-def only(row: Sequence[Segment], kind: str | None, agent: str | None, sinks: int) -> list[Segment]:
-    """The segments of one kind and/or one agent, and the first `sinks` tokens, whoever wrote them."""
+def only(row: Sequence[Segment], kind: str | Sequence[str] | None, agent: str | None, sinks: int) -> list[Segment]:
+    """The segments of one kind, or of some, and/or of one agent, and the first `sinks` tokens, whoever wrote them."""
     kept, before = [], 0
+    kinds = (kind,) if isinstance(kind, str) else KINDS if kind is None else kind
     for s in row:
-        asked_for = kind in (None, s.kind) and agent in (None, s.agent)
+        asked_for = s.kind in kinds and agent in (None, s.agent)
         stay = s.length if asked_for else min(s.length, max(sinks - before, 0))
         if stay:
             kept.append(s._replace(length=stay))

@@ -83,6 +83,13 @@ def check_engine(system: MultiAgentSystem, args, state) -> None:
             "fsdp: expected processes on several accelerators, which are what accelerate shards a model over, got "
             f"{args.world_size} on {args.device.type}"
         )
+    if tensor_parallel(system) or plugin is not None or deepspeed is not None and deepspeed.zero_stage == 3:
+        for agent in system.agents[:-1]:
+            if agent.max_message_tokens is not None:
+                raise ValueError(
+                    f"agent {agent.name!r}: max_message_tokens: expected None where processes share the model's weights, got "
+                    f"{agent.max_message_tokens}: all would have to decode equally many tokens"
+                )
     if plugin is None and deepspeed is None:
         return
     if deepspeed is not None and deepspeed.zero_stage != 3:

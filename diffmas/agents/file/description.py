@@ -9,8 +9,8 @@ from typing import get_args, get_type_hints
 
 from torch import nn
 
+from diffmas.agents.agent import Agent
 from diffmas.agents.options import Options
-from diffmas.agents.prompts import Agent
 from diffmas.models.identity import model_fingerprint, sampled_fingerprint
 
 __all__ = [
@@ -109,7 +109,7 @@ def _with_later_options(described: dict) -> dict:
 
     def filled(agents: list) -> list:
         names = ("stop_change", "role", "passes", "grad_passes", "reads", "max_rows", "max_rows_by", "model")
-        later = dict.fromkeys(names)
+        later = dict.fromkeys((*names, "max_message_tokens", "message_temperature", "rounds", "later_prompt", "quantized"))
         return [{**later, **agent} if isinstance(agent, dict) else agent for agent in agents]
 
     own = described["own_options"]

@@ -33,9 +33,9 @@ def tasks():
 
 def _settings(config, task, model, path, latent_steps, output, adapter):
     """The settings of a config file or of the options that stand for one, with the agents of --adapter if there is one."""
+    from diffmas.agents.agent import Agent
     from diffmas.agents.file import read_agents
     from diffmas.agents.options import Options
-    from diffmas.agents.prompts import Agent
     from diffmas.cli.config import Config, Evaluation, load
     from diffmas.evaluation import tasks
 

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Lens", "lens", "logits_of", "rows_with", "texts_of", "token_text"]
+from diffmas.models.head import logits_of
+
+__all__ = ["Lens", "lens", "rows_with", "texts_of", "token_text"]
 
 CHUNK = 64  # hidden states at once: logits of a large vocabulary are wide
 BEFORE = 4  # tokens that a token's text may depend on
@@ -23,20 +25,12 @@ class Lens(NamedTuple):
     chosen: Tensor
 
 
-def logits_of(causal_lm: nn.Module, h: Tensor) -> Tensor:
-    """head(h), as the model itself scales it; h [n, hidden] after the final norm -> [n, V]."""
-    head, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
-    weight = next(head.parameters())
-    logits = head(h.to(weight.device, weight.dtype)).float()
-    return logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere's, Granite's
-
-
 @torch.no_grad()
 def lens(causal_lm: nn.Module, h: Tensor, top: int, ids: Tensor | None = None) -> Lens:
     """What hidden states [n, hidden] say. ids [n]: tokens whose probability is asked for."""
     parts = []
     for first in range(0, len(h), CHUNK):
-        log_p = logits_of(causal_lm, h[first : first + CHUNK]).log_softmax(-1)
+        log_p = logits_of(causal_lm, h[first : first + CHUNK]).float().log_softmax(-1)
         best = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
         entropy = -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)
         asked = best.indices[:, 0] if ids is None else ids[first : first + CHUNK].to(log_p.device)

@@ -7,6 +7,7 @@ from torch import Tensor
 from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.gradient_report import GradientReport, norm_of
+from diffmas.agents.sampling import Sampling
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.evaluation.baselines import TextAgents
 from diffmas.evaluation.look.figures import Block, Lane, Look, Step
@@ -14,6 +15,7 @@ from diffmas.evaluation.look.lens import Lens, lens, rows_with, texts_of, token_
 from diffmas.evaluation.look.watch import Pass, Watch
 from diffmas.models.parts import attention_layers, causal_lm_of
 from diffmas.models.patch import patch_of
+from diffmas.trace.views import SAID
 
 __all__ = ["look_at"]
 
@@ -38,11 +40,14 @@ def look_at(
         raise ValueError(f"nearest: expected at least 1 token, got {nearest}")
     if system.others:
         raise ValueError("system: expected agents of one model to look at, got some of others")
+    if small := [agent.name for agent in system.agents[:-1] if agent.quantized is not None]:
+        raise ValueError(f"agent {small[0]!r}: quantized: expected None, since no attention to such rows is shown")
     questions = system.fields_of([question])
     decoding = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, **generation)
+    decoding["seed"] = (sampling := Sampling.of(system, samples=1, **decoding)).seed
     ids = system.generate_tokens(questions, samples=1, **decoding)[0][0]
     with evaluating(system), torch.no_grad(), Watch(system) as watch:
-        system(questions, [ids])
+        system(questions, [ids], trace=system.communicate(questions, seeds=[sampling.seed_of(0)]))  # with the same messages
     names, reads = [agent.name for agent in system.agents], system.graph.reads
     lanes = [Lane(name, [edge.agent for edge in edges]) for name, edges in zip(names, reads)]
     facts = [("answer", system.text_of(ids, generation.get("stop")))]
@@ -75,7 +80,7 @@ def _blocks(system, passes: list[Pass], answer: int, nearest: int) -> tuple[list
     (`diffmas.agents.jacobi`), the last one counts."""
     found: dict[tuple[str, str], dict[int, tuple[Pass, int]]] = {}
     for p in passes:
-        kind = "latent" if p.kind == "latent" else "prompt"
+        kind = p.kind if p.kind in SAID else "prompt"
         rows = found.setdefault((p.agent, kind), {})
         rows.update({int(position): (p, i) for i, position in enumerate(p.positions)})
     tokens = [(agent, kind, list(rows.values())) for (agent, kind), rows in found.items()]

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from itertools import islice
 
-from diffmas.agents.prompts import Agent
+from diffmas.agents.agent import Agent
 from diffmas.evaluation.metrics import Scorer
 
 __all__ = [

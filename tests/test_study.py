@@ -4,11 +4,15 @@ import csv
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
 import test_tasks
 import tiny_systems as tiny
+import torch
 import yaml
 from transformers import GenerationConfig
 from typer.testing import CliRunner
@@ -41,6 +45,29 @@ RECIPE = {
 }  # fmt: skip
 
 
+# A process that is killed in the second seed's training, after its checkpoint of step 2.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from diffmas import training
+from diffmas.cli import study
+
+torch.set_num_threads(int(sys.argv[3]))
+steps, step = [], training.Trainer.training_step
+
+def killed(self, *args):
+    steps.append(self.state.global_step)
+    print("at step", self.state.global_step, flush=True)
+    if len(steps) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+
+training.Trainer.training_step = killed
+study.run(Path(sys.argv[1]), Path(sys.argv[2]), None, "cpu", ["one fact"], None, {}, lambda text: None)
+"""
+
+
 def recipe(tmp_path, **changes):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**RECIPE, **changes}))
@@ -69,16 +96,10 @@ def test_a_killed_study_gives_the_same_table(tmp_path, monkeypatch):
     path = recipe(tmp_path)
     whole = run(path, tmp_path / "whole")
     steps, step = [], training.Trainer.training_step
-
-    def killed(self, *args):
-        steps.append(self.state.global_step)
-        if len(steps) == 7:  # in the second seed's training, after its checkpoint of step 2
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(training.Trainer, "training_step", killed)
-        run(path, tmp_path / "killed")
+    command = [sys.executable, "-c", KILLED, path, tmp_path / "killed", str(torch.get_num_threads())]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    steps += map(int, re.findall(r"^at step (\d+)$", ran.stdout, re.MULTILINE))
     assert steps == [0, 1, 2, 3, 0, 1, 2]
     left = tmp_path / "killed" / "one_fact"
     assert (left / "seed0" / "audited.json").is_file() and not (left / "seed3" / "trained_diffmas.json").exists()

@@ -1,8 +1,10 @@
 """Published tasks: every form of a record, what is asked, and verdicts as the reference scorers give them."""
 
+import csv
 import dataclasses
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -291,13 +293,15 @@ def test_where_the_references_are_narrower():
     [
         ("The answer is a fridge.", "B"), ("Answer: a fridge", "B"), ("Answer: A fridge.", "B"), ("ANSWER IS a fridge", "B"),
         ("The answer is a wooden spoon because a stove is hot.", "C"), ("The answer is A wooden spoon", "C"),
-        ("The answer is the fridge, since a stove heats.", "B"), ("The answer is (B). No, the answer is a stove", "B"),
+        ("The answer is the fridge, since a stove heats.", "B"), ("The answer is (B). No, the answer is a stove", "A"),
         ("The answer is B. Wait, the answer is a stove.", "A"), ("The answer is b", "B"), ("The answer is b.", "B"),
         ("The answer is b)", "B"), ("answer: **b**: it cools", "B"), ("Answer: b\n\nA stove is hot.", "B"),
         ("The answer is A because a fridge cools.", "A"), ("The answer is B fridge", "B"), ("The answer is D toast", "D"),
         ("The answer is B. A stove heats.", "B"), ("Answer: B\nA stove heats.", "B"), ("answer is option B, not a stove", "B"),
         ("The answer is a mystery.", None), ("Answer: a pan", None), ("The answer is B's", None),
-        ("The answer is C, the vitamin", "C"), ("The answer is fridges", None),
+        ("The answer is C, the vitamin", "C"), ("The answer is fridges", None), ("Answer is 'B', not A", "B"),
+        ("Among (A), (B), (C) and (D), the answer is B.", "B"), ("The answer is (B), since (A) a stove is hot.", "B"),
+        ("The answer is [B].", "B"), ("Choice B.", "B"), ("(A) is hot, so it is (B)", "B"),
     ],
 )  # fmt: skip
 def test_an_article_is_no_option(text, found):
@@ -311,12 +315,34 @@ def test_votes_are_counted_by_meaning(programs):
     assert scorer.vote(samples, row) == ("1/2", pytest.approx(0.6))
     assert scorer.self_consistency([samples], [row["answer"]], [row]) == (1.0, pytest.approx(0.6))
     assert Scorer("boxed").vote(samples)[1] == pytest.approx(0.2)  # as strings nobody agrees
+    for name in ("gsm8k", "math500"):  # without a box, too
+        samples = ["He eats 1/2.", "so 0.50 of it", "It is \\boxed{\\frac{1}{2}}", "half of 3", "2"]
+        assert task(name).scorer().vote(samples) == ("1/2", pytest.approx(0.6)), name
     row = task("arc_easy").row(HUB_ARC)
     assert task("arc_easy").scorer().vote(["a star", "(B)", "\\boxed{A}", "?"], row) == ("B", 0.5)
     code = task("humaneval").scorer()
     assert code.vote(["    return 1\n", "    return  1  # one\n", "    return 2\n"], task("humaneval").row(HUMANEVAL))[
         1
     ] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Here:\n```python\ndef root(x):\n    """```root(9)``` is 3."""\n    return math.sqrt(x)\n```\nDone.',
+        "1. Write\n   ```python\n   def root(x):\n       return math.sqrt(x)\n   ```\n2. Done.",
+        'So:\n```python\ndef root(x):\n    """\n    ```\n    root(9)\n    ```\n    """\n    return math.sqrt(x)\n```\nDone.',
+        "```python\n    return math.sqrt(x)\n```",
+        "```python\ndef root(x):\n    return math.sqrt(x)``` Done.",
+        "```\nroot(9) gives 3\n```\n```python\ndef root(x):\n    return math.sqrt(x)",
+    ],
+)
+def test_programs_in_fences(text):
+    """Fences in a docstring, in a list of steps, and around the rest of a function."""
+    source = final.code(text, task("humaneval").row(HUMANEVAL))
+    space: dict = {}
+    exec(source, space)
+    assert space["root"](9) == 3
 
 
 def test_a_function_that_asks_for_the_row_gets_it():
@@ -328,8 +354,16 @@ def test_a_function_that_asks_for_the_row_gets_it():
         scorer.accuracy([["aa"], ["aa"]], ["x", "x"], rows[:1])
 
 
+def test_a_factorial_is_not_its_number():
+    pytest.importorskip("math_verify")
+    judge = Scorer("boxed", "math").correct
+    assert not judge("\\boxed{7!}", "7") and judge("\\boxed{7!}", "5040") and judge("\\boxed{7}!", "7")
+
+
 def test_numbers_in_texts():
     assert last_number("he owes -$1,234.50.") == "-1234.50" and last_number("about .5") == ".5" and last_number("no") is None
+    assert last_number("\N{MINUS SIGN}7 degrees") == "-7" and last_number("$5/2.") == "5/2" and last_number("-1/2 of 3") == "3"
+    assert last_number("on 5/18/2024") == "2024" and last_number("18/1.5") == "1.5" and last_number("90/5 = 18") == "18"
 
 
 @pytest.mark.parametrize("samples, right", [(1, 0), (1, 1), (5, 2), (10, 3), (10, 10), (20, 19)])
@@ -453,6 +487,11 @@ def test_a_config_may_name_a_task(base, tmp_path):
         (("--task", "gsm8k"), "--model: expected a directory or hub name with --task gsm8k, got none"),
         (("config.yaml", "--task", "gsm8k"), "--task: expected it without a config file, got config.yaml too"),
         (("config.yaml", "--latent-steps", 3), "--latent-steps: expected it without a config file"),
+        (("config.yaml", "--chat-option", "a=1"), "--chat-option: expected it without a config file"),
+        (
+            ("--task", "gsm8k", "--model", "m", "--adapter", "d", "--chat-option", "a=1"),
+            "--chat-option: expected none with --adapter, which was trained with its own, got 'a=1'",
+        ),
         (("--task", "gsm8k", "--model", "m", "--path", "none.jsonl"), "none.jsonl: expected a file of JSON lines"),
         (
             ("--task", "gsm8k", "--model", "m", "--methods", "magic"),
@@ -466,6 +505,41 @@ def test_what_evaluate_refuses(arguments, message):
     assert message in output and len(output.strip().splitlines()) == 1
 
 
+def test_the_chat_template_is_given_options_without_a_yaml(tmp_path):
+    """What --chat-option says is what the agents read; a model without a template is told of once, and so is a wrong option."""
+    pytest.importorskip("math_verify")
+    path = published(tmp_path / "test.jsonl", GSM8K)
+    for name in ("plain", "chat"):
+        tiny.save_base(tmp_path / name, max_position_embeddings=4096)
+    chat = tiny.tokenizer()
+    chat.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %} answer : {% if enable_thinking is false %}notes{% endif %}"
+    )
+    chat.save_pretrained(tmp_path / "chat")
+    run = ("evaluate", "--task", "gsm8k", "--path", path, "--methods", "single", "--max-new-tokens", 2, "--device", "cpu")
+    told = []
+    for name, options in (("plain", ()), ("chat", ()), ("chat", ("--chat-option", "enable_thinking=false"))):
+        out = tmp_path / f"{name}{len(options)}"
+        told.append(call(*run, "--model", tmp_path / name, "--output", out, *options).output.count("has no chat template"))
+        with (out / "results.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        told.append(int(row["prompt_tokens"]))
+    assert told[0::2] == [1, 0, 0]
+    assert told[5] - told[3] == 2  # the template's word for it, in each of two prompts
+    for option, message in (
+        ("enable_thinkng=false", r"chat_options: expected some of \['enable_thinking'\].*got 'enable_thinkng'"),
+        ("enable_thinking", "--chat-option: expected NAME=VALUE, got 'enable_thinking'"),
+        ("enable_thinking=[", r"--chat-option enable_thinking: expected a value as in YAML, got '\['"),
+    ):
+        output = call(*run, "--model", tmp_path / "chat", "--chat-option", option, code=1).output
+        assert re.search(message, output.replace("\n", " "))
+
+
 def test_tasks_lists_them():
     output = call("tasks").output
-    assert all(name in output for name in TASKS) and "gated" in output
+    lines = output.splitlines()
+    assert all(any(line.startswith(f"{name} ") for line in lines) for name in TASKS) and "gated" in output  # names are whole
+    assert max(map(len, lines)) <= 80 and "CC-BY-SA-4.0" in output
+    assert "openai/gsm8k, main, test" in output and "tau/commonsense_qa, validation" in output
+    rows = json.loads(call("tasks", "--json").output)["tasks"]
+    assert {"name": "arc_easy", "config": "ARC-Easy", "split": "test"}.items() <= rows[[*TASKS].index("arc_easy")].items()

@@ -416,8 +416,10 @@ def lines_of(path) -> list[dict]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_reports_while_training(tmp_path, checkpointing):
+def test_gradient_reports_while_training(tmp_path, checkpointing, monkeypatch):
     """Norms at every second step, of the loss of both micro-batches; not a bit of the weights changes by it."""
+    from matplotlib.axes import Axes
+
     weights = []
     for name, every in (("without", 0), ("with", 2)):
         args = arguments(
@@ -448,16 +450,23 @@ def test_gradient_reports_while_training(tmp_path, checkpointing):
             parts = [x for s in steps for x in pick(quantity="rows", agent=agent, kind=kind, latent_step=s)]
             assert len(parts) == 2 * len(steps) and math.hypot(*parts) == pytest.approx(segment, rel=1e-5) and segment > 0
             assert reported[step][f"gradient/rows/{agent}/{kind}"] == segment
-            assert pick(quantity="hidden", agent=agent, kind=kind, latent_step=steps[0])[0] > 0
+            (first,) = pick(quantity="hidden", agent=agent, kind=kind, latent_step=steps[0])
+            assert first > 0 and (kind != "latent" or reported[step][f"gradient/hidden/{agent}/latent/step_1"] == first)
     assert (tmp_path / "with" / "gradients.png").read_bytes().startswith(b"\x89PNG")
-    assert plot_gradients(tmp_path / "with" / "gradients.csv", tmp_path / "again.png").is_file()
+    drawn, plot_of = {}, Axes.plot
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Axes, "plot", lambda self, x, y, **how: drawn.update({how["label"]: (x, y)}) or plot_of(self, x, y, **how)
+        )
+        assert plot_gradients(tmp_path / "with" / "gradients.csv", tmp_path / "again.png").is_file()
+    assert drawn["planner"][0] == [1, 2] and drawn["planner"][1][0] == reported[4]["gradient/hidden/planner/latent/step_1"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     scalars = {}
     for file in (tmp_path / "with").glob("**/events.out.tfevents.*"):
         events = EventAccumulator(str(file)).Reload()
         scalars |= {tag: [s.step for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    for tag in ("parameters/layer_1", "rows/critic/latent", "hidden/planner/prompt"):
+    for tag in ("parameters/layer_1", "rows/critic/latent", "hidden/planner/prompt", "hidden/planner/latent/step_2"):
         assert scalars[f"train/gradient/{tag}"] == [2, 4]
 
 

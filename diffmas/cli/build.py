@@ -1,11 +1,13 @@
 """What a config describes, built: model, system, rows, scorer, and the methods that are compared."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
 from diffmas.cli.config import Config, OtherModel, training_fields
 from diffmas.cli.methods import TRAINED
-from diffmas.evaluation.tasks import task
+from diffmas.cli.terminal import warn
+from diffmas.evaluation.tasks import Task, task
 
 __all__ = [
     "base_model", "check_adapters", "evaluation_rows", "methods_of", "scorer_of", "trained_as", "trained_system",
@@ -31,7 +33,19 @@ def base_model(config: Config, device: str | None = None):
     """The base model on a device (by default the CPU), and its tokenizer."""
     from diffmas.models.load import load_model
 
-    return load_model(config.model, dtype=config.dtype, device=device)
+    model, tokenizer = load_model(config.model, dtype=config.dtype, device=device)
+    asks_a_chat = config.task is not None and isinstance(task(config.task), Task)
+    if asks_a_chat and config.system.chat_template is None and not getattr(tokenizer, "chat_template", None):
+        _say_no_template(config.model, config.task)
+    return model, tokenizer
+
+
+@functools.cache  # once, however often it is loaded
+def _say_no_template(model: str, name: str) -> None:
+    warn(
+        f"{model}: its tokenizer has no chat template, so that the prompts of {name} stay plain text: take the chat or "
+        "instruct form of the model, or say that this is meant by chat_template: false in a config's section system"
+    )
 
 
 def other_of(described: OtherModel, config: Config, receiver, adapter: bool = True, device: str | None = None, loaded=None):

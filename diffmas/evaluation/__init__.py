@@ -13,11 +13,11 @@ from diffmas.evaluation.baselines import (
 )
 from diffmas.evaluation.c2c import C2C, c2c, load_c2c
 from diffmas.evaluation.metrics import Scorer, perplexity, wilson
+from diffmas.evaluation.picture import plot
 from diffmas.evaluation.run import (
     MethodsFailed,
     Result,
     evaluate,
-    plot,
     tables,
     write_answers,
     write_csv,

@@ -34,4 +34,4 @@ def last_expression(text: str) -> str | None:
     from math_verify import parse
 
     found = parse(text, parsing_timeout=_patience())
-    return str(found[-1]) if found else None
+    return str(found[-1]).rstrip(" .,;:") if found else None  # the end of a sentence is none of an expression's: 1/2.

@@ -47,12 +47,14 @@ def boxed(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number in a text, without thousands separators and $; None if there is none.
+    """The last number or fraction in a text, without thousands separators and $; None if there is none.
 
-    >>> last_number("It costs 5 dollars, so he gets -$1,234.50.")
-    '-1234.50'
+    >>> last_number("It costs 5 dollars, so he gets -$1,234.50."), last_number("He eats 1/2 of it.")
+    ('-1234.50', '1/2')
     """
-    found = re.findall(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
+    # A fraction is one number, a date is none: 5/18/2024.
+    pattern = r"-?\$?(?:(?<![\d/])\d[\d,]*/\d+(?!\d|[./]\d)|\d[\d,]*(?:\.\d+)?|\.\d+)"
+    found = re.findall(pattern, text.replace("\N{MINUS SIGN}", "-"))
     return re.sub("[,$]", "", found[-1]) if found else None
 
 
@@ -89,7 +91,8 @@ def _contains(given: str, gold: str) -> bool:
 
 
 def _math(given: str, gold: str) -> bool:
-    return _exact(given, gold) or mathematics.equal(given, gold)
+    same = _exact(given, gold) and not given.rstrip(" $").endswith("!")  # 7! is not 7
+    return same or mathematics.equal(given, gold)
 
 
 MATCHERS: dict[str, Callable[[str, str], bool]] = {"exact": _exact, "contains": _contains, "math": _math}

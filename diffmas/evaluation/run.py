@@ -1,4 +1,4 @@
-"""Several methods on the same rows: one `Result` each, as tables, CSV files and a plot."""
+"""Several methods on the same rows: one `Result` each, as tables and CSV files; as a plot: `diffmas.evaluation.picture`."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from rich.table import Table
 
 from diffmas.agents.meter import PHASES
 from diffmas.evaluation.baselines import Answers, Method
-from diffmas.evaluation.files import figure, room_for, write_rows
+from diffmas.evaluation.files import room_for, write_rows
 from diffmas.evaluation.metrics import Difference, Scorer, agreements, difference_of_rates, pass_at_k, perplexity, wilson
 from diffmas.trace.views import Size
 from diffmas.training.data import question_and_answer
 
 __all__ = [
-    "MethodsFailed", "Result", "evaluate", "gap", "narrow_table", "percent", "plot", "shares_right", "tables",
-    "write_answers", "write_csv", "write_entropy",
+    "MethodsFailed", "Result", "evaluate", "gap", "narrow_table", "percent", "shares_right", "tables", "write_answers",
+    "write_csv", "write_entropy",
 ]  # fmt: skip
 
 NAN = math.nan
@@ -220,7 +220,7 @@ def tables(results: list[Result], title: str = "") -> list[Table]:
         sure.append([r.method, *certain, percent(r.agreement), *(percent(r.agree[name]) for name in agree)])
         counts = [f"{n:,}" if n < 100_000 else f"{n / 1000:,.0f}k" for n in (r.tokens, r.latent_steps, r.prompt_tokens)]
         times = (r.seconds, *(r.phases[name] for name in PHASES[:-1]))
-        seconds = [f"{x:.2f}" if x < 100 else f"{x:,.0f}" for x in times]
+        seconds = [f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:,.0f}" for x in times]
         cost.append([r.method, *counts, *seconds, f"{r.trace_bytes / 1e6:.3g}"])
     best = next((f"; best baseline: {r.best_baseline}" for r in results if r.best_baseline), "")
     asked = f"{results[0].questions} questions, {results[0].samples} sample(s) each{best}" if results else ""
@@ -259,34 +259,4 @@ def write_answers(results: list[Result], rows: list[dict], path) -> Path:
             asked, gold = question_and_answer(row)
             given = {r.method: r.texts[i] for r in results}
             file.write(json.dumps({"fields": asked, "answer": gold, "given": given}, ensure_ascii=False) + "\n")
-    return path
-
-
-def plot(results: list[Result], path, title: str = "") -> Path:
-    """Writes a PNG: accuracies with their intervals, perplexities, seconds by phase, token-entropy curves; returns its path."""
-    path, names = room_for(path), [r.method for r in results]
-    canvas = figure(11, 5 + 0.6 * len(results))
-    (right, sure), (cost, curves) = canvas.subplots(2, 2)
-    errors = [[100 * (r.accuracy - r.low) for r in results], [100 * (r.high - r.accuracy) for r in results]]
-    right.barh(names, [100 * r.accuracy for r in results], xerr=errors, capsize=3, color="tab:blue", alpha=0.8)
-    right.set(xlabel="accuracy, % (95 % interval)", xlim=(0, 100))
-    places = range(len(results))
-    for shift, what, label in ((-0.2, "perplexity", "gold answer"), (0.2, "decoded_perplexity", "decoded answer")):
-        sure.barh([i + shift for i in places], [getattr(r, what) for r in results], 0.4, label=label, alpha=0.8)
-    sure.set(xlabel="perplexity per token", xscale="log", yticks=list(places), yticklabels=names)
-    left = [0.0] * len(results)
-    for name in PHASES:
-        seconds = [r.phases[name] for r in results]
-        cost.barh(names, seconds, left=left, label=name, alpha=0.8)
-        left = [a + b for a, b in zip(left, seconds)]
-    cost.set(xlabel="seconds")
-    for r in results:
-        curves.plot(range(1, len(r.entropy_curve) + 1), r.entropy_curve, label=r.method, marker=".")
-    curves.set(xlabel="token of the answer", ylabel="entropy, nats")
-    for axes in (right, sure, cost):
-        axes.invert_yaxis()
-    for axes in (sure, cost, curves):
-        axes.legend(fontsize="small")
-    canvas.suptitle(title or f"{results[0].questions} questions, {results[0].samples} sample(s) each")
-    canvas.savefig(path, dpi=150)
     return path

@@ -79,7 +79,7 @@ class GradientMonitor(TrainerCallback):
         micro_batches, self._micro_batches = self._micro_batches, []
         if self.reports(step):
             found = self._lines(parameters, norms, self._watch.take(scale))
-            self._scalars = {_tag(line): line["norm"] for line in found if line["latent_step"] == ""}
+            self._scalars = {_tag(line): line["norm"] for line in found if _is_logged(line)}
             if directory:
                 _append(directory / CSV, [{"step": step, **line} for line in found])
         norm = norm_of(norms)
@@ -126,8 +126,14 @@ class GradientMonitor(TrainerCallback):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+def _is_logged(line: dict) -> bool:
+    """Sums, and of each latent step what comes back through the next one; the file has all."""
+    return line["latent_step"] == "" or line["quantity"] == "hidden" and line["kind"] == "latent"
+
+
 def _tag(line: dict) -> str:
-    parts = (line["quantity"], line["agent"], line["kind"], line["layers"].replace(" ", "_"))
+    step = f"step_{line['latent_step']}" if line["latent_step"] != "" else ""
+    parts = (line["quantity"], line["agent"], line["kind"], line["layers"].replace(" ", "_"), step)
     return "/".join(("gradient", *filter(None, parts)))
 
 
@@ -151,27 +157,41 @@ def _append(path: Path, lines: list[dict]) -> None:
 
 
 def plot_gradients(csv_file, path) -> Path:
-    """Writes a PNG of a run's gradients.csv: the norms by step, of parameters by layers, and of dL/d(rows) and dL/dh by agent.
+    """Writes a PNG of a run's gradients.csv: the norms by step, of parameters by layers, and of dL/d(rows) and dL/dh by agent;
+    and those of the last step's dL/dh by latent step.
 
     Returns its path. Raises FileNotFoundError if there is no such file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = {"parameters": {}, "rows": {}, "hidden": {}}
-    for line in _read(Path(csv_file)):
+    panels = {"parameters": {}, "rows": {}, "hidden": {}, "latent steps": {}}
+    lines = _read(Path(csv_file))
+    last = lines[-1]["step"] if lines else None
+
+    def add(panel: str, name: str, at: str, norm: str) -> None:
+        places, norms = panels[panel].setdefault(name, ([], []))
+        places.append(int(at))
+        norms.append(float(norm) or float("nan"))  # on a logarithmic scale
+
+    for line in lines:
         if line["latent_step"] == "":
             name = " ".join(filter(None, (line["agent"], line["kind"], line["layers"]))) or "all"
-            steps, norms = panels[line["quantity"]].setdefault(name, ([], []))
-            steps.append(int(line["step"]))
-            norms.append(float(line["norm"]) or float("nan"))  # on a logarithmic scale
-    figure = Figure(figsize=(14, 4), layout="constrained")
+            add(line["quantity"], name, line["step"], line["norm"])
+        elif line["step"] == last and _is_logged(line):
+            add("latent steps", line["agent"], line["latent_step"], line["norm"])
+    figure = Figure(figsize=(18, 4), layout="constrained")
     FigureCanvasAgg(figure)  # pyplot would need a display and keep global state
-    titles = ("parameters, by layers", "dL/d(rows), by who wrote them", "dL/dh of the last hidden states")
-    for axis, title, curves in zip(figure.subplots(1, 3), titles, panels.values()):
-        for name, (steps, norms) in curves.items():
-            axis.plot(steps, norms, marker=".", label=name)
-        axis.set(title=title, xlabel="step", yscale="log")
+    titles = (
+        "parameters, by layers",
+        "dL/d(rows), by who wrote them",
+        "dL/dh of the last hidden states",
+        f"dL/dh, step {last}",
+    )
+    for axis, title, curves in zip(figure.subplots(1, 4), titles, panels.values()):
+        for name, (places, norms) in curves.items():
+            axis.plot(places, norms, marker=".", label=name)
+        axis.set(title=title, xlabel="latent step" if curves is panels["latent steps"] else "step", yscale="log")
         axis.grid(alpha=0.3)
         if curves:
             axis.legend(fontsize="small")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 from rich import box
 from rich.table import Table
 
@@ -19,19 +20,34 @@ def tasks():
     """List the published tasks that `evaluate --task` and a config's `task` know."""
     from diffmas.evaluation.tasks import TASKS
 
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for head in ("task", "kind", "rows", "train", "on the hub", "licence"):
-        names = head in ("task", "on the hub")  # to be copied
-        out.add_column(head, justify="right" if head == "rows" else "left", overflow="fold", no_wrap=names)
+    out = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    widths = {"task": 14, "kind": 7, "asked": 5, "hub: set, config, test split": 30, "train": 5, "licence": 12}
+    for head, width in widths.items():
+        out.add_column(head, justify="right" if head == "asked" else "left", overflow="fold", width=width)
     for t in TASKS.values():
+        place = ", ".join(filter(None, (t.hub, t.config, t.split)))
         licence = t.licence + (", gated" if t.gated else "")
-        out.add_row(t.name, t.kind, str(t.questions), "yes" if "train" in t.splits else "", t.hub, licence)
+        out.add_row(t.name, t.kind, str(t.questions), place, "yes" if "train" in t.splits else "", licence)
     console.print(out)
-    columns = ("name", "kind", "questions", "hub", "licence", "gated")
+    columns = ("name", "kind", "questions", "hub", "config", "split", "licence", "gated")
     return {"tasks": [{**{c: getattr(t, c) for c in columns}, "train": "train" in t.splits} for t in TASKS.values()]}
 
 
-def _settings(config, task, model, path, latent_steps, output, adapter):
+def _chat_options(given: list[str]) -> dict | None:
+    """["enable_thinking=false"] -> {"enable_thinking": False}; values as YAML has them."""
+    options = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--chat-option: expected NAME=VALUE, got {item!r}")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--chat-option {name}: expected a value as in YAML, got {value!r}") from error
+    return options or None
+
+
+def _settings(config, task, model, path, latent_steps, output, adapter, chat_option):
     """The settings of a config file or of the options that stand for one, with the agents of --adapter if there is one."""
     from diffmas.agents.agent import Agent
     from diffmas.agents.file import read_agents
@@ -39,7 +55,7 @@ def _settings(config, task, model, path, latent_steps, output, adapter):
     from diffmas.cli.config import Config, Evaluation, load
     from diffmas.evaluation import tasks
 
-    given = {"--model": model, "--path": path, "--latent-steps": latent_steps}
+    given = {"--model": model, "--path": path, "--latent-steps": latent_steps, "--chat-option": chat_option or None}
     given = [name for name, value in given.items() if value is not None]
     if config is not None:
         if task is not None or given:
@@ -50,8 +66,12 @@ def _settings(config, task, model, path, latent_steps, output, adapter):
     chosen = tasks.task(task)
     if model is None:
         raise ValueError(f"--model: expected a directory or hub name with --task {task}, got none")
-    agents, options = chosen.agents("latent", latent_steps), Options()
+    agents, options = chosen.agents("latent", latent_steps), Options(chat_options=_chat_options(chat_option or []))
     if adapter is not None:
+        if chat_option:
+            raise ValueError(
+                f"--chat-option: expected none with --adapter, which was trained with its own, got {chat_option[0]!r}"
+            )
         described = read_agents(adapter)
         agents, options = [Agent(**a) for a in described["agents"]], Options(**{k: described[k] for k in vars(options)})
         theirs = [agent.latent_steps for agent in agents[:-1]]
@@ -99,6 +119,12 @@ def evaluate(
     latent_steps: Annotated[
         int | None, typer.Option(help="with --task: T of every agent but the last; at 0 prompts alone are handed on", min=0)
     ] = None,
+    chat_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="with --task: for the chat template, as enable_thinking=false; may be repeated", metavar="NAME=VALUE"
+        ),
+    ] = None,
     methods: Annotated[str | None, typer.Option(help=f"some of {','.join(METHODS)}")] = None,
     adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
     text_sft: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method text_sft`")] = None,
@@ -123,7 +149,7 @@ def evaluate(
     from diffmas.cli.config import Evaluation, check_methods
     from diffmas.cli.made_with import made_with
 
-    settings, place = _settings(config, task, model, path, latent_steps, output, adapter), device_of(device)
+    settings, place = _settings(config, task, model, path, latent_steps, output, adapter, chat_option), device_of(device)
     options = settings.evaluation
     chosen = {
         "methods": methods and [name.strip() for name in methods.split(",")], "limit": limit, "samples": samples,

@@ -118,6 +118,7 @@ class Facts:
     long: bool = False
     unseen: bool = False
     kind, hub, licence, gated = "facts", "made here", "-", False
+    config, split = None, None
     questions, latent_steps, max_new_tokens = 400, 8, 20
 
     # Rows and seed of each part: the validation rows and questions that are asked are none of the training's.

@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import textwrap
 
 from diffmas.evaluation import sandbox
 from diffmas.evaluation.mathematics import last_expression
@@ -11,6 +12,7 @@ from diffmas.evaluation.metrics import boxed, last_number, normalise
 __all__ = ["LETTERS", "boxed_or_mathematics", "boxed_or_number", "code", "letter", "passes", "same_code", "same_letter"]
 
 LETTERS = "ABCDEFGHIJ"
+MOST_FENCES = 20  # that are tried as a block's end
 
 
 # ---- mathematics -----------------------------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ def _named(text: str, choices: list[str]) -> str | None:
 def letter(text: str, row: dict) -> str | None:
     """The letter of the option that a text ends with, None if it names none. row: with the texts of the options, "choices".
 
-    In this order, the last one of each: a box; (B); "answer is B", or "answer is" and an option's own text; an option's own
+    In this order, the last one of each: a box; "answer is B", or "answer is" and an option's own text; (B); an option's own
     text anywhere; "option B" or ": B"; a letter alone.
 
     >>> letter("(A) is too hot, so the answer is (B).", {"choices": ["a stove", "a fridge"]})
@@ -60,15 +62,15 @@ def letter(text: str, row: dict) -> str | None:
     final = boxed(text)
     if final is not None and (found := _named(final, choices)):
         return found
-    if matches := re.findall(rf"\(([{valid}])\)", text):
-        return matches[-1]
-    answers = re.finditer(r"(?:answer|choice)(?: is|:)\s*(?:option\s+)?[*\s(]*", text, re.IGNORECASE)
+    answers = re.finditer(r"(?:answer|choice)(?: is|:)\s*(?:option\s+)?[*\s(\['\"]*", text, re.IGNORECASE)
     for match in reversed(list(answers)):
         if found := _first(text[match.end() :], choices):
             return found
+    if matches := re.findall(rf"\(([{valid}])\)", text):
+        return matches[-1]
     if found := _last_option(text, choices):
         return found
-    if matches := re.findall(rf"(?:[Oo]ption|:)\s*\**([{valid}])\b(?!['’])", text):
+    if matches := re.findall(rf"(?:[Oo]ption|[Cc]hoice|:)\s*\**([{valid}])\b(?!['’])", text):
         return matches[-1]
     lines = text.strip().splitlines()
     return next((found for line in (lines[-1:] + lines[:1]) if (found := _named(line, choices))), None)
@@ -78,7 +80,7 @@ def _first(text: str, choices: list[str]) -> str | None:
     """The letter of the option that a text begins with, by its letter or its text; "A fridge" is a fridge, not option A."""
     valid = LETTERS[: len(choices)]
     # A small letter may be an article: it counts only with a mark after it, or at the end of a line.
-    marked = re.match(rf"[{valid}]\b(?!['’]|[ \t]+\w)|[{valid.lower()}](?=\**(?:[).:]|\s*$))", text, re.MULTILINE)
+    marked = re.match(rf"[{valid}]\b(?!['’]\w|[ \t]+\w)|[{valid.lower()}](?=\**(?:[).:]|\s*$))", text, re.MULTILINE)
     if marked:
         return marked[0].upper()
     lettered = re.match(rf"([{valid}])[ \t]+(?=\w)", text)
@@ -144,14 +146,28 @@ def _definitions(source: str) -> str:
         return source
 
 
+def _blocks(text: str) -> list[str]:
+    """What stands in fences. One closes where the block is a program, which may have fences in its docstrings, or at the first
+    that follows; a block in a list of steps is indented."""
+    blocks, opening = [], re.compile(r"```[^\n`]*\n")
+    at = 0
+    while match := opening.search(text, at):
+        rest = text[match.end() :]
+        ends = [fence.start() for fence in re.finditer("```", rest)] or [len(rest)]
+        end = next((end for end in ends[:MOST_FENCES] if _parses(textwrap.dedent(rest[:end]))), ends[0])
+        blocks.append(rest[:end])
+        at = match.end() + end + len("```")
+    return blocks
+
+
 def code(text: str, row: dict) -> str | None:
     """The program in a text: the last code block that defines row["entry_point"], else the last block, else the text itself.
 
     A text that defines nothing goes on where row["code_prefix"], the beginning of the function, ends. None for an empty text.
     """
     name, prefix = row.get("entry_point") or "", row.get("code_prefix") or ""
-    blocks = re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    defining = [block for block in blocks if name and _defines(block, name)]
+    blocks = _blocks(text)
+    defining = [block if _parses(block) else textwrap.dedent(block) for block in blocks if name and _defines(block, name)]
     source = (defining or blocks or [text])[-1]
     if not source.strip():
         return None

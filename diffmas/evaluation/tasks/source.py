@@ -66,7 +66,8 @@ def from_hub(hub: str, config: str | None, split: str, gated: bool = False) -> I
             ) from error
         first = str(error).strip().splitlines()[:1]
         raise ValueError(
-            f"{hub}: expected the set on the hub or in datasets' cache, or a file of it, got {kind}: {''.join(first)}"
+            f"{hub}: expected the set on the hub or in datasets' cache, or a file of it by --path or evaluation.data, got "
+            f"{kind}: {''.join(first)}"
         ) from error
     for number, record in enumerate(records, start=1):
         yield f"{hub} ({split}), record {number}", record

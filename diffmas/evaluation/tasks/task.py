@@ -39,6 +39,11 @@ class Task:
     latent_steps: int = 10
     max_new_tokens: int = 512
 
+    @property
+    def split(self) -> str:
+        """Of the test part."""
+        return self.splits["test"]
+
     def rows(self, part: str = "test", path=None, limit: int | None = None) -> list[dict]:
         """The rows of a part (`diffmas.training.data`), ready for `Trainer` and `evaluate`.
 

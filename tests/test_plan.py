@@ -61,18 +61,27 @@ def test_engines_share_what_they_say():
     sizes, episode = sizes_of(config), Episode(agents=3, prompt=10, latent_steps=4, answer=5, batch=2)
     assert (episode.rows, episode.forwards) == (2 * (3 * 10 + 2 * 4 + 5), 3 + 2 * 4)
     one, four = (dict(zip(ENGINES, plan(sizes, gpus, episode))) for gpus in (1, 4))
-    ddp, zero, kept, gathered, heads = four.values()
-    assert ddp.optimizer == sizes.trained * 16 and zero.optimizer == sizes.trained * 10 and kept.optimizer == sizes.trained * 4
-    assert ddp.weights == zero.weights == 2 * sizes.weights and gathered.weights < ddp.weights < kept.weights
+    ddp, zero2, kept, gathered, zero3, heads = four.values()
+    P, P_t = 2 * sizes.weights, sizes.trained
+    root, layer = 2 * sizes.root, 2 * sizes.largest_layer + 4 * P_t // 6
+    assert [need.optimizer for need in (ddp, zero2, kept, gathered, zero3)] == [20 * P_t, 12 * P_t, 8 * P_t, 8 * P_t, 9 * P_t]
+    assert ddp.weights == zero2.weights == P and kept.weights == P + P // 4 + 4 * P_t + 2 * layer
+    assert gathered.weights == P // 4 + max(2 * root + 2 * layer, root + 3 * layer)
+    assert zero3.weights == P // 4 + 2 * (P + 4 * P_t), "all of it is on its way at once"
+    assert zero3.activations == ddp.activations + episode.rows * 6 * 2 * (256 + 768)
     assert heads.pools == ddp.pools // 4 and ddp.pools == episode.rows * 6 * sizes.kv * (2 + 4)
-    layers = 2 * (sizes.weights - sizes.root)
-    assert kept.gathered == layers * 3 // 4 and gathered.gathered == 2 * 11 * layers * 3 // 4
-    assert one["DDP"].total == ddp.total and one["FSDP2, kept"].gathered == 0
+    assert ddp.activations > heads.activations > ddp.activations // 4 and ddp.optimizer > heads.optimizer > ddp.optimizer // 4
+    layers = P - root
+    assert kept.gathered == layers * 3 // 4 and gathered.gathered == zero3.gathered == 2 * 11 * layers * 3 // 4
+    assert one["DDP"].total == ddp.total - 4 * P_t and one["FSDP2, kept"].gathered == 0
+    every = dict(zip(ENGINES, plan(sizes_of(config, None), 4, episode)))
+    assert every["DDP"].optimizer == 4 * P and every["FSDP2"].optimizer == P + 3 * P // 4, "weights are there already"
+    assert every["ZeRO-2"].optimizer == P + 16 * sizes.weights // 4
     checkpointed = plan(sizes, 4, episode, checkpointing=True)[0]
     assert checkpointed.activations < ddp.activations and checkpointed.pools == ddp.pools
     offloaded = plan(sizes, 4, episode, offload=True)[0]
     assert offloaded.pools == ddp.pools * 2 // 6 and offloaded.total == ddp.total - ddp.pools + offloaded.pools
-    assert len(plan(sizes, 3, episode)) == 4, "three processes cannot share four heads"
+    assert len(plan(sizes, 3, episode)) == 5, "three processes cannot share four heads"
 
 
 @pytest.mark.parametrize(

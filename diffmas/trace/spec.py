@@ -32,8 +32,8 @@ class ModelSpec:
     """layers: by index. backend: of the ops. max_length, why: the most tokens a sequence may hold, and what sets that limit.
     inv_freq: rotary frequencies on a device, [Dr / 2] float32. device: where a layer's rows live. fingerprint: what a file
     of this model's rows depends on, as plain data. anchored: backward goes through all of a forward pass, with zeros where
-    nobody used its last hidden state: processes that add up gradients after each layer have to do the same. offload: where the
-    rows of its traces wait, None (on the device) or "cpu" (diffmas.trace.offload)."""
+    nobody used its last hidden state: of tensor parallelism, whose ops on parts of a tensor take no missing gradient. offload:
+    where the rows of its traces wait, None (on the device) or "cpu" (diffmas.trace.offload)."""
 
     layers: list[LayerSpec]
     backend: str = "auto"

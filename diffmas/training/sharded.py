@@ -164,4 +164,3 @@ def prepare(system: MultiAgentSystem, layers_in_step: bool) -> None:
     layers = {id(child): module for module in system.model.modules() for child in module.children()}
     attentions = attention_layers(patch_of(system.model).body)
     system._no_split_modules = sorted({type(layers[id(a)]).__name__ for a in attentions})
-    patch_of(system.model).spec.anchored = True

@@ -2,56 +2,25 @@
 resumed and loaded; who stops when one stops. `make test-engines`.
 """
 
-import functools
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_systems as tiny
 import torch
-from worker import REPORTED, STEPS, TP, ZERO, model_of, system_of, with_other_weights
+from cases import DEEPSPEED, FSDP, MEASURED, MEMORY, REPORTED, STEPS, TENSOR_PARALLEL, TP, ZERO
+from worker import model_of, system_of, with_other_weights
 
 from diffmas import MultiAgentSystem
+from diffmas.benchmarks.engine_memory import planned
 from diffmas.ops import extension
 from diffmas.training import Trainer, check_checkpoint, default_arguments, last_checkpoint
 from diffmas.training.checkpoint import check_engine_of
 
-TESTS = Path(__file__).parent.parent
-FSDP = [name for name in STEPS if name.startswith("fsdp")]
-FSDP += ["fsdp resumed", "fsdp resumed sharded", "fsdp stop", "fsdp killed"]
-TENSOR_PARALLEL = ("tp patched", *TP, "tp resumed")
-DEEPSPEED = (*ZERO, "zero2 resumed", "zero3 resumed", "zero2 stop", "zero3 stop")
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """An engine's cases, all in one start of two processes -> the directory, and what they said."""
-
-    @functools.cache
-    def run(*cases: str):
-        output = tmp_path_factory.mktemp("engines")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"}
-        command += [str(Path(__file__).parent / "worker.py"), str(output), *cases]
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as started:
-            try:
-                said = started.communicate(timeout=1200)[1]
-            except subprocess.TimeoutExpired:
-                started.terminate()  # torchrun ends its processes, which a kill would leave
-                raise
-        return output, said
-
-    return run
-
-
-def found_of(results, name: str, cases=tuple(FSDP)) -> tuple[Path, list[dict]]:
+def found_of(results, name: str, cases=FSDP) -> tuple[Path, list[dict]]:
     output, said = results(*cases)
     files = [output / f"{name}-{rank}.pt" for rank in (0, 1)]
     assert all(file.is_file() for file in files), said[-3000:]
@@ -111,10 +80,11 @@ def check_step(found: tuple[Path, list[dict]], name: str, rows_by: list[dict]) -
     assert len(ranks[0]["weights"]) == len(grads)
     for n, p in saved.named_parameters():
         if p.requires_grad:
-            assert all(torch.equal(rank[of][n], p) for rank in ranks for of in ("weights", "loaded")), n
+            assert all(torch.equal(rank[of][n].float(), p) for rank in ranks for of in ("weights", "loaded")), n
     if not options:  # what one process has saved
         other = {n: p for n, p in with_other_weights(system_of(steps[0], {})).named_parameters() if p.requires_grad}
-        assert all(torch.equal(rank["of one process"][n], p) for rank in ranks for n, p in other.items())
+        for rank in ranks:
+            assert all(torch.equal(rank["of one process"][n], p.to(rank["of one process"][n].dtype)) for n, p in other.items())
     questions, answers = zip(*((r["question"], r["answer"]) for r in tiny.rows(5)))
     with torch.no_grad():
         loss = saved(list(questions), list(answers)).loss.item()
@@ -129,9 +99,10 @@ def test_fsdp_equals_one_process(results, name):
 
 
 def test_layers_are_gathered_once_for_an_episode_or_at_every_forward(results):
-    """Two micro-batches of 2 * (1 + 4) + 1 forwards through two layers, and what is not in a layer."""
-    count = lambda name: found_of(results, name)[1][0]["gathered"]
+    """Two micro-batches of 2 * (1 + 4) + 1 forwards through two layers, and what is not in a layer; gradients go once."""
+    count = lambda name, what="gathered": found_of(results, name)[1][0][what]
     assert count("fsdp keep") == 2 * (2 + 1) and count("fsdp") >= 2 * 2 * 11
+    assert count("fsdp", "reduced") == count("fsdp keep", "reduced") == 2 * 2
 
 
 @pytest.mark.parametrize("name", TP)
@@ -176,7 +147,7 @@ def test_zero_equals_one_process(results, name):
 @pytest.mark.parametrize(
     "name, cases",
     [
-        *((name, tuple(FSDP)) for name in ("fsdp resumed", "fsdp resumed sharded")),
+        *((name, FSDP) for name in ("fsdp resumed", "fsdp resumed sharded")),
         ("tp resumed", TENSOR_PARALLEL),
         *(pytest.param(f"zero{i} resumed", DEEPSPEED, marks=needs_deepspeed) for i in (2, 3)),
     ],
@@ -200,15 +171,16 @@ def test_resumed(results, name, cases, tmp_path):
 
 @pytest.mark.parametrize(
     "name, cases",
-    [("fsdp stop", tuple(FSDP)), *(pytest.param(f"zero{i} stop", DEEPSPEED, marks=needs_deepspeed) for i in (2, 3))],
+    [("fsdp stop", FSDP), *(pytest.param(f"zero{i} stop", DEEPSPEED, marks=needs_deepspeed) for i in (2, 3))],
 )
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_their_step(results, name, cases):
     for rank in found_of(results, name, cases)[1]:
         assert rank["errors"]["nan"].startswith("NonFiniteLoss: step 1: expected a finite loss") and rank["same"]
 
 
-def test_an_error_stops_all_processes_with_its_message(results):
-    _, (first, second) = found_of(results, "fsdp stop")
+@pytest.mark.parametrize("name, cases", [("fsdp stop", FSDP), pytest.param("zero3 stop", DEEPSPEED, marks=needs_deepspeed)])
+def test_an_error_stops_all_processes_with_its_message(results, name, cases):
+    _, (first, second) = found_of(results, name, cases)
     assert first["errors"]["row"].startswith("RuntimeError: process 1 stopped: TooLong: ")
     assert first["errors"]["row"].endswith(second["errors"]["row"])
     assert "to fit in the context of 128 positions" in second["errors"]["row"]
@@ -231,9 +203,35 @@ def test_what_a_sharded_system_refuses(results, name, expected):
         assert rank["errors"][name].startswith(f"ValueError: {expected}")
 
 
-def test_a_killed_process_leaves_no_half_written_checkpoint(results):
-    output, said = results(*FSDP)
-    directory = output / "fsdp killed"
+@pytest.mark.parametrize(
+    "name, cases",
+    [
+        ("fsdp memory", FSDP),
+        ("tp memory", TENSOR_PARALLEL),
+        pytest.param("zero memory", DEEPSPEED, marks=needs_deepspeed),
+    ],
+)
+def test_the_memory_of_a_process_is_what_plan_says(results, name, cases):
+    """Of a team so small, of which more is temporary than of a large one."""
+    _, ranks = found_of(results, name, cases)
+    for rank in ranks:
+        assert rank.keys() == set(MEMORY[name])
+        for engine, found in rank.items():
+            for part, said in planned(engine, MEASURED).items():
+                assert 0.85 * found[part] <= said <= 1.3 * found[part], (engine, part, found[part], said)
+
+
+@pytest.mark.parametrize(
+    "name, cases",
+    [
+        ("fsdp killed", FSDP),
+        ("tp killed", TENSOR_PARALLEL),
+        pytest.param("zero3 killed", DEEPSPEED, marks=needs_deepspeed),
+    ],
+)
+def test_a_killed_process_leaves_no_half_written_checkpoint(results, name, cases):
+    output, said = results(*cases)
+    directory = output / name
     assert "exitcode: -9" in said.replace(" ", "").replace("exitcode:", "exitcode: "), said[-2000:]
     assert (directory / "checkpoint-2" / "agents.json").is_file(), "it was being written"
     with pytest.raises(ValueError, match=r"manifest\.json: expected this file"):

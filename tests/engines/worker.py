@@ -3,103 +3,32 @@
 torchrun --nproc_per_node 2 worker.py OUTPUT_DIR CASE...
 """
 
+import importlib.util
 import os
 import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import tiny_systems
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from cases import GIVEN, KILLED, LAUNCHED, MEASURED, MEMORY, NORM, REPORTED, RESUMED, RESUMING, STEPS, STOPPED, fsdp
+from launched import no_compiling, write_team
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from diffmas import patch_model, unpatch_model
+from diffmas.benchmarks import engine_memory
+from diffmas.cli.main import app
 from diffmas.models import linears, probe
 from diffmas.models.local import of_all_heads
 from diffmas.training import Trainer, default_arguments
 from diffmas.training.sharded import check_engine
-
-
-def fsdp(**options):
-    return dict(fsdp="full_shard", fsdp_config={"version": 2, **options})
-
-
-SHARDED = fsdp(state_dict_type="SHARDED_STATE_DICT")
-CHECKPOINTED = dict(gradient_checkpointing=True)
-
-REPORTED, NORM = ("fsdp learned", "tp roles"), "gradient/parameters"
-CLIPPED = {"latent_grad_clip": 0.05}
-SOFT = {"realign": "soft_token"}  # of a random model's, the steps that rounding changes least
-ROLES = {"adapter_scope": "per_role", **SOFT}  # without a latent step, parts of a role's adapter get no gradient
-
-# name -> (latent steps of each process, options of the system, TrainingArguments)
-STEPS = {
-    "fsdp": ((4, 4), {}, fsdp()),
-    "fsdp T=0": ((0, 0), {}, fsdp()),
-    "fsdp keep": ((4, 4), {}, fsdp(reshard_after_forward=False)),
-    "fsdp checkpointing": ((4, 4), {}, {**fsdp(), **CHECKPOINTED}),
-    "fsdp T=0 checkpointing": ((0, 0), {}, {**fsdp(), **CHECKPOINTED}),
-    "fsdp T=1,3": ((1, 3), SOFT, fsdp()),
-    "fsdp T=0,2": ((0, 2), SOFT, fsdp()),
-    "fsdp roles": ((0, 2), ROLES, {**fsdp(), **CHECKPOINTED}),
-    "fsdp learned": ((1, 1), {"realign": "learned", "trace_content": "latent_only"}, fsdp()),
-    "fsdp soft": ((2, 2), SOFT, fsdp(reshard_after_forward=False)),
-    "fsdp detach": ((2, 2), {"grad_scope": "detach_trace"}, fsdp()),
-    "fsdp clip": ((1, 3), CLIPPED, fsdp()),
-    "fsdp passes T=2,4": ((2, 4), {"passes": 3, **SOFT}, fsdp()),
-    "fsdp parallel T=1,3": ((1, 3), {"parallel": True, **SOFT}, {**fsdp(), **CHECKPOINTED}),
-    "fsdp bf16": ((0, 0), {}, {**fsdp(), "bf16": True}),
-}
-ALL_ROWS = dict(per_device_train_batch_size=4)  # both processes have them
-TP = {
-    "tp": ((4, 4), {}, ALL_ROWS),
-    "tp T=0": ((0, 0), {}, ALL_ROWS),
-    "tp checkpointing": ((4, 4), {}, {**ALL_ROWS, **CHECKPOINTED}),
-    "tp T=0 checkpointing": ((0, 0), {}, {**ALL_ROWS, **CHECKPOINTED}),
-    "tp roles": ((1, 1), {"adapter_scope": "per_role"}, {**ALL_ROWS, **CHECKPOINTED}),
-    "tp clip": ((2, 2), CLIPPED, ALL_ROWS),
-    "tp soft": ((2, 2), {"realign": "soft_token"}, ALL_ROWS),
-}
-STEPS |= TP
-
-
-def zero(stage: int, **options):
-    config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **options}}
-    config |= {name: "auto" for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")}
-    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    return dict(deepspeed=config, per_device_train_batch_size=4, gradient_accumulation_steps=1)
-
-
-ZERO = {
-    "zero2": ((4, 4), {}, zero(2)),
-    "zero2 accumulation": ((1, 1), {}, {**zero(2), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
-    "zero2 T=0": ((0, 0), {}, zero(2)),
-    "zero2 checkpointing": ((4, 4), {}, {**zero(2), **CHECKPOINTED}),
-    "zero2 roles": ((0, 2), ROLES, zero(2)),
-    "zero2 T=1,3": ((1, 3), {}, zero(2)),
-    "zero3": ((4, 4), {}, zero(3)),
-    "zero3 T=0": ((0, 0), {}, zero(3)),
-    "zero3 accumulation": ((1, 1), {}, {**zero(3), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
-    "zero3 checkpointing": ((4, 4), {}, {**zero(3), **CHECKPOINTED}),
-    "zero3 T=1,3": ((1, 3), {"realign": "learned"}, zero(3)),
-    "zero3 roles": ((0, 2), ROLES, {**zero(3), **CHECKPOINTED}),
-    "zero3 clip": ((1, 3), CLIPPED, zero(3)),
-    "zero3 soft": ((2, 2), {"realign": "soft_token"}, zero(3)),
-}
-STEPS |= ZERO
-RESUMED = {"fsdp resumed": fsdp(), "fsdp resumed sharded": SHARDED, "tp resumed": ALL_ROWS}
-RESUMED |= {"zero2 resumed": zero(2), "zero3 resumed": zero(3)}
-STOPPED = {"fsdp stop": fsdp(), "zero2 stop": zero(2), "zero3 stop": zero(3)}
-KILLED = {"fsdp killed": fsdp()}
-GIVEN = dict(
-    max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0, use_cpu=True,
-    ddp_backend="gloo", report_to=[], disable_tqdm=True, save_strategy="no",
-)  # fmt: skip
-RESUMING = dict(max_steps=3, save_strategy="steps", save_steps=1, learning_rate=1e-2)
 
 
 def gradient(p):
@@ -129,14 +58,16 @@ BASE = dict(
     seed=5, initializer_range=0.1, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, vocab_size=32,
 )  # fmt: skip
-GATHERED, FUSED, SOLVED = [], [], []  # a layer's weights, or the root's; a linear and its adapter in one op; realign's W
+# A layer's weights, or the root's; its gradients; a linear and its adapter in one op; realign's W.
+GATHERED, REDUCED, FUSED, SOLVED = [], [], [], []
 
 
 def count_gathers():
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
 
-    gather = group.foreach_all_gather
+    gather, reduce = group.foreach_all_gather, group.foreach_reduce
     group.foreach_all_gather = lambda *args, **options: GATHERED.append(1) or gather(*args, **options)
+    group.foreach_reduce = lambda *args, **options: REDUCED.append(1) or reduce(*args, **options)
 
 
 def count_fused():
@@ -214,14 +145,14 @@ def step(directory: Path, steps, options, arguments) -> dict:
     """A step, an evaluation, and back from what is saved."""
     more = {"gradient_report_steps": int(directory.name in REPORTED), "callbacks": [record := Record()]}
     trainer = trainer_of(directory, steps, options, arguments, **more)
-    before = len(GATHERED)
+    before = len(GATHERED), len(REDUCED)
     FUSED.clear()
     SOLVED.clear()
     loss = trainer.train().training_loss
     sharded = [type(m).__name__ for m in trainer.model.modules() if type(m).__name__.startswith("FSDP")]
     found = {"seen": trainer.seen, "grads": trainer.grads or record.grads, "loss": loss, "sharded": sharded}
     found["norm"] = next((x[NORM] for x in trainer.state.log_history if NORM in x), None)
-    found["gathered"], found["fused"] = len(GATHERED) - before, len(FUSED)
+    found["gathered"], found["reduced"], found["fused"] = len(GATHERED) - before[0], len(REDUCED) - before[1], len(FUSED)
     found["eval_loss"] = trainer.evaluate()["eval_loss"]
     found["solved"] = len(SOLVED)
     trainer.save_model()
@@ -269,11 +200,13 @@ def stop(directory: Path, arguments) -> dict:
     error("nan", trainer.train)
     after = weights(trainer.model)
     same = all(torch.equal(x, after[name]) for name, x in before.items())
-    if "deepspeed" in arguments:
+    if directory.name == "zero2 stop":
         return {"errors": errors, "same": same}
-    trainer = trainer_of(directory, (1, 1), {}, fsdp())
+    trainer = trainer_of(directory, (1, 1), {}, arguments)
     long = [{"question": "lamp " * 200, "answer": "the key"}] if trainer.args.process_index else tiny_systems.rows(1)
     error("row", lambda: trainer.model([long[0]["question"]], [long[0]["answer"]]))
+    if "deepspeed" in arguments:
+        return {"errors": errors, "same": same}
     error("generate", lambda: trainer.model.generate(["where is the key"]))
     error("report", lambda: trainer.model.gradient_report(["where is the key"], ["the key"]))
     first, *others = trainer.model.agents
@@ -320,6 +253,34 @@ def patched(directory: Path) -> dict:
     return {**found, "plain": not hasattr(model, "diffmas_patch")}
 
 
+def environment_of(config: str) -> dict[str, str]:
+    """What `accelerate launch --config_file` tells its processes of the engine."""
+    script = ["--config_file", f"examples/accelerate/{config}.yaml", "--num_processes", "2", "train.py"]
+    found = {}
+    with mock.patch("torch.distributed.run.run", lambda _: found.update(os.environ)):
+        launch_command(launch_command_parser().parse_args(script))
+    return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def launch(directory: Path, kind: str) -> None:
+    """`diffmas train`, as one of the configs for accelerate launches it. kind: what accelerate would find of accelerators."""
+    output, name, begin = directory.parent, directory.name.removeprefix("launch "), PartialState.__init__
+
+    def pretending(self, *args, **options):
+        begin(self, *args, **options)
+        self._shared_state["distributed_type"] = getattr(DistributedType, kind)
+
+    config = write_team(output / f"{name}-{os.environ['RANK']}.yaml", directory.name)
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    AcceleratorState._reset_state()
+    with (
+        mock.patch.object(PartialState, "__init__", pretending),
+        mock.patch.dict(os.environ, others, clear=True),
+    ):
+        os.environ.update(environment_of(name))
+        assert not app(["train", str(config)], standalone_mode=False), "an exit status"
+
+
 def die(directory: Path, arguments) -> None:
     """The second process is killed while the second checkpoint is written."""
     arguments = {**arguments, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
@@ -337,6 +298,8 @@ def die(directory: Path, arguments) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if importlib.util.find_spec("deepspeed") is not None:
+        no_compiling()
     count_gathers()
     count_fused()
     count_solved()
@@ -345,6 +308,9 @@ if __name__ == "__main__":
         for T in {steps[0] for name, (steps, options, _) in STEPS.items() if name in sys.argv[2:] and not options}:
             with_other_weights(system_of(T, {})).save_pretrained(output / f"alone T={T}")
         model_of().save_pretrained(output / "base.partial")
+        tiny_systems.tokenizer().save_pretrained(output / "base.partial")
+        MEASURED.save(output / "memory")
+        tiny_systems.write_jsonl(output / "rows.jsonl", tiny_systems.rows(8))
         (output / "base.partial").rename(output / "base")
     while not (output / "base").is_dir():  # no group of processes yet
         time.sleep(0.1)
@@ -353,6 +319,13 @@ if __name__ == "__main__":
             found = step(output / name, *STEPS[name])
         elif name in RESUMED:
             found = resume(output / name, RESUMED[name])
+        elif name in MEMORY:
+            found = {}
+            for engine in MEMORY[name]:
+                AcceleratorState._reset_state()
+                found[engine] = engine_memory.measure(engine, MEASURED, output / "memory")
+        elif name in LAUNCHED:
+            found = launch(output / name, LAUNCHED[name])
         elif name in KILLED:
             found = die(output / name, KILLED[name])
         else:

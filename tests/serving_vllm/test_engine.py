@@ -10,6 +10,7 @@ from crews import ANSWER, BLOCK, CREWS, MIXED, QUESTIONS, STEPS, Engine, Ours, s
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
+from diffmas.serving.team import Settings
 from diffmas.serving.vllm import runner_v1
 from diffmas.serving.vllm.course import Course
 from diffmas.serving.vllm.latents import Latents
@@ -85,6 +86,24 @@ def test_teams_and_plain_requests_side_by_side(engine, ours, plain):
     for one, tokens in zip(teams, got[::2]):
         assert tokens == ours(*one), one
     assert got[1::2] == [plain(prompts[i % 4]) for i in range(len(teams))]
+
+
+def test_a_seed_gives_the_same_answer_alone_and_beside_others(engine):
+    """Though its prompt is taken in many parts, each of which samples a token that is thrown away."""
+    settings, team = Settings(temperature=1.0), engine.teams["roles"]
+
+    def request(seed):
+        prompt, params = engine.teams.request(team.question({"question": QUESTIONS[0]}, settings, ANSWER, seed, STEPS[0]))
+        params.detokenize = False
+        return prompt, params
+
+    alone = []
+    for seed in range(3):
+        engine.forget()
+        alone += engine.tokens([request(seed)])
+    engine.forget()
+    together = engine.tokens([x for seed in range(3) for x in (request(seed), ("shared", *MIXED[4 * seed]))])
+    assert together[::2] == alone and len(set(map(tuple, alone))) == 3
 
 
 def test_requests_that_come_while_others_take_steps(engine, ours):

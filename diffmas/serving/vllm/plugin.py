@@ -67,6 +67,7 @@ def wrap_v1() -> None:
         (GPUModelRunner, "_preprocess", runner_v1.before_forward),
         (GPUModelRunner, "execute_model", runner_v1.after_forward),
         (GPUModelRunner, "set_active_loras", runner_v1.adapters),
+        (GPUModelRunner, "sample_tokens", runner_v1.seeds),
     )
 
 

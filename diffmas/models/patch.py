@@ -32,6 +32,7 @@ from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_s
 from diffmas.models.rehearsal import at_rest, rehearse
 from diffmas.models.support import Unsupported, refuse, unsupported, window_of
 from diffmas.ops import linear
+from diffmas.ops.huge_pages import gather_in_huge_pages
 from diffmas.trace.spec import ATTRIBUTE, ModelSpec, check_offload
 
 __all__ = ["Patch", "patch_model", "patch_of", "unpatch_model"]
@@ -207,6 +208,7 @@ def _fuse(record: Patch, fuse: bool) -> None:
     restore_layers(record.causal_lm)
     record.fuse = fuse and linear.available(record.spec.backend)
     if record.fuse:
+        gather_in_huge_pages(record.causal_lm.parameters())
         fuse_layers(record.body, record.causal_lm.get_output_embeddings())
 
 

@@ -17,6 +17,7 @@ from diffmas.models import few_rows, linears
 from diffmas.models.linear_parts import is_lora
 from diffmas.models.patch import patch_of
 from diffmas.ops import extension
+from diffmas.trace import few_rows as of_trace
 
 pytestmark = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels are missing: {extension.error}")
 FAMILIES = ["llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3"]
@@ -162,6 +163,19 @@ def test_a_body_goes_at_once():
     model.model.layers[1].register_forward_hook(lambda module, args, y: seen.append(y))
     again, calls = run(model)
     assert torch.equal(again, got) and calls == [1] * 2 * LAYERS and len(seen) == 2
+
+
+@torch.no_grad()
+def test_pools_are_gathered_together_when_they_are_new(monkeypatch):
+    model, gathered = patch_model(of_family("llama")), []
+    monkeypatch.setattr(of_trace, "gather_in_huge_pages", lambda tensors: gathered.append(len([*tensors])))
+    trace, ids = Trace(model, batch_size=1), torch.tensor([[3]])
+    for _ in range(3):
+        model(input_ids=ids, past_key_values=trace)
+    model(input_ids=ids.expand(1, 400), past_key_values=trace)  # they grow
+    for _ in range(2):
+        model(input_ids=ids, past_key_values=trace)
+    assert [x for x in gathered if x] == [2 * LAYERS, 2 * LAYERS]
 
 
 def new_weight(model):

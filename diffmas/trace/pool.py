@@ -49,6 +49,8 @@ class Pool:
     left (`writing`); a reader takes the storage that there is, which has all rows that were written before.
     """
 
+    scattered = False  # its storage is new: with its neighbours' it may fill huge pages that it does not fill alone
+
     def __init__(self, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device, self.head_dim = dtype, device, head_dim
         self.lock = threading.RLock()
@@ -60,6 +62,7 @@ class Pool:
 
     def _allocate(self, rows: int) -> None:
         """New storage, with the rows that there are."""
+        self.scattered = True
         old, new = getattr(self, "kv", ()), tuple(rows_of_heads(rows, *self._shape) for _ in range(2))
         for x, y in zip(old, new):
             y[: x.shape[0]] = x

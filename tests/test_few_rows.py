@@ -1,18 +1,23 @@
-"""Decoder layers of few rows as three ops: the layer's own numbers, and its own forward where anything is not common."""
+"""Decoder layers of few rows as one op: the layers' own numbers, and their own forwards where anything is not common."""
 
+import copy
 import functools
+import itertools
 
 import pytest
 import torch
 from linear_systems import Other, base, calm, counted, doubled, hooked, lora, system, unfused
 from models import make_config
 from systems import QUESTIONS
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from diffmas import Trace, Unsupported, patch_model, unpatch_model
 from diffmas.models import few_rows, linears
+from diffmas.models.linear_parts import is_lora
 from diffmas.models.patch import patch_of
 from diffmas.ops import extension
+from diffmas.trace import few_rows as of_trace
 
 pytestmark = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels are missing: {extension.error}")
 FAMILIES = ["llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3"]
@@ -25,16 +30,30 @@ def of_family(family, dtype=torch.float32):
 
 
 @torch.no_grad()
-def states(model, n=7, fuse=True):
-    """Hidden states of n tokens and of a token each of two sequences after them, and how many layers were three ops."""
-    patch_model(model, fuse=fuse)
+def run(model, n=7):
+    """Hidden states of n tokens and of a token each of two sequences after them, and how many layers a call of the op had."""
     body = patch_of(model).body
     trace = Trace(model, batch_size=2)
     generator = torch.Generator().manual_seed(n)
-    with counted(few_rows, "attend") as calls:
+    with counted(few_rows, "few_rows_layers") as calls:
         inputs = torch.randint(3, 50, (2, n), generator=generator), torch.randint(3, 50, (2, 1), generator=generator)
         found = [body(input_ids=ids, past_key_values=trace).last_hidden_state for ids in inputs]
-    return torch.cat([x.flatten(0, 1) for x in found]), len(calls)
+    return torch.cat([x.flatten(0, 1) for x in found]), [len(layers) for _, layers, *_ in calls]
+
+
+def states(model, n=7, fuse=True):
+    """The same after patching, but how many layers went through the op."""
+    found, calls = run(patch_model(model, fuse=fuse), n)
+    return found, sum(calls)
+
+
+def unfused_run(model):
+    """The same without the op, as the model is now: nothing is patched anew."""
+    few, linears.few_rows = linears.few_rows, lambda *_: None
+    try:
+        return run(model)[0]
+    finally:
+        linears.few_rows = few
 
 
 def assert_same(got, want, dtype=torch.float32):
@@ -87,13 +106,18 @@ def test_weights_that_would_be_trained():
     model = of_family("qwen2").requires_grad_(True)
     assert states(model)[1] == 2 * LAYERS
     patch_model(model)
-    with counted(few_rows, "attend") as calls:  # with gradients the layers are their own
+    with counted(few_rows, "few_rows_layers") as calls:  # with gradients the layers are their own
         model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=Trace(model, batch_size=1))
     assert not calls
 
 
 def seen_before(module):
     module.register_forward_pre_hook(lambda module, args: (1 + args[0],))
+
+
+def replace(layer, name):
+    parent, _, child = name.rpartition(".")
+    setattr(layer.get_submodule(parent), child, Other(layer.get_submodule(name)))
 
 
 NAMES = [
@@ -119,14 +143,93 @@ def test_what_somebody_else_does_to_a_part(name, change):
     plain = states(model)[0]
     layer = model.model.layers[1]
     if change == "replaced":
-        parent, _, child = name.rpartition(".")
-        setattr(layer.get_submodule(parent), child, Other(layer.get_submodule(name)))
+        replace(layer, name)
     else:
         change(layer.get_submodule(name))
     got, calls = states(model)
     assert calls == 2 * (LAYERS - 1)
     assert_same(got, states(model, fuse=False)[0])
     assert not torch.allclose(got, plain, rtol=1e-2)
+
+
+def test_a_body_goes_at_once():
+    model = of_family("llama")
+    patch_model(model)
+    for _ in range(2):
+        got, calls = run(model)
+        assert calls == [LAYERS, LAYERS]
+    assert torch.equal(got, run(copy.deepcopy(model))[0])
+    seen = []
+    model.model.layers[1].register_forward_hook(lambda module, args, y: seen.append(y))
+    again, calls = run(model)
+    assert torch.equal(again, got) and calls == [1] * 2 * LAYERS and len(seen) == 2
+
+
+@torch.no_grad()
+def test_pools_are_gathered_together_when_they_are_new(monkeypatch):
+    model, gathered = patch_model(of_family("llama")), []
+    monkeypatch.setattr(of_trace, "gather_in_huge_pages", lambda tensors: gathered.append(len([*tensors])))
+    trace, ids = Trace(model, batch_size=1), torch.tensor([[3]])
+    for _ in range(3):
+        model(input_ids=ids, past_key_values=trace)
+    model(input_ids=ids.expand(1, 400), past_key_values=trace)  # they grow
+    for _ in range(2):
+        model(input_ids=ids, past_key_values=trace)
+    assert [x for x in gathered if x] == [2 * LAYERS, 2 * LAYERS]
+
+
+def new_weight(model):
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = nn.Parameter(2 * linear.weight, requires_grad=False)
+
+
+def moved_weight(model):
+    weight = model.model.layers[1].self_attn.v_proj.weight
+    weight.data = 2 * weight.data
+
+
+def other_eps(model):
+    model.model.layers[1].input_layernorm.variance_epsilon = 10.0
+
+
+AFTER = {x.__name__: x for x in (new_weight, moved_weight, other_eps)}
+AFTER |= {f"{change.__name__} {name}": lambda model, name=name, change=change: change(model.model.layers[1].get_submodule(name))
+          for name, change in CHANGES if not isinstance(change, str)}  # fmt: skip
+AFTER |= {f"replaced {name}": lambda model, name=name: replace(model.model.layers[1], name)
+          for name, change in CHANGES if change == "replaced"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_what_changes_after_it_was_looked_at(name):
+    model = patch_model(of_family("llama"))
+    plain, calls = run(model)
+    assert calls == [LAYERS, LAYERS]
+    AFTER[name](model)
+    got = run(model)[0]
+    assert_same(got, unfused_run(model))
+    assert not torch.allclose(got, plain, rtol=1e-2)
+
+
+def test_adapters_that_change_after_they_were_looked_at():
+    model = lora(base()).eval()
+    patch_model(model)
+    layers = [m for m in model.modules() if is_lora(m)]
+
+    def scaled():
+        for m in layers:
+            m.scaling["default"] *= 3
+
+    def trained():
+        layers[0].lora_B["default"].weight.data.mul_(2)
+
+    found = [run(model)]
+    for change in (scaled, trained, model.disable_adapter_layers, model.enable_adapter_layers, model.merge_adapter):
+        change()
+        found.append(run(model))
+        assert_same(found[-1][0], unfused_run(model))
+    assert [calls for _, calls in found] == [[LAYERS, LAYERS]] * 5 + [[]]
+    for (one, _), (other, _) in itertools.pairwise(found[:-1]):
+        assert not torch.allclose(one, other, rtol=1e-2)
 
 
 def test_a_hook_on_attention_is_called():
@@ -205,9 +308,9 @@ def test_hidden_states_that_were_asked_for_once():
     assert torch.equal(got, want)
 
 
-def test_a_layer_that_is_not_its_three_ops_is_found_when_it_is_patched(monkeypatch):
+def test_layers_that_are_not_their_op_are_found_when_they_are_patched(monkeypatch):
     few = linears.few_rows
-    monkeypatch.setattr(linears, "few_rows", lambda *args: y if (y := few(*args)) is None else 1.5 * y)
+    monkeypatch.setattr(linears, "few_rows", lambda *args: y if (y := few(*args)) is None else y.roll(1, -1))
     model = of_family("llama")
     with pytest.raises(Unsupported, match="fuse=False"):
         patch_model(model)

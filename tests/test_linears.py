@@ -166,7 +166,7 @@ def test_a_forward_without_a_trace_is_the_models_own():
 def test_unpatch_takes_everything_out_and_fuse_false_too():
     model = patch_model(lora(base()))
     own = lambda: [m for m in model.modules() if "forward" in vars(m)]
-    fused = 3 + 3 + 3 * 3 + LINEARS + 1  # attention, layers, their two norms and MLP, linears, the head
+    fused = 1 + 3 + 3 + 3 * 3 + LINEARS + 1  # the body, attention, layers, their two norms and MLP, linears, the head
     assert len(own()) == fused
     patch_model(model, fuse=False)
     assert len(own()) == 3 and not patch_of(model).fuse

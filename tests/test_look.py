@@ -95,7 +95,7 @@ def oracle(system, plain, question: str, answer: list[int]):
     return spans, fed, *forward()
 
 
-@pytest.mark.parametrize("family", ["qwen3", "olmo2", "float32"])  # fused, generic, layers of few rows as three ops
+@pytest.mark.parametrize("family", ["qwen3", "olmo2", "float32"])  # fused, generic, layers of few rows as one op
 @pytest.mark.parametrize("options", OPTIONS, ids=IDS)
 def test_attention_and_states_against_eager_attention(family, options):
     if family == "float32":

@@ -22,8 +22,7 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CPU, m) {
   m.impl("inject_attend", TORCH_BOX(&inject_attend));
   m.impl("inject_attend_backward", TORCH_BOX(&inject_attend_backward));
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("norm_qkv", TORCH_BOX(&norm_qkv));
-  m.impl("after_attention", TORCH_BOX(&after_attention));
+  m.impl("few_rows_layers", TORCH_BOX(&few_rows_layers));
   m.impl("norm", TORCH_BOX(&norm));
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
   m.impl("gate", TORCH_BOX(&gate));

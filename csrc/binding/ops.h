@@ -1,6 +1,7 @@
 // The ops as the dispatcher calls them. Their schemas are in Python (diffmas/schemas.py), and so are fakes and autograd.
 #pragma once
 #include <tuple>
+#include <vector>
 
 #include "tensors.h"
 
@@ -64,17 +65,16 @@ std::tuple<Tensor, Tensor, Tensor, Optional, Optional> inject_attend_backward(
 // y and LoRA's u (cpu/linear.h); a, b: both or neither.
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& a, const Optional& b,
                                   double scale, bool transposed);
-// A decoder layer of few rows x [1, n, hidden] around its attention, from x to q, k and v, and from attention's o to the next x: each
-// linear as its weight, bias, a, b and scale.
-std::tuple<Tensor, Tensor, Tensor> norm_qkv(
-    const Tensor& x, const Tensor& norm, double eps, const Tensor& q_weight, const Optional& q_bias, const Optional& q_a,
-    const Optional& q_b, double q_scale, const Tensor& k_weight, const Optional& k_bias, const Optional& k_a, const Optional& k_b,
-    double k_scale, const Tensor& v_weight, const Optional& v_bias, const Optional& v_a, const Optional& v_b, double v_scale);
-Tensor after_attention(const Tensor& o, const Tensor& x, const Tensor& norm, double eps, const Tensor& o_weight, const Optional& o_bias,
-                       const Optional& o_a, const Optional& o_b, double o_scale, const Tensor& gate_weight, const Optional& gate_bias,
-                       const Optional& gate_a, const Optional& gate_b, double gate_scale, const Tensor& up_weight,
-                       const Optional& up_bias, const Optional& up_a, const Optional& up_b, double up_scale, const Tensor& down_weight,
-                       const Optional& down_bias, const Optional& down_a, const Optional& down_b, double down_scale);
+// Decoder layers on few rows x [1, n, hidden], from one's x to the next one's. A layer has two norms, each with an eps, and the linears
+// q, k, v, o, gate, up and down: of each its weight, bias, a and b, the last three where `parts` has 1 for a bias and 2 for a and b; the
+// norms of its heads, of q and k, where there are any; pools, whose rows `slots` it writes; and 4 tensors of quantised rows, where there are
+// some: K, V and their scales. View, rest and frozen_view: q_indptr, seg_indptr, seg_start, seg_len and maybe seg_offset; rest: what queries
+// see beside a view that all of them see; empty for none.
+Tensor few_rows_layers(const Tensor& x, std::vector<Tensor> norms, std::vector<double> eps, std::vector<Tensor> linears,
+                       std::vector<int64_t> parts, std::vector<double> scales, const Optional& cos, const Optional& sin,
+                       const Tensor& slots, std::vector<Tensor> head_norms, double head_eps, bool interleaved, std::vector<Tensor> k_pools,
+                       std::vector<Tensor> v_pools, std::vector<Tensor> view, std::vector<Tensor> rest, const Optional& inv_freq,
+                       double scale, std::vector<Tensor> frozen, std::vector<Tensor> frozen_view);
 // What stands between a layer's linears, for rows [n, length], and its gradients (cpu/linear.h).
 Tensor norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, double eps);

@@ -9,7 +9,7 @@ from diffmas.models.linear_parts import is_ours
 __all__ = ["is_plain", "kind_of"]
 
 FAMILIES = ("Llama", "Mistral", "Ministral", "Ministral3", "Qwen2", "Qwen3")
-KINDS = {f"{family}{kind}": kind for family in FAMILIES for kind in ("DecoderLayer", "RMSNorm", "MLP")}
+KINDS = {f"{family}{kind}": kind for family in FAMILIES for kind in ("Model", "DecoderLayer", "RMSNorm", "MLP")}
 KINDS |= {"SiLU": "SiLU", "SiLUActivation": "SiLU"}
 
 
@@ -24,7 +24,7 @@ def _kind(module_class: type, forward) -> str | None:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """DecoderLayer, RMSNorm, MLP or SiLU, where its class is one of transformers' or torch's and does what these do."""
+    """Model, DecoderLayer, RMSNorm, MLP or SiLU, where its class is one of transformers' or torch's and does what these do."""
     module_class = type(module)
     return _kind(module_class, module_class.forward)
 

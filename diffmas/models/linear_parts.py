@@ -22,6 +22,9 @@ class Ours:
     def __init__(self, module: nn.Module):
         self.module = module
 
+    def __getstate__(self) -> dict:
+        return {"module": self.module}  # a copy finds out for itself what it keeps beside it
+
 
 def is_ours(forward) -> bool:
     """Whether a forward that was found on a module is such a method."""

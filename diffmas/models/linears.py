@@ -3,7 +3,7 @@
 What is fused: an `nn.Linear` on the CPU that is frozen or runs without gradients, alone or in PEFT's LoRA layer with no or one
 active adapter that is plain LoRA, its weights float32 and without dropout. All else, and every forward without a trace, runs as
 it is. Nothing is decided for good: an adapter that is switched, merged, hooked or replaced is looked at again in each forward.
-Without gradients few rows go further, a layer in three ops (diffmas.models.few_rows), and so does the head when it is decoded.
+Without gradients few rows go further, all layers in one op (diffmas.models.few_rows), and so does the head when it is decoded.
 """
 
 import functools
@@ -12,19 +12,53 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from diffmas.models.adapted import is_wrapper
 from diffmas.models.few_rows import few_rows
 from diffmas.models.few_rows_learning import learning_layer
 from diffmas.models.kinds import kind_of
 from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of, waiting
-from diffmas.models.parts import attention_layers, causal_lm_of
+from diffmas.models.parts import attention_layers, causal_lm_of, text_stack_of
 from diffmas.models.pointwise import GatedForward, NormForward, unflattened
 from diffmas.models.running import forward_pass_here, running
-from diffmas.ops.linear import linear, lora_grads, serves
+from diffmas.ops.linear import FEW_ROWS, linear, lora_grads, serves
 from diffmas.trace.forward_pass import ForwardPass
 
 __all__ = ["fuse_layers", "product", "restore_layers"]
+
+
+class BodyForward(Ours):
+    """The forward of a stack of decoder layers: without gradients, few rows go through all of them at once."""
+
+    INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "diffmas_trace"}
+
+    def forward(self, *args, **kwargs):
+        body = self.module
+        if not args and self._serves(kwargs):
+            modules, config, forward_pass = body._modules, body.config, kwargs["diffmas_trace"]
+            layers = [*modules["layers"]._modules.values()][: config.num_hidden_layers]
+            x, position_ids = kwargs.get("inputs_embeds"), kwargs["position_ids"]
+            if x is None:
+                x = modules["embed_tokens"](kwargs["input_ids"])
+            h = few_rows(self, layers, forward_pass, x, lambda: modules["rotary_emb"](x, position_ids), position_ids)
+            if h is not None:
+                return BaseModelOutputWithPast(last_hidden_state=modules["norm"](h))
+            kwargs |= {"input_ids": None, "inputs_embeds": x}  # nobody embeds twice
+        return type(body).forward(body, *args, **kwargs)
+
+    def _serves(self, kwargs: dict) -> bool:
+        """Whether few rows come alone, for their last hidden states."""
+        forward_pass, config = kwargs.get("diffmas_trace"), self.module.config
+        if forward_pass is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if sum(forward_pass.lengths) > FEW_ROWS or kwargs.get("return_dict") is False or not config.return_dict:
+            return False
+        if config.output_hidden_states or config.output_attentions or kind_of(self.module) != "Model":
+            return False
+        if (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None) or kwargs.get("position_ids") is None:
+            return False
+        return not any(x is not None and x is not False for name, x in kwargs.items() if name not in self.INPUTS)
 
 
 class LayerForward(Ours):
@@ -36,8 +70,13 @@ class LayerForward(Ours):
             return type(layer).forward(layer, *args, **kwargs)
         forward = type(layer).forward
         checkpoints = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
-        at_once = learning_layer if torch.is_grad_enabled() else few_rows
-        if not checkpoints and (y := at_once(layer, forward_pass, args, kwargs)) is not None:
+        if not torch.is_grad_enabled():
+            x = args[0] if args else kwargs["hidden_states"]
+            tables = lambda: kwargs.get("position_embeddings")
+            y = few_rows(self, [layer], forward_pass, x, tables, kwargs.get("position_ids"))
+        else:
+            y = None if checkpoints else learning_layer(layer, forward_pass, args, kwargs)
+        if y is not None:
             return y
         recomputed = _recomputed(forward)
         if recomputed is not forward and checkpoints:
@@ -177,6 +216,9 @@ def _linears(module: nn.Module):
 def fuse_layers(body: nn.Module, head: nn.Module | None) -> None:
     """Fuses the linears of a body's decoder layers and the model's head, and the layers' norms and gates, but those whose
     forward is somebody else's."""
+    stack = text_stack_of(body)
+    if kind_of(stack) == "Model" and _is_free(stack):
+        stack.forward = BodyForward(stack).forward
     inside = {id(child): module for module in body.modules() for child in module.children()}
     for layer in {id(x): x for x in (inside[id(attention)] for attention in attention_layers(body))}.values():
         if not _is_free(layer) and not is_ours(layer.__dict__.get("forward")):

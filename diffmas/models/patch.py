@@ -25,12 +25,14 @@ from diffmas.models.attention import Layer, install, uninstall
 from diffmas.models.forward import after_body, before_body
 from diffmas.models.generate import generate
 from diffmas.models.identity import fingerprint_of
+from diffmas.models.linear_parts import is_ours
 from diffmas.models.linears import fuse_layers, restore_layers
 from diffmas.models.local import failing_together, gathered, is_part
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
 from diffmas.models.rehearsal import at_rest, rehearse
 from diffmas.models.support import Unsupported, refuse, unsupported, window_of
 from diffmas.ops import linear
+from diffmas.ops.huge_pages import gather_in_huge_pages
 from diffmas.trace.spec import ATTRIBUTE, ModelSpec, check_offload
 
 __all__ = ["Patch", "patch_model", "patch_of", "unpatch_model"]
@@ -87,7 +89,8 @@ def patch_model(
     cannot be runs without, after one warning. training_graphs: latent steps with gradients too, and their backward; off as long
     as no GPU has shown the gradients to be right. fuse: whether, in forwards over a trace on a CPU, a frozen
     linear and its plain LoRA adapter are one op, and the adapter's gradients of a run of latent steps one product, and whether,
-    without gradients, a Llama-like layer of up to 32 tokens is three ops; what is adapted in another way, or is on a GPU, is
+    without gradients, the layers of a Llama-like body are one op for up to 32 tokens; the weights' memory is then in huge
+    pages, where the system gathers them (Linux 6.1), and stays where it is; what is adapted in another way, or is on a GPU, is
     PEFT's own. Adapters that are added later are fused once it is patched again. offload: "cpu" keeps the rows of all new
     traces of this model on the host (`Trace`); no step is captured then.
 
@@ -206,6 +209,7 @@ def _fuse(record: Patch, fuse: bool) -> None:
     restore_layers(record.causal_lm)
     record.fuse = fuse and linear.available(record.spec.backend)
     if record.fuse:
+        gather_in_huge_pages(record.causal_lm.parameters())
         fuse_layers(record.body, record.causal_lm.get_output_embeddings())
 
 
@@ -228,7 +232,8 @@ class CompiledForward:
 
     def __init__(self, body: nn.Module, args: tuple, kwargs: dict):
         self.body, self.args, self.kwargs = body, args, kwargs
-        self.replaced = body.__dict__.get("forward")  # accelerate's
+        forward = body.__dict__.get("forward")
+        self.replaced = None if is_ours(forward) else forward  # accelerate's
 
     @functools.cached_property
     def compiled(self):

@@ -36,15 +36,13 @@ FUSED = {
 }
 
 
-def _linears(*names: str) -> str:
-    return ", ".join(f"Tensor {x}_weight, Tensor? {x}_bias, Tensor? {x}_a, Tensor? {x}_b, float {x}_scale" for x in names)
-
-
 # Of torch.ops.diffmas_native alone, and only on the CPU: diffmas/ops/linear.py.
 LINEAR = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale, bool transposed) -> (Tensor, Tensor)",
-    "norm_qkv": f"(Tensor x, Tensor norm, float eps, {_linears('q', 'k', 'v')}) -> (Tensor, Tensor, Tensor)",
-    "after_attention": f"(Tensor o, Tensor x, Tensor norm, float eps, {_linears('o', 'gate', 'up', 'down')}) -> Tensor",
+    "few_rows_layers": "(Tensor x, Tensor[] norms, float[] eps, Tensor[] linears, int[] parts, float[] scales, Tensor? cos, "
+    "Tensor? sin, Tensor slots, Tensor[] head_norms, float head_eps, bool interleaved, Tensor(a!)[] k_pools, "
+    "Tensor(b!)[] v_pools, Tensor[] view, Tensor[] rest, Tensor? inv_freq, float scale, Tensor[] frozen, "
+    "Tensor[] frozen_view) -> Tensor",
     "norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
     "norm_backward": "(Tensor dy, Tensor x, Tensor weight, float eps) -> Tensor",
     "gate": "(Tensor gate, Tensor up) -> Tensor",

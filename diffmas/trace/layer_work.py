@@ -154,6 +154,16 @@ class LayerWork:
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
+    def together(self, layers: list[LayerSpec], device: torch.device) -> tuple[Tables, dict] | None:
+        """What layers that rotate alike read, tables and views by name; None where it is not the same, where a layer has run
+        already, or where somebody looks on."""
+        if self.committed or self.attended is not None or any(self.ran[layer.index] for layer in layers):
+            return None
+        if self._sights is not None and len({self._sights[layer.index] for layer in layers}) > 1:
+            return None
+        tables = self.on(device, layers[0].index)
+        return tables, self._views(tables, layers[0], device)
+
     def attend(self, layer: LayerSpec, q, k, v, cos, sin, q_weight, k_weight, eps: float, scale: float, recording: bool):
         """Layouts of q, k, v, cos, sin: see diffmas.ops.fused. -> o in that of q, q_rot [n, Hq, D], lse [n, Hq]."""
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend

@@ -1,8 +1,6 @@
 """One layer's K/V storage, and the gradient of each backward pass that reads it."""
 
 import contextlib
-import ctypes
-import mmap
 import threading
 import weakref
 from collections.abc import Callable
@@ -12,20 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from diffmas.ops.huge_pages import ask_for_huge_pages
+
 __all__ = ["DeferredKVGrad", "GradPools", "Pool", "of_this_pass", "rows_of_heads"]
-
-HUGE_PAGE = 2 << 20  # bytes; a core reads K and V 10 to 20 % faster from huge pages
-_libc = ctypes.CDLL(None) if hasattr(mmap, "MADV_HUGEPAGE") else None
-
-
-def _ask_for_huge_pages(x: Tensor) -> None:
-    """For fresh CPU memory of several huge pages; a wish that the system may ignore."""
-    size = x.numel() * x.element_size()
-    if _libc is None or x.device.type != "cpu" or size < 2 * HUGE_PAGE:
-        return
-    first = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (x.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
 
 
 def rows_of_heads(rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -34,7 +21,7 @@ def rows_of_heads(rows: int, heads: int, head_dim: int, dtype: torch.dtype, devi
     if head_dim % 16:
         rows += -rows % 16  # a head's stride stays a multiple of 16: GPU kernels are compiled for that, or not
     x = torch.empty(heads, rows, head_dim, dtype=dtype, device=device)
-    _ask_for_huge_pages(x)
+    ask_for_huge_pages(x)
     return x.zero_().transpose(0, 1)
 
 
@@ -62,6 +49,8 @@ class Pool:
     left (`writing`); a reader takes the storage that there is, which has all rows that were written before.
     """
 
+    scattered = False  # its storage is new: with its neighbours' it may fill huge pages that it does not fill alone
+
     def __init__(self, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device, self.head_dim = dtype, device, head_dim
         self.lock = threading.RLock()
@@ -73,6 +62,7 @@ class Pool:
 
     def _allocate(self, rows: int) -> None:
         """New storage, with the rows that there are."""
+        self.scattered = True
         old, new = getattr(self, "kv", ()), tuple(rows_of_heads(rows, *self._shape) for _ in range(2))
         for x, y in zip(old, new):
             y[: x.shape[0]] = x

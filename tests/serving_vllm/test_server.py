@@ -194,7 +194,7 @@ WRONG = {
                         "names of agents that take some"),
     "too many samples": ({"model": "bare", "messages": USER, "n": 9}, 400, None, "at most 8"),
     "log probabilities": ({"model": "bare", "messages": USER, "logprobs": True}, 400, "unsupported_parameter", "without it"),
-    "a special token": ({"model": "bare", "messages": USER, "stop": "<eos>"}, 400, None, "special tokens"),
+    "a special token": ({"model": "bare", "messages": USER, "stop": "<end>"}, 400, None, "special tokens"),
     "of vLLM's alone": ({"model": "bare", "messages": USER, "vllm_xargs": {"diffmas": "roles"}}, 400, "unsupported_parameter",
                         "without it"),
 }  # fmt: skip

@@ -242,7 +242,7 @@ def main() -> None:
             command += ["diffmas.benchmarks.engine_memory", *sys.argv[1:], "--engine", engine, "--of-a-process", directory]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                print(f"| {engine} | failed: {next(line for line in done.stderr.splitlines() if 'Error' in line)} |")
+                print(f"| {engine} | failed: {next((x for x in done.stderr.splitlines() if 'Error' in x), done.returncode)} |")
                 continue
             found, said = json.loads((Path(directory) / f"{engine}-0.json").read_text()), planned(engine, team)
             shown = [f"{found[part] / MB:.2f} / {said[part] / MB:.2f}" for part in (*PARTS, "peak")]

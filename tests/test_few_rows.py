@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -192,7 +193,40 @@ def other_eps(model):
     model.model.layers[1].input_layernorm.variance_epsilon = 10.0
 
 
-AFTER = {x.__name__: x for x in (new_weight, moved_weight, other_eps)}
+def turned_weight(model):
+    weight = model.model.layers[1].self_attn.o_proj.weight
+    weight.data = weight.data.t()  # in the same memory
+
+
+def new_bias(model):
+    linear = model.model.layers[1].mlp.down_proj
+    linear.bias = nn.Parameter(torch.full_like(linear.weight[:, 0], 0.5), requires_grad=False)
+
+
+def fewer_layers(model):
+    model.config.num_hidden_layers = LAYERS - 1
+
+
+def deleted_layer(model):
+    del model.model.layers[1]
+
+
+def other_order(model):
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def new_list(model):
+    model.model.layers = nn.ModuleList([*model.model.layers][::2])
+
+
+def new_hooks(model):
+    layer = model.model.layers[1]
+    layer._forward_hooks = OrderedDict()
+    hooked(layer)
+
+
+AFTER = {x.__name__: x for x in (new_weight, moved_weight, turned_weight, new_bias, other_eps, new_hooks, other_order)}
 AFTER |= {f"{change.__name__} {name}": lambda model, name=name, change=change: change(model.model.layers[1].get_submodule(name))
           for name, change in CHANGES if not isinstance(change, str)}  # fmt: skip
 AFTER |= {f"replaced {name}": lambda model, name=name: replace(model.model.layers[1], name)
@@ -230,6 +264,59 @@ def test_adapters_that_change_after_they_were_looked_at():
     assert [calls for _, calls in found] == [[LAYERS, LAYERS]] * 5 + [[]]
     for (one, _), (other, _) in itertools.pairwise(found[:-1]):
         assert not torch.allclose(one, other, rtol=1e-2)
+
+
+@pytest.mark.parametrize("change", [fewer_layers, deleted_layer, new_list])
+def test_layers_that_are_gone_are_not_run(change):
+    """A trace of this model wants their rows, until it is patched again."""
+    model = patch_model(of_family("llama"))
+    run(model)
+    change(model)
+    with pytest.raises(RuntimeError, match="did not write to the trace"):
+        run(model)
+
+
+@pytest.mark.parametrize("name, value", [("merged_adapters", ["default"]), ("use_dora", {"default": True})])
+def test_what_stands_in_the_place_of_an_adapters_own(name, value):
+    model = patch_model(lora(base()).eval())
+    assert run(model)[1] == [LAYERS, LAYERS]
+    adapted = next(m for m in model.modules() if is_lora(m))
+    setattr(adapted, name, value)
+    assert run(model)[1] == [1] * 2 * (LAYERS - 1)
+
+
+def test_an_adapter_that_another_thread_switches_meanwhile(monkeypatch):
+    """Between looking at the first layer and at the last."""
+    model, look = lora(base()).eval(), few_rows.plain_layer
+    model.add_adapter("other", model.peft_config["default"])
+    generator = torch.Generator().manual_seed(3)
+    for n, p in model.named_parameters():
+        if ".other." in n:
+            p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    patch_model(model)
+
+    def switching(layer, dtype):
+        found = look(layer, dtype)
+        monkeypatch.setattr(few_rows, "plain_layer", look)
+        model.set_adapter("other")
+        return found
+
+    monkeypatch.setattr(few_rows, "plain_layer", switching)
+    run(model)
+    assert_same(run(model)[0], unfused_run(model))
+
+
+def test_layers_of_another_number_of_heads():
+    """Of K and V, as pruning leaves them: each is an op."""
+    model = of_family("llama")
+    attention = model.model.layers[1].self_attn
+    for name in ("k_proj", "v_proj"):
+        linear = getattr(attention, name)
+        linear.weight = nn.Parameter(linear.weight[:32].clone(), requires_grad=False)
+    attention.num_key_value_groups *= model.config.num_key_value_heads * 16 // 32
+    got, calls = states(model)
+    assert calls == 2 * LAYERS
+    assert_same(got, states(model, fuse=False)[0])
 
 
 def test_a_hook_on_attention_is_called():

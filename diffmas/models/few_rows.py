@@ -1,27 +1,33 @@
 """Decoder layers of few rows, without gradients, as one op: all of a body, or one of them.
 
 Reading its weights is most of what such a layer has to do; going from module to module takes as long again, and so does looking
-at each of them. So layers are looked at once, and `Witness` tells whether all is still as it was. The op rounds where the layer
+at each of them. So layers are looked at once, and `Witness` tells whether all is still as it was, which is also what keeps
+deleted adapters' weights until the next look. The op rounds where the layer
 does. What is not of the common kind, hooked, adapted otherwise than with plain LoRA, or replaced runs as it is.
 """
 
 from collections.abc import Callable
-from operator import is_
+from operator import attrgetter, is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from diffmas.models.linear_parts import Ours, is_lora, is_ours
-from diffmas.models.plain_layer import plain_layer
+from diffmas.models.linear_parts import Ours, is_ours
+from diffmas.models.plain_layer import hooked_by_others, plain_layer
 from diffmas.ops.linear import FEW_ROWS
 from diffmas.trace.few_rows import Weights, few_rows_layers
 from diffmas.trace.forward_pass import ForwardPass
 
 __all__ = ["few_rows"]
 
-# What of a module, beside its class, its children, its hooks and what LoRA's has in lists and dicts, says how it computes.
-WATCHED = ("variance_epsilon", "scaling", "diffmas_layer", "_active_adapter", "_disable_adapters", "cast_input_dtype_enabled")
+# What of a module, beside its class and its parameters, says how it computes; looked up by name, since others may stand there.
+EVERY = ("forward", "_forward_hooks", "_forward_pre_hooks", "_modules")
+SOME = (
+    "variance_epsilon", "scaling", "diffmas_layer", "_active_adapter", "_disable_adapters", "cast_input_dtype_enabled",
+    "merged_adapters", "use_dora", "lora_variant",
+)  # fmt: skip
 DROPOUT = ("p", "training")
 
 
@@ -34,76 +40,84 @@ class Witness:
         self._modules, self._types = modules, list(map(type, modules))
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = [x.forward for x in self._classes]
-        inside = [x for m in modules for x in (m._forward_hooks, m._forward_pre_hooks, m._modules)]
-        own = [pair for m in modules if is_lora(m) for pair in vars(m).items()]
-        inside += [x for name, x in own if name[0] != "_" and type(x) in (dict, list)]
-        self._inside, self._copies = inside, [x.copy() for x in inside]
-        self._watched = [(vars(m), name) for m in modules for name in WATCHED if name in vars(m)]
+        self._watched = [(vars(m), name) for m in modules for name in EVERY]
+        self._watched += [(vars(m), name) for m in modules for name in SOME if name in vars(m)]
         self._watched += [(vars(m), name) for m in modules if type(m) is nn.Dropout for name in DROPOUT]
-        self._watched += [(vars(m), "forward") for m in modules]
-        self._values = [x.copy() if type(x) in (dict, list) else x for x in self._looked_up()]
-        self._places = [(m._parameters, name) for m in modules for name, x in m._parameters.items() if x is not None]
-        self._tensors = [x[name] for x, name in self._places]
-        self._pointers = list(map(Tensor.data_ptr, self._tensors))
+        self._values = [x.copy() if isinstance(x, (dict, list)) else x for x in self._looked_up()]
+        self._places = [(m._parameters, name) for m in modules for name in m._parameters]
+        self._tensors = self._parameters()
+        self._memory = self._places_in_memory()
 
     def _looked_up(self) -> list:
         return [own.get(name) for own, name in self._watched]
 
+    def _parameters(self) -> list:
+        return [own.get(name) for own, name in self._places]
+
+    def _places_in_memory(self) -> list:
+        there = [x for x in self._tensors if x is not None]
+        return [*map(Tensor.data_ptr, there), *map(Tensor.stride, there), *map(attrgetter("shape", "dtype"), there)]
+
     def holds(self) -> bool:
-        """Whether all is still so. Loops over a model's modules in C: 30 layers take as long as one product of theirs."""
+        """Whether all is still so. Loops in C, as far as there are some (docs/log.md has what it takes)."""
         return (
-            self._inside == self._copies
-            and list(map(type, self._modules)) == self._types
+            list(map(type, self._modules)) == self._types
             and self._looked_up() == self._values
             and [x.forward for x in self._classes] == self._forwards
-            and all(map(is_, [x.get(name) for x, name in self._places], self._tensors))
-            and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
+            and all(map(is_, self._parameters(), self._tensors))
+            and self._places_in_memory() == self._memory
         )
 
 
-class Plain:
-    """Layers of the common kind: their weights as the op takes them, and the attention modules."""
+class Plain(NamedTuple):
+    """Layers of the common kind: the attention modules, and their weights as the op takes them."""
 
-    def __init__(self, attentions: list[nn.Module], weights: Weights, witness: Witness, dtype: torch.dtype):
-        self.attentions, self.weights, self.witness, self.dtype = attentions, weights, witness, dtype
-        self.specs = [x.diffmas_layer for x in attentions]
+    attentions: list[nn.Module]
+    weights: Weights
 
-    def holds(self, dtype: torch.dtype) -> bool:
-        return dtype == self.dtype and self.witness.holds()
+
+class Looked(NamedTuple):
+    """What layers were when they were looked at. plain: None where one of them is not, or where they are not alike."""
+
+    layers: list[nn.Module]
+    dtype: torch.dtype
+    witness: Witness
+    plain: Plain | None
+
+    def holds(self, layers: list[nn.Module], dtype: torch.dtype) -> bool:
+        same = dtype == self.dtype and len(layers) == len(self.layers) and all(map(is_, layers, self.layers))
+        return same and self.witness.holds()
+
+
+def _look(ours: Ours, layers: list[nn.Module], dtype: torch.dtype) -> Looked:
+    witness = Witness(layers)  # first: what another thread changes meanwhile is seen, at the latest by the next forward
+    return Looked(list(layers), dtype, witness, _plain(ours, layers, dtype))
 
 
 def _plain(ours: Ours, layers: list[nn.Module], dtype: torch.dtype) -> Plain | None:
-    """None where one of the layers is not, or where they are not alike."""
     for layer in layers:
-        hooked = layer._forward_hooks or layer._forward_pre_hooks
-        if layer is not ours.module and (hooked or not is_ours(layer.__dict__.get("forward"))):
+        if layer is not ours.module and (hooked_by_others(layer) or not is_ours(layer.__dict__.get("forward"))):
             return None  # it has to be called
-    weights, attentions = Weights(), []
+    found, heads = [], []
     for layer in layers:
-        attention = _add(weights, layer, dtype)
-        if attention is None:
+        plain = plain_layer(layer, dtype)
+        norms = None if plain is None else _head_norms(plain.attention)
+        if norms is None:
             return None
-        attentions.append(attention)
-    specs = [x.diffmas_layer for x in attentions]
-    same = {(x.family, x.rope, x.head_dim) for x in specs}, {x.scaling for x in attentions}, set(weights.head_eps)
-    if any(len(x) > 1 for x in same) or None in [x.head_dim for x in specs]:
+        found.append(plain)
+        heads.append(norms)
+    specs = [x.attention.diffmas_layer for x in found]
+    alike = [
+        {(spec.family, spec.rope, spec.head_dim, x.attention.scaling) for spec, x in zip(specs, found)},
+        {eps for norms in heads for _, eps in norms},
+        {x.linears[1][0].shape[0] for x in found},
+    ]
+    if any(len(x) > 1 for x in alike) or specs[0].head_dim is None:
         return None
-    return Plain(attentions, weights, Witness(layers), dtype)
-
-
-def _add(weights: Weights, layer: nn.Module, dtype: torch.dtype) -> nn.Module | None:
-    """Adds a layer's weights; its attention, or None where it is not of the common kind."""
-    plain = plain_layer(layer, dtype)
-    if plain is None:
-        return None
-    attention, norms, linears = plain
-    heads = _head_norms(attention)
-    if heads is None:
-        return None
-    for parts in linears:
-        weights.add_linear(*parts)
-    weights.add_norms([*norms, *heads])
-    return attention
+    weights = Weights(kv_size=alike[-1].pop())
+    for plain, norms in zip(found, heads):
+        weights.add(plain.linears, [*plain.norms, *norms])
+    return Plain([x.attention for x in found], weights)
 
 
 def _head_norms(attention: nn.Module) -> list[tuple] | None:
@@ -129,15 +143,16 @@ def few_rows(
         return None
     if _has_any_global_hook():
         return None
-    plain = ours.__dict__.get("plain")
-    if plain is None or not plain.holds(x.dtype):
-        plain = ours.plain = _plain(ours, layers, x.dtype)
-        if plain is None:
-            return None
-    first = plain.attentions[0]
-    scaled = plain.specs[0].family.query_scale
+    looked = ours.__dict__.get("looked")
+    if looked is None or not looked.holds(layers, x.dtype):
+        looked = ours.looked = _look(ours, layers, x.dtype)
+    if looked.plain is None:
+        return None
+    attentions, weights = looked.plain
+    first, specs = attentions[0], [x.diffmas_layer for x in attentions]
+    scaled = specs[0].family.query_scale
     if scaled is not None and not bool((scaled(first, position_ids) == 1).all()):
         return None
     if (found := tables()) is None:
         return None
-    return few_rows_layers(forward_pass.work, plain.specs, x, plain.weights, *found, first.scaling)
+    return few_rows_layers(forward_pass.work, specs, x, weights, *found, first.scaling)

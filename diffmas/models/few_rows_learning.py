@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from diffmas.models.attention import attend
 from diffmas.models.linear_parts import Waiting, waiting
 from diffmas.models.plain_layer import plain_layer
-from diffmas.models.pointwise import unflattened
+from diffmas.models.pointwise import rows_of_numbers, unflattened
 from diffmas.ops.linear import FEW_ROWS, linear
 from diffmas.trace.forward_pass import ForwardPass
 
@@ -47,12 +47,6 @@ class Learning(NamedTuple):
         return dx
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[1, n, length] -> [n, length]; a sum's gradient has strides of 0."""
-    x = x.reshape(x.shape[1:])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _weights(linears) -> tuple:
     """What backward reads of them, and autograd watches."""
     return tuple(w for one in linears for w in (one.parts[0], *one.parts[2:4]))
@@ -64,7 +58,7 @@ class NormedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm, linears, *tokens):
         weight, eps = norm
-        normed = torch.ops.diffmas_native.norm(_rows(x), weight, eps)
+        normed = torch.ops.diffmas_native.norm(rows_of_numbers(x), weight, eps)
         ys, kept = zip(*(one.forward(normed) for one in linears))
         ctx.save_for_backward(x, weight, *itertools.chain(*kept), *_weights(linears))
         ctx.rest = eps, linears
@@ -80,9 +74,9 @@ def _before(ctx, *dys):
     x, weight, *kept = ctx.saved_tensors
     dnormed = None
     for i, (one, dy) in reversed([*enumerate(zip(linears, dys))]):  # autograd's order, in which their sums round
-        dx = one.backward(_rows(dy), *kept[2 * i : 2 * i + 2])
+        dx = one.backward(rows_of_numbers(dy), *kept[2 * i : 2 * i + 2])
         dnormed = dx if dnormed is None else dnormed.add_(dx)
-    dx = torch.ops.diffmas_native.norm_backward(dnormed, _rows(x), weight, eps)
+    dx = torch.ops.diffmas_native.norm_backward(dnormed, rows_of_numbers(x), weight, eps)
     return dx.view(x.shape), None, None, *(None for _ in linears)
 
 
@@ -92,8 +86,8 @@ class AfterAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o, x, norm, linears, *tokens):
         (out, gate, up, down), (weight, eps), native = linears, norm, torch.ops.diffmas_native
-        y, of_out = out.forward(_rows(o))
-        middle = _rows(x) + y
+        y, of_out = out.forward(rows_of_numbers(o))
+        middle = rows_of_numbers(x) + y
         normed = native.norm(middle, weight, eps)
         (gate_y, of_gate), (up_y, of_up) = gate.forward(normed), up.forward(normed)
         y, of_down = down.forward(native.gate(gate_y, up_y))
@@ -110,7 +104,7 @@ def _after(ctx, dy):
     eps, (out, gate, up, down) = ctx.rest
     middle, weight, gate_y, up_y, *kept = ctx.saved_tensors
     of_out, of_gate, of_up, of_down = (kept[i : i + 2] for i in range(0, 8, 2))
-    dy, native = _rows(dy), torch.ops.diffmas_native
+    dy, native = rows_of_numbers(dy), torch.ops.diffmas_native
     dgate, dup = native.gate_backward(down.backward(dy, *of_down), gate_y, up_y)
     dnormed = up.backward(dup, *of_up)
     dnormed.add_(gate.backward(dgate, *of_gate))

@@ -4,7 +4,7 @@ import functools
 
 from torch import nn
 
-from diffmas.models.linear_parts import is_ours
+from diffmas.models.linear_parts import is_hooked, is_ours
 
 __all__ = ["is_plain", "kind_of"]
 
@@ -31,9 +31,7 @@ def kind_of(module: nn.Module) -> str | None:
 
 def is_plain(module: nn.Module, kind: str) -> bool:
     """Whether it is of a kind, and nobody hooks into it or has replaced its forward."""
-    if kind_of(module) != kind or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if module._backward_hooks or module._backward_pre_hooks:
+    if kind_of(module) != kind or is_hooked(module):
         return False
     forward = module.__dict__.get("forward")
     return forward is None or is_ours(forward)

@@ -13,7 +13,7 @@ from diffmas.ops.linear import serves
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.lora_run import LoraRun
 
-__all__ = ["Ours", "Waiting", "is_lora", "is_ours", "parts_of", "waiting"]
+__all__ = ["Ours", "Waiting", "is_hooked", "is_lora", "is_ours", "parts_of", "waiting"]
 
 
 class Ours:
@@ -31,6 +31,12 @@ def is_ours(forward) -> bool:
     return isinstance(getattr(forward, "__self__", None), Ours)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anybody hooks into it."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
 def is_lora(module: nn.Module) -> bool:
     """Whether it is PEFT's LoRA layer of a linear."""
     kind = type(module)
@@ -39,10 +45,8 @@ def is_lora(module: nn.Module) -> bool:
 
 def _bare(module: nn.Module) -> bool:
     """Whether a module is a plain Linear that nobody hooks into."""
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
-        return False
     forward = module.__dict__.get("forward")
-    return not module._backward_hooks and not module._backward_pre_hooks and (forward is None or is_ours(forward))
+    return type(module) is nn.Linear and not is_hooked(module) and (forward is None or is_ours(forward))
 
 
 def parts_of(module: nn.Module):

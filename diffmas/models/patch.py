@@ -62,6 +62,7 @@ class Patch:
     graphs: bool = True
     training_graphs: bool = False
     fuse: bool = True
+    gathered: bool = False  # its weights, in huge pages
     tries: dict[str, int] = field(default_factory=dict)
 
     def pairs(self) -> list[tuple[nn.Module, Layer]]:
@@ -90,9 +91,9 @@ def patch_model(
     as no GPU has shown the gradients to be right. fuse: whether, in forwards over a trace on a CPU, a frozen
     linear and its plain LoRA adapter are one op, and the adapter's gradients of a run of latent steps one product, and whether,
     without gradients, the layers of a Llama-like body are one op for up to 32 tokens; the weights' memory is then in huge
-    pages, where the system gathers them (Linux 6.1), and stays where it is; what is adapted in another way, or is on a GPU, is
-    PEFT's own. Adapters that are added later are fused once it is patched again. offload: "cpu" keeps the rows of all new
-    traces of this model on the host (`Trace`); no step is captured then.
+    pages, where the system gathers them (Linux 6.1), at the same addresses, and a process that was forked has it for itself; what
+    is adapted in another way, or is on a GPU, is PEFT's own. Adapters that are added later are fused once it is patched again.
+    offload: "cpu" keeps the rows of all new traces of this model on the host (`Trace`); no step is captured then.
 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
@@ -209,7 +210,9 @@ def _fuse(record: Patch, fuse: bool) -> None:
     restore_layers(record.causal_lm)
     record.fuse = fuse and linear.available(record.spec.backend)
     if record.fuse:
-        gather_in_huge_pages(record.causal_lm.parameters())
+        if not record.gathered:
+            gather_in_huge_pages(record.causal_lm.parameters())
+            record.gathered = True
         fuse_layers(record.body, record.causal_lm.get_output_embeddings())
 
 

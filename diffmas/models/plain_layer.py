@@ -7,9 +7,9 @@ from torch import nn
 
 from diffmas.models.attention import FusedForward
 from diffmas.models.kinds import is_plain, kind_of
-from diffmas.models.linear_parts import is_ours, parts_of
+from diffmas.models.linear_parts import is_hooked, is_ours, parts_of
 
-__all__ = ["PlainLayer", "plain_layer"]
+__all__ = ["PlainLayer", "hooked_by_others", "plain_layer"]
 
 CAPTURING = "transformers.utils.output_capturing"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -24,19 +24,17 @@ class PlainLayer(NamedTuple):
     linears: list[tuple]
 
 
-def _seen(attention: nn.Module) -> bool:
+def hooked_by_others(module: nn.Module) -> bool:
     """Whether somebody hooks into it. transformers leaves hooks behind that collect attention weights, of which a trace has
-    none, once it was asked for hidden states."""
-    hooks = attention._forward_hooks.values()
-    others = attention._forward_pre_hooks or attention._backward_hooks or attention._backward_pre_hooks
+    none, and hidden states, which whoever asks for them gets in another way, once it was asked for hidden states."""
+    hooks = module._forward_hooks.values()
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(others) or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
 
 
 def _linear(module: nn.Module, dtype: torch.dtype):
     """Its parts, where nobody else sees or does anything."""
-    if module._forward_hooks or module._forward_pre_hooks or not is_ours(module.__dict__.get("forward")):
-        return None
-    if module._backward_hooks or module._backward_pre_hooks:
+    if is_hooked(module) or not is_ours(module.__dict__.get("forward")):
         return None
     parts = parts_of(module)
     return parts if parts is not None and parts[0].dtype == dtype else None
@@ -60,7 +58,7 @@ def plain_layer(layer: nn.Module, dtype: torch.dtype) -> PlainLayer | None:
     forward = getattr(attention.__dict__.get("forward"), "__self__", None)
     if type(forward) is not FusedForward or attention.diffmas_layer.family.qkv is not None:
         return None
-    if _seen(attention) or not is_plain(mlp, "MLP"):
+    if hooked_by_others(attention) or not is_plain(mlp, "MLP"):
         return None
     projections, inner = attention._modules, mlp._modules
     norms = [_norm(modules[name], dtype) for name in ("input_layernorm", "post_attention_layernorm")]

@@ -13,7 +13,7 @@ from diffmas.models.kinds import is_plain, kind_of
 from diffmas.models.linear_parts import Ours
 from diffmas.models.running import forward_pass_here
 
-__all__ = ["GatedForward", "NormForward", "unflattened"]
+__all__ = ["GatedForward", "NormForward", "rows_of_numbers", "unflattened"]
 
 COLUMNS = 32  # row lengths are multiples of it
 
@@ -25,7 +25,7 @@ def _serves(x: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of_numbers(x: Tensor) -> Tensor:
     """[..., length] -> [n, length] whose rows are in one piece."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
@@ -42,13 +42,17 @@ class Norm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return unflattened(torch.ops.diffmas_native.norm(_rows(x), weight, eps), x)
+        return unflattened(torch.ops.diffmas_native.norm(rows_of_numbers(x), weight, eps), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        return torch.ops.diffmas_native.norm_backward(_rows(dy), _rows(x), weight, ctx.eps).view(x.shape), None, None
+        return (
+            torch.ops.diffmas_native.norm_backward(rows_of_numbers(dy), rows_of_numbers(x), weight, ctx.eps).view(x.shape),
+            None,
+            None,
+        )
 
 
 class NormForward(Ours):
@@ -72,13 +76,13 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return unflattened(torch.ops.diffmas_native.gate(_rows(gate), _rows(up)), gate)
+        return unflattened(torch.ops.diffmas_native.gate(rows_of_numbers(gate), rows_of_numbers(up)), gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.ops.diffmas_native.gate_backward(_rows(dy), _rows(gate), _rows(up))
+        dgate, dup = torch.ops.diffmas_native.gate_backward(rows_of_numbers(dy), rows_of_numbers(gate), rows_of_numbers(up))
         return dgate.view(gate.shape), dup.view(up.shape)
 
 

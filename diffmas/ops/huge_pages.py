@@ -29,11 +29,13 @@ def ask_for_huge_pages(x: Tensor) -> None:
 
 
 def gather_in_huge_pages(tensors: Iterable[Tensor]) -> None:
-    """For CPU memory that is in use: it stays where it is for the process, and the system copies it. A wish, as above."""
+    """For CPU memory that is in use: it stays where it is for the process, and the system copies it; a process that was forked
+    no longer shares it with its parent. A wish, as above."""
     if _libc is None:
         return
     plain = (x.data for x in tensors if x.is_cpu and x.layout == torch.strided)
-    ranges = sorted({(x.data_ptr(), x.data_ptr() + x.nbytes) for x in plain if type(x) is Tensor and x.nbytes})
+    storages = (x.untyped_storage() for x in plain if type(x) is Tensor)
+    ranges = sorted({(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages if x.nbytes()})
     while ranges:
         first, last = ranges.pop()
         while ranges and ranges[-1][1] + HUGE_PAGE > first:  # neighbours that share a page

@@ -18,7 +18,8 @@ BIAS, LORA = 1, 2  # what a linear has beside its weight
 class Weights:
     """Those of consecutive layers, as lists in the order that the op takes them in."""
 
-    def __init__(self):
+    def __init__(self, kv_size: int):
+        self.kv_size = kv_size  # numbers of a row of K
         self.norms: list[Tensor] = []  # before attention and before the feed-forward part
         self.eps: list[float] = []
         self.linears: list[Tensor] = []  # of q, k, v, o, gate, up and down
@@ -26,17 +27,15 @@ class Weights:
         self.scales: list[float] = []
         self.head_norms: list[Tensor] = []  # of q and k
         self.head_eps: list[float] = []
-        self.kv_size = 0  # numbers of a row of K
 
-    def add_linear(self, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float) -> None:
-        if len(self.parts) % 7 == 1:
-            self.kv_size = weight.shape[0]
-        self.linears += [x for x in (weight, bias, a, b) if x is not None]
-        self.parts.append((BIAS if bias is not None else 0) + (LORA if a is not None else 0))
-        self.scales.append(scale)
-
-    def add_norms(self, norms: list[tuple[Tensor, float]]) -> None:
-        """(weight, eps) of a layer's two, and of its heads' two, if they have some."""
+    def add(self, linears: list[tuple], norms: list[tuple[Tensor, float]]) -> None:
+        """Of a layer, weight, bias, a, b and scale of its seven linears, and (weight, eps) of its two norms, and of its heads'
+        two, if they have some."""
+        for *tensors, scale in linears:
+            _, bias, a, _ = tensors
+            self.linears += [x for x in tensors if x is not None]
+            self.parts.append((BIAS if bias is not None else 0) + (LORA if a is not None else 0))
+            self.scales.append(scale)
         for (weight, eps), of_rows in zip(norms, (True, True, False, False)):
             (self.norms if of_rows else self.head_norms).append(weight)
             (self.eps if of_rows else self.head_eps).append(eps)

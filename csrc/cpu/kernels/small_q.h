@@ -191,17 +191,18 @@ DIFFMAS_INLINE void add_some(const char* const* v, int64_t d, const typename S::
   });
 }
 
-// y [R, d] += p [R, kSmallQKeys] . v [count, d], all of y in registers, N vectors a row; in the order of `axpys`.
-template <class S, int R, int N>
+// y [R, 64] += p [R, kSmallQKeys] . v [count, 64], all of y in registers; in the order of `axpys`.
+template <class S, int R>
 static void add_few(const RowTable& v, int64_t count, const typename S::Element* p, float* y) {
+  constexpr int N = 64 / W;  // vectors a row
   vf sum[R][N];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j) sum[r][j] = load(y + (r * N + j) * W);
   for (int64_t i = 0; i < count; i += S::kNumbers) {
     const char* rows[S::kNumbers];  // here, or they are read again after every store
     for (int j = 0; j < S::kNumbers; ++j) rows[j] = v.row[i + j];
-    if (S::kNumbers == 2) fetch_next<S::kNumbers>(v, i, N * W * element_size(S::kType));
-    if (v.fetch || S::kNumbers == 1) fetch<S::kNumbers>(v.row + i + kAhead, N * W * element_size(S::kType));
+    fetch_next<S::kNumbers>(v, i, 64 * element_size(S::kType));
+    if (v.fetch) fetch<S::kNumbers>(v.row + i + kAhead, 64 * element_size(S::kType));
     for (int j = 0; j < N; ++j) {
       const auto row = S::keys(rows, 0, j * W);
       for (int r = 0; r < R; ++r) multiply_add(sum[r][j], splat(p[r * kSmallQKeys + i / S::kNumbers]), row);
@@ -223,9 +224,9 @@ static void weighted_sum_of(const RowTable& v, int64_t count, int64_t d, const t
     return add_one<S, 1>(v, count, d, p, y);
   }
   if constexpr (W == 16 && S::kNumbers == 2) {  // 32 registers: y of up to 4 rows of 64 numbers fits
-    if (d == 64 && rows == 2) return add_few<S, 2, 4>(v, count, p, y);
-    if (d == 64 && rows == 3) return add_few<S, 3, 4>(v, count, p, y);
-    if (d == 64 && rows == 4) return add_few<S, 4, 4>(v, count, p, y);
+    if (d == 64 && rows == 2) return add_few<S, 2>(v, count, p, y);
+    if (d == 64 && rows == 3) return add_few<S, 3>(v, count, p, y);
+    if (d == 64 && rows == 4) return add_few<S, 4>(v, count, p, y);
   }
   constexpr int B = 2 / S::kNumbers;
   const bool ahead = S::kNumbers == 1 || v.fetch;

@@ -222,6 +222,15 @@ def test_shapes_that_are_refused(agents, message):
         system(agents=agents)
 
 
+def test_the_rows_of_who_answers_are_nobodys():
+    """Such an agent may have been made for another place: an agent that refines its own text answers in its last round."""
+    chain = [agent("a", 2, None), small("solver", 0, None, "fp8", max_message_tokens=3)]
+    assert system(agents=chain).graph.chain
+    assert not system(agents=[small("a", 2, None), chain[1]]).graph.chain
+    model = patch_model(tiny("qwen3", patch=False), offload="cpu")
+    assert MultiAgentSystem(model, tokenizer(), chain).graph.chain
+
+
 def test_models_that_cannot_read_them_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"agent 'a': quantized: expected one of \['int8', 'fp8', 'int4'\] or None, got 'int2"):
         Agent("a", "x", quantized="int2")

@@ -94,7 +94,7 @@ class Agent:
         if self.later_prompt is not None and (self.rounds is None or not isinstance(self.later_prompt, str)):
             wanted = "None without rounds" if self.rounds is None else "a format string or None"
             raise ValueError(f"agent {self.name!r}: later_prompt: expected {wanted}, got {self.later_prompt!r}")
-        if self.quantized is not None and self.quantized not in FORMATS:
+        if self.quantized is not None and not (isinstance(self.quantized, str) and self.quantized in FORMATS):
             raise ValueError(f"agent {self.name!r}: quantized: expected one of {[*FORMATS]} or None, got {self.quantized!r}")
         object.__setattr__(self, "reads", reads_of(self.name, self.reads))
         check_count(f"agent {self.name!r}: max_rows", self.max_rows)

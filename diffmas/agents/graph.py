@@ -187,7 +187,8 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: d
                 raise ValueError(f"{where}: expected one that leaves rows, got {kind!r} of an agent {why}")
     read = {edge.agent for edges in reads for edge in edges} | {*graph.fuses.values()}
     if unread := [agent.name for i, agent in enumerate(agents[:-1]) if i not in read]:
-        raise ValueError(f"agents: expected somebody who reads {unread[0]!r}, got nobody; it would think in vain")
+        why = "; neighbours with as many rounds take them together, unless an agent stands between" if "@" in unread[0] else ""
+        raise ValueError(f"agents: expected somebody who reads {unread[0]!r}, got nobody; it would think in vain{why}")
 
 
 # ---- rows, of one sequence -------------------------------------------------------------------------------------------

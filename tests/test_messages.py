@@ -27,6 +27,7 @@ from diffmas.evaluation.plain_hf import plain_loss
 from diffmas.models import head
 from diffmas.models.parts import causal_lm_of
 from diffmas.serving.vllm.teams import check_team
+from diffmas.training import sharded
 from diffmas.training.sharded import check_engine
 
 TEXT, BOTH = dict(max_message_tokens=5), dict(max_message_tokens=4)
@@ -414,6 +415,9 @@ def test_what_is_refused(monkeypatch):
     for engine in (dict(fsdp_plugin=SimpleNamespace(fsdp_version=2)), dict(deepspeed_plugin=SimpleNamespace(zero_stage=3))):
         with pytest.raises(ValueError, match="agent 'a': max_message_tokens: expected None where processes share the model's"):
             check_engine(s, SimpleNamespace(fsdp="", world_size=1), SimpleNamespace(**engine))
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="each would choose its tokens alone"):
+        patched.setattr(sharded, "tensor_parallel", lambda _: True)
+        check_engine(s, SimpleNamespace(fsdp="", world_size=getattr(s.model, "tp_size", None)), SimpleNamespace())
     silent = [agent("a", 2, []), agent("solver", 0, [{"agent": "a", "select": {"kind": "text"}}])]
     with pytest.raises(ValueError, match="kind: expected one that leaves rows, got 'text' of an agent which writes no message"):
         system(agents=silent)

@@ -16,6 +16,7 @@ from diffmas.agents.board import Board
 from diffmas.agents.card import contents
 from diffmas.agents.meter import measuring
 from diffmas.evaluation.look import look_at
+from diffmas.evaluation.plain_hf import plain_loss
 from diffmas.ops import backends
 from diffmas.serving.vllm.teams import check_team
 from diffmas.trace.views import FROZEN
@@ -192,6 +193,11 @@ def test_a_memory_stays_as_it_is():
 
 
 # ---- descriptions ----------------------------------------------------------------------------------------------------
+
+
+def test_plain_code_says_why_it_does_not_run_them():
+    with pytest.raises(ValueError, match="system: expected agents that .*, got quantized of agent 'a', 'int8'"):
+        plain_loss(system(agents=SHAPES["chain"]), QUESTIONS, ANSWERS)
 
 
 def test_they_are_saved_and_loaded(tmp_path):

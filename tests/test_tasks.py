@@ -541,5 +541,5 @@ def test_tasks_lists_them():
     assert all(any(line.startswith(f"{name} ") for line in lines) for name in TASKS) and "gated" in output  # names are whole
     assert max(map(len, lines)) <= 80 and "CC-BY-SA-4.0" in output
     assert "openai/gsm8k, main, test" in output and "tau/commonsense_qa, validation" in output
-    rows = json.loads(call("tasks", "--json").output)["tasks"]
+    rows = json.loads(call("tasks", "--json").stdout)["tasks"]
     assert {"name": "arc_easy", "config": "ARC-Easy", "split": "test"}.items() <= rows[[*TASKS].index("arc_easy")].items()

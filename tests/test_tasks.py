@@ -387,7 +387,7 @@ def test_a_factorial_is_not_its_number():
     judge = Scorer("boxed", "math").correct
     assert not judge("\\boxed{7!}", "7") and judge("\\boxed{7!}", "5040") and judge("\\boxed{7}!", "7")
     judge = Scorer(match="math").correct
-    for given, gold in (("7", "7!"), ("7!.", "7"), ("$7!$.", "7"), ("**7!**", "7"), ("n!", "n"), ("7", "7!.")):
+    for given, gold in (("7", "7!"), (".5", "5"), ("7!.", "7"), ("$7!$.", "7"), ("**7!**", "7"), ("n!", "n"), ("7", "7!.")):
         assert not judge(given, gold), (given, gold)
     for given, gold in (("7!.", "7!"), ("**7!**", "$7!$"), ("5040", "7!"), ("2!", "2"), ("Even!", "even"), ("even", "Even!")):
         assert judge(given, gold), (given, gold)

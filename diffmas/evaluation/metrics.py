@@ -27,8 +27,13 @@ AROUND = " .,:;?\"'`*$"  # an answer, with "!" where that is no factorial
 
 
 def normalise(text: str) -> str:
-    """A text in the form that is compared: NFKC, lower case, single spaces, no punctuation, quotes or $ around it."""
-    return _folded(text).strip(AROUND + "!")
+    """A text in the form that is compared: NFKC, lower case, single spaces, no punctuation, quotes or $ around it; the point of
+    .5 is none."""
+    text = _folded(text).rstrip(AROUND + "!")
+    bare = text.lstrip(AROUND + "!")
+    before = text[: len(text) - len(bare)]
+    point = bare[:1].isdigit() and before.endswith(".") and not before.endswith("..")
+    return "." + bare if point else bare
 
 
 def _folded(text: str) -> str:

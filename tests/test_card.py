@@ -35,6 +35,21 @@ def test_a_saved_team_has_a_card(tmp_path):
     assert "[More Information Needed]" not in card.text  # PEFT's own
 
 
+def test_a_card_says_what_the_agents_do():
+    def said(*kinds):
+        """Of agents by T and tokens of a message."""
+        system = tiny.system(lora=False)
+        crew = [replace(system.agents[0], name=f"a{i}", latent_steps=T, max_message_tokens=n) for i, (T, n) in enumerate(kinds)]
+        return cards._turns([agent.described() for agent in [*crew, system.agents[-1]]])
+
+    assert said((2, None), (3, None)) == "each agent but the last takes latent steps, and the last one answers"
+    assert said((0, 4)) == "each agent but the last writes text, and the last one answers"
+    assert said(("n", 4)) == "each agent but the last takes latent steps and writes text, and the last one answers"
+    assert said((0, None)) == "each agent but the last hands on its prompt, and the last one answers"
+    assert said((2, None), (0, 4)) == "what each does before the last one is said below, and the last one answers"
+    assert said() == "one agent, which answers"
+
+
 def test_facts_come_into_the_card_and_replace_earlier_ones(tmp_path):
     system, team = tiny.system(), tmp_path / "team"
     system.save_pretrained(team)

@@ -148,7 +148,7 @@ def test_generate_answers_a_file_and_goes_on(project, trained, tmp_path):
     (tmp_path / "out" / "answers.jsonl").write_text("".join(whole.splitlines(True)[:3]) + whole.splitlines()[3][:9])
     call(*run, *files, "--batch-size", 3)
     assert (tmp_path / "out" / "answers.jsonl").read_text() == whole
-    made = json.loads((tmp_path / "out" / "answers.made_with.json").read_text())
+    made = json.loads((tmp_path / "out" / "answers.jsonl.made_with.json").read_text())
     assert (made["seed"], made["samples"], len(made["made_with"])) == (3, 2, 1) and made["made_with"][0]["versions"]["torch"]
     assert "expected answers of max_new_tokens 5, found 4" in call(*run[:-3], 5, *run[-2:], *files, code=1).output
     (tmp_path / "out" / "answers.jsonl").write_text("".join(whole.splitlines(True)[:3]))
@@ -161,6 +161,38 @@ def test_generate_answers_a_file_and_goes_on(project, trained, tmp_path):
     assert "expected it without --question" in call(*run, *files, "--question", "a", code=1).output
     tiny.write_jsonl(tmp_path / "questions.jsonl", [{"other": 1}])
     assert "questions.jsonl:1" in call(*run, *files, code=1).output
+
+
+def test_answers_go_on_by_the_same_team_alone(project, trained, tmp_path, monkeypatch):
+    """And what they were made with is there, and is so. Nothing is loaded before that is known."""
+    shutil.copytree(project / "run", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
+    tiny.write_jsonl(tmp_path / "questions.jsonl", [{"question": row["question"]} for row in tiny.rows(2)])
+    run = ("generate", "--adapter", tmp_path / "run", "--device", "cpu", "--max-new-tokens", 2, "--questions")
+    run = (*run, tmp_path / "questions.jsonl", "--output")
+    output, beside = tmp_path / "a.jsonl", tmp_path / "a.jsonl.made_with.json"
+    call(*run, output)
+    call(*run, tmp_path / "a.txt")
+    assert (tmp_path / "a.txt.made_with.json").exists() and beside.exists()
+    whole, said = output.read_text(), beside.read_text()
+    monkeypatch.setattr(MultiAgentSystem, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    made = {"versions": {}, "commit": "another", "machine": "m"}
+    with monkeypatch.context() as patched:
+        patched.setattr("diffmas.cli.made_with.made_with", lambda: made)
+        call(*run, output)
+    assert (output.read_text(), beside.read_text()) == (whole, said), "all was answered, by nothing of now"
+    output.write_text(whole.splitlines(True)[0])
+    (tmp_path / "run" / "card.json").write_text("{}")  # tells of the team, and is none of it
+    weights = tmp_path / "run" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))  # as training into the same directory would
+    line = call(*run, output, code=1).output
+    assert "a.jsonl.made_with.json: expected answers of team '" in line and line.count("\n") == 1
+    weights.write_bytes(before)
+    beside.write_text(json.dumps({k: v for k, v in json.loads(said).items() if k != "top_p" and k != "model"} | {"samples": 3}))
+    assert "expected answers of samples None, found 3" in call(*run, output, code=1).output
+    beside.unlink()
+    line = call(*run, output, code=1).output
+    assert "a.jsonl.made_with.json: expected what the earlier answers were made with, found none" in line
 
 
 def test_no_right_answer_at_all_is_explained(project, tmp_path):

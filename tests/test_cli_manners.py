@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_systems as tiny
+import torch
 import typer
 import yaml
 from test_cli import AGENTS, call
@@ -102,6 +104,10 @@ def test_numbers_that_json_does_not_know_are_null(capsys):
 
     print_json({"a": [float("inf"), 1.5], "b": (float("nan"), "x")})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, 1.5], "b": [None, "x"]}
+    print_json({"files": [Path("a") / "b"]})
+    assert json.loads(capsys.readouterr().out) == {"files": [str(Path("a") / "b")]}
+    with pytest.raises(TypeError, match="expected what JSON has, or a Path, got Tensor"):
+        print_json({"loss": torch.tensor(1.0)})
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------

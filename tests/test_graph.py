@@ -425,7 +425,7 @@ def test_text_agents_read_the_same_agents():
     assert all([f"{n}:" in p for n in "abcd"] == [False, False, True, True] for p in solver.prompts)
     assert all(p.index("b:") < p.index("a:") for p in d.prompts)
     assert len(answers.texts) == 3 and single_agent(s).answer(QUESTIONS, max_new_tokens=1).tokens == 3
-    with pytest.raises(ValueError, match="system: expected agents that each read all before them"):
+    with pytest.raises(ValueError, match="system: expected agents that each read all before them.* got reads of agent 'a'"):
         plain_loss(s, QUESTIONS, ANSWERS)
 
 

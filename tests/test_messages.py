@@ -1,6 +1,7 @@
 """Agents that write text: against a plain loop that decodes and recomputes; in batches, in files, and who refuses them."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,8 @@ from diffmas.agents.board import Board
 from diffmas.agents.card import contents
 from diffmas.agents.latent_check import unlike_tokens
 from diffmas.agents.meter import measuring
+from diffmas.agents.sampling import Sampling
+from diffmas.evaluation import audit, evaluate
 from diffmas.evaluation.audit import conditions_of
 from diffmas.evaluation.baselines import Latent, TextAgents
 from diffmas.evaluation.look import look_at
@@ -24,6 +27,7 @@ from diffmas.evaluation.plain_hf import plain_loss
 from diffmas.models import head
 from diffmas.models.parts import causal_lm_of
 from diffmas.serving.vllm.teams import check_team
+from diffmas.training import sharded
 from diffmas.training.sharded import check_engine
 
 TEXT, BOTH = dict(max_message_tokens=5), dict(max_message_tokens=4)
@@ -331,6 +335,40 @@ def test_an_audit_exchanges_messages():
     assert views["none", "a"].lengths < trace.lengths and ("other", "b") in views
 
 
+SAMPLED = [replace(a, message_temperature=1.5 if a.max_message_tokens else None) for a in SHAPES["parallel"]]
+
+
+def test_perplexity_and_audit_are_of_the_messages_that_the_seed_says():
+    s, rows = system(agents=SAMPLED), [{"question": q, "answer": a} for q, a in zip(QUESTIONS, ANSWERS)]
+    sampling = Sampling.of(s, seed=5)
+    with torch.no_grad():
+        trace = s.communicate(s.fields_of(QUESTIONS), seeds=[sampling.seed_of(b) for b in range(3)])  # as generate does
+        want = float(s(QUESTIONS, ANSWERS, 1, trace).loss)
+    method = Latent(s)
+    assert method.loss(QUESTIONS, ANSWERS, seed=5)[0] == pytest.approx(want, rel=1e-9)
+    assert method.loss(QUESTIONS, ANSWERS, 1, 5)[0] == pytest.approx(want, rel=1e-9)
+    assert method.loss(QUESTIONS, ANSWERS, seed=6)[0] != pytest.approx(want, rel=1e-6)
+    options = dict(max_new_tokens=2, temperature=0.0, seed=5)
+    (result,) = evaluate({"ours": method}, rows, **options)
+    assert result.perplexity == pytest.approx(math.exp(want / sum(len(s.answer_ids(a)) for a in ANSWERS)), rel=1e-9)
+    first, again = audit(s, rows, **options), audit(s, rows, batch_size=2, **options)
+    assert [c.nlls for c in first] == [pytest.approx(c.nlls, rel=1e-6) for c in again]
+    assert sum(first[0].nlls) == pytest.approx(want, rel=1e-5)
+
+
+def test_text_agents_choose_words_as_in_their_team():
+    """At the temperature of an agent's messages, greedily where it has none, and not at that of the answers."""
+    said = lambda agents, seed, **options: [
+        turn.texts for turn in TextAgents(system(agents=agents), 5).write(QUESTIONS, seed=seed, top_p=1.0, **options)[0][:2]
+    ]
+    hot, cold = dict(max_new_tokens=2, temperature=3.0), dict(max_new_tokens=2, temperature=0.0)
+    assert said(SHAPES["parallel"], 1, **hot) == said(SHAPES["parallel"], 2, **hot) == said(SHAPES["parallel"], 1, **cold)
+    assert said(SAMPLED, 1, **cold) == said(SAMPLED, 1, **hot) != said(SAMPLED, 2, **cold)
+    method = TextAgents(system(agents=SAMPLED), 5)
+    assert method.loss(QUESTIONS, ANSWERS, seed=1) == method.loss(QUESTIONS, ANSWERS, seed=1)
+    assert method.loss(QUESTIONS, ANSWERS, seed=1) != method.loss(QUESTIONS, ANSWERS, seed=2)
+
+
 # ---- files, and who refuses them -------------------------------------------------------------------------------------
 
 
@@ -377,6 +415,9 @@ def test_what_is_refused(monkeypatch):
     for engine in (dict(fsdp_plugin=SimpleNamespace(fsdp_version=2)), dict(deepspeed_plugin=SimpleNamespace(zero_stage=3))):
         with pytest.raises(ValueError, match="agent 'a': max_message_tokens: expected None where processes share the model's"):
             check_engine(s, SimpleNamespace(fsdp="", world_size=1), SimpleNamespace(**engine))
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="each would choose its tokens alone"):
+        patched.setattr(sharded, "tensor_parallel", lambda _: True)
+        check_engine(s, SimpleNamespace(fsdp="", world_size=getattr(s.model, "tp_size", None)), SimpleNamespace())
     silent = [agent("a", 2, []), agent("solver", 0, [{"agent": "a", "select": {"kind": "text"}}])]
     with pytest.raises(ValueError, match="kind: expected one that leaves rows, got 'text' of an agent which writes no message"):
         system(agents=silent)

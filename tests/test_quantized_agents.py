@@ -16,6 +16,7 @@ from diffmas.agents.board import Board
 from diffmas.agents.card import contents
 from diffmas.agents.meter import measuring
 from diffmas.evaluation.look import look_at
+from diffmas.evaluation.plain_hf import plain_loss
 from diffmas.ops import backends
 from diffmas.serving.vllm.teams import check_team
 from diffmas.trace.views import FROZEN
@@ -194,6 +195,11 @@ def test_a_memory_stays_as_it_is():
 # ---- descriptions ----------------------------------------------------------------------------------------------------
 
 
+def test_plain_code_says_why_it_does_not_run_them():
+    with pytest.raises(ValueError, match="system: expected agents that .*, got quantized of agent 'a', 'int8'"):
+        plain_loss(system(agents=SHAPES["chain"]), QUESTIONS, ANSWERS)
+
+
 def test_they_are_saved_and_loaded(tmp_path):
     s = system(agents=SHAPES["chain"], dtype=torch.float32)
     s.save_pretrained(tmp_path)
@@ -220,6 +226,15 @@ def test_they_are_saved_and_loaded(tmp_path):
 def test_shapes_that_are_refused(agents, message):
     with pytest.raises(ValueError, match=message):
         system(agents=agents)
+
+
+def test_the_rows_of_who_answers_are_nobodys():
+    """Such an agent may have been made for another place: an agent that refines its own text answers in its last round."""
+    chain = [agent("a", 2, None), small("solver", 0, None, "fp8", max_message_tokens=3)]
+    assert system(agents=chain).graph.chain
+    assert not system(agents=[small("a", 2, None), chain[1]]).graph.chain
+    model = patch_model(tiny("qwen3", patch=False), offload="cpu")
+    assert MultiAgentSystem(model, tokenizer(), chain).graph.chain
 
 
 def test_models_that_cannot_read_them_are_refused(monkeypatch):

@@ -68,6 +68,21 @@ def test_a_loop_is_its_turns():
     assert [a[3] for a in shape(apart)] == [[], ["a@1"], ["a@2"], ["b@1", "a@2"], ["b@2", "a@2"]]
 
 
+def test_two_blocks_of_as_many_rounds_are_kept_apart():
+    debate = [replace(a, rounds=2) for a in DEBATE[:2]]
+    loop = [replace(LOOP[1], reads=["ann", "bob", "critic"]), LOOP[2], replace(LOOP[3], reads=["writer", "critic"])]
+    written = unrolled([*debate, DEBATE[2]])[:4]  # as a config would have them
+    assert [a.role for a in written] == ["ann", "bob", "ann", "bob"]
+    loop[0] = replace(loop[0], reads=["ann@2", "bob@2", "critic"])
+    apart = {name: reads for name, _, _, reads in shape([*written, *loop])}
+    between = [*debate, replace(DEBATE[2], latent_steps=1), replace(loop[0], reads=["judge", "critic"]), loop[1]]
+    assert apart["writer@1"] == ["ann@2", "bob@2"] and apart["ann@2"] == ["ann@1", "bob@1"]
+    assert [a[0] for a in shape([*written, *loop])][4:8] == ["writer@1", "critic@1", "writer@2", "critic@2"]
+    last = replace(loop[2], name="solver")
+    assert [a[0] for a in shape([*between, last])][4:7] == ["judge", "writer@1", "critic@1"]
+    system(agents=[*written, *loop]), system(agents=[*between, last])
+
+
 # ---- a loop that knows rounds, and no graph ----------------------------------------------------------------------------
 
 
@@ -188,13 +203,24 @@ def test_saved_loaded_and_configured(tmp_path):
     "agents, message",
     [
         ([replace(a, rounds=None, later_prompt=None) for a in DEBATE], "agent 'ann': reads: .*got 'ann', which is not before"),
-        ([replace(DEBATE[0], rounds=2), DEBATE[1], DEBATE[2]], "agent 'ann@1': reads: .* got 'bob@3', which is not before it"),
-        ([DEBATE[0], Agent("ann@2", "x", 1), DEBATE[2]], "agents: expected distinct names, got "),
+        ([replace(DEBATE[0], rounds=2), DEBATE[1], DEBATE[2]],
+         r"agent 'ann': reads: expected some of \['ann'\], each once, got 'bob', which is not before it"),
+        ([replace(DEBATE[0], reads=["zz"]), *DEBATE[1:]],
+         r"agent 'ann': reads: expected some of \['ann', 'bob'\], each once, got 'zz', no agent"),
+        ([replace(DEBATE[0], reads=["bob", "bob"]), *DEBATE[1:]], "agent 'ann': reads: .* got 'bob', a second time"),
+        ([*DEBATE[:2], replace(DEBATE[2], reads=["bob", "zz"])],
+         r"agent 'judge': reads: expected some of \['ann', 'bob'\], each once, got 'zz', no agent"),
+        ([*DEBATE[:2], Agent("ann@2", "x", 1), DEBATE[2]], "agents: expected distinct names, got "),
         ([*DEBATE[:2], replace(DEBATE[2], reads=["ann"])], "agents: expected somebody who reads 'bob@3', got nobody"),
+        ([*(replace(a, rounds=2) for a in DEBATE[:2]), *LOOP[1:3], replace(LOOP[3], reads=["writer", "critic"])],
+         "agent 'writer': reads: .* got 'planner', no agent"),
+        ([*(replace(a, rounds=2) for a in DEBATE[:2]), replace(LOOP[1], reads=["ann", "bob", "critic"]), LOOP[2],
+          replace(LOOP[3], reads=["writer", "critic"])],
+         "who reads 'ann@2', .* neighbours with as many rounds take them together, unless an agent stands between"),
         ([*DEBATE[:2], replace(DEBATE[2], reads=[Read("ann", round="same"), "bob"])],
          "agent 'judge': reads: ann: round: expected None of an agent that has no rounds with it, got 'same'"),
         ([replace(DEBATE[0], reads=[Read("bob", round="same")]), DEBATE[1], DEBATE[2]],
-         r"agent 'ann@1': reads: expected some of \[\], each once, got 'bob@1', which is not before it"),
+         "agent 'ann': reads: bob: round: expected None of an agent that is not before it, got 'same'"),
     ],
 )  # fmt: skip
 def test_rounds_that_are_refused(agents, message):
@@ -208,6 +234,7 @@ def test_rounds_that_are_refused(agents, message):
         (dict(rounds=0), "rounds: expected an integer >= 1 or None, got 0"),
         (dict(later_prompt="y"), "later_prompt: expected None without rounds, got 'y'"),
         (dict(later_prompt=3, rounds=2), "later_prompt: expected a format string or None, got 3"),
+        (dict(quantized=["int8"]), r"quantized: expected one of .* or None, got \['int8'\]"),
         (dict(reads=[{"agent": "b", "round": "last"}]), "reads: b: round: expected 'same' or None, got 'last'"),
     ],
 )

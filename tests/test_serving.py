@@ -197,6 +197,16 @@ def test_agents_that_write_messages():
     assert other.usage.latent_steps == 4
 
 
+def test_latent_steps_of_an_agent_that_takes_rounds():
+    crew = [replace(a, rounds=3) if a.name == "critic" else a for a in tiny.agents()]
+    team = Team("rounds", MultiAgentSystem(tiny.model(), tiny.tokenizer(), crew))
+    asked = lambda T: [t.steps for t in team.question({"question": "where"}, Settings(), 4, 0, T).turns]
+    assert asked({"critic": 5}) == [2, 5, 5, 5, 0]
+    assert asked({"critic@2": 4, "critic": 5}) == asked({"critic": 5, "critic@2": 4}) == [2, 5, 4, 5, 0]
+    with pytest.raises(ValueError, match="latent_steps: expected names of agents that take some, .* got 'critic@4'"):
+        asked({"critic@4": 5})
+
+
 def test_output_of_agents_of_other_models():
     """They write no text here; what an encoder has read is its prompt, and no latent step."""
     torch.manual_seed(0)

@@ -471,7 +471,7 @@ def test_code_is_run_where_it_was_written():
                 [[rows[0]["answer"], "    return 3\n"], ["def add(a, b):\n    return a - b", "import os; os._exit(0)"]], 4, 1.0
             )
 
-        def loss(self, questions, answers, batch_size):
+        def loss(self, questions, answers, batch_size, seed):
             return 0.0, 1
 
     (result,) = evaluate({"writes": Writes()}, rows, 2, task("humaneval").scorer())

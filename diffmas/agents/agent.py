@@ -34,7 +34,8 @@ class Agent:
     alone; None: no text. message_temperature: None or 0 takes the likeliest tokens. rounds: it takes so many turns, in rounds
     with its neighbours in the list that take as many (`diffmas.agents.rounds`); None: one. later_prompt: of all rounds but the
     first, if it is another. quantized: whoever reads its rows has them in this format, int8, fp8 or int4, in training rounded
-    to its numbers (`diffmas.agents.quantized`); None: as they are.
+    to its numbers (`diffmas.agents.quantized`); None: as they are. Nobody reads the agent that answers: latent_steps, messages
+    and quantized do nothing in its turn.
 
     Raises ValueError for T < 0, stop_change <= 0, passes < 1, grad_passes that are not 1 to passes, passes together with
     stop_change, reads that are no list of agents, max_rows < 1, an unknown max_rows_by, max_message_tokens < 1, a negative
@@ -93,7 +94,7 @@ class Agent:
         if self.later_prompt is not None and (self.rounds is None or not isinstance(self.later_prompt, str)):
             wanted = "None without rounds" if self.rounds is None else "a format string or None"
             raise ValueError(f"agent {self.name!r}: later_prompt: expected {wanted}, got {self.later_prompt!r}")
-        if self.quantized is not None and self.quantized not in FORMATS:
+        if self.quantized is not None and not (isinstance(self.quantized, str) and self.quantized in FORMATS):
             raise ValueError(f"agent {self.name!r}: quantized: expected one of {[*FORMATS]} or None, got {self.quantized!r}")
         object.__setattr__(self, "reads", reads_of(self.name, self.reads))
         check_count(f"agent {self.name!r}: max_rows", self.max_rows)

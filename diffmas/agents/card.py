@@ -105,8 +105,7 @@ def contents(described: dict, title: str, facts: dict | None = None) -> tuple[Mo
     parts = [
         BEGIN,
         f"# {title}",
-        f"A team of agents that {_models(described)} (diffmas): each agent but the last takes latent steps, and the last one "
-        "answers.",
+        f"A team of agents that {_models(described)} (diffmas): {_turns(described['agents'])}.",
         f"Base model: `{base}`. Adapters: {_adapters(described)}. Licence of the base model: "
         f"{name or 'not known where this was saved; see there'}.",
         "## Agents",
@@ -128,6 +127,17 @@ def _models(described: dict) -> str:
         return "share one language model and communicate through its key/value states"
     names = ", ".join(f"`{name}`" for name in described["others"])
     return f"communicate through key/value states of its base model, to which what other models ({names}) make is brought"
+
+
+def _turns(agents: list[dict]) -> str:
+    """What the agents before the last one do, and the last one."""
+    if len(agents) == 1:
+        return "one agent, which answers"
+    kinds = {(agent["latent_steps"] != 0, agent["max_message_tokens"] is not None) for agent in agents[:-1]}
+    verbs = [verb for n, verb in enumerate(("takes latent steps", "writes text")) if any(kind[n] for kind in kinds)]
+    alike = " and ".join(verbs) or "hands on its prompt"
+    does = f"each agent but the last {alike}" if len(kinds) == 1 else "what each does before the last one is said below"
+    return f"{does}, and the last one answers"
 
 
 def _known(facts: dict) -> list[str]:

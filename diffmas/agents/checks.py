@@ -33,7 +33,7 @@ def check_agents(agents: list[Agent], others) -> None:
     names = [agent.name for agent in agents]
     if len(set(names)) != len(names):
         raise ValueError(f"agents: expected distinct names, got {names}")
-    if len(formats := dict.fromkeys(agent.quantized for agent in agents if agent.quantized is not None)) > 1:
+    if len(formats := dict.fromkeys(agent.quantized for agent in agents[:-1] if agent.quantized is not None)) > 1:
         raise ValueError(f"agents: expected one format of quantized rows, got {list(formats)}")
     for agent in agents:
         if agent.model is not None and agent.model not in others:
@@ -72,7 +72,7 @@ def check_patched(model: nn.Module, agents: list[Agent]) -> None:
     """Raises ValueError for what a patched model cannot do of what its agents do: where they write messages and its logits are
     not what their first tokens come from, and where it cannot read quantised rows. For the former, it runs over one token."""
     spec = patch_of(model).spec
-    if any(agent.quantized is not None for agent in agents):
+    if any(agent.quantized is not None for agent in agents[:-1]):
         check_reads(spec.backend)
         if spec.offload is not None:
             raise ValueError("offload: expected rows on the device with quantized agents, got rows on the host")

@@ -93,7 +93,8 @@ class Graph:
         number, models = {agent.name: i for i, agent in enumerate(agents)}, [home(agent, beside) for agent in agents]
         fusing = {name for name, reading in (beside or {}).items() if reading == "fused"}
         in_line = all(agent.reads is None for agent in agents) and not any(models)
-        chain = in_line and all(agent.max_rows is None and agent.quantized is None for agent in agents)
+        rounded = any(agent.quantized is not None for agent in agents[:-1])  # nobody reads the last one
+        chain = in_line and not rounded and all(agent.max_rows is None for agent in agents)
         if in_line and positions == "shift":  # what is not read by one of them stays where it is for the others
             positions = "keep"
         reads: list[list[Edge]] = []
@@ -186,7 +187,8 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: d
                 raise ValueError(f"{where}: expected one that leaves rows, got {kind!r} of an agent {why}")
     read = {edge.agent for edges in reads for edge in edges} | {*graph.fuses.values()}
     if unread := [agent.name for i, agent in enumerate(agents[:-1]) if i not in read]:
-        raise ValueError(f"agents: expected somebody who reads {unread[0]!r}, got nobody; it would think in vain")
+        why = "; neighbours with as many rounds take them together, unless an agent stands between" if "@" in unread[0] else ""
+        raise ValueError(f"agents: expected somebody who reads {unread[0]!r}, got nobody; it would think in vain{why}")
 
 
 # ---- rows, of one sequence -------------------------------------------------------------------------------------------

@@ -14,11 +14,18 @@ from itertools import groupby
 from diffmas.agents.agent import Agent
 from diffmas.agents.graph import Read
 
-__all__ = ["unrolled"]
+__all__ = ["takes_turn", "unrolled"]
+
+
+def takes_turn(name: str, turn: str) -> bool:
+    """Whether an agent of this name takes the turn: it is its own, or one of its rounds."""
+    agent, _, number = turn.rpartition("@")
+    return name == turn or name == agent and number.isdecimal()
 
 
 def unrolled(agents: list[Agent]) -> list[Agent]:
-    """The turns of a team, in order. Raises ValueError for a read of the same round by or of an agent that takes none.
+    """The turns of a team, in order. Raises ValueError for a read of the same round by or of an agent that takes none, and
+    where some take rounds for a read of what is not there or not before the reader, by the names that were written.
 
     In a round, an agent reads what those of its rounds wrote in the round before, itself included, where its `reads` name them,
     or with {"agent": name, "round": "same"} what they wrote in this one, if they are before it; in the first round there is
@@ -29,6 +36,8 @@ def unrolled(agents: list[Agent]) -> list[Agent]:
         [('ann@1', []), ('bob@1', []), ('ann@2', ['ann@1', 'bob@1']), ('bob@2', ['ann@1', 'bob@1'])]
     """
     rounds = {agent.name: agent.rounds for agent in agents if agent.rounds is not None}
+    if rounds:
+        _check_reads(agents)
     turns: list[Agent] = []
     for count, block in groupby(agents, key=lambda agent: agent.rounds):
         block = list(block)
@@ -36,6 +45,27 @@ def unrolled(agents: list[Agent]) -> list[Agent]:
         for number in range(1, (count or 1) + 1):
             turns += [_turn(agent, number, beside, rounds) for agent in block]
     return turns
+
+
+def _check_reads(agents: list[Agent]) -> None:
+    """Raises ValueError for an agent that reads what is not there, not before it, or there twice."""
+    turns = {f"{agent.name}@{n}" for agent in agents for n in range(1, (agent.rounds or 0) + 1)}
+    names = {agent.name for agent in agents}
+    for i, agent in enumerate(agents):
+        end = i
+        while agent.rounds is not None and end < len(agents) and agents[end].rounds == agent.rounds:
+            end += 1
+        before, known = [other.name for other in agents[:i]], [other.name for other in agents[:end]]
+        seen = set()
+        for read in agent.reads or ():
+            where = f"agent {agent.name!r}: reads"
+            key = (read.agent, read.round)
+            if key in seen or read.agent not in known and read.agent not in turns:
+                why = "a second time" if key in seen else "which is not before it" if read.agent in names else "no agent"
+                raise ValueError(f"{where}: expected some of {known}, each once, got {read.agent!r}, {why}")
+            seen.add(key)
+            if read.round == "same" and read.agent in known and read.agent not in before:
+                raise ValueError(f"{where}: {read.agent}: round: expected None of an agent that is not before it, got 'same'")
 
 
 def _turn(agent: Agent, number: int, beside: list[str], rounds: dict[str, int]) -> Agent:

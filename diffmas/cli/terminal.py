@@ -98,7 +98,12 @@ def print_json(data) -> None:
             return [finite(value) for value in x]
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    typer.echo(json.dumps(finite(data), ensure_ascii=False, allow_nan=False, default=str))
+    def text(x):
+        if isinstance(x, Path):
+            return str(x)
+        raise TypeError(f"expected what JSON has, or a Path, got {type(x).__name__}")
+
+    typer.echo(json.dumps(finite(data), ensure_ascii=False, allow_nan=False, default=text))
 
 
 def warn(line: str) -> None:

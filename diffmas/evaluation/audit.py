@@ -83,8 +83,9 @@ def audit(
     """The conditions of a team, "own" first, then those of all agents together, then agent by agent.
 
     rows, samples, scorer, batch_size: as in `evaluate`. kind: only rows of this kind are a message ("latent": latent steps);
-    None: all that an agent hands on. seed: of the samples, the same under each condition, of who gets whose message, and of the
-    noise. Others: of `MultiAgentSystem.generate`. Partners have different answers where that can be.
+    None: all that an agent hands on. seed: of the samples, the same under each condition, of messages that are sampled, of
+    who gets whose message, and of the noise. Others: of `MultiAgentSystem.generate`. Partners have different answers where that
+    can be.
 
     Raises ValueError for fewer than two rows, a row that does not fit, or a team that hands on no such message.
 
@@ -108,7 +109,7 @@ def audit(
             if progress:
                 progress(f"{done} of {len(rows)} questions")
             asked = [questions[i] for i in batch]
-            trace = system.communicate(asked)
+            trace = system.communicate(asked, seeds=[sampling.seed_of(i) for i in batch])
             for name, view in conditions_of(trace, partners, kind, system.sinks, sampling.seed, batch):
                 answered = _answer(system, view, asked, [golds[i] for i in batch], done, sampling)
                 found.setdefault(name, {}).update(zip(batch, answered))

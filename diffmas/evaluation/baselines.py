@@ -54,8 +54,11 @@ class Method(Protocol):
         """Answers every question `samples` times. generation: other arguments of `MultiAgentSystem.generate`."""
         ...
 
-    def loss(self, questions, answers: list[str], batch_size: int | None = None) -> tuple[float, int]:
-        """The sum of the answer tokens' negative log-likelihoods, in nats, and the number of these tokens."""
+    def loss(
+        self, questions, answers: list[str], batch_size: int | None = None, seed: int | list[int] | None = None
+    ) -> tuple[float, int]:  # fmt: skip
+        """The sum of the answer tokens' negative log-likelihoods, in nats, and the number of these tokens. seed: of messages
+        that are sampled; with the seed of `answer`, they are those that its answers read."""
         ...
 
 
@@ -65,9 +68,10 @@ def _batches(n: int, size: int | None):
 
 
 @torch.no_grad()
-def _loss(system, questions, answers) -> tuple[float, int]:
-    with evaluating(system):
-        out = system(questions, answers, num_items_in_batch=1)  # the sum
+def _loss(system, questions, answers, seeds: list[int]) -> tuple[float, int]:
+    with evaluating(system), system.realign.unchanging():
+        trace = system.communicate(system.fields_of(questions), seeds=seeds)  # of messages, as in generate_tokens
+        out = system(questions, answers, num_items_in_batch=1, trace=trace)  # the sum
     return float(out.loss), int((out.labels != -100).sum())
 
 
@@ -99,9 +103,11 @@ class Latent:
         tokens = sum(map(sum, lengths)) + meter.cost.rows["decode"]
         return Answers(texts, tokens, meter.cost.total, meter.cost, meter.decoding)
 
-    def loss(self, questions, answers, batch_size: int | None = None) -> tuple[float, int]:
+    def loss(self, questions, answers, batch_size: int | None = None, seed=None) -> tuple[float, int]:
+        sampling = Sampling.of(self.system, seed=seed)
+        seeds = [sampling.seed_of(i) for i in range(len(questions))]
         with self.switched():
-            parts = [_loss(self.system, questions[b], answers[b]) for b in _batches(len(questions), batch_size)]
+            parts = [_loss(self.system, questions[b], answers[b], seeds[b]) for b in _batches(len(questions), batch_size)]
         return sum(nll for nll, _ in parts), sum(n for _, n in parts)
 
 
@@ -206,9 +212,9 @@ class TextAgents:
     has messages of its own. Samples that read the same, as those of the first agent do, share the rows of their prompt. What
     another model only encodes (`Encoder`), the system's model reads and answers as text.
 
-    max_message_tokens: at most, of one message, where its agent does not say. adapter: as in `Latent`. message: a format string
-    of one message. separator: between messages. last_reads_only: only the last agent reads messages. Raises ValueError for
-    max_message_tokens < 1.
+    max_message_tokens: at most, of one message, where its agent does not say; one that does has its message_temperature, too.
+    adapter: as in `Latent`. message: a format string of one message. separator: between messages. last_reads_only: only the
+    last agent reads messages. Raises ValueError for max_message_tokens < 1.
     """
 
     def __init__(
@@ -241,8 +247,10 @@ class TextAgents:
             (agent,) = method.system.agents
             prompts = [agent.render(fields) for fields in read]
         if i < len(self._readers) - 1:
-            most = agent.max_message_tokens or self.max_message_tokens
-            generation = {**generation, "max_new_tokens": most, "seed": generation["seed"] + i + 1}
+            own = agent.max_message_tokens  # whoever writes messages in the team chooses their words as there
+            how = {} if own is None else {"temperature": agent.message_temperature or 0.0}
+            most = self.max_message_tokens if own is None else own
+            generation = {**generation, **how, "max_new_tokens": most, "seed": generation["seed"] + i + 1}
         with method.switched():
             texts, lengths = _generate(method.system, read, batch_size=batch_size, samples=1, **generation)
         most = Sampling.of(method.system, generation.get("max_new_tokens")).max_new_tokens
@@ -283,9 +291,10 @@ class TextAgents:
     def answer(self, questions, samples: int = 1, batch_size: int | None = None, **generation) -> Answers:
         return self.write(questions, samples, batch_size, **generation)[1]
 
-    def loss(self, questions, answers, batch_size: int | None = None) -> tuple[float, int]:
-        """As in `Method`; the messages are decoded greedily."""
+    def loss(self, questions, answers, batch_size: int | None = None, seed: int | None = None) -> tuple[float, int]:
+        """As in `Method`; messages of agents that do not say how theirs are chosen are decoded greedily."""
         fields = MultiAgentSystem.fields_of(questions)
-        _, messages = self._turns(fields, batch_size, {"temperature": 0.0, "seed": 0})
+        seed = secrets.randbits(30) if seed is None else seed
+        _, messages = self._turns(fields, batch_size, {"temperature": 0.0, "seed": seed})
         method, read = self._read(len(self._readers) - 1, fields, messages)
         return method.loss(read, answers, batch_size)

@@ -25,6 +25,15 @@ def _left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, to
     return ids, mask
 
 
+def _own(system) -> str:
+    """What takes a team off the chain."""
+    for agent in system.agents:
+        for option in ("reads", "max_rows", "model", "quantized"):
+            if (found := getattr(agent, option)) is not None and not (option == "quantized" and agent is system.agents[-1]):
+                return f"{option} of agent {agent.name!r}, {found!r}" if option != "reads" else f"reads of agent {agent.name!r}"
+    return f"a {type(system).__name__}, whose agents read otherwise"
+
+
 class _Plain:
     """A batch of episodes on one cache.
 
@@ -36,7 +45,7 @@ class _Plain:
 
     def __init__(self, system, questions, room: list[int], cache=None, every_logit: bool = False):
         if not system.graph.chain:
-            raise ValueError("system: expected agents that each read all before them, got some with reads of their own")
+            raise ValueError(f"system: expected agents that each read all before them, as it was written, got {_own(system)}")
         if any(agent.max_message_tokens is not None for agent in system.agents[:-1]):
             raise ValueError("system: expected agents that take latent steps alone, got some that write messages")
         self.system, self.questions = system, system.fields_of(questions)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -129,13 +130,15 @@ def evaluate(
     if unknown := [name for name in baselines if name not in methods]:
         raise ValueError(f"baselines: expected some of {list(methods)}, got {unknown[0]!r}")
     questions, golds = map(list, zip(*(question_and_answer(row, f"rows[{i}]") for i, row in enumerate(rows))))
+    if generation.get("seed") is None:
+        generation["seed"] = secrets.randbits(30)  # one for the answers and the perplexity, which read the same messages
     scorer, results, errors = scorer or Scorer(), [], {}
     for name, method in methods.items():
         if progress:
             progress(name)
         try:
             answers = method.answer(questions, samples, batch_size, **generation)
-            nll = method.loss(questions, golds, batch_size)
+            nll = method.loss(questions, golds, batch_size, generation["seed"])
             results.append(_result(name, answers, golds, rows, samples, scorer, perplexity(*nll)))
         except Exception as error:
             errors[name] = error

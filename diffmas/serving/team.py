@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from diffmas.agents.agent import Agent
 from diffmas.agents.prompts import Turn
+from diffmas.agents.rounds import takes_turn
 from diffmas.agents.sampling import Sampling, end_tokens
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.parts import causal_lm_of
@@ -89,14 +90,16 @@ class Team:
         self, fields: dict, settings: Settings, max_new_tokens: int | None = None, seed: int | None = None,
         latent_steps: int | dict[str, int] | None = None,
     ) -> Question:  # fmt: skip
-        """What is asked, checked and as tokens. latent_steps: T of all agents but the last, or of some by name.
+        """What is asked, checked and as tokens. latent_steps: T of all agents but the last, or of some by name; of
+        one that takes rounds, its name stands for all of its turns that have none of their own.
 
         Raises ValueError naming what does not fit; `TooLong` if that is the context.
         """
         thinkers = [agent.name for agent in self.agents[:-1]]
-        if isinstance(latent_steps, dict) and (unknown := [name for name in latent_steps if name not in thinkers]):
-            raise ValueError(f"latent_steps: expected names of agents that take some, {thinkers}, got {unknown[0]!r}")
-        steps = dict.fromkeys(thinkers, latent_steps) if isinstance(latent_steps, int) else dict(latent_steps or {})
+        if isinstance(latent_steps, int):
+            steps = dict.fromkeys(thinkers, latent_steps)
+        else:
+            steps = _by_turn(latent_steps or {}, thinkers)
         fields = Fields(fields, steps)
         room = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         turns = self.system.tokenize([fields], [room], WHAT)
@@ -116,6 +119,17 @@ class Team:
     def why_ended(self, tokens: list[int], stop=()) -> str:
         """stop | length, of an answer that has all its tokens."""
         return "stop" if tokens[-1] in self.ends or self.text_of(tokens) != self.text_of(tokens, stop) else "length"
+
+
+def _by_turn(steps: dict[str, int], turns: list[str]) -> dict[str, int]:
+    """T by turn, of T by agent or turn. Raises ValueError for a name of neither."""
+    found: dict[str, int] = {}
+    for name, T in steps.items():
+        mine = [turn for turn in turns if takes_turn(name, turn)]
+        if not mine:
+            raise ValueError(f"latent_steps: expected names of agents that take some, {turns}, got {name!r}")
+        found |= {turn: T for turn in mine if turn == name or turn not in steps}
+    return found
 
 
 def _asked(agent: Agent):

@@ -84,11 +84,13 @@ def check_engine(system: MultiAgentSystem, args, state) -> None:
             f"{args.world_size} on {args.device.type}"
         )
     if tensor_parallel(system) or plugin is not None or deepspeed is not None and deepspeed.zero_stage == 3:
+        alone = "each would choose its tokens alone, and nothing sees to it that they are the same"
+        why = alone if tensor_parallel(system) else "all would have to decode equally many tokens"
         for agent in system.agents[:-1]:
             if agent.max_message_tokens is not None:
                 raise ValueError(
                     f"agent {agent.name!r}: max_message_tokens: expected None where processes share the model's weights, got "
-                    f"{agent.max_message_tokens}: all would have to decode equally many tokens"
+                    f"{agent.max_message_tokens}: {why}"
                 )
     if plugin is None and deepspeed is None:
         return

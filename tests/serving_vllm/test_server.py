@@ -146,11 +146,13 @@ def test_an_answer_whole_and_in_pieces(connected, ours):
         ends = "stop" if tokens[-1] == 2 else "length"
         assert got.choices[0].finish_reason == pieces[-2].choices[0].finish_reason == ends
         assert got.usage.completion_tokens == len(tokens) and got.usage.latent_steps == 4
+        assert got.usage.message_tokens == 0
         prompts = sum(len(turn.ids) for turn in ours.teams[one[0]].question({"question": one[1]}, Settings()).turns)
         assert got.usage.prompt_tokens == prompts
         assert got.usage.model_dump(exclude_none=True) == pieces[-1].usage.model_dump(exclude_none=True)
         assert got.model == one[0] and {p.model for p in pieces} == {one[0]}
     assert [m.id for m in connected.models.list()] == ["bare", "roles"]
+    assert [(m.owned_by, m.agents) for m in connected.models.list()] == [("diffmas", ["planner", "critic", "solver"])] * 2
     assert connected.models.retrieve("roles").agents == ["planner", "critic", "solver"]
 
 

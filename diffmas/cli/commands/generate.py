@@ -1,7 +1,9 @@
 """diffmas generate."""
 
+import hashlib
 import json
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,8 @@ from tqdm.auto import tqdm
 from diffmas.cli.terminal import Device, Fields, device_of, errors, fields_of, goes_on
 
 __all__ = ["generate"]
+
+TEXT = ("tokenizer", "chat_template", "special_tokens_map", "vocab", "merges")  # files by which prompts become tokens
 
 
 def generate(
@@ -44,29 +48,36 @@ def generate(
         raise ValueError("--questions, --output: expected both or none, got one")
     if questions is not None and fields:
         raise ValueError("--questions: expected it without --question and --field, got both")
-    system = MultiAgentSystem.from_pretrained(adapter, model).to(device_of(device))
+    load = lambda: MultiAgentSystem.from_pretrained(adapter, model).to(device_of(device))  # noqa: E731
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples=samples)
-    asked = {"adapter": str(adapter.resolve()), "model": model, **options}
+    asked = {"adapter": str(adapter.resolve()), "team": _hash(adapter), "model": model, **options}
     if questions is not None:
         with goes_on(lambda: f"what is answered is in {output}, and the same command goes on"):
-            return _answer_file(system, questions, output, batch_size, seed, asked, options)
+            return _answer_file(load, questions, output, batch_size, seed, asked, options)
     seed = secrets.randbits(30) if seed is None else seed
-    (texts,) = system.generate([fields], seed=seed, progress=errors.is_terminal, **options)
+    (texts,) = load().generate([fields], seed=seed, progress=errors.is_terminal, **options)
     for text in texts:
         typer.echo(text)
     return {"made_with": {**made_with(), **asked, "seed": seed}, "fields": fields, "answers": texts}
 
 
-def _answer_file(system, questions: Path, output: Path, batch_size: int, seed: int | None, asked: dict, options: dict) -> dict:
+def _answer_file(
+    load: Callable, questions: Path, output: Path, batch_size: int, seed: int | None, asked: dict, options: dict
+) -> dict:  # fmt: skip
     """Each line of questions with its answers, in batches. Every question has a seed of its own: a file that goes on is as if
-    it had not stopped."""
-    from diffmas.agents.file import write_json
+    it had not stopped. load: gives the system, once it is clear that there is something to answer."""
+    from diffmas.agents.agent import Agent
+    from diffmas.agents.file import read_agents, write_json
     from diffmas.evaluation.files import room_for
     from diffmas.training.data import fields_of_row, read_jsonl
 
-    rows = read_jsonl(questions, system.agents, answers=False)
-    done, beside = _answered(output, rows), output.with_suffix(".made_with.json")
-    made = _made(beside if done else None, seed, asked)
+    agents = [Agent(**agent) for agent in read_agents(asked["adapter"])["agents"]]
+    rows = read_jsonl(questions, agents, answers=False)
+    done, beside = _answered(output, rows), output.with_name(output.name + ".made_with.json")
+    made = _made(beside if done else None, seed, asked, done == len(rows))
+    if done == len(rows):
+        return _told(made, done, output, beside)
+    system = load()
     write_json(room_for(beside), made)
     with output.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=done, desc="questions", leave=False) as bar:
         while done < len(rows):
@@ -78,23 +89,45 @@ def _answer_file(system, questions: Path, output: Path, batch_size: int, seed: i
             file.flush()
             done += len(batch)
             bar.update(len(batch))
+    return _told(made, done, output, beside)
+
+
+def _told(made: dict, done: int, output: Path, beside: Path) -> dict:
     errors.print(f"{output}: {done} questions", highlight=False, soft_wrap=True)
     return {"made_with": made, "questions": done, "files": [output, beside]}
 
 
-def _made(left: Path | None, seed: int | None, asked: dict) -> dict:
+def _hash(team: Path) -> str:
+    """Of what a team's directory answers with: agents, adapters, maps to other models, tokenizer and chat template."""
+    from diffmas.agents.file import AGENTS_FILE, CONFIG_FILE, adapter_directory, read_agents
+
+    places = {team, *(adapter_directory(team, name) for name in read_agents(team)["adapters"])}
+    places |= {file.parent for file in (team / "others").rglob("*")}
+    found = hashlib.sha256()
+    for file in sorted(file for place in places for file in place.glob("*")):
+        if file.suffix == ".safetensors" or file.name in (AGENTS_FILE, CONFIG_FILE) or file.name.startswith(TEXT):
+            found.update(f"{file.relative_to(team).as_posix()} {file.stat().st_size}\n".encode())
+            with file.open("rb") as content:
+                while block := content.read(1 << 20):
+                    found.update(block)
+    return found.hexdigest()
+
+
+def _made(left: Path | None, seed: int | None, asked: dict, all_done: bool) -> dict:
     """What answers are made with, by the file that is left of earlier ones, if any, and now. A seed that nobody gives is the
-    earlier one, or drawn. Raises ValueError where the earlier ones were asked for otherwise."""
+    earlier one, or drawn. Raises ValueError where the earlier ones were asked for otherwise, or nothing says how."""
     from diffmas.agents.file import read_json
     from diffmas.cli.made_with import made_with
 
-    earlier = read_json(left) if left is not None and left.exists() else {}
+    if left is not None and not left.exists():
+        raise ValueError(f"{left}: expected what the earlier answers were made with, found none; choose another --output")
+    earlier = read_json(left) if left is not None else {}
     asked = {**asked, "seed": earlier.get("seed", secrets.randbits(30)) if seed is None else seed}
     for name, value in asked.items():
-        if earlier and earlier[name] != value:
-            raise ValueError(f"{left}: expected answers of {name} {value!r}, found {earlier[name]!r}; choose another --output")
+        if left is not None and (found := earlier.get(name)) != value:
+            raise ValueError(f"{left}: expected answers of {name} {value!r}, found {found!r}; choose another --output")
     made = earlier.get("made_with", [])
-    return {**asked, "made_with": made if made_with() in made else [*made, made_with()]}
+    return {**asked, "made_with": made if all_done or made_with() in made else [*made, made_with()]}
 
 
 def _answered(output: Path, rows: list[dict]) -> int:

@@ -80,8 +80,9 @@ class TeamChat(OpenAIServingChat):
             return answer
         more = {"agents": [asdict(agent) for agent in agents]} if question.settings.agent_output else {}
         if request.stream:
-            return self._events(first, answer, deadline, _steps(question), more)
-        answer.usage.latent_steps = _steps(question)
+            return self._events(first, answer, deadline, _counts(question), more)
+        for name, count in _counts(question).items():
+            setattr(answer.usage, name, count)
         for name, value in more.items():
             setattr(answer, name, value)
         return answer
@@ -114,11 +115,11 @@ class TeamChat(OpenAIServingChat):
 
     # ---- beyond OpenAI's ---------------------------------------------------------------------------------------------
 
-    async def _events(self, event: str, events, deadline: float, steps: int, more: dict) -> AsyncIterator[str]:
+    async def _events(self, event: str, events, deadline: float, counts: dict, more: dict) -> AsyncIterator[str]:
         """The events of a stream from its first one on, until time is up."""
         try:
             while event is not None:
-                yield _with_counts(event, steps, more)
+                yield _with_counts(event, counts, more)
                 async with asyncio.timeout(deadline - time.monotonic()):
                     event = await anext(events, None)
         except TimeoutError:
@@ -147,8 +148,9 @@ class TeamChat(OpenAIServingChat):
         return text
 
 
-def _steps(question: Question) -> int:
-    return sum(turn.steps for turn in question.turns)
+def _counts(question: Question) -> dict[str, int]:
+    """What vLLM does not count. Teams whose agents write messages are refused."""
+    return {"latent_steps": sum(turn.steps for turn in question.turns), "message_tokens": 0}
 
 
 async def _without_stand_ins(results, question: Question):
@@ -162,12 +164,12 @@ async def _without_stand_ins(results, question: Question):
         await results.aclose()
 
 
-def _with_counts(event: str, steps: int, more: dict) -> str:
+def _with_counts(event: str, counts: dict, more: dict) -> str:
     """The last event with data of a stream, if counts are asked for, with those that vLLM does not know."""
     if '"usage":{' not in event:
         return event
     data = json.loads(event.removeprefix("data: "))
     if data["choices"]:
         return event
-    data["usage"]["latent_steps"] = steps
+    data["usage"] |= counts
     return f"data: {json.dumps(data | more, ensure_ascii=False)}\n\n"

@@ -42,7 +42,7 @@ class Endpoint:
         if (served := getattr(app.state.args, KEY, None)) is None:
             return
         app.exception_handler(Refused)(refused)
-        app.include_router(models_router(list(served.teams.teams.values())))
+        app.router.routes[:0] = models_router(list(served.teams.teams.values())).routes  # before vLLM's own list of models
         app.add_middleware(Gate, limits=served.limits, token=served.token)
         if not served.token:  # no web page reaches it by a name of its own
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))

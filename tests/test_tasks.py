@@ -293,7 +293,7 @@ def test_where_the_references_are_narrower():
     [
         ("The answer is a fridge.", "B"), ("Answer: a fridge", "B"), ("Answer: A fridge.", "B"), ("ANSWER IS a fridge", "B"),
         ("The answer is a wooden spoon because a stove is hot.", "C"), ("The answer is A wooden spoon", "C"),
-        ("The answer is the fridge, since a stove heats.", "B"), ("The answer is (B). No, the answer is a stove", "A"),
+        ("The answer is the fridge, since a stove heats.", "B"), ("The answer is (B). No, the answer is a stove", "B"),
         ("The answer is B. Wait, the answer is a stove.", "A"), ("The answer is b", "B"), ("The answer is b.", "B"),
         ("The answer is b)", "B"), ("answer: **b**: it cools", "B"), ("Answer: b\n\nA stove is hot.", "B"),
         ("The answer is A because a fridge cools.", "A"), ("The answer is B fridge", "B"), ("The answer is D toast", "D"),
@@ -302,10 +302,29 @@ def test_where_the_references_are_narrower():
         ("The answer is C, the vitamin", "C"), ("The answer is fridges", None), ("Answer is 'B', not A", "B"),
         ("Among (A), (B), (C) and (D), the answer is B.", "B"), ("The answer is (B), since (A) a stove is hot.", "B"),
         ("The answer is [B].", "B"), ("Choice B.", "B"), ("(A) is hot, so it is (B)", "B"),
+        ("The answer is B because (A) is hot.", "B"),
     ],
 )  # fmt: skip
 def test_an_article_is_no_option(text, found):
     assert final.letter(text, {"choices": ["a stove", "fridge", "wooden spoon", "C"]}) == found
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("Answer: A careful look shows that it is (C).", "C"), ("The answer: I believe it is (C).", "C"),
+        ("Final Answer: The final answer is I hope it is correct: (B)", "B"),
+        ("Suppose the answer is A. That contradicts the text. Therefore (B).", "B"),
+        ("If the answer is (A), heat is lost, so (C).", "C"), ("The answer is (A), no, wait, (C)", "C"),
+        ("Final answer: A and B are both wrong, so (C)", "C"), ("The answer is B.** It is not. (C)", "C"),
+        ("The correct answer is B. Wait, no, it must be (C).", "C"), ("Answer: B\nNo: (C)", "C"),
+        ("Which choice is a stove? Not that one. (D)", "D"), ("The answer is (B).", "B"),
+        ("The answer is (B) and (A) is wrong.", "B"), ("If (A), it burns. The answer is B, not (A).", "B"),
+    ],
+)  # fmt: skip
+def test_the_last_letter_in_brackets_counts_unless_the_verdict_is_in_its_sentence(text, found):
+    choices = ["a stove", "fridge", "wooden spoon", "toast", "pan", "pot", "cup", "jar", "lid", "fork"]
+    assert [final.letter(text, {"choices": some}) for some in (choices, choices[:4])] == [found, found]
 
 
 def test_votes_are_counted_by_meaning(programs):
@@ -345,6 +364,15 @@ def test_programs_in_fences(text):
     assert space["root"](9) == 3
 
 
+@pytest.mark.parametrize("dashes", [3000, 6000])
+def test_what_is_nested_too_deeply_is_no_program(dashes):
+    """Python's parser ends in a RecursionError or a MemoryError."""
+    deep, row = "x = " + "-" * dashes + "1", task("humaneval").row(HUMANEVAL)
+    assert deep in final.code(f"```\n{deep}\n```\nDone.", row) and deep in final.code(deep, {})
+    assert final.code(f"```\n{deep}\n```\n```python\n{HUMANEVAL['prompt']}    return 3\n```", row).endswith("return 3")
+    assert final.same_code(deep, deep + "\n") and not final.same_code(deep, "x = 1")
+
+
 def test_a_function_that_asks_for_the_row_gets_it():
     rows = [{"question": "a", "answer": "x", "limit": 3}, {"question": "b", "answer": "x", "limit": 1}]
     scorer = Scorer(lambda text: text, lambda given, gold, row: len(given) <= row["limit"])
@@ -358,12 +386,25 @@ def test_a_factorial_is_not_its_number():
     pytest.importorskip("math_verify")
     judge = Scorer("boxed", "math").correct
     assert not judge("\\boxed{7!}", "7") and judge("\\boxed{7!}", "5040") and judge("\\boxed{7}!", "7")
+    judge = Scorer(match="math").correct
+    for given, gold in (("7", "7!"), (".5", "5"), ("7!.", "7"), ("$7!$.", "7"), ("**7!**", "7"), ("n!", "n"), ("7", "7!.")):
+        assert not judge(given, gold), (given, gold)
+    for given, gold in (("7!.", "7!"), ("**7!**", "$7!$"), ("5040", "7!"), ("2!", "2"), ("Even!", "even"), ("even", "Even!")):
+        assert judge(given, gold), (given, gold)
 
 
 def test_numbers_in_texts():
     assert last_number("he owes -$1,234.50.") == "-1234.50" and last_number("about .5") == ".5" and last_number("no") is None
     assert last_number("\N{MINUS SIGN}7 degrees") == "-7" and last_number("$5/2.") == "5/2" and last_number("-1/2 of 3") == "3"
     assert last_number("on 5/18/2024") == "2024" and last_number("18/1.5") == "1.5" and last_number("90/5 = 18") == "18"
+    assert last_number("1,000/2,000") == "1000/2000" and last_number("$1,000/2,000, or so") == "1000/2000"
+    assert last_number("1/2,3") == "3" and last_number("(1/2,3/4)") == "3/4" and last_number("24/7") == "24/7"
+
+
+def test_a_mixed_number_is_not_its_fraction():
+    """2 3/4 cups are 2.75. lm-eval takes the last number and calls it wrong, a stored verdict; so do we, and it is no 0.75."""
+    assert last_number("He needs 2 3/4 cups.") == "4" and last_number("in 2024 11/12 of it") == "12"
+    assert last_number("18, 1/2") == last_number("18\n1/2") == last_number("18: 1/2") == "1/2"
 
 
 @pytest.mark.parametrize("samples, right", [(1, 0), (1, 1), (5, 2), (10, 3), (10, 10), (20, 19)])
@@ -541,5 +582,5 @@ def test_tasks_lists_them():
     assert all(any(line.startswith(f"{name} ") for line in lines) for name in TASKS) and "gated" in output  # names are whole
     assert max(map(len, lines)) <= 80 and "CC-BY-SA-4.0" in output
     assert "openai/gsm8k, main, test" in output and "tau/commonsense_qa, validation" in output
-    rows = json.loads(call("tasks", "--json").output)["tasks"]
+    rows = json.loads(call("tasks", "--json").stdout)["tasks"]
     assert {"name": "arc_easy", "config": "ARC-Easy", "split": "test"}.items() <= rows[[*TASKS].index("arc_easy")].items()

@@ -20,15 +20,24 @@ __all__ = [
 ]  # fmt: skip
 
 Z95 = statistics.NormalDist().inv_cdf(0.975)
+AROUND = " .,:;?\"'`*$"  # an answer, with "!" where that is no factorial
 
 
 # ---- final answers ---------------------------------------------------------------------------------------------------
 
 
 def normalise(text: str) -> str:
-    """A text in the form that is compared: NFKC, lower case, single spaces, no punctuation, quotes or $ around it."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(text.split()).strip(" .,:;!?\"'`*$")
+    """A text in the form that is compared: NFKC, lower case, single spaces, no punctuation, quotes or $ around it; the point of
+    .5 is none."""
+    text = _folded(text).rstrip(AROUND + "!")
+    bare = text.lstrip(AROUND + "!")
+    before = text[: len(text) - len(bare)]
+    point = bare[:1].isdigit() and before.endswith(".") and not before.endswith("..")
+    return "." + bare if point else bare
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def boxed(text: str) -> str | None:
@@ -53,7 +62,9 @@ def last_number(text: str) -> str | None:
     ('-1234.50', '1/2')
     """
     # A fraction is one number, a date is none: 5/18/2024.
-    pattern = r"-?\$?(?:(?<![\d/])\d[\d,]*/\d+(?!\d|[./]\d)|\d[\d,]*(?:\.\d+)?|\.\d+)"
+    # Of a mixed number, 2 3/4, the last one counts, as for lm-eval: not 3/4.
+    whole = r"\d+(?:,\d{3})*"
+    pattern = rf"-?\$?(?:(?<![\d/])(?<!\d ){whole}/{whole}(?!\d|[./]\d)|\d[\d,]*(?:\.\d+)?|\.\d+)"
     found = re.findall(pattern, text.replace("\N{MINUS SIGN}", "-"))
     return re.sub("[,$]", "", found[-1]) if found else None
 
@@ -91,8 +102,16 @@ def _contains(given: str, gold: str) -> bool:
 
 
 def _math(given: str, gold: str) -> bool:
-    same = _exact(given, gold) and not given.rstrip(" $").endswith("!")  # 7! is not 7
-    return same or mathematics.equal(given, gold)
+    if not _exact(given, gold):
+        return mathematics.equal(given, gold)
+    # 7! is not 7, but 2! is 2.
+    return _factorial(given) == _factorial(gold) or mathematics.equal(given.strip(AROUND), gold.strip(AROUND))
+
+
+def _factorial(text: str) -> str:
+    """The exclamation marks of a factorial at the end of an answer: of 7! or n!, not of "Even!"."""
+    marks = re.search(r"(?:[\d)}]|\b[a-z])(!+)$", _folded(text).strip(AROUND))
+    return marks[1] if marks else ""
 
 
 MATCHERS: dict[str, Callable[[str, str], bool]] = {"exact": _exact, "contains": _contains, "math": _math}

@@ -6,8 +6,8 @@ deleted adapters' weights until the next look. The op rounds where the layer
 does. What is not of the common kind, hooked, adapted otherwise than with plain LoRA, or replaced runs as it is.
 """
 
-from collections.abc import Callable
-from operator import attrgetter, is_
+from collections.abc import Callable, Iterator
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -23,12 +23,20 @@ from diffmas.trace.forward_pass import ForwardPass
 __all__ = ["few_rows"]
 
 # What of a module, beside its class and its parameters, says how it computes; looked up by name, since others may stand there.
-EVERY = ("forward", "_forward_hooks", "_forward_pre_hooks", "_modules")
+EVERY = ("forward", "_forward_hooks", "_forward_pre_hooks")
 SOME = (
     "variance_epsilon", "scaling", "diffmas_layer", "_active_adapter", "_disable_adapters", "cast_input_dtype_enabled",
     "merged_adapters", "use_dora", "lora_variant",
 )  # fmt: skip
 DROPOUT = ("p", "training")
+UNREAD = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")  # of LoRA's layer of a linear
+
+
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    for name, child in module._modules.items():
+        if child is not None and name not in UNREAD:
+            yield from _inside(child)
 
 
 class Witness:
@@ -36,27 +44,28 @@ class Witness:
     are; their numbers may change."""
 
     def __init__(self, modules: list[nn.Module]):
-        modules = [x for module in modules for x in module.modules()]
+        modules = [x for module in modules for x in _inside(module)]
         self._modules, self._types = modules, list(map(type, modules))
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = [x.forward for x in self._classes]
-        self._watched = [(vars(m), name) for m in modules for name in EVERY]
+        self._watched = [(vars(m), name) for m in modules if type(m) is not nn.ModuleDict for name in EVERY]
+        self._watched += [(vars(m), "_modules") for m in modules if m._modules]
         self._watched += [(vars(m), name) for m in modules for name in SOME if name in vars(m)]
         self._watched += [(vars(m), name) for m in modules if type(m) is nn.Dropout for name in DROPOUT]
         self._values = [x.copy() if isinstance(x, (dict, list)) else x for x in self._looked_up()]
         self._places = [(m._parameters, name) for m in modules for name in m._parameters]
-        self._tensors = self._parameters()
-        self._memory = self._places_in_memory()
+        self._parameters = self._those_there()
+        self._tensors = [x for x in self._parameters if x is not None]
+        self._memory = self._in_memory()
 
     def _looked_up(self) -> list:
         return [own.get(name) for own, name in self._watched]
 
-    def _parameters(self) -> list:
+    def _those_there(self) -> list:
         return [own.get(name) for own, name in self._places]
 
-    def _places_in_memory(self) -> list:
-        there = [x for x in self._tensors if x is not None]
-        return [*map(Tensor.data_ptr, there), *map(Tensor.stride, there), *map(attrgetter("shape", "dtype"), there)]
+    def _in_memory(self) -> list:
+        return [*map(Tensor.data_ptr, self._tensors), *map(Tensor.is_contiguous, self._tensors)]
 
     def holds(self) -> bool:
         """Whether all is still so. Loops in C, as far as there are some (docs/log.md has what it takes)."""
@@ -64,8 +73,8 @@ class Witness:
             list(map(type, self._modules)) == self._types
             and self._looked_up() == self._values
             and [x.forward for x in self._classes] == self._forwards
-            and all(map(is_, self._parameters(), self._tensors))
-            and self._places_in_memory() == self._memory
+            and all(map(is_, self._those_there(), self._parameters))
+            and self._in_memory() == self._memory
         )
 
 

@@ -91,7 +91,7 @@ def patch_model(
     as no GPU has shown the gradients to be right. fuse: whether, in forwards over a trace on a CPU, a frozen
     linear and its plain LoRA adapter are one op, and the adapter's gradients of a run of latent steps one product, and whether,
     without gradients, the layers of a Llama-like body are one op for up to 32 tokens; the weights' memory is then in huge
-    pages, where the system gathers them (Linux 6.1), at the same addresses, and a process that was forked has it for itself; what
+    pages, where the system gathers them (Linux 6.1), at the same addresses, and a forked process has it for itself; what
     is adapted in another way, or is on a GPU, is PEFT's own. Adapters that are added later are fused once it is patched again.
     offload: "cpu" keeps the rows of all new traces of this model on the host (`Trace`); no step is captured then.
 

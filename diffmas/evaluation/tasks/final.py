@@ -13,6 +13,7 @@ __all__ = ["LETTERS", "boxed_or_mathematics", "boxed_or_number", "code", "letter
 
 LETTERS = "ABCDEFGHIJ"
 MOST_FENCES = 20  # that are tried as a block's end
+NO_PROGRAM = (SyntaxError, ValueError, RecursionError, MemoryError)  # the last two: nested too deeply for the parser
 
 
 # ---- mathematics -----------------------------------------------------------------------------------------------------
@@ -51,8 +52,8 @@ def _named(text: str, choices: list[str]) -> str | None:
 def letter(text: str, row: dict) -> str | None:
     """The letter of the option that a text ends with, None if it names none. row: with the texts of the options, "choices".
 
-    In this order, the last one of each: a box; "answer is B", or "answer is" and an option's own text; (B); an option's own
-    text anywhere; "option B" or ": B"; a letter alone.
+    In this order, the last one of each: a box; (B), unless "answer is B" outweighs it (`_outweighing`); "answer is B", or
+    "answer is" and an option's own text; an option's own text anywhere; "option B" or ": B"; a letter alone.
 
     >>> letter("(A) is too hot, so the answer is (B).", {"choices": ["a stove", "a fridge"]})
     'B'
@@ -63,11 +64,12 @@ def letter(text: str, row: dict) -> str | None:
     if final is not None and (found := _named(final, choices)):
         return found
     answers = re.finditer(r"(?:answer|choice)(?: is|:)\s*(?:option\s+)?[*\s(\['\"]*", text, re.IGNORECASE)
-    for match in reversed(list(answers)):
-        if found := _first(text[match.end() :], choices):
-            return found
+    tails = [text[match.end() :] for match in reversed(list(answers))]
     if matches := re.findall(rf"\(([{valid}])\)", text):
-        return matches[-1]
+        return _outweighing(tails, valid) or matches[-1]
+    for tail in tails:
+        if found := _first(tail, choices):
+            return found
     if found := _last_option(text, choices):
         return found
     if matches := re.findall(rf"(?:[Oo]ption|[Cc]hoice|:)\s*\**([{valid}])\b(?!['’])", text):
@@ -76,13 +78,36 @@ def letter(text: str, row: dict) -> str | None:
     return next((found for line in (lines[-1:] + lines[:1]) if (found := _named(line, choices))), None)
 
 
+def _outweighing(tails: list[str], valid: str) -> str | None:
+    """The letter of a verdict, "answer is B", that counts more than the last (A) of a text; None if there is none.
+
+    lm-eval takes the last (A). But "the answer is (B), since (A) is hot" is B, and so is "of (A) and (B), the answer is B". A
+    sentence may still turn, "if the answer is (B), it burns, so (A)", and a later one may take it back.
+
+    tails: what follows "answer is", the last one first.
+    """
+    for tail in tails:
+        if found := _marked(tail, valid):
+            later = list(re.finditer(rf"\([{valid}]\)", tail))
+            between = tail[: later[-1].start()] if later else ""
+            turn = r"[.!?]\W*\s|\n|\b(?:so|thus|hence|therefore|then|no|wait)\b"
+            return None if re.search(turn, between, re.IGNORECASE) else found
+    return None
+
+
+def _marked(text: str, valid: str) -> str | None:
+    """The letter that a text begins with, if it is no word of a sentence: "A fridge", "I believe"."""
+    # A small letter may be an article: it counts only with a mark after it, or at the end of a line.
+    capital = rf"[{valid}]\b(?!['’]\w|[ \t]+(?!because|since)\w)"
+    marked = re.match(rf"{capital}|[{valid.lower()}](?=\**(?:[).:]|\s*$))", text, re.MULTILINE)
+    return marked[0].upper() if marked else None
+
+
 def _first(text: str, choices: list[str]) -> str | None:
     """The letter of the option that a text begins with, by its letter or its text; "A fridge" is a fridge, not option A."""
     valid = LETTERS[: len(choices)]
-    # A small letter may be an article: it counts only with a mark after it, or at the end of a line.
-    marked = re.match(rf"[{valid}]\b(?!['’]\w|[ \t]+\w)|[{valid.lower()}](?=\**(?:[).:]|\s*$))", text, re.MULTILINE)
-    if marked:
-        return marked[0].upper()
+    if marked := _marked(text, valid):
+        return marked
     lettered = re.match(rf"([{valid}])[ \t]+(?=\w)", text)
     tails = [text, text[lettered.end() :]] if lettered else [text]
     return next((found for tail in tails if (found := _first_option(tail, choices))), lettered and lettered[1])
@@ -116,7 +141,7 @@ def same_letter(given: str, gold: str) -> bool:
 def _parses(source: str) -> bool:
     try:
         ast.parse(source)
-    except (SyntaxError, ValueError):
+    except NO_PROGRAM:
         return False
     return True
 
@@ -142,7 +167,7 @@ def _definitions(source: str) -> str:
     kept = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
     try:
         return ast.unparse(ast.Module([node for node in ast.parse(source).body if isinstance(node, kept)], []))
-    except (SyntaxError, ValueError, RecursionError):
+    except NO_PROGRAM:
         return source
 
 
@@ -193,5 +218,5 @@ def same_code(given: str, other: str) -> bool:
     """Two programs are one vote if they are the same but for layout and comments."""
     try:
         return ast.dump(ast.parse(given)) == ast.dump(ast.parse(other))
-    except (SyntaxError, ValueError, RecursionError):
+    except NO_PROGRAM:
         return given.strip() == other.strip()

@@ -542,7 +542,7 @@ def test_a_selection_is_saved_and_loaded(tmp_path):
         ("latent", "expected a dict with some of .*'every'.* or None, got 'latent'"),
         ({}, "expected some of .*'every'.*, got none of them"),
         ({"last": 2}, "expected some of .*'rows'.*, got 'last'"),
-        ({"kind": "text"}, r"kind: expected one of \('prompt', 'latent'\) or None, got 'text'"),
+        ({"kind": "image"}, r"kind: expected one of \('prompt', 'latent', 'text'\) or None, got 'image'"),
         ({"rows": 0}, "rows: expected an integer >= 1 or None, got 0"),
         ({"rows": True}, "rows: expected an integer >= 1 or None, got True"),
         ({"every": 1.5}, "every: expected an integer >= 1 or None, got 1.5"),

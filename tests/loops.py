@@ -6,9 +6,12 @@ answer's tokens so far, [1 + len(ids), V].
 
 import torch
 import torch.nn.functional as F
+from models import assert_close, gradients
 from systems import ANSWERS, QUESTIONS
 
-__all__ = ["check_greedy_tokens", "loop_loss"]
+__all__ = ["TIGHT", "check_greedy_tokens", "check_loss", "loop_loss"]
+
+TIGHT = 1e-9  # everything is float64
 
 
 def loop_loss(s, loop, questions=QUESTIONS, answers=ANSWERS):
@@ -18,6 +21,18 @@ def loop_loss(s, loop, questions=QUESTIONS, answers=ANSWERS):
         total = total + F.cross_entropy(loop(s, question).logits(ids)[:-1], torch.tensor(ids), reduction="sum")
         count += len(ids)
     return total / count
+
+
+def check_loss(s, loop):
+    """The loss of a batch and all gradients are the loop's. -> output and gradients"""
+    out = s(QUESTIONS, ANSWERS)
+    out.loss.backward()
+    got = gradients(s)
+    want = loop_loss(s, loop)
+    want.backward()
+    assert_close(out.loss, want, TIGHT)
+    assert_close(got, gradients(s), TIGHT)
+    return out, got
 
 
 def check_greedy_tokens(s, loop):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loops import check_greedy_tokens, loop_loss
+from loops import TIGHT, check_greedy_tokens, check_loss
 from models import assert_close, body, gradients, tiny, with_lora
 from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer, unrolled_loss
 from transformers import DynamicCache
@@ -20,9 +20,6 @@ from diffmas.evaluation.plain_hf import plain_loss
 from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_of
 from diffmas.trace.cache import cache_argument
-
-TIGHT = 1e-9  # everything is float64
-
 
 PROMPTS = {"a": "w5 {question} w6", "b": "w7 w8 {question}", "c": "{question} w4"}
 
@@ -181,13 +178,7 @@ class Loop:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_and_gradients_equal_the_loop(shape, options):
     s = exact(system(agents=SHAPES[shape], **options))
-    out = s(QUESTIONS, ANSWERS)
-    out.loss.backward()
-    got = gradients(s)
-    want = loop_loss(s, Loop)
-    want.backward()
-    assert_close(out.loss, want, TIGHT)
-    assert_close(got, gradients(s), TIGHT)
+    check_loss(s, Loop)
 
 
 @pytest.mark.parametrize("shape", ["parallel", "tree"])

@@ -38,15 +38,9 @@ from diffmas.evaluation import (
     write_csv,
     write_entropy,
 )  # fmt: skip
-from diffmas.evaluation.metrics import (
-    agreements,
-    boxed,
-    difference_of_means,
-    difference_of_rates,
-    last_number,
-    normalise,
-)
+from diffmas.evaluation.metrics import agreements, difference_of_means, difference_of_rates
 from diffmas.evaluation.picture import drawn
+from diffmas.evaluation.scorer import boxed, last_number, normalise
 
 QUESTIONS = [r["question"] for r in tiny.rows(4)]
 ANSWERS = [r["answer"] for r in tiny.rows(4)]
@@ -84,7 +78,7 @@ def test_mathematics_is_compared_as_mathematics():
 
 
 def test_without_math_verify_the_error_says_so(monkeypatch):
-    monkeypatch.setattr("diffmas.evaluation.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("diffmas.evaluation.scorer.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'math' needs the package math-verify"):
         Scorer(match="math")
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from diffmas import MultiAgentSystem
 from diffmas.cli import main as cli
 from diffmas.evaluation import Scorer, evaluate, sandbox
-from diffmas.evaluation.metrics import last_number, pass_at_k
+from diffmas.evaluation.metrics import pass_at_k
+from diffmas.evaluation.scorer import last_number
 from diffmas.evaluation.tasks import TASKS, Task, final, task
 from diffmas.training.data import Collator, check_row
 

@@ -1,6 +1,7 @@
 """Evaluation: tasks as rows of questions and answers, baselines side by side, metrics. See `diffmas.evaluation.run`."""
 
-from diffmas.evaluation.audit import Condition, audit, audit_rows, audit_table, communicates, plot_audit, write_audit
+from diffmas.evaluation.audit import Condition, audit, communicates
+from diffmas.evaluation.audit_tables import audit_rows, audit_table, plot_audit, write_audit
 from diffmas.evaluation.baselines import (
     Answers,
     Latent,
@@ -12,7 +13,7 @@ from diffmas.evaluation.baselines import (
     stitch,
 )
 from diffmas.evaluation.c2c import C2C, c2c, load_c2c
-from diffmas.evaluation.metrics import Scorer, perplexity, wilson
+from diffmas.evaluation.metrics import perplexity, wilson
 from diffmas.evaluation.picture import plot
 from diffmas.evaluation.run import (
     MethodsFailed,
@@ -23,6 +24,7 @@ from diffmas.evaluation.run import (
     write_csv,
     write_entropy,
 )
+from diffmas.evaluation.scorer import Scorer
 from diffmas.evaluation.text_sft import Writers, right_turns
 
 __all__ = [

@@ -14,7 +14,8 @@ from rich.table import Table
 from diffmas.agents.meter import PHASES
 from diffmas.evaluation.baselines import Answers, Method
 from diffmas.evaluation.files import room_for, write_rows
-from diffmas.evaluation.metrics import Difference, Scorer, agreements, difference_of_rates, pass_at_k, perplexity, wilson
+from diffmas.evaluation.metrics import Difference, agreements, difference_of_rates, pass_at_k, perplexity, wilson
+from diffmas.evaluation.scorer import Scorer
 from diffmas.trace.views import Size
 from diffmas.training.data import question_and_answer
 

@@ -12,7 +12,7 @@ rows as plain supervised fine-tuning, and the team answers with it as before:
 
 from diffmas.agents.system import Agent, MultiAgentSystem
 from diffmas.evaluation.baselines import TextAgents
-from diffmas.evaluation.metrics import Scorer
+from diffmas.evaluation.scorer import Scorer
 from diffmas.training.data import question_and_answer
 
 __all__ = ["WRITER", "Writers", "right_turns"]

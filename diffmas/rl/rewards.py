@@ -1,6 +1,6 @@
 """Rewards in the form of TRL's reward functions."""
 
-from diffmas.evaluation.metrics import Scorer
+from diffmas.evaluation.scorer import Scorer
 
 __all__ = ["scored"]
 

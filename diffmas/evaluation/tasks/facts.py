@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from diffmas.agents.agent import Agent
-from diffmas.evaluation.metrics import Scorer
+from diffmas.evaluation.scorer import Scorer
 
 __all__ = [
     "ALL_FACTS_PROMPT", "FACTS", "FACTS_PER_READER", "NAMES", "NOTES_PROMPT", "PLACES", "READERS", "READER_PROMPT",

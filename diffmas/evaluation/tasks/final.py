@@ -7,7 +7,7 @@ import textwrap
 
 from diffmas.evaluation import sandbox
 from diffmas.evaluation.mathematics import last_expression
-from diffmas.evaluation.metrics import boxed, last_number, normalise
+from diffmas.evaluation.scorer import boxed, last_number, normalise
 
 __all__ = ["LETTERS", "boxed_or_mathematics", "boxed_or_number", "code", "letter", "passes", "same_code", "same_letter"]
 

@@ -9,7 +9,7 @@ import hashlib
 import random
 import re
 
-from diffmas.evaluation.metrics import boxed
+from diffmas.evaluation.scorer import boxed
 from diffmas.evaluation.tasks.final import LETTERS
 
 __all__ = ["FieldMissing", "choice", "code", "gpqa", "gsm8k", "mathematics", "problem"]

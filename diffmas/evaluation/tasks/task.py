@@ -6,7 +6,7 @@ from itertools import islice
 
 from diffmas.agents.agent import Agent
 from diffmas.evaluation import sandbox
-from diffmas.evaluation.metrics import Scorer
+from diffmas.evaluation.scorer import Scorer
 from diffmas.evaluation.tasks import final, prompts
 from diffmas.evaluation.tasks.forms import FieldMissing
 from diffmas.evaluation.tasks.source import from_file, from_hub

@@ -184,7 +184,8 @@ def test_a_wrong_config_is_told_before_a_model_is_loaded(config, monkeypatch, ch
 
 def test_commands_give_no_warnings(config, tmp_path):
     """In a process of its own: pytest has filters for warnings."""
-    path = config()
+    training = {"max_steps": 2, "save_strategy": "no", "report_to": []}  # use_cpu would turn some of them off
+    path = config(training=training)
     for arguments in (
         ("train", str(path)), ("generate", "--adapter", "run", "--question", "where is the key", "--max-new-tokens", "2"),
         ("evaluate", str(path), "--adapter", "run", "--limit", "1"),

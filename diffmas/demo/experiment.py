@@ -85,7 +85,7 @@ def train(system: MultiAgentSystem, output: Path, seed: int, **overrides) -> flo
     rows = facts.make_rows(options["max_steps"] * options["per_device_train_batch_size"], seed + 100)  # each is used once
     arguments = TrainingArguments(
         output_dir=str(output / "training"), report_to=[], save_strategy="no", seed=seed,
-        disable_tqdm=False, dataloader_pin_memory=False, **options,
+        disable_tqdm=False, **options,
     )  # fmt: skip
     start = time.perf_counter()
     Trainer(system, arguments, train_dataset=rows).train()

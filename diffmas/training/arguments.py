@@ -85,6 +85,7 @@ def adopted(args: TrainingArguments, unused_parameters: bool) -> TrainingArgumen
     args.accelerator_config = copy.copy(args.accelerator_config)
     args.accelerator_config.dispatch_batches = False  # an IterableDataset's batches would be sent from the first process
     args.remove_unused_columns = False  # it would remove every column that is no parameter of forward
+    args.dataloader_pin_memory &= args.device.type != "cpu"  # torch warns of it at each epoch and evaluation
     args.logging_nan_inf_filter = False  # it hides losses that must stop training, and waits for the device each step
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = unused_parameters

@@ -2,7 +2,7 @@
 
 import csv
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def stamp(machine: Machine) -> dict:
     out = {"device": facts["device"], "machine": facts["name"]}
     out |= {name: facts[name] for name in ("threads", "cache_bytes", *MACHINE)}
     out |= {"torch": torch.__version__, "transformers": version("transformers"), "diffmas": version("diffmas")}
-    return out | {"commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    return out | {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 class Store:

@@ -3,6 +3,7 @@ and no warnings."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -171,15 +172,51 @@ def test_other_interrupted_commands_say_what_is_left(config, tmp_path, monkeypat
         ({"agents": [{**AGENTS[0], "prompt": "{nothing}"}, AGENTS[2]]}, "nothing"),
         ({"evaluation": {"methods": ["text_sft"], "data": "rows.jsonl"}}, "'text_sft' needs --text-sft DIR"),
         ({"training": {"max_step": 3}}, "'max_steps', or another of"),
+        ({"generation": {"temperature": -1}}, "generation.temperature: expected 0 or more"),
+        ({"lora": {"r": 0}}, "lora.r: expected at least 1, got 0"),
+        ({"gradient_report_steps": -3}, "gradient_report_steps: expected 0 or more"),
+        ({"evaluation": {"samples": 0}}, "evaluation.samples: expected at least 1, got 0"),
+        ({"evaluation": {"match": "exat"}}, "evaluation.match: expected one of"),
+        ({"evaluation": {"extract": "boxd"}}, "'boxd'; boxed?"),
     ],
-    ids=["realign", "last_k", "temperature", "names", "reads", "field", "adapter", "misspelt"],
+    ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_a_wrong_config_is_told_before_a_model_is_loaded(config, monkeypatch, changes, says):
     monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     path = config(**changes)
     assert says in call("evaluate", path, "--device", "cpu", code=1).output
-    if "evaluation" not in changes:
+    if "text_sft" not in says:
         assert says in call("train", path, code=1).output
+
+
+@pytest.mark.parametrize(
+    "training, says",
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2, "save_steps": 3}, "save_steps: expected a multiple of eval_steps"),
+        ({"eval_steps": 2, "save_steps": 3}, "save_steps: expected a multiple of"),
+        ({"report_to": "dvclive"}, "training.report_to: expected some of what is installed"),
+        ({"lr_scheduler_type": "foo"}, "training: foo is not a valid SchedulerType"),
+    ],
+)  # fmt: skip
+def test_a_wrong_training_section_is_told_before_a_model_is_loaded(config, monkeypatch, training, says):
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    path = config(training={**training, "use_cpu": True}, data={"train": "rows.jsonl", "validation_fraction": 0.5})
+    assert says in call("train", path, code=1).output
+
+
+def test_a_device_that_is_not_here_is_told_before_a_model_is_loaded(config, monkeypatch):
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    for name in ("foo", "cuda:99"):
+        assert f"--device: expected cpu, cuda or cuda:1, of what is here, got '{name}'" in call(
+            "evaluate", config(), "--device", name, code=1
+        ).output  # fmt: skip
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path):
+    pytest.importorskip("fastapi")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port: expected a free one at 127.0.0.1, got {port}" in call("serve", tmp_path, "--port", port, code=1).output
 
 
 def test_commands_give_no_warnings(config, tmp_path):

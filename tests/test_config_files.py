@@ -30,6 +30,7 @@ def test_a_config_for_a_task_is_one(name, tmp_path):
     assert ("train" in found.splits) == (settings.data.train is None)
     jsonschema.validate(yaml.safe_load(file.read_text()), schema())
     before = file.read_text()
+    assert f"diffmas evaluate {file} --adapter {settings.output_dir}" in before  # from where it was called
     assert f"--output: expected no file, found {file}" in call("init", name, "--output", file, code=1).replace("\n", "")
     assert file.read_text() == before
 
@@ -55,6 +56,12 @@ BASE = {"model": "x", "task": "gsm8k"}
         ({"training": {"learning_rat": 1}}, False),
         ({"training": {"output_dir": "x"}}, False),
         ({"generation": {"stop": "x"}}, False),
+        ({"system": {"realign": "rige"}}, False),
+        ({"dtype": "bf16"}, False),
+        ({"recipe": "papr"}, False),
+        ({"task": "gsm9k"}, False),
+        ({"evaluation": {"methods": ["singel"]}}, False),
+        ({"evaluation": {"match": "exat"}}, False),
     ],
 )
 def test_the_schema_and_the_reader_agree(change, fits, tmp_path):

@@ -21,6 +21,7 @@ from diffmas.evaluation import (
     mathematics,
     metrics,
     sandbox,
+    scorer,
     single_agent,
 )  # fmt: skip
 from diffmas.evaluation.look import look_at
@@ -37,7 +38,7 @@ DOCUMENTED = [
     Agent, MultiAgentSystem, MultiAgentSystem.from_pretrained, MultiAgentSystem.generate, Trace, Trainer,
     diffmas.default_arguments, diffmas.patch_model, diffmas.unpatch_model, generate, diffmas.ops.inject,
     diffmas.ops.cross_attention, diffmas.ops.merge_states, diffmas.ops.reposition, question_and_answer, evaluate, Scorer,
-    metrics.boxed, metrics.last_number, metrics.pass_at_k, metrics.wilson, metrics.agreements, metrics.difference_of_means,
+    scorer.boxed, scorer.last_number, metrics.pass_at_k, metrics.wilson, metrics.agreements, metrics.difference_of_means,
     metrics.difference_of_rates, mathematics.equal, sandbox.run, task, Task.rows, final.letter, audit, Stitched, Writers,
     GradientReport, MultiAgentSystem.gradient_report, layer_groups, Explosion, load_model,
     GRPOTrainer, answer_log_probs, scored, MultiAgentSystem.generate_tokens, Pieces, export, look_at,

@@ -482,6 +482,7 @@ def test_a_slow_client_stops_nobody(server, ask, monkeypatch):
 
 def post(address, body, **headers):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **headers}
     return httpx.post(f"{address}/chat/completions", content=content, headers=headers, timeout=PATIENCE)
 
 
@@ -521,6 +522,17 @@ def test_a_wrong_request_says_what_is_wrong(server, name):
     error = got.json()["error"]
     assert got.status_code == status and says in error["message"], error
     assert (error["code"], error["param"], error["type"]) == (code, param, "invalid_request_error")
+
+
+def test_no_web_page_may_ask(server):
+    """A browser asks first whether a page of another origin may send JSON, and sends other texts without asking."""
+    ask = {"model": "facts", "messages": USER, "max_tokens": 2}
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        got = post(server[0], ask, **{"Content-Type": kind, "Origin": "http://evil.example"})
+        assert got.status_code == 415 and "expected application/json" in got.json()["error"]["message"]
+    allowed = httpx.options(f"{server[0]}/chat/completions", headers={"Origin": "http://evil.example"})
+    assert allowed.status_code == 405 and "access-control-allow-origin" not in allowed.headers
+    assert post(server[0], ask, **{"Content-Type": "application/json; charset=utf-8"}).status_code == 200
 
 
 def test_what_asks_for_nothing_is_taken(server):

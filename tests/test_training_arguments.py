@@ -146,6 +146,13 @@ def test_saving_that_does_not_go_with_evaluation_is_refused_by_the_users_names(o
     assert otherwise.save_strategy == options.get("save_strategy", "steps")
 
 
+def test_steps_without_a_strategy_are_meant(tmp_path):
+    saved = default_arguments(tmp_path, save_steps=2)
+    assert (saved.save_strategy, saved.save_steps, saved.eval_strategy) == ("steps", 2, "no")
+    both = default_arguments(tmp_path, eval_steps=2, save_steps=4)
+    assert (both.save_strategy, both.eval_strategy, both.eval_steps, both.save_steps) == ("steps", "steps", 2, 4)
+
+
 def test_rows_are_sampled_by_a_column_of_lengths(tmp_path):
     import datasets
     import pyarrow

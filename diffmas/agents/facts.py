@@ -7,7 +7,7 @@ from diffmas.agents.file import read_agents, write_json
 
 __all__ = ["add_facts"]
 
-SAME = ("data", "method", "questions", "samples", "seed")
+SAME = ("data", "method", "questions", "samples", "seed", "temperature", "top_p")
 
 
 def add_facts(path, **facts) -> None:
@@ -20,7 +20,7 @@ def add_facts(path, **facts) -> None:
     path = Path(path)
     described, known = read_agents(path), card.read_facts(path)
     if "metrics" in facts:
-        metrics = {tuple(m[key] for key in SAME): m for m in [*known.get("metrics", []), *facts["metrics"]]}
+        metrics = {tuple(m.get(key) for key in SAME): m for m in [*known.get("metrics", []), *facts["metrics"]]}
         facts["metrics"] = list(metrics.values())
     write_json(path / card.FACTS, {**known, **facts})
     card.write(path, described)

@@ -23,7 +23,10 @@ def push_to_hub(directory, repo: str, private: bool = True) -> str:
 
 def check_push(repo: str, base: str | None, others: dict[str, str | None] | None = None) -> None:
     """Raises ValueError for what `push_to_hub` refuses. others: the base models of a team's other models, by their names."""
-    validate_repo_id(repo)
+    try:
+        validate_repo_id(repo)
+    except ValueError as error:
+        raise ValueError(f"repo: expected NAME or OWNER/NAME, of letters, digits, -, _ and ., got {repo!r}") from error
     for where, name in (("base", base), *((f"others, {name!r}: base", given) for name, given in (others or {}).items())):
         if not name or is_here(name):
             raise ValueError(f"{where}: expected a hub name to push to {repo}, since others do not have {name!r}")

@@ -20,13 +20,24 @@ TOLD = ("agents", "trace_content", "sinks", "positions", "no_latents")  # what t
 
 
 def training_arguments(config: Config):
-    """TrainingArguments: a recipe's settings, an evaluation each epoch if there is validation data, then the config's."""
+    """TrainingArguments: a recipe's settings, with validation data an evaluation each epoch, or with each checkpoint, then the
+    config's. Raises ValueError for values that do not fit, and for trackers that are not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
     from diffmas.training import default_arguments
 
     given = training_fields(config.training)
     if config.data.validation or config.data.validation_fraction:
-        given = {"eval_strategy": "epoch", **given}
-    return default_arguments(config.output_dir, config.recipe, **given)
+        steps = given.get("eval_steps", given.get("save_steps"))
+        given = {**({"eval_strategy": "epoch"} if steps is None else {"eval_steps": steps}), **given}
+    try:
+        arguments = default_arguments(config.output_dir, config.recipe, **given)
+    except ValueError as error:
+        raise ValueError(f"training: {error}") from error
+    installed = get_available_reporting_integrations()
+    if missing := [name for name in arguments.report_to if name not in (*installed, "flyte")]:  # which nobody can look for
+        raise ValueError(f"training.report_to: expected some of what is installed, {installed}, got {missing[0]!r}")
+    return arguments
 
 
 def base_model(config: Config, device: str | None = None):

@@ -30,7 +30,9 @@ from diffmas.agents.graph import check_graph
 from diffmas.agents.options import Options
 from diffmas.agents.rounds import unrolled
 from diffmas.cli.methods import METHODS
+from diffmas.evaluation.scorer import check_scoring
 from diffmas.evaluation.tasks import task
+from diffmas.training.settings import RECIPES
 
 __all__ = ["Config", "check_methods", "load", "parsed", "training_fields", "training_kinds"]
 
@@ -180,11 +182,14 @@ class Config:
             raise ValueError(f"system.temperature: expected a positive number, got {self.system.temperature}")
         if self.generation.max_new_tokens is None and published:
             self.generation.max_new_tokens = published.max_new_tokens
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
-        for name, limit in (("data", self.data.limit), ("evaluation", self.evaluation.limit)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name}.limit: expected at least 1, got {limit}")
+        for name, some in (("dtype", DTYPES), ("recipe", tuple(RECIPES))):
+            if getattr(self, name) not in some:
+                raise ValueError(f"{name}: expected one of {some}, got {getattr(self, name)!r}")
+        self._check_numbers()
+        try:
+            check_scoring(self.evaluation.extract, self.evaluation.match)
+        except ValueError as error:
+            raise ValueError(f"evaluation.{error}") from error
         if self.data.validation and self.data.validation_fraction is not None:
             raise ValueError("data.validation_fraction: expected it alone, got it together with data.validation")
         check_methods(self.evaluation.methods)
@@ -192,6 +197,23 @@ class Config:
             raise ValueError(
                 "early_stopping_patience: expected data.validation or data.validation_fraction with it, got neither"
             )
+
+    def _check_numbers(self) -> None:
+        data, evaluation, generation = self.data, self.evaluation, self.generation
+        for name, value in {
+            "data.limit": data.limit, "evaluation.limit": evaluation.limit, "evaluation.samples": evaluation.samples,
+            "evaluation.batch_size": evaluation.batch_size, "evaluation.max_message_tokens": evaluation.max_message_tokens,
+            "generation.max_new_tokens": generation.max_new_tokens, "lora.r": self.lora.r,
+            "early_stopping_patience": self.early_stopping_patience,
+        }.items():  # fmt: skip
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.gradient_report_steps < 0:
+            raise ValueError(f"gradient_report_steps: expected 0 or more, got {self.gradient_report_steps}")
+        if generation.temperature is not None and generation.temperature < 0:
+            raise ValueError(f"generation.temperature: expected 0 or more, got {generation.temperature}")
+        if generation.top_p is not None and not 0 < generation.top_p <= 1:
+            raise ValueError(f"generation.top_p: expected a number in (0, 1], got {generation.top_p}")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

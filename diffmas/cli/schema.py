@@ -1,12 +1,22 @@
 """The JSON schema of config.yaml, from its dataclasses, for editors."""
 
+import inspect
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 
-from diffmas.cli.config import Config, OtherModel, training_kinds
+from diffmas.agents.options import CHOICES
+from diffmas.cli.config import DTYPES, Config, OtherModel, training_kinds
+from diffmas.cli.methods import METHODS
+from diffmas.evaluation.scorer import MATCHERS
+from diffmas.evaluation.tasks import TASKS
+from diffmas.training.settings import RECIPES
 
 __all__ = ["schema"]
+
+# Texts that have to be one of some, by field; "task" and "match" may be none.
+ONE_OF = {**CHOICES, "dtype": DTYPES, "recipe": tuple(RECIPES), "methods": METHODS}
+ONE_OF |= {"task": (*TASKS, None), "match": (*MATCHERS, None)}
 
 NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object", type(None): "null"}
 
@@ -22,8 +32,9 @@ def schema() -> dict:
 def _of(kind) -> dict:
     if is_dataclass(kind):
         kinds = typing.get_type_hints(kind)
-        known = {f.name: _of(kinds[f.name]) for f in fields(kind)}
-        return _object(known, [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING])
+        known = {f.name: _field(f, kinds[f.name]) for f in fields(kind)}
+        required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+        return {"description": inspect.getdoc(kind), **_object(known, required)}
     origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         some = [_of(k) for k in inside]
@@ -32,6 +43,15 @@ def _of(kind) -> dict:
         return {"type": "array", "items": _of(inside[0])}
     # YAML 1.1 reads 5e-5 as a string; what is none of NAMES, as a function, no file can hold.
     return {"type": ["number", "string"]} if origin is float else {"type": NAMES[origin]} if origin in NAMES else {}
+
+
+def _field(field, kind) -> dict:
+    """With what it may be, and what it is where nobody says."""
+    found = _of(kind)
+    if field.name in ONE_OF:
+        some = {"enum": list(ONE_OF[field.name])}
+        found = {**found, "items": some} if found.get("type") == "array" else some
+    return found if field.default is MISSING else {**found, "default": field.default}
 
 
 def _object(properties: dict, required: list[str] = ()) -> dict:

@@ -69,7 +69,8 @@ def explained(command):
     def wrapped(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except (ValueError, OSError, FloatingPointError) as error:  # the last is diffmas.training.NonFiniteLoss
+        # ImportError: what was asked for is not installed. FloatingPointError: diffmas.training.NonFiniteLoss.
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
             errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
@@ -112,10 +113,16 @@ def warn(line: str) -> None:
 
 
 def device_of(name: str | None) -> str:
-    """The device that an option names, or the default one."""
+    """The device that an option names, or the default one. Raises ValueError for one that is not here."""
     import torch
 
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch without CUDA asserts
+        raise ValueError(f"--device: expected cpu, cuda or cuda:1, of what is here, got {name!r} ({error})") from error
+    return name
 
 
 def fields_of(question: str, more: list[str] | None) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Whether an answer is right: where the final answer stands in a text, and whether it means what the gold answer does."""
 
+import difflib
 import inspect
 import re
 import statistics
@@ -9,7 +10,7 @@ from importlib.util import find_spec
 
 from diffmas.evaluation import mathematics
 
-__all__ = ["EXTRACTORS", "MATCHERS", "Scorer", "boxed", "last_number", "normalise"]
+__all__ = ["EXTRACTORS", "MATCHERS", "Scorer", "boxed", "check_scoring", "last_number", "normalise"]
 
 AROUND = " .,:;?\"'`*$"  # an answer, with "!" where that is no factorial
 
@@ -65,6 +66,10 @@ def _extractor(how) -> Callable[[str], str | None]:
         return how
     if how in EXTRACTORS:
         return EXTRACTORS[how]
+    if str(how).isalpha() and (near := difflib.get_close_matches(how, EXTRACTORS, n=1)):
+        raise ValueError(
+            f"extract: expected one of {sorted(EXTRACTORS)}, a regular expression or a function, got {how!r}; {near[0]}?"
+        )
     try:
         pattern = re.compile(how, re.DOTALL)
     except (re.error, TypeError) as error:
@@ -114,6 +119,14 @@ def _with_row(function: Callable) -> Callable:
     return (lambda *args: function(*args[:-1], row=args[-1])) if takes else (lambda *args: function(*args[:-1]))
 
 
+def check_scoring(extract=None, match=None) -> None:
+    """Raises ValueError for what no `Scorer` takes; None: not said."""
+    if extract is not None:
+        _extractor(extract)
+    if match is not None and not callable(match) and match not in MATCHERS:
+        raise ValueError(f"match: expected one of {sorted(MATCHERS)} or a function, got {match!r}")
+
+
 class Scorer:
     """Judges answers against gold answers.
 
@@ -134,8 +147,7 @@ class Scorer:
     """
 
     def __init__(self, extract="all", match="exact", same: Callable[[str, str], bool] | None = None):
-        if not callable(match) and match not in MATCHERS:
-            raise ValueError(f"match: expected one of {sorted(MATCHERS)} or a function, got {match!r}")
+        check_scoring(extract, match)
         if match == "math" and find_spec("math_verify") is None:
             raise ValueError("match: 'math' needs the package math-verify: pip install 'math-verify[antlr4_13_2]'")
         self._extract, self._match = _with_row(_extractor(extract)), _with_row(match if callable(match) else MATCHERS[match])

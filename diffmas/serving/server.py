@@ -62,6 +62,7 @@ def create_app(teams: list[Team], batcher: Batcher, limits: Limits, token: str |
     @app.post("/v1/chat/completions")
     async def completions(request: Request):
         check_token(request, token)
+        check_json(request)
         deadline = time.monotonic() + limits.seconds
         try:
             with anyio.fail_after(limits.seconds):
@@ -106,6 +107,13 @@ def check_token(request: Request, token: str | None) -> None:
     given = request.headers.get("authorization", "").encode("latin-1")
     if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
         raise Refused(401, "expected the server's token as `Authorization: Bearer TOKEN`", "invalid_api_key")
+
+
+def check_json(request: Request) -> None:
+    """Raises Refused for a body that does not say that it is JSON: others a browser sends for any web page, without asking."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refused(415, f"content-type: expected application/json, got {kind[:80]!r}")
 
 
 def team_of(name: str, teams: Mapping[str, Team]) -> Team:

@@ -32,8 +32,10 @@ def generate(
         str | None, typer.Option(help="base model (directory, GGUF file or hub name), if it is not where it was")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="of an answer", min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
-    top_p: Annotated[float | None, typer.Option(help="tokens that hold this share of the probability; 1: all")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy", min=0)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="tokens that hold this share of the probability; 1: all", min=0, max=1)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="of the samples; drawn, and told, where nobody gives one")] = None,
     samples: Annotated[int | None, typer.Option(help="answers", min=1)] = None,
     device: Device = None,

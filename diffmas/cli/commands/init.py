@@ -12,10 +12,10 @@ __all__ = ["init", "schema"]
 
 TEXT = """\
 # diffmas train {file}           then: diffmas evaluate {file} --adapter {runs}
-# Paths are relative to this file. Keys that are not here: diffmas/cli/config.py, or `diffmas schema` for an editor.
+# Paths below are relative to this file. Keys that are not here: diffmas/cli/config.py, or `diffmas schema` for an editor.
 model: {model}   # a hub name, a directory or a .gguf file
 dtype: bfloat16
-output_dir: {runs}
+output_dir: runs/{task}
 
 task: {task}   # its questions, agents, prompts and verdicts; `diffmas tasks` lists all. For a team of your own write `agents:`
 latent_steps: {steps}       # T of every agent but the last
@@ -62,10 +62,11 @@ def init(
     train = "# train: FILE           # the set in its published form, instead of the hub's"
     if "train" not in found.splits:
         train = 'train: FILE             # this task is published without: lines of {"question": ..., "answer": ...}'
-    values = dict(file=output.name, runs=f"runs/{found.name}", model=json.dumps(model), task=found.name, train=train)
+    values = dict(file=output, runs=output.parent / "runs" / found.name, model=json.dumps(model), task=found.name, train=train)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(TEXT.format(**values, steps=found.latent_steps), encoding="utf-8")
-    console.print(f"{output}: next, diffmas train {output}", highlight=False, soft_wrap=True)
+    first = "" if "train" in found.splits else "your rows into data.train, then "
+    console.print(f"{output}: next, {first}diffmas train {output}", highlight=False, soft_wrap=True)
     return {"file": output}
 
 

@@ -135,7 +135,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="questions at once", min=1)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="of an answer", min=1)] = None,
     max_message_tokens: Annotated[int | None, typer.Option(help="of a message of the text agents", min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy", min=0)] = None,
     seed: Annotated[int | None, typer.Option(help="of the samples")] = None,
     output: Annotated[
         Path | None, typer.Option(help="directory for results.csv, entropy.csv, results.png and answers.jsonl")
@@ -180,7 +180,7 @@ def evaluate(
     asked = options.data or settings.data.validation or settings.task or settings.data.train
     made = {
         **made_with(), "seed": settings.generation.seed, "model": settings.model, "adapter": adapter and str(adapter),
-        "data": asked and Path(asked).name,
+        "data": asked and Path(asked).name, "temperature": settings.generation.temperature, "top_p": settings.generation.top_p,
     }  # fmt: skip
 
     def save(results):
@@ -202,7 +202,7 @@ def evaluate(
         return {"made_with": made, "results": [r.row() for r in results], "files": files}
 
     try:
-        with goes_on(lambda: f"the methods that were done are in {target}; --methods takes the others"):
+        with goes_on(lambda: f"the methods that were done are in {target}; --methods with another --output takes the others"):
             results = evaluation.evaluate(
                 compared, rows, options.samples, scorer, options.batch_size,
                 lambda name: errors.print(f"{name} ...", highlight=False), save,
@@ -224,7 +224,7 @@ def _say_in_the_card(directory: Path, result, made: dict) -> None:
     from diffmas.agents.facts import add_facts
 
     numbers = ("method", "accuracy", "low", "high", "questions", "samples", "perplexity")
-    made = {key: made[key] for key in ("data", "seed", "versions", "commit")}
+    made = {key: made[key] for key in ("data", "seed", "temperature", "top_p", "versions", "commit")}
     add_facts(directory, metrics=[{**made, **{key: getattr(result, key) for key in numbers}}])
 
 
@@ -249,11 +249,12 @@ def audit(
     options = settings.evaluation
     options.limit = options.limit if limit is None else limit
     rows = evaluation_rows(settings)
-    conditions = evaluation.audit(
-        trained_system(settings, adapter, place), rows, options.samples, scorer_of(settings), options.batch_size, kind,
-        progress=lambda done: errors.print(f"{done} ...", highlight=False),
-        **vars(settings.generation),
-    )  # fmt: skip
+    with goes_on(lambda: "an audit keeps nothing: the same command starts again, and --limit asks fewer questions"):
+        conditions = evaluation.audit(
+            trained_system(settings, adapter, place), rows, options.samples, scorer_of(settings), options.batch_size, kind,
+            progress=lambda done: errors.print(f"{done} ...", highlight=False),
+            **vars(settings.generation),
+        )  # fmt: skip
     target = output or Path(settings.output_dir) / "audit"
     files = evaluation.write_audit(conditions, target / "audit.csv"), evaluation.plot_audit(conditions, target / "audit.png")
     made = {**made_with(), "seed": settings.generation.seed, "model": settings.model, "adapter": adapter and str(adapter)}

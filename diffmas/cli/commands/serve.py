@@ -2,7 +2,8 @@
 
 import json
 import os
-from enum import Enum
+import socket
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from diffmas.cli.terminal import Device, device_of, errors
 __all__ = ["serve"]
 
 
-class Choice(str, Enum):
+class Choice(StrEnum):
     auto, vllm, own = "auto", "vllm", "own"
 
 
@@ -49,6 +50,7 @@ def serve(
     from diffmas.serving.server import check_host
 
     check_host(host, token)
+    _check_port(host, port)
     directories = {}
     for given in team:
         name, equals, path = given.partition("=")
@@ -64,6 +66,14 @@ def serve(
     options = {"dtype": dtype, **(_object(vllm_options) if in_vllm else {"device": device_of(device)})}
     limits = Limits(max_tokens=max_tokens, seconds=timeout)
     (_vllm if in_vllm else _own)(directories, model, options, limits, (host, port, token), (max_batch, max_waiting))
+
+
+def _check_port(host: str, port: int) -> None:
+    """Before models are loaded. Raises ValueError where another server listens, or the address is none of this machine's."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"--port: expected a free one at {host}, got {port} ({error})") from error
 
 
 def _own(directories: dict[str, Path], model: str | None, options: dict, limits, place: tuple, room: tuple):

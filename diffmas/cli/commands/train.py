@@ -35,7 +35,7 @@ def train(
     from diffmas.cli.config import load
     from diffmas.cli.made_with import made_with
     from diffmas.cli.train import trainer_of
-    from diffmas.training import checkpoints
+    from diffmas.training import checkpoints, last_checkpoint
 
     settings = trained_as(load(config), method)
     earlier = [] if resume else checkpoints(settings.output_dir)
@@ -46,7 +46,8 @@ def train(
             f"{settings.output_dir}: expected no checkpoints of an earlier run, found {earlier[-1].name}; go on from it with "
             "--resume, remove it with --overwrite, or choose another output_dir"
         )
-    trainer = trainer_of(settings, method, resume, lambda text: errors.print(f"{text} ...", highlight=False))
+    with goes_on(lambda: _how_on(config, method, settings.output_dir)):
+        trainer = trainer_of(settings, method, resume, lambda text: errors.print(f"{text} ...", highlight=False))
     if trainer.is_world_process_zero():
         console.print(_table(summary := _summary(settings, trainer)))
         for path in earlier:
@@ -54,7 +55,8 @@ def train(
     if method == "diffmas" and not resume:
         _look_at_latents(trainer)
     with goes_on(lambda: _how_on(config, method, settings.output_dir)):
-        result = trainer.train(resume_from_checkpoint=resume or None)
+        begun = method != "text_sft" or last_checkpoint(settings.output_dir)  # else resume takes what was written before
+        result = trainer.train(resume_from_checkpoint=resume and begun or None)
     trainer.save_model()
     if trainer.is_world_process_zero():
         _say_in_the_card(settings, trainer, made_with())
@@ -71,6 +73,8 @@ def _how_on(config, method: str, output_dir: str) -> str:
     from diffmas.training import last_checkpoint
 
     newest = last_checkpoint(output_dir)
+    if newest is None and method == "text_sft":
+        newest = next(Path(output_dir).glob("right_turns_*.json"), None)  # what text agents have written
     again = f"diffmas train {config}" + (f" --method {method}" if method != "diffmas" else "")
     return f"`{again} --resume` goes on from {newest}" if newest else f"no checkpoint was due yet: `{again}` starts again"
 

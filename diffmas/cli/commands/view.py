@@ -10,6 +10,8 @@ from diffmas.cli.terminal import Device, Fields, console, device_of, fields_of
 
 __all__ = ["view"]
 
+FIGURES = (".pdf", ".svg", ".png")
+
 
 def view(
     path: Annotated[
@@ -35,6 +37,8 @@ def view(
     from diffmas.evaluation.look import look_at, look_at_file, page, plot
 
     fields = fields_of(question, field)
+    if figure is not None and figure.suffix.lower() not in FIGURES:
+        raise ValueError(f"--figure: expected a file {' or '.join(FIGURES)}, got {figure}")
     if not path.exists():
         raise ValueError(f"{path}: expected the directory of a team or a saved trace, found none")
     if path.is_dir():

@@ -153,9 +153,11 @@ def home(agent, beside: dict[str, str] | None) -> str | None:
     return None if (beside or {}).get(agent.model) == "embeddings" else agent.model
 
 
-def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: dict[str, str] | None = None) -> None:
-    """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows, or layers, that are
-    never there. layers: of the model. beside: as in `Graph.of`."""
+def check_graph(
+    agents, trace_content: str, sinks: int, layers: float, heads: float, beside: dict[str, str] | None = None
+) -> None:  # fmt: skip
+    """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows, layers or heads that are
+    never there. layers, heads: of the model, K/V heads. beside: as in `Graph.of`."""
     graph = Graph.of(agents, beside=beside)
     reads = graph.reads
     for i, agent in enumerate(agents):
@@ -170,9 +172,10 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: d
     for reader, edges in zip(agents, reads):
         for edge in edges:
             kind, agent = edge.select and edge.select.kind, agents[edge.agent]
-            if edge.select is not None and max(edge.select.layers or (0,)) >= layers:
-                where = f"agent {reader.name!r}: reads: {agent.name}: select: layers"
-                raise ValueError(f"{where}: expected some of the model's, 0 to {layers - 1}, got {max(edge.select.layers)}")
+            for what, count in (("layers", layers), ("heads", heads)) if edge.select is not None else ():
+                if (most := edge.select.highest(what)) >= count:
+                    where = f"agent {reader.name!r}: reads: {agent.name}: select: {what}"
+                    raise ValueError(f"{where}: expected some of the model's, 0 to {count - 1}, got {most}")
             why, encoded = None, agent.model != home(agent, beside)
             if kind == "prompt" and encoded:
                 why = "whose prompt another model encodes, to latent rows"

@@ -24,7 +24,7 @@ from diffmas.trace import Trace
 from diffmas.trace.attention_mass import AttentionMass
 from diffmas.trace.views import rows_of
 
-__all__ = ["attention_by_layer", "scores"]
+__all__ = ["attention_by_head", "attention_by_layer", "scores"]
 
 
 @torch.no_grad()
@@ -102,12 +102,23 @@ def attention_by_layer(system, questions) -> list[float]:
         >>> len(share) == system.model.config.num_hidden_layers and 0 <= min(share) <= max(share) <= 1
         True
     """
+    return [sum(of_heads) / len(of_heads) for of_heads in attention_by_head(system, questions)]
+
+
+@torch.no_grad()
+def attention_by_head(system, questions) -> list[list[float]]:
+    """As `attention_by_layer`, of each K/V head of each layer, the mean over the heads that read it: `Select.heads`.
+
+    >>> share = attention_by_head(system, ["where is the key"])
+    >>> [len(of_heads) for of_heads in share] == [system.model.config.num_key_value_heads] * len(share)
+    True
+    """
     asked, last = system.fields_of(questions), len(system.agents) - 1
     ids = [system.prompt_ids(system.agents[last], fields) for fields in asked]
     with evaluating(system):
         read = system.communicate(asked)
         with adapters.of_agent(system, last):
             mass = _run(system, ids, read.fork(1)[0], AttentionMass)
-    shares = [[float(row[system.sinks : len(row) - len(own)].sum()) for row, own in zip(rows, ids)]
-              for _, rows in sorted(mass.by_layer.items())]  # fmt: skip
-    return [sum(row) / len(row) for row in shares]
+    shares = [[row[system.sinks : len(row) - len(own)].sum(0) for row, own in zip(rows, ids)]
+              for _, rows in sorted(mass.by_head.items())]  # fmt: skip
+    return [torch.stack(of_questions).mean(0).tolist() for of_questions in shares]

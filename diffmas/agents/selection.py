@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 
-from diffmas.trace.views import Segment, length_of, places, rows_of, without_first
+from diffmas.trace.views import Heads, Segment, length_of, places, rows_of, without_first
 
 __all__ = ["BY", "MEASURED", "PLANNED", "Score", "Select", "best", "check_by", "check_count", "select_of", "selected", "within"]
 
@@ -38,7 +38,8 @@ class Select:
 
     kind: prompt, latent or text, those of one kind alone. every: k, the last of these and every k-th before it. rows: at most
     so many of these, the best ones; by: last (those that were written last, the default), similarity or attention
-    (`diffmas.agents.scores`). layers: that see them; the others see the sinks alone (KVComm, arXiv 2510.03346).
+    (`diffmas.agents.scores`). layers: that see them; the others see the sinks alone (KVComm, arXiv 2510.03346). heads: the K/V
+    heads of these layers that see them, or a list of such lists, one for each of `layers`; the other heads see the sinks alone.
     """
 
     kind: str | None = None
@@ -46,10 +47,20 @@ class Select:
     rows: int | None = None
     by: str | None = None
     layers: tuple[int, ...] | None = None
+    heads: Heads | None = None
 
     def described(self) -> dict:
         """As plain data, without what is not said."""
-        return {key: list(x) if isinstance(x, tuple) else x for key, x in asdict(self).items() if x is not None}
+        return {key: _plain(x) for key, x in asdict(self).items() if x is not None}
+
+    def highest(self, what: str) -> int:
+        """The highest number of its layers or heads; -1 where all are meant."""
+        numbers = getattr(self, what) or (-1,)
+        return max(max(x) if isinstance(x, tuple) else x for x in numbers)
+
+
+def _plain(x):
+    return [_plain(y) for y in x] if isinstance(x, tuple) else x
 
 
 def select_of(where: str, select) -> Select | None:
@@ -71,16 +82,31 @@ def select_of(where: str, select) -> Select | None:
     for name in ("every", "rows"):
         check_count(f"{where}: {name}", getattr(select, name))
     check_by(f"{where}: by", select.by, "rows", select.rows)
-    if select.layers is None:
-        return select
-    return replace(select, layers=_layers(f"{where}: layers", select.layers))
+    layers, heads = select.layers, select.heads
+    order = range(len(layers)) if _several(layers) else ()
+    if layers is not None:
+        layers = _numbers(f"{where}: layers", layers, "layers")
+        order = sorted(order, key=list(select.layers).__getitem__)
+    if _several(heads) and isinstance(heads[0], (list, tuple)):
+        if len(heads) != len(order):
+            raise ValueError(
+                f"{where}: heads: expected a list of numbers, or one for each of {len(order)} layers, got {heads!r}"
+            )
+        heads = tuple(_numbers(f"{where}: heads", heads[i], "K/V heads") for i in order)
+    elif heads is not None:
+        heads = _numbers(f"{where}: heads", heads, "K/V heads")
+    return replace(select, layers=layers, heads=heads)
 
 
-def _layers(where: str, layers) -> tuple[int, ...]:
-    numbers = isinstance(layers, (list, tuple)) and all(type(i) is int and i >= 0 for i in layers)
-    if not numbers or not layers or len(set(layers)) < len(layers):
-        raise ValueError(f"{where}: expected numbers of layers, from 0, at least one and each once, got {layers!r}")
-    return tuple(sorted(layers))
+def _several(x) -> bool:
+    return isinstance(x, (list, tuple)) and len(x) > 0
+
+
+def _numbers(where: str, numbers, what: str) -> tuple[int, ...]:
+    known = _several(numbers) and all(type(i) is int and i >= 0 for i in numbers)
+    if not known or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{where}: expected numbers of {what}, from 0, at least one and each once, got {numbers!r}")
+    return tuple(sorted(numbers))
 
 
 def check_count(where: str, n) -> None:
@@ -113,10 +139,10 @@ def selected(row: Row, fixed: int, select: Select | None, scores: dict[str, Scor
         index = index[(place[::-1] % select.every == 0) | (index < fixed)]
     row = places(row, index)
     row = row if select.rows is None else best(row, fixed, select.rows, select.by, scores)
-    if select.layers is None:
+    if select.layers is None and select.heads is None:
         return row
     first, rest = places(row, np.arange(fixed)), without_first(row, fixed)
-    return first + [s._replace(layers=select.layers) for s in rest]
+    return first + [s._replace(layers=select.layers, heads=select.heads) for s in rest]
 
 
 def best(row: Row, fixed: int, rows: int, by: str | None, scores: dict[str, Score]) -> Row:

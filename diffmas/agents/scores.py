@@ -10,14 +10,13 @@ attention    that the prompt pays to a row when it reads all rows that there are
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.prompts import is_skipped
-from diffmas.agents.selection import Score
+from diffmas.agents.selection import Score, lookup
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace import Trace
@@ -39,7 +38,7 @@ def scores(system, i: int, questions: list[dict], read: Trace, measures: set[str
     with evaluating(system), adapters.of_agent(system, i):
         for measure in sorted(measures):
             for b, values in enumerate(MEASURES[measure](system, ids, read)):
-                found[b][measure] = _lookup(rows[b], values)
+                found[b][measure] = lookup(rows[b], values)
     return found
 
 
@@ -48,11 +47,6 @@ def _prompt(system, i: int, fields: dict) -> list[int]:
     agent = system.agents[i]
     skipped = i < len(system.agents) - 1 and is_skipped(system, agent) and agent.steps(fields) == 0
     return [] if skipped else system.prompt_ids(agent, fields)
-
-
-def _lookup(rows: np.ndarray, values: torch.Tensor) -> Score:
-    order, values = np.argsort(rows), values.double().cpu().numpy()
-    return lambda asked: values[order[np.searchsorted(rows, asked, sorter=order)]]
 
 
 def _run(system, ids: list[list[int]], trace: Trace, watch: Callable = lambda forward_pass: None):

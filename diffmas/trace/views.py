@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = [
     "FROZEN", "JOINS", "KINDS", "SAID", "SINKS", "Heads", "KVRange", "Segment", "Size", "apart", "by_sequence", "common_prefix",
-    "heads_in", "joined", "length_of", "only", "places", "ranges_of", "rows_of", "seen_in", "share", "table_of",
+    "heads_in", "joined", "length_of", "only", "packed", "places", "ranges_of", "rows_of", "seen_in", "share", "table_of",
     "without_first", "without_rows",
 ]  # fmt: skip
 
@@ -136,6 +136,12 @@ def only(row: Sequence[Segment], kind: str | Sequence[str] | None, agent: str | 
             kept.append(s._replace(length=stay))
         before += s.length
     return kept
+
+
+def packed(rows: Sequence[Sequence[Segment]]) -> list[list[Segment]]:
+    """The segments of sequences whose rows have been put one behind the other, from row 0 on (`Trace.packed_rows`)."""
+    starts = accumulate((s.length for row in rows for s in row), initial=0)
+    return [[s._replace(start=next(starts)) for s in row] for row in rows]
 
 
 def places(view: Sequence[Segment], index: np.ndarray) -> list[Segment]:

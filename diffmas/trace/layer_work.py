@@ -189,23 +189,23 @@ class LayerWork:
             self._choose(layer, pool, parts, scale)
         self.ran[i] = True
         n, whole = tables.slots.shape[0], self.attended is not None
-        attention = self._attention(layer, n, scale)
         # Also while it reads: of two threads in one layer of one store, the second waits.
         with pool.writing(self.slots, self.views, self.committed) as kv:
             if len(parts) == 1 and (views["shared"] is None or whole):
-                found = attention.find(parts[0], "fwd", kv[0])("all", q, views["all"], True)
+                found = tables.work.of("fwd", i, n, "all", q, views["all"], True, k_pool=kv[0], scale=scale, backend=backend)
                 q_rot, o, lse = call(  # the pool says how long a head is
                     "inject_attend", kv[0], q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *kv,
                     *views["all"], scale, backend=backend, **found,
                 )  # fmt: skip
                 if views["frozen"] is not None:
+                    attention = self._attention(layer, n, scale)
                     o, lse = attention.with_frozen(parts[0], q_rot, [(o.view(q_rot.shape), lse)], attention.frozen)
                     o = in_layout_of(q, o)
             else:
                 q_heads, *rows = (with_heads(x, n, pool.head_dim) for x in (q, k, v))
                 rope = (packed_table(cos), packed_table(sin), tables.slots, q_weight, k_weight, eps, interleaved)
                 q_rot = call("inject", q_heads, q_heads, *rows, *rope, *kv, backend=backend)
-                o, lse = attention.forward(parts, q_rot, kv, whole)
+                o, lse = self._attention(layer, n, scale).forward(parts, q_rot, kv, whole)
                 o = in_layout_of(q, o)
             if whole and views["frozen"] is None:
                 self.attended(i, q_rot, o, lse, kv, parts, scale, interleaved)
@@ -267,12 +267,14 @@ class LayerWork:
                     borrowed.kept[i] = kept
                 else:
                     grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
-            parts, attention = self._parts(layer, q_rot.device, k_pool.shape[1]), self._attention(layer, q_rot.shape[0], scale)
+            parts, n = self._parts(layer, q_rot.device, k_pool.shape[1]), q_rot.shape[0]
             views, found = parts[0].views, {}
             if len(parts) > 1 or views["shared"] is not None or views["frozen"] is not None:
-                run = attention.backward(parts, run, own_rows_only)
+                run = self._attention(layer, n, scale).backward(parts, run, own_rows_only)
             else:
-                found = attention.find(parts[0], "dq", k_pool)("all", q_rot, views["all"], True)
+                found = tables.work.of(
+                    "dq", i, n, "all", q_rot, views["all"], True, k_pool=k_pool, scale=scale, backend=backend
+                )
             return run(
                 "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, k_pool, v_pool, *views["all"], scale, dk_pool,
                 dv_pool, tables.grad_tail if own_rows_only else None, weight_grads, backend=backend, **found,

@@ -107,9 +107,10 @@ def test_an_episode(dtype, backend, repeating):
     assert [g.replays for g in repeating] == [2 * 7, 2 * 6, 6 - 2, 7 - 2]
 
 
-def test_layers_that_see_less(repeating):
+@pytest.mark.parametrize("heads", [None, [1]], ids=str)
+def test_layers_and_heads_that_see_less(heads, repeating):
     """Each of them moves on in tables of its own."""
-    of = lambda name, layers: {"agent": name, "select": {"layers": layers}}
+    of = lambda name, layers: {"agent": name, "select": {"layers": layers, "heads": heads}}
     critic, solver = replace(AGENTS[1], reads=[of("planner", [1])]), replace(AGENTS[2], reads=["planner", of("critic", [0, 2])])
     s = system(agents=[AGENTS[0], critic, solver])
     patch_model(s.model, fuse=False)

@@ -17,7 +17,7 @@ from diffmas.agents import capture, latent
 from diffmas.agents.capture import captured
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
-from diffmas.trace import layer_work, views
+from diffmas.trace import attention_parts, layer_work, views
 from diffmas.trace.views import KVRange, share
 
 # ---- steps without the host ------------------------------------------------------------------------------------------
@@ -271,9 +271,8 @@ def test_shared_rows_are_read_once(positions, monkeypatch):
     monkeypatch.setattr(views, "SAVED_ROWS", 8)
     called = []
     call = layer_work.call
-    monkeypatch.setattr(
-        "diffmas.trace.layer_work.call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw)
-    )
+    for module in (attention_parts, layer_work):
+        monkeypatch.setattr(module, "call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw))
     with torch.no_grad():
         assert_close(torch.cat(read(model, joined.select(owners), *new)), want, 1e-10)
     assert "merge_states" in called
@@ -316,7 +315,8 @@ def learned(how: str, monkeypatch, saved: int):
 
     with monkeypatch.context() as m:
         m.setattr(views, "SAVED_ROWS", saved)
-        m.setattr(layer_work, "call", counting)
+        for module in (attention_parts, layer_work):
+            m.setattr(module, "call", counting)
         trace = s.think(agents[0], s.fields_of([rows[0]]), Trace(s.model))
         trace = (trace.detach() if how == "detached" else trace).select([0] * 4)
         trace = s.think(agents[1], s.fields_of(rows), trace)

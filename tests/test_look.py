@@ -345,7 +345,7 @@ def test_attention_is_told_where_sequences_share_rows():
     told = []
     forward_pass = trace.plan([1, 1], "text")
     assert forward_pass.on(torch.device("cpu")).as_written["shared"] is not None
-    forward_pass.work.attended = lambda layer, q, o, lse, kv, view, *rest: told.append((layer, q.shape[0], view[3].tolist()))
+    forward_pass.work.attended = lambda layer, q, o, lse, kv, parts, *rest: told.append((layer, q.shape[0], len(parts)))
     patch = patch_of(model)
     with torch.no_grad():
         forward(patch, trace, forward_pass, input_ids=torch.tensor([[3, 4]]))

@@ -74,10 +74,19 @@ SHAPES = {
 # ---- the oracle ------------------------------------------------------------------------------------------------------
 
 
+def sees(seen_by, layer, head):
+    layers, heads = seen_by or (None, None)
+    if layers and layer not in layers:
+        return False
+    if heads and not isinstance(heads[0], int):
+        heads = heads[list(layers).index(layer)]
+    return not heads or head in heads
+
+
 class Choosing(Loop):
     def __init__(self, *args):
         super().__init__(*args)
-        self.layers, self.seen = {}, {}  # by reader and token: the layers that see it; by K and V: of each row
+        self.layers, self.seen = {}, {}  # by reader and token: the layers and heads that see it; by K and V: of each row
 
     def rows(self, i, move):
         kv = super().rows(i, move)
@@ -85,17 +94,18 @@ class Choosing(Loop):
         return kv
 
     def forward(self, module, kv, x, first, **options):
-        """Where some layers see less, each has a mask of its own."""
-        layers = self.seen.get(id(kv), (kv, []))[1]
-        if not any(layers):
+        """Where some layers or heads see less, each has a mask of its own."""
+        seen = self.seen.get(id(kv), (kv, []))[1]
+        if not any(seen):
             return super().forward(module, kv, x, first, **options)
-        hooks = []
+        hooks, config = [], self.s.model.config
         for n, layer in enumerate(body(self.s.model).layers):
-            hidden = torch.tensor([seen_by is not None and n not in seen_by for seen_by in layers])
-            mask = torch.zeros(len(x), len(layers) + len(x), dtype=x.dtype)
-            mask[:, : len(layers)].masked_fill_(hidden, -torch.inf)
-            mask[:, len(layers) :] = torch.full((len(x), len(x)), -torch.inf, dtype=x.dtype).triu(1)
-            change = lambda module, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask[None, None]})
+            mask = torch.zeros(config.num_attention_heads, len(x), len(seen) + len(x), dtype=x.dtype)
+            for q in range(len(mask)):
+                head = q // (config.num_attention_heads // config.num_key_value_heads)
+                mask[q, :, : len(seen)].masked_fill_(torch.tensor([not sees(x, n, head) for x in seen]), -torch.inf)
+            mask[..., len(seen) :] = torch.full((len(x), len(x)), -torch.inf, dtype=x.dtype).triu(1)
+            change = lambda module, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask[None]})
             hooks.append(layer.self_attn.register_forward_pre_hook(change, with_kwargs=True))
         try:
             return super().forward(module, kv, x, first, **options)
@@ -109,7 +119,7 @@ class Choosing(Loop):
         if edge is None or edge.select is None:
             return handed
         sinks, rest, said = handed[: self.s.sinks], handed[self.s.sinks :], edge.select
-        self.layers |= {(i, *x[:2]): said.layers for x in rest}
+        self.layers |= {(i, *x[:2]): (said.layers, said.heads) for x in rest if said.layers or said.heads}
         if said.kind:
             rest = [x for x in rest if self.is_latent(x) == (said.kind == "latent")]
         if said.every:
@@ -158,8 +168,9 @@ class Choosing(Loop):
         return score
 
     @torch.no_grad()
-    def attentions(self, i):
-        """As transformers' eager attention tells it: what agent i may read, and by layer the mean over heads and tokens."""
+    def attentions(self, i, heads=False):
+        """As transformers' eager attention tells it: what agent i may read, and by layer the mean over heads and tokens, or
+        over tokens alone."""
         self.measuring, before = i, self.measuring
         layout, at = self.layout(i)
         rows = self.rows(i, 0)
@@ -168,7 +179,7 @@ class Choosing(Loop):
         config._attn_implementation = "eager"
         out, _ = self.forward(body(self.s.model), rows, self.prompt(i), at, output_attentions=True)
         config._attn_implementation = before
-        return layout, [x.mean((0, 1, 2)) for x in out.attentions]
+        return layout, [x.mean((0, 2) if heads else (0, 1, 2)) for x in out.attentions]
 
     def attention(self, i):
         layout, by_layer = self.attentions(i)

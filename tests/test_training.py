@@ -219,7 +219,9 @@ def test_bf16_trains_close_to_float32(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"adapter_scope": "per_role"}, {"realign": "learned"}], ids=["shared", "per_role", "learned"]
+    "options",
+    [{}, {"adapter_scope": "per_role"}, {"realign": "learned"}, {"select": {"rows": 2, "by": "learned"}}],
+    ids=["shared", "per_role", "learned", "choice"],
 )
 def test_resume_is_bit_for_bit(tmp_path, options):
     """Stopped in the middle of the second epoch."""
@@ -239,6 +241,8 @@ def test_resume_is_bit_for_bit(tmp_path, options):
         histories.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
     assert histories[0] == histories[1] and len(histories[0]) == 5
+    choices = [p for n, p in weights[0].items() if n.startswith("choices.")]
+    assert len(choices) == ("select" in options) and all(p.abs().max() > 0 for p in choices)
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 3}, {"num_train_epochs": 1.5}])

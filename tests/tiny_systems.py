@@ -38,25 +38,29 @@ def save_base(path, seed: int = 0, **options):
     return path
 
 
-def agents(latent_steps: int = 2, middle: int | None = None, passes: int | None = None, parallel: bool = False):
+def agents(
+    latent_steps: int = 2, middle: int | None = None, passes: int | None = None, parallel: bool = False,
+    select: dict | None = None,
+):  # fmt: skip
+    """select: which of the planner's rows the solver reads."""
     how = dict(passes=passes, reads=[] if parallel else None)
     return [
         Agent("planner", prompt="plan : {question}", latent_steps=latent_steps, **how),
         Agent("critic", prompt="notes : {question}", latent_steps=latent_steps if middle is None else middle, **how),
-        Agent("solver", prompt="question : {question} answer :"),
+        Agent("solver", "question : {question} answer :", reads=select and [{"agent": "planner", "select": select}, "critic"]),
     ]
 
 
 def system(
     latent_steps: int = 2, middle: int | None = None, lora: bool = True, seed: int = 0, adapter_scope="shared",
-    alpha: int = 4, base=None, passes: int | None = None, parallel: bool = False, **options,
+    alpha: int = 4, base=None, passes: int | None = None, parallel: bool = False, select: dict | None = None, **options,
 ):  # fmt: skip
     """A system of three agents around the same weights every time; LoRA has a B that is not zero. base: a model that others
     may share; LoRA's A is then drawn here too, since PEFT draws each process's part as if it were the whole."""
     from diffmas.training import add_lora, lora_config
 
     drawn = "lora_B" if base is None else "lora_"
-    base, crew = model(seed) if base is None else base, agents(latent_steps, middle, passes, parallel)
+    base, crew = model(seed) if base is None else base, agents(latent_steps, middle, passes, parallel, select)
     if lora:
         base = add_lora(base, crew, adapter_scope, lora_config(r=2, alpha=alpha))
         generator = torch.Generator().manual_seed(1)

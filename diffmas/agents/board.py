@@ -14,7 +14,7 @@ from diffmas.agents.scores import scores
 from diffmas.agents.selection import MEASURED, within
 from diffmas.agents.turns import take_turns
 from diffmas.trace import Trace
-from diffmas.trace.views import SAID, by_sequence, length_of
+from diffmas.trace.views import SAID, by_sequence, length_of, rows_of, without_first
 
 __all__ = ["Board"]
 
@@ -55,12 +55,20 @@ class Board:
             more = set()
         if measures | more:
             found = scores(self.system, i, questions, trace, measures | more)
-        if measures:
+        learned = {j: self._unit(j, i) for j in self.graph.learned(i)}
+        for j, unit in learned.items():
+            good = self.system.choices.scores(i, j, unit, self.graph.learned(i)[j])
+            found = [{**known, j: score} for known, score in zip(found, good)]
+        if measures or learned:
             trace = self._joined(i, found)
-        if agent.max_rows is None:
-            return trace
-        budget = self.system.sinks, agent.max_rows, agent.max_rows_by
-        return trace.reading([within(row, *budget, found[b]) for b, row in enumerate(by_sequence(trace))])
+        if agent.max_rows is not None:
+            budget = self.system.sinks, agent.max_rows, agent.max_rows_by
+            trace = trace.reading([within(row, *budget, found[b]) for b, row in enumerate(by_sequence(trace))])
+        if learned and torch.is_grad_enabled():
+            fixed = [max(length_of(row), self.system.sinks) for row in by_sequence(self._base(i))]
+            rows = lambda unit: [rows_of(without_first(row, n)) for row, n in zip(by_sequence(unit), fixed)]
+            trace = self.system.choices.gated(i, trace, {j: rows(unit) for j, unit in learned.items()})
+        return trace
 
     def _joined(self, i: int, scores: list[dict]) -> Trace:
         """What agent i reads, where the rows that it may choose from have these scores."""

@@ -50,8 +50,9 @@ def check_team(
         if not isinstance(other, (Other, Encoder)):
             raise ValueError(f"others: expected {name!r} as an Other or Encoder, got {type(other).__name__}")
     check_agents(agents, others)
-    layers = model.config.get_text_config().num_hidden_layers
-    check_graph(agents, trace_content, sinks, layers, readings(others))
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    check_graph(agents, trace_content, sinks, config.num_hidden_layers, heads, readings(others))
     check_adapters(model)
     if adapter_scope == "final_only":
         check_bare(model)

@@ -9,7 +9,7 @@ What goes round is written out before, turn by turn (`diffmas.agents.rounds`).
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from diffmas.agents.selection import MEASURED, Score, Select, select_of, selected
+from diffmas.agents.selection import LEARNED, MEASURED, Score, Select, select_of, selected
 from diffmas.trace.views import JOINS, Segment, length_of, only, without_first, without_rows
 
 __all__ = ["Edge", "Graph", "Read", "branches_of", "check_graph", "handed_on", "home", "reads_of"]
@@ -142,6 +142,11 @@ class Graph:
         """By what agent i chooses rows of each agent that it reads, that has to be measured first."""
         return {edge.select.by for edge in self.reads[i] if edge.select is not None} & {*MEASURED}
 
+    def learned(self, i: int) -> dict[int, float]:
+        """Of which agents agent i has learned to choose rows, and the temperature of that."""
+        chosen = [(edge.agent, edge.select) for edge in self.reads[i] if edge.select is not None and edge.select.by == LEARNED]
+        return {j: 1.0 if select.temperature is None else select.temperature for j, select in chosen}
+
 
 def _readable(writer: str | None, reader: str | None, fusing) -> bool:
     """Whether an agent's rows are put before another's, by their models."""
@@ -153,9 +158,11 @@ def home(agent, beside: dict[str, str] | None) -> str | None:
     return None if (beside or {}).get(agent.model) == "embeddings" else agent.model
 
 
-def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: dict[str, str] | None = None) -> None:
-    """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows, or layers, that are
-    never there. layers: of the model. beside: as in `Graph.of`."""
+def check_graph(
+    agents, trace_content: str, sinks: int, layers: float, heads: float, beside: dict[str, str] | None = None
+) -> None:  # fmt: skip
+    """Raises ValueError as `Graph.of`, for an agent that nobody reads, and for a selection of rows, layers or heads that are
+    never there. layers, heads: of the model, K/V heads. beside: as in `Graph.of`."""
     graph = Graph.of(agents, beside=beside)
     reads = graph.reads
     for i, agent in enumerate(agents):
@@ -165,14 +172,18 @@ def check_graph(agents, trace_content: str, sinks: int, layers: float, beside: d
                 f"agent {agent.name!r}: expected another choice of rows than by attention, which nobody sums for quantised "
                 f"ones, with those of {small!r}"
             )
+        if (j := next((j for j in graph.learned(i) if agents[j].quantized is not None), None)) is not None:
+            where = f"agent {agent.name!r}: reads: {agents[j].name}: select: by"
+            raise ValueError(f"{where}: expected another choice than learned of quantised rows, got {LEARNED!r}")
         if agent.max_rows is not None and agent.max_rows <= sinks:
             raise ValueError(f"agent {agent.name!r}: max_rows: expected more than the {sinks} sinks, got {agent.max_rows}")
     for reader, edges in zip(agents, reads):
         for edge in edges:
             kind, agent = edge.select and edge.select.kind, agents[edge.agent]
-            if edge.select is not None and max(edge.select.layers or (0,)) >= layers:
-                where = f"agent {reader.name!r}: reads: {agent.name}: select: layers"
-                raise ValueError(f"{where}: expected some of the model's, 0 to {layers - 1}, got {max(edge.select.layers)}")
+            for what, count in (("layers", layers), ("heads", heads)) if edge.select is not None else ():
+                if (most := edge.select.highest(what)) >= count:
+                    where = f"agent {reader.name!r}: reads: {agent.name}: select: {what}"
+                    raise ValueError(f"{where}: expected some of the model's, 0 to {count - 1}, got {most}")
             why, encoded = None, agent.model != home(agent, beside)
             if kind == "prompt" and encoded:
                 why = "whose prompt another model encodes, to latent rows"
@@ -214,12 +225,14 @@ def _first(row: Row, read: int, sinks: int) -> Row:
     return first
 
 
-def branches_of(base: Row, units: list[Row], edges: list[Edge], sinks: int, scores: dict[str, Score]) -> list[Row]:
+def branches_of(base: Row, units: list[Row], edges: list[Edge], sinks: int, scores: dict[str | int, Score]) -> list[Row]:
     """What a reader joins: `base`, and what it has of what each agent hands on (`handed_on`), without rows that stand before it
-    already, such as sinks that several of them hand on. scores: as `selected` takes them."""
+    already, such as sinks that several of them hand on. scores: as `selected` takes them, and by an agent's number those of its
+    rows that are learned."""
     branches, seen = [list(base)], list(base)
     for unit, edge in zip(units, edges):
-        own = without_rows(selected(unit, max(length_of(base), sinks), edge.select, scores), seen)
+        known = scores if edge.agent not in scores else {**scores, LEARNED: scores[edge.agent]}
+        own = without_rows(selected(unit, max(length_of(base), sinks), edge.select, known), seen)
         seen += own
         branches.append([*base, *own])
     return branches

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffmas.ops.quantize import dequantize, quantize
 from diffmas.trace import Trace
-from diffmas.trace.views import by_sequence, length_of, places, without_first
+from diffmas.trace.views import by_sequence, length_of, packed, places, without_first
 
 __all__ = ["quantized"]
 
@@ -27,13 +27,7 @@ def quantized(handed: Trace, fixed: list[int], bits: str) -> Trace:
     first = handed.reading([places(row, np.arange(min(n, length_of(row)))) for row, n in zip(rows, fixed)])
     if not torch.is_grad_enabled():
         return Trace.join([first, handed.adopted(own.quantize(bits))], "keep")
-    segments, at = [], 0  # of the packed rows
-    for row in by_sequence(own):
-        segments.append([])
-        for s in row:
-            segments[-1].append(s._replace(start=at))
-            at += s.length
-    return first.extended(segments, [tuple(_rounded(x, bits) for x in pair) for pair in own.packed_rows()])
+    return first.extended(packed(by_sequence(own)), [tuple(_rounded(x, bits) for x in pair) for pair in own.packed_rows()])
 
 
 def _rounded(x: Tensor, bits: str) -> Tensor:

@@ -10,21 +10,20 @@ attention    that the prompt pays to a row when it reads all rows that there are
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from diffmas.agents import adapters
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.prompts import is_skipped
-from diffmas.agents.selection import Score
+from diffmas.agents.selection import Score, lookup
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace import Trace
 from diffmas.trace.attention_mass import AttentionMass
 from diffmas.trace.views import rows_of
 
-__all__ = ["attention_by_layer", "scores"]
+__all__ = ["attention_by_head", "attention_by_layer", "scores"]
 
 
 @torch.no_grad()
@@ -39,7 +38,7 @@ def scores(system, i: int, questions: list[dict], read: Trace, measures: set[str
     with evaluating(system), adapters.of_agent(system, i):
         for measure in sorted(measures):
             for b, values in enumerate(MEASURES[measure](system, ids, read)):
-                found[b][measure] = _lookup(rows[b], values)
+                found[b][measure] = lookup(rows[b], values)
     return found
 
 
@@ -48,11 +47,6 @@ def _prompt(system, i: int, fields: dict) -> list[int]:
     agent = system.agents[i]
     skipped = i < len(system.agents) - 1 and is_skipped(system, agent) and agent.steps(fields) == 0
     return [] if skipped else system.prompt_ids(agent, fields)
-
-
-def _lookup(rows: np.ndarray, values: torch.Tensor) -> Score:
-    order, values = np.argsort(rows), values.double().cpu().numpy()
-    return lambda asked: values[order[np.searchsorted(rows, asked, sorter=order)]]
 
 
 def _run(system, ids: list[list[int]], trace: Trace, watch: Callable = lambda forward_pass: None):
@@ -102,12 +96,23 @@ def attention_by_layer(system, questions) -> list[float]:
         >>> len(share) == system.model.config.num_hidden_layers and 0 <= min(share) <= max(share) <= 1
         True
     """
+    return [sum(of_heads) / len(of_heads) for of_heads in attention_by_head(system, questions)]
+
+
+@torch.no_grad()
+def attention_by_head(system, questions) -> list[list[float]]:
+    """As `attention_by_layer`, of each K/V head of each layer, the mean over the heads that read it: `Select.heads`.
+
+    >>> share = attention_by_head(system, ["where is the key"])
+    >>> [len(of_heads) for of_heads in share] == [system.model.config.num_key_value_heads] * len(share)
+    True
+    """
     asked, last = system.fields_of(questions), len(system.agents) - 1
     ids = [system.prompt_ids(system.agents[last], fields) for fields in asked]
     with evaluating(system):
         read = system.communicate(asked)
         with adapters.of_agent(system, last):
             mass = _run(system, ids, read.fork(1)[0], AttentionMass)
-    shares = [[float(row[system.sinks : len(row) - len(own)].sum()) for row, own in zip(rows, ids)]
-              for _, rows in sorted(mass.by_layer.items())]  # fmt: skip
-    return [sum(row) / len(row) for row in shares]
+    shares = [[row[system.sinks : len(row) - len(own)].sum(0) for row, own in zip(rows, ids)]
+              for _, rows in sorted(mass.by_head.items())]  # fmt: skip
+    return [torch.stack(of_questions).mean(0).tolist() for of_questions in shares]

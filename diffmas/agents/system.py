@@ -18,6 +18,7 @@ from diffmas.agents.answers import answer_loss, answer_tokens
 from diffmas.agents.board import Board
 from diffmas.agents.chat import check_chat
 from diffmas.agents.checks import check_others, check_patched, check_team, readings
+from diffmas.agents.choice import Choices
 from diffmas.agents.decoding import text_before
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.graph import Graph, home
@@ -103,6 +104,7 @@ class MultiAgentSystem(Member):
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.others = nn.ModuleDict(others)
         self.training = model.training
+        self.choices = Choices(Graph.of(agents, beside=readings(others)), model).train(model.training)
         check_patched(model, agents)
         if adapter_scope != "shared":
             adapters.will_switch(model)
@@ -293,16 +295,16 @@ class MultiAgentSystem(Member):
         return self.realign.weight if self.realign.mode == "learned" else None
 
     def save_pretrained(self, path) -> None:
-        """Writes a directory with the PEFT adapters (if there are any), a learned realignment, the tokenizer with its chat
-        template, a model card (`diffmas.agents.card`), and `agents.json`; and in `others` the same of other models, with their
-        projectors.
+        """Writes a directory with the PEFT adapters (if there are any), a learned realignment, what the edges of the team have
+        learned (`Select`, by learned), the tokenizer with its chat template, a model card (`diffmas.agents.card`), and
+        `agents.json`; and in `others` the same of other models, with their projectors.
 
         Raises ValueError, before anything is written, for an agent whose latent_steps are a function.
         """
         reshard(self)
         file.check_description(self.describe())
         other_file.save(path, self.others)
-        file.save(path, self.model, self.tokenizer, self.describe(), self._learned_map)
+        file.save(path, self.model, self.tokenizer, self.describe(), self._learned_map, self.choices.state_dict())
 
     def push_to_hub(self, repo: str, private: bool = True) -> str:
         """Saves the system and uploads it into a model repository of the Hugging Face hub, owner/name; returns its address.
@@ -325,7 +327,7 @@ class MultiAgentSystem(Member):
         reshard(self)
         file.check_description(self.describe())
         copy_others = other_file.read_weights(path, self.others)
-        file.load_weights(path, self.model, self.tokenizer, self.describe(), self._learned_map)
+        file.load_weights(path, self.model, self.tokenizer, self.describe(), self._learned_map, self.choices.state_dict())
         copy_others()
 
     @classmethod
@@ -358,4 +360,5 @@ class MultiAgentSystem(Member):
         if (learned_map := system._learned_map) is not None:
             with torch.no_grad():
                 learned_map.copy_(file.read_map(path, learned_map.shape))
+        system.choices.load_state_dict(file.read_choices(path, system.choices.state_dict()))
         return system

@@ -141,6 +141,7 @@ def trained_system(config: Config, adapter: Path | None, device: str | None = No
     description = {**system.describe(), "agents": agents}
     again = MultiAgentSystem.of_description(system.model, system.tokenizer, description, others=dict(system.others))
     again.realign.load_state_dict(system.realign.state_dict())
+    again.choices.load_state_dict(system.choices.state_dict())
     return again.eval()
 
 

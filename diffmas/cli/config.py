@@ -176,7 +176,7 @@ class Config:
             for name, other in self.others.items()
         }
         check_agents(self.agents, self.others)  # all that can be told before the model is loaded, whose layers nobody knows yet
-        check_graph(self.agents, self.system.trace_content, self.system.sinks, math.inf, readings(self.others))
+        check_graph(self.agents, self.system.trace_content, self.system.sinks, math.inf, math.inf, readings(self.others))
         self.system.agents_without_grad(len(self.agents))
         if self.system.temperature <= 0:
             raise ValueError(f"system.temperature: expected a positive number, got {self.system.temperature}")

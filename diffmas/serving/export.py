@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from diffmas.agents import card, file
+from diffmas.agents.selection import LEARNED
 from diffmas.models.load import load_tokenizer
 
 __all__ = ["export"]
@@ -32,8 +33,11 @@ def export(team, out, base: str | None = None, overwrite: bool = False) -> Path:
     if not given:
         raise ValueError(f"base: expected a name, since {team / file.AGENTS_FILE} has none")
     contents = {name: _read_adapter(team, name) for name in described["adapters"]}
-    if described["realign"] == "learned":
-        file.read_weights(team / file.MAP_FILE)
+    selects = [read.get("select") or {} for agent in described["agents"] for read in agent["reads"] or ()]
+    learned = [file.MAP_FILE] * (described["realign"] == "learned")
+    learned += [file.CHOICES_FILE] * any(select.get("by") == LEARNED for select in selects)
+    for name in learned:
+        file.read_weights(team / name)
     tokenizer = file.load_saved_tokenizer(team) or load_tokenizer(described["base_model"] or given)
     described = {**described, "base_model": given}
     partial = out.with_name(out.name + ".partial")
@@ -45,8 +49,8 @@ def export(team, out, base: str | None = None, overwrite: bool = False) -> Path:
         target.mkdir(exist_ok=True)
         shutil.copyfile(source / file.WEIGHTS_FILE, target / file.WEIGHTS_FILE)
         file.write_json(target / file.CONFIG_FILE, {**config, "base_model_name_or_path": given})
-    if described["realign"] == "learned":
-        shutil.copyfile(team / file.MAP_FILE, partial / file.MAP_FILE)
+    for name in learned:
+        shutil.copyfile(team / name, partial / name)
     if (team / card.FACTS).is_file():
         shutil.copyfile(team / card.FACTS, partial / card.FACTS)
     card.write(partial, described, out.resolve().name)

@@ -55,7 +55,7 @@ def write(
         "format": FORMAT,
         **fingerprint,
         "batch_size": len(segments),
-        "segments": [[s.sequence, s.agent, s.kind, s.length, s.offset, *([s.layers] if s.layers else [])] for s in flat],
+        "segments": [[s.sequence, s.agent, s.kind, s.length, s.offset, *_seen_by(s)] for s in flat],
         "next": next_positions,
     }
     if frozen is not None:
@@ -122,18 +122,24 @@ def read(path, fingerprint: dict) -> tuple[list[list[Segment]], list[int], list[
     return _segments(header, positions), header["next"], kv, ids, frozen
 
 
+def _seen_by(s: Segment) -> list:
+    """Its layers and heads, as far as not all see it."""
+    return [s.layers, s.heads] if s.heads else [s.layers] if s.layers else []
+
+
 def _segments(header: dict, positions: Tensor) -> list[list[Segment]]:
     """The segments by sequence. positions [rows]: where the rows are read; each run of consecutive ones is a segment."""
     rows, done, at = [[] for _ in range(header["batch_size"])], 0, [0, FROZEN]  # the next row; and of quantised ones
     quantized = header.get("quantized") or [False] * len(header["segments"])
-    for (sequence, agent, kind, length, offset, *layers), which in zip(header["segments"], quantized):
+    for (sequence, agent, kind, length, offset, *seen_by), which in zip(header["segments"], quantized):
+        layers, heads = (*seen_by, None, None)[:2]
+        layers, heads = layers and tuple(layers), heads and tuple(tuple(x) if isinstance(x, list) else x for x in heads)
         where = positions[done : done + length]
         gaps = (where.diff() != 1).nonzero()[:, 0] + 1
         for first, last in zip([0, *gaps.tolist()], [*gaps.tolist(), length]):
             position = int(where[first]) - offset
-            seen_by = tuple(layers[0]) if layers else None
             start = at[which] + first
-            rows[sequence].append(Segment(sequence, agent, kind, start, last - first, position, offset, seen_by))
+            rows[sequence].append(Segment(sequence, agent, kind, start, last - first, position, offset, layers, heads))
         at[which] += length
         done += length
     return rows

@@ -13,7 +13,6 @@ The autograd graph holds this object, so it must not reach a trace, or a tensor 
 """
 
 import contextlib
-import functools
 import itertools
 import weakref
 from dataclasses import dataclass
@@ -23,13 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmas.ops.fused import Composed, in_layout_of, packed_table, with_heads
+from diffmas.ops.fused import in_layout_of, packed_table, with_heads
 from diffmas.ops.register import call
+from diffmas.trace.attention_parts import LayerAttention, Part, composed
 from diffmas.trace.pool import DeferredKVGrad, GradPools, Pool
 from diffmas.trace.spec import LayerSpec, ModelSpec
 from diffmas.trace.store import Hold, Store
 from diffmas.trace.tables import Tables
-from diffmas.trace.views import KVRange, seen_in
+from diffmas.trace.views import KVRange, heads_in, seen_in
 
 __all__ = ["Borrowed", "LayerWork", "work_of"]
 
@@ -66,18 +66,6 @@ class Borrowed(NamedTuple):
     kept: dict[int, tuple[Tensor, ...]]
 
 
-def _composed(run):
-    """What stands in for `call`: the two ops of a layer's backward one by one, each by `run`."""
-
-    def composed(name: str, like: Tensor, *args, backend: str, **found):
-        if name != "inject_attend_backward":
-            return run(name, like, *args, backend=backend, **found)
-        parts = Composed(lambda part: functools.partial(run, part, like, backend=backend))
-        return parts.inject_attend_backward(*args, **found)
-
-    return composed
-
-
 @dataclass(eq=False)
 class LayerWork:
     """n packed new tokens of B sequences. Fields: see `ForwardPass`."""
@@ -97,8 +85,9 @@ class LayerWork:
     frozen: list[list[KVRange]] | None = None
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
-    # (layer, rotated q [n, Hq, D], o, lse, (K, V), view, scale, interleaved) -> None: told who attends to what, in what
-    # `cross_attention` takes and returns. Not where a sequence of the pass sees quantised rows: ask `frozen` first.
+    # (layer, rotated q [n, Hq, D], o, lse, (K, V), parts, scale, interleaved) -> None: told who attends to what, in what
+    # `cross_attention` takes and returns; parts: of K/V heads, with views["all"] of each. Not where a sequence of the pass
+    # sees quantised rows: ask `frozen` first.
     attended = None
     borrowed: Borrowed | None = None  # as long as a backward of it runs inside of another
 
@@ -112,9 +101,10 @@ class LayerWork:
         self._flushes: dict[int, tuple] = {}  # by layer, for the pass that begins a run
         seen = (*self.views, *(self.frozen or ()))
         self._offsets = any(r.offset for view in seen for r in view)
-        # Of each layer, which of the ranges that only some layers see it sees; those that see the same have the same tables.
-        some = {r.layers for view in seen for r in view} - {None}
-        self._sights = [frozenset(x for x in some if layer.index in x) for layer in self.spec.layers] if some else None
+        # Of each layer's first K/V heads, and at the end of all others, which of the ranges that not all see they see; those
+        # that see the same have the same tables.
+        some = {(r.layers, r.heads) for view in seen for r in view} - {(None, None)}
+        self._sights = [_sights(layer.index, some) for layer in self.spec.layers] if some else None
         self._tables: dict[tuple[torch.device, frozenset | None], Tables] = {}
         number = next(_numbers)
         self.ticket = torch.from_numpy(np.array(number))  # a third of the time that torch.tensor takes
@@ -126,21 +116,22 @@ class LayerWork:
         self.ran, self.recorded = [False] * layers, [False] * layers
         self._choices: list[tuple[bool, DeferredKVGrad | None]] = [(False, None)] * layers
 
-    def on(self, device: torch.device, layer: int = 0) -> Tables:
-        """What a layer on a device reads."""
-        key = device, self._sights and self._sights[layer]
+    def on(self, device: torch.device, layer: int = 0, head: int = 0) -> Tables:
+        """What a K/V head of a layer on a device reads."""
+        key = device, self._sights and self._sights[layer][min(head, len(self._sights[layer]) - 1)]
         tables = self._tables.get(key)
         if tables is None:
             views, older, frozen = self.views, self.older, self.frozen
             if self._sights is not None:
-                views, older, frozen = (x and seen_in(x, layer) for x in (views, older, frozen))
+                views, older, frozen = (x and seen_in(x, layer, head) for x in (views, older, frozen))
             numbers = self.lengths, self.slots, self.positions, self.grad_tail
             tables = self._tables[key] = Tables(device, *numbers, views, older, frozen)
         return tables
 
     def all_on(self, device: torch.device) -> list[Tables]:
-        """What all layers read, were they on that device."""
-        return [self.on(device, self._sights.index(sight) if sight is not None else 0) for sight in {*(self._sights or [None])}]
+        """What all heads of all layers read, were they on that device."""
+        places = {sight: (i, head) for i, layer in enumerate(self._sights or ()) for head, sight in enumerate(layer)}
+        return [self.on(device, *place) for place in places.values()] or [self.on(device)]
 
     @property
     def grad_tail(self) -> list[int]:
@@ -152,6 +143,23 @@ class LayerWork:
             return tables.at_offsets(self.spec.frequencies(layer, device))
         return tables.as_written
 
+    def _parts(self, layer: LayerSpec, device: torch.device, heads: int) -> list[Part]:
+        """What the heads of a layer see. heads: how many K/V heads it has."""
+        i, sights = layer.index, self._sights and self._sights[layer.index]
+        if not sights or len(sights) == 1:
+            tables = self.on(device, i)
+            return [Part(slice(0, heads), tables, self._views(tables, layer, device))]
+        parts = []
+        for _, same in itertools.groupby(range(heads), lambda head: sights[min(head, len(sights) - 1)]):
+            first, *more = same
+            tables = self.on(device, i, first)
+            parts.append(Part(slice(first, first + 1 + len(more)), tables, self._views(tables, layer, device)))
+        return parts
+
+    def _attention(self, layer: LayerSpec, n: int, scale: float) -> LayerAttention:
+        frozen = self.frozen_rows and self.frozen_rows.layers[layer.index]
+        return LayerAttention(layer.index, n, scale, layer.rope == "interleaved", self.spec.backend, frozen)
+
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def together(self, layers: list[LayerSpec], device: torch.device) -> tuple[Tables, dict] | None:
@@ -159,7 +167,7 @@ class LayerWork:
         already, or where somebody looks on."""
         if self.committed or self.attended is not None or any(self.ran[layer.index] for layer in layers):
             return None
-        if self._sights is not None and len({self._sights[layer.index] for layer in layers}) > 1:
+        if self._sights is not None and len({sight for layer in layers for sight in self._sights[layer.index]}) > 1:
             return None
         tables = self.on(device, layers[0].index)
         return tables, self._views(tables, layers[0], device)
@@ -174,47 +182,34 @@ class LayerWork:
         if self.store.pools[i] is None and layer.head_dim is not None:  # a pool takes its shape from the first K
             n = sum(self.lengths)
             k, v = with_heads(k, n, layer.head_dim), with_heads(v, n, layer.head_dim)
-        pool, tables = self.store.pool(i, k, v), self.on(k.device, i)
-        views = self._views(tables, layer, k.device)
+        pool, device = self.store.pool(i, k, v), k.device
+        parts = self._parts(layer, device, pool.heads)
+        tables, views = parts[0].tables, parts[0].views
         if recording and not self.committed:
-            self._choose(layer, pool, views["older"], scale)
+            self._choose(layer, pool, parts, scale)
         self.ran[i] = True
+        n, whole = tables.slots.shape[0], self.attended is not None
         # Also while it reads: of two threads in one layer of one store, the second waits.
         with pool.writing(self.slots, self.views, self.committed) as kv:
-            find = functools.partial(
-                tables.work.of, "fwd", i, tables.slots.shape[0], k_pool=kv[0], scale=scale, backend=backend
-            )
-            if views["shared"] is None or self.attended is not None:
-                found = find("all", q, views["all"], True)
+            if len(parts) == 1 and (views["shared"] is None or whole):
+                found = tables.work.of("fwd", i, n, "all", q, views["all"], True, k_pool=kv[0], scale=scale, backend=backend)
                 q_rot, o, lse = call(  # the pool says how long a head is
                     "inject_attend", kv[0], q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *kv,
                     *views["all"], scale, backend=backend, **found,
                 )  # fmt: skip
-                if views["frozen"] is None:
-                    if self.attended is not None:
-                        self.attended(i, q_rot, o, lse, kv, views["all"], scale, interleaved)
-                    return o, q_rot, lse
-                states = [(o.view(q_rot.shape), lse)]
+                if views["frozen"] is not None:
+                    attention = self._attention(layer, n, scale)
+                    o, lse = attention.with_frozen(parts[0], q_rot, [(o.view(q_rot.shape), lse)], attention.frozen)
+                    o = in_layout_of(q, o)
             else:
-                q_heads, slots = with_heads(q, tables.slots.shape[0], pool.head_dim), tables.slots
-                k, v = (with_heads(x, slots.shape[0], pool.head_dim) for x in (k, v))
-                rope = (packed_table(cos), packed_table(sin), slots, q_weight, k_weight, eps, interleaved)
-                q_rot = call("inject", q_heads, q_heads, k, v, *rope, *kv, backend=backend)
-                states = [
-                    call(
-                        "cross_attention", q_rot, q_rot, *kv, *view, scale, causal, interleaved, backend=backend,
-                        **find(name, q_rot, view, causal),
-                    )
-                    for name, view, causal in zip(("shared", "rest"), views["shared"][:2], (False, True))
-                ]  # fmt: skip
-        if views["frozen"] is not None:
-            rows, view = self.frozen_rows.layers[i], views["frozen"]
-            found = find("frozen", q_rot, view, False, k_pool=rows[0])
-            args = (*rows, *view, scale, interleaved)
-            states.append(call("cross_attention_quantized", q_rot, q_rot, *args, backend=backend, **found))
-        merge = lambda a, b: call("merge_states", q_rot, *a, *b, backend=backend)
-        o, lse = functools.reduce(merge, states)
-        return in_layout_of(q, o), q_rot, lse
+                q_heads, *rows = (with_heads(x, n, pool.head_dim) for x in (q, k, v))
+                rope = (packed_table(cos), packed_table(sin), tables.slots, q_weight, k_weight, eps, interleaved)
+                q_rot = call("inject", q_heads, q_heads, *rows, *rope, *kv, backend=backend)
+                o, lse = self._attention(layer, n, scale).forward(parts, q_rot, kv, whole)
+                o = in_layout_of(q, o)
+            if whole and views["frozen"] is None:
+                self.attended(i, q_rot, o, lse, kv, parts, scale, interleaved)
+        return o, q_rot, lse
 
     def _check_recompute(self, i: int, recording: bool) -> None:
         if torch._C._current_graph_task_id() == -1:
@@ -225,16 +220,16 @@ class LayerWork:
                 "checkpointing gives wrong gradients with a trace; use use_reentrant=False"
             )
 
-    def _choose(self, layer: LayerSpec, pool: Pool, older: tuple | None, scale: float) -> None:
+    def _choose(self, layer: LayerSpec, pool: Pool, parts: list[Part], scale: float) -> None:
         """Which rows this layer's backward gives a gradient: all of the view, or its own and its run's, and who adds the
         rest."""
         i, older_needs_grad = layer.index, self.older_needs_grad and layer.records
         self.recorded[i] = layer.records = True
         deferred = self.deferred
-        if older is not None:
+        if self.older is not None:
             deferred.flushed[i] = older_needs_grad
             if older_needs_grad:
-                self._flushes[i] = (pool, older, scale, layer.rope == "interleaved", stream_of(pool.device))
+                self._flushes[i] = (pool, parts, scale, layer.rope == "interleaved", stream_of(pool.device))
         if deferred is None or i not in deferred.flushed:  # not in a run, or in one whose first step was not recorded
             self._choices[i] = (not older_needs_grad, None)
         else:
@@ -272,57 +267,18 @@ class LayerWork:
                     borrowed.kept[i] = kept
                 else:
                     grads.steps(self.lineage, deferred).append(tuple(x.clone() for x in kept) if copy else kept)
-            views, newest = self._views(tables, layer, q_rot.device), tables.grad_tail if own_rows_only else None
-            find = functools.partial(tables.work.of, "dq", i, q_rot.shape[0], k_pool=k_pool, scale=scale, backend=backend)
-            if views["shared"] is not None:
-                run, found = self._by_shared(run, find, views["shared"], newest), {}
+            parts, n = self._parts(layer, q_rot.device, k_pool.shape[1]), q_rot.shape[0]
+            views, found = parts[0].views, {}
+            if len(parts) > 1 or views["shared"] is not None or views["frozen"] is not None:
+                run = self._attention(layer, n, scale).backward(parts, run, own_rows_only)
             else:
-                found = find("all", q_rot, views["all"], True)
-            if self.frozen is not None:
-                run = self._with_frozen(run, layer, do, q_rot, o, lse, scale)
+                found = tables.work.of(
+                    "dq", i, n, "all", q_rot, views["all"], True, k_pool=k_pool, scale=scale, backend=backend
+                )
             return run(
                 "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, k_pool, v_pool, *views["all"], scale, dk_pool,
-                dv_pool, newest, weight_grads, backend=backend, **found,
+                dv_pool, tables.grad_tail if own_rows_only else None, weight_grads, backend=backend, **found,
             )  # fmt: skip
-
-    def _by_shared(self, run, find, views: tuple, newest: Tensor | None):
-        """`run`, but attention's backward is that of the rows which several sequences read, and that of the rest: with the
-        o and lse of all rows, a sum."""
-        *views, none = views
-
-        def parts(name: str, q_rot, *args, **how):
-            if name != "cross_attention_backward":
-                return run(name, q_rot, *args, **how)
-            states, (scale, _, interleaved, dk, dv, _, want_dq) = args[:7], args[13:]
-            each = zip(("shared", "rest"), views, (False, True), (none if newest is not None else None, newest))
-            shared, rest = (
-                run(
-                    name, q_rot, *states, *view, scale, causal, interleaved, dk, dv, tail, want_dq, **how,
-                    **find(part, q_rot, view, causal),
-                )
-                for part, view, causal, tail in each
-            )  # fmt: skip
-            return shared + rest
-
-        return _composed(parts)
-
-    def _with_frozen(self, run, layer: LayerSpec, do, q_rot, o, lse, scale: float):
-        """`run`, but attention's dq gets what the quantised rows add to it, which have no gradient of their own."""
-        interleaved, tables, backend = layer.rope == "interleaved", self.on(q_rot.device, layer.index), self.spec.backend
-        rows, view = self.frozen_rows.layers[layer.index], self._views(tables, layer, q_rot.device)["frozen"]
-
-        def with_more(name: str, *args, **how):
-            dq = run(name, *args, **how)
-            if name != "cross_attention_backward":
-                return dq
-            states = do.reshape(q_rot.shape), q_rot, o.view(q_rot.shape), lse
-            name = "cross_attention_quantized_backward"
-            found = tables.work.of(
-                "dq", layer.index, q_rot.shape[0], "frozen", q_rot, view, False, k_pool=rows[0], scale=scale, backend=backend
-            )
-            return dq + call(name, q_rot, *states, *rows, *view, scale, interleaved, backend=backend, **found)
-
-        return _composed(with_more)
 
     def _watched(self, i: int, dk_pool: Tensor, dv_pool: Tensor, slots: Tensor):
         """`call`, but the two parts of attention's backward run one by one: between them the rows' gradient is in the pool."""
@@ -332,11 +288,11 @@ class LayerWork:
                 self.watch(i, dk_pool[slots], dv_pool[slots])
             return call(name, like, *args, **how)
 
-        return _composed(run)
+        return composed(run)
 
     def flush(self) -> None:
         """Adds dK and dV of the rows before a run of latent steps, for all steps that this backward pass has been through."""
-        for pool, older, scale, interleaved, stream in reversed(self._flushes.values()):
+        for pool, parts, scale, interleaved, stream in reversed(self._flushes.values()):
             with on_stream(stream):
                 grads = pool.grads()
                 steps = grads.steps(self.lineage, self.deferred)
@@ -346,9 +302,20 @@ class LayerWork:
                     q, lse = q.flatten(0, 1), lse.flatten(0, 1)
                     do, o = do.view(q.shape), o.view(q.shape)
                     with grads.lend(self.lineage, self.older) as (k, v, dk, dv):
-                        for sequences, *view in older:
-                            call(  # every step sees all of the older rows
-                                "cross_attention_backward", q, do, None, q, o, lse, k, v, sequences * len(steps), *view, scale,
-                                False, interleaved, dk, dv, None, False, backend=self.spec.backend,
-                            )  # fmt: skip
+                        for part in parts:
+                            *states, of_lse = part.queries(q.shape[1] // k.shape[1], do, q, o, lse)
+                            states, mine, grads_of = (*states, of_lse.contiguous()), part.rows((k, v)), part.rows((dk, dv))
+                            for sequences, *view in part.views["older"]:
+                                call(  # every step sees all of the older rows
+                                    "cross_attention_backward", states[1], states[0], None, *states[1:], *mine,
+                                    sequences * len(steps), *view, scale, False, interleaved, *grads_of, None, False,
+                                    backend=self.spec.backend,
+                                )  # fmt: skip
                 steps.clear()
+
+
+def _sights(layer: int, some: set[tuple]) -> list[frozenset]:
+    """Of `some` (layers, heads), those that the first K/V heads of a layer are in; the last: any head behind these."""
+    named = {seen: heads_in(layer, *seen) for seen in some}
+    first = 1 + max((head for heads in named.values() for head in heads or ()), default=-1)
+    return [frozenset(seen for seen, heads in named.items() if heads is None or head in heads) for head in range(first + 1)]

@@ -52,7 +52,7 @@ class Pool:
     scattered = False  # its storage is new: with its neighbours' it may fill huge pages that it does not fill alone
 
     def __init__(self, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device, self.head_dim = dtype, device, head_dim
+        self.dtype, self.device, self.heads, self.head_dim = dtype, device, heads, head_dim
         self.lock = threading.RLock()
         self._shape = (heads, head_dim, dtype, device)
         self._used = rows  # rows that were asked for; growth makes more

@@ -236,6 +236,10 @@ class Store:
             hold.claimed.append((FROZEN + kept, FROZEN + kept + rows.rows))
         return FROZEN + kept
 
+    def heads(self, layer: int) -> int:
+        """K/V heads of a layer that has rows."""
+        return self.frozen.layers[layer][0].shape[1] if self.pools[layer] is None else self.pools[layer].heads
+
     def device(self, layer: int) -> torch.device | None:
         """Where a layer's rows lie; None where it has none yet."""
         if self.pools[layer] is not None:

@@ -132,9 +132,14 @@ class Trace(Appending, Copying):
         found = {}
         for agent in dict.fromkeys(s.agent for s in self.segments):
             own = [s for s in self.segments if s.agent == agent]
-            total = sum(self._store.bytes_of(layer, *seen_in([own], layer)) for layer in range(len(self)))
+            total = sum(self._bytes_in(layer, own) for layer in range(len(self)))
             found[agent] = Size(len(np.unique(rows_of(own))), total)
         return found
+
+    def _bytes_in(self, layer: int, segments: list[Segment]) -> int:
+        """Of the K and V of a layer's heads that see them."""
+        count = self._store.heads(layer) if any(s.heads is not None for s in segments) else 1
+        return sum(self._store.bytes_of(layer, *seen_in([segments], layer, head)) for head in range(count)) // count
 
     def memory(self) -> int:
         """Bytes that the rows of all layers occupy, spare room and forks included."""

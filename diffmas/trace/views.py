@@ -11,9 +11,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 __all__ = [
-    "FROZEN", "JOINS", "KINDS", "SAID", "SINKS", "KVRange", "Segment", "Size", "apart", "by_sequence", "common_prefix",
-    "joined", "length_of", "only", "places", "ranges_of", "rows_of", "seen_in", "share", "table_of", "without_first",
-    "without_rows",
+    "FROZEN", "JOINS", "KINDS", "SAID", "SINKS", "Heads", "KVRange", "Segment", "Size", "apart", "by_sequence", "common_prefix",
+    "heads_in", "joined", "length_of", "only", "packed", "places", "ranges_of", "rows_of", "seen_in", "share", "table_of",
+    "without_first", "without_rows",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
@@ -21,6 +21,7 @@ SAID = ("latent", "text")  # all but prompts
 JOINS = ("keep", "shift", "reindex", "same_branch")
 SINKS = 4  # first tokens that stay where others are dropped: attention sinks (StreamingLLM, arXiv 2309.17453)
 FROZEN = 1 << 40  # a store's quantised rows are numbered from here on (diffmas.trace.frozen)
+Heads = tuple[int, ...] | tuple[tuple[int, ...], ...]  # numbers of K/V heads; or such, of each of some layers
 SAVED_ROWS = 2048  # a pass over shared rows must save reading this many, or its two more calls cost more
 
 
@@ -35,6 +36,7 @@ class Segment(NamedTuple):
     position: int  # where its first token was written
     offset: int = 0  # it is read this many positions later
     layers: tuple[int, ...] | None = None  # that see it; None: all
+    heads: Heads | None = None  # of these layers, all of them or one by one, that see it; None: all
 
     @property
     def end(self) -> int:
@@ -50,8 +52,8 @@ class Segment(NamedTuple):
 
     def extended_by(self, new: "Segment") -> "Segment | None":
         """The two as one, where `new` goes on in the next row, at the next position, by the same writer; else None."""
-        mine = (self.agent, self.kind, self.end, self.position + self.length, self.offset, self.layers)
-        if mine != (new.agent, new.kind, new.start, new.position, new.offset, new.layers):
+        mine = (self.agent, self.kind, self.end, self.position + self.length, self.offset, self.layers, self.heads)
+        if mine != (new.agent, new.kind, new.start, new.position, new.offset, new.layers, new.heads):
             return None
         return self._replace(length=self.length + new.length)
 
@@ -67,12 +69,14 @@ class Size(NamedTuple):
 
 
 class KVRange(NamedTuple):
-    """Rows [start, start + length) of a pool, read `offset` positions later than they were written, by some layers or all."""
+    """Rows [start, start + length) of a pool, read `offset` positions later than they were written, by some layers or all, and
+    some heads of these or all."""
 
     start: int
     length: int
     offset: int
     layers: tuple[int, ...] | None = None
+    heads: Heads | None = None
 
     def skip(self, rows: int) -> "KVRange":
         return self._replace(start=self.start + rows, length=self.length - rows)
@@ -134,6 +138,12 @@ def only(row: Sequence[Segment], kind: str | Sequence[str] | None, agent: str | 
     return kept
 
 
+def packed(rows: Sequence[Sequence[Segment]]) -> list[list[Segment]]:
+    """The segments of sequences whose rows have been put one behind the other, from row 0 on (`Trace.packed_rows`)."""
+    starts = accumulate((s.length for row in rows for s in row), initial=0)
+    return [[s._replace(start=next(starts)) for s in row] for row in rows]
+
+
 def places(view: Sequence[Segment], index: np.ndarray) -> list[Segment]:
     """The rows at some places of a view, rising: its segments, cut where rows between them are left out."""
     kept, first = [], 0
@@ -183,16 +193,25 @@ def ranges_of(segments: Sequence[Segment]) -> list[KVRange]:
     ranges: list[KVRange] = []
     for s in segments:
         last = ranges[-1] if ranges else None
-        if last is not None and (s.start, s.offset, s.layers) == (last.start + last.length, last.offset, last.layers):
+        new = KVRange(s.start, s.length, s.offset, s.layers, s.heads)
+        if last is not None and new[2:] == last[2:] and s.start == last.start + last.length:
             ranges[-1] = last._replace(length=last.length + s.length)
         else:
-            ranges.append(KVRange(s.start, s.length, s.offset, s.layers))
+            ranges.append(new)
     return ranges
 
 
-def seen_in(views: Sequence[Sequence[Rows]], layer: int) -> list[list[Rows]]:
-    """What a layer sees of views."""
-    return [[x for x in view if x.layers is None or layer in x.layers] for view in views]
+def heads_in(layer: int, layers: tuple[int, ...] | None, heads: Heads | None) -> tuple[int, ...] | None:
+    """The heads of a layer that see what these see; None: all."""
+    if layers is not None and layer not in layers:
+        return ()
+    return heads[layers.index(layer)] if heads and isinstance(heads[0], tuple) else heads
+
+
+def seen_in(views: Sequence[Sequence[Rows]], layer: int, head: int) -> list[list[Rows]]:
+    """What a K/V head of a layer sees of views."""
+    seen = lambda heads: heads is None or head in heads
+    return [[x for x in view if seen(heads_in(layer, x.layers, x.heads))] for view in views]
 
 
 def apart(view: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:

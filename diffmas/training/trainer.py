@@ -38,7 +38,8 @@ def _may_leave_unused(system: MultiAgentSystem) -> bool:
     if T = 0 and no latent step reads the agent's last hidden state. Ranks may differ in T, and this answer may not. Text gives
     none to an adapter in a vision tower.
     """
-    if system.others or system.adapter_scope == "per_role" or system.realign.mode == "learned":
+    learned = system.realign.mode == "learned" or len(system.choices.weights) > 0
+    if system.others or system.adapter_scope == "per_role" or learned:
         return True
     return trained_beside_the_text(system.model)
 
@@ -46,8 +47,8 @@ def _may_leave_unused(system: MultiAgentSystem) -> bool:
 class Trainer(Files):
     """transformers' Trainer for a `MultiAgentSystem`.
 
-    system: its PEFT adapters are trained, and the projectors of other models; a plain model gets an adapter first, but where
-        there are projectors to train. peft_config: for that one, by default `lora_config()`.
+    system: its PEFT adapters are trained, the projectors of other models, and how rows are chosen (by learned); a plain model
+        gets an adapter first, but where there are projectors to train. peft_config: for that one, by default `lora_config()`.
     args: TrainingArguments, by default `default_arguments("diffmas-output")`; they stay as they are. docs/training.md lists the
         few fields that are refused.
     train_dataset, eval_dataset: rows of questions and answers (`diffmas.training.data`), as lists or datasets.
@@ -129,6 +130,8 @@ class Trainer(Files):
             self._batches //= self.get_tp_size()
         if self._sharded and system.others:
             raise ValueError(f"system: expected one model with {self._engine}, got others beside it, which it does not shard")
+        if self._sharded and len(system.choices.weights):
+            raise ValueError(f"system: expected no rows chosen by what is learned with {self._engine}, got some")
         if self._sharded:
             prepare(system, self.is_fsdp_enabled or zero3)
             self._monitor.alone = False

@@ -18,6 +18,7 @@ from diffmas.agents.file.description import (
     write_json,
 )
 from diffmas.agents.file.reading import (
+    CHOICES_FILE,
     CONFIG_FILE,
     MAP_FILE,
     WEIGHTS_FILE,
@@ -29,14 +30,15 @@ from diffmas.agents.file.reading import (
     load_weights,
     put_adapters,
     read_adapters,
+    read_choices,
     read_map,
     read_weights,
 )
 from diffmas.agents.file.writing import save, save_model
 
 __all__ = [
-    "AGENTS_FILE", "CONFIG_FILE", "HEAD", "MAP_FILE", "WEIGHTS_FILE", "adapter_directory", "add_adapter", "check_base",
-    "check_class", "check_description", "check_kinds", "check_like", "check_same", "load_adapters", "load_model",
-    "load_saved_tokenizer", "load_weights", "put_adapters", "read_adapters", "read_agents", "read_json", "read_map",
-    "read_weights", "save", "save_model", "write_json",
+    "AGENTS_FILE", "CHOICES_FILE", "CONFIG_FILE", "HEAD", "MAP_FILE", "WEIGHTS_FILE", "adapter_directory", "add_adapter",
+    "check_base", "check_class", "check_description", "check_kinds", "check_like", "check_same", "load_adapters",
+    "load_model", "load_saved_tokenizer", "load_weights", "put_adapters", "read_adapters", "read_agents", "read_choices",
+    "read_json", "read_map", "read_weights", "save", "save_model", "write_json",
 ]  # fmt: skip

@@ -26,11 +26,13 @@ from diffmas.models.load import load_base, load_tokenizer
 from diffmas.models.local import gathered, say_features, spread_like
 
 __all__ = [
-    "CONFIG_FILE", "MAP_FILE", "WEIGHTS_FILE", "adapter_directory", "add_adapter", "load_adapters", "load_model",
-    "load_saved_tokenizer", "load_weights", "put_adapters", "read_adapters", "read_map", "read_weights",
+    "CHOICES_FILE", "CONFIG_FILE", "MAP_FILE", "WEIGHTS_FILE", "adapter_directory", "add_adapter", "load_adapters",
+    "load_model", "load_saved_tokenizer", "load_weights", "put_adapters", "read_adapters", "read_choices", "read_map",
+    "read_weights",
 ]  # fmt: skip
 
 MAP_FILE = "realign.safetensors"  # only for a learned map
+CHOICES_FILE = "choices.safetensors"  # only where rows are chosen by what was learned
 TOKENIZER_FILE = "tokenizer_config.json"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -60,8 +62,23 @@ def read_map(path, shape) -> Tensor:
     return read["weight"]
 
 
-def load_weights(path, model: nn.Module, tokenizer, description: dict, learned_map: nn.Parameter | None = None) -> None:
-    """Copies the adapters (and learned map) of a directory into a model that has such adapters already, in place.
+def read_choices(path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the edges of a directory's team have learned; raises ValueError if it is not like `like`."""
+    if not like:
+        return {}
+    file = Path(path) / CHOICES_FILE
+    read = read_weights(file)
+    wanted, found = ({key: list(value.shape) for key, value in some.items()} for some in (like, read))
+    if found != wanted:
+        raise ValueError(f"{file}: expected weights {wanted}, got {found}")
+    return read
+
+
+def load_weights(
+    path, model: nn.Module, tokenizer, description: dict, learned_map: nn.Parameter | None = None,
+    choices: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Copies the adapters (learned map, choices) of a directory into a model that has such adapters already, in place.
 
     tokenizer: the model's. description: `MultiAgentSystem.describe()`, which agents.json must agree with. Raises ValueError,
     before anything is changed, for a directory of another base model or tokenizer, other agents or options, or damaged weights.
@@ -78,10 +95,13 @@ def load_weights(path, model: nn.Module, tokenizer, description: dict, learned_m
     with gathered([p for p in (*model.parameters(), learned_map) if p is not None and p.requires_grad], True):
         read = read_adapters(path, model)
         new_map = None if learned_map is None else read_map(path, learned_map.shape)
+        learned = read_choices(path, choices or {})
         put_adapters(model, read)
         if new_map is not None:
             with torch.no_grad():
                 learned_map.copy_(spread_like(new_map, learned_map))
+        for name, x in learned.items():
+            choices[name].copy_(x)
 
 
 def read_adapters(path: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:

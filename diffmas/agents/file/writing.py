@@ -14,7 +14,7 @@ from diffmas.agents.file.description import (
     tokenizer_fingerprint,
     write_json,
 )
-from diffmas.agents.file.reading import MAP_FILE
+from diffmas.agents.file.reading import CHOICES_FILE, MAP_FILE
 from diffmas.models.adapted import base_weights, trained_in_base
 from diffmas.models.identity import model_fingerprint
 from diffmas.models.local import first_of, shared, whole
@@ -31,12 +31,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     return {name: whole(x) for name, x in model.state_dict(keep_vars=True).items() if id(x) not in base}
 
 
-def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tensor | None = None) -> None:
+def save(
+    path, model: nn.Module, tokenizer, description: dict, learned_map: Tensor | None = None,
+    choices: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Writes a directory that `read_agents` and `load_model` read.
 
     model: with or without PEFT adapters. tokenizer: its. description: `MultiAgentSystem.describe()`. learned_map: [hidden,
-    hidden] or None. agents.json comes last and in one step: a directory that has it is complete. Where several processes share
-    the weights all of them have to call, and the first one writes.
+    hidden] or None. choices: what edges have learned, by name. agents.json comes last and in one step: a directory that has it
+    is complete. Where several processes share the weights all of them have to call, and the first one writes.
     """
     check_description(description)
     path = Path(path)
@@ -46,6 +49,8 @@ def save(path, model: nn.Module, tokenizer, description: dict, learned_map: Tens
         return
     if learned_map is not None:
         save_file({"weight": learned_map.cpu().contiguous()}, path / MAP_FILE)
+    if choices:
+        save_file({name: x.cpu().contiguous() for name, x in choices.items()}, path / CHOICES_FILE)
     described = {**head, **description}
     (path / card.FACTS).unlink(missing_ok=True)  # of the weights that were there
     card.write(path, described)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffmas.models.patch import patch_of
 from diffmas.ops.reference import sequences
+from diffmas.trace.attention_parts import Part
 from diffmas.trace.store import Hold
 
 __all__ = ["Pass", "Watch", "attention_weights"]
@@ -99,8 +100,21 @@ class Watch:
             self._running.fed, self._running.x = self._realigned
         forward_pass.work.attended = self._attended
 
-    def _attended(self, layer: int, q: Tensor, o, lse, kv: tuple[Tensor, Tensor], *how) -> None:
-        weights, sees = attention_weights(q, kv[0], *how)
+    def _attended(self, layer: int, q: Tensor, o, lse, kv: tuple[Tensor, Tensor], parts: list[Part], *how) -> None:
+        group, n = q.shape[1] // kv[0].shape[1], len(q)
+        each = []
+        for part in parts:
+            (queries,), (keys,) = part.queries(group, q), part.rows(kv[:1])
+            each.append(attention_weights(queries, keys, part.views["all"], *how))
+        if len(each) == 1:
+            ((weights, sees),) = each
+        else:  # rows that a head does not see get nothing from it
+            before = dict.fromkeys(row for _, rows in each for row in rows[:-n].tolist())
+            sees = torch.tensor([*before, *each[0][1][-n:].tolist()])
+            weights = each[0][0].new_zeros(n, len(sees))
+            for (of_part, rows), part in zip(each, parts):
+                share = (part.heads.stop - part.heads.start) / kv[0].shape[1]
+                weights[:, (sees == rows[:, None]).int().argmax(1)] += share * of_part
         self._running.weights[layer], self._running.sees[layer] = weights, sees.numpy()
 
     def _after(self, body, args, output) -> None:

@@ -78,7 +78,10 @@ def test_it_is_attention_over_the_rows(kind, tile, interleaved, monkeypatch):
         assert_close(o, want, 1e-12)
         assert_close(lse[:5], want_lse[:5], 1e-12)
         assert torch.isinf(lse[5]).all()
-        grads, pools = Codes(*(x if x is None else torch.zeros_like(x) for x in codes)), (torch.zeros_like(k), torch.zeros_like(v))
+        grads, pools = (
+            Codes(*(x if x is None else torch.zeros_like(x) for x in codes)),
+            (torch.zeros_like(k), torch.zeros_like(v)),
+        )
         dq = low_rank_attention_backward(do, q, o, lse, k, v, codes, *rest, grads, pools)
         assert_close(dq, q.grad, 1e-12)
         assert_close(pools[0], k.grad, 1e-12)

@@ -21,6 +21,7 @@ from diffmas.agents.checks import check_others, check_patched, check_team, readi
 from diffmas.agents.decoding import text_before
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.graph import Graph, home
+from diffmas.agents.low_rank import check_low_rank
 from diffmas.agents.member import Member, default_chat
 from diffmas.agents.options import Options
 from diffmas.agents.output import SystemOutput
@@ -104,10 +105,12 @@ class MultiAgentSystem(Member):
         self.others = nn.ModuleDict(others)
         self.training = model.training
         check_patched(model, agents)
-        if adapter_scope != "shared":
+        check_low_rank(self)
+        if adapter_scope != "shared" or any(agent.low_rank for agent in agents):
             adapters.will_switch(model)
         if adapter_scope == "per_role":
-            adapters.train_roles(model, list(dict.fromkeys(agent.adapter for agent in agents if self.writer(agent) is self)))
+            own = [agent for agent in agents if self.writer(agent) is self and not agent.low_rank]
+            adapters.train_roles(model, list(dict.fromkeys(agent.adapter for agent in own)))
 
     @property
     def graph(self) -> Graph:

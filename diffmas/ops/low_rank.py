@@ -77,7 +77,9 @@ def rows_built(k: Tensor, v: Tensor, codes: Codes, tables, interleaved: bool) ->
 class _Reader:
     """The queries of a part by K/V head, [Hkv, L * G, D], and its rows, tile by tile."""
 
-    def __init__(self, q: Tensor, part: Part, k_pool: Tensor, v_pool: Tensor, codes: Codes, tables, inv_freq, interleaved: bool):
+    def __init__(
+        self, q: Tensor, part: Part, k_pool: Tensor, v_pool: Tensor, codes: Codes, tables, inv_freq, interleaved: bool
+    ):
         self.acc, self.part, self.pools, self.codes = accumulator(q.dtype), part, (k_pool, v_pool), codes
         self.tables, self.interleaved, self.heads = tables, interleaved, k_pool.shape[1]
         self.turn = None
@@ -112,9 +114,9 @@ def low_rank_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, codes: Codes, tables: tuple[Tensor, Tensor] | None, parts: Sequence[Part],
     inv_freq: Tensor | None, scale: float, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-> o [n, Hq, D], lse [n, Hq], as `diffmas.ops.reference.cross_attention` has them, of what the parts show to q [n, Hq, D],
-    rotated; a query may have several. k_pool, v_pool [R, Hkv, D]. tables: cos and sin [n, Dr] of the rows that there are codes
-    of, where they were written; None: nothing turns. inv_freq [Dr / 2]: turns for the parts' offsets."""
+    """-> o [n, Hq, D], lse [n, Hq], as `diffmas.ops.reference.cross_attention` has them, of what the parts show to rotated q
+    [n, Hq, D]; a query may have several. k_pool, v_pool [R, Hkv, D]. tables: cos and sin [n, Dr] of the rows that there are
+    codes of, where they were written; None: nothing turns. inv_freq [Dr / 2]: turns for the parts' offsets."""
     acc = accumulator(q.dtype)
     o = torch.zeros(q.shape, dtype=acc, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
@@ -175,7 +177,8 @@ def low_rank_attention_backward(
             if grads is not None and low is not None:
                 _add_key_grads(grads, codes, own, dkeys, k, low, tables, interleaved)
             if pools is not None:
-                pools[0][rows] += (dkeys if codes.keep is None else codes.keep[own].to(acc)[..., None] * dkeys).to(pools[0].dtype)
+                dk = dkeys if codes.keep is None else codes.keep[own].to(acc)[..., None] * dkeys
+                pools[0][rows] += dk.to(pools[0].dtype)
                 pools[1][rows] += (p.transpose(1, 2) @ of_o).transpose(0, 1).to(pools[1].dtype)
         if grads is not None and of_codes is not None:
             grads.b_v.add_((of_o.transpose(1, 2) @ p_z).flatten(0, 1).to(grads.b_v.dtype))

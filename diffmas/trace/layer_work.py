@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffmas.ops.fused import Composed, in_layout_of, packed_table, with_heads
 from diffmas.ops.register import call
+from diffmas.trace.low_rank import CodedReads
 from diffmas.trace.pool import DeferredKVGrad, GradPools, Pool
 from diffmas.trace.spec import LayerSpec, ModelSpec
 from diffmas.trace.store import Hold, Store
@@ -95,10 +96,11 @@ class LayerWork:
     older: list[list[KVRange]] | None = None
     hold: Hold | None = None
     frozen: list[list[KVRange]] | None = None
+    coded: CodedReads | None = None
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
     # (layer, rotated q [n, Hq, D], o, lse, (K, V), view, scale, interleaved) -> None: told who attends to what, in what
-    # `cross_attention` takes and returns. Not where a sequence of the pass sees quantised rows: ask `frozen` first.
+    # `cross_attention` takes and returns. Not where a sequence of the pass sees rows that are not a pool's alone: ask `plain`.
     attended = None
     borrowed: Borrowed | None = None  # as long as a backward of it runs inside of another
 
@@ -110,7 +112,7 @@ class LayerWork:
         self.committed = False  # its tokens are part of the trace: from now on layers can only be recomputed
         self.forget()
         self._flushes: dict[int, tuple] = {}  # by layer, for the pass that begins a run
-        seen = (*self.views, *(self.frozen or ()))
+        seen = (*self.views, *(self.frozen or ()), *(self.coded.views if self.coded is not None else ()))
         self._offsets = any(r.offset for view in seen for r in view)
         # Of each layer, which of the ranges that only some layers see it sees; those that see the same have the same tables.
         some = {r.layers for view in seen for r in view} - {None}
@@ -119,6 +121,11 @@ class LayerWork:
         number = next(_numbers)
         self.ticket = torch.from_numpy(np.array(number))  # a third of the time that torch.tensor takes
         _alive[number] = self
+
+    @property
+    def plain(self) -> bool:
+        """Whether all rows that it sees are those of pools."""
+        return self.frozen is None and self.coded is None
 
     def forget(self) -> None:
         """As if no layer had attended yet."""
@@ -157,7 +164,7 @@ class LayerWork:
     def together(self, layers: list[LayerSpec], device: torch.device) -> tuple[Tables, dict] | None:
         """What layers that rotate alike read, tables and views by name; None where it is not the same, where a layer has run
         already, or where somebody looks on."""
-        if self.committed or self.attended is not None or any(self.ran[layer.index] for layer in layers):
+        if self.committed or self.attended is not None or self.coded is not None or any(self.ran[x.index] for x in layers):
             return None
         if self._sights is not None and len({self._sights[layer.index] for layer in layers}) > 1:
             return None
@@ -190,7 +197,7 @@ class LayerWork:
                     "inject_attend", kv[0], q, k, v, cos, sin, tables.slots, q_weight, k_weight, eps, interleaved, *kv,
                     *views["all"], scale, backend=backend, **found,
                 )  # fmt: skip
-                if views["frozen"] is None:
+                if self.plain:
                     if self.attended is not None:
                         self.attended(i, q_rot, o, lse, kv, views["all"], scale, interleaved)
                     return o, q_rot, lse
@@ -212,6 +219,8 @@ class LayerWork:
             found = find("frozen", q_rot, view, False, k_pool=rows[0])
             args = (*rows, *view, scale, interleaved)
             states.append(call("cross_attention_quantized", q_rot, q_rot, *args, backend=backend, **found))
+        if self.coded is not None:
+            states += self.coded.attend(i, self._sights and self._sights[i], q_rot, kv, views["all"][5], scale)
         merge = lambda a, b: call("merge_states", q_rot, *a, *b, backend=backend)
         o, lse = functools.reduce(merge, states)
         return in_layout_of(q, o), q_rot, lse
@@ -278,8 +287,9 @@ class LayerWork:
                 run, found = self._by_shared(run, find, views["shared"], newest), {}
             else:
                 found = find("all", q_rot, views["all"], True)
-            if self.frozen is not None:
-                run = self._with_frozen(run, layer, do, q_rot, o, lse, scale)
+            if not self.plain:
+                states = do.reshape(q_rot.shape), q_rot, o.view(q_rot.shape), lse
+                run = self._with_others(run, layer, states, scale, (k_pool, v_pool), (dk_pool, dv_pool))
             return run(
                 "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, k_pool, v_pool, *views["all"], scale, dk_pool,
                 dv_pool, newest, weight_grads, backend=backend, **found,
@@ -306,21 +316,30 @@ class LayerWork:
 
         return _composed(parts)
 
-    def _with_frozen(self, run, layer: LayerSpec, do, q_rot, o, lse, scale: float):
-        """`run`, but attention's dq gets what the quantised rows add to it, which have no gradient of their own."""
-        interleaved, tables, backend = layer.rope == "interleaved", self.on(q_rot.device, layer.index), self.spec.backend
-        rows, view = self.frozen_rows.layers[layer.index], self._views(tables, layer, q_rot.device)["frozen"]
+    def _with_others(self, run, layer: LayerSpec, states: tuple, scale: float, kv: tuple, grad_pools: tuple):
+        """`run`, but attention's dq gets what rows add to it that are not a pool's alone: quantised ones, which have no
+        gradient of their own, and those with codes, which leave theirs. states: do, q_rot, o and lse."""
+        i, q_rot, tables, backend = layer.index, states[1], self.on(states[1].device, layer.index), self.spec.backend
+        views = self._views(tables, layer, q_rot.device)
+
+        def quantised() -> Tensor:
+            rows, view = self.frozen_rows.layers[i], views["frozen"]
+            args = *rows, *view, scale, layer.rope == "interleaved"
+            found = tables.work.of(
+                "dq", i, q_rot.shape[0], "frozen", q_rot, view, False, k_pool=rows[0], scale=scale, backend=backend
+            )
+            return call("cross_attention_quantized_backward", q_rot, *states, *args, backend=backend, **found)
 
         def with_more(name: str, *args, **how):
             dq = run(name, *args, **how)
             if name != "cross_attention_backward":
                 return dq
-            states = do.reshape(q_rot.shape), q_rot, o.view(q_rot.shape), lse
-            name = "cross_attention_quantized_backward"
-            found = tables.work.of(
-                "dq", layer.index, q_rot.shape[0], "frozen", q_rot, view, False, k_pool=rows[0], scale=scale, backend=backend
-            )
-            return dq + call(name, q_rot, *states, *rows, *view, scale, interleaved, backend=backend, **found)
+            if self.frozen is not None:
+                dq = dq + quantised()
+            if self.coded is not None:
+                where = i, self._sights and self._sights[i], states, kv, grad_pools, views["all"][5], scale
+                dq = dq + self.coded.backward(*where, self.lineage, self.older_needs_grad)
+            return dq
 
         return _composed(with_more)
 

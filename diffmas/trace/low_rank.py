@@ -1,0 +1,203 @@
+"""Rows of a store that are read with a low-rank part beside them (diffmas.ops.low_rank): as an adapter would have made them of
+the hidden states that they came from.
+
+A `Coding` has the codes of some rows for one adapter. Its rows are numbered from a place of its own on, beyond CODED, each as
+far from there as the pool's row is from 0. So a segment of them is cut, joined and compared like any other, and several
+adapters' are different rows, while the pool has one.
+
+What codes are made of is differentiable, and `Encode` is a node in the order of forward passes, as a writer of rows is
+(diffmas.trace.crossing): readers stand behind it, their backward adds to the coding's gradient, and its own takes it out.
+"""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from diffmas.ops.low_rank import Codes, Part, low_rank_attention, low_rank_attention_backward, rows_built
+from diffmas.ops.reference import accumulator
+from diffmas.trace.pool import of_this_pass
+from diffmas.trace.views import CODED, SPAN, KVRange, Segment, seen_in
+
+__all__ = ["CodedReads", "Coding", "encoded"]
+
+
+class CodeGrads:
+    """What one backward pass leaves for codes: those of each layer, zeros at first, by lineage, as `GradPools`."""
+
+    def __init__(self, layers: list[Codes]):
+        self._layers, self._by_lineage = layers, {}
+
+    def of(self, lineage: int) -> list[Codes]:
+        if lineage not in self._by_lineage:
+            zeros = lambda x: None if x is None else torch.zeros_like(x, dtype=accumulator(x.dtype))
+            self._by_lineage[lineage] = [Codes(*map(zeros, codes)) for codes in self._layers]
+        return self._by_lineage[lineage]
+
+    def take(self, lineage: int) -> list[Codes] | None:
+        return self._by_lineage.pop(lineage, None)
+
+    def hand_on(self, readers: int, writers: int) -> None:
+        """Adds what one lineage has to another's."""
+        for taken, given in zip(self.take(readers) or (), self.of(writers)):
+            for x, y in zip(taken, given):
+                if x is not None:
+                    y += x
+
+    def clear(self) -> None:
+        self._by_lineage = {}
+
+
+class Coding:
+    """rows: of pools, rising. layers: their codes in each layer, constants. tables: cos and sin [n, Dr] of the rows, where they
+    were written, and interleaved, how they pair; None: no keys have codes. lineage: in which gradients reach what they are made
+    of; learns: whether they do. base_learns: whether the pools' rows need a gradient."""
+
+    def __init__(
+        self, rows: np.ndarray, layers: list[Codes], tables, interleaved, lineage: int, learns: bool, base_learns: bool
+    ):
+        self.rows, self.layers, self.tables, self.interleaved = rows, layers, tables, interleaved
+        self.lineage, self.learns, self.base_learns = lineage, learns, base_learns
+        self.first = CODED  # the number of the pool's row 0 (`Store.add_coding`)
+        self.hold = None  # of its rows, as long as it lives
+        self._grads: weakref.WeakValueDictionary[int, CodeGrads] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def place(self, start: int, length: int) -> int | None:
+        """Where the codes of consecutive rows of a pool begin; None where it has none of them. Raises ValueError where it has
+        those of some alone."""
+        first, after = np.searchsorted(self.rows, (start, start + length))
+        if first == after:
+            return None
+        if after - first < length:
+            raise ValueError(f"rows: expected codes of all of {start} to {start + length - 1} or of none, got {after - first}")
+        return int(first)
+
+    def grads(self) -> CodeGrads:
+        """Of the backward pass that is running on this thread."""
+        with self._lock:
+            return of_this_pass(self._grads, lambda: CodeGrads(self.layers))
+
+    def row_bytes(self, layer: int) -> int:
+        """Of a row's codes."""
+        codes = self.layers[layer]
+        each = (x for x in (codes.z_k, codes.z_v, codes.keep, codes.add) if x is not None)
+        return sum(x[:1].numel() * x.element_size() for x in each)
+
+    @property
+    def bytes(self) -> int:
+        """Of all codes, and of the tables; what they are multiplied by is the adapter's."""
+        tables = sum(x.numel() * x.element_size() for x in self.tables or ())
+        return tables + len(self.rows) * sum(map(self.row_bytes, range(len(self.layers))))
+
+    def built(self, layer: int, start: int, kv: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """K and V of rows from `start` on of which kv [n, Hkv, D] are the pool's."""
+        at, n = self.place(start, len(kv[0])), len(kv[0])
+        codes, own = self.layers[layer], slice(at, at + n)
+        of_rows = {name: x[own] for name in ("z_k", "z_v", "keep", "add") if (x := getattr(codes, name)) is not None}
+        tables = None if self.tables is None else tuple(x[own].to(kv[0].device) for x in self.tables)
+        return rows_built(*kv, codes._replace(**of_rows), tables, self.interleaved)
+
+
+class Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, coding, *flat):
+        ctx.save_for_backward(*flat)
+        ctx.coding = coding
+        return torch.zeros(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        given = ctx.saved_tensors  # raises where they have changed since
+        layers = ctx.coding.grads().take(ctx.coding.lineage)
+        if layers is None:
+            return None, *(None for _ in given)
+        found = [x for codes in layers for x in codes if x is not None]
+        return None, *(dx.to(x.dtype) for dx, x in zip(found, given))
+
+
+def encoded(
+    rows: np.ndarray, layers: list[Codes], tables, interleaved, lineage: int, base_learns: bool
+) -> tuple[Coding, Tensor]:
+    """A coding of codes that may have a graph, and the order token that its readers stand behind."""
+    flat = [x for codes in layers for x in codes if x is not None]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in flat)
+    constants = [Codes(*(None if x is None else x.detach() for x in codes)) for codes in layers]
+    coding = Coding(rows, constants, tables, interleaved, lineage, learns, base_learns)
+    return coding, Encode.apply(coding, *flat) if learns else torch.zeros(0)
+
+
+class _Reads(NamedTuple):
+    coding: Coding
+    views: list[list[KVRange]]  # by sequence, rows of pools
+
+
+class CodedReads:
+    """What a forward pass reads of coded rows, all of them older than it. lengths: its new tokens of each sequence."""
+
+    def __init__(self, codings: Sequence[Coding], views: list[list[KVRange]], lengths: list[int]):
+        """views: by sequence, numbered as a coding's rows are."""
+        ends = list(accumulate(lengths, initial=0))
+        self._queries = [slice(first, last) for first, last in zip(ends, ends[1:])]
+        own = lambda coding, r: coding.first <= r.start < coding.first + SPAN
+        self._reads = [
+            _Reads(c, [[r._replace(start=r.start - c.first) for r in view if own(c, r)] for view in views]) for c in codings
+        ]
+        self._parts: dict[frozenset | None, list[list[Part]]] = {}
+        self.views = [[r for reads in self._reads for r in reads.views[b]] for b in range(len(views))]
+
+    def _of(self, layer: int, sight: frozenset | None) -> list[tuple[Coding, list[Part]]]:
+        """What a layer reads of each coding. sight: the layers that see the same have the same."""
+        if sight not in self._parts:
+            self._parts[sight] = [_parts(coding, seen_in(views, layer), self._queries) for coding, views in self._reads]
+        return [(reads.coding, parts) for reads, parts in zip(self._reads, self._parts[sight]) if parts]
+
+    def attend(self, layer: int, sight, q: Tensor, kv: tuple[Tensor, Tensor], inv_freq, scale: float):
+        """o and lse of rotated q [n, Hq, D], of each coding."""
+        return [
+            low_rank_attention(q, *kv, coding.layers[layer], coding.tables, parts, inv_freq, scale, coding.interleaved)
+            for coding, parts in self._of(layer, sight)
+        ]
+
+    def backward(
+        self, layer: int, sight, states: tuple[Tensor, ...], kv, grads: tuple[Tensor, Tensor], inv_freq, scale: float,
+        lineage: int, learning: bool,
+    ) -> Tensor:  # fmt: skip
+        """-> dq. states: do, q, o, lse. grads: the gradient pools; lineage: theirs. learning: whether older rows need a
+        gradient."""
+        dq = torch.zeros_like(states[1])
+        for coding, parts in self._of(layer, sight):
+            own = coding.grads().of(lineage)[layer] if learning and coding.learns else None
+            rest = inv_freq, scale, coding.interleaved, own, grads if learning and coding.base_learns else None
+            dq += low_rank_attention_backward(*states, *kv, coding.layers[layer], coding.tables, parts, *rest)
+        return dq
+
+
+def _parts(coding: Coding, views: list[list[KVRange]], queries: list[slice]) -> list[Part]:
+    """Neighbouring sequences that see the same rows are read as one, with the queries of all."""
+    grouped: list[tuple[slice, list[KVRange]]] = []
+    for of_view, view in zip(queries, views):
+        if grouped and grouped[-1][1] == view:
+            grouped[-1] = slice(grouped[-1][0].start, of_view.stop), view
+        else:
+            grouped.append((of_view, view))
+    return [
+        Part(of_view, r.start, coding.place(r.start, r.length), r.length, r.offset)
+        for of_view, view in grouped
+        for r in view
+        if of_view.stop > of_view.start
+    ]
+
+
+def coded(segment: Segment, coding: Coding) -> Segment:
+    """The segment, read with the coding's codes, where it has some of it."""
+    if segment.start >= SPAN or coding.place(segment.start, segment.length) is None:
+        return segment
+    return segment._replace(start=segment.start + coding.first)

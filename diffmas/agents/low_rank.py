@@ -20,7 +20,7 @@ from diffmas.agents import adapters
 from diffmas.models.linear_parts import is_lora
 from diffmas.models.parts import attention_layers
 from diffmas.models.patch import patch_of
-from diffmas.ops.low_rank import Codes
+from diffmas.ops.low_rank import BY_ROW, Codes
 from diffmas.ops.reference import accumulator
 from diffmas.trace import Trace
 from diffmas.trace.low_rank import Coding
@@ -142,8 +142,7 @@ class Coder:
 def _packed(parts: list[Codes], pick) -> Codes:
     """Those of a layer's forwards, by row."""
     first = parts[0]
-    of_rows = ("z_k", "z_v", "keep", "add")
-    return first._replace(**{x: pick([getattr(p, x) for p in parts]) for x in of_rows if getattr(first, x) is not None})
+    return first._replace(**{x: pick([getattr(p, x) for p in parts]) for x in BY_ROW if getattr(first, x) is not None})
 
 
 def _normed(attention: nn.Module, x: Tensor, codes: Codes) -> Codes:

@@ -220,7 +220,7 @@ class LayerWork:
             args = (*rows, *view, scale, interleaved)
             states.append(call("cross_attention_quantized", q_rot, q_rot, *args, backend=backend, **found))
         if self.coded is not None:
-            states += self.coded.attend(i, self._sights and self._sights[i], q_rot, kv, views["all"][5], scale)
+            states += self.coded.attend(i, self._sights and self._sights[i], q_rot, kv, views["all"][5], scale, backend)
         merge = lambda a, b: call("merge_states", q_rot, *a, *b, backend=backend)
         o, lse = functools.reduce(merge, states)
         return in_layout_of(q, o), q_rot, lse
@@ -338,7 +338,7 @@ class LayerWork:
                 dq = dq + quantised()
             if self.coded is not None:
                 where = i, self._sights and self._sights[i], states, kv, grad_pools, views["all"][5], scale
-                dq = dq + self.coded.backward(*where, self.lineage, self.older_needs_grad)
+                dq = dq + self.coded.backward(*where, backend, self.lineage, self.older_needs_grad)
             return dq
 
         return _composed(with_more)

@@ -12,7 +12,6 @@ What codes are made of is differentiable, and `Encode` is a node in the order of
 import threading
 import weakref
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffmas.ops.low_rank import Codes, Part, low_rank_attention, low_rank_attention_backward, rows_built
+from diffmas.ops.low_rank import BY_ROW, Codes, Tile, low_rank_attention, low_rank_attention_backward, rows_built
 from diffmas.ops.reference import accumulator
 from diffmas.trace.pool import of_this_pass
-from diffmas.trace.views import CODED, SPAN, KVRange, Segment, seen_in
+from diffmas.trace.tables import grouped
+from diffmas.trace.views import CODED, SPAN, KVRange, Segment, seen_in, table_of
 
 __all__ = ["CodedReads", "Coding", "encoded"]
 
@@ -87,7 +87,7 @@ class Coding:
     def row_bytes(self, layer: int) -> int:
         """Of a row's codes."""
         codes = self.layers[layer]
-        each = (x for x in (codes.z_k, codes.z_v, codes.keep, codes.add) if x is not None)
+        each = (x for name in BY_ROW if (x := getattr(codes, name)) is not None)
         return sum(x[:1].numel() * x.element_size() for x in each)
 
     @property
@@ -98,11 +98,10 @@ class Coding:
 
     def built(self, layer: int, start: int, kv: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """K and V of rows from `start` on of which kv [n, Hkv, D] are the pool's."""
-        at, n = self.place(start, len(kv[0])), len(kv[0])
-        codes, own = self.layers[layer], slice(at, at + n)
-        of_rows = {name: x[own] for name in ("z_k", "z_v", "keep", "add") if (x := getattr(codes, name)) is not None}
-        tables = None if self.tables is None else tuple(x[own].to(kv[0].device) for x in self.tables)
-        return rows_built(*kv, codes._replace(**of_rows), tables, self.interleaved)
+        at = self.place(start, len(kv[0]))
+        own = slice(at, at + len(kv[0]))
+        tables = None if self.tables is None else tuple(x[own] for x in self.tables)
+        return rows_built(*kv, self.layers[layer].of(own), tables, self.interleaved)
 
 
 class Encode(torch.autograd.Function):
@@ -134,6 +133,9 @@ def encoded(
     return coding, Encode.apply(coding, *flat) if learns else torch.zeros(0)
 
 
+TILE = 1 << 18  # numbers of K, and as many of V, that are built at once: they stay in a CPU's second cache
+
+
 class _Reads(NamedTuple):
     coding: Coding
     views: list[list[KVRange]]  # by sequence, rows of pools
@@ -144,56 +146,71 @@ class CodedReads:
 
     def __init__(self, codings: Sequence[Coding], views: list[list[KVRange]], lengths: list[int]):
         """views: by sequence, numbered as a coding's rows are."""
-        ends = list(accumulate(lengths, initial=0))
-        self._queries = [slice(first, last) for first, last in zip(ends, ends[1:])]
         own = lambda coding, r: coding.first <= r.start < coding.first + SPAN
         self._reads = [
             _Reads(c, [[r._replace(start=r.start - c.first) for r in view if own(c, r)] for view in views]) for c in codings
         ]
-        self._parts: dict[frozenset | None, list[list[Part]]] = {}
+        self._tiles: dict[tuple, list[list[Tile]]] = {}
+        self._lengths = lengths
         self.views = [[r for reads in self._reads for r in reads.views[b]] for b in range(len(views))]
 
-    def _of(self, layer: int, sight: frozenset | None) -> list[tuple[Coding, list[Part]]]:
-        """What a layer reads of each coding. sight: the layers that see the same have the same."""
-        if sight not in self._parts:
-            self._parts[sight] = [_parts(coding, seen_in(views, layer), self._queries) for coding, views in self._reads]
-        return [(reads.coding, parts) for reads, parts in zip(self._reads, self._parts[sight]) if parts]
+    def _of(self, layer: int, sight: frozenset | None, k: Tensor) -> list[tuple[Coding, list[Tile]]]:
+        """What a layer reads of each coding. sight: the layers that see the same have the same. k: its pool."""
+        rows = max(TILE // k[0].numel(), 1)
+        key = sight, k.device, rows
+        if key not in self._tiles:
+            seen = [(coding, seen_in(views, layer)) for coding, views in self._reads]
+            self._tiles[key] = [_tiles(coding, views, self._lengths, rows, k.device) for coding, views in seen]
+        return [(reads.coding, tiles) for reads, tiles in zip(self._reads, self._tiles[key]) if tiles]
 
-    def attend(self, layer: int, sight, q: Tensor, kv: tuple[Tensor, Tensor], inv_freq, scale: float):
+    def attend(
+        self, layer: int, sight, q: Tensor, kv: tuple[Tensor, Tensor], inv_freq, scale: float, backend: str
+    ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
         """o and lse of rotated q [n, Hq, D], of each coding."""
-        return [
-            low_rank_attention(q, *kv, coding.layers[layer], coding.tables, parts, inv_freq, scale, coding.interleaved)
-            for coding, parts in self._of(layer, sight)
-        ]
+        found = []
+        for coding, tiles in self._of(layer, sight, kv[0]):
+            rest = inv_freq, scale, coding.interleaved, backend
+            found.append(low_rank_attention(q, *kv, coding.layers[layer], coding.tables, tiles, *rest))
+        return found
 
     def backward(
         self, layer: int, sight, states: tuple[Tensor, ...], kv, grads: tuple[Tensor, Tensor], inv_freq, scale: float,
-        lineage: int, learning: bool,
+        backend: str, lineage: int, learning: bool,
     ) -> Tensor:  # fmt: skip
         """-> dq. states: do, q, o, lse. grads: the gradient pools; lineage: theirs. learning: whether older rows need a
         gradient."""
         dq = torch.zeros_like(states[1])
-        for coding, parts in self._of(layer, sight):
+        for coding, tiles in self._of(layer, sight, kv[0]):
             own = coding.grads().of(lineage)[layer] if learning and coding.learns else None
-            rest = inv_freq, scale, coding.interleaved, own, grads if learning and coding.base_learns else None
-            dq += low_rank_attention_backward(*states, *kv, coding.layers[layer], coding.tables, parts, *rest)
+            rest = inv_freq, scale, coding.interleaved, backend, own, grads if learning and coding.base_learns else None
+            dq += low_rank_attention_backward(*states, *kv, coding.layers[layer], coding.tables, tiles, *rest)
         return dq
 
 
-def _parts(coding: Coding, views: list[list[KVRange]], queries: list[slice]) -> list[Part]:
-    """Neighbouring sequences that see the same rows are read as one, with the queries of all."""
-    grouped: list[tuple[slice, list[KVRange]]] = []
-    for of_view, view in zip(queries, views):
-        if grouped and grouped[-1][1] == view:
-            grouped[-1] = slice(grouped[-1][0].start, of_view.stop), view
-        else:
-            grouped.append((of_view, view))
-    return [
-        Part(of_view, r.start, coding.place(r.start, r.length), r.length, r.offset)
-        for of_view, view in grouped
-        for r in view
-        if of_view.stop > of_view.start
-    ]
+def _tiles(
+    coding: Coding, views: list[list[KVRange]], lengths: list[int], most: int, device: torch.device
+) -> list[Tile]:  # fmt: skip
+    """What sequences with these views see of a coding's rows, each row in one tile of at most so many. Neighbours that see the
+    same are one."""
+    ends, views = grouped(lengths, views)
+    places = [[(coding.place(r.start, r.length), r) for r in view] for view in views]
+    every = [np.arange(first, first + r.length) for view in places for first, r in view]
+    seen, tiles = np.unique(np.concatenate(every)) if every else (), []
+    upload = lambda numbers: torch.tensor(numbers, dtype=torch.int64, device=device)
+    for first in range(0, len(seen), most):
+        codes, parts = seen[first : first + most], []
+        for view in places:
+            spans = [(*np.searchsorted(codes, (at, at + r.length)).tolist(), r.offset) for at, r in view]
+            parts.append([KVRange(start, after - start, offset) for start, after, offset in spans if start < after])
+        tables = (upload(x) for x in (ends, *table_of(parts)))
+        tiles.append(Tile(_rows(coding.rows[codes], device), _rows(codes, device), tuple(tables)))
+    return tiles
+
+
+def _rows(rows: np.ndarray, device: torch.device) -> slice | Tensor:
+    """Consecutive ones as a slice."""
+    first, after = int(rows[0]), int(rows[-1]) + 1
+    return slice(first, after) if after - first == len(rows) else torch.from_numpy(rows).to(device)
 
 
 def coded(segment: Segment, coding: Coding) -> Segment:

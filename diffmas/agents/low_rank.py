@@ -6,8 +6,9 @@ rows are there once; beside them each adapter of who reads it has the codes of i
 states x of that turn, r numbers for a row. A reader's attention goes over rows and codes as they are (diffmas.ops.low_rank).
 
 So a reader has exactly what its k_proj and v_proj make of the bare model's hidden states. That is what its own turn over the
-text would have made where its adapter changes no hidden state that a later layer's rows come from: with LoRA on k_proj and
-v_proj of the last layer. Else it is close, by how little adapters change hidden states.
+text would have made where its adapter changes no hidden state that a row comes from: with LoRA on k_proj and v_proj of the last
+layer. Else the two differ by what the adapter does to hidden states in the layers before (docs/teams.md has how much): a team
+should be trained with the rows that it will read.
 """
 
 from typing import NamedTuple
@@ -59,6 +60,7 @@ class Coder:
     """
 
     def __init__(self, system, readers: dict[str, bool]):
+        check_low_rank(system)  # adapters may have come since it was made
         self._readers, self._patch = readers, patch_of(system.model)
         self._attentions = attention_layers(self._patch.body)
         self._loras = {
@@ -161,13 +163,12 @@ def _normed(attention: nn.Module, x: Tensor, codes: Codes) -> Codes:
 def check_low_rank(system) -> None:
     """Raises ValueError naming what does not fit where an agent's rows are read with codes: the model, or its adapters."""
     agents, model = system.agents, system.model
-    if not (named := [agent.name for agent in agents if agent.low_rank]):
+    named = [agent.name for agent in agents if agent.low_rank]
+    if agents[-1].low_rank:
+        raise ValueError(f"agent {named[-1]!r}: low_rank: expected False for who answers, whose rows nobody reads")
+    if not named or not hasattr(model, "peft_config"):  # without an adapter, everybody reads the rows as they are
         return
     where, spec = f"agent {named[0]!r}: low_rank", patch_of(model).spec
-    if agents[-1].low_rank:
-        raise ValueError(f"agent {agents[-1].name!r}: low_rank: expected False for who answers, whose rows nobody reads")
-    if not hasattr(model, "peft_config"):
-        raise ValueError(f"{where}: expected a PEFT model, whose adapters its readers have, got a {type(model).__name__}")
     if spec.offload is not None:
         raise ValueError(f"{where}: expected rows on the device, where they are read with codes, got offload={spec.offload!r}")
     for i in range(len(agents)):

@@ -148,8 +148,13 @@ def low_rank_attention(
     return states
 
 
+def _turns(tables: Tables, tile: Tile, like: Tensor) -> Tables:
+    """Of a tile, where its rows lie: all layers have the same tables, but not one device."""
+    return None if tables is None else tuple(x.to(like.device)[tile.codes] for x in tables)
+
+
 def _built(k_pool, v_pool, codes: Codes, tables: Tables, tile: Tile, interleaved: bool) -> tuple[Tensor, Tensor]:
-    turns = None if tables is None else tuple(x[tile.codes] for x in tables)
+    turns = _turns(tables, tile, k_pool)
     return rows_built(k_pool[tile.pool], v_pool[tile.pool], codes.of(tile.codes), turns, interleaved)
 
 
@@ -171,7 +176,7 @@ def low_rank_attention_backward(
         dq += call("cross_attention_backward", q, do, None, q, o, lse, k, v, *args, backend=backend)
         own = codes.of(tile.codes)
         if grads is not None:
-            turns = None if tables is None else tuple(x[tile.codes] for x in tables)
+            turns = _turns(tables, tile, k_pool)
             _add_grads(grads, dk, dv, k_pool[tile.pool], own, turns, interleaved, tile.codes)
         if pools is not None:
             pools[0][tile.pool] += dk if own.keep is None else own.keep.to(acc)[..., None] * dk

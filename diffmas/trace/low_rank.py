@@ -32,13 +32,14 @@ class CodeGrads:
     """What one backward pass leaves for codes: those of each layer, zeros at first, by lineage, as `GradPools`."""
 
     def __init__(self, layers: list[Codes]):
-        self._layers, self._by_lineage = layers, {}
+        self._layers, self._by_lineage, self._lock = layers, {}, threading.Lock()
 
     def of(self, lineage: int) -> list[Codes]:
-        if lineage not in self._by_lineage:
-            zeros = lambda x: None if x is None else torch.zeros_like(x, dtype=accumulator(x.dtype))
-            self._by_lineage[lineage] = [Codes(*map(zeros, codes)) for codes in self._layers]
-        return self._by_lineage[lineage]
+        with self._lock:
+            if lineage not in self._by_lineage:
+                zeros = lambda x: None if x is None else torch.zeros_like(x, dtype=accumulator(x.dtype))
+                self._by_lineage[lineage] = [Codes(*map(zeros, codes)) for codes in self._layers]
+            return self._by_lineage[lineage]
 
     def take(self, lineage: int) -> list[Codes] | None:
         return self._by_lineage.pop(lineage, None)
@@ -55,7 +56,9 @@ class CodeGrads:
 
 
 class Coding:
-    """rows: of pools, rising. layers: their codes in each layer, constants. tables: cos and sin [n, Dr] of the rows, where they
+    """Of some rows, for one adapter.
+
+    rows: of pools, rising. layers: their codes in each layer, constants. tables: cos and sin [n, Dr] of the rows, where they
     were written, and interleaved, how they pair; None: no keys have codes. lineage: in which gradients reach what they are made
     of; learns: whether they do. base_learns: whether the pools' rows need a gradient."""
 
@@ -100,7 +103,7 @@ class Coding:
         """K and V of rows from `start` on of which kv [n, Hkv, D] are the pool's."""
         at = self.place(start, len(kv[0]))
         own = slice(at, at + len(kv[0]))
-        tables = None if self.tables is None else tuple(x[own] for x in self.tables)
+        tables = None if self.tables is None else tuple(x[own].to(kv[0].device) for x in self.tables)
         return rows_built(*kv, self.layers[layer].of(own), tables, self.interleaved)
 
 

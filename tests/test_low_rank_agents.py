@@ -211,8 +211,8 @@ def test_rows_stay_as_long_as_somebody_reads_them():
         empty = Trace(s.model, 3)
         trace = s.communicate(s.fields_of(QUESTIONS), empty)
         before = trace.keys_values(1, 0)
-        more = trace.fork(1)[0]
-        s.model(input_ids=torch.arange(2, 42).expand(3, -1), past_key_values=more)  # in what rows are free
+        more = empty.fork(1)[0]
+        s.model(input_ids=torch.arange(2, 5).expand(3, -1), past_key_values=more)  # into the first rows that are free
         for x, y in zip(trace.keys_values(1, 0), before):
             assert_close(x, y, 1e-12)
         held = empty.rows

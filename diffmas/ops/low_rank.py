@@ -99,19 +99,20 @@ class _Turn:
 
 
 def rows_built(k: Tensor, v: Tensor, codes: Codes, tables: Tables, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """K and V [t, Hkv, D], head-major, of rows that there are codes of, from the pool's k and v, in their dtype. tables: cos
-    and sin [t, Dr] of the rows, where they were written; None: nothing turns."""
-    heads, acc = k.shape[1], accumulator(k.dtype)
-    keys, values = k.transpose(0, 1), v.transpose(0, 1)
+    """K and V [t, Hkv, D] of rows that there are codes of, from the pool's k and v, in their dtype: what codes change is built,
+    head-major, the rest is the pool's. tables: cos and sin [t, Dr] of the rows as they were written; None: nothing turns."""
+    heads, dtype, acc = k.shape[1], k.dtype, accumulator(k.dtype)
     if codes.z_k is not None:
-        low = _Turn(codes.b_k, heads, tables, interleaved, acc).of(codes.z_k.to(acc))
+        low, k = _Turn(codes.b_k, heads, tables, interleaved, acc).of(codes.z_k.to(acc)), k.transpose(0, 1).to(acc)
         if codes.keep is None:
-            keys = low.add_(keys)
+            low.add_(k)
         else:
-            keys = low.mul_(codes.add.T.to(acc)[..., None]).addcmul_(keys.to(acc), codes.keep.T.to(acc)[..., None])
+            low.mul_(codes.add.T.to(acc)[..., None]).addcmul_(k, codes.keep.T.to(acc)[..., None])
+        k = low.to(dtype).transpose(0, 1)
     if codes.z_v is not None:
-        values = torch.baddbmm(values.to(acc), codes.z_v.to(acc).expand(heads, -1, -1), _by_head(codes.b_v, heads, acc))
-    return tuple(x.to(k.dtype).contiguous().transpose(0, 1) for x in (keys, values))
+        z, b = codes.z_v.to(acc).expand(heads, -1, -1), _by_head(codes.b_v, heads, acc)
+        v = torch.baddbmm(v.transpose(0, 1).to(acc), z, b).to(dtype).transpose(0, 1)
+    return k, v
 
 
 def _add_grads(grads: Codes, dk: Tensor, dv: Tensor, k: Tensor, codes: Codes, tables: Tables, interleaved: bool, rows: Rows):

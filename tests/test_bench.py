@@ -10,7 +10,16 @@ import pytest
 import torch
 from contests import MACHINE, MODULES, doubling, way
 
-from diffmas.benchmarks import bench_attention, bench_generation, bench_quantized, bench_training, machine, measure, report
+from diffmas.benchmarks import (
+    bench_attention,
+    bench_generation,
+    bench_low_rank,
+    bench_quantized,
+    bench_training,
+    machine,
+    measure,
+    report,
+)
 from diffmas.benchmarks.attention import problem
 from diffmas.benchmarks.machine import peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Senseless, Trial
@@ -392,3 +401,13 @@ def test_quantised_rows_give_one_answer_either_way():
         size = sum(x.numel() * x.element_size() for x in p.inputs.rows)
         own = 2 * p.inputs.q.numel() * p.inputs.q.element_size() * (1 + (case.phase == "backward"))
         assert p.read == size + own and case.note.startswith(f"{size // (2 * 8 * 130)} bytes for ")
+
+
+def test_low_rank_rows_give_one_answer_either_way():
+    """And what the row says of bytes is what the codes have."""
+    for case in bench_low_rank.CASES:
+        p = bench_low_rank.problem(dataclasses.replace(case, N=1500, n=min(case.n, 3)))
+        contest = Contest(p, bench_low_rank.PROVIDERS)
+        assert set(contest.trials) == set(bench_low_rank.PROVIDERS), contest.notes
+        size = sum(x.numel() * x.element_size() for x in (p.inputs.codes.z_k, p.inputs.codes.z_v) if x is not None)
+        assert case.note.startswith(f"{size // 1500} bytes for {2 * 3 * 64 * 4}: ")

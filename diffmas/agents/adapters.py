@@ -22,7 +22,8 @@ from diffmas.models.local import say_features
 from diffmas.models.parts import beside_the_text, causal_lm_of
 
 __all__ = [
-    "ADAPTER_SCOPES", "add_lora", "lora_config", "of_agent", "switched_off", "switched_to", "train_roles", "will_switch",
+    "ADAPTER_SCOPES", "add_lora", "is_bare", "lora_config", "name_of", "of_agent", "switched_off", "switched_to", "train_roles",
+    "will_switch",
 ]  # fmt: skip
 
 ADAPTER_SCOPES = ("shared", "per_role", "final_only")
@@ -46,9 +47,9 @@ def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=
     """A PEFT model around `model`, with one adapter, or with adapter_scope "per_role" one for each role.
 
     agents: only needed for "per_role", those whose rows the model writes, not an `Other`: the adapters get their roles' names
-    (`Agent.adapter`). config: a PEFT config of any kind that works in the model's layers, by default `lora_config()`. In a
-    multimodal model, what text does not go through (vision tower, projector) gets no adapter, unless the config has
-    exclude_modules of its own. Raises Unsupported for a kind that works elsewhere, such as prompt tuning.
+    (`Agent.adapter`), but with low_rank they have none. config: a PEFT config of any kind that works in the model's layers, by
+    default `lora_config()`. In a multimodal model, what text does not go through (vision tower, projector) gets no adapter,
+    unless the config has exclude_modules of its own. Raises Unsupported for a kind that works elsewhere, such as prompt tuning.
     """
     from peft import get_peft_model
 
@@ -60,7 +61,7 @@ def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=
         config.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?"
     if adapter_scope != "per_role":
         return say_features(get_peft_model(model, config))
-    first, *others = dict.fromkeys(agent.adapter for agent in agents)
+    first, *others = dict.fromkeys(agent.adapter for agent in agents if not agent.low_rank)
     model = get_peft_model(model, config, adapter_name=first)
     for name in others:
         model.add_adapter(name, config)
@@ -114,16 +115,34 @@ def will_switch(model: nn.Module) -> AdapterLock:
         return _LOCKS.setdefault(causal_lm_of(model), AdapterLock())
 
 
+def is_bare(system, i: int) -> bool:
+    """Whether agent i, of the system's model, takes its turn without an adapter."""
+    return system.agents[i].low_rank or (system.adapter_scope == "final_only" and i < len(system.agents) - 1)
+
+
+def name_of(system, i: int) -> str | None:
+    """The adapter that agent i, of the system's model, takes its turn with; None: the bare model. Raises ValueError where it is
+    several at once."""
+    if is_bare(system, i):
+        return None
+    if system.adapter_scope == "per_role":
+        return system.agents[i].adapter
+    active = next((list(m.active_adapters) for m in system.model.modules() if is_wrapper(m)), [])
+    if len(active) > 1:
+        raise ValueError(f"model: expected one active adapter, got {active}")
+    return active[0] if active else None
+
+
 @contextlib.contextmanager
 def of_agent(system, i: int):
     """Inside, the model of agent i has that agent's adapter. Another model than the system's has one for all its agents."""
     model = system.writer(system.agents[i]).model
     own = model is system.model
-    if own and system.adapter_scope == "per_role":
-        with _switched(system.model, _active_adapter=[system.agents[i].adapter]):
-            yield
-    elif own and system.adapter_scope == "final_only" and i < len(system.agents) - 1:
+    if own and is_bare(system, i):
         with switched_off(system.model):
+            yield
+    elif own and system.adapter_scope == "per_role":
+        with _switched(system.model, _active_adapter=[system.agents[i].adapter]):
             yield
     else:
         with _LOCKS_LOCK:

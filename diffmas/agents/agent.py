@@ -34,13 +34,14 @@ class Agent:
     alone; None: no text. message_temperature: None or 0 takes the likeliest tokens. rounds: it takes so many turns, in rounds
     with its neighbours in the list that take as many (`diffmas.agents.rounds`); None: one. later_prompt: of all rounds but the
     first, if it is another. quantized: whoever reads its rows has them in this format, int8, fp8 or int4, in training rounded
-    to its numbers (`diffmas.agents.quantized`); None: as they are. Nobody reads the agent that answers: latent_steps, messages
-    and quantized do nothing in its turn.
+    to its numbers (`diffmas.agents.quantized`); None: as they are. low_rank: it takes its turn on the bare model, and who reads
+    its rows has them as its own adapter makes them of the hidden states there (`diffmas.agents.low_rank`). Nobody reads the
+    agent that answers: latent_steps, messages and quantized do nothing in its turn.
 
     Raises ValueError for T < 0, stop_change <= 0, passes < 1, grad_passes that are not 1 to passes, passes together with
     stop_change, reads that are no list of agents, max_rows < 1, an unknown max_rows_by, max_message_tokens < 1, a negative
-    message_temperature, or one without messages, rounds < 1, a later_prompt without rounds, an unknown format, an empty name,
-    role or model, or a prompt that is no string.
+    message_temperature, or one without messages, rounds < 1, a later_prompt without rounds, an unknown format, low_rank
+    that is no bool or comes with quantized, an empty name, role or model, or a prompt that is no string.
 
         >>> Agent("planner", "Plan how to answer: {question}", latent_steps=10).render({"question": "2 + 2?"})
         'Plan how to answer: 2 + 2?'
@@ -65,6 +66,7 @@ class Agent:
     rounds: int | None = None
     later_prompt: str | None = None
     quantized: str | None = None
+    low_rank: bool = False
 
     def __post_init__(self):
         T = self.latent_steps
@@ -96,6 +98,10 @@ class Agent:
             raise ValueError(f"agent {self.name!r}: later_prompt: expected {wanted}, got {self.later_prompt!r}")
         if self.quantized is not None and not (isinstance(self.quantized, str) and self.quantized in FORMATS):
             raise ValueError(f"agent {self.name!r}: quantized: expected one of {[*FORMATS]} or None, got {self.quantized!r}")
+        if not isinstance(self.low_rank, bool):
+            raise ValueError(f"agent {self.name!r}: low_rank: expected True or False, got {self.low_rank!r}")
+        if self.low_rank and self.quantized is not None:
+            raise ValueError(f"agent {self.name!r}: quantized: expected None with low_rank, got {self.quantized!r}")
         object.__setattr__(self, "reads", reads_of(self.name, self.reads))
         check_count(f"agent {self.name!r}: max_rows", self.max_rows)
         check_by(f"agent {self.name!r}: max_rows_by", self.max_rows_by, "max_rows", self.max_rows)

@@ -1,5 +1,7 @@
 """What the agents of a batch have written so far, and what the next one reads of it."""
 
+import contextlib
+
 import torch
 
 from diffmas.agents import adapters
@@ -7,6 +9,7 @@ from diffmas.agents.alignment import partners
 from diffmas.agents.checks import readings
 from diffmas.agents.crossing import fused, projected
 from diffmas.agents.graph import branches_of, handed_on, home
+from diffmas.agents.low_rank import Coder
 from diffmas.agents.meter import has_read, phase
 from diffmas.agents.prompts import Turn, turn_of
 from diffmas.agents.quantized import quantized
@@ -33,6 +36,7 @@ class Board:
         self._models = [home(agent, readings(system.others)) for agent in system.agents]  # that write their rows
         names = dict.fromkeys(name for name in self._models if name is not None)
         self._beside = {name: Trace(system.others[name].model, trace.batch_size) for name in names}  # empty
+        self._codings: dict[int, dict] = {}  # of agents with low_rank, by adapter
         self._crossed: dict[int, Trace] = {}  # of agents of other models, what is read of them by the system's model
         self._learning = torch.is_grad_enabled()
         self.groups = [group for level in self.graph.levels for group in _groups(system, level)]
@@ -43,9 +47,24 @@ class Board:
             trace = self._trace
         else:
             with phase("hand-over"):
-                trace = self._chosen(i, questions)
+                trace = self._with_codes(i, self._chosen(i, questions))
         has_read(self.system.agents[i].name, trace)
         return trace
+
+    def _with_codes(self, i: int, trace: Trace) -> Trace:
+        """With the rows of agents with low_rank as the adapter of agent i has them."""
+        if not self._codings or self._models[i] is not None or (name := adapters.name_of(self.system, i)) is None:
+            return trace
+        return trace.with_codes([codings[name] for codings in self._codings.values() if name in codings])
+
+    def _coder(self, i: int) -> Coder:
+        """For the turn of agent i, with low_rank: the adapters of those who read it, or of it."""
+        system, near = self.system, {i}
+        for k in range(i + 1, len(system.agents)):
+            near |= {k} if near & {edge.agent for edge in self.graph.reads[k]} else set()
+        names = {k: adapters.name_of(system, k) for k in sorted(near - {i}) if self._models[k] is None}
+        learn = {name for k, name in names.items() if self._learning and k >= system.agents_without_grad}
+        return Coder(system, {name: name in learn for name in dict.fromkeys(names.values()) if name is not None})
 
     def _chosen(self, i: int, questions: list[dict]) -> Trace:
         """The rows that agent i has of those that it may read."""
@@ -84,12 +103,15 @@ class Board:
         system, first = self.system, group[0]
         learning = torch.is_grad_enabled() and first >= system.agents_without_grad
         least = max((least_steps[i] for i in group), default=0) if least_steps else 0
-        with torch.set_grad_enabled(learning), adapters.of_agent(system, first):
+        coder = self._coder(first) if system.agents[first].low_rank else None
+        with torch.set_grad_enabled(learning), coder or contextlib.nullcontext(), adapters.of_agent(system, first):
             if self.graph.chain:
                 own, read = None if turns is None else turns[first], self.read(first, questions)
                 self._trace = system.think(system.agents[first], questions, read, own, least, self._seeds)
             else:
                 self._write_together(group, questions, turns, least)
+                if coder is not None:
+                    self._codings[first] = coder.encode(self._handed[first])
 
     def _write_together(self, group: list[int], questions, turns, least: int) -> None:
         system, B = self.system, len(questions)
@@ -116,6 +138,9 @@ class Board:
                     [handed_on(row, n, to_all, system.agents[i].name, kind, system.sinks) for row, n, to_all in rows],
                     None if agents[k].max_rows is None else common,  # of which it may have read some rows alone
                 )
+                if self._codings:  # whoever reads them has codes of its own
+                    own_codes = [coding for codings in self._codings.values() for coding, _ in codings.values()]
+                    self._handed[i] = self._handed[i].without_codes(own_codes)
                 if agents[k].quantized is not None:
                     fixed = [max(length_of(row), system.sinks) for row in base]
                     self._handed[i] = quantized(self._handed[i], fixed, agents[k].quantized)
@@ -169,7 +194,7 @@ def _groups(system, level: list[int]) -> list[list[int]]:
         agent = system.agents[i]
         own = system.writer(agent) is system
         adapter = (agent.model, agent.adapter if own and system.adapter_scope == "per_role" else None)
-        apart = None if system.together else i
+        apart = i if agent.low_rank or not system.together else None
         steps = (agent.passes, agent.grad_passes, agent.stop_change)
         writes = (agent.max_message_tokens is None, agent.message_temperature)
         key = (adapter, i >= system.agents_without_grad, *steps, *writes, apart)

@@ -192,6 +192,7 @@ def _agent(agent: dict, last: bool) -> str:
     T += f", reads {', '.join(reads) or 'nobody'}" if agent["reads"] is not None else ""
     T += f", at most {agent['max_rows']} rows" if agent["max_rows"] is not None else ""
     T += f", read in {agent['quantized']}" if agent["quantized"] is not None and not last else ""
+    T += ", on the bare model, read with each reader's adapter" if agent["low_rank"] else ""
     T += f", of the model {agent['model']}" if agent["model"] is not None else ""
     texts = [("System message", agent["system"]), ("Prompt", agent["prompt"])]
     return "\n\n".join(

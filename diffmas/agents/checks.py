@@ -54,7 +54,7 @@ def check_team(
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     check_graph(agents, trace_content, sinks, config.num_hidden_layers, heads, readings(others))
     check_adapters(model)
-    if adapter_scope == "final_only":
+    if adapter_scope == "final_only" or any(agent.low_rank for agent in agents):
         check_bare(model)
     if adapter_scope != "shared" and not hasattr(model, "peft_config"):
         raise ValueError(f"adapter_scope: {adapter_scope!r} needs a PEFT model, got {type(model).__name__}")
@@ -64,7 +64,8 @@ def check_team(
                 f"agent {agent.name!r}: role: expected a name that no agent of another role has, got {agent.role!r}; to "
                 f"share an adapter with {other.name!r}, give both one role"
             )
-    roles = dict.fromkeys(agent.adapter for agent in agents if home(agent, readings(others)) is None)
+    own = [agent for agent in agents if home(agent, readings(others)) is None and not agent.low_rank]
+    roles = dict.fromkeys(agent.adapter for agent in own)
     if adapter_scope == "per_role" and (missing := [n for n in roles if n not in model.peft_config]):
         raise ValueError(f"adapter_scope: 'per_role' needs an adapter for every role, the model has none for {missing}")
 
@@ -98,9 +99,9 @@ def check_others(model: nn.Module, tokenizer, agents: list[Agent], others: dict[
         for agent in mine:
             if agent.max_rows is not None or any(read.select is not None for read in agent.reads or ()):
                 raise ValueError(f"agent {agent.name!r}: expected no select and no max_rows with another model, got some")
-            for option in ("max_message_tokens", "quantized"):
-                if (found := getattr(agent, option)) is not None:
-                    raise ValueError(f"agent {agent.name!r}: {option}: expected None with another model, got {found!r}")
+            for option, wanted in (("max_message_tokens", None), ("quantized", None), ("low_rank", False)):
+                if (found := getattr(agent, option)) != wanted:
+                    raise ValueError(f"agent {agent.name!r}: {option}: expected {wanted} with another model, got {found!r}")
         if not mine:
             raise ValueError(f"others: expected an agent whose model is {name!r}, got none")
     if agents[-1].model is not None:

@@ -93,8 +93,9 @@ class Graph:
         number, models = {agent.name: i for i, agent in enumerate(agents)}, [home(agent, beside) for agent in agents]
         fusing = {name for name, reading in (beside or {}).items() if reading == "fused"}
         in_line = all(agent.reads is None for agent in agents) and not any(models)
-        rounded = any(agent.quantized is not None for agent in agents[:-1])  # nobody reads the last one
-        chain = in_line and not rounded and all(agent.max_rows is None for agent in agents)
+        # Nobody reads the last one.
+        rewritten = any(agent.quantized is not None or agent.low_rank for agent in agents[:-1])
+        chain = in_line and not rewritten and all(agent.max_rows is None for agent in agents)
         if in_line and positions == "shift":  # what is not read by one of them stays where it is for the others
             positions = "keep"
         reads: list[list[Edge]] = []
@@ -175,6 +176,19 @@ def check_graph(
         if (j := next((j for j in graph.learned(i) if agents[j].quantized is not None), None)) is not None:
             where = f"agent {agent.name!r}: reads: {agents[j].name}: select: by"
             raise ValueError(f"{where}: expected another choice than learned of quantised rows, got {LEARNED!r}")
+        for edge in (edge for edge in reads[i] if agents[edge.agent].low_rank and edge.select is not None):
+            if edge.select.heads is not None or edge.select.by == LEARNED:
+                where = f"agent {agent.name!r}: reads: {agents[edge.agent].name}: select"
+                raise ValueError(
+                    f"{where}: expected no heads, and no learned choice, of low-rank rows, got {edge.select.described()}"
+                )
+        coded = next((agents[edge.agent].name for edge in reads[i] if agents[edge.agent].low_rank), None)
+        measured = ({agent.max_rows_by} | graph.measures(i)) & {*MEASURED}
+        if coded is not None and measured:
+            raise ValueError(
+                f"agent {agent.name!r}: expected another choice of rows than by {min(measured)}, which nobody measures of "
+                f"low-rank ones, with those of {coded!r}"
+            )
         if agent.max_rows is not None and agent.max_rows <= sinks:
             raise ValueError(f"agent {agent.name!r}: max_rows: expected more than the {sinks} sinks, got {agent.max_rows}")
     for reader, edges in zip(agents, reads):

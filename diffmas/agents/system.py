@@ -22,6 +22,7 @@ from diffmas.agents.choice import Choices
 from diffmas.agents.decoding import text_before
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.graph import Graph, home
+from diffmas.agents.low_rank import check_low_rank
 from diffmas.agents.member import Member, default_chat
 from diffmas.agents.options import Options
 from diffmas.agents.output import SystemOutput
@@ -106,10 +107,12 @@ class MultiAgentSystem(Member):
         self.training = model.training
         self.choices = Choices(Graph.of(agents, beside=readings(others)), model).train(model.training)
         check_patched(model, agents)
-        if adapter_scope != "shared":
+        check_low_rank(self)
+        if adapter_scope != "shared" or any(agent.low_rank for agent in agents):
             adapters.will_switch(model)
         if adapter_scope == "per_role":
-            adapters.train_roles(model, list(dict.fromkeys(agent.adapter for agent in agents if self.writer(agent) is self)))
+            own = [agent for agent in agents if self.writer(agent) is self and not agent.low_rank]
+            adapters.train_roles(model, list(dict.fromkeys(agent.adapter for agent in own)))
 
     @property
     def graph(self) -> Graph:

@@ -28,6 +28,8 @@ def _left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, to
 def _own(system) -> str:
     """What takes a team off the chain."""
     for agent in system.agents:
+        if agent.low_rank:
+            return f"low_rank of agent {agent.name!r}"
         for option in ("reads", "max_rows", "model", "quantized"):
             if (found := getattr(agent, option)) is not None and not (option == "quantized" and agent is system.agents[-1]):
                 return f"{option} of agent {agent.name!r}, {found!r}" if option != "reads" else f"reads of agent {agent.name!r}"

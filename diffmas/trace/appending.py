@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffmas.trace.cache import CacheFace
 from diffmas.trace.forward_pass import ForwardPass, Table
+from diffmas.trace.low_rank import CodedReads
 from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold
 from diffmas.trace.views import FROZEN, KINDS, Segment, apart, ranges_of
@@ -58,8 +59,9 @@ class Appending(CacheFace):
                     self._append(segments[b], b, kind, start, positions[done : done + rows])
                     n, done = n - rows, done + rows
             slots = _counted([start for start, _ in hold.claimed], [end - start for start, end in hold.claimed])
-            views, quantised = zip(*(apart(ranges_of(row)) for row in segments))
+            views, quantised, coded = zip(*(apart(ranges_of(row)) for row in segments))
             hold.read(list(views))
+            reads = CodedReads(self._codings, list(coded), lengths) if any(coded) else None
         deferred, step = None, 0
         if kind == "latent" and max(lengths) == 1:
             deferred, step = self._deferred
@@ -71,6 +73,7 @@ class Appending(CacheFace):
         forward_pass = ForwardPass(
             self.spec, self._store, lengths, positions, slots, hold.views, self._order, table, lineage=self._lineage,
             deferred=deferred, step=step, older=older, hold=hold, frozen=list(quantised) if any(quantised) else None,
+            coded=reads,
         )  # fmt: skip
         forward_pass.kind = kind
         return forward_pass

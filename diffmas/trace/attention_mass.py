@@ -26,8 +26,10 @@ class AttentionMass:
     """
 
     def __init__(self, forward_pass: ForwardPass):
-        if forward_pass.work.frozen is not None:
-            raise ValueError("attention: expected rows as they were written, got quantised ones, whose shares nobody sums")
+        if not forward_pass.work.plain:
+            raise ValueError(
+                "attention: expected rows as they were written, got quantised ones or codes, whose shares nobody sums"
+            )
         self.by_head: dict[int, list[Tensor]] = {}
         self._work = forward_pass.work
         self._work.attended = self._sum

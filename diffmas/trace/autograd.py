@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from diffmas.ops import reference
 from diffmas.ops.register import call
 from diffmas.trace.layer_work import LayerWork, on_stream, stream_of, work_of
+from diffmas.trace.low_rank import Coding
 from diffmas.trace.pool import Pool
 from diffmas.trace.store import Hold
 from diffmas.trace.views import KVRange
@@ -239,9 +240,10 @@ def reposition(past: Tensor, moves: list[tuple[Pool, tuple]], lineage: int, back
 
 class Inherit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, past, carrier, rows, readers, writers):
+    def forward(ctx, past, carrier, rows, codings, readers, writers):
         save_carrier(ctx, carrier)
         ctx.rows, ctx.readers, ctx.writers = [(pool, x, stream_of(pool.device)) for pool, x in rows], readers, writers
+        ctx.codings = codings
         return torch.zeros(0)
 
     @staticmethod
@@ -251,10 +253,14 @@ class Inherit(torch.autograd.Function):
         for pool, rows, stream in ctx.rows:
             with on_stream(stream):
                 pool.grads().hand_on(rows, ctx.readers, ctx.writers)
-        return (None,) * 5
+        for coding in ctx.codings:
+            coding.grads().hand_on(ctx.readers, ctx.writers)
+        return (None,) * 6
 
 
-def inherit(past: Tensor, rows: list[tuple[Pool, Tensor]], readers: int, writers: int, hold: Hold) -> Tensor:
+def inherit(
+    past: Tensor, rows: list[tuple[Pool, Tensor]], codings: list[Coding], readers: int, writers: int, hold: Hold
+) -> Tensor:  # fmt: skip
     """The order token for readers of lineage `readers` of rows that were written in lineage `writers`: hands the gradient that
-    they leave on to that of the writers. rows: of each pool, distinct."""
-    return Inherit.apply(past, carrier(hold), rows, readers, writers)
+    they leave on to that of the writers. rows: of each pool, distinct. codings: that were made in lineage `writers`."""
+    return Inherit.apply(past, carrier(hold), rows, codings, readers, writers)

@@ -119,8 +119,9 @@ class LayerView:
     def keys(self) -> Tensor | None:
         if any(s.offset and s.start >= FROZEN for s in self._trace.segments):
             raise ValueError(
-                "keys: expected a trace that is read where it was written, got quantised rows at position offsets, whose keys "
-                "cannot be moved: `keys_values` has them as they were written; or `repack` the trace before it is quantised"
+                "keys: expected a trace that is read where it was written, got coded or quantised rows at position offsets, "
+                "whose keys cannot be moved: `keys_values` has them as they were written; or `repack` the trace before it is "
+                "quantised"
             )
         if any(s.offset for s in self._trace.segments):
             raise ValueError("keys: expected a trace that is read where it was written, got position offsets; repack it first")

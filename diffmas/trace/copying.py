@@ -17,7 +17,7 @@ from diffmas.trace.frozen import Frozen, renumbered, rows_seen
 from diffmas.trace.offload import runs_of
 from diffmas.trace.spec import spec_of
 from diffmas.trace.store import Hold
-from diffmas.trace.views import FROZEN, Segment, apart, rows_of
+from diffmas.trace.views import FROZEN, Segment, apart, is_quantised, rows_of
 
 __all__ = ["Copying"]
 
@@ -31,8 +31,8 @@ class Copying(CacheFace):
 
         Worth it before a long decode over many segments or offsets. Positions become the ones they were read at.
         """
-        if rows_seen(self.segments)[1].size:
-            raise ValueError("repack: expected rows as they were written, got quantised ones, whose keys cannot be moved")
+        if any(s.start >= FROZEN for s in self.segments):
+            raise ValueError("repack: expected rows as they were written, got quantised ones or codes, which cannot be moved")
         total = sum(self.lengths)
         hold = Hold(self._store, self._segments)
         offset, rows = [], []
@@ -88,6 +88,8 @@ class Copying(CacheFace):
             raise ValueError("trace: expected one that holds tokens, got an empty one")
         if self._order.requires_grad:
             raise ValueError("trace: expected one that no gradient has to reach (`detach`), got one with gradients")
+        if apart(self.segments)[2]:
+            raise ValueError("trace: expected rows as they were written, got some that are read with codes")
         store, (own, quantised) = self._store, rows_seen(self.segments)
         if store.offloaded:
             raise ValueError("offload: expected rows on the device, where quantised ones are read, got rows on the host")
@@ -190,12 +192,12 @@ class Copying(CacheFace):
         """K and V of all that it sees, by layer: copies [n, Hkv, D] each, sequence by sequence, as they were written (position
         offsets are not applied). Differentiable: their gradient goes to whoever wrote the rows.
 
-        Raises ValueError for an empty trace, and for quantised rows.
+        Raises ValueError for an empty trace, and for quantised rows and those that are read with codes.
         """
         if not any(self.lengths):
             raise ValueError("packed_rows: expected a trace that holds tokens, got an empty one")
-        if rows_seen(self.segments)[1].size:
-            raise ValueError("packed_rows: expected rows with a gradient, got quantised ones")
+        if any(s.start >= FROZEN for s in self.segments):
+            raise ValueError("packed_rows: expected rows as they were written, got quantised ones or codes")
         rows = torch.from_numpy(rows_of(self.segments))
         pools = [(pool, rows.to(pool.device)) for pool in self._store.pools]
         return leave(self._order, pools, self._lineage, Hold(self._store, self._segments))
@@ -232,11 +234,13 @@ class Copying(CacheFace):
         return self._view(row, None, nexts, order)
 
     def _rows(self) -> tuple[list[list[Segment]], list[tuple[Tensor, Tensor]], Tensor, Frozen | None]:
-        """What it sees, sequence by sequence, as `of_rows` takes it: segments, kv, ids, frozen."""
-        store, (own, quantised) = self._store, apart(self.segments)
+        """What it sees, sequence by sequence, as `of_rows` takes it: segments, kv, ids, frozen. Of rows that are read with
+        codes, what these make of them."""
+        store, quantised = self._store, apart(self.segments)[1]
+        own = [s for s in self.segments if not is_quantised(s)]
         segments, done = [[] for _ in range(self.batch_size)], [0, FROZEN]
         for s in self.segments:
-            which = int(s.start >= FROZEN)
+            which = int(is_quantised(s))
             segments[s.sequence].append(s._replace(start=done[which]))
             done[which] += s.length
         kv = [store.read(i, own) for i in range(len(self))] if own else []

@@ -46,7 +46,7 @@ class ForwardPass:
     new rows at the end. past: the order token that it stands behind (diffmas.trace.autograd). table: what `Trace.commit` takes
     over. more: lineage (which gradient pools it uses), deferred and step (the run of latent steps that it is step number `step`
     of, from 1), older (with step 1, the views before the run of those who take it), hold (of the rows that it needs),
-    frozen (the quantised rows that each sequence sees before its view, from 0 on).
+    frozen (the quantised rows that each sequence sees before its view, from 0 on), coded (those that it reads with codes).
     kind: of the rows that it writes. ids [n]: the tokens that it writes, where its caller knows them. batch: the caller's.
     ending: a function that is told the last hidden state, in any shape.
 
@@ -147,7 +147,8 @@ class ForwardPass:
         not move these."""
         rooms, store = (e.end - e.filled for e, n in zip(self.table.extents, self.lengths) if n), self.work.store
         roomy = all(pool is not None and pool.rows >= store.top for pool in store.pools)
-        return not store.offloaded and all(room >= steps - 1 for room in rooms) and roomy
+        here = not store.offloaded and self.work.coded is None
+        return here and all(room >= steps - 1 for room in rooms) and roomy
 
     def place(self) -> Place:
         return Place(self.work.slots, self.positions, self.table.segments)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffmas.ops.quantize import dequantize, quantize
-from diffmas.trace.views import FROZEN, Segment, rows_of
+from diffmas.trace.views import FROZEN, Segment, pool_rows, rows_of
 
 __all__ = ["Frozen", "rows_seen", "renumbered"]
 
@@ -95,8 +95,9 @@ def _behind(x: Tensor, y: Tensor) -> Tensor:
 
 
 def rows_seen(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct rows of segments: those of pools, and quantised ones, numbered from 0; each rising."""
-    rows = np.unique(rows_of(segments))
+    """The distinct rows of segments: those of pools, also where they are read with codes, and quantised ones, numbered from 0;
+    each rising."""
+    rows = np.unique(pool_rows(rows_of(segments)))
     frozen = rows >= FROZEN
     return rows[~frozen], rows[frozen] - FROZEN
 

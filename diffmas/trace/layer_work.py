@@ -13,6 +13,7 @@ The autograd graph holds this object, so it must not reach a trace, or a tensor 
 """
 
 import contextlib
+import functools
 import itertools
 import weakref
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor
 from diffmas.ops.fused import in_layout_of, packed_table, with_heads
 from diffmas.ops.register import call
 from diffmas.trace.attention_parts import LayerAttention, Part, composed
+from diffmas.trace.low_rank import CodedReads
 from diffmas.trace.pool import DeferredKVGrad, GradPools, Pool
 from diffmas.trace.spec import LayerSpec, ModelSpec
 from diffmas.trace.store import Hold, Store
@@ -83,11 +85,12 @@ class LayerWork:
     older: list[list[KVRange]] | None = None
     hold: Hold | None = None
     frozen: list[list[KVRange]] | None = None
+    coded: CodedReads | None = None
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
     # (layer, rotated q [n, Hq, D], o, lse, (K, V), parts, scale, interleaved) -> None: told who attends to what, in what
-    # `cross_attention` takes and returns; parts: of K/V heads, with views["all"] of each. Not where a sequence of the pass
-    # sees quantised rows: ask `frozen` first.
+    # `cross_attention` takes and returns; parts: of K/V heads, with views["all"] of each. Not where a sequence of the pass sees
+    # rows that are not a pool's alone: ask `plain`.
     attended = None
     borrowed: Borrowed | None = None  # as long as a backward of it runs inside of another
 
@@ -99,7 +102,7 @@ class LayerWork:
         self.committed = False  # its tokens are part of the trace: from now on layers can only be recomputed
         self.forget()
         self._flushes: dict[int, tuple] = {}  # by layer, for the pass that begins a run
-        seen = (*self.views, *(self.frozen or ()))
+        seen = (*self.views, *(self.frozen or ()), *(self.coded.views if self.coded is not None else ()))
         self._offsets = any(r.offset for view in seen for r in view)
         # Of each layer's first K/V heads, and at the end of all others, which of the ranges that not all see they see; those
         # that see the same have the same tables.
@@ -109,6 +112,11 @@ class LayerWork:
         number = next(_numbers)
         self.ticket = torch.from_numpy(np.array(number))  # a third of the time that torch.tensor takes
         _alive[number] = self
+
+    @property
+    def plain(self) -> bool:
+        """Whether all rows that it sees are those of pools."""
+        return self.frozen is None and self.coded is None
 
     def forget(self) -> None:
         """As if no layer had attended yet."""
@@ -165,7 +173,7 @@ class LayerWork:
     def together(self, layers: list[LayerSpec], device: torch.device) -> tuple[Tables, dict] | None:
         """What layers that rotate alike read, tables and views by name; None where it is not the same, where a layer has run
         already, or where somebody looks on."""
-        if self.committed or self.attended is not None or any(self.ran[layer.index] for layer in layers):
+        if self.committed or self.attended is not None or self.coded is not None or any(self.ran[x.index] for x in layers):
             return None
         if self._sights is not None and len({sight for layer in layers for sight in self._sights[layer.index]}) > 1:
             return None
@@ -200,14 +208,17 @@ class LayerWork:
                 if views["frozen"] is not None:
                     attention = self._attention(layer, n, scale)
                     o, lse = attention.with_frozen(parts[0], q_rot, [(o.view(q_rot.shape), lse)], attention.frozen)
-                    o = in_layout_of(q, o)
             else:
                 q_heads, *rows = (with_heads(x, n, pool.head_dim) for x in (q, k, v))
                 rope = (packed_table(cos), packed_table(sin), tables.slots, q_weight, k_weight, eps, interleaved)
                 q_rot = call("inject", q_heads, q_heads, *rows, *rope, *kv, backend=backend)
                 o, lse = self._attention(layer, n, scale).forward(parts, q_rot, kv, whole)
-                o = in_layout_of(q, o)
-            if whole and views["frozen"] is None:
+            if self.coded is not None:
+                merge = lambda a, b: call("merge_states", q_rot, *a, *b, backend=backend)
+                coded = self.coded.attend(i, self._sights and self._sights[i], q_rot, kv, views["all"][5], scale, backend)
+                o, lse = functools.reduce(merge, coded, (o.view(q_rot.shape), lse))
+            o = o if o.shape == q.shape else in_layout_of(q, o)
+            if whole and self.plain:
                 self.attended(i, q_rot, o, lse, kv, parts, scale, interleaved)
         return o, q_rot, lse
 
@@ -275,10 +286,27 @@ class LayerWork:
                 found = tables.work.of(
                     "dq", i, n, "all", q_rot, views["all"], True, k_pool=k_pool, scale=scale, backend=backend
                 )
+            if self.coded is not None:
+                states = do.reshape(q_rot.shape), q_rot, o.view(q_rot.shape), lse
+                pools = (k_pool, v_pool), (dk_pool, dv_pool)
+                where = i, self._sights and self._sights[i], states, *pools, views["all"][5], scale
+                run = self._with_coded(run, where)
             return run(
                 "inject_attend_backward", q_rot, do, q_rot, o, lse, q, k, *rope, k_pool, v_pool, *views["all"], scale, dk_pool,
                 dv_pool, tables.grad_tail if own_rows_only else None, weight_grads, backend=backend, **found,
             )  # fmt: skip
+
+    def _with_coded(self, run, where: tuple):
+        """`run`, but attention's dq gets what rows with codes add to it, which leave theirs. where: as `CodedReads.backward`
+        takes it."""
+
+        def with_more(name: str, *args, **how):
+            dq = run(name, *args, **how)
+            if name != "cross_attention_backward":
+                return dq
+            return dq + self.coded.backward(*where, self.spec.backend, self.lineage, self.older_needs_grad)
+
+        return composed(with_more)
 
     def _watched(self, i: int, dk_pool: Tensor, dv_pool: Tensor, slots: Tensor):
         """`call`, but the two parts of attention's backward run one by one: between them the rows' gradient is in the pool."""
@@ -314,8 +342,9 @@ class LayerWork:
                 steps.clear()
 
 
-def _sights(layer: int, some: set[tuple]) -> list[frozenset]:
+def _sights(layer: int, some: set[tuple]) -> tuple[frozenset, ...]:
     """Of `some` (layers, heads), those that the first K/V heads of a layer are in; the last: any head behind these."""
     named = {seen: heads_in(layer, *seen) for seen in some}
     first = 1 + max((head for heads in named.values() for head in heads or ()), default=-1)
-    return [frozenset(seen for seen, heads in named.items() if heads is None or head in heads) for head in range(first + 1)]
+    sees = lambda heads, head: heads is None or head in heads
+    return tuple(frozenset(x for x, heads in named.items() if sees(heads, head)) for head in range(first + 1))

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from diffmas.trace.frozen import Frozen, rows_seen
+from diffmas.trace.low_rank import Coding
 from diffmas.trace.offload import Courier, OffloadedPool
 from diffmas.trace.pool import Pool
 from diffmas.trace.token_ids import TokenIds
-from diffmas.trace.views import FROZEN, Rows, Segment, rows_of
+from diffmas.trace.views import CODED, FROZEN, SPAN, Rows, Segment, is_quantised, pool_rows, rows_of
 
 __all__ = ["Extent", "Hold", "Store", "ranges_in"]
 
@@ -73,6 +74,8 @@ class Store:
         self.offloaded, self._courier = offloaded, Courier()
         self.rows = rows
         self.frozen: Frozen | None = None  # quantised rows
+        self._codings: weakref.WeakValueDictionary[int, Coding] = weakref.WeakValueDictionary()  # by the number of their row 0
+        self._first_coding = CODED
         self.needs_grad = [frozenset([0])]  # by lineage (see Pool): the lineages whose rows its readers leave gradients for
         self.lock = threading.RLock()
         self.token_ids = TokenIds()
@@ -89,10 +92,11 @@ class Store:
             self._holders.add(holder)
 
     def _ranges_held(self) -> np.ndarray:
-        """What live holders name; [n, 2], first row and the row after the last."""
+        """What live holders name; [n, 2], first row and the row after the last. Rows with codes their coding holds."""
         held = [holder.held() for holder in list(self._holders)]
         more = [pair for _, pairs in held for pair in pairs]
-        return np.concatenate([np.array(more, dtype=np.int64).reshape(-1, 2), *(rows for rows, _ in held)])
+        found = np.concatenate([np.array(more, dtype=np.int64).reshape(-1, 2), *(rows for rows, _ in held)])
+        return found[found[:, 0] < CODED]
 
     def _held(self) -> np.ndarray:
         """Whether a live holder names a row; [top] bool."""
@@ -195,32 +199,42 @@ class Store:
         return start
 
     def written_by(self, rows: np.ndarray, lineage: int) -> np.ndarray:
+        rows = np.unique(pool_rows(rows))
         rows = rows[rows < FROZEN]
         return rows[self._writers[rows] == lineage]
 
     # ---- what rows hold ----------------------------------------------------------------------------------------------
 
     def read(self, layer: int, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
-        """A copy of rows of K and V, where they are kept; quantised ones in the pool's dtype, where there is one."""
+        """A copy of rows of K and V, where they are kept; quantised ones in the pool's dtype, where there is one, those with
+        codes as these make them."""
         pool = self.pools[layer]
-        if self.frozen is None:
+        if pool is not None and all(s.start < FROZEN for s in segments):
             return pool.read([slice(s.start, s.end) for s in segments])
         dtype = None if pool is None else pool.dtype
-        parts = [self.frozen.read(layer, 0, 0, dtype)]
+        parts = [self.frozen.read(layer, 0, 0, dtype) if pool is None else pool.read([])]
         for s in segments:
-            there = s.start - FROZEN
-            parts.append(pool.read([slice(s.start, s.end)]) if there < 0 else self.frozen.read(layer, there, s.length, dtype))
+            first = s.start % SPAN
+            if is_quantised(s):
+                parts.append(self.frozen.read(layer, first, s.length, dtype))
+                continue
+            kv = pool.read([slice(first, first + s.length)])
+            parts.append(self._codings[s.start - first].built(layer, first, kv) if s.start >= CODED else kv)
         return tuple(torch.cat(x) for x in zip(*parts))
 
     def bytes_of(self, layer: int, segments: Sequence[Segment]) -> int:
-        """Of K and V of rows, each of them once."""
+        """Of K and V of rows, each of them once, and of the codes that some are read with."""
         own, quantised = rows_seen(segments)
         total = len(own) * self.pools[layer].row_bytes if len(own) else 0
-        return total + (len(quantised) * self.frozen.row_bytes(layer) if len(quantised) else 0)
+        total += len(quantised) * self.frozen.row_bytes(layer) if len(quantised) else 0
+        for coding in self.codings_of(segments):
+            own = [s for s in segments if coding.first <= s.start < coding.first + SPAN]
+            total += len(np.unique(rows_of(own))) * coding.row_bytes(layer)
+        return total
 
     def ids(self, segments: Sequence[Segment]) -> np.ndarray:
         """The token ids of rows, -1 where none is known."""
-        rows = rows_of(segments)
+        rows = pool_rows(rows_of(segments))
         with self.lock:
             ids, frozen = self.token_ids.read(rows), rows >= FROZEN
             if frozen.any():
@@ -239,6 +253,22 @@ class Store:
     def heads(self, layer: int) -> int:
         """K/V heads of a layer that has rows."""
         return self.frozen.layers[layer][0].shape[1] if self.pools[layer] is None else self.pools[layer].heads
+
+    def add_coding(self, coding: Coding) -> None:
+        """Numbers the rows of a coding, which lives as long as somebody else has it."""
+        with self.lock:
+            coding.first, self._first_coding = self._first_coding, self._first_coding + SPAN
+            self._codings[coding.first] = coding
+
+    def codings_of(self, segments: Sequence[Segment]) -> list[Coding]:
+        """Those that segments are read with."""
+        if not self._codings:
+            return []
+        return [self._codings[first] for first in dict.fromkeys(s.start - s.start % SPAN for s in segments if s.start >= CODED)]
+
+    def code_bytes(self) -> int:
+        """Of all codes that somebody has."""
+        return sum(coding.bytes for coding in list(self._codings.values()))
 
     def device(self, layer: int) -> torch.device | None:
         """Where a layer's rows lie; None where it has none yet."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffmas.trace.attention_work import AttentionWork
 from diffmas.trace.views import KVRange, length_of, share, table_of
 
-__all__ = ["Tables"]
+__all__ = ["Tables", "grouped"]
 
 DECODE_TOKENS = 8  # up to this many a sequence, reading K and V costs more than the products
 
@@ -31,7 +31,7 @@ class Tables:
         rows = {"all": sum(map(length_of, views)), "frozen": sum(map(length_of, frozen or []))}
         add("all", *table_of(views))
         if frozen is not None:
-            ends, frozen = _grouped(lengths, frozen)
+            ends, frozen = grouped(lengths, frozen)
             add("frozen", ends, *table_of(frozen))
         # Few queries of several sequences are served faster by one pass over the rows that all of them read.
         if (groups := share(views) if 1 < len(lengths) and max(lengths) <= DECODE_TOKENS else None) is not None:
@@ -100,7 +100,7 @@ class Tables:
         self._packed.data.add_(self._step, alpha=steps)
 
 
-def _grouped(lengths: list[int], frozen: list[list[KVRange]]) -> tuple[list[int], list[list[KVRange]]]:
+def grouped(lengths: list[int], frozen: list[list[KVRange]]) -> tuple[list[int], list[list[KVRange]]]:
     """Neighbouring sequences that see the same quantised rows as one with the queries of all, none of which is masked: where
     the queries of each begin, and their views."""
     ends, distinct = [0], []

@@ -14,6 +14,7 @@ from diffmas.trace.appending import Appending
 from diffmas.trace.autograd import inherit
 from diffmas.trace.copying import Copying
 from diffmas.trace.pool import DeferredKVGrad
+from diffmas.trace.reading_codes import ReadingCodes
 from diffmas.trace.spec import check_offload, spec_of
 from diffmas.trace.store import Extent, Hold, Store, ranges_in
 from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, Size, joined, length_of, only, rows_of, seen_in
@@ -21,7 +22,7 @@ from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, Size, joined, leng
 __all__ = ["Trace"]
 
 
-class Trace(Appending, Copying):
+class Trace(Appending, Copying, ReadingCodes):
     """The shared K/V memory of `batch_size` episodes over all layers of a patched model.
 
     model: a model that `diffmas.patch_model` was called on, or its `ModelSpec`. capacity: tokens per sequence to make room for
@@ -66,6 +67,7 @@ class Trace(Appending, Copying):
         self._lineage = lineage
         self._deferred: tuple[DeferredKVGrad | None, int] = (None, 0)  # the run that the last forward was a step of, its steps
         self.generation = None  # of the generate that it was given to (diffmas.models.generate), while that runs
+        self._codings = self._store.codings_of([s for row in segments for s in row])  # alive as long as somebody reads them
         self._store.add_holder(self)
 
     def held(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
@@ -144,7 +146,7 @@ class Trace(Appending, Copying):
     def memory(self) -> int:
         """Bytes that the rows of all layers occupy, spare room and forks included."""
         frozen = self._store.frozen
-        return sum(p.bytes for p in self._store.pools if p) + (frozen.bytes if frozen else 0)
+        return sum(p.bytes for p in self._store.pools if p) + (frozen.bytes if frozen else 0) + self._store.code_bytes()
 
     def __repr__(self):
         return f"Trace(batch_size={self.batch_size}, lengths={self.lengths}, layers={len(self)})"
@@ -342,8 +344,9 @@ class Trace(Appending, Copying):
             rows = np.unique(rows_of([s for t in branches for s in t.segments]))
             rows = torch.from_numpy(store.written_by(rows, writer))
             order = torch.cat([t._order.flatten() for t in branches])
-            if len(rows):
-                hold = Hold(store, [t.segments for t in branches])
-                order = inherit(order, [(p, rows.to(p.device)) for p in store.pools if p], lineage, writer, hold)
+            codings = [c for c in store.codings_of([s for t in branches for s in t.segments]) if c.lineage == writer]
+            if len(rows) or codings:
+                hold, pools = Hold(store, [t.segments for t in branches]), [p for p in store.pools if p]
+                order = inherit(order, [(p, rows.to(p.device)) for p in pools], codings, lineage, writer, hold)
             orders.append(order)
         return lineage, torch.cat(orders)

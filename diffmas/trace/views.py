@@ -11,16 +11,18 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 __all__ = [
-    "FROZEN", "JOINS", "KINDS", "SAID", "SINKS", "Heads", "KVRange", "Segment", "Size", "apart", "by_sequence", "common_prefix",
-    "heads_in", "joined", "length_of", "only", "packed", "places", "ranges_of", "rows_of", "seen_in", "share", "table_of",
-    "without_first", "without_rows",
+    "CODED", "FROZEN", "JOINS", "KINDS", "SAID", "SINKS", "SPAN", "Heads", "KVRange", "Segment", "Size", "apart", "by_sequence",
+    "common_prefix", "heads_in", "is_quantised", "joined", "length_of", "only", "packed", "places", "pool_rows", "ranges_of",
+    "rows_of", "seen_in", "share", "table_of", "without_first", "without_rows",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
 SAID = ("latent", "text")  # all but prompts
 JOINS = ("keep", "shift", "reindex", "same_branch")
 SINKS = 4  # first tokens that stay where others are dropped: attention sinks (StreamingLLM, arXiv 2309.17453)
-FROZEN = 1 << 40  # a store's quantised rows are numbered from here on (diffmas.trace.frozen)
+SPAN = 1 << 40  # more rows than a pool has
+FROZEN = SPAN  # a store's quantised rows are numbered from here on (diffmas.trace.frozen)
+CODED = 1 << 50  # and those that are read with low-rank codes, a span for each coding (diffmas.trace.low_rank)
 Heads = tuple[int, ...] | tuple[tuple[int, ...], ...]  # numbers of K/V heads; or such, of each of some layers
 SAVED_ROWS = 2048  # a pass over shared rows must save reading this many, or its two more calls cost more
 
@@ -214,9 +216,19 @@ def seen_in(views: Sequence[Sequence[Rows]], layer: int, head: int) -> list[list
     return [[x for x in view if seen(heads_in(layer, x.layers, x.heads))] for view in views]
 
 
-def apart(view: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
-    """The rows of pools, and quantised rows, these numbered from 0."""
-    return [x for x in view if x.start < FROZEN], [x._replace(start=x.start - FROZEN) for x in view if x.start >= FROZEN]
+def is_quantised(rows: Rows) -> bool:
+    return FROZEN <= rows.start < CODED
+
+
+def pool_rows(rows: np.ndarray) -> np.ndarray:
+    """The rows of pools that rows with codes are, the others as they are."""
+    return np.where(rows >= CODED, rows % SPAN, rows)
+
+
+def apart(view: Sequence[Rows]) -> tuple[list[Rows], list[Rows], list[Rows]]:
+    """The rows of pools, quantised rows, these numbered from 0, and rows with codes."""
+    quantised = [x._replace(start=x.start - FROZEN) for x in view if is_quantised(x)]
+    return [x for x in view if x.start < FROZEN], quantised, [x for x in view if x.start >= CODED]
 
 
 def table_of(views: Sequence[Sequence[KVRange]]) -> tuple[list[int], ...]:

@@ -87,6 +87,11 @@ def check_engine(system: MultiAgentSystem, args, state) -> None:
         alone = "each would choose its tokens alone, and nothing sees to it that they are the same"
         why = alone if tensor_parallel(system) else "all would have to decode equally many tokens"
         for agent in system.agents[:-1]:
+            if agent.low_rank:
+                raise ValueError(
+                    f"agent {agent.name!r}: low_rank: expected False where processes share the model's weights, got True: its "
+                    "readers' attention needs all of their adapter's"
+                )
             if agent.max_message_tokens is not None:
                 raise ValueError(
                     f"agent {agent.name!r}: max_message_tokens: expected None where processes share the model's weights, got "

@@ -110,6 +110,7 @@ def _with_later_options(described: dict) -> dict:
     def filled(agents: list) -> list:
         names = ("stop_change", "role", "passes", "grad_passes", "reads", "max_rows", "max_rows_by", "model")
         later = dict.fromkeys((*names, "max_message_tokens", "message_temperature", "rounds", "later_prompt", "quantized"))
+        later["low_rank"] = False
         return [{**later, **agent} if isinstance(agent, dict) else agent for agent in agents]
 
     own = described["own_options"]

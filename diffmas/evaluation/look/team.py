@@ -42,6 +42,8 @@ def look_at(
         raise ValueError("system: expected agents of one model to look at, got some of others")
     if small := [agent.name for agent in system.agents[:-1] if agent.quantized is not None]:
         raise ValueError(f"agent {small[0]!r}: quantized: expected None, since no attention to such rows is shown")
+    if coded := [agent.name for agent in system.agents if agent.low_rank]:
+        raise ValueError(f"agent {coded[0]!r}: low_rank: expected False, since no attention to such rows is shown")
     questions = system.fields_of([question])
     decoding = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, **generation)
     decoding["seed"] = (sampling := Sampling.of(system, samples=1, **decoding)).seed

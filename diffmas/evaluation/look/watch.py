@@ -86,8 +86,8 @@ class Watch:
         self._running = None
         if forward_pass is None or forward_pass.table is None:
             return
-        if forward_pass.work.frozen is not None:  # `LayerWork.attended` is not told
-            raise ValueError("trace: expected rows as they were written, whose attention is shown, got quantised ones")
+        if not forward_pass.work.plain:  # `LayerWork.attended` is not told
+            raise ValueError("trace: expected rows as they were written, whose attention is shown, got quantised ones or codes")
         newest = next(row[-1] for row, n in zip(forward_pass.table.segments, forward_pass.lengths) if n)
         if newest.agent is None:  # measures which rows an agent reads
             return

@@ -142,6 +142,8 @@ def check_team(name: str, described: dict) -> None:
           for agent in described["agents"][:-1]],
         *[(f"quantized of agent {agent['name']!r}", agent["quantized"], None, "rows stay as they are written")
           for agent in described["agents"][:-1]],
+        *[(f"low_rank of agent {agent['name']!r}", agent["low_rank"], False, "rows are read as they are written")
+          for agent in described["agents"]],
         *[(f"stop_change of agent {agent['name']!r}", agent["stop_change"], None, "T has to be known before")
           for agent in described["agents"][:-1]],
     ):  # fmt: skip

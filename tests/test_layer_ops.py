@@ -69,7 +69,7 @@ def fused(x, rows, layers, **more):
         "rest": rows[0].views[1] if len(rows[0].views) > 1 else [], "inv_freq": None, "scale": SCALE, "frozen": [],
         "frozen_view": [],
     } | more  # fmt: skip
-    return ops.few_rows_layers(x[None], **args)[0]
+    return ops.few_rows_layers(x[None], **args, learning=False)[0][0]
 
 
 def by_its_parts(x, rows, linears, norms):

@@ -50,7 +50,9 @@ class BodyForward(Ours):
     def _serves(self, kwargs: dict) -> bool:
         """Whether few rows come alone, for their last hidden states."""
         forward_pass, config = kwargs.get("diffmas_trace"), self.module.config
-        if forward_pass is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if forward_pass is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.is_grad_enabled() and getattr(kwargs.get("inputs_embeds"), "requires_grad", False) is not True:
             return False
         if sum(forward_pass.lengths) > FEW_ROWS or kwargs.get("return_dict") is False or not config.return_dict:
             return False

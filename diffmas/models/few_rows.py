@@ -56,18 +56,19 @@ class Witness:
         self._watched += [(vars(m), name) for m in modules for name in SOME if name in vars(m)]
         self._watched += [(vars(m), name) for m in modules if type(m) is nn.Dropout for name in DROPOUT]
         self._watched += [(vars(m), name) for m in layers if learning for name in OF_LAYERS]
+        self._watched = [*zip(*self._watched)]
         self._values = [x.copy() if isinstance(x, (dict, list)) else x for x in self._looked_up()]
-        self._places = [(m._parameters, name) for m in modules for name in m._parameters]
+        self._places = [*zip(*((m._parameters, name) for m in modules for name in m._parameters))]
         self._parameters = self._those_there()
         self._tensors = [x for x in self._parameters if x is not None]
         self._learning, self._memory = learning, []
         self._memory = self._in_memory()
 
     def _looked_up(self) -> list:
-        return [own.get(name) for own, name in self._watched]
+        return list(map(dict.get, *self._watched))
 
     def _those_there(self) -> list:
-        return [own.get(name) for own, name in self._places]
+        return list(map(dict.get, *self._places))
 
     def _in_memory(self) -> list:
         found = [*map(Tensor.data_ptr, self._tensors), *map(Tensor.is_contiguous, self._tensors)]

@@ -16,7 +16,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from diffmas.models.adapted import is_wrapper
 from diffmas.models.few_rows import few_rows
-from diffmas.models.few_rows_learning import learning_layer
 from diffmas.models.kinds import kind_of
 from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of, waiting
 from diffmas.models.parts import attention_layers, causal_lm_of, text_stack_of
@@ -29,7 +28,7 @@ __all__ = ["fuse_layers", "product", "restore_layers"]
 
 
 class BodyForward(Ours):
-    """The forward of a stack of decoder layers: without gradients, few rows go through all of them at once."""
+    """The forward of a stack of decoder layers: few rows go through all of them at once."""
 
     INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "diffmas_trace"}
 
@@ -72,12 +71,8 @@ class LayerForward(Ours):
             return type(layer).forward(layer, *args, **kwargs)
         forward = type(layer).forward
         checkpoints = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
-        if not torch.is_grad_enabled():
-            x = args[0] if args else kwargs["hidden_states"]
-            tables = lambda: kwargs.get("position_embeddings")
-            y = few_rows(self, [layer], forward_pass, x, tables, kwargs.get("position_ids"))
-        else:
-            y = None if checkpoints else learning_layer(layer, forward_pass, args, kwargs)
+        x, tables = args[0] if args else kwargs["hidden_states"], lambda: kwargs.get("position_embeddings")
+        y = few_rows(self, [layer], forward_pass, x, tables, kwargs.get("position_ids"))
         if y is not None:
             return y
         recomputed = _recomputed(forward)

@@ -19,10 +19,13 @@ from linear_systems import (
     system,
     unfused,
 )
+from models import gradients as parameter_gradients
+from models import latent_steps, prefill, read, tokens
 
-from diffmas import patch_model
+from diffmas import Trace, patch_model
 from diffmas.models import few_rows
 from diffmas.ops import extension
+from diffmas.trace import views
 from diffmas.training.collecting import no_collections
 
 pytestmark = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels are missing: {extension.error}")
@@ -75,6 +78,45 @@ def test_a_familys_own_gradients(family):
     assert_close(got, gradients(unfused(made)), 1e-4)
 
 
+def at_offsets(model, trace):
+    left, right = trace.fork(2)
+    prefill(model, *tokens(4, 4, seed=1), trace=left)
+    prefill(model, *tokens(2, 6, seed=2), trace=right)
+    return Trace.join([left, right], positions="shift")
+
+
+CONTEXTS = {
+    "of one sequence": lambda _, trace: trace.select([1]),
+    "that branches share": lambda _, trace: trace.select([0, 0, 1]),
+    "at offsets": at_offsets,
+    "quantised": lambda _, trace: trace.detach().quantize("int8"),
+    "quantised and shared": lambda model, trace: at_offsets(model, trace.detach().quantize("fp8")).select([0, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", CONTEXTS)
+def test_rows(rows, dtype, monkeypatch):
+    """Steps that read rows of any kind: hidden states and gradients are those of layers one by one."""
+    monkeypatch.setattr(views, "SAVED_ROWS", 1)
+    model = patch_model(lora(base("qwen3", dtype)))
+
+    def learned():
+        trace = CONTEXTS[rows](model, prefill(model, *tokens(9, 14)))
+        x = torch.randn(trace.batch_size, 1, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        with learning_at_once() as layers:
+            h = latent_steps(model, trace, x, 3)
+        sum(y.float().pow(2).sum() for y in read(model, trace, *tokens(*[3] * trace.batch_size, seed=5))).backward()
+        return layers, {"x": x.grad, "h": h.detach()} | parameter_gradients(model)
+
+    layers, got = learned()
+    assert layers == [LAYERS] * 3
+    monkeypatch.setattr(few_rows, "learning_layers", lambda *_: None)
+    none, want = learned()
+    assert none == [] and got.keys() == want.keys() and len(want) > 40
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
 def test_no_more_is_kept_than_one_by_one(monkeypatch):
     def kept(model):
         made, seen = system(model), {}
@@ -106,9 +148,13 @@ NAMES = ["input_layernorm", "post_attention_layernorm", "mlp", "mlp.act_fn", "ml
 
 @pytest.mark.parametrize("change", [doubled, hooked, seen_in_backward])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_somebody_else_does_to_a_part(name, change, monkeypatch):
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_what_somebody_else_does_to_a_part(looked_at, name, change, monkeypatch):
+    """Before the layers were looked at, and after."""
     made = system(lora(base(), target_modules=["q_proj"]))
     layer = made.model.base_model.model.model.layers[1]
+    if looked_at:
+        assert calls(made)[0] == ALL
     change(layer.get_submodule(name))
     layers, got = calls(made)
     assert layers == alone(LAYERS - 1)
@@ -140,9 +186,35 @@ def checkpointed(made):
 @pytest.mark.parametrize("change", [trained_norms, trained_weights, checkpointed])
 def test_what_the_layers_do_themselves(change):
     made = system(lora(base()))
+    assert calls(made)[0] == ALL
     change(made)
     layers, got = calls(made)
     assert layers == []
+    assert_close(got, gradients(unfused(made)), 1e-4)
+
+
+def test_hooks_that_are_gone_again():
+    made = system(lora(base()))
+    handle = made.model.base_model.model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert calls(made)[0] == alone(LAYERS - 1)
+    handle.remove()
+    assert calls(made)[0] == ALL
+
+
+def test_adapters_that_are_frozen():
+    """The rows' gradients go through them, to the embeddings."""
+    made = system(lora(base()).requires_grad_(False))
+    made.model.get_input_embeddings().requires_grad_(True)
+    layers, got = calls(made)
+    assert [n for n in layers if n > 1] == ALL  # a short prompt's go one by one
+    assert_close(got, gradients(unfused(made)), 1e-4)
+
+
+def test_a_part_of_an_adapter_that_is_frozen():
+    made = system(lora(base()))
+    made.model.base_model.model.model.layers[1].mlp.up_proj.lora_A.requires_grad_(False)
+    layers, got = calls(made)
+    assert layers == alone(LAYERS - 1)
     assert_close(got, gradients(unfused(made)), 1e-4)
 
 

@@ -128,9 +128,6 @@ void after_attention(Parts& parts, const Passing& kept, const Tensor& o, int64_t
   const FewRows& rows = parts.rows;
   const Adapters& adapters = parts.adapters;
   const int64_t inner = layer.linears[kGate].out();
-  check(layer.linears[kOut].out() == rows.length && layer.linears[kDown].out() == rows.length, "weight",
-        "o's and down's of as many rows as x is long", layer.linears[kOut].weight);
-  check(layer.linears[kUp].out() == inner, "weight", "up's of gate's shape", layer.linears[kUp].weight);
   const cpu::Matrix sum = parts.place(kept.middle, rows.length), normed = parts.place(adapters.rows[kGate], rows.length);
   const cpu::Matrix gated = parts.place(adapters.rows[kDown], inner), gates = kept.gate.data ? kept.gate : gated;
   cpu::LinearArgs first = parts.args(kOut, rows.of(o.data_ptr(), length), length, sum), last = parts.args(kDown, gated, inner, y);
@@ -152,8 +149,10 @@ void put(const Tensor& all, size_t layer, size_t layers, const Tensor& part) {
 
 }  // namespace
 
-void check_layers(size_t count, const Tensors& k_pools, const Tensors& v_pools, const Tensors& head_norms, const Tensors& view,
-                  const Tensors& rest, const Tensors& frozen, const Tensors& frozen_view) {
+void check_layers(const std::vector<Layer>& layers, const FewRows& rows, bool alike, const Tensors& k_pools, const Tensors& v_pools,
+                  const Tensors& head_norms, const Tensors& view, const Tensors& rest, const Tensors& frozen, const Tensors& frozen_view) {
+  const size_t count = layers.size();
+  STD_TORCH_CHECK(count, "norms: expected two a layer, got none");
   STD_TORCH_CHECK(k_pools.size() == count && v_pools.size() == count, "k_pools, v_pools: expected one for each of ", count, " layers, got ",
                   k_pools.size(), ", ", v_pools.size());
   STD_TORCH_CHECK(head_norms.empty() || head_norms.size() == 2 * count, "head_norms: expected none or two a layer, got ", head_norms.size());
@@ -161,6 +160,17 @@ void check_layers(size_t count, const Tensors& k_pools, const Tensors& v_pools, 
   const auto check_view = [](const char* name, const Tensors& view, bool there) {
     STD_TORCH_CHECK(!there || view.size() == 4 || view.size() == 5, name, ": expected 4 or 5 tensors, got ", view.size());
   };
+  for (size_t i = 0; i < count; ++i) {
+    const std::vector<Linear>& linears = layers[i].linears;
+    const auto is = [&](int which, int64_t out, int64_t in) {
+      const Linear& linear = linears[which];
+      STD_TORCH_CHECK(linear.out() == out && linear.in() == in, "weight: expected [", out, ", ", in, "], got shape ", shape_of(linear.weight));
+    };
+    check_dims("k_pool", k_pools[i]);
+    const int64_t width = linears[kQ].out(), inner = linears[kGate].out(), kv_width = k_pools[i].size(1) * k_pools[i].size(2);
+    is(kQ, alike ? layers[0].linears[kQ].out() : width, rows.length), is(kK, kv_width, rows.length), is(kV, kv_width, rows.length);
+    is(kOut, rows.length, width), is(kGate, inner, rows.length), is(kUp, inner, rows.length), is(kDown, rows.length, inner);
+  }
   check_view("view", view, true), check_view("rest", rest, !rest.empty()), check_view("frozen_view", frozen_view, !frozen.empty());
 }
 
@@ -170,15 +180,14 @@ Tensors few_rows_layers(const Tensor& x, Tensors norms, std::vector<double> eps,
                         const Optional& inv_freq, double scale, Tensors frozen, Tensors frozen_view, bool learning) {
   const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales);
   const size_t count = layers.size();
-  check_layers(count, k_pools, v_pools, head_norms, view, rest, frozen, frozen_view);
   const FewRows rows = few_rows_of(x);
+  check_layers(layers, rows, learning, k_pools, v_pools, head_norms, view, rest, frozen, frozen_view);
   const int64_t n = rows.n;
   const ScalarType dtype = rows.scalar_type();
   Tensors found{empty(x, {1, n, rows.length}, dtype)};
   std::vector<Passing> kept(count);
   std::vector<Adapters> adapters(count);
   if (learning) {
-    check_dims("k_pool", k_pools[0]);
     const bool heads = !head_norms.empty();
     const int64_t width = layers[0].linears[kQ].out(), head_dim = k_pools[0].size(2), all = int64_t(count);
     const AdapterPlaces sizes(layers, rows, false);
@@ -193,7 +202,6 @@ Tensors few_rows_layers(const Tensor& x, Tensors norms, std::vector<double> eps,
   for (size_t i = 0; i < count; ++i) {
     const Layer& layer = layers[i];
     const Tensor &k_pool = k_pools[i], &v_pool = v_pools[i];
-    check_dims("k_pool", k_pool);
     const auto out = [&](int which) { return empty(x, {1, n, layer.linears[which].out()}, dtype); };
     const Tensor qkv[] = {out(kQ), out(kK), out(kV)};
     Parts before(rows, layer, x, adapters[i]);

@@ -74,8 +74,9 @@ struct AdapterPlaces {
 
 // A view as `cross_attention` takes it: q_indptr, seg_indptr, seg_start, seg_len and, where there are some, seg_offset.
 inline Optional offset_of(const Tensors& view) { return view.size() > 4 ? Optional(view[4]) : Optional(); }
-void check_layers(size_t count, const Tensors& k_pools, const Tensors& v_pools, const Tensors& head_norms, const Tensors& view,
-                  const Tensors& rest, const Tensors& frozen, const Tensors& frozen_view);
+// Memory safety: that layers follow on each other, that pools fit them, and views are there. alike: and that heads are of one number.
+void check_layers(const std::vector<Layer>& layers, const FewRows& rows, bool alike, const Tensors& k_pools, const Tensors& v_pools,
+                  const Tensors& head_norms, const Tensors& view, const Tensors& rest, const Tensors& frozen, const Tensors& frozen_view);
 
 // The parts of one layer, over the same memory.
 struct Parts {

@@ -48,11 +48,11 @@ Tensors few_rows_layers_backward(const Tensor& dy, const Tensor& x, Tensors kept
                                  const Tensor& tail, const Optional& no_tail) {
   const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales);
   const size_t count = layers.size();
-  check_layers(count, k_pools, v_pools, head_norms, view, rest, frozen, frozen_view);
-  check_layers(count, dk_pools, dv_pools, head_norms, view, rest, frozen, frozen_view);
   STD_TORCH_CHECK(own_rows_only.size() == count, "own_rows_only: expected one for each of ", count, " layers, got ", own_rows_only.size());
   STD_TORCH_CHECK(kept.size() == kFound - 1, "kept: expected ", kFound - 1, " tensors, got ", kept.size());
   const FewRows rows = few_rows_of(x), of_dy = few_rows_of(dy);
+  check_layers(layers, rows, true, k_pools, v_pools, head_norms, view, rest, frozen, frozen_view);
+  check_layers(layers, rows, true, dk_pools, dv_pools, head_norms, view, rest, frozen, frozen_view);
   check(of_dy.n == rows.n && of_dy.length == rows.length && of_dy.dtype == rows.dtype, "dy", "what x is like", dy);
   const int64_t n = rows.n, width = layers[0].linears[kQ].out(), length = rows.length;
   const ScalarType dtype = rows.scalar_type();
@@ -88,7 +88,6 @@ Tensors few_rows_layers_backward(const Tensor& dy, const Tensor& x, Tensors kept
     backward(parts, kOut, dmiddle, rows.of(d_o.data_ptr(), width), nullptr, x);
 
     const Tensor &k_pool = k_pools[i], &v_pool = v_pools[i], &dk_pool = dk_pools[i], &dv_pool = dv_pools[i];
-    check_dims("k_pool", k_pool);
     const int64_t head_dim = k_pool.size(2), kv_heads = k_pool.size(1), heads = width / head_dim;
     const Tensor q_rot = part_of(rotated, i, count, {n, heads, head_dim}), o = part_of(os, i, count, {1, n, width});
     const Tensor lse = part_of(lses, i, count, {n, heads});
@@ -129,7 +128,6 @@ Tensors few_rows_layers_backward(const Tensor& dy, const Tensor& x, Tensors kept
   return found;
 }
 
-// Of all steps of a run, the last step first: o, rows and floats of the forward, rows and floats of the backward.
 Tensors few_rows_lora_grads(Tensors norms, std::vector<double> eps, Tensors linears, std::vector<int64_t> parts, std::vector<double> scales,
                             Tensors os, Tensors xs, Tensors us, Tensors dys, Tensors vs) {
   const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales);
@@ -153,6 +151,7 @@ Tensors few_rows_lora_grads(Tensors norms, std::vector<double> eps, Tensors line
       const Linear& linear = layers[i].linears[j];
       if (!layers[i].waits(j)) continue;
       const int64_t rank = linear.rank(), in = linear.in(), out = linear.out();
+      check(j != kOut || os[0].numel() == int64_t(count) * n * in, "o", "what these layers leave", os[0]);
       Memory memory(os[0], all * (in + out + 2 * rank) + rank * out);
       float *x = memory.take(all * in), *dy = memory.take(all * out), *u = memory.take(all * rank), *v = memory.take(all * rank);
       for (size_t t = 0; t < steps; ++t) {

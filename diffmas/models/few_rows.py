@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from diffmas.models.linear_parts import Ours, is_ours
 from diffmas.models.plain_layer import hooked_by_others, plain_layer
@@ -24,14 +25,14 @@ from diffmas.trace.forward_pass import ForwardPass
 __all__ = ["few_rows"]
 
 # What of a module, beside its class and its parameters, says how it computes; looked up by name, since others may stand there.
-EVERY = ("forward", "_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 SOME = (
     "variance_epsilon", "scaling", "diffmas_layer", "_active_adapter", "_disable_adapters", "cast_input_dtype_enabled",
     "merged_adapters", "use_dora", "lora_variant",
 )  # fmt: skip
 DROPOUT = ("p", "training")
-LEARNING = ("_backward_hooks", "_backward_pre_hooks")  # with gradients, as EVERY and, of layers, as SOME
-OF_LAYERS = ("gradient_checkpointing", "training")
+LEARNING = ("_backward_hooks", "_backward_pre_hooks")  # with gradients, too
+OF_LAYERS = ("gradient_checkpointing", "training")  # the same
 UNREAD = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")  # of LoRA's layer of a linear
 
 
@@ -47,11 +48,16 @@ class Witness:
     are; their numbers may change."""
 
     def __init__(self, layers: list[nn.Module], learning: bool = False):
-        modules, every = [x for layer in layers for x in _inside(layer)], EVERY + (LEARNING if learning else ())
+        self._registered = RemovableHandle.next_id  # before hooks are looked at
+        modules, hooks = [x for layer in layers for x in _inside(layer)], HOOKS + (LEARNING if learning else ())
         self._modules, self._types = modules, list(map(type, modules))
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = [x.forward for x in self._classes]
-        self._watched = [(vars(m), name) for m in modules if type(m) is not nn.ModuleDict for name in every]
+        called = [vars(m) for m in modules if type(m) is not nn.ModuleDict]
+        hooks = [(own, name) for own in called for name in hooks]
+        self._hooks, self._hook_values = [*zip(*hooks)], [dict(own.get(name) or ()) for own, name in hooks]
+        self._watched = [(own, "forward") for own in called]
+        self._watched += [(own, name) for own, name in hooks if own.get(name)]  # which may be removed
         self._watched += [(vars(m), "_modules") for m in modules if m._modules]
         self._watched += [(vars(m), name) for m in modules for name in SOME if name in vars(m)]
         self._watched += [(vars(m), name) for m in modules if type(m) is nn.Dropout for name in DROPOUT]
@@ -74,11 +80,21 @@ class Witness:
         found = [*map(Tensor.data_ptr, self._tensors), *map(Tensor.is_contiguous, self._tensors)]
         return found + [*map(needs_grad, self._tensors)] if self._learning else found
 
+    def _hooks_hold(self) -> bool:
+        """Half of what there is to look at, and as long as nobody has registered one, of tensors or modules, there is no other."""
+        registered = RemovableHandle.next_id
+        if registered != self._registered:
+            if list(map(dict.get, *self._hooks)) != self._hook_values:
+                return False
+            self._registered = registered
+        return True
+
     def holds(self) -> bool:
         """Whether all is still so. Loops in C, as far as there are some (docs/log.md has what it takes)."""
         return (
             list(map(type, self._modules)) == self._types
             and self._looked_up() == self._values
+            and self._hooks_hold()
             and [x.forward for x in self._classes] == self._forwards
             and all(map(is_, self._those_there(), self._parameters))
             and self._in_memory() == self._memory

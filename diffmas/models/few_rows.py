@@ -81,7 +81,7 @@ class Witness:
         return found + [*map(needs_grad, self._tensors)] if self._learning else found
 
     def _hooks_hold(self) -> bool:
-        """Half of what there is to look at, and as long as nobody has registered one, of tensors or modules, there is no other."""
+        """Half of what there is to look at; there is no other as long as nobody has registered one, of any tensor or module."""
         registered = RemovableHandle.next_id
         if registered != self._registered:
             if list(map(dict.get, *self._hooks)) != self._hook_values:
@@ -125,7 +125,8 @@ class Looked(NamedTuple):
 
 
 def _look(ours: Ours, layers: list[nn.Module], dtype: torch.dtype, learning: bool) -> Looked:
-    witness = Witness(layers, learning)  # first: what another thread changes meanwhile is seen, at the latest by the next forward
+    # First: what another thread changes meanwhile is seen, at the latest by the next forward.
+    witness = Witness(layers, learning)
     return Looked(list(layers), dtype, witness, _plain(ours, layers, dtype, learning))
 
 
@@ -159,9 +160,8 @@ def _plain(ours: Ours, layers: list[nn.Module], dtype: torch.dtype, learning: bo
 
 
 def _waits(linears: list[tuple], norms: list[tuple]) -> bool:
-    """Whether all that a layer trains are adapters, whose gradients can wait for the end of a run: not where autograd gives them
-    to aliases that tell one step's from another's, not to the parameters alone (diffmas.agents.gradients,
-    diffmas.agents.learning)."""
+    """Whether all that a layer trains are adapters whose gradients can wait for the end of a run: not where autograd gives them
+    to aliases that tell one step's from another's (diffmas.agents.gradients, diffmas.agents.learning)."""
     if any(weight.requires_grad for weight, _ in norms):
         return False
     adapters = [(a, b) for _, _, a, b, _ in linears if a is not None and (a.requires_grad or b.requires_grad)]

@@ -45,8 +45,9 @@ LINEAR = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale, bool transposed) -> (Tensor, Tensor)",
     "few_rows_layers": f"(Tensor x, {LAYERS}, {LAYERS_HEADS}, Tensor(a!)[] k_pools, Tensor(b!)[] v_pools, {LAYERS_VIEWS}, "
     "bool learning) -> Tensor[]",
-    "few_rows_layers_backward": f"(Tensor dy, Tensor x, Tensor[] kept, {LAYERS}, {LAYERS_HEADS}, Tensor[] k_pools, Tensor[] v_pools, "
-    f"{LAYERS_VIEWS}, Tensor(a!)[] dk_pools, Tensor(b!)[] dv_pools, int[] own_rows_only, Tensor tail, Tensor? no_tail) -> Tensor[]",
+    "few_rows_layers_backward": f"(Tensor dy, Tensor x, Tensor[] kept, {LAYERS}, {LAYERS_HEADS}, Tensor[] k_pools, "
+    f"Tensor[] v_pools, {LAYERS_VIEWS}, Tensor(a!)[] dk_pools, Tensor(b!)[] dv_pools, int[] own_rows_only, Tensor tail, "
+    "Tensor? no_tail) -> Tensor[]",
     "few_rows_lora_grads": f"({LAYERS}, Tensor[] os, Tensor[] xs, Tensor[] us, Tensor[] dys, Tensor[] vs) -> Tensor[]",
     "norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
     "norm_backward": "(Tensor dy, Tensor x, Tensor weight, float eps) -> Tensor",

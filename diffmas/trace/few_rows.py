@@ -73,8 +73,8 @@ def few_rows_layers(
     work: LayerWork, layers: list[LayerSpec], x: Tensor, weights: Weights, cos: Tensor, sin: Tensor, scale: float,
     learning: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """x [1, n, hidden] through layers that are alike and ready, with their K/V written: y and, if it is for a gradient, what the
-    backward needs."""
+    """x [1, n, hidden] through layers that are alike and ready, with their K/V written: y and, for a gradient, what backward
+    needs."""
     head_dim = layers[0].head_dim
     like = x.new_empty((0, weights.kv_size // head_dim, head_dim))
     pools = [work.store.pool(layer.index, like, like) for layer in layers]

@@ -2,7 +2,7 @@
 
 With one token a sequence, going through a layer's parts, and through autograd's nodes for them, takes longer than what most of
 them do. The ops are those that the parts call one by one, in the order in which autograd runs them and adds up: to the bit the
-same. Gradients of LoRA's weights wait for the end of the run (diffmas.trace.lora_run), and so do dK and dV of the rows before it.
+same. Gradients of LoRA's weights wait for the end of the run (diffmas.trace.lora_run); dK and dV of the rows before it, too.
 """
 
 import contextlib

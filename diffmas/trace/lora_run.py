@@ -1,8 +1,8 @@
 """The gradients of LoRA's weights in a run of latent steps: one product for all steps, as with dK and dV of older rows.
 
 A step's backward keeps what the gradients are made of, (x, u, dy, v) of diffmas.ops.linear. Before the run, in autograd's
-graph, stands a node for each adapted linear, or for those of a chain of layers (`Begin`): it has the weights' gradients to give, each step takes its token, and so
-it runs when all steps have run backward.
+graph, stands a node for each adapted linear, or for those of several layers (`Begin`): it has the weights' gradients to give,
+each step takes its token, and so it runs when all steps have run backward.
 """
 
 import functools

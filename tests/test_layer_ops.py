@@ -56,20 +56,47 @@ class Rows:
         return (ops.merge_states(*states[0], *states[1]) if len(states) > 1 else states[0])[0].flatten(1)
 
 
-def fused(x, rows, layers, **more):
-    """layers: (linears, norms) of each. -> x [n, hidden] behind them."""
+def arguments(rows, layers) -> dict:
+    """layers: (linears, norms) of each."""
     present = lambda some: [t for t in some[:4] if t is not None]
     linears = [linear for some, _ in layers for linear in some]
     parts = [(x[1] is not None) + 2 * (x[2] is not None) for x in linears]
-    args = {
+    return {
         "norms": [w for _, norms in layers for w in norms], "eps": [EPS] * 2 * len(layers),
         "linears": [t for linear in linears for t in present(linear)], "parts": parts, "scales": [x[4] for x in linears],
         "cos": rows[0].cos, "sin": rows[0].sin, "slots": rows[0].slots, "head_norms": [], "head_eps": 0.0, "interleaved": False,
         "k_pools": [r.pools[0] for r in rows], "v_pools": [r.pools[1] for r in rows], "view": rows[0].views[0],
         "rest": rows[0].views[1] if len(rows[0].views) > 1 else [], "inv_freq": None, "scale": SCALE, "frozen": [],
         "frozen_view": [],
-    } | more  # fmt: skip
-    return ops.few_rows_layers(x[None], **args)[0]
+    }  # fmt: skip
+
+
+def fused(x, rows, layers, **more):
+    """-> x [n, hidden] behind the layers."""
+    return ops.few_rows_layers(x[None], **arguments(rows, layers) | more, learning=False)[0][0]
+
+
+def learned(x, rows, layers, dy, change=lambda kept: kept):
+    """With gradients: y, what backward leaves, dK and dV, and the gradients of the adapters' weights."""
+    args = arguments(rows, layers)
+    args["parts"] = [part | 4 if part & 2 else part for part in args["parts"]]
+    y, *kept = ops.few_rows_layers(x[None], **args, learning=True)
+    dk, dv = ([torch.zeros(r.pools[0].shape) for r in rows] for _ in range(2))
+    tail = torch.zeros(2, dtype=torch.int64)
+    found = ops.few_rows_layers_backward(
+        dy[None],
+        x[None],
+        change(kept),
+        **args,
+        dk_pools=dk,
+        dv_pools=dv,
+        own_rows_only=[False] * len(rows),
+        tail=tail,
+        no_tail=None,
+    )
+    of_layers = (args[name] for name in ("norms", "eps", "linears", "parts", "scales"))
+    weights = ops.few_rows_lora_grads(*of_layers, *([t] for t in (kept[1], *kept[4:], *found[2:])))
+    return [y[0], *found, *dk, *dv, *weights]
 
 
 def by_its_parts(x, rows, linears, norms):
@@ -149,12 +176,14 @@ def test_large_numbers_through_the_gate():
 def test_bits_do_not_depend_on_the_threads():
     torch.manual_seed(0)
     layers = [make_layer(torch.bfloat16, 5, hidden=512, inner=1024) for _ in range(2)]
-    x, before, found = torch.randn(12, 512).bfloat16(), torch.get_num_threads(), []
+    (x, dy), before, found = torch.randn(2, 12, 512).bfloat16(), torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(fused(x, [Rows(12, torch.bfloat16) for _ in layers], layers))
+        rows = lambda: [Rows(12, torch.bfloat16) for _ in layers]
+        found.append([fused(x, rows(), layers), *learned(x, rows(), layers, dy)])
     torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(*found[0][:2]) and len(found[0]) == 2 + 4 + 2 * 2 + 2 * 2 * 7
+    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -183,6 +212,15 @@ def test_what_is_wrong_is_said():
     for name in ("view", "rest"):
         with pytest.raises(RuntimeError, match=f"{name}: expected 4 or 5 tensors"):
             fused(x, [rows], [(linears, norms)], **{name: rows.views[0][:3]})
+    adapted = make_layer(torch.float32, rank=5)
+    for change in (
+        lambda kept: kept[1:],
+        *(lambda kept, i=i: [*kept[:i], kept[i].flatten()[1:], *kept[i + 1 :]] for i in range(4)),
+    ):
+        with pytest.raises(RuntimeError, match="kept: expected|lse: expected"):
+            learned(x, [rows], [adapted], x, change)
+    with pytest.raises(RuntimeError, match="dy: expected"):
+        learned(x, [rows], [adapted], x[:1])
 
 
 # ---- norm and gate of any number of rows, and their gradients --------------------------------------------------------

@@ -16,21 +16,29 @@ from linear_systems import (
 from systems import ANSWERS, QUESTIONS
 from torch import nn
 
-from diffmas.models import linears
+from diffmas.models import few_rows, linears
 from diffmas.ops import extension
-from diffmas.trace import lora_run
+from diffmas.trace import few_rows_learning, lora_run
 
 pytestmark = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels are missing: {extension.error}")
 
 
-def test_a_run_has_one_product_for_each_linear():
+def test_a_run_has_one_product_for_each_linear(monkeypatch):
     made = system()
     with counted(lora_run, "lora_grads") as of_runs, counted(linears, "lora_grads") as of_passes:
+        monkeypatch.setattr(few_rows, "learning_layers", lambda *_: None)
         gradients(made)
     assert len(of_runs) == 2 * LINEARS
     assert len(of_passes) == (3 - 1) * LINEARS + LINEARS
     rows = {len(args[0]) for args in of_runs}
     assert rows == {T * len(QUESTIONS), (T - 1) * len(QUESTIONS)}
+
+
+def test_a_run_of_layers_at_once_has_one_op_for_all_of_them():
+    made = system()
+    with counted(few_rows_learning, "_lora_grads") as of_runs, counted(lora_run.LoraRun, "keep") as steps:
+        gradients(made)
+    assert len(of_runs) == 2 and len(steps) == T + T - 1
 
 
 def test_backward_twice_through_one_graph():

@@ -1,25 +1,11 @@
 // Decoder layers of few rows, one after the other in one call: norm, q, k and v; attention, with the rows' K and V written; output, norm
 // and feed-forward. Each part rounds where transformers' layer does.
-#include <vector>
+#include "layers.h"
 
-#include "linear.h"
-#include "ops.h"
+#include <cstring>
 
 namespace diffmas::binding {
-namespace {
 
-using Tensors = std::vector<Tensor>;
-
-enum { kQ, kK, kV, kOut, kGate, kUp, kDown, kLinears };  // of a layer
-enum { kBias = 1, kLora = 2 };                           // what a linear has beside its weight
-
-struct Layer {
-  const Tensor* norms;  // before attention, and before the feed-forward part
-  const double* eps;
-  std::vector<Linear> linears;
-};
-
-// linears: the tensors of each, weight, bias, a and b, as far as `parts` says that it has them.
 std::vector<Layer> layers_of(const Tensors& norms, const std::vector<double>& eps, const Tensors& linears, const std::vector<int64_t>& parts,
                              const std::vector<double>& scales) {
   const size_t count = norms.size() / 2;
@@ -31,7 +17,7 @@ std::vector<Layer> layers_of(const Tensors& norms, const std::vector<double>& ep
   size_t next = 0;
   const auto take = [&](bool there) { return there ? next < linears.size() ? &linears[next++] : nullptr : nullptr; };
   for (size_t i = 0; i < count; ++i) {
-    layers.push_back({&norms[2 * i], &eps[2 * i], {}});
+    layers.push_back({&norms[2 * i], &eps[2 * i], &parts[kLinears * i], {}});
     for (size_t j = kLinears * i; j < kLinears * (i + 1); ++j) {
       const Tensor *weight = take(true), *bias = take(parts[j] & kBias), *a = take(parts[j] & kLora), *b = take(parts[j] & kLora);
       STD_TORCH_CHECK(weight && (bias || !(parts[j] & kBias)) && (b || !(parts[j] & kLora)), "linears: expected what parts says, got ",
@@ -44,103 +30,182 @@ std::vector<Layer> layers_of(const Tensors& norms, const std::vector<double>& ep
   return layers;
 }
 
-// x [1, n, hidden], and memory for what a layer makes of it, which all layers take anew.
-struct Rows {
-  int64_t n, length;
-  cpu::Matrix x;
+FewRows few_rows_of(const Tensor& x) {
+  const int64_t length = x.dim() == 3 ? x.size(2) : 0;
+  check(length && x.size(0) == 1 && x.is_contiguous() && !x.is_cuda() && length % cpu::kLinearColumns == 0, "x",
+        "[1, n, length] in order on the CPU, of a length that is a multiple of 32", x);
+  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, "x", "float32 or bfloat16", x);
+  check(x.size(1) <= cpu::kLinearRows, "x", "at most 32 rows", x);
+  return {x.size(1), length, x.scalar_type() == ScalarType::Float ? DType::f32 : DType::bf16};
+}
 
-  explicit Rows(const Tensor& t) : length(t.dim() == 3 ? t.size(2) : 0) {
-    check(length && t.size(0) == 1 && t.is_contiguous() && !t.is_cuda() && length % cpu::kLinearColumns == 0, "x",
-          "[1, n, length] in order on the CPU, of a length that is a multiple of 32", t);
-    check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16, "x", "float32 or bfloat16", t);
-    check(t.size(1) <= cpu::kLinearRows, "x", "at most 32 rows", t);
-    n = t.size(1), x = {t.data_ptr(), length, t.scalar_type() == ScalarType::Float ? DType::f32 : DType::bf16};
-  }
-  int64_t floats(const Layer& layer) const {
-    int64_t floats = 2 * n * length;
-    for (const Linear& linear : layer.linears) floats += linear.floats(n) + n * (linear.out() + linear.rank());
-    return floats;
-  }
-};
+int64_t FewRows::floats(const Layer& layer) const {
+  int64_t floats = n * (8 * length + 3 * layer.linears[kGate].out());
+  for (const Linear& linear : layer.linears) floats += linear.floats(n) + n * (linear.out() + linear.rank());
+  return floats;
+}
 
-cpu::Matrix rows_of(const Tensor& t, int64_t length, DType dtype) { return {t.data_ptr(), length, dtype}; }
+namespace {
 
-// The parts of one layer, over the same memory.
-struct Parts {
-  const Rows& rows;
-  const Layer& layer;
-  Memory memory;
+// Rows [n, length] after those that were taken from a memory, if there is one.
+cpu::Matrix next_rows(const FewRows& like, const Tensor* memory, int64_t& taken, int64_t length) {
+  char* const data = memory ? static_cast<char*>(memory->data_ptr()) + taken * like.size() : nullptr;
+  taken += like.n * length;
+  return like.of(data, length);
+}
 
-  Parts(const Rows& rows, const Layer& layer, const Tensor& like) : rows(rows), layer(layer), memory(like, rows.floats(layer)) {}
-
-  cpu::Matrix take(int64_t length) { return {memory.take(rows.n * length), length, rows.x.dtype}; }
-  cpu::LinearArgs args(int which, const cpu::Matrix& x, int64_t length, const cpu::Matrix& y) {
-    const Linear& linear = layer.linears[which];
-    return linear.args(rows.n, x, length, y, memory.take(rows.n * linear.rank()), memory);
-  }
-  cpu::NormArgs norm(int which, const cpu::Matrix& x, const cpu::Matrix& y) const {
-    const ScalarType dtype = rows.x.dtype == DType::f32 ? ScalarType::Float : ScalarType::BFloat16;
-    return {rows.n, rows.length, x, y, vector("norm", layer.norms[which], rows.length, dtype), float(layer.eps[which])};
-  }
-
-  // outs: q, k, v [1, n, .]
-  void before_attention(const cpu::Matrix& x, const Tensor* outs) {
-    const cpu::Matrix normed = take(rows.length);
-    cpu::LinearArgs linears[3];
-    for (int i = 0; i < 3; ++i) linears[i] = args(kQ + i, normed, rows.length, rows_of(outs[i], outs[i].size(2), x.dtype));
-    cpu::norm_linears(norm(0, x, normed), linears, 3, threads());
-  }
-
-  // o: n rows of `length`. y: may be x.
-  void after_attention(const Tensor& o, int64_t length, const cpu::Matrix& x, const cpu::Matrix& y) {
-    const int64_t inner = layer.linears[kGate].out();
-    check(layer.linears[kOut].out() == rows.length && layer.linears[kDown].out() == rows.length, "weight",
-          "o's and down's of as many rows as x is long", layer.linears[kOut].weight);
-    check(layer.linears[kUp].out() == inner, "weight", "up's of gate's shape", layer.linears[kUp].weight);
-    const cpu::Matrix sum = take(rows.length), normed = take(rows.length), gated = take(inner), ups = take(inner);
-    cpu::LinearArgs first = args(kOut, rows_of(o, length, x.dtype), length, sum), last = args(kDown, gated, inner, y);
-    first.residual = x, last.residual = sum;
-    const cpu::LinearArgs gate = args(kGate, normed, rows.length, gated), up = args(kUp, normed, rows.length, ups);
-    cpu::linear(first, threads());
-    cpu::norm_linears(norm(1, sum, normed), nullptr, 0, threads());
-    cpu::gated_linears(gate, up, threads());
-    cpu::linear(last, threads());
-  }
-};
-
-// A view as `cross_attention` takes it: q_indptr, seg_indptr, seg_start, seg_len and, where there are some, seg_offset.
-Optional offset_of(const Tensors& view) { return view.size() > 4 ? Optional(view[4]) : Optional(); }
-
-void check_view(const char* name, const Tensors& view) {
-  STD_TORCH_CHECK(view.size() == 4 || view.size() == 5, name, ": expected 4 or 5 tensors, got ", view.size());
+void check_memory(const Tensor* memory, int64_t taken, ScalarType dtype) {
+  if (!memory) return;
+  check(memory->is_contiguous() && memory->numel() == taken, "kept", "what a step of these layers leaves", *memory);
+  check_dtype("kept", *memory, dtype);
 }
 
 }  // namespace
 
-Tensor few_rows_layers(const Tensor& x, Tensors norms, std::vector<double> eps, Tensors linears, std::vector<int64_t> parts,
-                       std::vector<double> scales, const Optional& cos, const Optional& sin, const Tensor& slots, Tensors head_norms,
-                       double head_eps, bool interleaved, Tensors k_pools, Tensors v_pools, Tensors view, Tensors rest,
-                       const Optional& inv_freq, double scale, Tensors frozen, Tensors frozen_view) {
-  const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales);
+PassingPlaces::PassingPlaces(const std::vector<Layer>& of, const FewRows& like, bool heads, const Tensor* memory) {
+  const auto take = [&](int64_t length) { return next_rows(like, memory, rows, length); };
+  for (const Layer& layer : of) {
+    const int64_t inner = layer.linears[kGate].out();
+    Passing p{};
+    if (!layers.empty()) p.x = take(like.length);
+    p.middle = take(like.length), p.gate = take(inner), p.up = take(inner);
+    if (heads) p.q = take(layer.linears[kQ].out()), p.k = take(layer.linears[kK].out());
+    layers.push_back(p);
+  }
+  check_memory(memory, rows, like.scalar_type());
+}
+
+AdapterPlaces::AdapterPlaces(const std::vector<Layer>& of, const FewRows& like, bool backward, const Tensor* row_memory,
+                             const Tensor* float_memory) {
+  for (const Layer& layer : of) {
+    Adapters a{};
+    const auto take = [&](std::initializer_list<int> which) {  // linears that have the same rows
+      bool waits = false;
+      for (int j : which) waits = waits || layer.waits(j);
+      if (!waits) return;
+      const Linear& first = layer.linears[*which.begin()];
+      const cpu::Matrix m = next_rows(like, row_memory, rows, backward ? first.out() : first.in());
+      for (int j : which) a.rows[j] = m;
+    };
+    if (backward)
+      for (int j = 0; j < kLinears; ++j) take({j});
+    else
+      take({kQ, kK, kV}), take({kGate, kUp}), take({kDown});
+    for (int j = 0; j < kLinears; ++j) {
+      if (!layer.waits(j)) continue;
+      if (float_memory) a.floats[j] = floats_of_own(*float_memory) + floats;
+      floats += like.n * layer.linears[j].rank();
+    }
+    layers.push_back(a);
+  }
+  check_memory(row_memory, rows, like.scalar_type()), check_memory(float_memory, floats, ScalarType::Float);
+}
+
+cpu::LinearArgs Parts::args(int which, const cpu::Matrix& x, int64_t length, const cpu::Matrix& y, bool transposed) {
+  Linear linear = layer.linears[which];
+  if (transposed) linear.bias = nullptr;
+  float* const own = adapters.floats[which];
+  return linear.args(rows.n, x, length, y, own ? own : memory.take(rows.n * linear.rank()), memory, transposed);
+}
+
+cpu::NormArgs Parts::norm(int which, const cpu::Matrix& x, const cpu::Matrix& y) const {
+  return {rows.n, rows.length, x, y, vector("norm", layer.norms[which], rows.length, rows.scalar_type()), float(layer.eps[which])};
+}
+
+namespace {
+
+void before_attention(Parts& parts, const cpu::Matrix& x, const Tensor* outs) {  // outs: q, k, v [1, n, .]
+  const int64_t length = parts.rows.length;
+  const cpu::Matrix normed = parts.place(parts.adapters.rows[kQ], length);
+  cpu::LinearArgs linears[3];
+  for (int i = 0; i < 3; ++i) linears[i] = parts.args(kQ + i, normed, length, parts.rows.of(outs[i].data_ptr(), outs[i].size(2)));
+  cpu::norm_linears(parts.norm(0, x, normed), linears, 3, threads());
+}
+
+// o: n rows of `length`. y: may be x, where nothing is kept.
+void after_attention(Parts& parts, const Passing& kept, const Tensor& o, int64_t length, const cpu::Matrix& x, const cpu::Matrix& y) {
+  const Layer& layer = parts.layer;
+  const FewRows& rows = parts.rows;
+  const Adapters& adapters = parts.adapters;
+  const int64_t inner = layer.linears[kGate].out();
+  const cpu::Matrix sum = parts.place(kept.middle, rows.length), normed = parts.place(adapters.rows[kGate], rows.length);
+  const cpu::Matrix gated = parts.place(adapters.rows[kDown], inner), gates = kept.gate.data ? kept.gate : gated;
+  cpu::LinearArgs first = parts.args(kOut, rows.of(o.data_ptr(), length), length, sum), last = parts.args(kDown, gated, inner, y);
+  first.residual = x, last.residual = sum;
+  const cpu::LinearArgs gate = parts.args(kGate, normed, rows.length, gates);
+  const cpu::LinearArgs up = parts.args(kUp, normed, rows.length, parts.place(kept.up, inner));
+  cpu::linear(first, threads());
+  cpu::norm_linears(parts.norm(1, sum, normed), nullptr, 0, threads());
+  cpu::gated_linears(gate, up, gated, threads());
+  cpu::linear(last, threads());
+}
+
+// A layer's part of a tensor [layers, ...] in order.
+void put(const Tensor& all, size_t layer, size_t layers, const Tensor& part) {
+  const size_t bytes = size_t(part.numel()) * (part.scalar_type() == ScalarType::BFloat16 ? 2 : 4);
+  check(size_t(all.numel()) == layers * size_t(part.numel()), "layers", "alike", part);
+  std::memcpy(static_cast<char*>(all.data_ptr()) + layer * bytes, part.data_ptr(), bytes);
+}
+
+}  // namespace
+
+void check_layers(const std::vector<Layer>& layers, const FewRows& rows, bool alike, const Tensors& k_pools, const Tensors& v_pools,
+                  const Tensors& head_norms, const Tensors& view, const Tensors& rest, const Tensors& frozen, const Tensors& frozen_view) {
   const size_t count = layers.size();
+  STD_TORCH_CHECK(count, "norms: expected two a layer, got none");
   STD_TORCH_CHECK(k_pools.size() == count && v_pools.size() == count, "k_pools, v_pools: expected one for each of ", count, " layers, got ",
                   k_pools.size(), ", ", v_pools.size());
   STD_TORCH_CHECK(head_norms.empty() || head_norms.size() == 2 * count, "head_norms: expected none or two a layer, got ", head_norms.size());
   STD_TORCH_CHECK(frozen.empty() || frozen.size() == 4 * count, "frozen: expected none or four a layer, got ", frozen.size());
-  check_view("view", view);
-  if (!rest.empty()) check_view("rest", rest);
-  if (!frozen.empty()) check_view("frozen_view", frozen_view);
-  const Rows rows(x);
+  const auto check_view = [](const char* name, const Tensors& view, bool there) {
+    STD_TORCH_CHECK(!there || view.size() == 4 || view.size() == 5, name, ": expected 4 or 5 tensors, got ", view.size());
+  };
+  for (size_t i = 0; i < count; ++i) {
+    const std::vector<Linear>& linears = layers[i].linears;
+    const auto is = [&](int which, int64_t out, int64_t in) {
+      const Linear& linear = linears[which];
+      STD_TORCH_CHECK(linear.out() == out && linear.in() == in, "weight: expected [", out, ", ", in, "], got shape ", shape_of(linear.weight));
+    };
+    check_dims("k_pool", k_pools[i]);
+    const int64_t width = linears[kQ].out(), inner = linears[kGate].out(), kv_width = k_pools[i].size(1) * k_pools[i].size(2);
+    is(kQ, alike ? layers[0].linears[kQ].out() : width, rows.length), is(kK, kv_width, rows.length), is(kV, kv_width, rows.length);
+    is(kOut, rows.length, width), is(kGate, inner, rows.length), is(kUp, inner, rows.length), is(kDown, rows.length, inner);
+  }
+  check_view("view", view, true), check_view("rest", rest, !rest.empty()), check_view("frozen_view", frozen_view, !frozen.empty());
+}
+
+Tensors few_rows_layers(const Tensor& x, Tensors norms, std::vector<double> eps, Tensors linears, std::vector<int64_t> parts,
+                        std::vector<double> scales, const Optional& cos, const Optional& sin, const Tensor& slots, Tensors head_norms,
+                        double head_eps, bool interleaved, Tensors k_pools, Tensors v_pools, Tensors view, Tensors rest,
+                        const Optional& inv_freq, double scale, Tensors frozen, Tensors frozen_view, bool learning) {
+  const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales);
+  const size_t count = layers.size();
+  const FewRows rows = few_rows_of(x);
+  check_layers(layers, rows, learning, k_pools, v_pools, head_norms, view, rest, frozen, frozen_view);
   const int64_t n = rows.n;
-  const Tensor y = empty(x, {1, n, rows.length}, x.scalar_type());
-  cpu::Matrix from = rows.x;
+  const ScalarType dtype = rows.scalar_type();
+  Tensors found{empty(x, {1, n, rows.length}, dtype)};
+  std::vector<Passing> kept(count);
+  std::vector<Adapters> adapters(count);
+  if (learning) {
+    const bool heads = !head_norms.empty();
+    const int64_t width = layers[0].linears[kQ].out(), head_dim = k_pools[0].size(2), all = int64_t(count);
+    const AdapterPlaces sizes(layers, rows, false);
+    found.insert(found.end(), {empty(x, {all, n, width / head_dim, head_dim}, dtype), empty(x, {all, 1, n, width}, dtype),
+                               empty(x, {all, n, width / head_dim}, ScalarType::Float),
+                               empty(x, {PassingPlaces(layers, rows, heads).rows}, dtype), empty(x, {sizes.rows}, dtype),
+                               empty(x, {sizes.floats}, ScalarType::Float)});
+    kept = PassingPlaces(layers, rows, heads, &found[kPassing]).layers;
+    adapters = AdapterPlaces(layers, rows, false, &found[kRows], &found[kFloats]).layers;
+  }
+  cpu::Matrix from = rows.of(x.data_ptr(), rows.length);
   for (size_t i = 0; i < count; ++i) {
     const Layer& layer = layers[i];
     const Tensor &k_pool = k_pools[i], &v_pool = v_pools[i];
-    check_dims("k_pool", k_pool);
-    const auto out = [&](int which) { return empty(x, {1, n, layer.linears[which].out()}, x.scalar_type()); };
+    const auto out = [&](int which) { return empty(x, {1, n, layer.linears[which].out()}, dtype); };
     const Tensor qkv[] = {out(kQ), out(kK), out(kV)};
-    Parts(rows, layer, x).before_attention(from, qkv);
+    Parts before(rows, layer, x, adapters[i]);
+    before_attention(before, from, qkv);
     const auto head_norm = [&](size_t which) { return head_norms.empty() ? Optional() : Optional(head_norms[2 * i + which]); };
     const Tensor q = inject_heads(qkv[0], qkv[1], qkv[2], n, k_pool.size(2), cos, sin, slots, head_norm(0), head_norm(1), head_eps,
                                   interleaved, k_pool, v_pool);
@@ -156,11 +221,19 @@ Tensor few_rows_layers(const Tensor& x, Tensors norms, std::vector<double> eps, 
       merge(cross_attention_quantized(q, own[0], own[1], own[2], own[3], seen[0], seen[1], seen[2], seen[3], offset_of(frozen_view), inv_freq,
                                       scale, interleaved));
     }
-    const cpu::Matrix to = rows_of(y, rows.length, from.dtype);
-    Parts(rows, layer, x).after_attention(std::get<0>(state), qkv[0].size(2), from, to);
+    if (learning) {
+      put(found[kRotated], i, count, q), put(found[kO], i, count, std::get<0>(state)), put(found[kLse], i, count, std::get<1>(state));
+      if (kept[i].q.data) {
+        std::memcpy(kept[i].q.data, qkv[0].data_ptr(), size_t(qkv[0].numel()) * rows.size());
+        std::memcpy(kept[i].k.data, qkv[1].data_ptr(), size_t(qkv[1].numel()) * rows.size());
+      }
+    }
+    const cpu::Matrix to = learning && i + 1 < count ? kept[i + 1].x : rows.of(found[0].data_ptr(), rows.length);
+    Parts after(rows, layer, x, adapters[i]);
+    after_attention(after, kept[i], std::get<0>(state), qkv[0].size(2), from, to);
     from = to;
   }
-  return y;
+  return found;
 }
 
 }  // namespace diffmas::binding

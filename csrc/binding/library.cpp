@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CPU, m) {
   m.impl("inject_attend_backward", TORCH_BOX(&inject_attend_backward));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("few_rows_layers", TORCH_BOX(&few_rows_layers));
+  m.impl("few_rows_layers_backward", TORCH_BOX(&few_rows_layers_backward));
+  m.impl("few_rows_lora_grads", TORCH_BOX(&few_rows_lora_grads));
   m.impl("norm", TORCH_BOX(&norm));
   m.impl("norm_backward", TORCH_BOX(&norm_backward));
   m.impl("gate", TORCH_BOX(&gate));

@@ -70,11 +70,30 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const O
 // norms of its heads, of q and k, where there are any; pools, whose rows `slots` it writes; and 4 tensors of quantised rows, where there are
 // some: K, V and their scales. View, rest and frozen_view: q_indptr, seg_indptr, seg_start, seg_len and maybe seg_offset; rest: what queries
 // see beside a view that all of them see; empty for none.
-Tensor few_rows_layers(const Tensor& x, std::vector<Tensor> norms, std::vector<double> eps, std::vector<Tensor> linears,
-                       std::vector<int64_t> parts, std::vector<double> scales, const Optional& cos, const Optional& sin,
-                       const Tensor& slots, std::vector<Tensor> head_norms, double head_eps, bool interleaved, std::vector<Tensor> k_pools,
-                       std::vector<Tensor> v_pools, std::vector<Tensor> view, std::vector<Tensor> rest, const Optional& inv_freq,
-                       double scale, std::vector<Tensor> frozen, std::vector<Tensor> frozen_view);
+//
+// learning: it returns beside y what the backward needs (layers.h).
+std::vector<Tensor> few_rows_layers(const Tensor& x, std::vector<Tensor> norms, std::vector<double> eps, std::vector<Tensor> linears,
+                                    std::vector<int64_t> parts, std::vector<double> scales, const Optional& cos, const Optional& sin,
+                                    const Tensor& slots, std::vector<Tensor> head_norms, double head_eps, bool interleaved,
+                                    std::vector<Tensor> k_pools, std::vector<Tensor> v_pools, std::vector<Tensor> view,
+                                    std::vector<Tensor> rest, const Optional& inv_freq, double scale, std::vector<Tensor> frozen,
+                                    std::vector<Tensor> frozen_view, bool learning);
+// Returns dx; of all layers together do [L, 1, n, Hq * D]; and what the gradients of adapters that `parts` calls waiting (4) need of the
+// backward, rows and floats. kept: what the forward returned beside y. own_rows_only: of each layer, whether dK and dV of the newest rows
+// alone change, of which `tail` has the number in each sequence of the rest or, without one, of the view; no_tail: in the view before a rest.
+std::vector<Tensor> few_rows_layers_backward(const Tensor& dy, const Tensor& x, std::vector<Tensor> kept, std::vector<Tensor> norms,
+                                             std::vector<double> eps, std::vector<Tensor> linears, std::vector<int64_t> parts,
+                                             std::vector<double> scales, const Optional& cos, const Optional& sin, const Tensor& slots,
+                                             std::vector<Tensor> head_norms, double head_eps, bool interleaved, std::vector<Tensor> k_pools,
+                                             std::vector<Tensor> v_pools, std::vector<Tensor> view, std::vector<Tensor> rest,
+                                             const Optional& inv_freq, double scale, std::vector<Tensor> frozen,
+                                             std::vector<Tensor> frozen_view, std::vector<Tensor> dk_pools, std::vector<Tensor> dv_pools,
+                                             std::vector<int64_t> own_rows_only, const Tensor& tail, const Optional& no_tail);
+// The gradients of a and b of each waiting adapter, from all steps of a run, the last one first: o, rows and floats as the forward left
+// them, rows and floats as the backward did.
+std::vector<Tensor> few_rows_lora_grads(std::vector<Tensor> norms, std::vector<double> eps, std::vector<Tensor> linears,
+                                        std::vector<int64_t> parts, std::vector<double> scales, std::vector<Tensor> os,
+                                        std::vector<Tensor> xs, std::vector<Tensor> us, std::vector<Tensor> dys, std::vector<Tensor> vs);
 // What stands between a layer's linears, for rows [n, length], and its gradients (cpu/linear.h).
 Tensor norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, double eps);

@@ -31,7 +31,7 @@ namespace {
   Kernels {                                                                                                           \
     isa::inject_forward_range, isa::inject_backward_block, isa::merge_states_range, isa::merge_states_backward_range, \
         isa::reposition_range, isa::reposition_backward_head, isa::norm_rows, isa::norm_backward_rows, isa::gate_block,      \
-        isa::gate_backward_rows, DIFFMAS_PRODUCTS(products_isa)                                                              \
+        isa::gate_backward_rows, isa::add_rows, DIFFMAS_PRODUCTS(products_isa)                                               \
   }
 
 #if defined(DIFFMAS_X86)

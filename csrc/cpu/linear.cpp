@@ -48,6 +48,10 @@ void gate_backward(const GateGradArgs& args, int64_t columns, const Threads& thr
   for_each_chunk(threads, args.gate.n, columns, [&](int64_t begin, int64_t end) { kernels().gate_backward(args, begin, end, columns); });
 }
 
+void add(const AddArgs& args, const Threads& threads) {
+  for_each_chunk(threads, args.n, args.length, [&](int64_t begin, int64_t end) { kernels().add_rows(args, begin, end); });
+}
+
 void norm_linears(const NormArgs& args, const LinearArgs* linears, int64_t count, const Threads& threads) {
   norm(args, threads);
   int64_t to = 0;
@@ -62,13 +66,13 @@ void norm_linears(const NormArgs& args, const LinearArgs* linears, int64_t count
   });
 }
 
-void gated_linears(const LinearArgs& gate, const LinearArgs& up, const Threads& threads) {
+void gated_linears(const LinearArgs& gate, const LinearArgs& up, const Matrix& y, const Threads& threads) {
   kernels().linear_prepare(gate);
   kernels().linear_prepare(up);
   for_each_part(threads, gate.to, 2 * gate.n * gate.from, [&](int64_t begin, int64_t end) {
     columns_of(gate, begin, end);
     columns_of(up, begin, end);
-    kernels().gate({gate.n, gate.y, up.y, gate.y}, 0, gate.n, begin, end);
+    kernels().gate({gate.n, gate.y, up.y, y}, 0, gate.n, begin, end);
   });
 }
 

@@ -65,14 +65,21 @@ struct GateGradArgs {
   Matrix dgate, dup;
 };
 
+// y += x, for rows [n, length] of one dtype.
+struct AddArgs {
+  int64_t n, length;
+  Matrix x, y;
+};
+
 void norm(const NormArgs& args, const Threads& threads);
 void norm_backward(const NormGradArgs& args, const Threads& threads);
 void gate(const GateArgs& args, int64_t columns, const Threads& threads);
 void gate_backward(const GateGradArgs& args, int64_t columns, const Threads& threads);
+void add(const AddArgs& args, const Threads& threads);
 
-// A norm, and linears whose x is its y. A linear for gate and one for up, and what is made of both.
+// A norm, and linears whose x is its y. A linear for gate and one for up, and y, what is made of both, which may be gate's.
 void norm_linears(const NormArgs& norm, const LinearArgs* linears, int64_t count, const Threads& threads);
-void gated_linears(const LinearArgs& gate, const LinearArgs& up, const Threads& threads);
+void gated_linears(const LinearArgs& gate, const LinearArgs& up, const Matrix& y, const Threads& threads);
 
 // grad [rank, length] = scale * c' z; c [n, rank], z [n, length].
 struct LoraGradArgs {

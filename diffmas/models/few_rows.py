@@ -1,4 +1,4 @@
-"""Decoder layers of few rows, without gradients, as one op: all of a body, or one of them.
+"""Decoder layers of few rows as one op, or one node of autograd's: all of a body, or one of them.
 
 Reading its weights is most of what such a layer has to do; going from module to module takes as long again, and so does looking
 at each of them. So layers are looked at once, and `Witness` tells whether all is still as it was, which is also what keeps
@@ -13,22 +13,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from diffmas.models.linear_parts import Ours, is_ours
 from diffmas.models.plain_layer import hooked_by_others, plain_layer
 from diffmas.ops.linear import FEW_ROWS
-from diffmas.trace.few_rows import Weights, few_rows_layers
+from diffmas.trace.few_rows import Weights, few_rows_layers, ready
+from diffmas.trace.few_rows_learning import learning_layers
 from diffmas.trace.forward_pass import ForwardPass
 
 __all__ = ["few_rows"]
 
 # What of a module, beside its class and its parameters, says how it computes; looked up by name, since others may stand there.
-EVERY = ("forward", "_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 SOME = (
     "variance_epsilon", "scaling", "diffmas_layer", "_active_adapter", "_disable_adapters", "cast_input_dtype_enabled",
     "merged_adapters", "use_dora", "lora_variant",
 )  # fmt: skip
 DROPOUT = ("p", "training")
+LEARNING = ("_backward_hooks", "_backward_pre_hooks")  # with gradients, too
+OF_LAYERS = ("gradient_checkpointing", "training")  # the same
 UNREAD = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")  # of LoRA's layer of a linear
 
 
@@ -43,39 +47,61 @@ class Witness:
     """What modules are, with all that is in them, when it is made. Parameters are the same as long as they, and their memory,
     are; their numbers may change."""
 
-    def __init__(self, modules: list[nn.Module]):
-        modules = [x for module in modules for x in _inside(module)]
+    def __init__(self, layers: list[nn.Module], learning: bool = False):
+        self._registered = RemovableHandle.next_id  # before hooks are looked at
+        modules, hooks = [x for layer in layers for x in _inside(layer)], HOOKS + (LEARNING if learning else ())
         self._modules, self._types = modules, list(map(type, modules))
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = [x.forward for x in self._classes]
-        self._watched = [(vars(m), name) for m in modules if type(m) is not nn.ModuleDict for name in EVERY]
+        called = [vars(m) for m in modules if type(m) is not nn.ModuleDict]
+        hooks = [(own, name) for own in called for name in hooks]
+        self._hooks, self._hook_values = [*zip(*hooks)], [dict(own.get(name) or ()) for own, name in hooks]
+        self._watched = [(own, "forward") for own in called]
+        self._watched += [(own, name) for own, name in hooks if own.get(name)]  # which may be removed
         self._watched += [(vars(m), "_modules") for m in modules if m._modules]
         self._watched += [(vars(m), name) for m in modules for name in SOME if name in vars(m)]
         self._watched += [(vars(m), name) for m in modules if type(m) is nn.Dropout for name in DROPOUT]
+        self._watched += [(vars(m), name) for m in layers if learning for name in OF_LAYERS]
+        self._watched = [*zip(*self._watched)]
         self._values = [x.copy() if isinstance(x, (dict, list)) else x for x in self._looked_up()]
-        self._places = [(m._parameters, name) for m in modules for name in m._parameters]
+        self._places = [*zip(*((m._parameters, name) for m in modules for name in m._parameters))]
         self._parameters = self._those_there()
         self._tensors = [x for x in self._parameters if x is not None]
+        self._learning, self._memory = learning, []
         self._memory = self._in_memory()
 
     def _looked_up(self) -> list:
-        return [own.get(name) for own, name in self._watched]
+        return list(map(dict.get, *self._watched))
 
     def _those_there(self) -> list:
-        return [own.get(name) for own, name in self._places]
+        return list(map(dict.get, *self._places))
 
     def _in_memory(self) -> list:
-        return [*map(Tensor.data_ptr, self._tensors), *map(Tensor.is_contiguous, self._tensors)]
+        found = [*map(Tensor.data_ptr, self._tensors), *map(Tensor.is_contiguous, self._tensors)]
+        return found + [*map(needs_grad, self._tensors)] if self._learning else found
+
+    def _hooks_hold(self) -> bool:
+        """Half of what there is to look at; there is no other as long as nobody has registered one, of any tensor or module."""
+        registered = RemovableHandle.next_id
+        if registered != self._registered:
+            if list(map(dict.get, *self._hooks)) != self._hook_values:
+                return False
+            self._registered = registered
+        return True
 
     def holds(self) -> bool:
         """Whether all is still so. Loops in C, as far as there are some (docs/log.md has what it takes)."""
         return (
             list(map(type, self._modules)) == self._types
             and self._looked_up() == self._values
+            and self._hooks_hold()
             and [x.forward for x in self._classes] == self._forwards
             and all(map(is_, self._those_there(), self._parameters))
             and self._in_memory() == self._memory
         )
+
+
+needs_grad = Tensor.requires_grad.__get__
 
 
 class Plain(NamedTuple):
@@ -98,20 +124,23 @@ class Looked(NamedTuple):
         return same and self.witness.holds()
 
 
-def _look(ours: Ours, layers: list[nn.Module], dtype: torch.dtype) -> Looked:
-    witness = Witness(layers)  # first: what another thread changes meanwhile is seen, at the latest by the next forward
-    return Looked(list(layers), dtype, witness, _plain(ours, layers, dtype))
+def _look(ours: Ours, layers: list[nn.Module], dtype: torch.dtype, learning: bool) -> Looked:
+    # First: what another thread changes meanwhile is seen, at the latest by the next forward.
+    witness = Witness(layers, learning)
+    return Looked(list(layers), dtype, witness, _plain(ours, layers, dtype, learning))
 
 
-def _plain(ours: Ours, layers: list[nn.Module], dtype: torch.dtype) -> Plain | None:
+def _plain(ours: Ours, layers: list[nn.Module], dtype: torch.dtype, learning: bool) -> Plain | None:
     for layer in layers:
         if layer is not ours.module and (hooked_by_others(layer) or not is_ours(layer.__dict__.get("forward"))):
             return None  # it has to be called
+        if learning and layer.training and getattr(layer, "gradient_checkpointing", False):
+            return None
     found, heads = [], []
     for layer in layers:
         plain = plain_layer(layer, dtype)
         norms = None if plain is None else _head_norms(plain.attention)
-        if norms is None:
+        if norms is None or (learning and not _waits(plain.linears, norms)):
             return None
         found.append(plain)
         heads.append(norms)
@@ -119,14 +148,24 @@ def _plain(ours: Ours, layers: list[nn.Module], dtype: torch.dtype) -> Plain | N
     alike = [
         {(spec.family, spec.rope, spec.head_dim, x.attention.scaling) for spec, x in zip(specs, found)},
         {eps for norms in heads for _, eps in norms},
+        {x.linears[0][0].shape[0] for x in found},
         {x.linears[1][0].shape[0] for x in found},
     ]
     if any(len(x) > 1 for x in alike) or specs[0].head_dim is None:
         return None
     weights = Weights(kv_size=alike[-1].pop())
     for plain, norms in zip(found, heads):
-        weights.add(plain.linears, [*plain.norms, *norms])
+        weights.add(plain.linears, [*plain.norms, *norms], learning)
     return Plain([x.attention for x in found], weights)
+
+
+def _waits(linears: list[tuple], norms: list[tuple]) -> bool:
+    """Whether all that a layer trains are adapters whose gradients can wait for the end of a run: not where autograd gives them
+    to aliases that tell one step's from another's (diffmas.agents.gradients, diffmas.agents.learning)."""
+    if any(weight.requires_grad for weight, _ in norms):
+        return False
+    adapters = [(a, b) for _, _, a, b, _ in linears if a is not None and (a.requires_grad or b.requires_grad)]
+    return all(x.requires_grad and x.is_leaf for adapter in adapters for x in adapter)
 
 
 def _head_norms(attention: nn.Module) -> list[tuple] | None:
@@ -150,11 +189,13 @@ def few_rows(
     """
     if type(x) is not Tensor or not x.is_cpu or x.dim() != 3 or not 0 < x.shape[1] <= FEW_ROWS or not x.is_contiguous():
         return None
-    if _has_any_global_hook():
+    learning = torch.is_grad_enabled()
+    if _has_any_global_hook() or (learning and not x.requires_grad):
         return None
-    looked = ours.__dict__.get("looked")
+    known = ours.__dict__.setdefault("looked", {})
+    looked = known.get(learning)
     if looked is None or not looked.holds(layers, x.dtype):
-        looked = ours.looked = _look(ours, layers, x.dtype)
+        looked = known[learning] = _look(ours, layers, x.dtype, learning)
     if looked.plain is None:
         return None
     attentions, weights = looked.plain
@@ -164,4 +205,8 @@ def few_rows(
         return None
     if (found := tables()) is None:
         return None
-    return few_rows_layers(forward_pass.work, specs, x, weights, *found, first.scaling)
+    if learning:
+        return learning_layers(forward_pass, specs, x, weights, *found, first.scaling)
+    if not ready(forward_pass.work, specs, x.device):
+        return None
+    return few_rows_layers(forward_pass.work, specs, x, weights, *found, first.scaling)[0]

@@ -16,7 +16,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from diffmas.models.adapted import is_wrapper
 from diffmas.models.few_rows import few_rows
-from diffmas.models.few_rows_learning import learning_layer
 from diffmas.models.kinds import kind_of
 from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of, waiting
 from diffmas.models.parts import attention_layers, causal_lm_of, text_stack_of
@@ -29,7 +28,7 @@ __all__ = ["fuse_layers", "product", "restore_layers"]
 
 
 class BodyForward(Ours):
-    """The forward of a stack of decoder layers: without gradients, few rows go through all of them at once."""
+    """The forward of a stack of decoder layers: few rows go through all of them at once."""
 
     INPUTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "diffmas_trace"}
 
@@ -50,7 +49,9 @@ class BodyForward(Ours):
     def _serves(self, kwargs: dict) -> bool:
         """Whether few rows come alone, for their last hidden states."""
         forward_pass, config = kwargs.get("diffmas_trace"), self.module.config
-        if forward_pass is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if forward_pass is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.is_grad_enabled() and getattr(kwargs.get("inputs_embeds"), "requires_grad", False) is not True:
             return False
         if sum(forward_pass.lengths) > FEW_ROWS or kwargs.get("return_dict") is False or not config.return_dict:
             return False
@@ -70,12 +71,8 @@ class LayerForward(Ours):
             return type(layer).forward(layer, *args, **kwargs)
         forward = type(layer).forward
         checkpoints = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
-        if not torch.is_grad_enabled():
-            x = args[0] if args else kwargs["hidden_states"]
-            tables = lambda: kwargs.get("position_embeddings")
-            y = few_rows(self, [layer], forward_pass, x, tables, kwargs.get("position_ids"))
-        else:
-            y = None if checkpoints else learning_layer(layer, forward_pass, args, kwargs)
+        x, tables = args[0] if args else kwargs["hidden_states"], lambda: kwargs.get("position_embeddings")
+        y = few_rows(self, [layer], forward_pass, x, tables, kwargs.get("position_ids"))
         if y is not None:
             return y
         recomputed = _recomputed(forward)

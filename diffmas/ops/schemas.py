@@ -36,13 +36,19 @@ FUSED = {
 }
 
 
+LAYERS = "Tensor[] norms, float[] eps, Tensor[] linears, int[] parts, float[] scales"
+LAYERS_HEADS = "Tensor? cos, Tensor? sin, Tensor slots, Tensor[] head_norms, float head_eps, bool interleaved"
+LAYERS_VIEWS = "Tensor[] view, Tensor[] rest, Tensor? inv_freq, float scale, Tensor[] frozen, Tensor[] frozen_view"
+
 # Of torch.ops.diffmas_native alone, and only on the CPU: diffmas/ops/linear.py.
 LINEAR = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale, bool transposed) -> (Tensor, Tensor)",
-    "few_rows_layers": "(Tensor x, Tensor[] norms, float[] eps, Tensor[] linears, int[] parts, float[] scales, Tensor? cos, "
-    "Tensor? sin, Tensor slots, Tensor[] head_norms, float head_eps, bool interleaved, Tensor(a!)[] k_pools, "
-    "Tensor(b!)[] v_pools, Tensor[] view, Tensor[] rest, Tensor? inv_freq, float scale, Tensor[] frozen, "
-    "Tensor[] frozen_view) -> Tensor",
+    "few_rows_layers": f"(Tensor x, {LAYERS}, {LAYERS_HEADS}, Tensor(a!)[] k_pools, Tensor(b!)[] v_pools, {LAYERS_VIEWS}, "
+    "bool learning) -> Tensor[]",
+    "few_rows_layers_backward": f"(Tensor dy, Tensor x, Tensor[] kept, {LAYERS}, {LAYERS_HEADS}, Tensor[] k_pools, "
+    f"Tensor[] v_pools, {LAYERS_VIEWS}, Tensor(a!)[] dk_pools, Tensor(b!)[] dv_pools, int[] own_rows_only, Tensor tail, "
+    "Tensor? no_tail) -> Tensor[]",
+    "few_rows_lora_grads": f"({LAYERS}, Tensor[] os, Tensor[] xs, Tensor[] us, Tensor[] dys, Tensor[] vs) -> Tensor[]",
     "norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
     "norm_backward": "(Tensor dy, Tensor x, Tensor weight, float eps) -> Tensor",
     "gate": "(Tensor gate, Tensor up) -> Tensor",

@@ -28,7 +28,7 @@ from diffmas.trace.pool import Pool
 from diffmas.trace.store import Hold
 from diffmas.trace.views import KVRange
 
-__all__ = ["attend", "begin", "carrier", "end", "inherit", "reposition", "save_carrier", "views_of"]
+__all__ = ["attend", "begin", "carrier", "end", "inherit", "node", "reposition", "save_carrier", "views_of"]
 
 
 def carrier(owned) -> Tensor:
@@ -44,7 +44,7 @@ def save_carrier(ctx, carrier: Tensor) -> None:
         ctx.owned = carrier.owned  # what hooks keep in the saved tensor's place does not carry it
 
 
-def _apply(function: type[torch.autograd.Function]):
+def node(function: type[torch.autograd.Function]):
     """Its apply without what functorch's transforms would need, two thirds of it."""
     return super(torch.autograd.Function, function).apply
 
@@ -70,7 +70,7 @@ _leaf = torch.zeros(0, requires_grad=True)  # gets no gradient: backward gives N
 def begin(work: LayerWork, past: Tensor) -> Tensor:
     """The order token of a pass, which stands behind `past`. It always needs a gradient, so that a graph compiled for one pass
     serves all; a layer that records nothing does not take it."""
-    return _apply(Begin)(carrier(work), _leaf, past)
+    return node(Begin)(carrier(work), _leaf, past)
 
 
 class Anchor(torch.autograd.Function):
@@ -91,7 +91,7 @@ class Anchor(torch.autograd.Function):
 def end(h: Tensor, anchored: bool = False) -> Tensor:
     """What the next pass stands behind; h: the last hidden state of this one. A copy, since a view would keep h. anchored: see
     `ModelSpec`."""
-    return _apply(Anchor)(h) if anchored else h.narrow(-1, 0, 0).to("cpu", torch.float32, copy=True)
+    return node(Anchor)(h) if anchored else h.narrow(-1, 0, 0).to("cpu", torch.float32, copy=True)
 
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def _attend_backward(ctx, do):
 
 
 _attend_backward_once = once_differentiable(_attend_backward)
-attend = _apply(Attend)
+attend = node(Attend)
 
 
 # ---- the same as an op, for torch.compile -----------------------------------------------------------------------------

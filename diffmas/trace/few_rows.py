@@ -10,9 +10,9 @@ from diffmas.trace.layer_work import LayerWork
 from diffmas.trace.pool import Pool
 from diffmas.trace.spec import LayerSpec
 
-__all__ = ["Weights", "few_rows_layers"]
+__all__ = ["Weights", "arguments", "few_rows_layers", "ready"]
 
-BIAS, LORA = 1, 2  # what a linear has beside its weight
+BIAS, LORA, WAITS = 1, 2, 4  # what a linear has beside its weight; whether its adapter learns
 
 
 class Weights:
@@ -27,47 +27,66 @@ class Weights:
         self.scales: list[float] = []
         self.head_norms: list[Tensor] = []  # of q and k
         self.head_eps: list[float] = []
+        self.learning: list[Tensor] = []  # a and b of the adapters that learn
 
-    def add(self, linears: list[tuple], norms: list[tuple[Tensor, float]]) -> None:
+    def add(self, linears: list[tuple], norms: list[tuple[Tensor, float]], learning: bool = False) -> None:
         """Of a layer, weight, bias, a, b and scale of its seven linears, and (weight, eps) of its two norms, and of its heads'
-        two, if they have some."""
+        two, if they have some. learning: whether adapters that are trained learn."""
         for *tensors, scale in linears:
-            _, bias, a, _ = tensors
+            _, bias, a, b = tensors
+            learns = learning and a is not None and a.requires_grad
             self.linears += [x for x in tensors if x is not None]
-            self.parts.append((BIAS if bias is not None else 0) + (LORA if a is not None else 0))
+            self.parts.append((BIAS if bias is not None else 0) + (LORA if a is not None else 0) + (WAITS if learns else 0))
             self.scales.append(scale)
+            self.learning += (a, b) if learns else ()
         for (weight, eps), of_rows in zip(norms, (True, True, False, False)):
             (self.norms if of_rows else self.head_norms).append(weight)
             (self.eps if of_rows else self.head_eps).append(eps)
 
+    @property
+    def of_layers(self) -> tuple[list, ...]:
+        return self.norms, self.eps, self.linears, self.parts, self.scales
+
+
+def ready(work: LayerWork, layers: list[LayerSpec], device: torch.device) -> bool:
+    """Whether these layers can run in one op: not where they do not read the same, or somebody wants to know of each."""
+    if work.store.offloaded and len(layers) > 1:  # only one layer's rows are here at a time
+        return False
+    return work.together(layers, device) is not None
+
+
+def arguments(
+    work: LayerWork, layers: list[LayerSpec], weights: Weights, cos: Tensor, sin: Tensor, scale: float, kv: list[tuple]
+) -> tuple:
+    """What the op takes in both directions. kv: of each layer, K and V first."""
+    tables, views = work.read_by(layers[0], cos.device)
+    view, rest, *_ = views["shared"] or (views["all"], None)
+    frozen = [] if views["frozen"] is None else [t for layer in layers for t in work.frozen_rows.layers[layer.index]]
+    return (
+        *weights.of_layers, cos, sin, tables.slots, weights.head_norms, weights.head_eps[0] if weights.head_eps else 0.0,
+        layers[0].rope == "interleaved", [x[0] for x in kv], [x[1] for x in kv], _listed(view), _listed(rest), view[5], scale,
+        frozen, _listed(views["frozen"]),
+    )  # fmt: skip
+
 
 def few_rows_layers(
-    work: LayerWork, layers: list[LayerSpec], x: Tensor, weights: Weights, cos: Tensor, sin: Tensor, scale: float
-) -> Tensor | None:
-    """x [1, n, hidden] through layers that are alike, with their K/V written; None where these do not read the same, or
-    somebody wants to know of each."""
-    if work.store.offloaded and len(layers) > 1:  # only one layer's rows are here at a time
-        return None
-    found = work.together(layers, x.device)
-    if found is None:
-        return None
-    tables, views = found
+    work: LayerWork, layers: list[LayerSpec], x: Tensor, weights: Weights, cos: Tensor, sin: Tensor, scale: float,
+    learning: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """x [1, n, hidden] through layers that are alike and ready, with their K/V written: y and, for a gradient, what backward
+    needs."""
     head_dim = layers[0].head_dim
     like = x.new_empty((0, weights.kv_size // head_dim, head_dim))
     pools = [work.store.pool(layer.index, like, like) for layer in layers]
     _gather([pool for pool in pools if pool.scattered])
-    view, rest, *_ = views["shared"] or (views["all"], None)
-    frozen = [] if views["frozen"] is None else [t for layer in layers for t in work.frozen_rows.layers[layer.index]]
+    if learning:
+        work.choose(layers, pools, scale)
     for layer in layers:
         work.ran[layer.index] = True
     with contextlib.ExitStack() as held:  # in the order that everybody takes them
         kv = [held.enter_context(pool.writing(work.slots, work.views)) for pool in pools]
-        return torch.ops.diffmas_native.few_rows_layers(
-            x, weights.norms, weights.eps, weights.linears, weights.parts, weights.scales, cos, sin, tables.slots,
-            weights.head_norms, weights.head_eps[0] if weights.head_eps else 0.0, layers[0].rope == "interleaved",
-            [k for k, _ in kv], [v for _, v in kv], _listed(view), _listed(rest), view[5], scale, frozen,
-            _listed(views["frozen"]),
-        )  # fmt: skip
+        args = arguments(work, layers, weights, cos, sin, scale, kv)
+        return torch.ops.diffmas_native.few_rows_layers(x, *args, learning)
 
 
 def _gather(pools: list[Pool]) -> None:

@@ -122,7 +122,7 @@ class LayerWork:
         """As if no layer had attended yet."""
         layers = len(self.spec.layers)
         self.ran, self.recorded = [False] * layers, [False] * layers
-        self._choices: list[tuple[bool, DeferredKVGrad | None]] = [(False, None)] * layers
+        self.choices: list[tuple[bool, DeferredKVGrad | None]] = [(False, None)] * layers
 
     def on(self, device: torch.device, layer: int = 0, head: int = 0) -> Tables:
         """What a K/V head of a layer on a device reads."""
@@ -177,8 +177,12 @@ class LayerWork:
             return None
         if self._sights is not None and len({sight for layer in layers for sight in self._sights[layer.index]}) > 1:
             return None
-        tables = self.on(device, layers[0].index)
-        return tables, self._views(tables, layers[0], device)
+        return self.read_by(layers[0], device)
+
+    def read_by(self, layer: LayerSpec, device: torch.device) -> tuple[Tables, dict]:
+        """What a layer reads: tables, and views by name."""
+        tables = self.on(device, layer.index)
+        return tables, self._views(tables, layer, device)
 
     def attend(self, layer: LayerSpec, q, k, v, cos, sin, q_weight, k_weight, eps: float, scale: float, recording: bool):
         """Layouts of q, k, v, cos, sin: see diffmas.ops.fused. -> o in that of q, q_rot [n, Hq, D], lse [n, Hq]."""
@@ -231,6 +235,12 @@ class LayerWork:
                 "checkpointing gives wrong gradients with a trace; use use_reentrant=False"
             )
 
+    def choose(self, layers: list[LayerSpec], pools: list[Pool], scale: float) -> None:
+        """For layers that read the same and are recorded now."""
+        parts = self._parts(layers[0], pools[0].device, pools[0].heads)
+        for layer, pool in zip(layers, pools):
+            self._choose(layer, pool, parts, scale)
+
     def _choose(self, layer: LayerSpec, pool: Pool, parts: list[Part], scale: float) -> None:
         """Which rows this layer's backward gives a gradient: all of the view, or its own and its run's, and who adds the
         rest."""
@@ -242,9 +252,9 @@ class LayerWork:
             if older_needs_grad:
                 self._flushes[i] = (pool, parts, scale, layer.rope == "interleaved", stream_of(pool.device))
         if deferred is None or i not in deferred.flushed:  # not in a run, or in one whose first step was not recorded
-            self._choices[i] = (not older_needs_grad, None)
+            self.choices[i] = (not older_needs_grad, None)
         else:
-            self._choices[i] = (True, deferred if deferred.flushed[i] else None)
+            self.choices[i] = (True, deferred if deferred.flushed[i] else None)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -257,7 +267,7 @@ class LayerWork:
         i, interleaved, backend = layer.index, layer.rope == "interleaved", self.spec.backend
         borrowed, tables = self.borrowed, self.on(q_rot.device, i)
         grads = self.store.pools[i].grads() if borrowed is None else borrowed.grads[i]
-        own_rows_only, deferred = self._choices[i]
+        own_rows_only, deferred = self.choices[i]
         rope = (cos, sin, tables.slots, q_weight, k_weight, eps, interleaved)
         newest = self.grad_tail if own_rows_only else None
         with grads.lend(self.lineage, self.views, newest) as (k_pool, v_pool, dk_pool, dv_pool):

@@ -25,6 +25,7 @@ struct Kernels {
   void (*norm_backward_rows)(const NormGradArgs&, int64_t row_begin, int64_t row_end, float* scratch);
   void (*gate)(const GateArgs&, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end);
   void (*gate_backward)(const GateGradArgs&, int64_t row_begin, int64_t row_end, int64_t columns);
+  void (*add_rows)(const AddArgs&, int64_t row_begin, int64_t row_end);
   int64_t (*one_row_keys)(const AttentionArgs&);  // kOneRowKeys where the form multiplies these dtypes as they are
   void (*attention_forward)(const ScheduledAttention&, const ForwardTask&, float* scratch);
   void (*attention_merge)(const ScheduledAttention&, const MergeTask&);
@@ -64,6 +65,7 @@ const Kernels& kernels();
   void norm_backward_rows(const NormGradArgs&, int64_t row_begin, int64_t row_end, float*);   \
   void gate_block(const GateArgs&, int64_t, int64_t, int64_t, int64_t);                       \
   void gate_backward_rows(const GateGradArgs&, int64_t, int64_t, int64_t);                    \
+  void add_rows(const AddArgs&, int64_t, int64_t);                                            \
   }
 DIFFMAS_DECLARE_KERNELS(generic)
 #ifdef DIFFMAS_X86

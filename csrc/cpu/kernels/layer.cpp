@@ -1,4 +1,4 @@
-// What a decoder layer does between its linears: the norm, and the gate of its feed-forward part. All round where torch does.
+// What a decoder layer does between its linears: the norm, the gate of its feed-forward part, and sums. All round where torch does.
 #include "../linear.h"
 #include "kernels.h"
 #include "simd.h"
@@ -96,6 +96,17 @@ void gate_backward_rows(const GateGradArgs& args, int64_t begin, int64_t end, in
       }
       store_row(dup, silu, dtype, kLinearColumns);
       store_row(dgate, dsilu, dtype, kLinearColumns);
+    }
+}
+
+void add_rows(const AddArgs& args, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t c = 0; c < args.length; c += kLinearColumns) {
+      float x[kLinearColumns], y[kLinearColumns];
+      load_row(x, at(args.x, i, c), args.x.dtype, kLinearColumns);
+      load_row(y, at(args.y, i, c), args.y.dtype, kLinearColumns);
+      for (int64_t j = 0; j < kLinearColumns; j += W) store(y + j, load(y + j) + load(x + j));
+      store_row(at(args.y, i, c), y, args.y.dtype, kLinearColumns);
     }
 }
 

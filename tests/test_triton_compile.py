@@ -17,13 +17,14 @@ CODE = """
 import json
 ATTENTION = ["attention", "attention, many segments", "attention, latent step, offset", "attention_backward"]
 ATTENTION += ["attention_backward, latent step"]
-from tools.triton_report import OPS, binary, compiled, launches
-for op in OPS:
+from tools.triton_report import HIDDEN, LAYER, OPS, binary, compiled, launches
+for op in [*OPS, *LAYER]:
     if op.startswith("attention") and op not in ATTENTION:
         continue  # make kernel-report has them all
-    for launch in launches(op):
+    D = HIDDEN if op in LAYER else 128
+    for launch in launches(op, D):
         # not all of them are needed for one token
-        same = [one == launch for n in (1, 17) for one in launches(op, n=n) if one.kernel is launch.kernel]
+        same = [one == launch for n in (1, 17) for one in launches(op, D, n=n) if one.kernel is launch.kernel]
         if op.startswith("attention"):
             tokens = OPS[op][2].get("tokens", 2) + 1
             same += [one == launch for one in launches(op, tokens=tokens) if one.kernel is launch.kernel]

@@ -34,7 +34,7 @@ BLOCKS = {
     "reposition": dict(BLOCK_R=16, num_warps=4),
     "reposition_backward": dict(BLOCK_R=16, num_warps=4),
     "cross_attention_delta": dict(BLOCK_R=16, num_warps=4),
-    "gate": dict(BLOCK_D=1024, num_warps=4),
+    "gate": dict(BLOCK_W=1024, num_warps=4),
     "linear": dict(BLOCK_N=32, BLOCK_K=128, BLOCK_R=16, BLOCK_L=32, num_warps=4, num_stages=4, maxnreg=128),
     "linear_float32": dict(BLOCK_N=32, BLOCK_K=32, BLOCK_R=16, BLOCK_L=32, num_warps=4, num_stages=4, maxnreg=168),
     "linear_finish": dict(BLOCK_N=32, BLOCK_R=16, num_warps=4, maxnreg=128),

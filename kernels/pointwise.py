@@ -15,9 +15,9 @@ __all__ = ["gate", "gate_backward", "norm", "norm_backward"]
 
 
 @triton.jit
-def norm_fwd_kernel(x, weight, y, stride_x, D, eps, BLOCK_D: tl.constexpr):
+def norm_fwd_kernel(x, weight, y, stride_x, D, eps, BLOCK_W: tl.constexpr):
     """A program has a row."""
-    i_r, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    i_r, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_W)
     m_d = o_d < D
     b_x = tl.load(x + i_r * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_r = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + eps)
@@ -27,9 +27,9 @@ def norm_fwd_kernel(x, weight, y, stride_x, D, eps, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def norm_bwd_kernel(dy, x, weight, dx, stride_dy, stride_x, D, eps, BLOCK_D: tl.constexpr):
+def norm_bwd_kernel(dy, x, weight, dx, stride_dy, stride_x, D, eps, BLOCK_W: tl.constexpr):
     """y = w (x r) with r = rsqrt(mean(x^2) + eps):  dx = r (g - x r^2 mean(g x)) for g = dy w."""
-    i_r, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    i_r, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_W)
     m_d = o_d < D
     b_x = tl.load(x + i_r * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_dy = tl.load(dy + i_r * stride_dy + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -41,9 +41,9 @@ def norm_bwd_kernel(dy, x, weight, dx, stride_dy, stride_x, D, eps, BLOCK_D: tl.
 
 
 @triton.jit
-def gate_fwd_kernel(gate, up, y, stride_gate, stride_up, D, BLOCK_D: tl.constexpr):
+def gate_fwd_kernel(gate, up, y, stride_gate, stride_up, D, BLOCK_W: tl.constexpr):
     """A program has a part of a row."""
-    i_r, o_d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_r, o_d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     m_d = o_d < D
     b_gate = tl.load(gate + i_r * stride_gate + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_up = tl.load(up + i_r * stride_up + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -52,8 +52,8 @@ def gate_fwd_kernel(gate, up, y, stride_gate, stride_up, D, BLOCK_D: tl.constexp
 
 
 @triton.jit
-def gate_bwd_kernel(dy, gate, up, dgate, dup, stride_dy, stride_gate, stride_up, D, BLOCK_D: tl.constexpr):
-    i_r, o_d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+def gate_bwd_kernel(dy, gate, up, dgate, dup, stride_dy, stride_gate, stride_up, D, BLOCK_W: tl.constexpr):
+    i_r, o_d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     m_d = o_d < D
     b_dy = tl.load(dy + i_r * stride_dy + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_gate = tl.load(gate + i_r * stride_gate + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -70,13 +70,13 @@ def gate_bwd_kernel(dy, gate, up, dgate, dup, stride_dy, stride_gate, stride_up,
 def norm_sizes(n, D) -> Launch:
     """A row is in the registers of a program: up to 16 numbers a thread."""
     block = power_of_two(D)
-    return Launch((n,), dict(BLOCK_D=block, num_warps=min(max(block // 512, 1), 16)) | FUSION)
+    return Launch((n,), dict(BLOCK_W=block, num_warps=min(max(block // 512, 1), 16)) | FUSION)
 
 
 @once_per_shape
 def gate_sizes(n, D) -> Launch:
     block = blocks("gate")
-    return Launch((n, ceil_div(D, block["BLOCK_D"])), block)
+    return Launch((n, ceil_div(D, block["BLOCK_W"])), block)
 
 
 def norm(x, weight, eps):

@@ -359,9 +359,12 @@ def read_table() -> list[dict]:
 
 
 def _tile(launch: Launch) -> str:
-    sizes = [str(launch.constants[name]) for name in ("BLOCK_R", "BLOCK_M", "BLOCK_N", "BLOCK_D") if name in launch.constants]
+    names = [name for name in ("BLOCK_R", "BLOCK_M", "BLOCK_N", "BLOCK_W") if name in launch.constants]
     at_most = f", {launch.options['maxnreg']} registers" if launch.options.get("maxnreg") else ""
-    return " x ".join(sizes) + f", {launch.options['num_warps']} warps, {launch.options.get('num_stages', 3)} stages{at_most}"
+    return (
+        " x ".join(str(launch.constants[name]) for name in names)
+        + f", {launch.options['num_warps']} warps, {launch.options.get('num_stages', 3)} stages{at_most}"
+    )
 
 
 _expected = functools.cache(expected_rows)  # a process that compiles makes it once: kernels cannot be sent there

@@ -1,4 +1,4 @@
-"""Decoder layers of few rows, without gradients, as one op: all of a body, or one of them.
+"""Decoder layers of few rows, without gradients, as one op of the CPU's: all of a body, or one of them.
 
 Reading its weights is most of what such a layer has to do; going from module to module takes as long again, and so does looking
 at each of them. So layers are looked at once, and `Witness` tells whether all is still as it was, which is also what keeps
@@ -16,7 +16,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from diffmas.models.linear_parts import Ours, is_ours
 from diffmas.models.plain_layer import hooked_by_others, plain_layer
-from diffmas.ops.linear import FEW_ROWS
+from diffmas.ops.layer import LayerOps, layer_ops
+from diffmas.ops.linear import CPU, FEW_ROWS
 from diffmas.trace.few_rows import Weights, few_rows_layers
 from diffmas.trace.forward_pass import ForwardPass
 
@@ -98,18 +99,18 @@ class Looked(NamedTuple):
         return same and self.witness.holds()
 
 
-def _look(ours: Ours, layers: list[nn.Module], dtype: torch.dtype) -> Looked:
+def _look(ours: Ours, layers: list[nn.Module], kernels: LayerOps) -> Looked:
     witness = Witness(layers)  # first: what another thread changes meanwhile is seen, at the latest by the next forward
-    return Looked(list(layers), dtype, witness, _plain(ours, layers, dtype))
+    return Looked(list(layers), kernels.dtype, witness, _plain(ours, layers, kernels))
 
 
-def _plain(ours: Ours, layers: list[nn.Module], dtype: torch.dtype) -> Plain | None:
+def _plain(ours: Ours, layers: list[nn.Module], kernels: LayerOps) -> Plain | None:
     for layer in layers:
         if layer is not ours.module and (hooked_by_others(layer) or not is_ours(layer.__dict__.get("forward"))):
             return None  # it has to be called
     found, heads = [], []
     for layer in layers:
-        plain = plain_layer(layer, dtype)
+        plain = plain_layer(layer, kernels)
         norms = None if plain is None else _head_norms(plain.attention)
         if norms is None:
             return None
@@ -148,13 +149,14 @@ def few_rows(
 
     ours: the one whose forward asks, who keeps what was looked at. tables: gives cos and sin [1, n, Dr].
     """
-    if type(x) is not Tensor or not x.is_cpu or x.dim() != 3 or not 0 < x.shape[1] <= FEW_ROWS or not x.is_contiguous():
+    kernels = layer_ops(x, forward_pass.work.spec.fused)
+    if kernels is None or kernels.ops is not CPU or x.dim() != 3 or not 0 < x.shape[1] <= FEW_ROWS or not x.is_contiguous():
         return None
     if _has_any_global_hook():
         return None
     looked = ours.__dict__.get("looked")
     if looked is None or not looked.holds(layers, x.dtype):
-        looked = ours.looked = _look(ours, layers, x.dtype)
+        looked = ours.looked = _look(ours, layers, kernels)
     if looked.plain is None:
         return None
     attentions, weights = looked.plain

@@ -17,6 +17,7 @@ from diffmas.models.attention import attend
 from diffmas.models.linear_parts import Waiting, waiting
 from diffmas.models.plain_layer import plain_layer
 from diffmas.models.pointwise import rows_of_numbers, unflattened
+from diffmas.ops.layer import layer_ops
 from diffmas.ops.linear import FEW_ROWS, linear
 from diffmas.trace.forward_pass import ForwardPass
 
@@ -24,10 +25,12 @@ __all__ = ["AfterAttention", "Learning", "NormedLinears", "learning_layer"]
 
 
 class Learning(NamedTuple):
-    """A linear of a latent step: its parts (diffmas.models.linear_parts), and where its adapter's gradients wait."""
+    """A linear of a latent step: its parts (diffmas.models.linear_parts), where its adapter's gradients wait, and the kernels
+    (diffmas.ops.layer)."""
 
     parts: tuple
     waiting: Waiting | None
+    ops: object
 
     @property
     def token(self) -> Tensor | None:
@@ -35,13 +38,13 @@ class Learning(NamedTuple):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple]:
         """y, and what backward needs of the adapter's: x and u."""
-        y, u = linear(x, *self.parts)
+        y, u = linear(x, *self.parts, ops=self.ops)
         return y, (x, u) if self.waiting is not None else (None, None)
 
     def backward(self, dy: Tensor, x: Tensor | None, u: Tensor | None) -> Tensor:
         """dx; keeps what the adapter's gradients are made of."""
         weight, _, a, b, scale = self.parts
-        dx, v = linear(dy, weight, None, a, b, scale, transposed=True)
+        dx, v = linear(dy, weight, None, a, b, scale, transposed=True, ops=self.ops)
         if self.waiting is not None:
             self.waiting.run.keep(self.waiting.number, x, u, dy, v)
         return dx
@@ -58,7 +61,7 @@ class NormedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm, linears, *tokens):
         weight, eps = norm
-        normed = torch.ops.diffmas_native.norm(rows_of_numbers(x), weight, eps)
+        normed = linears[0].ops.norm(rows_of_numbers(x), weight, eps)
         ys, kept = zip(*(one.forward(normed) for one in linears))
         ctx.save_for_backward(x, weight, *itertools.chain(*kept), *_weights(linears))
         ctx.rest = eps, linears
@@ -76,7 +79,7 @@ def _before(ctx, *dys):
     for i, (one, dy) in reversed([*enumerate(zip(linears, dys))]):  # autograd's order, in which their sums round
         dx = one.backward(rows_of_numbers(dy), *kept[2 * i : 2 * i + 2])
         dnormed = dx if dnormed is None else dnormed.add_(dx)
-    dx = torch.ops.diffmas_native.norm_backward(dnormed, rows_of_numbers(x), weight, eps)
+    dx = linears[0].ops.norm_backward(dnormed, rows_of_numbers(x), weight, eps)
     return dx.view(x.shape), None, None, *(None for _ in linears)
 
 
@@ -85,12 +88,12 @@ class AfterAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, o, x, norm, linears, *tokens):
-        (out, gate, up, down), (weight, eps), native = linears, norm, torch.ops.diffmas_native
+        (out, gate, up, down), (weight, eps), ops = linears, norm, linears[0].ops
         y, of_out = out.forward(rows_of_numbers(o))
         middle = rows_of_numbers(x) + y
-        normed = native.norm(middle, weight, eps)
+        normed = ops.norm(middle, weight, eps)
         (gate_y, of_gate), (up_y, of_up) = gate.forward(normed), up.forward(normed)
-        y, of_down = down.forward(native.gate(gate_y, up_y))
+        y, of_down = down.forward(ops.gate(gate_y, up_y))
         ctx.save_for_backward(middle, weight, gate_y, up_y, *of_out, *of_gate, *of_up, *of_down, *_weights(linears))
         ctx.rest = eps, linears
         return unflattened(middle + y, x)
@@ -104,11 +107,11 @@ def _after(ctx, dy):
     eps, (out, gate, up, down) = ctx.rest
     middle, weight, gate_y, up_y, *kept = ctx.saved_tensors
     of_out, of_gate, of_up, of_down = (kept[i : i + 2] for i in range(0, 8, 2))
-    dy, native = rows_of_numbers(dy), torch.ops.diffmas_native
-    dgate, dup = native.gate_backward(down.backward(dy, *of_down), gate_y, up_y)
+    dy, ops = rows_of_numbers(dy), out.ops
+    dgate, dup = ops.gate_backward(down.backward(dy, *of_down), gate_y, up_y)
     dnormed = up.backward(dup, *of_up)
     dnormed.add_(gate.backward(dgate, *of_gate))
-    dmiddle = dy + native.norm_backward(dnormed, middle, weight, eps)
+    dmiddle = dy + ops.norm_backward(dnormed, middle, weight, eps)
     do = out.backward(dmiddle, *of_out)
     return do[None], dmiddle[None], None, None, *(None for _ in range(4))
 
@@ -116,15 +119,15 @@ def _after(ctx, dy):
 _before_once, _after_once = once_differentiable(_before), once_differentiable(_after)
 
 
-def _learning(linears: list[tuple], forward_pass: ForwardPass) -> list[Learning] | None:
+def _learning(linears: list[tuple], forward_pass: ForwardPass, ops) -> list[Learning] | None:
     """None where the gradients of an adapter do not wait."""
     found = []
     for parts in linears:
         weights = parts[2:4]
-        waits = waiting(*weights, parts[4], forward_pass)
+        waits = waiting(*weights, parts[4], forward_pass, ops)
         if waits is None and any(w is not None and w.requires_grad for w in weights):
             return None
-        found.append(Learning(parts, waits))
+        found.append(Learning(parts, waits, ops))
     return found
 
 
@@ -132,12 +135,13 @@ def learning_layer(layer: nn.Module, forward_pass: ForwardPass, args: tuple, kwa
     """The output of a decoder layer whose forward was called with these arguments, x [1, n, hidden] first; None where the layer
     has to do it."""
     x = args[0] if args else kwargs["hidden_states"]
-    if type(x) is not Tensor or not x.is_cpu or x.shape[1] > FEW_ROWS or not x.requires_grad or _has_any_global_hook():
+    kernels = layer_ops(x, forward_pass.work.spec.fused)
+    if kernels is None or x.shape[1] > FEW_ROWS or not x.requires_grad or _has_any_global_hook():
         return None
-    if "position_embeddings" not in kwargs or (plain := plain_layer(layer, x.dtype)) is None:
+    if "position_embeddings" not in kwargs or (plain := plain_layer(layer, kernels)) is None:
         return None
     attention, (before, after), linears = plain
-    if (learning := _learning(linears, forward_pass)) is None:
+    if (learning := _learning(linears, forward_pass, kernels.ops)) is None:
         return None
     q, k, v = NormedLinears.apply(x, before, learning[:3], *(one.token for one in learning[:3]))
     o = attend(attention, forward_pass, q, k, v, *kwargs["position_embeddings"], kwargs.get("position_ids"))

@@ -36,7 +36,8 @@ FUSED = {
 }
 
 
-# Of torch.ops.diffmas_native alone, and only on the CPU: diffmas/ops/linear.py.
+# Of torch.ops.diffmas_native alone, and only on the CPU; Triton's launchers (kernels/backend.py) take the same, but there is no
+# few_rows_layers among them. diffmas/ops/layer.py picks one.
 LINEAR = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale, bool transposed) -> (Tensor, Tensor)",
     "few_rows_layers": "(Tensor x, Tensor[] norms, float[] eps, Tensor[] linears, int[] parts, float[] scales, Tensor? cos, "

@@ -36,12 +36,12 @@ class LoraRun:
         self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def token(self, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, int]:
-        """What a step's linear with these weights depends on, and the number under which it keeps."""
+    def token(self, a: Tensor, b: Tensor, scale: float, ops) -> tuple[Tensor, int]:
+        """What a step's linear with these weights depends on, and the number under which it keeps. ops: for `lora_grads`."""
         found = self._tokens.get((id(a), id(b), scale))
         if found is None:
             number = len(self._tokens)
-            token = Begin.apply(a, b, weakref.ref(self), number, scale)
+            token = Begin.apply(a, b, weakref.ref(self), number, scale, ops)
             found = self._tokens[id(a), id(b), scale] = token, number, a, b
         return found[:2]
 
@@ -55,17 +55,17 @@ class LoraRun:
 
 class Begin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, run, number, scale):
-        ctx.rest = run, number, scale
-        return torch.zeros(0)
+    def forward(ctx, a, b, run, number, scale, ops):
+        ctx.rest = run, number, scale, ops
+        return a.new_zeros(0)  # on the device: autograd runs backward on the stream where the steps' nodes run
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        run, number, scale = ctx.rest
+        run, number, scale, ops = ctx.rest
         steps = run().kept(number)
         if not steps:  # nothing came back to any of them
-            return None, None, None, None, None
+            return (None,) * 6
         x, u, dy, v = (torch.cat(parts) for parts in zip(*steps))
         steps.clear()
-        return *lora_grads(x, u, dy, v, scale), None, None, None
+        return *lora_grads(x, u, dy, v, scale, ops), None, None, None, None

@@ -43,7 +43,9 @@ def test_peers_of_attention_agree_on_every_regime():
         assert not contest.notes and plain <= contest.trials.keys(), (case.key, contest.notes)
 
 
-@pytest.mark.parametrize("name", ["inject", "linear", "merge", "reposition", "deferred", "latent_step", "latent_run", "host"])
+@pytest.mark.parametrize(
+    "name", ["inject", "linear", "layer", "merge", "reposition", "deferred", "latent_step", "latent_run", "host"]
+)
 def test_the_smallest_case_of_every_phase_runs_right(name):
     module = importlib.import_module(f"diffmas.benchmarks.bench_{name}")
     for phase in {case.phase for case in module.CASES}:

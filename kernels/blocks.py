@@ -5,9 +5,8 @@ A tile is BLOCK_R rows of one (token, head) each. 16 rows of 128 16-bit numbers 
 and tensor, registers for five or more programs on a multiprocessor, and all 16 heads of a single token in one program.
 
 linear reads weights: a stage of a program's pipeline is 8 KB of W (4 KB in float32, whose products have no tensor cores), three
-stages are on their way, and four programs fit on a multiprocessor. Eight warps
-hold the products of float32: with four, ptxas spilled for one architecture or another, whatever maxnreg. The tiles compile
-without a spill; none has been timed.
+stages are on their way, and four programs fit on a multiprocessor. Eight warps hold the products of float32: with four, ptxas
+spills for one architecture or another, with maxnreg and without. The tiles compile without a spill; none has been timed.
 
 Registers bind the attention kernels. For each head size, dtype and architecture, blocks.csv has the first candidate of
 tools/triton_tune.py that holds its tiles without a spill in every case of tools/triton_report.py. Its column maxnreg is the

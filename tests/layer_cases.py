@@ -12,6 +12,11 @@ __all__ = ["EPS", "SCALE", "Linear", "agree", "gates", "lora_gradients", "norms"
 SCALE, EPS = 0.7, 1e-5
 
 
+def _further_apart(x: Tensor) -> Tensor:
+    """The same rows with something between them."""
+    return torch.cat((x, torch.full_like(x, torch.nan)), 1)[:, : x.shape[1]]
+
+
 @dataclass
 class Linear:
     """n rows through a weight [out, length] with a LoRA adapter of rank r, 0: without. far: rows of x and dy lie further apart
@@ -25,8 +30,7 @@ class Linear:
     far: bool = False
 
     def __post_init__(self):
-        many = 2 if self.far else 1
-        self.x, self.dy = (exact_in_half(self.n, many * m)[:, :m] for m in (self.length, self.out))
+        self.x, self.dy = (exact_in_half(self.n, m) for m in (self.length, self.out))
         self.weight = exact_in_half(self.out, self.length) / 16
         self.of_bias = exact_in_half(self.out) if self.bias else None
         lora = exact_in_half(self.r, self.length) / 16, exact_in_half(self.out, self.r) / 4
@@ -36,9 +40,8 @@ class Linear:
     def at(self, dtype: torch.dtype, device="cpu") -> tuple:
         """x, dy, weight and bias of a dtype, a and b of the one that LoRA's weights have."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        lie = lambda t: t if t is None or not self.far else torch.cat((t, t), 1)[:, : t.shape[1]]
         to = lambda t, kind: None if t is None else t.to(device, kind)
-        x, dy = (lie(to(t, dtype)) for t in (self.x, self.dy))
+        x, dy = (_further_apart(to(t, dtype)) if self.far else to(t, dtype) for t in (self.x, self.dy))
         return x, dy, to(self.weight, dtype), to(self.of_bias, dtype), to(self.a, wide), to(self.b, wide)
 
     def plain(self, dtype: torch.dtype) -> list[Tensor]:
@@ -60,12 +63,12 @@ class Linear:
 
 def norms(n: int, length: int, far: bool = False):
     """-> run(dtype, device, ops): y and dx of an RMSNorm; ops None: of plain PyTorch."""
-    x, dy = (3 * exact_in_half(n, 2 * length)[:, :length] for _ in range(2))
+    x, dy = (3 * exact_in_half(n, length) for _ in range(2))
     weight = exact_in_half(length)
 
     def run(dtype, device="cpu", ops=None):
-        x_, dy_, w = (t.to(dtype).to(device) for t in (x, dy, weight))
-        x_, dy_ = (t if far else t.contiguous() for t in (x_, dy_))
+        x_, dy_, w = (t.to(device, dtype) for t in (x, dy, weight))
+        x_, dy_ = (_further_apart(t) if far else t for t in (x_, dy_))
         if ops is not None:
             return [ops.norm(x_, w, EPS), ops.norm_backward(dy_, x_, w, EPS)]
         wide = torch.promote_types(dtype, torch.float32)
@@ -80,10 +83,10 @@ def norms(n: int, length: int, far: bool = False):
 
 def gates(n: int, length: int, far: bool = False):
     """-> run(dtype, device, ops): y, dgate and dup of silu(gate) * up; ops None: of plain PyTorch."""
-    rows = [2 * exact_in_half(n, 2 * length)[:, :length] for _ in range(3)]
+    rows = [2 * exact_in_half(n, length) for _ in range(3)]
 
     def run(dtype, device="cpu", ops=None):
-        dy, gate, up = (t if far else t.contiguous() for t in (r.to(dtype).to(device) for r in rows))
+        dy, gate, up = (_further_apart(t) if far else t for t in (r.to(device, dtype) for r in rows))
         if ops is not None:
             return [ops.gate(gate, up), *ops.gate_backward(dy, gate, up)]
         gate, up = gate.requires_grad_(), up.requires_grad_()

@@ -105,8 +105,8 @@ def test_lora_grad(n, r, length, dtype, kernels):
 
 
 def test_gradients_of_many_rows(launched, kernels):
-    """Sums over many rows round like torch's: not one float after the other, but 512 of them at most. The interpreter adds 32 at
-    once, as tensor cores would."""
+    """Sums over many rows round like torch's: not one float after the other, but 512 of them at most. (The interpreter does not
+    show it: it adds 32 at once.)"""
     n = 20_000
     c, z = torch.rand(n, 4), torch.rand(n, 32)
     got = kernels.lora_grad(c.to(DEVICE), z.to(DEVICE), 1.0).cpu().double()

@@ -79,6 +79,12 @@ SMOKES = {
     "triton last tokens": ("test_triton", "test_attention_backward_of_the_last_tokens and prefill"),
     "triton merge": ("test_triton", "test_merge_states and 37"),
     "triton reposition": ("test_triton", "test_reposition and 37"),
+    "triton linear": ("test_triton_layer", "test_linear and (one_row or seventeen_rows)"),
+    "triton adapter of many rows": ("test_triton_layer", "test_what_lora_adds and seventy"),
+    "triton lora grad": ("test_triton_layer", "test_lora_grad and 1200"),
+    "triton norm": ("test_triton_layer", "test_norm and 576"),
+    "triton gate": ("test_triton_layer", "test_gate and 1536"),
+    "fused layers": ("test_triton_model", "test_a_training_step or test_generation"),
     "cuda inject": ("test_cuda", "test_inject and one_token"),
     "cuda few queries": ("test_cuda", "test_attention and one_query_long_view"),
     "cuda few queries at an offset": ("test_cuda", "test_attention and offset"),
@@ -91,12 +97,14 @@ SMOKES = {
 }
 SANITIZED = {
     ("memcheck", "triton"): ("test_triton", "test_attention and ragged and not last_tokens"),
+    ("memcheck", "triton linear"): ("test_triton_layer", "test_linear and (odd or seventeen_rows)"),
     ("memcheck", "cuda"): ("test_cuda", "test_attention and (one_query_long_view or ragged)"),
     ("racecheck", "cuda"): ("test_cuda", "test_attention and one_query_long_view"),
     ("memcheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
     ("racecheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
     ("synccheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
 }
+TESTS = "test_gpu test_cuda test_triton test_triton_layer test_triton_model"
 LONG = ["prompt", "prompt on a trace", "prompt on 63 segments"]
 FLEX = "flex | flex, flash"
 SDPA = "sdpa | sdpa, flash | sdpa, cudnn"
@@ -105,10 +113,11 @@ TUNED = [("fwd", 128, 128), ("fwd", 16, 128), ("dq", 64, 128), ("dkv", 64, 128)]
 PLAN = [
     Step("environment", 60, "environment", dry=True),
     *(_tests(f"smoke: {n}", 75, *x, beside="smokes", dry=n == "triton inject") for n, x in SMOKES.items()),
-    _tests("tests", 150, "test_gpu test_cuda test_triton", "not random_views", workers=WORKERS),
+    _tests("tests", 150, TESTS, "not random_views", workers=WORKERS),
     _rows("decoding and latent steps", 110, _of("attention", f"{SDPA} | flashinfer", regime="latent step"),
           _of("latent_run", "DynamicCache"), _of("deferred", dtype="bfloat16"), dry=True),
     _rows("prompts", 120, _of("attention", f"{SDPA} | flash-attn 4", regime="prompt", dtype="bfloat16"), _of("parts")),
+    _rows("linears, norms and gates", 100, _of("linear", "PEFT | LoRA in 16 bits"), _of("layer", "eager | compiled | Liger")),
     _rows("inject", 40, _of("inject", "eager | eager + cat"), dry=True),
     _rows("segments and offsets", 120, _of("attention", SDPA, regime=LONG[1:]), _of("offset", f"{SDPA} | flashinfer"),
           _of("readers", "sdpa | flashinfer"),

@@ -113,7 +113,7 @@ class Problem:
     @property
     def graph(self) -> bool:
         """Whether calls are timed in a CUDA graph."""
-        return not self.case.model and 0 < self.case.n <= LAUNCH_BOUND_TOKENS
+        return not self.case.layers and 0 < self.case.n <= LAUNCH_BOUND_TOKENS
 
 
 Provider = Callable[[Problem], Trial]

@@ -8,19 +8,28 @@ from diffmas.kernels.cross_attention import (
     cross_attention_quantized_backward,
 )
 from diffmas.kernels.inject import inject, inject_backward
+from diffmas.kernels.linear import add_lora, linear, lora_grad
 from diffmas.kernels.merge_states import merge_states, merge_states_backward
+from diffmas.kernels.pointwise import gate, gate_backward, norm, norm_backward
 from diffmas.kernels.reposition import reposition, reposition_backward
 
 __all__ = [
+    "add_lora",
     "attention_work",
     "cross_attention",
     "cross_attention_backward",
     "cross_attention_quantized",
     "cross_attention_quantized_backward",
+    "gate",
+    "gate_backward",
     "inject",
     "inject_backward",
+    "linear",
+    "lora_grad",
     "merge_states",
     "merge_states_backward",
+    "norm",
+    "norm_backward",
     "reposition",
     "reposition_backward",
 ]

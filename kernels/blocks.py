@@ -4,6 +4,10 @@ inject, merge_states and reposition move bytes and compute next to nothing: memo
 A tile is BLOCK_R rows of one (token, head) each. 16 rows of 128 16-bit numbers over 4 warps are two 16-byte accesses a thread
 and tensor, registers for five or more programs on a multiprocessor, and all 16 heads of a single token in one program.
 
+linear reads weights: a stage of a program's pipeline is 8 KB of W (4 KB in float32, whose products have no tensor cores), three
+stages are on their way, and four programs fit on a multiprocessor. Eight warps hold the products of float32: with four, ptxas
+spills for one architecture or another, with maxnreg and without. The tiles compile without a spill; none has been timed.
+
 Registers bind the attention kernels. For each head size, dtype and architecture, blocks.csv has the first candidate of
 tools/triton_tune.py that holds its tiles without a spill in every case of tools/triton_report.py. Its column maxnreg is the
 most registers a thread may have, 0 for as many as ptxas likes: Triton 3.9's would rather spill a few than have one program less
@@ -30,6 +34,11 @@ BLOCKS = {
     "reposition": dict(BLOCK_R=16, num_warps=4),
     "reposition_backward": dict(BLOCK_R=16, num_warps=4),
     "cross_attention_delta": dict(BLOCK_R=16, num_warps=4),
+    "gate": dict(BLOCK_W=1024, num_warps=4),
+    "linear": dict(BLOCK_N=32, BLOCK_K=128, BLOCK_R=16, BLOCK_L=32, num_warps=4, num_stages=4, maxnreg=128),
+    "linear_float32": dict(BLOCK_N=32, BLOCK_K=32, BLOCK_R=16, BLOCK_L=32, num_warps=8, num_stages=4),
+    "linear_finish": dict(BLOCK_N=32, BLOCK_R=16, num_warps=4, maxnreg=128),
+    "lora_grad": dict(BLOCK_R=16, BLOCK_N=64, BLOCK_K=32, num_warps=4),
 }
 FUSION = dict(enable_fp_fusion=True)  # explicit, because Triton's default is about to change
 

@@ -234,7 +234,7 @@ def test_up_to_64_tokens_are_timed_in_a_graph(monkeypatch):
         assert samples == {OURS: [1e-6 if captured else 1e-5], "broken": [1e-5]}
         whys = [r["why"] for r in contest.rows(samples, MACHINE)]
         assert whys == [None, "timed with its launches, as it is not captured: it waits" if captured else None]
-    assert not dataclasses.replace(p, case=dataclasses.replace(p.case, n=1, model="8B")).graph
+    assert not dataclasses.replace(p, case=dataclasses.replace(p.case, n=1, model="8B", layers=1)).graph
 
 
 def test_what_drowns_in_noise_has_no_number(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from contests import MODULES, row
 
 from diffmas import ops
-from diffmas.benchmarks import bench_attention, ours, run
+from diffmas.benchmarks import bench_attention, bench_layer, bench_linear, ours, run
 from diffmas.benchmarks.attention import libraries, sdpa
 from diffmas.benchmarks.goals import GOALS, SDPA
 from diffmas.benchmarks.gpu.steps import small
@@ -43,7 +43,9 @@ def test_peers_of_attention_agree_on_every_regime():
         assert not contest.notes and plain <= contest.trials.keys(), (case.key, contest.notes)
 
 
-@pytest.mark.parametrize("name", ["inject", "linear", "merge", "reposition", "deferred", "latent_step", "latent_run", "host"])
+@pytest.mark.parametrize(
+    "name", ["inject", "linear", "layer", "merge", "reposition", "deferred", "latent_step", "latent_run", "host"]
+)
 def test_the_smallest_case_of_every_phase_runs_right(name):
     module = importlib.import_module(f"diffmas.benchmarks.bench_{name}")
     for phase in {case.phase for case in module.CASES}:
@@ -309,3 +311,30 @@ def test_variants_stand_beside_what_auto_takes(as_on_a_gpu, monkeypatch):
         assert contest_of("latent step", "forward", **variants).notes == {"diffmas, triton": "triton: not here"}
     finally:
         backends._choose.cache_clear()
+
+
+@pytest.mark.parametrize("case", bench_layer.CPU_CASES[:2] + bench_layer.CPU_CASES[4:6], ids=lambda case: case.key)
+def test_liger(case, as_on_a_gpu, monkeypatch):
+    """In its place, what it is documented to compute."""
+    name, peer = "liger_kernel.transformers.functional", {"Liger": bench_layer.liger}
+    case = dataclasses.replace(case, D=32)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, name, None)
+        assert Contest(bench_layer.problem(case), peer).notes == {"Liger": "liger_kernel is not installed"}
+
+    def liger_rms_norm(X, W, eps, offset=0.0, casting_mode="llama", in_place=True):
+        assert (offset, casting_mode, in_place) == (0.0, "llama", False)
+        return torch.nn.functional.rms_norm(X, W.shape, W, eps)
+
+    library = types.SimpleNamespace(liger_rms_norm=liger_rms_norm, liger_swiglu=lambda a, b: torch.nn.functional.silu(a) * b)
+    monkeypatch.setitem(sys.modules, name, library)
+    contest = Contest(bench_layer.problem(case), peer | {OURS: bench_layer.diffmas})
+    assert set(contest.trials) == {OURS, "Liger"}, contest.notes
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("n", [3, 70])
+def test_adapters_in_16_bits(n, phase, as_on_a_gpu):
+    case = dataclasses.replace(bench_linear.GPU_CASES[0], n=n, phase=phase, model="small")
+    contest = Contest(bench_linear.problem(case), bench_linear.PROVIDERS)
+    assert set(contest.trials) == {OURS, "PEFT", "LoRA in 16 bits"}, contest.notes

@@ -234,13 +234,13 @@ def test_the_plan_measures_every_goal_of_a_gpu():
 
 def test_every_smoke_chooses_a_few_tests():
     """Also those that a GPU is needed for."""
-    files = [f"tests/test_{name}.py" for name in ("triton", "cuda", "gpu")]
+    files = [f"tests/test_{name}.py" for name in ("triton", "triton_layer", "triton_model", "cuda", "gpu")]
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files]
     collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     tests = [line for line in collected.splitlines() if "::" in line]
     for file, only in [*gpu_run.SMOKES.values(), *gpu_run.SANITIZED.values()]:
         word = lambda test: lambda m: m[0] if m[0] in ("and", "or", "not") else str(m[0] in test)
-        chosen = [test for test in tests if file in test and eval(re.sub(r"\w+", word(test), only))]
+        chosen = [test for test in tests if f"/{file}.py" in test and eval(re.sub(r"\w+", word(test), only))]
         assert 1 <= len(chosen) <= 6, (only, chosen)
 
 

@@ -121,7 +121,7 @@ def test_layers_and_heads_that_see_less(heads, repeating):
 def test_captured_steps_with_fused_linears(repeating):
     s = system(agents=TWO, dtype=torch.float32)
     (got, _), (want, _) = (episode(s, graphs=graphs) for graphs in (True, False))
-    assert len(repeating) == 2 and patch_of(s.model).fuse and got.keys() == want.keys()
+    assert len(repeating) == 2 and patch_of(s.model).spec.fused and got.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4 * float(want[name].abs().max()))
 

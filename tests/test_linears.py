@@ -170,7 +170,7 @@ def test_unpatch_takes_everything_out_and_fuse_false_too():
     fused = 1 + 3 + 3 + 3 * 3 + LINEARS + 1  # the body, attention, layers, their two norms and MLP, linears, the head
     assert len(own()) == fused
     patch_model(model, fuse=False)
-    assert len(own()) == 3 and not patch_of(model).fuse
+    assert len(own()) == 3 and not patch_of(model).spec.fused
     patch_model(model)
     assert len(own()) == fused
     unpatch_model(model)

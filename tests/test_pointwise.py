@@ -25,7 +25,7 @@ def calls(made):
 
 
 def switched_off(monkeypatch):
-    monkeypatch.setattr(pointwise, "_serves", lambda x: False)
+    monkeypatch.setattr(pointwise, "_kernels", lambda x: None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from layer_cases import Linear, gates, lora_gradients, norms
 from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs, random_attention
 from op_runs import attention_all, exact_in_half, finite, inject_all, merge_all, raw, reposition_all, within_budget
 from quantized_cases import in_bits, quantized_dq, run_quantized
@@ -210,6 +211,59 @@ def moves(H, D, interleaved=False):
     return move, [exact_in_half(ROWS, H, D) for _ in range(4)]
 
 
+def check_layer(run, plain, arch, dtype, terms):
+    """run() on the kernels, against plain(dtype)."""
+    with executed(arch) as launches:
+        results = run()
+    agree(results, lambda dtype, name: plain(dtype), dtype, terms)
+    return launches
+
+
+LINEARS = {
+    "bfloat16": (BRAIN, Linear(5, out=96, length=384, r=8)),  # sums that are split
+    "more_rows": (HALF, Linear(25, out=64, length=192, r=20, bias=False)),
+    "float32": (FLOAT, Linear(3, out=64, length=96, r=4)),
+    "odd": (BRAIN, Linear(2, out=37, length=67, r=3, far=True)),
+    "without_an_adapter": (BRAIN, Linear(17, out=288, length=160, r=0)),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", LINEARS)
+def test_linear(name, arch):
+    dtype, case = LINEARS[name]
+    launches = check_layer(lambda: case.run(backend.linear, dtype), case.plain, arch, dtype, case.terms)
+    assert len(launches.seen) == (4 if case.r else 2)
+    products = sum(counts.by_name["products"] for one in launches.seen for counts in one.counts.values())
+    assert (products > 0) == (dtype != FLOAT)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "dtype, case", [(BRAIN, Linear(40, out=96, length=64, bias=False)), (FLOAT, Linear(33, out=40, length=40, bias=False))]
+)
+def test_what_lora_adds_to_many_rows(dtype, case, arch):
+    def run(x, weight, bias, a, b, scale, transposed):
+        y = x @ weight if transposed else x @ weight.T
+        return y, backend.add_lora(y, x, a, b, scale, transposed)
+
+    check_layer(lambda: case.run(run, dtype), case.plain, arch, dtype, case.terms)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, n, r, length", [(BRAIN, 90, 8, 72), (FLOAT, 7, 20, 64)])
+def test_lora_grad(dtype, n, r, length, arch):
+    of = lora_gradients(n, r, length)
+    check_layer(lambda: of(dtype, ops=backend), of, arch, dtype, n**0.5)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, n, length, far", [(BRAIN, 3, 576, False), (HALF, 2, 100, True), (FLOAT, 2, 64, False)])
+def test_norm_and_gate(dtype, n, length, far, arch):
+    for of in (norms(n, length, far), gates(n, length, far)):
+        check_layer(lambda of=of: of(dtype, ops=backend), of, arch, dtype, length**0.5)
+
+
 # ---- what a program costs
 
 
@@ -341,6 +395,9 @@ MUTANTS = {
     ),
     "no fence between threads and products": ("fwd", [90], replaced(r"fence\.proxy\.async[^;]*;", "", which=0)),
     "no fence of a product's registers": ("fwd", [90], replaced(r"wgmma\.fence[^;]*;", "", which=1)),
+    "a wait for fewer copies of weights": ("products", [80, 90], replaced(WAIT, counted(1), which=1)),
+    "the stride of the weight for that of the rows": ("products", [80, 90], swapped("stride_x", "stride_w")),
+    "LoRA's sums from where others are": ("finish", [80, 90], swapped("rank", "to")),
     "another swizzle": (
         "fwd", [90], replaced(r"46\d{17}(?=;)", lambda one: str(int(one[0]) ^ 3 << 62), after=r"wgmma\.fence", which=0)
     ),
@@ -389,8 +446,13 @@ def repositioned(launches):
     agree(agree_on(FLOAT, "triton"), agree_on, FLOAT, 8)
 
 
+def multiplied(launches):
+    case = Linear(5, out=64, length=1100, r=4)
+    agree(case.run(backend.linear, BRAIN), lambda dtype, name: case.plain(dtype), BRAIN, case.terms)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("run", [forward, gathered, gradients, repositioned])
+@pytest.mark.parametrize("run", [forward, gathered, gradients, multiplied, repositioned])
 def test_without_a_fault_nothing_is_found(run, arch):
     with executed(arch) as launches:
         run(launches)
@@ -399,7 +461,8 @@ def test_without_a_fault_nothing_is_found(run, arch):
 @pytest.mark.parametrize("name, arch", [(name, arch) for name, (_, archs, _) in MUTANTS.items() for arch in archs])
 def test_a_fault_is_found(name, arch):
     kernel, _, edit = MUTANTS[name]
-    run = {"fwd": forward, "dkv": gradients, "reposition_bwd_kernel": repositioned}.get(kernel, gathered)
+    own = {"fwd": forward, "dkv": gradients, "reposition_bwd_kernel": repositioned}
+    run = (own | dict.fromkeys(("products", "finish"), multiplied)).get(kernel, gathered)
     edited = []
 
     def mutate(one, ptx, parameters):

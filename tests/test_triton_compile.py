@@ -17,13 +17,14 @@ CODE = """
 import json
 ATTENTION = ["attention", "attention, many segments", "attention, latent step, offset", "attention_backward"]
 ATTENTION += ["attention_backward, latent step"]
-from tools.triton_report import OPS, binary, compiled, launches
-for op in OPS:
+from tools.triton_report import HIDDEN, LAYER, OPS, binary, compiled, launches
+for op in [*OPS, *LAYER]:
     if op.startswith("attention") and op not in ATTENTION:
         continue  # make kernel-report has them all
-    for launch in launches(op):
+    D = HIDDEN if op in LAYER else 128
+    for launch in launches(op, D):
         # not all of them are needed for one token
-        same = [one == launch for n in (1, 17) for one in launches(op, n=n) if one.kernel is launch.kernel]
+        same = [one == launch for n in (1, 17) for one in launches(op, D, n=n) if one.kernel is launch.kernel]
         if op.startswith("attention"):
             tokens = OPS[op][2].get("tokens", 2) + 1
             same += [one == launch for one in launches(op, tokens=tokens) if one.kernel is launch.kernel]
@@ -111,9 +112,9 @@ def test_a_program_of_dkv_without_work_ends_early():
 
 LOOPS = """
 import json
-from tools.triton_report import binary, inner_loops, launches
-for op in ("attention", "attention, latent step", "attention, many segments", "inject_backward"):
-    for launch in launches(op):
+from tools.triton_report import HIDDEN, LAYER, binary, inner_loops, launches
+for op in ("attention", "attention, latent step", "attention, many segments", "inject_backward", "linear, no adapter"):
+    for launch in launches(op, HIDDEN if op in LAYER else 128):
         print(json.dumps([f"{op}: {launch.kernel.__name__}", inner_loops(binary(launch, 90))]))
 """
 
@@ -126,6 +127,8 @@ def test_what_a_loop_costs():
     assert products("attention: cross_attention_fwd_kernel") < 0.9 * 425
     assert products("attention, latent step: cross_attention_fwd_kernel") < 0.9 * 324
     assert products("attention, many segments: cross_attention_fwd_kernel") < 400  # gathered row by row; 391 today
+    assert products("linear, no adapter: linear_kernel_products") < 100  # 74 today, and nothing waits for a load
+    assert not any("LDG" in loop for loop in loops["linear, no adapter: linear_kernel_products"])
     tiles = [loop for loop in loops["inject_backward: inject_bwd_kernel"] if "STG" in loop]
     assert sorted(loop.count("BAR") for loop in tiles) == [0, 1]  # q; k and v, whose gradients are read and then zeroed
 

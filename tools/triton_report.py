@@ -27,11 +27,24 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffmas.kernels import cross_attention, inject, merge_states, reposition
+from diffmas.kernels import cross_attention, inject, linear, merge_states, pointwise, reposition
 from diffmas.kernels.blocks import ARCHITECTURES, launch_options, line_of, table
 from diffmas.kernels.launch import interpreting
 
-__all__ = ["OPS", "QUANTIZED", "Launch", "binary", "compiled", "fits", "inner_loops", "launches", "opcodes", "tiles_for"]
+__all__ = [
+    "HIDDEN",
+    "LAYER",
+    "OPS",
+    "QUANTIZED",
+    "Launch",
+    "binary",
+    "compiled",
+    "fits",
+    "inner_loops",
+    "launches",
+    "opcodes",
+    "tiles_for",
+]
 
 TABLE = Path(__file__).with_name("triton_report.csv")
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have
@@ -93,6 +106,29 @@ def quantized_call(n, D, dtype, tiles, tokens=2, payload=torch.int8, backward=Fa
     return cross_attention.cross_attention_quantized_backward(q, q, q, lse, *pools, *scales, *view, tiles=tiles)
 
 
+def pointwise_call(n, D, dtype, op):
+    x, weight = torch.zeros(3, n, D, dtype=dtype).unbind(), torch.zeros(D, dtype=dtype)
+    if "norm" in op:
+        return pointwise.norm_backward(*x[:2], weight, 1e-6) if "backward" in op else pointwise.norm(x[0], weight, 1e-6)
+    return pointwise.gate_backward(*x) if "backward" in op else pointwise.gate(*x[:2])
+
+
+def linear_call(n, D, dtype, more=0, rank=8, transposed=False):
+    """A square weight, with a bias; 1 to 16 rows and `more`."""
+    x, weight = torch.zeros(more + n % 16 + 1, D, dtype=dtype), torch.zeros(D, D, dtype=dtype)
+    bias, a, b = torch.zeros(D, dtype=dtype), torch.zeros(rank, D), torch.zeros(D, rank)
+    return linear.linear(x, weight, None if transposed else bias, *((a, b) if rank else (None, None)), 1.5, transposed)
+
+
+def add_lora_call(n, D, dtype, rank=8, transposed=False):
+    x, y = torch.zeros(2, n + 32, D, dtype=dtype).unbind()
+    return linear.add_lora(y, x, torch.zeros(rank, D), torch.zeros(D, rank), 1.5, transposed)
+
+
+def lora_grad_call(n, D, dtype, rank=8):
+    return linear.lora_grad(torch.zeros(n, rank), torch.zeros(n, D, dtype=dtype), 1.5)
+
+
 # call(n, D, dtype, **flags) of n tokens or rows; attention is called with tiles too
 OPS = {
     "inject": (inject, inject_call, {}),
@@ -127,6 +163,20 @@ OPS = {
     "attention_backward, step, offset": (cross_attention, attention_call, dict(backward=True, grad_tail=True, offset=True)),
     "attention_backward, flush": (cross_attention, attention_call, dict(tokens=16, backward=True, causal=False)),
 }
+# What a decoder layer does beside attention; D is its hidden size.
+LAYER = {
+    **{op: (pointwise, pointwise_call, dict(op=op)) for op in ("norm", "norm_backward", "gate", "gate_backward")},
+    "linear": (linear, linear_call, {}),
+    "linear, 17 to 32 rows": (linear, linear_call, dict(more=16)),
+    "linear, no adapter": (linear, linear_call, dict(rank=0)),
+    "linear, r = 64": (linear, linear_call, dict(rank=64)),
+    "linear, transposed": (linear, linear_call, dict(transposed=True)),
+    "linear, transposed, 17 to 32 rows": (linear, linear_call, dict(transposed=True, more=16)),
+    "add_lora": (linear, add_lora_call, {}),
+    "add_lora, transposed": (linear, add_lora_call, dict(transposed=True)),
+    "lora_grad": (linear, lora_grad_call, {}),
+}
+HIDDEN = 2048
 # Printed alone: they have the tiles of full rows, dq half of a tile's keys, and none of their own in blocks.csv yet.
 QUANTIZED = {
     "quantised rows": (cross_attention, quantized_call, dict(tokens=128)),
@@ -200,9 +250,9 @@ def launches(
     op: str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, n: int = 48, arch: int = 90, forced: dict | None = None,
     **more,
 ) -> list[Launch]:  # fmt: skip
-    """Every kernel launch of one call of `op`, of OPS or QUANTIZED, on n tokens, with the tiles of an architecture. more: flags
-    of the call in the place of the entry's."""
-    module, call, flags = (OPS | QUANTIZED)[op]
+    """Every kernel launch of one call of `op`, of OPS, LAYER or QUANTIZED, on n tokens, with the tiles of an architecture.
+    more: flags of the call in the place of the entry's."""
+    module, call, flags = (OPS | LAYER | QUANTIZED)[op]
     kernels = {name: x for name, x in vars(module).items() if isinstance(x, triton.JITFunction) and "_kernel" in name}
     seen = []
     try:
@@ -211,7 +261,8 @@ def launches(
         if module is cross_attention:
             flags = flags | {"tiles": tiles}
         call(n, head_dim, dtype, **flags | more)
-        for launch, line in zip((one for one in seen if "BLOCK_N" in one.constants), lines, strict=True):
+        tiled = [one for one in seen if module is cross_attention and "BLOCK_N" in one.constants]
+        for launch, line in zip(tiled, lines, strict=True):
             launch.line = line
     finally:
         vars(module).update(kernels)
@@ -277,6 +328,11 @@ def cases():
             yield from ((op, "bfloat16", D, arch) for D in (64, 80, 96, 128, 256))
             yield from ((op, "float32", D, arch) for D in (64, 128))
         yield op, "float16", 128, 90
+    for op in LAYER:
+        for arch in ARCHITECTURES:
+            yield op, "bfloat16", HIDDEN, arch
+            yield op, "float32", HIDDEN, arch
+        yield op, "float16", HIDDEN, 90
 
 
 def expected_rows() -> list[tuple[dict, Launch]]:
@@ -303,9 +359,12 @@ def read_table() -> list[dict]:
 
 
 def _tile(launch: Launch) -> str:
-    sizes = [str(launch.constants[name]) for name in ("BLOCK_R", "BLOCK_M", "BLOCK_N") if name in launch.constants]
+    names = [name for name in ("BLOCK_R", "BLOCK_M", "BLOCK_N", "BLOCK_W") if name in launch.constants]
     at_most = f", {launch.options['maxnreg']} registers" if launch.options.get("maxnreg") else ""
-    return " x ".join(sizes) + f", {launch.options['num_warps']} warps, {launch.options.get('num_stages', 3)} stages{at_most}"
+    return (
+        " x ".join(str(launch.constants[name]) for name in names)
+        + f", {launch.options['num_warps']} warps, {launch.options.get('num_stages', 3)} stages{at_most}"
+    )
 
 
 _expected = functools.cache(expected_rows)  # a process that compiles makes it once: kernels cannot be sent there

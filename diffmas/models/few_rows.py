@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from diffmas.models.linear_parts import Ours, is_ours
 from diffmas.models.plain_layer import hooked_by_others, plain_layer
-from diffmas.ops.linear import FEW_ROWS
+from diffmas.ops.layer import LayerOps, layer_ops
+from diffmas.ops.linear import CPU, FEW_ROWS
 from diffmas.trace.few_rows import Weights, few_rows_layers, ready
 from diffmas.trace.few_rows_learning import learning_layers
 from diffmas.trace.forward_pass import ForwardPass
@@ -124,13 +125,13 @@ class Looked(NamedTuple):
         return same and self.witness.holds()
 
 
-def _look(ours: Ours, layers: list[nn.Module], dtype: torch.dtype, learning: bool) -> Looked:
+def _look(ours: Ours, layers: list[nn.Module], kernels: LayerOps, learning: bool) -> Looked:
     # First: what another thread changes meanwhile is seen, at the latest by the next forward.
     witness = Witness(layers, learning)
-    return Looked(list(layers), dtype, witness, _plain(ours, layers, dtype, learning))
+    return Looked(list(layers), kernels.dtype, witness, _plain(ours, layers, kernels, learning))
 
 
-def _plain(ours: Ours, layers: list[nn.Module], dtype: torch.dtype, learning: bool) -> Plain | None:
+def _plain(ours: Ours, layers: list[nn.Module], kernels: LayerOps, learning: bool) -> Plain | None:
     for layer in layers:
         if layer is not ours.module and (hooked_by_others(layer) or not is_ours(layer.__dict__.get("forward"))):
             return None  # it has to be called
@@ -138,7 +139,7 @@ def _plain(ours: Ours, layers: list[nn.Module], dtype: torch.dtype, learning: bo
             return None
     found, heads = [], []
     for layer in layers:
-        plain = plain_layer(layer, dtype)
+        plain = plain_layer(layer, kernels)
         norms = None if plain is None else _head_norms(plain.attention)
         if norms is None or (learning and not _waits(plain.linears, norms)):
             return None
@@ -187,7 +188,8 @@ def few_rows(
 
     ours: the one whose forward asks, who keeps what was looked at. tables: gives cos and sin [1, n, Dr].
     """
-    if type(x) is not Tensor or not x.is_cpu or x.dim() != 3 or not 0 < x.shape[1] <= FEW_ROWS or not x.is_contiguous():
+    kernels = layer_ops(x, forward_pass.work.spec.fused)
+    if kernels is None or kernels.ops is not CPU or x.dim() != 3 or not 0 < x.shape[1] <= FEW_ROWS or not x.is_contiguous():
         return None
     learning = torch.is_grad_enabled()
     if _has_any_global_hook() or (learning and not x.requires_grad):
@@ -195,7 +197,7 @@ def few_rows(
     known = ours.__dict__.setdefault("looked", {})
     looked = known.get(learning)
     if looked is None or not looked.holds(layers, x.dtype):
-        looked = known[learning] = _look(ours, layers, x.dtype, learning)
+        looked = known[learning] = _look(ours, layers, kernels, learning)
     if looked.plain is None:
         return None
     attentions, weights = looked.plain

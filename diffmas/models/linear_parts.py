@@ -1,4 +1,4 @@
-"""What a linear layer of a model is made of, where it and its adapter are of the kind that the CPU's ops take.
+"""What a linear layer of a model is made of, where it and its adapter are of the kind that the kernels take.
 
 Looked at in each forward: adapters are switched, merged, hooked and replaced.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from diffmas.ops.linear import serves
+from diffmas.ops.layer import LayerOps
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.lora_run import LoraRun
 
@@ -49,31 +49,33 @@ def _bare(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not is_hooked(module) and (forward is None or is_ours(forward))
 
 
-def parts_of(module: nn.Module):
+def parts_of(module: nn.Module, kernels: LayerOps):
     """weight, bias, a, b and scale as `run` takes them; None where the module must run as it is. Its class may have changed:
     torch's parametrizations do that."""
     if type(module) is nn.Linear:
-        return _plain_parts(module)
-    return _lora_parts(module) if is_lora(module) else None
+        return _plain_parts(module, kernels)
+    return _lora_parts(module, kernels) if is_lora(module) else None
 
 
-def _plain_parts(module: nn.Module):
+def _plain_parts(module: nn.Module, kernels: LayerOps):
     """The same of a linear."""
     weight, bias = module._parameters.get("weight"), module._parameters["bias"]  # None: torch's weight_norm has taken it away
-    if type(weight) is not nn.Parameter or (weight.requires_grad and torch.is_grad_enabled()) or not serves(weight):
+    if type(weight) is not nn.Parameter or (weight.requires_grad and torch.is_grad_enabled()):
         return None
-    if bias is not None and ((bias.requires_grad and torch.is_grad_enabled()) or bias.dtype != weight.dtype):
+    if not kernels.takes_weight(weight):
+        return None
+    if bias is not None and ((bias.requires_grad and torch.is_grad_enabled()) or not kernels.takes_weight(bias)):
         return None
     return weight, bias, None, None, 0.0
 
 
-def _lora_parts(module: nn.Module):
+def _lora_parts(module: nn.Module, kernels: LayerOps):
     """The same of PEFT's LoRA layer."""
     modules = module._modules
     base = modules["base_layer"]
     if module.merged_adapters or not _bare(base) or _has_any_global_hook():
         return None
-    parts = _plain_parts(base)
+    parts = _plain_parts(base, kernels)
     if parts is None or module.disable_adapters:
         return parts
     names = [name for name in module.active_adapters if name in modules["lora_A"]._modules]
@@ -92,7 +94,7 @@ def _lora_parts(module: nn.Module):
     a, b = a_module._parameters["weight"], b_module._parameters["weight"]
     if a.dtype != torch.float32 or b.dtype != torch.float32 or not getattr(module, "cast_input_dtype_enabled", True):
         return None
-    if a.device.type != "cpu" or b.device.type != "cpu" or not a.is_contiguous() or not b.is_contiguous():
+    if a.device != kernels.device or b.device != kernels.device or not a.is_contiguous() or not b.is_contiguous():
         return None
     return *parts[:2], a, b, module.scaling[name]
 
@@ -106,9 +108,9 @@ class Waiting(NamedTuple):
     number: int
 
 
-def waiting(a: Tensor | None, b: Tensor | None, scale: float, forward_pass: ForwardPass) -> Waiting | None:
+def waiting(a: Tensor | None, b: Tensor | None, scale: float, forward_pass: ForwardPass, ops) -> Waiting | None:
     """None where they do not wait: outside of a run, and where autograd gives them to aliases that tell one step's from
-    another's, not to the parameters alone (diffmas.agents.gradients, diffmas.agents.learning)."""
+    another's, not to the parameters alone (diffmas.agents.gradients, diffmas.agents.learning). ops: for `lora_grads`."""
     deferred = forward_pass.work.deferred
     if a is None or deferred is None or not forward_pass.order.requires_grad:
         return None
@@ -116,5 +118,5 @@ def waiting(a: Tensor | None, b: Tensor | None, scale: float, forward_pass: Forw
         return None
     if deferred.lora is None:
         deferred.lora = LoraRun()
-    token, number = deferred.lora.token(a, b, scale)
+    token, number = deferred.lora.token(a, b, scale, ops)
     return Waiting(token, deferred.lora, number)

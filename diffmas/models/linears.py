@@ -1,9 +1,10 @@
 """The linear layers of a patched model in a forward over a trace: each one op, with the LoRA adapter that is active in it.
 
-What is fused: an `nn.Linear` on the CPU that is frozen or runs without gradients, alone or in PEFT's LoRA layer with no or one
-active adapter that is plain LoRA, its weights float32 and without dropout. All else, and every forward without a trace, runs as
-it is. Nothing is decided for good: an adapter that is switched, merged, hooked or replaced is looked at again in each forward.
-Without gradients few rows go further, all layers in one op (diffmas.models.few_rows), and so does the head when it is decoded.
+What is fused: an `nn.Linear` that is frozen or runs without gradients, alone or in PEFT's LoRA layer with no or one active
+adapter that is plain LoRA, its weights float32 and without dropout; on the CPU by default, on a GPU where it was asked for
+(diffmas.ops.layer). All else, and every forward without a trace, runs as it is. Nothing is decided for good: an adapter that is
+switched, merged, hooked or replaced is looked at again in each forward. On the CPU, without gradients, few rows go further, all
+layers in one op (diffmas.models.few_rows), and so does the head when it is decoded.
 """
 
 import functools
@@ -21,7 +22,8 @@ from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of, waitin
 from diffmas.models.parts import attention_layers, causal_lm_of, text_stack_of
 from diffmas.models.pointwise import GatedForward, NormForward, unflattened
 from diffmas.models.running import forward_pass_here, running
-from diffmas.ops.linear import FEW_ROWS, linear, lora_grads, serves
+from diffmas.ops.layer import layer_ops
+from diffmas.ops.linear import FEW_ROWS, linear, lora_grads
 from diffmas.trace.forward_pass import ForwardPass
 
 __all__ = ["fuse_layers", "product", "restore_layers"]
@@ -67,7 +69,8 @@ class LayerForward(Ours):
 
     def forward(self, *args, **kwargs):
         layer, forward_pass = self.module, kwargs.get("diffmas_trace")
-        if forward_pass is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        x = args[0] if args else kwargs["hidden_states"]
+        if forward_pass is None or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return type(layer).forward(layer, *args, **kwargs)
         forward = type(layer).forward
         checkpoints = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
@@ -101,29 +104,29 @@ class LinearForward(Ours):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         module = self.module
         if not torch.compiler.is_compiling() and not args and not kwargs and (here := forward_pass_here()) is not None:
-            parts = parts_of(module)
-            if parts is not None and x.dtype == parts[0].dtype and type(x) is Tensor:
-                return run(x, *parts, here)
+            kernels = layer_ops(x, here.work.spec.fused)
+            if kernels is not None and (parts := parts_of(module, kernels)) is not None:
+                return run(x, *parts, here, kernels.ops)
         return type(module).forward(module, x, *args, **kwargs)
 
 
-def run(x: Tensor, weight, bias, a, b, scale: float, forward_pass: ForwardPass) -> Tensor:
-    """x [..., in] -> [..., out]"""
+def run(x: Tensor, weight, bias, a, b, scale: float, forward_pass: ForwardPass, ops) -> Tensor:
+    """x [..., in] -> [..., out]. ops: as `linear` has it."""
     if not torch.is_grad_enabled() or not (x.requires_grad or (a is not None and (a.requires_grad or b.requires_grad))):
-        return _of_rows(x, weight, bias, a, b, scale)[0]
-    waits = waiting(a, b, scale, forward_pass)
+        return _of_rows(x, weight, bias, a, b, scale, ops=ops)[0]
+    waits = waiting(a, b, scale, forward_pass, ops)
     if waits is not None:
         token, *waits = waits
         trained = (None, None)
     else:  # a torch function, which whoever gives aliases of parameters sees
         token, waits = None, (None, 0)
         trained = tuple(w.view_as(w) if w is not None and w.requires_grad else None for w in (a, b))
-    return LoraLinear.apply(x, token, *trained, (weight, bias, a, b, scale, *waits))
+    return LoraLinear.apply(x, token, *trained, (weight, bias, a, b, scale, *waits, ops))
 
 
-def _of_rows(x: Tensor, *rest, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
+def _of_rows(x: Tensor, *rest, ops, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
     """`linear` of x [..., in]: y [..., out], and u [n, r]."""
-    y, u = linear(x.reshape(-1, x.shape[-1]), *rest, transposed)
+    y, u = linear(x.reshape(-1, x.shape[-1]), *rest, transposed, ops)
     return unflattened(y, x), u
 
 
@@ -132,12 +135,12 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, token, a_input, b_input, rest):
-        weight, bias, a, b, scale, run_of, number = rest
-        y, u = _of_rows(x, weight, bias, a, b, scale)
+        weight, bias, a, b, scale, run_of, number, ops = rest
+        y, u = _of_rows(x, weight, bias, a, b, scale, ops=ops)
         if not any(ctx.needs_input_grad[1:4]):
             x = u = None  # as in torch, the gradient to the input needs the weights alone
         ctx.save_for_backward(x, u, weight, a, b)
-        ctx.rest = scale, run_of, number
+        ctx.rest = scale, run_of, number, ops
         return y
 
     @staticmethod
@@ -147,18 +150,18 @@ class LoraLinear(torch.autograd.Function):
 
 def _backward(ctx, dy):
     x, u, weight, a, b = ctx.saved_tensors
-    scale, run_of, number = ctx.rest
+    scale, run_of, number, ops = ctx.rest
     dx_wanted, deferred, da_wanted, db_wanted, _ = ctx.needs_input_grad
     dx, v, da, db = None, None, None, None
     if dx_wanted:
-        dx, v = _of_rows(dy, weight, None, a, b, scale, transposed=True)
+        dx, v = _of_rows(dy, weight, None, a, b, scale, ops=ops, transposed=True)
     if deferred or da_wanted or db_wanted:
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         v = dy.to(b.dtype) @ b if v is None else v
         if deferred:
             run_of.keep(number, x, u, dy, v)
         else:
-            da, db = lora_grads(x, u, dy, v, scale)
+            da, db = lora_grads(x, u, dy, v, scale, ops)
     return dx, None, da if da_wanted else None, db if db_wanted else None, None
 
 
@@ -167,15 +170,16 @@ _backward_once = once_differentiable(_backward)
 
 class Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, transposed):
+    def forward(ctx, x, weight, transposed, ops):
         ctx.save_for_backward(weight)
-        ctx.transposed = transposed
-        return linear(x, weight, None, None, None, 0.0, transposed)[0]
+        ctx.rest = transposed, ops
+        return linear(x, weight, None, None, None, 0.0, transposed, ops)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return linear(dy, *ctx.saved_tensors, None, None, None, 0.0, not ctx.transposed)[0], None, None
+        (weight,), (transposed, ops) = ctx.saved_tensors, ctx.rest
+        return linear(dy, weight, None, None, None, 0.0, not transposed, ops)[0], None, None, None
 
 
 def product(model: nn.Module, module: nn.Module, x: Tensor, transposed: bool = False) -> Tensor | None:
@@ -183,11 +187,12 @@ def product(model: nn.Module, module: nn.Module, x: Tensor, transposed: bool = F
     does not have what the kernels take."""
     patch, weight = getattr(causal_lm_of(model), "diffmas_patch", None), module._parameters.get("weight")
     hooked = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()  # which may bring the weight
-    if hooked or patch is None or not patch.fuse or type(weight) is not nn.Parameter or weight.requires_grad:
+    if hooked or patch is None or type(weight) is not nn.Parameter or weight.requires_grad:
         return None
-    if not serves(weight) or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+    kernels = layer_ops(x, patch.spec.fused)
+    if kernels is None or not kernels.takes_weight(weight) or torch.is_autocast_enabled(x.device.type):
         return None
-    return Product.apply(x, weight, transposed)
+    return Product.apply(x, weight, transposed, kernels.ops)
 
 
 # ---- putting it in, and taking it out --------------------------------------------------------------------------------

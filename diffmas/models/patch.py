@@ -31,8 +31,8 @@ from diffmas.models.local import failing_together, gathered, is_part
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
 from diffmas.models.rehearsal import at_rest, rehearse
 from diffmas.models.support import Unsupported, refuse, unsupported, window_of
-from diffmas.ops import linear
 from diffmas.ops.huge_pages import gather_in_huge_pages
+from diffmas.ops.layer import usable
 from diffmas.trace.spec import ATTRIBUTE, ModelSpec, check_offload
 
 __all__ = ["Patch", "patch_model", "patch_of", "unpatch_model"]
@@ -47,8 +47,8 @@ class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
     checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
-    when they were patched. graphs, training_graphs: see `patch_model` (diffmas.agents.capture). fuse: the same, and there are
-    kernels for it here (diffmas.models.linears). tries: by what is captured, how often that may still fail.
+    when they were patched. graphs, training_graphs: see `patch_model` (diffmas.agents.capture). fuse: the same (what comes
+    of it is spec.fused). tries: by what is captured, how often that may still fail.
     """
 
     body: nn.Module
@@ -61,7 +61,7 @@ class Patch:
     hook_ids: tuple[int | None, int | None] = (None, None)
     graphs: bool = True
     training_graphs: bool = False
-    fuse: bool = True
+    fuse: bool | None = None
     gathered: bool = False  # its weights, in huge pages
     tries: dict[str, int] = field(default_factory=dict)
 
@@ -79,7 +79,7 @@ def patch_of(model: nn.Module) -> Patch:
 
 def patch_model(
     model: nn.Module, backend: str = "auto", max_length: int | None = None, *, graphs: bool = True,
-    training_graphs: bool = False, fuse: bool = True, offload: str | None = None,
+    training_graphs: bool = False, fuse: bool | None = None, offload: str | None = None,
 ) -> nn.Module:  # fmt: skip
     """Patches a model in place to take a `diffmas.Trace` as past_key_values, and returns it.
 
@@ -88,11 +88,13 @@ def patch_model(
     sliding window must be at least that long; without max_length it must be as long as the model's context, and then limits
     traces itself. graphs: whether latent steps and decoding of a system may be captured as CUDA graphs on a GPU; a model that
     cannot be runs without, after one warning. training_graphs: latent steps with gradients too, and their backward; off as long
-    as no GPU has shown the gradients to be right. fuse: whether, in forwards over a trace on a CPU, a frozen
-    linear and its plain LoRA adapter are one op, and the adapter's gradients of a run of latent steps one product, and whether,
-    without gradients, the layers of a Llama-like body are one op for up to 32 tokens; the weights' memory is then in huge
-    pages, where the system gathers them (Linux 6.1), at the same addresses, and a forked process has it for itself; what
-    is adapted in another way, or is on a GPU, is PEFT's own. Adapters that are added later are fused once it is patched again.
+    as no GPU has shown the gradients to be right. fuse: whether, in forwards over a trace, a frozen linear and its plain LoRA
+    adapter are one op, the adapter's gradients of a run of latent steps one product, and norms and gates an op each; on a CPU
+    also whether, without gradients, the layers of a Llama-like body are one op for up to 32 tokens; the weights' memory is then
+    in huge pages, where the system gathers them (Linux 6.1), at the same addresses, and a forked process has it for itself.
+    None: on a CPU, where it was shown to be exact and faster; True: on a GPU too, where the Triton kernels for it have not run
+    yet; False: nowhere. What is adapted in another way is PEFT's own. Adapters that are added later are fused once it is
+    patched again.
     offload: "cpu" keeps the rows of all new traces of this model on the host (`Trace`); no step is captured then.
 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
@@ -114,7 +116,7 @@ def patch_model(
 
 
 def _patch_model(
-    model: nn.Module, backend: str, max_length: int | None, graphs: bool, training_graphs: bool, fuse: bool,
+    model: nn.Module, backend: str, max_length: int | None, graphs: bool, training_graphs: bool, fuse: bool | None,
     offload: str | None,
 ) -> nn.Module:  # fmt: skip
     ops.check_backend(backend)
@@ -137,7 +139,7 @@ def _patch_model(
         record.spec.offload = offload
         _install(record)
         with failing_together(causal_lm, Unsupported), at_rest(causal_lm):
-            rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec, record.fuse)
+            rehearse(causal_lm, [attention for attention, _ in record.pairs()], record.spec, bool(record.spec.fused))
     except BaseException as error:
         if hasattr(causal_lm, "diffmas_patch"):
             unpatch_model(causal_lm)
@@ -206,11 +208,11 @@ def _device(body: nn.Module, layer: int) -> torch.device:
     return next(attention_layers(body)[layer].parameters()).device
 
 
-def _fuse(record: Patch, fuse: bool) -> None:
+def _fuse(record: Patch, fuse: bool | None) -> None:
     restore_layers(record.causal_lm)
-    record.fuse = fuse and linear.available(record.spec.backend)
-    if record.fuse:
-        if not record.gathered:
+    record.fuse, record.spec.fused = fuse, usable(record.spec.backend, fuse)
+    if record.spec.fused:
+        if "cpu" in record.spec.fused and not record.gathered:
             gather_in_huge_pages(record.causal_lm.parameters())
             record.gathered = True
         fuse_layers(record.body, record.causal_lm.get_output_embeddings())

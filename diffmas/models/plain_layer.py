@@ -8,6 +8,7 @@ from torch import nn
 from diffmas.models.attention import FusedForward
 from diffmas.models.kinds import is_plain, kind_of
 from diffmas.models.linear_parts import is_hooked, is_ours, parts_of
+from diffmas.ops.layer import LayerOps
 
 __all__ = ["PlainLayer", "hooked_by_others", "plain_layer"]
 
@@ -32,24 +33,23 @@ def hooked_by_others(module: nn.Module) -> bool:
     return bool(others) or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
 
 
-def _linear(module: nn.Module, dtype: torch.dtype):
+def _linear(module: nn.Module, kernels: LayerOps):
     """Its parts, where nobody else sees or does anything."""
     if is_hooked(module) or not is_ours(module.__dict__.get("forward")):
         return None
-    parts = parts_of(module)
-    return parts if parts is not None and parts[0].dtype == dtype else None
+    return parts_of(module, kernels)
 
 
-def _norm(module: nn.Module, dtype: torch.dtype):
+def _norm(module: nn.Module, kernels: LayerOps):
     """Its weight and eps."""
     if not is_plain(module, "RMSNorm"):
         return None
     weight = module._parameters["weight"]
-    right = type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_cpu and weight.is_contiguous()
+    right = type(weight) is nn.Parameter and kernels.takes_weight(weight)
     return (weight, module.variance_epsilon) if right and not (weight.requires_grad and torch.is_grad_enabled()) else None
 
 
-def plain_layer(layer: nn.Module, dtype: torch.dtype) -> PlainLayer | None:
+def plain_layer(layer: nn.Module, kernels: LayerOps) -> PlainLayer | None:
     """None where it has to run as it is."""
     if kind_of(layer) != "DecoderLayer":
         return None
@@ -61,12 +61,12 @@ def plain_layer(layer: nn.Module, dtype: torch.dtype) -> PlainLayer | None:
     if hooked_by_others(attention) or not is_plain(mlp, "MLP"):
         return None
     projections, inner = attention._modules, mlp._modules
-    norms = [_norm(modules[name], dtype) for name in ("input_layernorm", "post_attention_layernorm")]
+    norms = [_norm(modules[name], kernels) for name in ("input_layernorm", "post_attention_layernorm")]
     if None in norms or not is_plain(inner["act_fn"], "SiLU"):
         return None
     linears = []
     for name in LINEARS:
-        parts = _linear(projections[name] if name in projections else inner[name], dtype)
+        parts = _linear(projections[name] if name in projections else inner[name], kernels)
         if parts is None:
             return None
         linears.append(parts)

@@ -1,5 +1,5 @@
-"""RMSNorm and the gated feed-forward part of a patched model's layers in a forward over a trace on the CPU: an op each, which
-keeps its inputs alone and rounds where transformers' own chain of eight does.
+"""RMSNorm and the gated feed-forward part of a patched model's layers in a forward over a trace: an op each, which keeps its
+inputs alone and rounds where transformers' own chain of eight does.
 
 Where a norm's weight is trained, and where anything is not of the common kind, the module runs as it is.
 """
@@ -12,17 +12,16 @@ from torch.nn.modules.module import _has_any_global_hook
 from diffmas.models.kinds import is_plain, kind_of
 from diffmas.models.linear_parts import Ours
 from diffmas.models.running import forward_pass_here
+from diffmas.ops.layer import LayerOps, layer_ops
 
 __all__ = ["GatedForward", "NormForward", "rows_of_numbers", "unflattened"]
 
-COLUMNS = 32  # row lengths are multiples of it
 
-
-def _serves(x: Tensor) -> bool:
-    return (
-        type(x) is Tensor and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.shape[-1] % COLUMNS == 0
-        and forward_pass_here() is not None and not torch.compiler.is_compiling()
-    )  # fmt: skip
+def _kernels(x: Tensor) -> LayerOps | None:
+    if torch.compiler.is_compiling() or (here := forward_pass_here()) is None:
+        return None
+    found = layer_ops(x, here.work.spec.fused)
+    return found if found is not None and found.takes(x) else None
 
 
 def rows_of_numbers(x: Tensor) -> Tensor:
@@ -39,20 +38,17 @@ def unflattened(y: Tensor, x: Tensor) -> Tensor:
 
 class Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, eps, ops):
         ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return unflattened(torch.ops.diffmas_native.norm(rows_of_numbers(x), weight, eps), x)
+        ctx.rest = eps, ops
+        return unflattened(ops.norm(rows_of_numbers(x), weight, eps), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        return (
-            torch.ops.diffmas_native.norm_backward(rows_of_numbers(dy), rows_of_numbers(x), weight, ctx.eps).view(x.shape),
-            None,
-            None,
-        )
+        (x, weight), (eps, ops) = ctx.saved_tensors, ctx.rest
+        dx = ops.norm_backward(rows_of_numbers(dy), rows_of_numbers(x), weight, eps)
+        return dx.view(x.shape), None, None, None
 
 
 class NormForward(Ours):
@@ -61,29 +57,30 @@ class NormForward(Ours):
     def forward(self, x: Tensor) -> Tensor:
         norm = self.module
         weight = norm._parameters.get("weight")
-        if kind_of(norm) == "RMSNorm" and _serves(x) and _fits(weight, x):
-            return Norm.apply(x, weight, norm.variance_epsilon)
+        if kind_of(norm) == "RMSNorm" and (kernels := _kernels(x)) is not None and _fits(weight, kernels):
+            return Norm.apply(x, weight, norm.variance_epsilon, kernels.ops)
         return type(norm).forward(norm, x)
 
 
-def _fits(weight, x: Tensor) -> bool:
+def _fits(weight, kernels: LayerOps) -> bool:
     if type(weight) is not nn.Parameter or (weight.requires_grad and torch.is_grad_enabled()):
         return False
-    return weight.dtype == x.dtype and weight.is_cpu and weight.is_contiguous()
+    return kernels.takes_weight(weight)
 
 
 class Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up, ops):
         ctx.save_for_backward(gate, up)
-        return unflattened(torch.ops.diffmas_native.gate(rows_of_numbers(gate), rows_of_numbers(up)), gate)
+        ctx.ops = ops
+        return unflattened(ops.gate(rows_of_numbers(gate), rows_of_numbers(up)), gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.ops.diffmas_native.gate_backward(rows_of_numbers(dy), rows_of_numbers(gate), rows_of_numbers(up))
-        return dgate.view(gate.shape), dup.view(up.shape)
+        dgate, dup = ctx.ops.gate_backward(rows_of_numbers(dy), rows_of_numbers(gate), rows_of_numbers(up))
+        return dgate.view(gate.shape), dup.view(up.shape), None
 
 
 class GatedForward(Ours):
@@ -91,9 +88,10 @@ class GatedForward(Ours):
 
     def forward(self, x: Tensor) -> Tensor:
         mlp, modules = self.module, self.module._modules
-        if kind_of(mlp) != "MLP" or not is_plain(modules["act_fn"], "SiLU") or _has_any_global_hook() or not _serves(x):
+        if kind_of(mlp) != "MLP" or not is_plain(modules["act_fn"], "SiLU") or _has_any_global_hook() or _kernels(x) is None:
             return type(mlp).forward(mlp, x)
         gate, up = modules["gate_proj"](x), modules["up_proj"](x)
-        if not _serves(gate) or type(up) is not Tensor or gate.shape != up.shape or gate.dtype != up.dtype:
+        kernels = _kernels(gate)
+        if kernels is None or type(up) is not Tensor or gate.shape != up.shape or not kernels.takes(up):
             return modules["down_proj"](modules["act_fn"](gate) * up)
-        return modules["down_proj"](Gate.apply(gate, up))
+        return modules["down_proj"](Gate.apply(gate, up, kernels.ops))

@@ -27,7 +27,7 @@ QUANTIZED = {
     "cross_attention_quantized_backward": f"(Tensor do, Tensor q, Tensor o, Tensor lse, {ROWS_OF_8_BITS}) -> Tensor",
 }
 
-# Of torch.ops.diffmas_native alone: diffmas/ops/fused.py.
+# Of torch.ops.diffmas_native alone, and on the CPU; Triton has launchers of the same (kernels/backend.py), but there are no
 FUSED = {
     "inject_attend": f"(Tensor q, Tensor k, Tensor v, {ROPE}, {POOLS}, {TABLES}, float scale) -> (Tensor, Tensor, Tensor)",
     "inject_attend_backward": f"(Tensor do, Tensor q_rot, Tensor o, Tensor lse, Tensor? q, Tensor? k, {ROPE}, Tensor k_pool, "
@@ -40,7 +40,8 @@ LAYERS = "Tensor[] norms, float[] eps, Tensor[] linears, int[] parts, float[] sc
 LAYERS_HEADS = "Tensor? cos, Tensor? sin, Tensor slots, Tensor[] head_norms, float head_eps, bool interleaved"
 LAYERS_VIEWS = "Tensor[] view, Tensor[] rest, Tensor? inv_freq, float scale, Tensor[] frozen, Tensor[] frozen_view"
 
-# Of torch.ops.diffmas_native alone, and only on the CPU: diffmas/ops/linear.py.
+# Of torch.ops.diffmas_native alone, and on the CPU; Triton has launchers of the same (kernels/backend.py), but there are no
+# few_rows_... among them. diffmas/ops/layer.py picks one.
 LINEAR = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale, bool transposed) -> (Tensor, Tensor)",
     "few_rows_layers": f"(Tensor x, {LAYERS}, {LAYERS_HEADS}, Tensor(a!)[] k_pools, Tensor(b!)[] v_pools, {LAYERS_VIEWS}, "

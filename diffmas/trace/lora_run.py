@@ -38,9 +38,9 @@ class LoraRun:
         self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def token(self, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, int]:
-        """What a step's linear with these weights depends on, and the number under which it keeps."""
-        return self.begin((id(a), id(b), scale), (a, b), functools.partial(_of_one, scale))
+    def token(self, a: Tensor, b: Tensor, scale: float, ops) -> tuple[Tensor, int]:
+        """What a step's linear with these weights depends on, and the number under which it keeps. ops: for `lora_grads`."""
+        return self.begin((id(a), id(b), scale), (a, b), functools.partial(_of_one, scale, ops))
 
     def begin(self, key, weights: Sequence[Tensor], grads: Callable[[list[tuple]], Sequence[Tensor]]) -> tuple[Tensor, int]:
         """The same of linears whose steps are kept together. key: of nobody else, as long as weights or grads live. grads: the
@@ -60,17 +60,17 @@ class LoraRun:
             return of_this_pass(self._kept, Kept).steps.setdefault(number, [])
 
 
-def _of_one(scale: float, steps: list[tuple]) -> tuple[Tensor, Tensor]:
+def _of_one(scale: float, ops, steps: list[tuple]) -> tuple[Tensor, Tensor]:
     x, u, dy, v = (torch.cat(parts) for parts in zip(*steps))
     steps.clear()
-    return lora_grads(x, u, dy, v, scale)
+    return lora_grads(x, u, dy, v, scale, ops)
 
 
 class Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, number, grads, *weights):
         ctx.rest = run, number, grads, len(weights)
-        return torch.zeros(0)
+        return weights[0].new_zeros(0)  # on the device: autograd runs backward on the stream where the steps' nodes run
 
     @staticmethod
     @once_differentiable

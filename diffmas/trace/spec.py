@@ -33,7 +33,8 @@ class ModelSpec:
     inv_freq: rotary frequencies on a device, [Dr / 2] float32. device: where a layer's rows live. fingerprint: what a file
     of this model's rows depends on, as plain data. anchored: backward goes through all of a forward pass, with zeros where
     nobody used its last hidden state: of tensor parallelism, whose ops on parts of a tensor take no missing gradient. offload:
-    where the rows of its traces wait, None (on the device) or "cpu" (diffmas.trace.offload)."""
+    where the rows of its traces wait, None (on the device) or "cpu" (diffmas.trace.offload). fused: the backends whose
+    kernels its layers may run beside attention (diffmas.ops.layer)."""
 
     layers: list[LayerSpec]
     backend: str = "auto"
@@ -44,6 +45,7 @@ class ModelSpec:
     fingerprint: Callable[[], dict] | None = None
     anchored: bool = False
     offload: str | None = None
+    fused: tuple[str, ...] = ()
 
     def frequencies(self, layer: LayerSpec, device: torch.device) -> Tensor:
         """What turns a layer's keys; raises ValueError where it is not known."""

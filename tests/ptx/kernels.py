@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import triton
 
-from diffmas.kernels import cross_attention, inject, merge_states, reposition
+from diffmas.kernels import cross_attention, inject, linear, merge_states, pointwise, reposition
 from diffmas.kernels.blocks import launch_options, line_of, table
 from ptx.block import Block, Counts
 from ptx.compiler import Compiled, Pointer, Request
@@ -25,7 +25,7 @@ from ptx.text import parse
 
 __all__ = ["Launch", "Launches", "executed"]
 
-MODULES = (cross_attention, inject, merge_states, reposition)
+MODULES = (cross_attention, inject, linear, merge_states, pointwise, reposition)
 ROOT = Path(__file__).parents[2]
 
 # Triton 3.6 puts no fence between an asynchronous copy and wgmma. PTX asks for one; newer versions have it.

@@ -25,11 +25,12 @@ class Kernels(HostAttention):
     def __init__(self):
         super().__init__("attention")
         self.processors, self.vectors = 1, True
-        self.warpgroups = False  # on sm_90, whose form of dK and dV must then serve
+        self.warpgroups = False  # on sm_90, whose forms of the forward, dK and dV must then serve
+        self.sm90 = False  # on sm_90, where they need not
 
     def more(self):
         numbers = dict(processors=self.processors, vectors=self.vectors, warpgroups=self.warpgroups)
-        return numbers | dict(max_shared=MAX_SHARED[self.warpgroups])
+        return numbers | dict(max_shared=MAX_SHARED[self.warpgroups], sm90=self.warpgroups or self.sm90)
 
 
 @pytest.fixture

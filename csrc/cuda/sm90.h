@@ -40,3 +40,14 @@ struct Operand {
 #else
 #include "sm90_instructions.h"
 #endif
+
+namespace diffmas::cuda {
+
+// An accumulator [64 x 8 N], in 16 bits, as the left side of N / 2 products.
+template <class T, int N>
+__device__ __forceinline__ void as_left_side(uint32_t (&to)[N / 2][4], const float (&x)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) to[i / 4][i % 4] = two_from_floats<T>(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+}
+
+}  // namespace diffmas::cuda

@@ -24,7 +24,8 @@ int start_forward(const AttentionLaunch& l, int device, void* stream) {
   s.attention = l, s.tokens = F::kRows / l.group, s.tiles = int(a.n / s.tokens + a.view.batch);
   int error = map_queries(s.q, l, a.q, s.tokens);
   for (auto [maps, pool] : {std::pair{&s.k_pool, &a.k_pool}, std::pair{&s.v_pool, &a.v_pool}})
-    error = error || map_pool(maps->quad, l, *pool, kQuadKeys) || map_pool(maps->group, l, *pool, kGroupKeys);
+    error = error || map_pool(maps->tile, l, *pool, kStreamedKeys) || map_pool(maps->quad, l, *pool, kQuadKeys) ||
+            map_pool(maps->group, l, *pool, kGroupKeys);
   if (error) return kNotServed;
   const dim3 grid(unsigned(min(s.tiles * a.kv_heads, int64_t(processors(device)))));
   return launch(attention_fwd_kernel_sm90<T, D>, grid, dim3(F::kThreads), F::kBytes, stream, s);

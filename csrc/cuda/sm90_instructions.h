@@ -93,14 +93,14 @@ __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int x, 
 #define DIFFMAS_PRODUCT(size, type, names, left, right, adds, ...) \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" adds ", 0;\n" \
                "wgmma.mma_async.sync.aligned.m64n" size "k16.f32." type "." type " {" names "}, %" left ", %" right ", p, 1, 1, 0, 0;\n}" \
-               : __VA_ARGS__ : "l"(a.descriptor), "l"(b.descriptor), "r"(int(add)))
+               : __VA_ARGS__ : "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(add)))
 #define DIFFMAS_PRODUCT_OF_ROWS(type) \
   if constexpr (N == 8) DIFFMAS_PRODUCT("64", type, DIFFMAS_NAMES_32, "32", "33", "34", DIFFMAS_32(x, 0)); \
   else DIFFMAS_PRODUCT("128", type, DIFFMAS_NAMES_64, "64", "65", "66", DIFFMAS_32(x, 0), DIFFMAS_32(x, 8))
 // The left side in registers, the right side from top to bottom of panels.
 #define DIFFMAS_PRODUCT_REGISTERS(size, type, names, left, right, ...) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" size "k16.f32." type "." type " {" names "}, {" left "}, %" right ", 1, 1, 1, 1;" \
-               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor))
+               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()))
 #define DIFFMAS_PRODUCT_OF_REGISTERS(type) \
   if constexpr (N == 8) DIFFMAS_PRODUCT_REGISTERS("64", type, DIFFMAS_NAMES_32, "%32, %33, %34, %35", "36", DIFFMAS_32(x, 0)); \
   else DIFFMAS_PRODUCT_REGISTERS("128", type, DIFFMAS_NAMES_64, "%64, %65, %66, %67", "68", DIFFMAS_32(x, 0), DIFFMAS_32(x, 8))

@@ -199,12 +199,12 @@ namespace diffmas::cuda {
 template <class T, int N>
 __device__ __forceinline__ void add_product_async(float (&x)[N][4], Operand a, Operand b, bool add) {
   static_assert(N == 8 || N == 16);
-  host::issue({x, 8 * N, nullptr, a.descriptor, b.descriptor, add, host::multiply<T>}, {__FILE__, __LINE__});
+  host::issue({x, 8 * N, nullptr, a.descriptor(), b.descriptor(), add, host::multiply<T>}, {__FILE__, __LINE__});
 }
 template <class T, int N>
 __device__ __forceinline__ void add_product_async(float (&x)[N][4], const uint32_t (&a)[4], Operand b) {
   static_assert(N == 8 || N == 16);
-  host::issue({x, 8 * N, a, 0, b.descriptor, true, host::multiply<T>}, {__FILE__, __LINE__});
+  host::issue({x, 8 * N, a, 0, b.descriptor(), true, host::multiply<T>}, {__FILE__, __LINE__});
 }
 
 template <int N>

@@ -60,6 +60,10 @@ struct RingPlace {
   __device__ __forceinline__ void next() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
+  // Of `stages` earlier.
+  __device__ __forceinline__ RingPlace before(int stages) const {
+    return stage < stages ? RingPlace{stage - stages + kStages, parity ^ 1} : RingPlace{stage - stages, parity};
+  }
 };
 
 // Of the shared memory of a block.
@@ -184,7 +188,7 @@ __device__ __forceinline__ void compute_tiles(const ForwardLaunch& launch, const
   const AttentionLaunch& l = launch.attention;
   const int lane = lane_id(), row = 64 * warpgroup + warp_id() % 4 * 16 + lane / 4;  // and the one eight below it
   const float scale = l.a.scale * kLog2e;
-  RingPlace<F::kStages> k, v;
+  RingPlace<F::kStages> k;
   int q_parity = 0;
   const auto release = [&](Barrier* barrier) {
     __syncwarp();
@@ -215,13 +219,14 @@ __device__ __forceinline__ void compute_tiles(const ForwardLaunch& launch, const
         commit_products();
       };
       const auto add_values = [&] {
-        const Operand values(shared_address(shared.values(v.stage)), F::kKeyPanel);
+        const Operand values(shared_address(shared.values(k.before(1).stage)), F::kKeyPanel);
 #pragma unroll
         for (int t = 0; t < F::kKeys / 16; ++t) add_product_async<T>(o, p[t], values + t * 2 * kPanelEight);
         commit_products();
       };
       // Rows of V that are no keys may hold NaN, and their weights of 0 would not stop it. Each warpgroup writes zeros before it reads.
       const auto wait_for_values = [&] {
+        const RingPlace v = k.before(1);
         wait_for(shared.v_full(v.stage), v.parity);
         if (!(flags & kUnclean)) return;
         if (mine_is_no_key)
@@ -270,9 +275,9 @@ __device__ __forceinline__ void compute_tiles(const ForwardLaunch& launch, const
         give_turn();
         wait_for_products<1>(s);
         weigh();
+        if (sum[0] + sum[1] < 0) __trap();  // never: but ptxas would wait for P V before it computes what no branch hangs on
         wait_for_products<0>(o, p);
-        release(shared.v_empty(v.stage));
-        v.next();
+        release(shared.v_empty(k.before(2).stage));
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) o[i / 4][i % 4] *= shrink[i / 2 % 2];
         as_left_side<T>(p, s);
@@ -281,8 +286,7 @@ __device__ __forceinline__ void compute_tiles(const ForwardLaunch& launch, const
       begin_products(o, p);
       add_values();
       wait_for_products<0>(o, p);
-      release(shared.v_empty(v.stage));
-      v.next();
+      release(shared.v_empty(k.before(1).stage));
     } else {
       release(shared.q_empty());
     }

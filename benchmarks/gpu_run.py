@@ -95,9 +95,12 @@ SANITIZED = {
     ("memcheck", "triton"): ("test_triton", "test_attention and ragged and not last_tokens"),
     ("memcheck", "cuda"): ("test_cuda", "test_attention and (one_query_long_view or ragged)"),
     ("racecheck", "cuda"): ("test_cuda", "test_attention and one_query_long_view"),
-    ("memcheck", "wgmma"): ("test_cuda", "of_many_queries and d128"),
-    ("racecheck", "wgmma"): ("test_cuda", "of_many_queries and d128"),
-    ("synccheck", "wgmma"): ("test_cuda", "of_many_queries and d128"),
+    ("memcheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
+    ("memcheck", "wgmma forward"): ("test_cuda", "test_forward_of_many_queries and long_d128"),
+    ("racecheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
+    ("racecheck", "wgmma forward"): ("test_cuda", "test_forward_of_many_queries and long_d128"),
+    ("synccheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
+    ("synccheck", "wgmma forward"): ("test_cuda", "test_forward_of_many_queries and long_d128"),
 }
 LONG = ["prompt", "prompt on a trace", "prompt on 63 segments"]
 FLEX = "flex | flex, flash"

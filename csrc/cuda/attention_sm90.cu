@@ -1,4 +1,6 @@
 // The launches of attention/forward_sm90.cuh and dkv_sm90.cuh; compiled for sm_90a only.
+#include <utility>
+
 #include "attention/dkv_sm90.cuh"
 #include "attention/forward_sm90.cuh"
 

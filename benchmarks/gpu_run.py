@@ -90,6 +90,8 @@ SMOKES = {
     "cuda few queries at an offset": ("test_cuda", "test_attention and offset"),
     "cuda many queries": ("test_cuda", "test_attention_of_many_queries and gqa2"),
     "cuda many queries, D = 128": ("test_cuda", "test_attention_of_many_queries and d128"),
+    "cuda prompt": ("test_cuda", "test_forward_of_many_queries and gqa2"),
+    "cuda prompt, D = 128": ("test_cuda", "test_forward_of_many_queries and d128"),
     "an op in a graph": ("test_gpu", "test_ops_in_a_graph"),
     "latent steps in a graph": ("test_gpu", "test_latent_steps_as_a_graph"),
     "latent steps with gradients in graphs": ("test_gpu", "test_latent_steps_with_gradients"),
@@ -101,8 +103,11 @@ SANITIZED = {
     ("memcheck", "cuda"): ("test_cuda", "test_attention and (one_query_long_view or ragged)"),
     ("racecheck", "cuda"): ("test_cuda", "test_attention and one_query_long_view"),
     ("memcheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
+    ("memcheck", "wgmma forward"): ("test_cuda", "test_forward_of_many_queries and long_d128"),
     ("racecheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
+    ("racecheck", "wgmma forward"): ("test_cuda", "test_forward_of_many_queries and long_d128"),
     ("synccheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),
+    ("synccheck", "wgmma forward"): ("test_cuda", "test_forward_of_many_queries and long_d128"),
 }
 TESTS = "test_gpu test_cuda test_triton test_triton_layer test_triton_model"
 LONG = ["prompt", "prompt on a trace", "prompt on 63 segments"]

@@ -25,11 +25,12 @@ class Kernels(HostAttention):
     def __init__(self):
         super().__init__("attention")
         self.processors, self.vectors = 1, True
-        self.warpgroups = False  # on sm_90, whose form of dK and dV must then serve
+        self.warpgroups = False  # on sm_90, whose forms of the forward, dK and dV must then serve
+        self.sm90 = False  # on sm_90, where they need not
 
     def more(self):
         numbers = dict(processors=self.processors, vectors=self.vectors, warpgroups=self.warpgroups)
-        return numbers | dict(max_shared=MAX_SHARED[self.warpgroups])
+        return numbers | dict(max_shared=MAX_SHARED[self.warpgroups], sm90=self.warpgroups or self.sm90)
 
 
 @pytest.fixture
@@ -228,18 +229,21 @@ class Recorder:
 
 
 @pytest.mark.parametrize("missing", [None, "not here"])
-def test_who_runs_it(missing, monkeypatch):
-    """Backend "cuda" leaves dq of many queries, and what it does not serve, to Triton, or to the reference without it."""
+@pytest.mark.parametrize("hopper", [0, 4])
+def test_who_runs_it(missing, hopper, monkeypatch):
+    """Backend "cuda" leaves dq of many queries, and what it does not serve, to Triton, or to the reference without it; the
+    forward of many, too, unless there are as many tiles of 128 rows as a Hopper GPU has multiprocessors."""
     calls, other = [], "reference" if missing else "triton"
     recorders = {name: Recorder(name, calls) for name in ("cuda", "triton", "reference")}
     monkeypatch.setitem(ops.BACKENDS, "triton", backends.Backend("triton", recorders["triton"], None, None, missing))
     monkeypatch.setattr(backends, "reference", recorders["reference"])
     monkeypatch.setattr(torch.ops, "diffmas_native", recorders["cuda"])
+    monkeypatch.setattr(backends, "_hopper_multiprocessors", lambda device: hopper)
 
-    def who(tokens, D=64, dtype=torch.bfloat16, pool=None, half=None, interleaved=False, B=1):
+    def who(tokens, D=64, dtype=torch.bfloat16, pool=None, half=None, interleaved=False, B=1, scale=1.0):
         q, kv, indptr = torch.empty(tokens, 8, D, dtype=dtype), torch.empty(9, 4, D, dtype=pool or dtype), torch.empty(B + 1)
         offset, inv_freq = (None, None) if half is None else (torch.empty(1), torch.empty(half))
-        view = (indptr, None, None, None, offset, inv_freq, 1.0, True, interleaved)
+        view = (indptr, None, None, None, offset, inv_freq, scale, True, interleaved)
         calls.clear()
         backends.CudaOps().cross_attention(q, kv, kv, *view)
         for want_dq in (True, False):
@@ -257,6 +261,21 @@ def test_who_runs_it(missing, monkeypatch):
     not_served = dict(tokens=1, pool=torch.float16), dict(tokens=1, D=250, half=20), dict(tokens=99, D=80, half=12)
     for case in (*not_served, dict(tokens=99, dtype=torch.float32), dict(tokens=99, D=37)):
         assert who(**case) == alone(other)
+    for case in (dict(tokens=64), dict(tokens=64, D=128), dict(tokens=99, D=80)):
+        assert who(**case) == [("cuda" if hopper else other), *shared[1:]]
+    for case in (dict(tokens=63), dict(tokens=64, D=136), dict(tokens=64, half=32), dict(tokens=64, scale=-1.0)):
+        assert who(**case) == shared
+
+
+def test_work_is_found_where_triton_runs(monkeypatch):
+    """Not for what the forward on Hopper will do, which finds its own."""
+    found = types.SimpleNamespace(attention_work=lambda kernel, *args: (kernel, len(args)))
+    monkeypatch.setitem(ops.BACKENDS, "triton", backends.Backend("triton", found, None, None, None))
+    q, pool, view = torch.empty(64, 8, 64).bfloat16(), torch.empty(9, 4, 64).bfloat16(), (torch.empty(2), *5 * (None,))
+    work = lambda kernel, q=q: backends.CudaOps().attention_work(kernel, q, pool, *view, 1.0, True, False, 70)
+    assert work("fwd") == ("fwd", 12) and work("dq") == ("dq", 12) and work("fwd", q[:1]) is None
+    monkeypatch.setattr(backends, "_hopper_multiprocessors", lambda device: 4)
+    assert work("fwd") is None and work("dq") == ("dq", 12)
 
 
 @pytest.mark.parametrize("missing", [None, "not here"])

@@ -1,4 +1,5 @@
-"""csrc/cuda/attention_sm90.cu on the CPU: dK and dV of many queries as Hopper computes them, its instructions emulated."""
+"""csrc/cuda/attention_sm90.cu on the CPU: dK and dV of many queries, and their forward, as Hopper computes them, its
+instructions emulated."""
 
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import on_host
 import pytest
 import torch
 from op_cases import View, as_it_lies, attention_inputs, head_major
-from op_runs import raw
+from op_runs import finite, raw, within_budget
 from test_cuda_attention import MANY, RAGGED, Kernels, dkv_of, pools_agree
 
 from diffmas import ops
@@ -59,8 +60,8 @@ def test_the_last_key_of_a_query(start, tokens, heads, D, next_key, kernels):
     pools_agree(x)
 
 
-def test_pools_where_rows_lie_apart(kernels):
-    """q and its gradient of a fused projection, in either order of tokens and heads; so are the pools."""
+def where_rows_lie_apart():
+    """q (and its gradient) of a fused projection, in either order of tokens and heads; so are the pools."""
     for order in ((0, 1), (1, 0)):
         x = attention_inputs(SMALLER, (4, 1), 128, rows=605)
         place = torch.empty(*(x.q.shape[i] for i in order), 256, dtype=torch.float64)[..., 64:192]
@@ -68,6 +69,11 @@ def test_pools_where_rows_lie_apart(kernels):
         packed = (lambda t: t) if order == (0, 1) else torch.Tensor.contiguous
         pools = lambda dtype, x=x, packed=packed: {n: packed(getattr(x, n).to(dtype)) for n in ("k_pool", "v_pool")}
         x.to = lambda dtype, x=x, pools=pools: replace(x, q=as_it_lies(x.q, dtype), **pools(dtype))
+        yield x
+
+
+def test_pools_where_rows_lie_apart(kernels):
+    for x in where_rows_lie_apart():
         pools_agree(x)
 
 
@@ -103,3 +109,91 @@ def test_a_nan_stays_in_its_sequence(sequence, name, kernels):
     for x, before, like in zip(pools("cuda"), clean, wanted):
         assert torch.equal(x[others], before[others]) and x[like.isnan()].isnan().all()
     assert wanted[0].isnan().any()
+
+
+# ---- o and lse -------------------------------------------------------------------------------------------------------
+
+
+def forward_agrees(inputs, dtype=torch.bfloat16):
+    """o and lse are as accurate as the reference's -> those."""
+
+    def run(dtype, backend):
+        o, lse = raw.cross_attention(*inputs.to(dtype).args(), backend)
+        return o, finite(lse)
+
+    results = run(dtype, "cuda")
+    for got, like, want in zip(results, run(dtype, "reference"), run(torch.float64, "reference")):
+        assert got.shape == want.shape and got.dtype == like.dtype
+        within_budget(got, like, want, inputs.q.shape[2], dtype)
+    return results
+
+
+# More stages than a ring has, of several segments each, one of which ends the pool.
+LONG = View([70], [[(3, 400, 0), (410, 1, 0), (420, 60, 0), (535, 70, 0)]])
+FORWARD = WARPGROUPS | {
+    "long": (LONG, dict(heads=(2, 2))),
+    "long_d128": (replace(LONG, causal=False), dict(heads=(1, 1), D=128)),
+}
+HALF = [(name, torch.float16) for name in ("gqa2", "long_d128")]
+
+
+@pytest.mark.parametrize("name, dtype", [*((name, torch.bfloat16) for name in FORWARD), *HALF], ids=str)
+def test_forward(name, dtype, kernels):
+    """The same bits from any number of blocks, in every order of theirs and of threads."""
+    view, case = FORWARD[name]
+    inputs = attention_inputs(view, **case, rows=605)
+    results = forward_agrees(inputs, dtype)
+    for kernels.processors, kernels.seed in ((2, 1), (3, 2)):
+        assert all(torch.equal(a, b) for a, b in zip(results, forward_agrees(inputs, dtype)))
+
+
+@pytest.mark.parametrize("next_key", [0, 1])
+@pytest.mark.parametrize("before, tokens, heads, D", [(0, 130, 1, 128), (63, 130, 1, 64), (5, 90, 4, 64), (129, 70, 7, 128)])
+def test_the_last_key_of_a_query_in_the_forward(before, tokens, heads, D, next_key, kernels):
+    """Every query looks for the last key that it sees, or the first that it does not, behind a segment of any length."""
+    x = attention_inputs(View([tokens], [[(200, before, 0), (7, tokens, 0)][not before :]]), (heads, 1), D, rows=350)
+    x.q[: tokens - next_key] = 4 * x.k_pool[7 + next_key : 7 + tokens]
+    forward_agrees(x)
+
+
+def test_forward_where_rows_lie_apart(kernels):
+    for x in where_rows_lie_apart():
+        forward_agrees(x)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_forward_of_many_sequences_and_segments(causal, kernels):
+    """More than one look at the index, twice within a stage; sequences that see nothing, that ask nothing, that ask for more
+    than there is, so that a tile's first tokens see nothing; blocks that find no work, or several tiles."""
+    short = [(2 * i, 1 + i % 2, 0) for i in range(140)]
+    segments = [short, [], [(5, 60, 0)], [(300 + 17 * b, 1 + b % 17, 0) for b in range(40)], [(290, 7, 0)], []]
+    kernels.processors = 11 if causal else 2
+    o, lse = forward_agrees(attention_inputs(View([150, 3, 0, 40, 90, 65], segments, causal), (2, 1), 16, rows=980))
+    assert not o[150:153].any() and (lse[-65:] == -1e30).all() and (lse[193:276] == -1e30).all() == causal
+
+
+@pytest.mark.parametrize("name", ["q", "k_pool", "v_pool"])
+@pytest.mark.parametrize("sequence", [0, 1])
+def test_a_nan_stays_in_its_sequence_of_the_forward(sequence, name, kernels):
+    """A token, or a row, of one of two sequences whose rows lie in one box; the first's last tile reaches into the second."""
+    view = View([90, 50], [[(0, 40, 0), (99, 91, 0)], [(40, 59, 0), (190, 50, 0)]], causal=False)
+    x = attention_inputs(view, (2, 1), rows=256).to(torch.bfloat16)
+    clean = raw.cross_attention(*x.args(), "cuda")
+    rows = torch.cat([torch.arange(s, s + n) for s, n, _ in view.segments[sequence]])
+    getattr(x, name)[rows[[0, 39, 40, -1]] if "pool" in name else (20, 92)[sequence], 0, 5] = torch.nan
+    got, wanted = (raw.cross_attention(*x.args(), backend) for backend in ("cuda", "reference"))
+    others = slice(90, 140) if sequence == 0 else slice(0, 90)
+    for a, before, like in zip(got, clean, wanted):
+        assert torch.equal(a[others], before[others]) and a[like.isnan()].isnan().all()
+        assert name != "q" or torch.equal(a[~like.isnan()], before[~like.isnan()])
+    assert wanted[0].isnan().any()
+
+
+@pytest.mark.parametrize("change", ["scale", "head_dim", "group"])
+def test_forward_that_is_left_to_others(change, kernels):
+    """A scale that turns the order of scores round, longer heads, groups that no tile holds."""
+    kernels.sm90, kernels.warpgroups = True, False
+    heads, D = ((129, 1) if change == "group" else (1, 1)), (136 if change == "head_dim" else 64)
+    x = attention_inputs(View([70 if change != "group" else 1], [[(0, 70, 0)]]), heads, D, rows=80)
+    x.scale *= -1 if change == "scale" else 1
+    forward_agrees(x)

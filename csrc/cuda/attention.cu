@@ -10,7 +10,7 @@ namespace diffmas::cuda {
 namespace {
 
 constexpr int kMaxParts = 64;
-constexpr int64_t kManyRows = 64;  // of a sequence on average: from there on a tile of attention/dkv_sm90.cuh is full
+constexpr int64_t kManyRows = 64;  // of a sequence on average: from there on a tile of attention/*_sm90.cuh is worth it
 
 bool aligned(const Rows& rows) {
   const int64_t elements = rows.dtype == DType::f32 ? 4 : 8;
@@ -70,6 +70,12 @@ dim3 grid_of(const AttentionLaunch& l, int device) {
   return dim3(unsigned(tiles), unsigned(l.a.kv_heads), unsigned(parts));
 }
 
+// Whether the sm_90 kernels may serve a call: 16-bit types in whole packs, no position offsets, more query rows than a warpgroup's.
+template <class T>
+bool for_sm90(const AttentionLaunch& l, bool vectors, int device) {
+  return vectors && sizeof(T) == 2 && !l.a.view.offset && l.a.n * l.group > kManyRows * l.a.view.batch && is_sm90(device);
+}
+
 // The memory that merge_all needs. Parts are stored 16 bytes at a time, so they come first.
 AttentionSizes sizes_of(dim3 grid, int slots) {
   const int64_t tiles = int64_t(grid.x) * grid.y;
@@ -100,6 +106,8 @@ int diffmas_cuda_attention_forward(const AttentionArgs* args, AttentionMemory me
   l.parts = memory.floats, l.counters = memory.counters;
   return pick_form(l, [&](auto t, auto d, auto v) {
     using F = Form<decltype(t), d.value>;
+    if (for_sm90<decltype(t)>(l, v.value, device))
+      if (const int error = forward_on_sm90(l, device, stream); error != kNotServed) return error;
     const dim3 grid = grid_of<decltype(t), d.value>(l, device);
     return launch(attention_fwd_kernel<decltype(t), d.value, v.value>, grid, dim3(32 * F::kWarps), F::kForwardBytes, stream, l);
   });
@@ -124,9 +132,7 @@ int diffmas_cuda_attention_backward(const AttentionArgs* args, AttentionMemory m
     const int64_t rows = args->n * args->q_heads + args->view.batch;
     const dim3 rows_grid(unsigned((rows + kRangesWarps - 1) / kRangesWarps));
     if (const int error = launch(attention_bwd_kernel_ranges<T, v.value>, rows_grid, dim3(32 * kRangesWarps), 0, stream, l)) return error;
-    // The sm_90 kernel takes 16-bit types in whole packs, without position offsets, with more query rows than a tile.
-    const bool many = args->n * l.group > kManyRows * args->view.batch;
-    if (v.value && sizeof(T) == 2 && !args->view.offset && many && is_sm90(device))
+    if (for_sm90<T>(l, v.value, device))
       if (const int error = dkv_on_sm90(l, stream); error != kNotServed) return error;
     using F = PoolForm<T, d.value>;
     // One wave of blocks looks for the rows that need gradients. Older rows have more queries; with many of them up to eight waves even

@@ -1,34 +1,64 @@
-// The launch of attention/dkv_sm90.cuh; compiled for sm_90a only.
+// The launches of attention/forward_sm90.cuh and dkv_sm90.cuh; compiled for sm_90a only.
+#include <utility>
+
 #include "attention/dkv_sm90.cuh"
+#include "attention/forward_sm90.cuh"
 
 namespace diffmas::cuda {
 namespace {
 
+// [n, Hq, D] in boxes of some tokens of a group.
+int map_queries(TensorMap& map, const AttentionLaunch& l, const Rows& x, int tokens) {
+  return make_tensor_map(map, x.dtype == DType::bf16,
+                         {x.data, l.a.head_dim, l.a.q_heads, l.a.n, x.stride_head, x.stride_row, l.group, tokens});
+}
+// [Hkv, R, D] in boxes of some rows.
+int map_pool(TensorMap& map, const AttentionLaunch& l, const Rows& x, int rows) {
+  return make_tensor_map(map, x.dtype == DType::bf16,
+                         {x.data, l.a.head_dim, l.a.pool_rows, l.a.kv_heads, x.stride_row, x.stride_head, rows, 1});
+}
+
 template <class T, int D>
-int start(const AttentionLaunch& l, void* stream) {
+int start_forward(const AttentionLaunch& l, int device, void* stream) {
+  using F = ForwardForm<D>;
+  const AttentionArgs& a = l.a;
+  ForwardLaunch s{};
+  s.attention = l, s.tokens = F::kRows / l.group, s.tiles = int(a.n / s.tokens + a.view.batch);
+  int error = map_queries(s.q, l, a.q, s.tokens);
+  for (auto [maps, pool] : {std::pair{&s.k_pool, &a.k_pool}, std::pair{&s.v_pool, &a.v_pool}})
+    error = error || map_pool(maps->tile, l, *pool, kStreamedKeys) || map_pool(maps->quad, l, *pool, kQuadKeys) ||
+            map_pool(maps->group, l, *pool, kGroupKeys);
+  if (error) return kNotServed;
+  const dim3 grid(unsigned(min(s.tiles * a.kv_heads, int64_t(processors(device)))));
+  return launch(attention_fwd_kernel_sm90<T, D>, grid, dim3(F::kThreads), F::kBytes, stream, s);
+}
+
+template <class T, int D>
+int start_dkv(const AttentionLaunch& l, void* stream) {
   using F = Sm90Form<T, D>;
   const AttentionArgs& a = l.a;
   Sm90Launch s{};
   s.attention = l, s.tokens = F::kQueries / l.group;
-  const auto of_queries = [&](TensorMap& map, const Rows& x) {
-    return make_tensor_map(map, std::is_same_v<T, bf16>,
-                           {x.data, a.head_dim, a.q_heads, a.n, x.stride_head, x.stride_row, l.group, s.tokens});
-  };
-  const auto of_pool = [&](TensorMap& map, const Rows& x) {
-    return make_tensor_map(map, std::is_same_v<T, bf16>,
-                           {x.data, a.head_dim, a.pool_rows, a.kv_heads, x.stride_row, x.stride_head, F::kKeys, 1});
-  };
-  if (of_queries(s.q, a.q) || of_queries(s.d_o, a.d_o) || of_pool(s.k_pool, a.k_pool) || of_pool(s.v_pool, a.v_pool)) return kNotServed;
+  if (map_queries(s.q, l, a.q, s.tokens) || map_queries(s.d_o, l, a.d_o, s.tokens) || map_pool(s.k_pool, l, a.k_pool, F::kKeys) ||
+      map_pool(s.v_pool, l, a.v_pool, F::kKeys))
+    return kNotServed;
   const dim3 grid(unsigned((a.pool_rows + F::kKeys - 1) / F::kKeys), unsigned(a.kv_heads));
   return launch(attention_bwd_kernel_dkv_sm90<T, D>, grid, dim3(F::kThreads), F::kBytes, stream, s);
 }
 
 }  // namespace
 
+int forward_on_sm90(const AttentionLaunch& l, int device, void* stream) {
+  const bool is_bf16 = l.a.q.dtype == DType::bf16;
+  if (l.group > 128 || l.a.head_dim > 128 || !(l.a.scale > 0)) return kNotServed;
+  if (l.a.head_dim <= 64) return is_bf16 ? start_forward<bf16, 64>(l, device, stream) : start_forward<f16, 64>(l, device, stream);
+  return is_bf16 ? start_forward<bf16, 128>(l, device, stream) : start_forward<f16, 128>(l, device, stream);
+}
+
 int dkv_on_sm90(const AttentionLaunch& l, void* stream) {
   const bool is_bf16 = l.a.q.dtype == DType::bf16;
-  if (l.a.head_dim <= 64) return l.group > 128 ? kNotServed : is_bf16 ? start<bf16, 64>(l, stream) : start<f16, 64>(l, stream);
-  return l.group > 64 || l.a.head_dim > 128 ? kNotServed : is_bf16 ? start<bf16, 128>(l, stream) : start<f16, 128>(l, stream);
+  if (l.a.head_dim <= 64) return l.group > 128 ? kNotServed : is_bf16 ? start_dkv<bf16, 64>(l, stream) : start_dkv<f16, 64>(l, stream);
+  return l.group > 64 || l.a.head_dim > 128 ? kNotServed : is_bf16 ? start_dkv<bf16, 128>(l, stream) : start_dkv<f16, 128>(l, stream);
 }
 
 }  // namespace diffmas::cuda

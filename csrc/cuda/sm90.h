@@ -21,16 +21,16 @@ struct BoxOf {
 // Where a product's operand lies, for 16 steps of the sum. Either every row of a panel, beginning at `first`, has the 16 elements of one
 // index; or, for the transposed right side, 16 rows of panels that are `apart` bytes apart have 64 indices side by side each.
 struct Operand {
-  uint64_t descriptor;
+  unsigned low;  // of the descriptor; its upper half is the same for all, so that 32 bits are kept and added to
 
-  __device__ __forceinline__ explicit Operand(unsigned first, int apart = 16)
-      : descriptor(uint64_t(first >> 4 & 0x3FFF) | uint64_t(apart >> 4) << 16 | uint64_t(kPanelEight >> 4) << 32 | uint64_t(1) << 62) {}
+  __device__ __forceinline__ explicit Operand(unsigned first, int apart = 16) : low((first >> 4 & 0x3FFF) | unsigned(apart >> 4) << 16) {}
   // `bytes` further.
   __device__ __forceinline__ Operand operator+(int bytes) const {
     Operand x = *this;
-    x.descriptor += unsigned(bytes) >> 4;
+    x.low += unsigned(bytes) >> 4;
     return x;
   }
+  __device__ __forceinline__ uint64_t descriptor() const { return low | uint64_t(kPanelEight >> 4) << 32 | uint64_t(1) << 62; }
 };
 
 }  // namespace diffmas::cuda
@@ -40,3 +40,14 @@ struct Operand {
 #else
 #include "sm90_instructions.h"
 #endif
+
+namespace diffmas::cuda {
+
+// An accumulator [64 x 8 N], in 16 bits, as the left side of N / 2 products.
+template <class T, int N>
+__device__ __forceinline__ void as_left_side(uint32_t (&to)[N / 2][4], const float (&x)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) to[i / 4][i % 4] = two_from_floats<T>(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+}
+
+}  // namespace diffmas::cuda

@@ -90,25 +90,32 @@ __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int x, 
   DIFFMAS_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, " \
   "%55, %56, %57, %58, %59, %60, %61, %62, %63"
 // The left side in shared memory; both sides by rows.
-#define DIFFMAS_PRODUCT(type) \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" DIFFMAS_NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}" \
-               : DIFFMAS_32(x, 0) : "l"(a.descriptor), "l"(b.descriptor), "r"(int(adds)))
+#define DIFFMAS_PRODUCT(size, type, names, left, right, adds, ...) \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" adds ", 0;\n" \
+               "wgmma.mma_async.sync.aligned.m64n" size "k16.f32." type "." type " {" names "}, %" left ", %" right ", p, 1, 1, 0, 0;\n}" \
+               : __VA_ARGS__ : "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(add)))
+#define DIFFMAS_PRODUCT_OF_ROWS(type) \
+  if constexpr (N == 8) DIFFMAS_PRODUCT("64", type, DIFFMAS_NAMES_32, "32", "33", "34", DIFFMAS_32(x, 0)); \
+  else DIFFMAS_PRODUCT("128", type, DIFFMAS_NAMES_64, "64", "65", "66", DIFFMAS_32(x, 0), DIFFMAS_32(x, 8))
 // The left side in registers, the right side from top to bottom of panels.
 #define DIFFMAS_PRODUCT_REGISTERS(size, type, names, left, right, ...) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" size "k16.f32." type "." type " {" names "}, {" left "}, %" right ", 1, 1, 1, 1;" \
-               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor))
+               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()))
 #define DIFFMAS_PRODUCT_OF_REGISTERS(type) \
   if constexpr (N == 8) DIFFMAS_PRODUCT_REGISTERS("64", type, DIFFMAS_NAMES_32, "%32, %33, %34, %35", "36", DIFFMAS_32(x, 0)); \
   else DIFFMAS_PRODUCT_REGISTERS("128", type, DIFFMAS_NAMES_64, "%64, %65, %66, %67", "68", DIFFMAS_32(x, 0), DIFFMAS_32(x, 8))
 // clang-format on
 
-// x [64 x 64] = (adds ? x : 0) + a [64 x 16] b' [16 x 64], in the background; of warp w of the warpgroup the rows from 16 w on, as
+// x [64 x 8 N] = (add ? x : 0) + a [64 x 16] b' [16 x 8 N], in the background; of warp w of the warpgroup the rows from 16 w on, as
 // multiply_add's. By all four warps. Between begin_products and wait_for_products nobody looks at x, nor changes what a and b name.
-template <class T>
-__device__ __forceinline__ void add_product_async(float (&x)[8][4], Operand a, Operand b, bool adds) {
-  if constexpr (std::is_same_v<T, bf16>) DIFFMAS_PRODUCT("bf16");
-  else DIFFMAS_PRODUCT("f16");
+template <class T, int N>
+__device__ __forceinline__ void add_product_async(float (&x)[N][4], Operand a, Operand b, bool add) {
+  static_assert(N == 8 || N == 16);
+  if constexpr (std::is_same_v<T, bf16>) {
+    DIFFMAS_PRODUCT_OF_ROWS("bf16");
+  } else {
+    DIFFMAS_PRODUCT_OF_ROWS("f16");
+  }
 }
 // x [64 x 8 N] += a [64 x 16] b [16 x 8 N], a in registers as multiply_add's.
 template <class T, int N>

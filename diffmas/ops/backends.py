@@ -71,11 +71,12 @@ class TritonBackend(Backend):
 
 class CudaOps:
     """torch.ops.diffmas_native. Its attention is made for small-q calls, since it reads a view again for every 16 of their
-    rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only. The
-    rest is Triton's, or the reference's where there is no Triton: o and dq of many queries, pools of another dtype than q, and
-    rotated halves whose padding makes a head longer than 256."""
+    rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only, and on
+    Hopper the forward. The rest is Triton's, or the reference's where there is no Triton: other o and dq of many queries, pools
+    of another dtype than q, and rotated halves whose padding makes a head longer than 256."""
 
     SMALL_Q_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
+    TILE_ROWS = 128  # of the forward on Hopper
 
     def __getattr__(self, op):
         return getattr(torch.ops.diffmas_native, op)
@@ -92,18 +93,29 @@ class CudaOps:
     def _served(self, q, k_pool, seg_offset, inv_freq, interleaved):
         return k_pool.dtype == q.dtype and self._slots(q, seg_offset, inv_freq, interleaved) <= 256
 
-    def attention_work(self, kernel, q, k_pool, q_indptr, *more):
+    def _on_hopper(self, q, k_pool, seg_offset, scale):
+        """Whether csrc/cuda/attention/forward_sm90.cuh takes the forward of many queries. It splits no view: where there are
+        fewer tiles than multiprocessors Triton does."""
+        Hq, D = q.shape[1:]
+        fits = D % 8 == 0 and D <= 128 and Hq <= self.TILE_ROWS * k_pool.shape[1] and seg_offset is None and scale > 0
+        if not fits or q.dtype == torch.float32 or k_pool.dtype != q.dtype:
+            return False
+        return 0 < _hopper_multiprocessors(q.device) * self.TILE_ROWS <= q.shape[0] * Hq
+
+    def attention_work(self, kernel, q, k_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, *more):
         """Where Triton will run."""
-        if self._small_q(q, k_pool, q_indptr):
+        if self._small_q(q, k_pool, q_indptr) or (kernel == "fwd" and self._on_hopper(q, k_pool, seg_offset, scale)):
             return None
-        return _triton_or_reference("attention_work", q)(kernel, q, k_pool, q_indptr, *more)
+        view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq
+        return _triton_or_reference("attention_work", q)(kernel, q, k_pool, *view, scale, *more)
 
     def cross_attention(
         self, q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved,
         work=None,
     ):  # fmt: skip
         args = q, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved
-        if self._small_q(q, k_pool, q_indptr) and self._served(q, k_pool, seg_offset, inv_freq, interleaved):
+        small = self._small_q(q, k_pool, q_indptr) and self._served(q, k_pool, seg_offset, inv_freq, interleaved)
+        if small or self._on_hopper(q, k_pool, seg_offset, scale):
             return torch.ops.diffmas_native.cross_attention(*args)
         return _triton_or_reference("cross_attention", q)(*args, *(() if work is None else (work,)))
 
@@ -129,6 +141,14 @@ class CudaOps:
         dq = other(*args, nothing, True, *found) if want_dq else None
         none = ours(*args, grad_tail, False)
         return dq if want_dq else none
+
+
+@functools.cache
+def _hopper_multiprocessors(device: torch.device) -> int:
+    """0 where code for sm_90a does not run."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _triton_or_reference(op: str, lead: Tensor):

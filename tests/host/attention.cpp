@@ -8,7 +8,7 @@ int main() {
   diffmas::host::Tensors t;
   diffmas::host::options.processors = int(t.number("processors"));
   diffmas::host::options.max_shared = size_t(t.number("max_shared"));
-  diffmas::host::options.sm90 = t.number("warpgroups");
+  diffmas::host::options.sm90 = t.number("sm90");
   const bool backward = t.number("backward");
   const AttentionArgs a = diffmas::host::attention_args(t);
   if (int(t.number("vectors")) != int(in_vectors(launch_of(a)))) diffmas::host::fail("another form than the test expects");
@@ -20,8 +20,8 @@ int main() {
   const int error = launch(&a, {floats.data(), counters.data()}, 0, nullptr);
   if (error) diffmas::host::fail("error %d", error);
   bool by_warpgroups = false;
-  for (const dim3& threads : diffmas::host::launches) by_warpgroups = by_warpgroups || threads.x == Sm90Form<bf16, 64>::kThreads;
-  if (backward && by_warpgroups != bool(t.number("warpgroups"))) diffmas::host::fail("dK and dV by another kernel than the test expects");
+  for (const dim3& threads : diffmas::host::launches) by_warpgroups = by_warpgroups || threads.x == ForwardForm<64>::kThreads;
+  if (by_warpgroups != bool(t.number("warpgroups"))) diffmas::host::fail("another kernel than the test expects");
   for (unsigned counter : counters)
     if (counter) diffmas::host::fail("a counter is left at %u", counter);
   t.finish();

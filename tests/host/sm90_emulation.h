@@ -196,14 +196,15 @@ void multiply(const Product& product, Place place) {
 
 namespace diffmas::cuda {
 
-template <class T>
-__device__ __forceinline__ void add_product_async(float (&x)[8][4], Operand a, Operand b, bool adds) {
-  host::issue({x, 64, nullptr, a.descriptor, b.descriptor, adds, host::multiply<T>}, {__FILE__, __LINE__});
+template <class T, int N>
+__device__ __forceinline__ void add_product_async(float (&x)[N][4], Operand a, Operand b, bool add) {
+  static_assert(N == 8 || N == 16);
+  host::issue({x, 8 * N, nullptr, a.descriptor(), b.descriptor(), add, host::multiply<T>}, {__FILE__, __LINE__});
 }
 template <class T, int N>
 __device__ __forceinline__ void add_product_async(float (&x)[N][4], const uint32_t (&a)[4], Operand b) {
   static_assert(N == 8 || N == 16);
-  host::issue({x, 8 * N, a, 0, b.descriptor, true, host::multiply<T>}, {__FILE__, __LINE__});
+  host::issue({x, 8 * N, a, 0, b.descriptor(), true, host::multiply<T>}, {__FILE__, __LINE__});
 }
 
 template <int N>

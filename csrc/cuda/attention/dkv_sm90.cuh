@@ -76,13 +76,6 @@ __device__ __forceinline__ void for_each_query_tile(const Sm90Launch& launch, in
   }
 }
 
-// Scores [64 x 64] as the left side of four products.
-template <class T>
-__device__ __forceinline__ void as_left_side(uint32_t (&to)[4][4], const float (&x)[8][4]) {
-#pragma unroll
-  for (int i = 0; i < 16; ++i) to[i / 4][i % 4] = two_from_floats<T>(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
-}
-
 template <class T, int D>
 __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_kernel_dkv_sm90(const __grid_constant__ Sm90Launch launch) {
   using F = Sm90Form<T, D>;

@@ -1,5 +1,6 @@
 """The layers of a latent step with gradients as one node of autograd: the numbers of their parts one by one, to the bit."""
 
+import gc
 import weakref
 
 import pytest
@@ -21,6 +22,8 @@ from linear_systems import (
 )
 from models import gradients as parameter_gradients
 from models import latent_steps, prefill, read, tokens
+from peft import LoraConfig
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from diffmas import Trace, patch_model
 from diffmas.models import few_rows
@@ -181,6 +184,57 @@ def trained_weights(made):
 
 def checkpointed(made):
     made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def wrapped(made):
+    """Checkpointed by torch: the wrapper's layers, which go one by one, are asked again in backward."""
+    layers = made.model.base_model.model.model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer)
+
+
+def test_layers_that_are_recomputed():
+    made = system(lora(base()))
+    want = gradients(made)
+    wrapped(made)
+    layers, got = calls(made)
+    assert layers and set(layers) == {1} and len(layers) % LAYERS == 0
+    assert_close({name.replace("_checkpoint_wrapped_module.", ""): x for name, x in got.items()}, want, 1e-6)
+
+
+def test_a_backward_under_autocast():
+    """Of one row in float32 torch's product is the gradient's, which autocast would make a shorter one."""
+    model = patch_model(base("llama").requires_grad_(False))
+
+    def gradient(autocast: bool):
+        trace, x = (
+            prefill(model, *tokens(9)),
+            torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0)).requires_grad_(),
+        )
+        with learning_at_once() as layers:
+            loss = latent_steps(model, trace, x, 3).float().square().sum()
+        assert layers == [LAYERS] * 3
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss.backward()
+        return x.grad
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_a_deleted_adapter_is_nobodys():
+    made, few = system(lora(base())), lambda trace: latent_steps(model, trace, torch.randn(1, 1, 64), 2)
+    model = made.model
+    with torch.no_grad():
+        few(prefill(model, *tokens(9)))
+    gradients(made)
+    (name,), weights = model.peft_config, [weakref.ref(p) for n, p in model.named_parameters() if "lora" in n]
+    model.add_adapter("another", LoraConfig(r=4, target_modules="all-linear"))
+    model.set_adapter("another")
+    model.delete_adapter(name)
+    with torch.no_grad():
+        few(prefill(model, *tokens(9)))
+    gc.collect()
+    assert weights and not any(p() is not None for p in weights)
 
 
 @pytest.mark.parametrize("change", [trained_norms, trained_weights, checkpointed])

@@ -216,11 +216,20 @@ def test_what_is_wrong_is_said():
     for change in (
         lambda kept: kept[1:],
         *(lambda kept, i=i: [*kept[:i], kept[i].flatten()[1:], *kept[i + 1 :]] for i in range(4)),
+        *(lambda kept, i=i: [*kept[:i], kept[i].bfloat16(), *kept[i + 1 :]] for i in range(2)),
     ):
         with pytest.raises(RuntimeError, match="kept: expected|lse: expected"):
             learned(x, [rows], [adapted], x, change)
     with pytest.raises(RuntimeError, match="dy: expected"):
         learned(x, [rows], [adapted], x[:1])
+    grads, none = torch.ops.diffmas_native.few_rows_lora_grads, [torch.zeros(0)]
+    with pytest.raises(RuntimeError, match="norms: expected two a layer, got none"):
+        grads([], [], [], [], [], [torch.zeros(1, 1, 2, 64)], none, none, none, none)
+    narrow = [(torch.randn(KV, 32), *linears[1][1:])]
+    with pytest.raises(RuntimeError, match="weight: expected"):
+        tensors = [t for linear in (linears[0], *narrow, *linears[2:]) for t in linear[:4] if t is not None]
+        parts = [(1 if x[1] is not None else 0) + (2 if x[2] is not None else 0) for x in (linears[0], *narrow, *linears[2:])]
+        grads([n for n in norms], [EPS, EPS], tensors, parts, [0.0] * 7, [torch.zeros(1, 1, 2, 64)], none, none, none, none)
 
 
 # ---- norm and gate of any number of rows, and their gradients --------------------------------------------------------

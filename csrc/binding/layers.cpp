@@ -149,10 +149,25 @@ void put(const Tensor& all, size_t layer, size_t layers, const Tensor& part) {
 
 }  // namespace
 
+void check_linears(const std::vector<Layer>& layers, int64_t length, bool alike) {
+  STD_TORCH_CHECK(!layers.empty(), "norms: expected two a layer, got none");
+  for (const Layer& layer : layers) {
+    const std::vector<Linear>& linears = layer.linears;
+    const auto is = [&](int which, int64_t out, int64_t in) {
+      const Linear& linear = linears[which];
+      STD_TORCH_CHECK(linear.out() == out && linear.in() == in && out % cpu::kLinearColumns == 0 && in % cpu::kLinearColumns == 0,
+                      "weight: expected [", out, ", ", in, "], of multiples of 32, got shape ", shape_of(linear.weight));
+    };
+    const int64_t width = linears[kQ].out(), inner = linears[kGate].out(), kv_width = linears[kK].out();
+    is(kQ, alike ? layers[0].linears[kQ].out() : width, length), is(kK, kv_width, length), is(kV, kv_width, length);
+    is(kOut, length, width), is(kGate, inner, length), is(kUp, inner, length), is(kDown, length, inner);
+  }
+}
+
 void check_layers(const std::vector<Layer>& layers, const FewRows& rows, bool alike, const Tensors& k_pools, const Tensors& v_pools,
                   const Tensors& head_norms, const Tensors& view, const Tensors& rest, const Tensors& frozen, const Tensors& frozen_view) {
   const size_t count = layers.size();
-  STD_TORCH_CHECK(count, "norms: expected two a layer, got none");
+  check_linears(layers, rows.length, alike);
   STD_TORCH_CHECK(k_pools.size() == count && v_pools.size() == count, "k_pools, v_pools: expected one for each of ", count, " layers, got ",
                   k_pools.size(), ", ", v_pools.size());
   STD_TORCH_CHECK(head_norms.empty() || head_norms.size() == 2 * count, "head_norms: expected none or two a layer, got ", head_norms.size());
@@ -161,15 +176,10 @@ void check_layers(const std::vector<Layer>& layers, const FewRows& rows, bool al
     STD_TORCH_CHECK(!there || view.size() == 4 || view.size() == 5, name, ": expected 4 or 5 tensors, got ", view.size());
   };
   for (size_t i = 0; i < count; ++i) {
-    const std::vector<Linear>& linears = layers[i].linears;
-    const auto is = [&](int which, int64_t out, int64_t in) {
-      const Linear& linear = linears[which];
-      STD_TORCH_CHECK(linear.out() == out && linear.in() == in, "weight: expected [", out, ", ", in, "], got shape ", shape_of(linear.weight));
-    };
     check_dims("k_pool", k_pools[i]);
-    const int64_t width = linears[kQ].out(), inner = linears[kGate].out(), kv_width = k_pools[i].size(1) * k_pools[i].size(2);
-    is(kQ, alike ? layers[0].linears[kQ].out() : width, rows.length), is(kK, kv_width, rows.length), is(kV, kv_width, rows.length);
-    is(kOut, rows.length, width), is(kGate, inner, rows.length), is(kUp, inner, rows.length), is(kDown, rows.length, inner);
+    const int64_t kv_width = k_pools[i].size(1) * k_pools[i].size(2);
+    const Linear& k = layers[i].linears[kK];
+    STD_TORCH_CHECK(k.out() == kv_width, "weight: expected [", kv_width, ", ", rows.length, "], got shape ", shape_of(k.weight));
   }
   check_view("view", view, true), check_view("rest", rest, !rest.empty()), check_view("frozen_view", frozen_view, !frozen.empty());
 }

@@ -74,7 +74,9 @@ struct AdapterPlaces {
 
 // A view as `cross_attention` takes it: q_indptr, seg_indptr, seg_start, seg_len and, where there are some, seg_offset.
 inline Optional offset_of(const Tensors& view) { return view.size() > 4 ? Optional(view[4]) : Optional(); }
-// Memory safety: that layers follow on each other, that pools fit them, and views are there. alike: and that heads are of one number.
+// Memory safety: that a layer's linears follow on each other, from rows of `length` and to such.
+void check_linears(const std::vector<Layer>& layers, int64_t length, bool alike);
+// The same of layers, and that pools fit them, and views are there. alike: and that heads are of one number.
 void check_layers(const std::vector<Layer>& layers, const FewRows& rows, bool alike, const Tensors& k_pools, const Tensors& v_pools,
                   const Tensors& head_norms, const Tensors& view, const Tensors& rest, const Tensors& frozen, const Tensors& frozen_view);
 

@@ -27,7 +27,9 @@ cpu::Matrix backward(Parts& parts, int which, const cpu::Matrix& dy, const cpu::
   if (parts.rows.n == 1 && parts.rows.dtype == DType::f32) {  // torch reads W at the rate of memory (diffmas/ops/linear.py)
     const Tensor row = empty(like, {1, linear.out()}, ScalarType::Float);
     std::memcpy(row.data_ptr(), dy.data, size_t(linear.out()) * sizeof(float));
-    std::memcpy(dx.data, torch::stable::matmul(row, linear.weight).data_ptr(), size_t(linear.in()) * sizeof(float));
+    const Tensor product = torch::stable::matmul(row, linear.weight);
+    check_dtype("weight", product, ScalarType::Float);  // autocast would have made it another
+    std::memcpy(dx.data, product.data_ptr(), size_t(linear.in()) * sizeof(float));
     args.x_floats = nullptr;
     if (linear.rank()) cpu::add_lora(args, threads());
     if (more) cpu::add({1, linear.in(), *more, dx}, threads());
@@ -57,6 +59,7 @@ Tensors few_rows_layers_backward(const Tensor& dy, const Tensor& x, Tensors kept
   const int64_t n = rows.n, width = layers[0].linears[kQ].out(), length = rows.length;
   const ScalarType dtype = rows.scalar_type();
   const Tensor &rotated = kept[kRotated - 1], &os = kept[kO - 1], &lses = kept[kLse - 1];
+  check_dtype("kept", rotated, dtype), check_dtype("kept", os, dtype);
   const PassingPlaces forward(layers, rows, !head_norms.empty(), &kept[kPassing - 1]);
   const AdapterPlaces sizes(layers, rows, true);
   // What is left: dx; of all layers the gradients of o; of adapters.
@@ -137,6 +140,7 @@ Tensors few_rows_lora_grads(Tensors norms, std::vector<double> eps, Tensors line
                   vs.size());
   check(os[0].dim() == 4, "o", "[layers, 1, n, heads * D]", os[0]);
   const int64_t n = os[0].size(2), all = int64_t(steps) * n;
+  check_linears(layers, layers.empty() ? 0 : layers[0].linears[kQ].in(), false);
   const FewRows rows{n, layers[0].linears[kQ].in(), os[0].scalar_type() == ScalarType::Float ? DType::f32 : DType::bf16};
   std::vector<std::vector<Adapters>> forward, backward;
   for (size_t t = 0; t < steps; ++t) {

@@ -1,4 +1,4 @@
-// The ops as the dispatcher calls them. Their schemas are in Python (diffmas/schemas.py), and so are fakes and autograd.
+// The ops as the dispatcher calls them. Their schemas are in Python (diffmas/ops/schemas.py), and so are fakes and autograd.
 #pragma once
 #include <tuple>
 #include <vector>

@@ -103,8 +103,13 @@ class Board:
         system, first = self.system, group[0]
         learning = torch.is_grad_enabled() and first >= system.agents_without_grad
         least = max((least_steps[i] for i in group), default=0) if least_steps else 0
-        coder = self._coder(first) if system.agents[first].low_rank else None
-        with torch.set_grad_enabled(learning), coder or contextlib.nullcontext(), adapters.of_agent(system, first):
+        coded = system.agents[first].low_rank
+        with contextlib.ExitStack() as held:
+            if coded:  # nobody else may switch adapters, nor run, while the readers' are looked at and layers are hooked into
+                held.enter_context(adapters.will_switch(system.model))
+            coder = self._coder(first) if coded else None
+            for context in (torch.set_grad_enabled(learning), coder, adapters.of_agent(system, first)):
+                held.enter_context(context or contextlib.nullcontext())
             if self.graph.chain:
                 own, read = None if turns is None else turns[first], self.read(first, questions)
                 self._trace = system.think(system.agents[first], questions, read, own, least, self._seeds)

@@ -35,7 +35,11 @@ def check_agents(agents: list[Agent], others) -> None:
         raise ValueError(f"agents: expected distinct names, got {names}")
     if len(formats := dict.fromkeys(agent.quantized for agent in agents[:-1] if agent.quantized is not None)) > 1:
         raise ValueError(f"agents: expected one format of quantized rows, got {list(formats)}")
+    if agents[-1].low_rank:
+        raise ValueError(f"agent {agents[-1].name!r}: low_rank: expected False for who answers, whose rows nobody reads")
     for agent in agents:
+        if agent.model is not None and agent.low_rank:
+            raise ValueError(f"agent {agent.name!r}: low_rank: expected False with another model, got True")
         if agent.model is not None and agent.model not in others:
             raise ValueError(f"agent {agent.name!r}: model: expected None or one of {sorted(others)}, got {agent.model!r}")
 
@@ -99,9 +103,9 @@ def check_others(model: nn.Module, tokenizer, agents: list[Agent], others: dict[
         for agent in mine:
             if agent.max_rows is not None or any(read.select is not None for read in agent.reads or ()):
                 raise ValueError(f"agent {agent.name!r}: expected no select and no max_rows with another model, got some")
-            for option, wanted in (("max_message_tokens", None), ("quantized", None), ("low_rank", False)):
-                if (found := getattr(agent, option)) != wanted:
-                    raise ValueError(f"agent {agent.name!r}: {option}: expected {wanted} with another model, got {found!r}")
+            for option in ("max_message_tokens", "quantized"):
+                if (found := getattr(agent, option)) is not None:
+                    raise ValueError(f"agent {agent.name!r}: {option}: expected None with another model, got {found!r}")
         if not mine:
             raise ValueError(f"others: expected an agent whose model is {name!r}, got none")
     if agents[-1].model is not None:

@@ -11,6 +11,7 @@ layer. Else the two differ by what the adapter does to hidden states in the laye
 should be trained with the rows that it will read.
 """
 
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,9 @@ def _lora_of(linear: nn.Module, adapter: str) -> Lora | None:
     return Lora(linear.lora_A[adapter], linear.lora_dropout[adapter], b.view_as(b), linear.scaling[adapter])
 
 
+_COMPILED_LOCK = threading.RLock()  # what torch.compile is told, all models are told
+
+
 class Coder:
     """Makes the codes of an agent's turn; a context around it, outside of the one in which it has its adapter.
 
@@ -74,6 +78,7 @@ class Coder:
 
     def __enter__(self) -> "Coder":
         # What is compiled would be compiled anew, with hooks that leave something behind.
+        _COMPILED_LOCK.acquire()
         self._stance = torch.compiler.set_stance("force_eager")
         self._stance.__enter__()
         self._hooks = [
@@ -85,6 +90,7 @@ class Coder:
         for hook in self._hooks:
             hook.remove()
         self._stance.__exit__(*error)
+        _COMPILED_LOCK.release()
 
     def _hook(self, layer: int):
         def see(attention, args, kwargs) -> None:
@@ -164,8 +170,6 @@ def check_low_rank(system) -> None:
     """Raises ValueError naming what does not fit where an agent's rows are read with codes: the model, or its adapters."""
     agents, model = system.agents, system.model
     named = [agent.name for agent in agents if agent.low_rank]
-    if agents[-1].low_rank:
-        raise ValueError(f"agent {named[-1]!r}: low_rank: expected False for who answers, whose rows nobody reads")
     if not named or not hasattr(model, "peft_config"):  # without an adapter, everybody reads the rows as they are
         return
     where, spec = f"agent {named[0]!r}: low_rank", patch_of(model).spec

@@ -29,7 +29,8 @@ def training_arguments(config: Config):
     given = training_fields(config.training)
     if config.data.validation or config.data.validation_fraction:
         steps = given.get("eval_steps", given.get("save_steps"))
-        given = {**({"eval_strategy": "epoch"} if steps is None else {"eval_steps": steps}), **given}
+        free = steps is not None and not {"save_strategy", "eval_strategy"} & given.keys()
+        given = {**({"eval_steps": steps} if free else {"eval_strategy": "epoch"}), **given}
     try:
         arguments = default_arguments(config.output_dir, config.recipe, **given)
     except ValueError as error:
@@ -141,6 +142,9 @@ def trained_system(config: Config, adapter: Path | None, device: str | None = No
     description = {**system.describe(), "agents": agents}
     again = MultiAgentSystem.of_description(system.model, system.tokenizer, description, others=dict(system.others))
     again.realign.load_state_dict(system.realign.state_dict())
+    found, expected = (sorted(x.choices.weights) for x in (system, again))
+    if found != expected:
+        raise ValueError(f"{adapter}: expected rows chosen by 'learned' of {expected}, as the config's agents, got {found}")
     again.choices.load_state_dict(system.choices.state_dict())
     return again.eval()
 

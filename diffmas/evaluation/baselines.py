@@ -229,7 +229,7 @@ class TextAgents:
         self._readers = []
         self._reads = system.graph.reads
         for agent in system.agents:
-            member, agent = system.writer(agent), replace(agent, reads=None, model=None)
+            member, agent = system.writer(agent), replace(agent, reads=None, model=None, low_rank=False)
             takes = f"{{{MESSAGES}}}" in agent.prompt
             after = agent if takes else replace(agent, prompt=f"{{{MESSAGES}}}\n\n{agent.prompt}")
             self._readers.append([Latent(with_agents(member, [a]), adapter) for a in (agent, after)])

@@ -66,7 +66,7 @@ def _extractor(how) -> Callable[[str], str | None]:
         return how
     if how in EXTRACTORS:
         return EXTRACTORS[how]
-    if str(how).isalpha() and (near := difflib.get_close_matches(how, EXTRACTORS, n=1)):
+    if str(how).isalpha() and (near := difflib.get_close_matches(how, EXTRACTORS, n=1, cutoff=0.88)):
         raise ValueError(
             f"extract: expected one of {sorted(EXTRACTORS)}, a regular expression or a function, got {how!r}; {near[0]}?"
         )

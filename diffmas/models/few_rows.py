@@ -82,7 +82,8 @@ class Witness:
         return found + [*map(needs_grad, self._tensors)] if self._learning else found
 
     def _hooks_hold(self) -> bool:
-        """Half of what there is to look at; there is no other as long as nobody has registered one, of any tensor or module."""
+        """Half of what there is to look at: hooks are compared when one was registered since, of any tensor or module. Those
+        that somebody puts into a module's dictionaries without a handle are not seen before."""
         registered = RemovableHandle.next_id
         if registered != self._registered:
             if list(map(dict.get, *self._hooks)) != self._hook_values:
@@ -129,6 +130,13 @@ def _look(ours: Ours, layers: list[nn.Module], kernels: LayerOps, learning: bool
     # First: what another thread changes meanwhile is seen, at the latest by the next forward.
     witness = Witness(layers, learning)
     return Looked(list(layers), kernels.dtype, witness, _plain(ours, layers, kernels, learning))
+
+
+def _forget(layer: nn.Module) -> None:
+    """What a layer saw of itself when it went alone, and its weights."""
+    forward = layer.__dict__.get("forward")
+    if is_ours(forward):
+        forward.__self__.__dict__.pop("looked", None)
 
 
 def _plain(ours: Ours, layers: list[nn.Module], kernels: LayerOps, learning: bool) -> Plain | None:
@@ -197,6 +205,9 @@ def few_rows(
     known = ours.__dict__.setdefault("looked", {})
     looked = known.get(learning)
     if looked is None or not looked.holds(layers, x.dtype):
+        ours.looked = known = {k: x for k, x in known.items() if x.holds(x.layers, x.dtype)}  # whose adapters may be gone
+        for layer in layers if len(layers) > 1 else ():
+            _forget(layer)
         looked = known[learning] = _look(ours, layers, kernels, learning)
     if looked.plain is None:
         return None

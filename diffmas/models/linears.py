@@ -74,7 +74,7 @@ class LayerForward(Ours):
             return type(layer).forward(layer, *args, **kwargs)
         forward = type(layer).forward
         checkpoints = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
-        x, tables = args[0] if args else kwargs["hidden_states"], lambda: kwargs.get("position_embeddings")
+        tables = lambda: kwargs.get("position_embeddings")
         y = few_rows(self, [layer], forward_pass, x, tables, kwargs.get("position_ids"))
         if y is not None:
             return y
@@ -157,7 +157,8 @@ def _backward(ctx, dy):
         dx, v = _of_rows(dy, weight, None, a, b, scale, ops=ops, transposed=True)
     if deferred or da_wanted or db_wanted:
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        v = dy.to(b.dtype) @ b if v is None else v
+        with torch.autocast(dy.device.type, enabled=False):  # which the forward was not under either
+            v = dy.to(b.dtype) @ b if v is None else v
         if deferred:
             run_of.keep(number, x, u, dy, v)
         else:

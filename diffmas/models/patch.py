@@ -90,7 +90,8 @@ def patch_model(
     cannot be runs without, after one warning. training_graphs: latent steps with gradients too, and their backward; off as long
     as no GPU has shown the gradients to be right. fuse: whether, in forwards over a trace, a frozen linear and its plain LoRA
     adapter are one op, the adapter's gradients of a run of latent steps one product, and norms and gates an op each; on a CPU
-    also whether, without gradients, the layers of a Llama-like body are one op for up to 32 tokens; the weights' memory is then
+    also whether the layers of a Llama-like body are one op for up to 32 tokens, in latent steps with gradients one node of
+    autograd; without gradients the weights' memory is then
     in huge pages, where the system gathers them (Linux 6.1), at the same addresses, and a forked process has it for itself.
     None: on a CPU, where it was shown to be exact and faster; True: on a GPU too, where the Triton kernels for it have not run
     yet; False: nowhere. What is adapted in another way is PEFT's own. Adapters that are added later are fused once it is

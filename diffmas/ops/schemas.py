@@ -27,7 +27,7 @@ QUANTIZED = {
     "cross_attention_quantized_backward": f"(Tensor do, Tensor q, Tensor o, Tensor lse, {ROWS_OF_8_BITS}) -> Tensor",
 }
 
-# Of torch.ops.diffmas_native alone, and on the CPU; Triton has launchers of the same (kernels/backend.py), but there are no
+# Of torch.ops.diffmas_native alone: diffmas/ops/fused.py.
 FUSED = {
     "inject_attend": f"(Tensor q, Tensor k, Tensor v, {ROPE}, {POOLS}, {TABLES}, float scale) -> (Tensor, Tensor, Tensor)",
     "inject_attend_backward": f"(Tensor do, Tensor q_rot, Tensor o, Tensor lse, Tensor? q, Tensor? k, {ROPE}, Tensor k_pool, "

@@ -119,6 +119,11 @@ class GRPOTrainer(Trainer, trl.GRPOTrainer):
                 "per_device_train_batch_size or steps_per_generation"
             )
         Sampling.of(system, samples=args.num_generations, **_choice(args))  # do all values fit?
+        if len(system.choices.weights):
+            raise ValueError(
+                "system: expected agents that choose no rows by 'learned', which the loss would choose with noise and the "
+                f"answers without, got {list(system.choices.weights)}"
+            )
         beta = args.beta
         if beta:
             check_bare(system.model)

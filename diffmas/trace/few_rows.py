@@ -48,11 +48,11 @@ class Weights:
         return self.norms, self.eps, self.linears, self.parts, self.scales
 
 
-def ready(work: LayerWork, layers: list[LayerSpec], device: torch.device) -> bool:
+def ready(work: LayerWork, layers: list[LayerSpec], device: torch.device, learning: bool = False) -> bool:
     """Whether these layers can run in one op: not where they do not read the same, or somebody wants to know of each."""
     if work.store.offloaded and len(layers) > 1:  # only one layer's rows are here at a time
         return False
-    return work.together(layers, device) is not None
+    return work.together(layers, device, learning) is not None
 
 
 def arguments(
@@ -79,12 +79,12 @@ def few_rows_layers(
     like = x.new_empty((0, weights.kv_size // head_dim, head_dim))
     pools = [work.store.pool(layer.index, like, like) for layer in layers]
     _gather([pool for pool in pools if pool.scattered])
-    if learning:
+    if learning and not work.committed:
         work.choose(layers, pools, scale)
     for layer in layers:
         work.ran[layer.index] = True
     with contextlib.ExitStack() as held:  # in the order that everybody takes them
-        kv = [held.enter_context(pool.writing(work.slots, work.views)) for pool in pools]
+        kv = [held.enter_context(pool.writing(work.slots, work.views, work.committed)) for pool in pools]
         args = arguments(work, layers, weights, cos, sin, scale, kv)
         return torch.ops.diffmas_native.few_rows_layers(x, *args, learning)
 

@@ -41,6 +41,11 @@ class Layers(torch.autograd.Function):
 
 
 def _backward(ctx, dy):
+    with torch.autocast("cpu", enabled=False):  # which the forward was not under either
+        return _backward_as_it_is(ctx, dy)
+
+
+def _backward_as_it_is(ctx, dy):
     x, *kept = ctx.saved_tensors[: 1 + KEPT]
     work, layers, weights, cos, sin, scale, waiting = ctx.rest
     work = work()
@@ -79,7 +84,7 @@ def learning_layers(
 ) -> Tensor | None:
     """What `few_rows_layers` makes of x, which needs a gradient; None where it cannot be one node."""
     work, order, token, waiting = forward_pass.work, forward_pass.order, None, None
-    if order is None or not order.requires_grad or work.watch is not None or not ready(work, layers, x.device):
+    if order is None or not order.requires_grad or work.watch is not None or not ready(work, layers, x.device, learning=True):
         return None
     if weights.learning:
         if work.deferred is None:

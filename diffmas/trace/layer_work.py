@@ -170,10 +170,15 @@ class LayerWork:
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def together(self, layers: list[LayerSpec], device: torch.device) -> tuple[Tables, dict] | None:
+    def together(self, layers: list[LayerSpec], device: torch.device, recording: bool) -> tuple[Tables, dict] | None:
         """What layers that rotate alike read, tables and views by name; None where it is not the same, where a layer has run
-        already, or where somebody looks on."""
-        if self.committed or self.attended is not None or self.coded is not None or any(self.ran[x.index] for x in layers):
+        already, or where somebody looks on. recording: for a gradient, which activation checkpointing may ask for again."""
+        if self.attended is not None or self.coded is not None:
+            return None
+        if self.committed and recording:
+            for layer in layers:
+                self._check_recompute(layer.index, recording)
+        elif self.committed or any(self.ran[x.index] for x in layers):
             return None
         if self._sights is not None and len({sight for layer in layers for sight in self._sights[layer.index]}) > 1:
             return None

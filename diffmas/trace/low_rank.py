@@ -95,9 +95,8 @@ class Coding:
 
     @property
     def bytes(self) -> int:
-        """Of all codes, and of the tables; what they are multiplied by is the adapter's."""
-        tables = sum(x.numel() * x.element_size() for x in self.tables or ())
-        return tables + len(self.rows) * sum(map(self.row_bytes, range(len(self.layers))))
+        """Of all codes; what they are multiplied by is the adapter's, and the tables are those of other codings, too."""
+        return len(self.rows) * sum(map(self.row_bytes, range(len(self.layers))))
 
     def built(self, layer: int, start: int, kv: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """K and V of rows from `start` on of which kv [n, Hkv, D] are the pool's."""
@@ -131,7 +130,9 @@ def encoded(
     """A coding of codes that may have a graph, and the order token that its readers stand behind."""
     flat = [x for codes in layers for x in codes if x is not None]
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in flat)
-    constants = [Codes(*(None if x is None else x.detach() for x in codes)) for codes in layers]
+    # Copies of b, which are an adapter's weights: rows stay what they are when these change.
+    fixed = lambda name, x: None if x is None else x.detach() if name in BY_ROW else x.detach().clone()
+    constants = [Codes(*(fixed(name, x) for name, x in codes._asdict().items())) for codes in layers]
     coding = Coding(rows, constants, tables, interleaved, lineage, learns, base_learns)
     return coding, Encode.apply(coding, *flat) if learns else torch.zeros(0)
 

@@ -267,8 +267,10 @@ class Store:
         return [self._codings[first] for first in dict.fromkeys(s.start - s.start % SPAN for s in segments if s.start >= CODED)]
 
     def code_bytes(self) -> int:
-        """Of all codes that somebody has."""
-        return sum(coding.bytes for coding in list(self._codings.values()))
+        """Of all codes that somebody has, and of their tables, which several have."""
+        codings = list(self._codings.values())
+        tables = {id(x): x for coding in codings for x in coding.tables or ()}
+        return sum(coding.bytes for coding in codings) + sum(x.numel() * x.element_size() for x in tables.values())
 
     def device(self, layer: int) -> torch.device | None:
         """Where a layer's rows lie; None where it has none yet."""

@@ -27,8 +27,8 @@ def default_arguments(output_dir, recipe: str = "default", **overrides) -> Train
     recipe: "default", which is ours (a learning rate of 5e-4 after a warm-up of 5 % of the steps, 4 micro-batches of 4 rows, 3
     epochs), or "paper": what is known of the DiffMAS paper's settings (arXiv 2604.21794: 5e-5, 64 accumulated micro-batches, 1
     epoch, where the paper has 1 or 10 by task), the rest of it ours (one row each, no warm-up). Both: AdamW and cosine decay as
-    in the paper, gradients clipped to norm 1. overrides: any other TrainingArguments; save_steps and eval_steps without their
-    strategies mean "steps". With an eval_strategy among them, checkpoints follow it, and training ends by loading the one with
+    in the paper, gradients clipped to norm 1. overrides: any other TrainingArguments; save_steps and eval_steps without a
+    strategy mean "steps". With an eval_strategy among them, checkpoints follow it, and training ends by loading the one with
     the lowest eval_loss. Raises ValueError for an unknown recipe.
 
         >>> default_arguments(directory, max_steps=10).learning_rate
@@ -42,9 +42,8 @@ def default_arguments(output_dir, recipe: str = "default", **overrides) -> Train
         **RECIPES[recipe], "lr_scheduler_type": "cosine", "optim": "adamw_torch", "logging_steps": 1, "save_strategy": "epoch",
         "save_total_limit": 3, "report_to": ["tensorboard"], "remove_unused_columns": False,
     }  # fmt: skip
-    for name in ("save", "eval"):
-        if overrides.get(f"{name}_steps") is not None:
-            overrides.setdefault(f"{name}_strategy", "steps")
+    if not {"save_strategy", "eval_strategy"} & overrides.keys():
+        overrides |= {f"{name}_strategy": "steps" for name in ("save", "eval") if overrides.get(f"{name}_steps") is not None}
     if "warmup_ratio" in overrides:
         del options["warmup_steps"]
     elif "warmup_steps" not in overrides and _WARMS_UP_BY_RATIO:

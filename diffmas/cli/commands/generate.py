@@ -46,6 +46,8 @@ def generate(
     from diffmas.cli.made_with import made_with
 
     fields = fields_of(question, field)
+    if top_p == 0:
+        raise ValueError("--top-p: expected more than 0, got 0")
     if (questions is None) != (output is None):
         raise ValueError("--questions, --output: expected both or none, got one")
     if questions is not None and fields:

@@ -35,7 +35,7 @@ def train(
     from diffmas.cli.config import load
     from diffmas.cli.made_with import made_with
     from diffmas.cli.train import trainer_of
-    from diffmas.training import checkpoints, last_checkpoint
+    from diffmas.training import checkpoints
 
     settings = trained_as(load(config), method)
     earlier = [] if resume else checkpoints(settings.output_dir)
@@ -46,6 +46,10 @@ def train(
             f"{settings.output_dir}: expected no checkpoints of an earlier run, found {earlier[-1].name}; go on from it with "
             "--resume, remove it with --overwrite, or choose another output_dir"
         )
+    # What text agents wrote is gone on from, too: training starts with it where it was interrupted before its first checkpoint.
+    only_texts = method == "text_sft" and not checkpoints(settings.output_dir) and _texts(settings.output_dir) is not None
+    if resume and only_texts:
+        errors.print(f"no checkpoint in {settings.output_dir}: step 0, with what text agents wrote before", highlight=False)
     with goes_on(lambda: _how_on(config, method, settings.output_dir)):
         trainer = trainer_of(settings, method, resume, lambda text: errors.print(f"{text} ...", highlight=False))
     if trainer.is_world_process_zero():
@@ -55,8 +59,7 @@ def train(
     if method == "diffmas" and not resume:
         _look_at_latents(trainer)
     with goes_on(lambda: _how_on(config, method, settings.output_dir)):
-        begun = method != "text_sft" or last_checkpoint(settings.output_dir)  # else resume takes what was written before
-        result = trainer.train(resume_from_checkpoint=resume and begun or None)
+        result = trainer.train(resume_from_checkpoint=(resume and not only_texts) or None)
     trainer.save_model()
     if trainer.is_world_process_zero():
         _say_in_the_card(settings, trainer, made_with())
@@ -74,9 +77,15 @@ def _how_on(config, method: str, output_dir: str) -> str:
 
     newest = last_checkpoint(output_dir)
     if newest is None and method == "text_sft":
-        newest = next(Path(output_dir).glob("right_turns_*.json"), None)  # what text agents have written
+        newest = _texts(output_dir)
     again = f"diffmas train {config}" + (f" --method {method}" if method != "diffmas" else "")
     return f"`{again} --resume` goes on from {newest}" if newest else f"no checkpoint was due yet: `{again}` starts again"
+
+
+def _texts(output_dir: str) -> Path | None:
+    """What text agents wrote for method text_sft."""
+    file = Path(output_dir) / "right_turns_train.json"
+    return file if file.is_file() else None
 
 
 def _say_in_the_card(settings, trainer, made: dict) -> None:

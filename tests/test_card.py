@@ -143,7 +143,10 @@ def test_a_checkpoint_stays_whole_when_its_card_is_written_again(tmp_path):
 def test_push_to_the_hub_in_one_call(monkeypatch):
     calls, system = [], tiny.system()
     monkeypatch.setattr(hub, "HfApi", lambda: FakeHub(calls))
-    for name, base, says in (("me/team", "", "base: expected a hub name"), ("not/a/name", HUB, "Repo id")):
+    for name, base, says in (
+        ("me/team", "", "base: expected a hub name"),
+        ("not/a/name", HUB, "repo: expected NAME or OWNER/NAME"),
+    ):
         system.model.get_base_model().config._name_or_path = base
         with pytest.raises(ValueError, match=says):
             system.push_to_hub(name)

@@ -159,7 +159,7 @@ def test_push_to_the_hub(tmp_path, base, monkeypatch):
     out = tmp_path / "out"
     for arguments, says in (
         (["--push-to-hub", "me/team"], "base: expected a hub name"),
-        (["--push-to-hub", "not/a/name", "--base", HUB], "Repo id"),
+        (["--push-to-hub", "not/a/name", "--base", HUB], "repo: expected NAME or OWNER/NAME"),
     ):
         assert says in call(tmp_path / "team", out, *arguments, code=1) and not out.exists() and not calls
     said = call(tmp_path / "team", out, "--push-to-hub", "me/team", "--base", HUB, "--no-private")

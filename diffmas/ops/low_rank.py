@@ -44,6 +44,12 @@ class Codes(NamedTuple):
         """Of some rows."""
         return self._replace(**{name: x[rows] for name in BY_ROW if (x := getattr(self, name)) is not None})
 
+    def constant(self) -> "Codes":
+        """Without a graph. b are copies: an adapter's weights, which may change while the rows stay what they are."""
+        rows = {name: x.detach() for name in BY_ROW if (x := getattr(self, name)) is not None}
+        weights = {name: x.detach().clone() for name in ("b_k", "b_v") if (x := getattr(self, name)) is not None}
+        return Codes(**rows, **weights)
+
 
 class Tile(NamedTuple):
     """Some of the rows that there are codes of: their numbers in the pool, and among the codes. view: q_indptr, seg_indptr,

@@ -130,9 +130,7 @@ def encoded(
     """A coding of codes that may have a graph, and the order token that its readers stand behind."""
     flat = [x for codes in layers for x in codes if x is not None]
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in flat)
-    # Copies of b, which are an adapter's weights: rows stay what they are when these change.
-    fixed = lambda name, x: None if x is None else x.detach() if name in BY_ROW else x.detach().clone()
-    constants = [Codes(*(fixed(name, x) for name, x in codes._asdict().items())) for codes in layers]
+    constants = [codes.constant() for codes in layers]
     coding = Coding(rows, constants, tables, interleaved, lineage, learns, base_learns)
     return coding, Encode.apply(coding, *flat) if learns else torch.zeros(0)
 

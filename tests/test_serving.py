@@ -462,7 +462,8 @@ def test_a_slow_client_stops_nobody(server, ask, monkeypatch):
     monkeypatch.setattr(FlowControl, "__init__", soon_full)
     asked = {"model": "facts", "messages": USER, "max_tokens": 90, "n": 4, "stream": True, "seed": 1}
     body = json.dumps(asked).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     with contextlib.ExitStack() as stack:
         for _ in range(4):
             slow = stack.enter_context(socket.socket())

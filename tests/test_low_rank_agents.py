@@ -3,6 +3,7 @@ projections of the bare model's hidden states."""
 
 import contextlib
 import json
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from systems import ANSWERS, QUESTIONS, exact_norms, tokenizer
 from test_graph import TIGHT, agent, at, exact
 
 from diffmas import MultiAgentSystem, Trace, patch_model
+from diffmas.agents import adapters
 from diffmas.agents.adapters import add_lora
 from diffmas.agents.board import Board
 from diffmas.agents.card import contents
@@ -347,6 +349,41 @@ def test_beside_rows_that_some_heads_see(tmp_path):
         p[0, 1] += 1e-5
         p.requires_grad_()
         assert given[name][0, 1].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-5, abs=1e-9)
+
+
+def test_threads_take_turns():
+    """A turn on the bare model, and adapters that are looked at, are nobody else's."""
+    s, found = team(SHAPES["experts"]), []
+    want = alone(s)
+
+    def several():
+        found.extend(alone(s) for _ in range(3))
+
+    threads = [threading.Thread(target=several) for _ in range(2)]
+    with adapters.switched_off(s.model):
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.3)  # both have come to where they wait
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6 and all(loss == pytest.approx(want, abs=1e-9) for loss in found)
+
+
+@torch.no_grad()
+def alone(s) -> float:
+    return float(s(QUESTIONS, ANSWERS).loss)
+
+
+@torch.no_grad()
+def test_rows_are_constant():
+    """Also when the weights change that they were made with."""
+    s = team(SHAPES["all read"])
+    trace = s.communicate(s.fields_of(QUESTIONS))
+    before = trace.keys_values(1, 0)
+    for name, p in s.model.named_parameters():
+        if "lora_B" in name:
+            p.add_(0.05)
+    assert all(map(torch.equal, trace.keys_values(1, 0), before))
 
 
 # ---- which rows, and files -------------------------------------------------------------------------------------------

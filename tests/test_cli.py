@@ -222,6 +222,9 @@ def test_trained_baselines_go_to_directories_of_their_own_and_are_compared(proje
     assert written and {row["agent"] for row in written} == {"planner", "critic", "solver"}
     (tmp_path / "run-text_sft" / "right_turns_train.json").write_text(json.dumps(written[:4]))
     assert "data          │ 4 rows" in call("train", path, "--method", "text_sft", "--resume").output  # not written anew
+    for checkpoint in (tmp_path / "run-text_sft").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert "step 0, with what text agents wrote before" in call("train", path, "--method", "text_sft", "--resume").stderr
     directories = ("--text-sft", tmp_path / "run-text_sft", "--stitch", tmp_path / "run-stitch", "--device", "cpu")
     call("evaluate", path, "--adapter", project / "run", *directories)
     lines = (tmp_path / "run" / "evaluation" / "results.csv").read_text().splitlines()

@@ -213,7 +213,7 @@ def test_a_device_that_is_not_here_is_told_before_a_model_is_loaded(config, monk
 
 
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path):
-    pytest.importorskip("fastapi")
+    pytest.importorskip("fastapi", reason="diffmas[serve] is not installed")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port: expected a free one at 127.0.0.1, got {port}" in call("serve", tmp_path, "--port", port, code=1).output

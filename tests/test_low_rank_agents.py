@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import test_messages
 import torch
-from loops import check_greedy_tokens, check_loss
+from loops import check_checkpointing, check_greedy_tokens, check_loss, check_ragged
 from models import assert_close, body, gradients, tiny, with_lora
 from peft import IA3Config, LoraConfig, get_peft_model
 from systems import ANSWERS, QUESTIONS, exact_norms, tokenizer
@@ -22,6 +22,7 @@ from diffmas.agents.adapters import add_lora
 from diffmas.agents.board import Board
 from diffmas.agents.card import contents
 from diffmas.agents.meter import measuring
+from diffmas.evaluation import TextAgents
 from diffmas.evaluation.look import look_at
 from diffmas.evaluation.plain_hf import plain_loss
 from diffmas.serving.vllm.teams import check_team
@@ -231,34 +232,12 @@ def test_ragged_batches_equal_single_runs():
     rows = [{"question": q, "a": a, "b": b} for q, a, b in zip(QUESTIONS, (2, 0, 1), (0, 3, 1))]
     for options in (dict(no_latents="skip"), LATENT):
         s = team(agents, **options)
-        out = s(rows, ANSWERS)
-        out.loss.backward()
-        got = gradients(s)
-        alone = [s([row], [answer], num_items_in_batch=1).loss for row, answer in zip(rows, ANSWERS)]
-        (sum(alone) / int((out.labels != -100).sum())).backward()
-        assert_close(got, gradients(s), TIGHT)
-        tokens = s.generate_tokens(rows, max_new_tokens=3, temperature=0)
-        assert tokens == s.generate_tokens(rows, max_new_tokens=3, temperature=0, batch_size=1)
-        with torch.no_grad():
-            board = Board(s, Trace(s.model, 3))
-            for group in board.groups:
-                board.write(group, s.fields_of(rows))
-            board.select([2, 0])
-            left = board.read(2, [rows[2], rows[0]])
-            whole = s.communicate(s.fields_of(rows)).select([2, 0])
-        for b in range(2):
-            for got, want in zip(left.keys_values(2, b), whole.keys_values(2, b)):
-                assert_close(got, want, 1e-12)
+        check_ragged(s, rows)
 
 
 @pytest.mark.parametrize("shape", ["all read", "behind another"])
 def test_checkpointing_gives_the_same_gradients(shape):
-    s = team(SHAPES[shape]).train()
-    s(QUESTIONS, ANSWERS).loss.backward()
-    want = gradients(s)
-    s.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    s(QUESTIONS, ANSWERS).loss.backward()
-    assert_close(gradients(s), want, TIGHT)
+    check_checkpointing(team(SHAPES[shape]).train())
 
 
 def test_compiled_layers_give_the_same_gradients():
@@ -436,6 +415,14 @@ def test_they_are_saved_and_loaded(tmp_path):
     with pytest.raises(ValueError, match="agent 'doc': low_rank: expected False where processes share the model's weights"):
         engine = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2))
         check_engine(s, SimpleNamespace(fsdp="", world_size=1), engine)
+
+
+def test_as_text_agents_they_are_like_others():
+    text, trained = (
+        TextAgents(s, 2) for s in (team(SHAPES["experts"]), team([replace(a, low_rank=False) for a in SHAPES["experts"]]))
+    )
+    answers = [method.answer(QUESTIONS, max_new_tokens=3, temperature=0.0) for method in (text, trained)]
+    assert answers[0].texts == answers[1].texts
 
 
 # ---- descriptions that are refused -----------------------------------------------------------------------------------

@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 import test_messages
 import torch
-from loops import check_greedy_tokens, check_loss
+from loops import check_checkpointing, check_greedy_tokens, check_loss, check_ragged
 from models import assert_close, body, gradients, tiny
 from systems import ANSWERS, QUESTIONS, system, tokenizer
-from test_graph import TIGHT, agent, at, exact
+from test_graph import agent, at, exact
 
 from diffmas import Agent, MultiAgentSystem, Trace, patch_model
-from diffmas.agents.board import Board
 from diffmas.agents.card import contents
 from diffmas.agents.meter import measuring
 from diffmas.evaluation.look import look_at
@@ -133,33 +132,11 @@ def test_ragged_batches_equal_single_runs():
     rows = [{"question": q, "a": a, "b": b} for q, a, b in zip(QUESTIONS, (2, 0, 1), (0, 3, 1))]
     for options in (dict(no_latents="skip"), LATENT):
         s = system(agents=agents, **options)
-        out = s(rows, ANSWERS)
-        out.loss.backward()
-        got = gradients(s)
-        alone = [s([row], [answer], num_items_in_batch=1).loss for row, answer in zip(rows, ANSWERS)]
-        (sum(alone) / int((out.labels != -100).sum())).backward()
-        assert_close(got, gradients(s), TIGHT)
-        tokens = s.generate_tokens(rows, max_new_tokens=3, temperature=0)
-        assert tokens == s.generate_tokens(rows, max_new_tokens=3, temperature=0, batch_size=1)
-        with torch.no_grad():
-            board = Board(s, Trace(s.model, 3))
-            for group in board.groups:
-                board.write(group, s.fields_of(rows))
-            board.select([2, 0])
-            left = board.read(2, [rows[2], rows[0]])
-            whole = s.communicate(s.fields_of(rows)).select([2, 0])
-        for b in range(2):
-            for got, want in zip(left.keys_values(2, b), whole.keys_values(2, b)):
-                assert_close(got, want, 1e-12)
+        check_ragged(s, rows)
 
 
 def test_checkpointing_gives_the_same_gradients():
-    s = system(agents=SHAPES["diamond"], **LATENT).train()
-    s(QUESTIONS, ANSWERS).loss.backward()
-    want = gradients(s)
-    s.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    s(QUESTIONS, ANSWERS).loss.backward()
-    assert_close(gradients(s), want, TIGHT)
+    check_checkpointing(system(agents=SHAPES["diamond"], **LATENT).train())
 
 
 @pytest.mark.parametrize("scope", [dict(grad_scope="detach_trace"), dict(grad_scope="last_k", last_k=2)], ids=str)

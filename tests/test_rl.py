@@ -436,6 +436,8 @@ def test_what_else_does_not_fit(tmp_path):
         make(rows=[{**row, "image": "a.png"} for row in tiny.rows(2)])
     with pytest.raises(ValueError, match="beta: expected 0 with realign='learned'"):
         make(config(tmp_path, beta=0.1), system=tiny.system(realign="learned"))
+    with pytest.raises(ValueError, match="system: expected agents that choose no rows by 'learned'"):
+        make(system=tiny.system(parallel=True, select={"rows": 1, "by": "learned"}))
     with pytest.raises(ValueError, match=r"answers: expected strings or lists of token ids, got a list of something else"):
         tiny.system()(["where is the key"], [[]])
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from launches import note_launches
 from models import assert_close, gradients
 from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs, random_attention
 from op_runs import attention_all, exact_in_half, inject_all, merge_all, raw, reposition_all, within_budget
@@ -102,21 +103,7 @@ def launched(monkeypatch):
     """-> the (kernel, grid) of every launch from now on."""
     from diffmas.kernels import cross_attention, inject
 
-    seen = []
-
-    class Noted:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid):
-            seen.append((self.name, grid))
-            return self.kernel[grid]
-
-    for module in (cross_attention, inject):
-        for name, kernel in vars(module).copy().items():
-            if "_kernel" in name:
-                monkeypatch.setattr(module, name, Noted(name, kernel))
-    return seen
+    return note_launches(monkeypatch, cross_attention, inject)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter's processors")

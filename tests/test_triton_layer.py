@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from launches import note_launches
 from layer_cases import EPS, SCALE, Linear, agree, gates, lora_gradients, norms
 from op_runs import exact_in_half
 
@@ -38,21 +39,7 @@ def launched(monkeypatch):
     """-> the (kernel, grid) of every launch from now on."""
     from diffmas.kernels import linear, pointwise
 
-    seen = []
-
-    class Noted:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid):
-            seen.append((self.name, grid))
-            return self.kernel[grid]
-
-    for module in (linear, pointwise):
-        for name, kernel in vars(module).copy().items():
-            if "_kernel" in name:
-                monkeypatch.setattr(module, name, Noted(name, kernel))
-    return seen
+    return note_launches(monkeypatch, linear, pointwise)
 
 
 LINEARS = {

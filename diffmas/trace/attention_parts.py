@@ -88,8 +88,11 @@ class LayerAttention(NamedTuple):
             found = self.find(part, "fwd", frozen[0])("frozen", q, view, False)
             args = (*frozen, *view, self.scale, self.interleaved)
             states = [*states, call("cross_attention_quantized", q, q, *args, backend=self.backend, **found)]
-        merge = lambda a, b: call("merge_states", q, *a, *b, backend=self.backend)
-        return functools.reduce(merge, states)
+        return self.merged(q, states)
+
+    def merged(self, q: Tensor, states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The state of all rows, from those of some each."""
+        return functools.reduce(lambda a, b: call("merge_states", q, *a, *b, backend=self.backend), states)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ The autograd graph holds this object, so it must not reach a trace, or a tensor 
 """
 
 import contextlib
-import functools
 import itertools
 import weakref
 from dataclasses import dataclass
@@ -223,9 +222,8 @@ class LayerWork:
                 q_rot = call("inject", q_heads, q_heads, *rows, *rope, *kv, backend=backend)
                 o, lse = self._attention(layer, n, scale).forward(parts, q_rot, kv, whole)
             if self.coded is not None:
-                merge = lambda a, b: call("merge_states", q_rot, *a, *b, backend=backend)
                 coded = self.coded.attend(i, self._sights and self._sights[i], q_rot, kv, views["all"][5], scale, backend)
-                o, lse = functools.reduce(merge, coded, (o.view(q_rot.shape), lse))
+                o, lse = self._attention(layer, n, scale).merged(q_rot, [(o.view(q_rot.shape), lse), *coded])
             o = o if o.shape == q.shape else in_layout_of(q, o)
             if whole and self.plain:
                 self.attended(i, q_rot, o, lse, kv, parts, scale, interleaved)

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
 from diffmas import Agent, MultiAgentSystem, patch_model
 from diffmas.benchmarks.live_bytes import LiveBytes
 from diffmas.models.local import local
-from diffmas.training import Trainer, add_lora, default_arguments, lora_config
+from diffmas.training import Trainer, add_lora, default_arguments, end_processes, lora_config
 from diffmas.training.plan import Episode, plan, sizes_of
 
 __all__ = ["ENGINES", "PARTS", "Team", "measure", "planned"]
@@ -217,7 +217,7 @@ def of_this_process(engine: str, team: Team, directory: Path) -> None:
         __compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes, for its inference alone
     found = measure(engine, team, directory)
     (directory / f"{engine}-{os.environ['RANK']}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    end_processes()
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import tiny_systems
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from diffmas.training import Trainer, default_arguments
+from diffmas.training import Trainer, default_arguments, end_processes
 
 # name -> (latent steps of each rank, options of the system, TrainingArguments)
 CASES = {
@@ -76,4 +76,4 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()
+    end_processes()

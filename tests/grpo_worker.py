@@ -10,6 +10,8 @@ import tiny_systems as tiny
 import torch
 from test_rl import config, step_of
 
+from diffmas.training import end_processes
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     output = Path(sys.argv[1])
@@ -18,4 +20,4 @@ if __name__ == "__main__":
     graded, moved, _ = step_of(tiny.system(alpha=8), output, **options)
     found = {"prompts": graded.prompts, "tokens": graded.tokens, "rewards": graded.rewards, "moved": moved}
     torch.save(found, output / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    end_processes()

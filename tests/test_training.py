@@ -31,6 +31,7 @@ from diffmas.training import (
     last_checkpoint,
     lora_config,
     plot_gradients,
+    processes,
 )
 from diffmas.training.explosion import Explosion
 
@@ -314,6 +315,29 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         assert total > 0 and (tmp_path / name / "agents.json").is_file()
         manifest = json.loads((check_checkpoint(tmp_path / name / "checkpoint-1") / "manifest.json").read_text())
         assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest.keys()
+
+
+WITH_DDP = """
+import runpy, sys, torch
+end_processes = runpy.run_path(sys.argv[3])["end_processes"]  # no import of diffmas: whatever ends with it lends the GIL, too
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+sys.setswitchinterval(1000)  # nobody gets the GIL who is not lent it
+for _ in range(40):
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    model(torch.ones(2, 4)).sum().backward()
+end_processes()
+"""
+
+
+def test_processes_end_without_aborting(tmp_path):
+    """Without the moment that Gloo's threads get, one process or the other aborts in about a third of the turns."""
+    for turn in range(5):
+        command = [sys.executable, "-c", WITH_DDP, tmp_path / f"store{turn}"]
+        both = [
+            subprocess.Popen([*command, str(rank), processes.__file__], stderr=subprocess.PIPE, text=True) for rank in range(2)
+        ]
+        ends = [process.communicate(timeout=120)[1] for process in both]
+        assert [process.returncode for process in both] == [0, 0], (turn, ends)
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from diffmas.benchmarks import engine_memory
 from diffmas.cli.main import app
 from diffmas.models import linears, probe
 from diffmas.models.local import of_all_heads
-from diffmas.training import Trainer, default_arguments
+from diffmas.training import Trainer, default_arguments, end_processes
 from diffmas.training.sharded import check_engine
 
 
@@ -331,4 +331,4 @@ if __name__ == "__main__":
         else:
             found = stop(output / name, STOPPED[name]) if name in STOPPED else patched(output / name)
         torch.save(found, output / f"{name}-{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    end_processes()

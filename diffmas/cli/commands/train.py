@@ -35,7 +35,7 @@ def train(
     from diffmas.cli.config import load
     from diffmas.cli.made_with import made_with
     from diffmas.cli.train import trainer_of
-    from diffmas.training import checkpoints
+    from diffmas.training import checkpoints, end_processes
 
     settings = trained_as(load(config), method)
     earlier = [] if resume else checkpoints(settings.output_dir)
@@ -61,6 +61,7 @@ def train(
     with goes_on(lambda: _how_on(config, method, settings.output_dir)):
         result = trainer.train(resume_from_checkpoint=(resume and not only_texts) or None)
     trainer.save_model()
+    end_processes()
     if trainer.is_world_process_zero():
         _say_in_the_card(settings, trainer, made_with())
         best = f", best eval_loss {trainer.state.best_metric:.4f}" if trainer.state.best_metric is not None else ""

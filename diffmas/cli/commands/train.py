@@ -1,5 +1,6 @@
 """diffmas train."""
 
+import atexit
 import math
 import shutil
 from pathlib import Path
@@ -61,7 +62,7 @@ def train(
     with goes_on(lambda: _how_on(config, method, settings.output_dir)):
         result = trainer.train(resume_from_checkpoint=(resume and not only_texts) or None)
     trainer.save_model()
-    end_processes()
+    atexit.register(end_processes)  # not now: others may be behind, or another command follow in this process
     if trainer.is_world_process_zero():
         _say_in_the_card(settings, trainer, made_with())
         best = f", best eval_loss {trainer.state.best_metric:.4f}" if trainer.state.best_metric is not None else ""

@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from loops import check_greedy_tokens, check_loss
-from models import assert_close, gradients, tiny
+from models import assert_close, body, gradients, tiny
 from systems import ANSWERS, QUESTIONS, system, tokenizer
 from test_graph import TIGHT, agent, exact
 from test_selection import FIRST, LATENT, RAGGED, REINDEX, Choosing, check_single_runs, of, ragged, solver
@@ -15,6 +16,7 @@ from test_selection import FIRST, LATENT, RAGGED, REINDEX, Choosing, check_singl
 from diffmas import Agent, MultiAgentSystem, Trace
 from diffmas.agents.eval_mode import evaluating
 from diffmas.agents.file import CHOICES_FILE
+from diffmas.evaluation.baselines import Stitched
 from diffmas.serving.export import export
 from diffmas.trace.views import rows_of
 
@@ -33,6 +35,11 @@ SHAPES = {
     ],
     "budget": [*FIRST, solver(learned("a", 4), "b", max_rows=9, max_rows_by="attention")],
     "all": [*FIRST, solver(learned("a", 1000), "b")],
+    "asked": [*FIRST, solver(learned("a", 2, of="question"), learned("b", 1))],
+    "asked in turns": [
+        FIRST[0], agent("b", 3, [learned("a", 3, of="question")]),
+        solver(learned("b", 2, "reindex", of="question"), learned("a", 2, kind="latent", of="question")),
+    ],
 }  # fmt: skip
 
 
@@ -42,7 +49,8 @@ def chosen_by(agents, **options):
     s.choices.double()
     generator = torch.Generator().manual_seed(3)
     for w in s.choices.parameters():
-        w.data.copy_(torch.randn(w.shape, generator=generator, dtype=w.dtype))
+        scale = 1 if w.dim() == 1 else 0.25  # a gate that is shut or open has no gradient
+        w.data.copy_(scale * torch.randn(w.shape, generator=generator, dtype=w.dtype))
     return s
 
 
@@ -69,8 +77,17 @@ class Learned(Choosing):
 
     def logit(self, i, j, values):
         """values: by layer, [Hkv, D]."""
-        w = self.s.choices.weights[f"{i}_reads_{j}"]
-        return torch.cat([v.flatten() / v.norm() for v in values]) @ w
+        choices, name = self.s.choices, f"{i}_reads_{j}"
+        v = torch.cat([v.flatten() / v.norm() for v in values])
+        logit = choices.weights[name] @ v
+        if name in choices.of_questions:
+            logit = logit + (choices.of_questions[name] @ self.asked(i)) @ (choices.of_rows[name] @ v)
+        return logit
+
+    @torch.no_grad()
+    def asked(self, i):
+        _, own = self.forward(body(self.s.model), [], self.prompt(i), 5)
+        return torch.cat([F.normalize(v[0].sum(1).flatten(), dim=0) for _, v in own])
 
     def chosen(self, i, j):
         self.handed(j)  # which asks for other edges
@@ -122,7 +139,7 @@ def test_loss_and_gradients_equal_the_loop(shape, options):
     s = chosen_by(SHAPES[shape], **options)
     _, got = check_loss(s, Learned)
     names = {name for name in got if name.startswith("choices.")}
-    assert names == {f"choices.weights.{name}" for name in s.choices.weights} and names
+    assert names == {f"choices.{name}" for name in s.choices.state_dict()} and names
     assert all(got[name].abs().max() > 1e-6 for name in names)
 
 
@@ -130,16 +147,18 @@ def test_generated_tokens():
     check_greedy_tokens(chosen_by(SHAPES["two"], **LATENT), Learned)
 
 
-def test_ragged_batches_equal_single_runs():
-    """Though some questions leave nothing to choose."""
-    agents = ragged(SHAPES["two"])
+@pytest.mark.parametrize("shape", ["two", "asked in turns"])
+def test_ragged_batches_equal_single_runs(shape):
+    """Though some questions leave nothing to choose, or have nobody who asks."""
+    agents = ragged(SHAPES[shape])
     check_single_runs(chosen_by(agents, **LATENT, no_latents="skip", sinks=1), RAGGED)
 
 
+@pytest.mark.parametrize("shape", ["one", "asked"])
 @pytest.mark.parametrize("how", ["detach_trace", "checkpointed"])
-def test_ways_to_train(how):
+def test_ways_to_train(how, shape):
     """What is cut off from the agents before learns to choose all the same."""
-    s = chosen_by(SHAPES["one"], grad_scope="detach_trace" if how == "detach_trace" else "full")
+    s = chosen_by(SHAPES[shape], grad_scope="detach_trace" if how == "detach_trace" else "full")
     s(QUESTIONS, ANSWERS).loss.backward()
     want = gradients(s)
     if how == "checkpointed":
@@ -147,7 +166,7 @@ def test_ways_to_train(how):
         s.model.train()
         s(QUESTIONS, ANSWERS).loss.backward()
         assert_close(gradients(s), want, TIGHT)
-    assert want["choices.weights.2_reads_0"].abs().max() > 1e-6
+    assert all(want[f"choices.{name}"].abs().max() > 1e-6 for name in s.choices.state_dict())
 
 
 # ---- what is chosen --------------------------------------------------------------------------------------------------
@@ -188,7 +207,7 @@ def test_noise_is_for_training_alone():
 
 def test_before_it_has_learned_the_last_rows_are_chosen():
     """And a choice leaves rows as views where nobody learns."""
-    s = system(agents=[*FIRST, solver(learned("a", 2), learned("b", 1))]).eval()
+    s = system(agents=[*FIRST, solver(learned("a", 2), learned("b", 1, of="question"))]).eval()
     last = system(agents=[*FIRST, solver(of("a", rows=2), of("b", rows=1))]).eval()
     with torch.no_grad():
         got, want = (x.communicate(x.fields_of(QUESTIONS)) for x in (s, last))
@@ -238,19 +257,54 @@ def test_it_learns_which_rows_say_something():
     assert hits() > 90
 
 
+def kinds(draw, count):
+    """Two words, one of each kind, and the kind that is asked for."""
+    made = []
+    for _ in range(count):
+        words = [f"w{10 + 6 * kind + draw.randrange(6)}" for kind in range(2)]
+        kind, order = draw.randrange(2), draw.sample(range(2), 2)
+        asked = {"words": " ".join(words[k] for k in order), "kind": f"w{50 + kind}"}
+        made.append((asked, words[kind], order.index(kind)))
+    return zip(*made)
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["of the question", "of rows alone"])
+def test_which_row_says_something_may_be_up_to_the_question(asks):
+    """Who writes the rows does not know what is asked. A choice by rows alone has every other one by chance."""
+    draw = random.Random(0)
+    model = tiny("qwen3", torch.float32, patch=False, num_hidden_layers=1, head_dim=16)
+    read = learned("reader", 1, **({"of": "question"} if asks else {}))
+    agents = [Agent("reader", "{words}", reads=[]), Agent("solver", "w9 {kind}", reads=[read])]
+    torch.manual_seed(0)
+    s = MultiAgentSystem(model, tokenizer(), agents, sinks=0).train()
+    own = {"params": s.choices.parameters(), "lr": 2e-2}
+    optimizer = torch.optim.Adam([{"params": s.model.parameters()}, own], lr=1e-2)
+    for _ in range(100):
+        asked, answers, _ = kinds(draw, 16)
+        optimizer.zero_grad()
+        s(list(asked), list(answers)).loss.backward()
+        optimizer.step()
+    asked, _, places = kinds(draw, 100)
+    with evaluating(s), torch.no_grad():
+        trace = s.communicate(list(asked))
+    assert trace.lengths == [1] * 100
+    hits = sum(x.position == at for x, at in zip(trace.segments, places))
+    assert hits > 85 if asks else hits < 65
+
+
 # ---- descriptions ----------------------------------------------------------------------------------------------------
 
 
 def test_what_was_learned_is_saved_and_loaded(tmp_path):
-    s = system(agents=SHAPES["two"], dtype=torch.float32)
+    s = system(agents=SHAPES["asked"], dtype=torch.float32)
     for w in s.choices.parameters():
         w.data.normal_()
     s.save_pretrained(tmp_path)
     described = json.loads((tmp_path / "agents.json").read_text())
-    assert described["agents"][2]["reads"][1]["select"] == {"rows": 3, "by": "learned"}
+    assert described["agents"][2]["reads"][0]["select"] == {"rows": 2, "by": "learned", "of": "question"}
     loaded = MultiAgentSystem.from_pretrained(tmp_path, tiny("qwen3", torch.float32, patch=False), tokenizer())
     want = s.choices.state_dict()
-    assert len(want) == 2 and all(torch.equal(x, want[name]) for name, x in loaded.choices.state_dict().items())
+    assert len(want) == 4 and all(torch.equal(x, want[name]) for name, x in loaded.choices.state_dict().items())
     for w in s.choices.parameters():
         w.data.zero_()
     s.load_weights(tmp_path)
@@ -265,11 +319,25 @@ def test_what_was_learned_is_saved_and_loaded(tmp_path):
     assert not (tmp_path / "plain" / CHOICES_FILE).exists() and not plain.choices.state_dict()
 
 
+def test_stitched_agents_learn_the_edges_that_they_have(tmp_path):
+    """Not those that their `reads` say."""
+    team = system(agents=SHAPES["asked"], dtype=torch.float32)
+    stitched = Stitched(team.model, team.tokenizer, team.agents)
+    assert not stitched.choices.state_dict() and not list(stitched.choices.parameters())
+    stitched.save_pretrained(tmp_path / "team")
+    out = export(tmp_path / "team", tmp_path / "out", base="base")
+    assert not (tmp_path / "team" / CHOICES_FILE).exists() and not (out / CHOICES_FILE).exists()
+    loaded = Stitched.from_pretrained(out, tiny("qwen3", torch.float32, patch=False), tokenizer())
+    assert loaded.agents == team.agents
+
+
 @pytest.mark.parametrize(
     "select, message",
     [
         ({"by": "learned"}, "by: expected None without rows, got 'learned'"),
         ({"rows": 2, "temperature": 1.0}, "temperature: expected None but with by='learned', got 1.0"),
+        ({"rows": 2, "of": "question"}, "of: expected None but with by='learned', got 'question'"),
+        ({"rows": 2, "by": "learned", "of": "rows"}, "of: expected 'question' or None, got 'rows'"),
         ({"rows": 2, "by": "learned", "temperature": -1}, "temperature: expected a number >= 0 or None, got -1"),
         ({"rows": 2, "by": "learned", "temperature": "hot"}, "temperature: expected a number >= 0 or None, got 'hot'"),
     ],

@@ -13,8 +13,8 @@ from diffmas.agents.low_rank import Coder
 from diffmas.agents.meter import has_read, phase
 from diffmas.agents.prompts import Turn, turn_of
 from diffmas.agents.quantized import quantized
-from diffmas.agents.scores import scores
-from diffmas.agents.selection import MEASURED, within
+from diffmas.agents.scores import question_values, scores
+from diffmas.agents.selection import MEASURED, QUESTION, within
 from diffmas.agents.turns import take_turns
 from diffmas.trace import Trace
 from diffmas.trace.views import SAID, by_sequence, length_of, rows_of, without_first
@@ -74,9 +74,12 @@ class Board:
             more = set()
         if measures | more:
             found = scores(self.system, i, questions, trace, measures | more)
-        learned = {j: self._unit(j, i) for j in self.graph.learned(i)}
+        selects, choices, asked = self.graph.learned(i), self.system.choices, None
+        learned = {j: self._unit(j, i) for j in selects}
+        if any(select.of == QUESTION for select in selects.values()):
+            asked = choices.asked(question_values(self.system, i, questions, trace))
         for j, unit in learned.items():
-            good = self.system.choices.scores(i, j, unit, self.graph.learned(i)[j])
+            good = choices.scores(i, j, unit, selects[j].noise, asked)
             found = [{**known, j: score} for known, score in zip(found, good)]
         if measures or learned:
             trace = self._joined(i, found)
@@ -86,7 +89,7 @@ class Board:
         if learned and torch.is_grad_enabled():
             fixed = [max(length_of(row), self.system.sinks) for row in by_sequence(self._base(i))]
             rows = lambda unit: [rows_of(without_first(row, n)) for row, n in zip(by_sequence(unit), fixed)]
-            trace = self.system.choices.gated(i, trace, {j: rows(unit) for j, unit in learned.items()})
+            trace = choices.gated(i, trace, {j: rows(unit) for j, unit in learned.items()}, asked)
         return trace
 
     def _joined(self, i: int, scores: list[dict]) -> Trace:

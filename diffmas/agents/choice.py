@@ -4,6 +4,11 @@ The logit of a row is w . v: v its values, in every layer all heads together and
 vector of the edge, trained with the team and zero at first, where the last rows are the best ones. A reader has the rows of
 the highest logits, as a view.
 
+With `of="question"` a logit is w . v + (A q) . (B v): q the values of the reader's prompt where it has read nothing, summed
+over its tokens as similarity takes them, in every layer of length 1; A and B matrices of the edge, [RANK, all values], as
+attention has them for queries and keys. A is zero at first, B drawn. For q the prompt runs once more, without gradients: the
+choice is learned, and not how to ask.
+
 In training the choice is hard, too, and w learns from what was chosen (straight-through, arXiv 1308.3432): the reader has a
 copy of these rows, of the same numbers, whose gradient is the rows' as ever, and that of a gate sigmoid(logit) as if it had
 multiplied their values. Not their keys: a key that is half as long does not say half as much. The rows that were not chosen
@@ -19,43 +24,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmas.agents.projector import row_shapes
-from diffmas.agents.selection import Score, lookup
+from diffmas.agents.selection import QUESTION, Score, lookup
 from diffmas.trace import Segment, Trace
 from diffmas.trace.views import by_sequence, packed, places, rows_of
 
-__all__ = ["Choices"]
+__all__ = ["RANK", "Choices"]
+
+RANK = 16  # of A and B; whole matrices would have sum(sizes)^2 weights
 
 
 class Choices(nn.Module):
-    """What the edges of a team have learned; weights: float32, by the numbers of reader and writer. Without an edge that learns
-    it has none. graph: of the team. model: whose rows are chosen, patched."""
+    """What the edges of a team have learned; weights (w), of_questions (A) and of_rows (B): float32, by the numbers of reader
+    and writer. Without an edge that learns it has none. graph: of the team. model: whose rows are chosen, patched."""
 
     def __init__(self, graph, model: nn.Module):
         super().__init__()
         edges = [(i, j) for i in range(len(graph.reads)) for j in graph.learned(i)]
         self.sizes = [heads * D for heads, D in row_shapes(model)] if edges else []
         device = next(model.get_input_embeddings().parameters()).device
-        self.weights = nn.ParameterDict({
-            _name(i, j): nn.Parameter(torch.zeros(sum(self.sizes), device=device)) for i, j in edges
-        })  # fmt: skip
+        asking = [_name(i, j) for i, j in edges if graph.learned(i)[j].of == QUESTION]
+        size = sum(self.sizes)
+        zeros = lambda *shape: nn.Parameter(torch.zeros(*shape, device=device))
+        self.weights = nn.ParameterDict({_name(i, j): zeros(size) for i, j in edges})
+        self.of_questions = nn.ParameterDict({name: zeros(RANK, size) for name in asking})  # A
+        self.of_rows = nn.ParameterDict({name: zeros(RANK, size) for name in asking})  # B
+        for b in self.of_rows.values():
+            nn.init.normal_(b, std=size**-0.5)
 
-    def scores(self, i: int, j: int, unit: Trace, temperature: float) -> list[Score]:
+    def asked(self, values: list[list[Tensor]]) -> Tensor:
+        """q of each question, [B, sum(sizes)]. values: as `scores.question_values` gives them."""
+        device = next(iter(self.weights.values())).device
+        return torch.stack([torch.cat([F.normalize(x, dim=-1).to(device) for x in of_layers]) for of_layers in values])
+
+    def scores(self, i: int, j: int, unit: Trace, temperature: float, asked: Tensor | None = None) -> list[Score]:
         """How good reader i finds the rows of agent j, `unit`, of each sequence. temperature: of the noise, in train mode and
-        where gradients are recorded."""
+        where gradients are recorded. asked: q of the questions, where the choice depends on them."""
         noise = temperature if self.training and torch.is_grad_enabled() else 0.0
         with torch.no_grad():
-            found = []
+            found, weights = [], self._weights(_name(i, j), unit.batch_size, asked)
             for b, row in enumerate(by_sequence(unit)):
                 values = [unit.keys_values(layer, b)[1] for layer in range(len(unit))] if row else []
-                good = self._logits(_name(i, j), values).double().cpu() if row else torch.zeros(0, dtype=torch.float64)
+                good = self._logits(weights[b], values).double().cpu() if row else torch.zeros(0, dtype=torch.float64)
                 if noise:
                     good = good - noise * torch.empty_like(good).exponential_().log()
                 found.append(lookup(rows_of(row), good))
         return found
 
-    def gated(self, i: int, trace: Trace, chosen_from: dict[int, list[np.ndarray]]) -> Trace:
+    def gated(
+        self, i: int, trace: Trace, chosen_from: dict[int, list[np.ndarray]], asked: Tensor | None = None
+    ) -> Trace:  # fmt: skip
         """What reader i reads, where w learns from the rows that were chosen. chosen_from: by agent, of each sequence, the rows
-        that they were chosen from."""
+        that they were chosen from. asked: as in `scores`."""
         rows = by_sequence(trace)
         owners = [_owners(rows_of(row), {j: of[b] for j, of in chosen_from.items()}) for b, row in enumerate(rows)]
         cut = [places(row, np.flatnonzero(own >= 0)) for row, own in zip(rows, owners)]
@@ -63,10 +82,13 @@ class Choices(nn.Module):
         if not any(chosen.lengths):
             return trace
         packed_rows, owner = chosen.packed_rows(), np.concatenate([own[own >= 0] for own in owners])
+        sequence = np.repeat(np.arange(len(rows)), chosen.lengths)
         gate = torch.ones(len(owner), dtype=_wide(packed_rows[0][1]).dtype, device=packed_rows[0][1].device)
         for j in chosen_from:
             at = torch.from_numpy(np.flatnonzero(owner == j))
-            g = self._logits(_name(i, j), [v[at.to(v.device)] for _, v in packed_rows]).sigmoid().to(gate)
+            weights = self._weights(_name(i, j), len(rows), asked)
+            by_row = weights[torch.from_numpy(sequence[owner == j]).to(weights.device)]
+            g = self._logits(by_row, [v[at.to(v.device)] for _, v in packed_rows]).sigmoid().to(gate)
             gate = gate.index_copy(0, at.to(gate.device), 1 + (g - g.detach()))
         copies = [(k, (_wide(v) * gate.to(v.device)[:, None, None]).to(v.dtype)) for k, v in packed_rows]
         others = [places(row, np.flatnonzero(own < 0)) for row, own in zip(rows, owners)]
@@ -74,12 +96,19 @@ class Choices(nn.Module):
         in_order = [_in_order(row, len(kept), own) for row, kept, own in zip(by_sequence(longer), others, owners)]
         return longer.reading(in_order)
 
-    def _logits(self, name: str, values: list[Tensor]) -> Tensor:
-        """values: by layer, [n, Hkv, D]. -> [n]"""
-        weight, total = self.weights[name], 0.0
-        for w, v in zip(weight.split(self.sizes), values):
+    def _weights(self, name: str, sequences: int, asked: Tensor | None) -> Tensor:
+        """What the values of each sequence are multiplied with, w + (A q) B: [B, sum(sizes)]."""
+        w = self.weights[name].expand(sequences, -1)
+        if name not in self.of_rows:
+            return w
+        return w + (asked.to(w) @ self.of_questions[name].T) @ self.of_rows[name]
+
+    def _logits(self, weights: Tensor, values: list[Tensor]) -> Tensor:
+        """weights: of all rows, or of each, [n, sum(sizes)]. values: by layer, [n, Hkv, D]. -> [n]"""
+        total = 0.0
+        for w, v in zip(weights.split(self.sizes, -1), values):
             v = F.normalize(_wide(v).flatten(1), dim=-1)
-            total = total + (v @ w.to(v)).to(weight.device)
+            total = total + (v * w.to(v)).sum(-1).to(weights.device)
         return total
 
 

@@ -143,10 +143,10 @@ class Graph:
         """By what agent i chooses rows of each agent that it reads, that has to be measured first."""
         return {edge.select.by for edge in self.reads[i] if edge.select is not None} & {*MEASURED}
 
-    def learned(self, i: int) -> dict[int, float]:
-        """Of which agents agent i has learned to choose rows, and the temperature of that."""
-        chosen = [(edge.agent, edge.select) for edge in self.reads[i] if edge.select is not None and edge.select.by == LEARNED]
-        return {j: 1.0 if select.temperature is None else select.temperature for j, select in chosen}
+    def learned(self, i: int) -> dict[int, Select]:
+        """Of which agents agent i has learned to choose rows."""
+        chosen = [(edge.agent, edge.select) for edge in self.reads[i] if edge.select is not None]
+        return {j: select for j, select in chosen if select.by == LEARNED}
 
 
 def _readable(writer: str | None, reader: str | None, fusing) -> bool:

@@ -23,7 +23,7 @@ from diffmas.trace import Trace
 from diffmas.trace.attention_mass import AttentionMass
 from diffmas.trace.views import rows_of
 
-__all__ = ["attention_by_head", "attention_by_layer", "scores"]
+__all__ = ["attention_by_head", "attention_by_layer", "question_values", "scores"]
 
 
 @torch.no_grad()
@@ -59,15 +59,29 @@ def _run(system, ids: list[list[int]], trace: Trace, watch: Callable = lambda fo
     return seen
 
 
-def _similarity(system, ids: list[list[int]], read: Trace) -> list[torch.Tensor]:
+@torch.no_grad()
+def question_values(system, i: int, questions: list[dict], read: Trace) -> list[list[torch.Tensor]]:
+    """Of each sequence, by layer, the sum of the values of the prompt of agent i, where it has read nothing: [Hkv * D], zeros
+    where it has no turn. read: a trace of the model."""
+    with evaluating(system), adapters.of_agent(system, i):
+        return _values_of(system, [_prompt(system, i, fields) for fields in questions], read)
+
+
+def _values_of(system, ids: list[list[int]], read: Trace) -> list[list[torch.Tensor]]:
     alone = read.reading([[] for _ in ids])
-    _run(system, ids, alone)
+    if any(ids):
+        _run(system, ids, alone)
+    layers = range(len(read))
+    return [[_wide(alone.keys_values(layer, b)[1].flatten(1)).sum(0) for layer in layers] for b in range(len(ids))]
+
+
+def _similarity(system, ids: list[list[int]], read: Trace) -> list[torch.Tensor]:
     found = []
-    for b in range(len(ids)):
+    for b, question in enumerate(_values_of(system, ids, read)):
         total = 0.0
-        for layer in range(len(read)):
-            question, rows = (_wide(trace.keys_values(layer, b)[1].flatten(1)) for trace in (alone, read))
-            total = total + F.cosine_similarity(rows, question.sum(0, keepdim=True)).cpu()
+        for layer, values in enumerate(question):
+            rows = _wide(read.keys_values(layer, b)[1].flatten(1))
+            total = total + F.cosine_similarity(rows, values[None]).cpu()
         found.append(total / len(read))
     return found
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from diffmas.trace.views import Heads, Segment, length_of, places, rows_of, without_first
 
 __all__ = [
-    "BY", "LEARNED", "MEASURED", "PLANNED", "Score", "Select", "best", "check_by", "check_count", "lookup", "select_of",
-    "selected", "within",
+    "BY", "LEARNED", "MEASURED", "PLANNED", "QUESTION", "Score", "Select", "best", "check_by", "check_count", "lookup",
+    "select_of", "selected", "within",
 ]  # fmt: skip
 
 Row = list[Segment]
@@ -23,6 +23,7 @@ Score = Callable[[np.ndarray], np.ndarray]  # of rows of one view, in its order:
 KINDS = ("prompt", "latent", "text")  # of the rows that an agent writes which is read
 MEASURED = ("similarity", "attention")  # by a forward of the reader's prompt (diffmas.agents.scores)
 LEARNED = "learned"  # by a weight of the edge (diffmas.agents.choice)
+QUESTION = "question"  # what a learned choice may depend on beside the rows
 BY = ("last", *MEASURED)
 
 
@@ -44,8 +45,9 @@ class Select:
 
     kind: prompt, latent or text, those of one kind alone. every: k, the last of these and every k-th before it. rows: at most
     so many of these, the best ones; by: last (those that were written last, the default), similarity, attention
-    (`diffmas.agents.scores`) or learned (`diffmas.agents.choice`). temperature: of learned, how much noise training adds to
-    its choice, 1 by default, 0 for none. layers: that see them; the others see the sinks alone (KVComm, arXiv 2510.03346).
+    (`diffmas.agents.scores`) or learned (`diffmas.agents.choice`). of: of learned, "question" where the choice depends on the
+    reader's prompt, too. temperature: of learned, how much noise training adds to its choice, 1 by default, 0 for none.
+    layers: that see them; the others see the sinks alone (KVComm, arXiv 2510.03346).
     heads: the K/V heads of these layers that see them, or a list of such lists, one for each of `layers`; the other heads see
     the sinks alone.
     """
@@ -54,6 +56,7 @@ class Select:
     every: int | None = None
     rows: int | None = None
     by: str | None = None
+    of: str | None = None
     temperature: float | None = None
     layers: tuple[int, ...] | None = None
     heads: Heads | None = None
@@ -61,6 +64,11 @@ class Select:
     def described(self) -> dict:
         """As plain data, without what is not said."""
         return {key: _plain(x) for key, x in asdict(self).items() if x is not None}
+
+    @property
+    def noise(self) -> float:
+        """Of a choice that is learned, the temperature of its noise."""
+        return 1.0 if self.temperature is None else self.temperature
 
     def highest(self, what: str) -> int:
         """The highest number of its layers or heads; -1 where all are meant."""
@@ -91,6 +99,7 @@ def select_of(where: str, select) -> Select | None:
     for name in ("every", "rows"):
         check_count(f"{where}: {name}", getattr(select, name))
     check_by(f"{where}: by", select.by, "rows", select.rows, (*BY, LEARNED))
+    _check_of(f"{where}: of", select.of, select.by)
     _check_temperature(f"{where}: temperature", select.temperature, select.by)
     layers, heads = select.layers, select.heads
     order = range(len(layers)) if _several(layers) else ()
@@ -122,6 +131,13 @@ def _numbers(where: str, numbers, what: str) -> tuple[int, ...]:
 def check_count(where: str, n) -> None:
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise ValueError(f"{where}: expected an integer >= 1 or None, got {n!r}")
+
+
+def _check_of(where: str, of, by: str | None) -> None:
+    if of is not None and by != LEARNED:
+        raise ValueError(f"{where}: expected None but with by={LEARNED!r}, got {of!r}")
+    if of not in (None, QUESTION):
+        raise ValueError(f"{where}: expected {QUESTION!r} or None, got {of!r}")
 
 
 def _check_temperature(where: str, temperature, by: str | None) -> None:

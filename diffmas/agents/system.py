@@ -105,7 +105,7 @@ class MultiAgentSystem(Member):
         self.realign = Realign(model, realign, temperature=temperature).train(model.training)
         self.others = nn.ModuleDict(others)
         self.training = model.training
-        self.choices = Choices(Graph.of(agents, beside=readings(others)), model).train(model.training)
+        self.choices = Choices(self.graph, model).train(model.training)
         check_patched(model, agents)
         check_low_rank(self)
         if adapter_scope != "shared" or any(agent.low_rank for agent in agents):

@@ -142,7 +142,7 @@ def trained_system(config: Config, adapter: Path | None, device: str | None = No
     description = {**system.describe(), "agents": agents}
     again = MultiAgentSystem.of_description(system.model, system.tokenizer, description, others=dict(system.others))
     again.realign.load_state_dict(system.realign.state_dict())
-    found, expected = (sorted(x.choices.weights) for x in (system, again))
+    found, expected = (sorted(x.choices.state_dict()) for x in (system, again))
     if found != expected:
         raise ValueError(f"{adapter}: expected rows chosen by 'learned' of {expected}, as the config's agents, got {found}")
     again.choices.load_state_dict(system.choices.state_dict())

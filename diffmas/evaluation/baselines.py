@@ -167,11 +167,12 @@ class Stitched(MultiAgentSystem):
     """
 
     def __init__(self, *args, join: str = "shift", **options):
-        super().__init__(*args, **options)
-        known = ("shift", "reindex") if self.positions == "reindex" else JOINS
+        positions = options.get("positions", "keep")
+        known = ("shift", "reindex") if positions == "reindex" else JOINS
         if join not in known:
-            raise ValueError(f"join: expected one of {known} with positions={self.positions!r}, got {join!r}")
-        self.join = join
+            raise ValueError(f"join: expected one of {known} with positions={positions!r}, got {join!r}")
+        self.join = join  # the constructor builds for the graph
+        super().__init__(*args, **options)
 
     def own_options(self) -> dict:
         return {"join": self.join}

@@ -35,7 +35,11 @@ def export(team, out, base: str | None = None, overwrite: bool = False) -> Path:
     contents = {name: _read_adapter(team, name) for name in described["adapters"]}
     selects = [read.get("select") or {} for agent in described["agents"] for read in agent["reads"] or ()]
     learned = [file.MAP_FILE] * (described["realign"] == "learned")
-    learned += [file.CHOICES_FILE] * any(select.get("by") == LEARNED for select in selects)
+    if described["class"] in (None, card.SYSTEM):
+        chosen = any(select.get("by") == LEARNED for select in selects)
+    else:  # which may read by a graph of its own, as `Stitched` does
+        chosen = (team / file.CHOICES_FILE).is_file()
+    learned += [file.CHOICES_FILE] * chosen
     for name in learned:
         file.read_weights(team / name)
     tokenizer = file.load_saved_tokenizer(team) or load_tokenizer(described["base_model"] or given)

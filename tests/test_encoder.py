@@ -16,7 +16,8 @@ from two_models import exact_rotary, pieces
 from diffmas import Agent, MultiAgentSystem
 from diffmas.agents import Encoder
 from diffmas.cli.build import other_of
-from diffmas.cli.config import Config, OtherModel, parsed
+from diffmas.cli.config import Config, OtherModel
+from diffmas.cli.plain_data import parsed
 from diffmas.evaluation import TextAgents
 
 READER, SOLVER = Agent("reader", "w5 {question}", model="bert"), Agent("solver", "w9 {question}")

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffmas import Agent, patch_model
 from diffmas.cli import app
-from diffmas.cli.config import Config, parsed
+from diffmas.cli.config import Config
+from diffmas.cli.plain_data import parsed
 from diffmas.demo import experiment
 from diffmas.serving.team import Team
 

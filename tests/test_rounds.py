@@ -15,7 +15,8 @@ from diffmas import Agent, MultiAgentSystem, Trace
 from diffmas.agents.board import Board
 from diffmas.agents.graph import Read
 from diffmas.agents.rounds import unrolled
-from diffmas.cli.config import Config, parsed
+from diffmas.cli.config import Config
+from diffmas.cli.plain_data import parsed
 from diffmas.models.parts import causal_lm_of
 from diffmas.trace.cache import cache_argument
 from diffmas.training import add_lora, lora_config

@@ -10,7 +10,8 @@ import yaml
 
 from diffmas import MultiAgentSystem
 from diffmas.cli.build import other_of
-from diffmas.cli.config import Config, parsed
+from diffmas.cli.config import Config
+from diffmas.cli.plain_data import parsed
 from diffmas.training import add_lora, lora_config
 
 PAGE = (Path(__file__).parent.parent / "docs" / "teams.md").read_text()

@@ -4,9 +4,10 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
-from diffmas.cli.config import Config, OtherModel, training_fields
+from diffmas.cli.config import Config, OtherModel
 from diffmas.cli.methods import TRAINED
 from diffmas.cli.terminal import warn
+from diffmas.cli.training_section import training_fields
 from diffmas.evaluation.tasks import Task, task
 
 __all__ = [

@@ -14,12 +14,8 @@ Or a published task, whose questions, agents and verdicts stand for what the fil
 `Config` lists the keys, `load` reads a file. Relative paths start at the file's directory.
 """
 
-import contextlib
-import difflib
 import math
-import types
-import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -30,11 +26,13 @@ from diffmas.agents.graph import check_graph
 from diffmas.agents.options import Options
 from diffmas.agents.rounds import unrolled
 from diffmas.cli.methods import METHODS
+from diffmas.cli.plain_data import parsed
+from diffmas.cli.training_section import training_fields
 from diffmas.evaluation.scorer import check_scoring
 from diffmas.evaluation.tasks import task
 from diffmas.training.settings import RECIPES
 
-__all__ = ["Config", "check_methods", "load", "parsed", "training_fields", "training_kinds"]
+__all__ = ["Config", "check_methods", "load"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -216,56 +214,6 @@ class Config:
             raise ValueError(f"generation.top_p: expected a number in (0, 1], got {generation.top_p}")
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _unknown(key: str, known, where: str) -> ValueError:
-    close = difflib.get_close_matches(str(key), known, n=1)
-    hint = f"{close[0]!r}, or another of " if close else "one of "  # first: there may be a hundred
-    return ValueError(f"{where}{key}: expected {hint}{sorted(known)}, got an unknown key")
-
-
-def _describe(kind) -> str:
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(k) for k in typing.get_args(kind))
-    if is_dataclass(kind):
-        return "a mapping"
-    return "null" if kind is type(None) else str(kind) if typing.get_args(kind) else kind.__name__
-
-
-def _value(value, kind, where: str):
-    """`value` as `kind`; a number written as 5e-5 is a string in YAML 1.1. Raises ValueError that starts with `where`."""
-    origin = typing.get_origin(kind)
-    options = typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (kind,)
-    for option in options:
-        base = typing.get_origin(option) or option
-        if is_dataclass(base) and isinstance(value, dict):
-            return parsed(base, value, where + ".")
-        if base is list and isinstance(value, list):
-            item = typing.get_args(option)
-            return [_value(v, item[0], f"{where}[{i}]") for i, v in enumerate(value)] if item else value
-        if base is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            with contextlib.suppress(ValueError):
-                return float(value)
-        elif isinstance(base, type) and isinstance(value, base) and isinstance(value, bool) == (base is bool):
-            return value
-    raise ValueError(f"{where}: expected {_describe(kind)}, got {value!r}")
-
-
-def parsed(cls, data: dict, where: str = ""):
-    """A dataclass from plain data; raises ValueError that starts with `where` and names the key that does not fit."""
-    kinds, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}
-    if not isinstance(data, dict):
-        raise ValueError(f"{where or 'config'}: expected a mapping, got {type(data).__name__}")
-    for key in data:
-        if key not in known:
-            raise _unknown(key, known, where)
-    for name, f in known.items():
-        if name not in data and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"{where}{name}: expected a value, got none")
-    return cls(**{key: _value(value, kinds[key], where + key) for key, value in data.items()})
-
-
 def load(path) -> Config:
     """The config of a YAML file; its relative paths start at the file's directory.
 
@@ -290,40 +238,3 @@ def load(path) -> Config:
         if (path.parent / one.model).exists():
             one.model = str((path.parent / one.model).resolve())  # absolute, as agents.json will name it
     return config
-
-
-# Fields that scripts read and transformers' Trainer does not, and what `diffmas train` has for them.
-OF_SCRIPTS = {
-    "do_eval": "evaluation follows from data.validation and eval_strategy", "do_predict": "use `diffmas evaluate`",
-    "do_train": "`diffmas train` trains", "overwrite_output_dir": "use `diffmas train --overwrite`",
-    "resume_from_checkpoint": "use `diffmas train --resume`",
-}  # fmt: skip
-
-
-def training_kinds() -> dict[str, type]:
-    """What `training` may hold: the types of TrainingArguments' fields, by name."""
-    from transformers import TrainingArguments
-
-    kinds = typing.get_type_hints(TrainingArguments)
-    return {f.name: kinds[f.name] for f in fields(TrainingArguments) if f.init and f.name not in {"output_dir", *OF_SCRIPTS}}
-
-
-def training_fields(given: dict) -> dict:
-    """The `training` section, checked against TrainingArguments; numbers get the kinds of its fields.
-
-    Raises ValueError naming a key that is unknown or does not fit.
-    """
-    kinds, checked = training_kinds(), {}
-    for key, value in given.items():
-        if key == "output_dir":
-            raise ValueError("training.output_dir: expected it at the top level as output_dir, got it here")
-        if key in OF_SCRIPTS:
-            raise ValueError(f"training.{key}: expected none, since it would have no effect, got {value!r}; {OF_SCRIPTS[key]}")
-        if key not in kinds:
-            raise _unknown(key, kinds, "training.")
-        kind = kinds[key]
-        simple = [k for k in (typing.get_args(kind) or (kind,)) if k in (bool, int, float, str, dict, list, type(None))]
-        if len(simple) == len(typing.get_args(kind) or (kind,)):  # transformers checks the other kinds
-            value = _value(value, kind, f"training.{key}") if value is not None or type(None) in simple else value
-        checked[key] = value
-    return checked

@@ -6,8 +6,9 @@ import typing
 from dataclasses import MISSING, fields, is_dataclass
 
 from diffmas.agents.options import CHOICES
-from diffmas.cli.config import DTYPES, Config, OtherModel, training_kinds
+from diffmas.cli.config import DTYPES, Config, OtherModel
 from diffmas.cli.methods import METHODS
+from diffmas.cli.training_section import training_kinds
 from diffmas.evaluation.scorer import MATCHERS
 from diffmas.evaluation.tasks import TASKS
 from diffmas.training.settings import RECIPES

@@ -29,9 +29,9 @@ import yaml
 
 from diffmas.agents.file import read_json, write_json
 from diffmas.cli.config import Config
-from diffmas.cli.config import parsed as checked
 from diffmas.cli.made_with import made_with
 from diffmas.cli.methods import TRAINED
+from diffmas.cli.plain_data import parsed as checked
 from diffmas.cli.stages import Stages, slug
 from diffmas.evaluation.pooled import Pooled, pool
 

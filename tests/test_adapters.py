@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import peft
 import pytest
@@ -483,3 +484,14 @@ def test_directories_with_a_sampled_fingerprint_load(tmp_path):
     assert torch.equal(logits(MultiAgentSystem.from_pretrained(tmp_path, base(), tiny.tokenizer()).eval()), logits(system))
     with pytest.raises(ValueError, match="expected agents of this base model"):
         MultiAgentSystem.from_pretrained(tmp_path, base(seed=1), tiny.tokenizer())
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_role"])
+def test_adapters_come_without_warnings(scope, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        system = MultiAgentSystem(
+            add_lora(base(), tiny.agents(), scope), tiny.tokenizer(), tiny.agents(), realign="none", adapter_scope=scope
+        )
+        system.save_pretrained(tmp_path)
+        MultiAgentSystem.from_pretrained(tmp_path, base(), tiny.tokenizer())

@@ -46,4 +46,4 @@ def test_a_team_of_the_page(block, tmp_path):
 
 
 def test_the_page_has_its_teams():
-    assert len(BLOCKS) == 17
+    assert len(BLOCKS) == 18

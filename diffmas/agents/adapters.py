@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import traceback
+import warnings
 import weakref
 
 import torch
@@ -22,11 +23,19 @@ from diffmas.models.local import say_features
 from diffmas.models.parts import beside_the_text, causal_lm_of
 
 __all__ = [
-    "ADAPTER_SCOPES", "add_lora", "is_bare", "lora_config", "name_of", "of_agent", "switched_off", "switched_to", "train_roles",
-    "will_switch",
+    "ADAPTER_SCOPES", "add_lora", "is_bare", "lora_config", "name_of", "of_agent", "peft_wraps", "switched_off", "switched_to",
+    "train_roles", "will_switch",
 ]  # fmt: skip
 
 ADAPTER_SCOPES = ("shared", "per_role", "final_only")
+
+
+@contextlib.contextmanager
+def peft_wraps():
+    """While PEFT puts a model into its own: for that, it asks transformers 5.24 for a name that goes with version 6."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_modules="all-linear"):
@@ -43,6 +52,7 @@ def lora_config(r: int = 8, alpha: int = 16, dropout: float = 0.0, target_module
     )  # fmt: skip
 
 
+@peft_wraps()
 def add_lora(model: nn.Module, agents=(), adapter_scope: str = "shared", config=None) -> nn.Module:
     """A PEFT model around `model`, with one adapter, or with adapter_scope "per_role" one for each role.
 

@@ -12,9 +12,11 @@ from typing import NamedTuple
 from diffmas.agents.selection import LEARNED, MEASURED, Score, Select, select_of, selected
 from diffmas.trace.views import JOINS, Segment, length_of, only, without_first, without_rows
 
-__all__ = ["Edge", "Graph", "Read", "branches_of", "check_graph", "handed_on", "home", "reads_of"]
+__all__ = ["NOT_BEFORE", "Edge", "Graph", "Read", "branches_of", "check_graph", "handed_on", "home", "reads_of"]
 
 Row = list[Segment]
+
+NOT_BEFORE = "which is not before it; who read each other take `rounds`"
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Graph:
                 if number.get(name, i) < i and name not in names[:n]:
                     continue
                 known = [other.name for other in agents[:i]]
-                why = "a second time" if name in names[:n] else "no agent" if name not in number else "which is not before it"
+                why = "a second time" if name in names[:n] else "no agent" if name not in number else NOT_BEFORE
                 raise ValueError(f"agent {agent.name!r}: reads: expected some of {known}, each once, got {name!r}, {why}")
             for edge in edges:
                 j = number[edge.agent]

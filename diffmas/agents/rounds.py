@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from diffmas.agents.agent import Agent
-from diffmas.agents.graph import Read
+from diffmas.agents.graph import NOT_BEFORE, Read
 
 __all__ = ["takes_turn", "unrolled"]
 
@@ -61,7 +61,7 @@ def _check_reads(agents: list[Agent]) -> None:
             where = f"agent {agent.name!r}: reads"
             key = (read.agent, read.round)
             if key in seen or read.agent not in known and read.agent not in turns:
-                why = "a second time" if key in seen else "which is not before it" if read.agent in names else "no agent"
+                why = "a second time" if key in seen else NOT_BEFORE if read.agent in names else "no agent"
                 raise ValueError(f"{where}: expected some of {known}, each once, got {read.agent!r}, {why}")
             seen.add(key)
             if read.round == "same" and read.agent in known and read.agent not in before:

@@ -1,6 +1,5 @@
 """Command line: demo, init, schema, train, generate, tasks, evaluate, audit, study, view, plan, serve, export, bench, env."""
 
-import warnings
 from typing import Annotated
 
 import typer
@@ -40,8 +39,6 @@ def _of_all(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="of diffmas")] = False,
 ):
-    # PEFT asks transformers 5.24 for a name that goes with version 6.
-    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
     name = context.invoked_subcommand
     ours = name not in OWN_THREADS and threads.choose(share=2 if name == "demo" else 1)  # its model is too small for more
     if ours and name in LONG and (line := threads.busy()):

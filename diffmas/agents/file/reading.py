@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffmas.agents.adapters import peft_wraps
 from diffmas.agents.file.description import (
     AGENTS_FILE,
     SCALE,
@@ -132,6 +133,7 @@ def put_adapters(model: nn.Module, read: dict[str, dict[str, Tensor]]) -> None:
         set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
+@peft_wraps()
 def load_adapters(path, model: nn.Module, adapters: dict[str, dict], trainable: bool = False) -> nn.Module:
     """A PEFT model around `model` with the adapters that agents.json names.
 
@@ -155,6 +157,7 @@ def load_adapters(path, model: nn.Module, adapters: dict[str, dict], trainable: 
     return say_features(model)
 
 
+@peft_wraps()
 def add_adapter(path, model: nn.Module, name: str, expected: dict | None = None) -> nn.Module:
     """A PEFT model around `model`, which may be one already, with the one adapter of a directory under another name.
 

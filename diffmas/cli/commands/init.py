@@ -25,6 +25,8 @@ system:
   grad_scope: full        # full | detach_trace | last_k: how far back the answer's loss goes
   trace_content: all      # all | latent_only: whether an agent hands on its prompt, too
   adapter_scope: shared   # shared | per_role | final_only
+  # Agents that hand on latent vectors alone learned it with these (docs/training.md, benchmarks/studies/facts.yaml):
+  # {{realign: soft_token, temperature: 0.5, trace_content: latent_only, adapter_scope: per_role, latent_grad_clip: 0.2}}
   # chat_options: {{enable_thinking: false}}   # what the chat template reads besides the messages
 
 lora: {{r: 8, alpha: 16}}

@@ -119,8 +119,8 @@ OLDEST ?= 4.56.2
 BETWEEN ?= 5.17.0
 test_files = $(addprefix tests/test_,$(addsuffix .py,$(1)))
 # What looks at transformers' own models, caches, loops and files, and what rests on it.
-LOOKS := patch generate decoding latent linears few_rows pointwise graphed_decoding system adapters training training_arguments files load chat multimodal rl
-RESTS := views trace rows deferred gradients passes threads lora_run gradient_clip graphed_steps evaluation sinks ragged audit gradient_report graph jacobi selection offload
+LOOKS := patch patch_with_others patch_refusals generate decoding latent linears few_rows pointwise graphed_decoding system system_input adapters realign training training_gradients training_stopping training_checkpoints training_arguments saved_systems files load chat multimodal rl rl_refusals
+RESTS := views trace trace_failures rows deferred gradients detach passes threads lora_run gradient_clip graphed_steps graphed_backward graphed_refusals evaluation metrics stitched text_sft sinks ragged audit gradient_report graph graph_descriptions jacobi selection selected_rows row_scores offload
 compat: $(INSTALLED) .compat/$(OLDEST)/site-packages .compat/$(BETWEEN)/site-packages
 	PYTHONPATH=.compat/$(OLDEST)/site-packages $(PY) $(PYTEST) $(call test_files,$(LOOKS) $(RESTS))
 	PYTHONPATH=.compat/$(BETWEEN)/site-packages $(PY) $(PYTEST) $(call test_files,$(LOOKS))
@@ -132,7 +132,7 @@ compat: $(INSTALLED) .compat/$(OLDEST)/site-packages .compat/$(BETWEEN)/site-pac
 # Builds and loads the library with a CUDA build of torch, 6 GB beside .venv, and runs what needs no GPU. Not in CI. For another
 # CUDA_TORCH, remove .compat/cuda-torch and build/cuda-torch first.
 CUDA_TORCH ?= torch
-CUDA_TORCH_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,cuda_torch ops op_inputs trace latent))
+CUDA_TORCH_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,cuda_torch ops op_inputs trace trace_failures latent))
 test-cuda-torch: $(INSTALLED)
 	test -d .compat/cuda-torch || { $(PY) -m pip install -q --target .compat/cuda-torch.part "$(CUDA_TORCH)" && mv .compat/cuda-torch.part .compat/cuda-torch; }
 	PYTHONPATH=.compat/cuda-torch $(PY) setup.py -q build --build-base build/cuda-torch --build-lib build/cuda-torch/lib

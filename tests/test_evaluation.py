@@ -3,155 +3,38 @@
 import csv
 import io
 import math
-import random
 
 import pytest
-import systems
 import tiny_systems as tiny
 import torch
 import torch.nn.functional as F
-from models import assert_close, gradients
 from rich.console import Console
-from transformers import TrainingArguments
 
-from diffmas import Agent, MultiAgentSystem, Trace, Trainer
+from diffmas import Agent, MultiAgentSystem, Trace
 from diffmas.agents import answers as answers_module
 from diffmas.agents import meter
-from diffmas.agents.file import add_adapter
 from diffmas.evaluation import (
     Latent,
     MethodsFailed,
     Scorer,
-    Stitched,
     TextAgents,
-    Writers,
     evaluate,
     latent_mas,
     perplexity,
     plot,
-    right_turns,
     single_agent,
-    stitch,
     tables,
     wilson,
     write_answers,
     write_csv,
     write_entropy,
 )  # fmt: skip
-from diffmas.evaluation.metrics import agreements, difference_of_means, difference_of_rates
+from diffmas.evaluation.metrics import difference_of_rates
 from diffmas.evaluation.picture import drawn
-from diffmas.evaluation.scorer import boxed, last_number, normalise
 
 QUESTIONS = [r["question"] for r in tiny.rows(4)]
 ANSWERS = [r["answer"] for r in tiny.rows(4)]
 GREEDY = dict(max_new_tokens=4, temperature=0.0)
-
-
-# ---- metrics ---------------------------------------------------------------------------------------------------------
-
-
-def test_final_answers():
-    assert normalise("  The  Garden. ") == "the garden" and normalise("$42$") == "42"
-    assert boxed(r"a \boxed{1} b \boxed{\frac{1}{2}} c") == r"\frac{1}{2}" and boxed(r"\boxed{1} \boxed{2") == "1"
-    assert boxed("none") is None and last_number("no") is None
-    assert last_number("from 3 to 1,234.5.") == "1234.5" and last_number("x = -7") == "-7"
-    assert Scorer().correct("Garden.", "garden") and not Scorer().correct("in the garden", "garden")
-    assert Scorer("number").correct("so it is 42", "42") and not Scorer("number").correct("no idea", "42")
-    assert Scorer("boxed").correct(r"so \boxed{42}", r"\boxed{42}") and Scorer("boxed").correct(r"\boxed{42}", "42")
-    by_pattern = Scorer(r"Answer: (\w+)")
-    assert by_pattern.correct("Answer: attic\nAnswer: garden", "garden") and not by_pattern.correct("garden", "garden")
-    inside = Scorer(match="contains")
-    assert inside.correct("It is in the Garden, I think.", "in the garden.") and inside.correct("garden", "garden")
-    assert not inside.correct("in the gardens", "garden") and not inside.correct("anything", "?!")
-    assert inside.vote(["the garden", "garden", "a garden"])[1] == 1 / 3, "what contains another is not the same answer"
-    assert Scorer(str.upper, lambda given, gold: given == gold).correct("a", "A")
-    with pytest.raises(ValueError, match="extract: expected one of .*got '\\('"):
-        Scorer("(")
-    with pytest.raises(ValueError, match="match: expected one of .*got 'fuzzy'"):
-        Scorer(match="fuzzy")
-
-
-def test_mathematics_is_compared_as_mathematics():
-    pytest.importorskip("math_verify")
-    scorer = Scorer("boxed", "math")
-    assert scorer.correct(r"\boxed{\frac{1}{2}}", "0.5") and not scorer.correct(r"\boxed{\frac{1}{3}}", "0.5")
-
-
-def test_without_math_verify_the_error_says_so(monkeypatch):
-    monkeypatch.setattr("diffmas.evaluation.scorer.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="'math' needs the package math-verify"):
-        Scorer(match="math")
-
-
-def test_accuracy_and_votes():
-    texts = [["a", "a", "b"], ["b", "c", "c"], ["x", "y", "z"]]
-    scorer, golds = Scorer(), ["a", "b", "x"]
-    assert scorer.accuracy(texts, golds) == pytest.approx((2 / 3 + 1 / 3 + 1 / 3) / 3)
-    voted, agreement = scorer.self_consistency(texts, golds)
-    assert voted == pytest.approx(2 / 3)  # a tie goes to the first answer
-    assert agreement == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
-    assert Scorer("number").vote(["none", "1", "none"]) == ("1", pytest.approx(1 / 3))
-    assert Scorer("number").vote(["none"]) == (None, 0.0)
-    with pytest.raises(ValueError, match="expected samples for each of 2 questions"):
-        scorer.accuracy([["a"]], ["a", "b"])
-
-
-@pytest.mark.parametrize(
-    "right, n, low, high",
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],  # Newcombe 1998
-)
-def test_wilson(right, n, low, high):
-    assert wilson(right / n, n) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_wilson_holds_the_rate():
-    """At 0 and 1 too, where rounding would leave it outside: error bars must not be negative."""
-    assert all(wilson(0.0, n)[0] == 0 and wilson(1.0, n)[1] == 1 for n in range(1, 500))
-
-
-def test_perplexity():
-    assert perplexity(4 * math.log(7), 4) == pytest.approx(7)
-    assert perplexity(1e6, 1) == math.inf
-    with pytest.raises(ValueError, match="expected at least one token"):
-        perplexity(0.0, 0)
-
-
-def test_a_difference_of_paired_rates():
-    """Against the interval that Fagerland, Lydersen and Laake (2014) give for 1, 1, 7 and 12 pairs, and by its coverage."""
-    before, after = [1, 1] + [0] * 19, [1, 0] + [1] * 7 + [0] * 12
-    assert difference_of_rates(before, after) == pytest.approx((-6 / 21, -0.507, -0.026), abs=5e-4)
-    assert difference_of_rates(after, before) == pytest.approx((6 / 21, 0.026, 0.507), abs=5e-4)
-    value, low, high = difference_of_rates([1, 0, 1], [1, 0, 1])
-    assert value == 0 and low == pytest.approx(-high) and high > 0
-    assert difference_of_rates([1], [0]).low < 0  # one question says nothing
-    rng, held, narrow = random.Random(0), 0, 0
-    for _ in range(400):
-        easy = [rng.random() for _ in range(40)]  # what both find easy
-        a, b = ([float(e < rate + 0.2 * rng.random()) for e in easy] for rate in (0.6, 0.4))
-        _, low, high = difference_of_rates(a, b)
-        held, narrow = held + (low <= 0.2 <= high), narrow + (high - low < 0.36)
-    assert 0.93 <= held / 400 <= 0.995 and narrow > 390  # 0.43 for rates that are not paired
-    for a, b, message in (([], [], "at least one"), ([1], [1, 0], "got 1 and 2"), ([2.0], [0.0], "in \\[0, 1\\]")):
-        with pytest.raises(ValueError, match=message):
-            difference_of_rates(a, b)
-
-
-@pytest.mark.parametrize("n, quantile", [(2, 12.706), (3, 4.303), (4, 3.182), (6, 2.571), (11, 2.228), (31, 2.042)])
-def test_a_difference_of_paired_means(n, quantile):
-    """Against the table of Student's distribution."""
-    a, b = [float(i * i) for i in range(n)], [float(i % 2) for i in range(n)]
-    gaps = torch.tensor([x - y for x, y in zip(a, b)])
-    mean, half = float(gaps.mean()), quantile * float(gaps.std()) / math.sqrt(n)
-    assert difference_of_means(a, b) == pytest.approx((mean, mean - half, mean + half), rel=3e-3)
-    assert difference_of_means([1.0], [0.0]) == (1.0, -math.inf, math.inf)
-
-
-def test_agreements():
-    assert agreements([1.0, 0.75, 0.5, 0.0], 4) == {"3 of 4": 0.5, "4 of 4": 0.25}
-    assert agreements([2 / 3, 1.0], 3) == {"3 of 3": 0.5} and agreements([1.0], 1) == {}
-    assert list(agreements([1.0], 16)) == ["12 of 16", "16 of 16"]
-    with pytest.raises(ValueError, match="expected one for each question"):
-        agreements([], 4)
 
 
 # ---- what it costs ---------------------------------------------------------------------------------------------------
@@ -325,136 +208,6 @@ def test_samples_of_text_agents_are_batched_and_share_what_they_read(batch_size,
     assert sum(got.decoding.counts) == sum(turns[-1].lengths)  # of the answers, not of the messages
     with pytest.raises(ValueError, match="samples: expected at least 1, got 0"):
         method.answer(QUESTIONS, 0)
-
-
-# ---- stitched agents -------------------------------------------------------------------------------------------------
-
-
-def stitched_logits(system, question, answer):
-    """The logits of the answer's tokens [A, V] without a trace: one context, in which an agent sees its own tokens alone and
-    the last one all that was handed on. Moving an agent's block moves nothing in it, for RoPE is relative."""
-    base, model, fields = systems.body(system.model), system.model, {"question": question}
-    embed, blocks = base.get_input_embeddings(), []
-    for agent in system.agents[:-1]:
-        x = embed(torch.tensor(system.prompt_ids(agent, fields)))
-        prompt = len(x)
-        for _ in range(agent.latent_steps):
-            h = base(inputs_embeds=x[None], use_cache=False).last_hidden_state[0, -1:]
-            x = torch.cat((x, system.realign(h)))
-        blocks.append((x, prompt))
-    target = system.answer_ids(answer)
-    blocks.append((embed(torch.tensor(system.prompt_ids(system.agents[-1], fields) + target)), 0))
-    x = torch.cat([block for block, _ in blocks])
-    owner = torch.tensor([i for i, (block, _) in enumerate(blocks) for _ in block])
-    only_latent = system.trace_content == "latent_only"
-    handed = torch.tensor([not only_latent or t >= prompt for block, prompt in blocks for t in range(len(block))])
-    last = owner == len(blocks) - 1
-    sees = ((owner[:, None] == owner) | (last[:, None] & handed)).tril()
-    mask = torch.zeros(len(x), len(x), dtype=x.dtype).masked_fill(~sees, torch.finfo(x.dtype).min)
-    where, positions = 0, []  # of what is handed on, without gaps; a prompt that is not stands before its latent steps
-    for block, prompt in blocks:
-        kept = prompt if only_latent else 0
-        positions += range(where - kept, where - kept + len(block))
-        where += len(block) - kept
-    positions = torch.tensor(positions)
-    logits = model(
-        inputs_embeds=x[None], attention_mask=mask[None, None], position_ids=positions[None] + 100, use_cache=False
-    ).logits[0]  # fmt: skip
-    return logits[-len(target) - 1 : -1]
-
-
-@pytest.mark.parametrize("content", ["all", "latent_only"])
-def test_stitched_agents_equal_one_masked_context(content):
-    from systems import ANSWERS, QUESTIONS
-
-    s = systems.system(trace_content=content, sinks=0)
-    method = stitch(s, adapter=True)
-    team = method.system
-    out = team(QUESTIONS, ANSWERS)
-    total, count = 0.0, 0
-    for b, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
-        want = stitched_logits(team, question, answer)
-        assert_close(out.logits[b, : len(want)], want)
-        total = total + F.cross_entropy(want, torch.tensor(team.answer_ids(answer)), reduction="sum")
-        count += len(want)
-    assert abs((out.loss - systems.unrolled_loss(s, QUESTIONS, ANSWERS)).item()) > 1e-4  # agents that read each other
-    out.loss.backward()
-    got = gradients(team)
-    (total / count).backward()
-    assert_close(got, gradients(team))
-    assert method.loss(QUESTIONS, ANSWERS)[0] == pytest.approx(total.item(), rel=1e-5)
-    generated = team.generate_tokens(QUESTIONS, max_new_tokens=3, temperature=0)
-    assert [row[0][0] for row in generated] == [int(team([q]).logits[0, 0].argmax()) for q in QUESTIONS]
-
-
-def test_stitched_agents_are_trained_as_others_are(tmp_path):
-    system = tiny.system()
-    team = Stitched(system.model, system.tokenizer, system.agents)
-    before = tiny.trainable(team)
-    arguments = TrainingArguments(str(tmp_path), max_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True)
-    Trainer(team, arguments, train_dataset=tiny.rows(4)).train()
-    assert all(not torch.equal(before[name], p) for name, p in tiny.trainable(team).items())
-    alone = Stitched(system.model, system.tokenizer, system.agents[-1:])
-    assert alone(QUESTIONS, ANSWERS).loss.isfinite()  # nobody to be joined
-
-
-# ---- text agents that are trained ------------------------------------------------------------------------------------
-
-
-def test_right_turns_are_what_right_samples_wrote():
-    system = tiny.system()
-    team, scorer = TextAgents(system, 25), Scorer("(kitchen|cellar|garden|attic|garage)")
-    options = dict(max_new_tokens=25, temperature=5.0, top_p=1.0, seed=1)
-    rows = right_turns(team, tiny.rows(4), 40, scorer, batch_size=2, **options)
-    turns, answers = team.write(QUESTIONS, 40, **options)
-    want = []
-    for i, text in enumerate(text for texts in answers.texts for text in texts):
-        if scorer.correct(text, ANSWERS[i // 40]) and all(turn.lengths[i] < 25 for turn in turns):
-            want += [{"agent": t.agent.name, "prompt": t.prompts[i], "answer": t.texts[i]} for t in turns]
-    assert rows == want and [row["agent"] for row in rows[:3]] == ["planner", "critic", "solver"]
-    with pytest.raises(ValueError, match="got 0 right and [1-9][0-9]* that ended by themselves of 160"):
-        right_turns(team, [{**row, "answer": "nowhere"} for row in tiny.rows(4)], 40, **options)
-    with pytest.raises(ValueError, match="and 0 that ended by themselves"):
-        right_turns(TextAgents(system, 1), tiny.rows(4), 40, scorer, **options)
-
-
-def test_text_agents_learn_from_their_right_turns(tmp_path):
-    """What a role is trained on is what it reads: each with its own system message. Then the team has the adapter by name."""
-    crew = [Agent("planner", "plan : {question}", system="notes"), Agent("solver", "question : {question} answer :")]
-    system = MultiAgentSystem(tiny.model(), tiny.tokenizer(), crew)
-    rows = [
-        {"agent": "planner", "prompt": "plan : where is the key", "answer": "in the garden"},
-        {"agent": "solver", "prompt": "planner: in the garden\n\nquestion : where is the key answer :", "answer": "the attic"},
-    ]
-    writers = Writers(system.model, system.tokenizer, crew)
-    reads = MultiAgentSystem(system.model, system.tokenizer, crew[:1]).prompt_ids(crew[0], {"question": "where is the key"})
-    assert writers.prompt_ids(writers.agents[0], rows[0]) == reads != system.tokenizer(rows[0]["prompt"])["input_ids"]
-    with pytest.raises(ValueError, match=r"questions\[0\], agent: expected one of \['planner', 'solver'\], got 'critic'"):
-        writers([{**rows[0], "agent": "critic"}], ["in the garden"])
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=60, learning_rate=3e-2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
-        logging_strategy="no",
-    )  # fmt: skip
-    Trainer(writers, arguments, train_dataset=rows).train()
-    writers.save_pretrained(tmp_path / "sft")
-
-    other = tiny.system()  # with an adapter of its own
-    team = MultiAgentSystem(add_adapter(tmp_path / "sft", other.model, "sft"), tiny.tokenizer(), crew)
-    own = Latent(other).loss(QUESTIONS, ANSWERS)
-    trained = TextAgents(team, 6, adapter="sft").answer(["where is the key"], **GREEDY)
-    assert trained.texts == [["the attic"]]
-    assert TextAgents(team, 6).answer(["where is the key"], **GREEDY).texts != trained.texts
-    assert Latent(other).loss(QUESTIONS, ANSWERS) == own  # the first adapter is still the active one
-    with pytest.raises(ValueError, match=r"adapter: expected True, False or one of \['default', 'sft'\], got 'sftt'"):
-        TextAgents(team, 6, adapter="sftt")
-    bare = add_adapter(tmp_path / "sft", tiny.model(), "sft")
-    alone = MultiAgentSystem(bare, tiny.tokenizer(), crew)
-    assert TextAgents(alone, 6, adapter="sft").answer(["where is the key"], **GREEDY).texts == trained.texts
-    with pytest.raises(ValueError, match="expected agents of this base model"):
-        add_adapter(tmp_path / "sft", tiny.model(seed=9), "sft")
-    tiny.system(adapter_scope="per_role").save_pretrained(tmp_path / "roles")
-    with pytest.raises(ValueError, match="expected one adapter that all agents share, got .*'critic'"):
-        add_adapter(tmp_path / "roles", tiny.model(), "roles")
 
 
 # ---- side by side ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from diffmas.agents import capture, latent
 from diffmas.agents.capture import captured
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
-from diffmas.trace import attention_parts, layer_work, views
+from diffmas.trace import attention_parts, layer_backward, layer_work, views
 from diffmas.trace.views import KVRange, share
 
 # ---- steps without the host ------------------------------------------------------------------------------------------
@@ -220,9 +220,9 @@ def test_no_graphs_where_they_are_not_wanted(repeating):
 def test_a_backend_is_chosen_by_the_size_of_a_head(family, monkeypatch):
     """Also where q comes as the projection left it, with all heads in a row: most backends serve no head as long as that."""
     model, sizes, call = tiny(family), [], layer_work.call
-    monkeypatch.setattr(
-        layer_work, "call", lambda op, lead, *args, **kw: sizes.append(lead.shape[-1]) or call(op, lead, *args, **kw)
-    )
+    told = lambda op, lead, *args, **kw: sizes.append(lead.shape[-1]) or call(op, lead, *args, **kw)
+    for module in (layer_backward, layer_work):
+        monkeypatch.setattr(module, "call", told)
     trace = prefill(model, *tokens(5))
     h = body(model)(input_ids=tokens(3)[0][None], past_key_values=trace).last_hidden_state[:, -1:]
     latent_steps(model, trace, h, 2)
@@ -271,7 +271,7 @@ def test_shared_rows_are_read_once(positions, monkeypatch):
     monkeypatch.setattr(views, "SAVED_ROWS", 8)
     called = []
     call = layer_work.call
-    for module in (attention_parts, layer_work):
+    for module in (attention_parts, layer_backward, layer_work):
         monkeypatch.setattr(module, "call", lambda name, *args, **kw: called.append(name) or call(name, *args, **kw))
     with torch.no_grad():
         assert_close(torch.cat(read(model, joined.select(owners), *new)), want, 1e-10)
@@ -315,7 +315,7 @@ def learned(how: str, monkeypatch, saved: int):
 
     with monkeypatch.context() as m:
         m.setattr(views, "SAVED_ROWS", saved)
-        for module in (attention_parts, layer_work):
+        for module in (attention_parts, layer_backward, layer_work):
             m.setattr(module, "call", counting)
         trace = s.think(agents[0], s.fields_of([rows[0]]), Trace(s.model))
         trace = (trace.detach() if how == "detached" else trace).select([0] * 4)

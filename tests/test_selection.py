@@ -4,26 +4,19 @@ import json
 from dataclasses import replace
 
 import loops
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from loops import check_greedy_tokens
-from models import assert_close, body, gradients, tiny, with_lora
-from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer
+from models import assert_close, body, gradients, tiny
+from systems import AGENTS, ANSWERS, QUESTIONS, system, tokenizer
 from test_graph import TIGHT, Loop, agent, exact
 
-from diffmas import Agent, MultiAgentSystem, Segment, Trace
-from diffmas.agents import board, prompts
-from diffmas.agents.board import Board
+from diffmas import Agent, MultiAgentSystem, Trace
+from diffmas.agents import board
 from diffmas.agents.card import contents
-from diffmas.agents.meter import measuring
-from diffmas.agents.scores import attention_by_layer, scores
-from diffmas.agents.selection import MEASURED, selected, within
-from diffmas.models.forward import forward
-from diffmas.models.patch import patch_of
-from diffmas.trace.attention_mass import AttentionMass
-from diffmas.trace.views import places, rows_of
+from diffmas.agents.selection import within
+from diffmas.trace.views import rows_of
 
 LATENT = dict(trace_content="latent_only")
 REINDEX = dict(**LATENT, sinks=2, positions="reindex")
@@ -327,197 +320,6 @@ def test_checkpointing_gives_the_same_gradients():
     s(QUESTIONS, ANSWERS).loss.backward()
     assert_close(gradients(s), want, TIGHT)
     assert s.model.training
-
-
-# ---- what rows are worth ---------------------------------------------------------------------------------------------
-
-
-def test_attention_mass_of_more_sequences_than_a_head_has_lanes():
-    """All see the same rows, and their prompts are not the same: each has its own mass, which is that of it alone."""
-    s = system()
-    with torch.no_grad():
-        trace = s.think(Agent("memory", "w30 w31 {question}", 2), s.fields_of(QUESTIONS[:1]), Trace(s.model, 1))
-        lanes = trace.keys_values(0, 0)[0].shape[2]
-        prompts = [[5 + b % 40, *range(7, 8 + b % 3)] for b in range(lanes + 2)]
-
-        def mass(prompts):
-            reader = trace.select([0] * len(prompts))
-            forward_pass = reader.plan(list(map(len, prompts)), "prompt")
-            found = AttentionMass(forward_pass)
-            forward(patch_of(s.model), reader, forward_pass, input_ids=s.pack(prompts))
-            return found.by_layer
-
-        together = mass(prompts)
-        for b in (0, 1, lanes - 1, lanes, lanes + 1):
-            for layer, rows in mass(prompts[b : b + 1]).items():
-                assert_close(together[layer][b], rows[0], 1e-12)
-                assert float(rows[0].sum()) == pytest.approx(1) and (rows[0] > 0).all()
-
-
-@pytest.mark.parametrize("options", [{}, LATENT], ids=str)
-def test_attention_by_layer(options):
-    s = exact(system(agents=SHAPES["last"], **options))
-    want = torch.zeros(3, dtype=torch.float64)
-    for question in QUESTIONS:
-        loop = Choosing(s, question)
-        layout, by_layer = loop.attentions(2)
-        want += torch.stack([x[s.sinks : len(layout)].sum() for x in by_layer]) / 3
-    got = attention_by_layer(s, QUESTIONS)
-    assert_close(torch.tensor(got, dtype=torch.float64), want, 1e-6)  # eager softmax is in float32
-    assert 0 < min(got) and max(got) < 1 and len(set(got)) == 3
-
-
-def test_a_choice_does_not_depend_on_dropout():
-    """Nor draws random numbers; and the model is in its mode again."""
-    chosen = []
-    for mode in (True, False):
-        agents = [*FIRST, solver(of("a", rows=2, by="attention"), of("b", rows=2, by="similarity"))]
-        s = MultiAgentSystem(with_lora(tiny("qwen3", patch=False), lora_dropout=0.9), tokenizer(), agents)
-        with torch.no_grad():
-            turns = Board(s, Trace(s.model, 3))
-            turns.write(turns.groups[0], s.fields_of(QUESTIONS))  # in eval mode
-            s.train(mode)
-            state = torch.get_rng_state()
-            chosen.append(turns.read(2, s.fields_of(QUESTIONS)).segments)
-        assert torch.equal(torch.get_rng_state(), state) and s.model.training is mode
-    assert chosen[0] == chosen[1]
-
-
-def test_a_choice_is_by_the_readers_adapter():
-    agents = [FIRST[0], solver(of("a", rows=1, by="similarity"))]
-    s = MultiAgentSystem(roles_model(("a", "solver")), tokenizer(), agents, adapter_scope="per_role")
-    read, values = Trace(s.model, 3), {}
-    with torch.no_grad():
-        s.think(agents[0], s.fields_of(QUESTIONS), read)
-        for name in ("nobody", "a", "solver"):
-            for n, p in s.named_parameters():
-                if f"lora_B.{name}." in n:
-                    p.mul_(-30)
-            found, *_ = scores(s, 1, s.fields_of(QUESTIONS), read, {"similarity"})
-            values[name] = found["similarity"](rows_of([x for x in read.segments if x.sequence == 0]))
-    assert np.allclose(values["a"], values["nobody"], atol=0, rtol=1e-12)
-    assert not np.allclose(values["solver"], values["nobody"], atol=1e-3)
-
-
-def test_a_gradient_report_does_not_know_of_it():
-    s = system(agents=SHAPES["attended"])
-    report = s.gradient_report(QUESTIONS, ANSWERS)
-    assert [(p.agent, p.kind) for p in report.passes if p.kind != "latent"] == [
-        ("a", "prompt"), ("b", "prompt"), ("solver", "answer")
-    ]  # fmt: skip
-    s(QUESTIONS, ANSWERS).loss.backward()
-    assert report.norm == pytest.approx(sum(float(g.square().sum()) for g in gradients(s).values()) ** 0.5)
-
-
-@pytest.mark.parametrize("options", [{}, LATENT, REINDEX], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_checked_is_no_less_than_where_agents_end_up(shape, options, monkeypatch):
-    """And just that where nothing is measured, or gaps are closed."""
-    agents = SHAPES[shape] if shape != "latent" else SHAPES["last"]
-    s, asked, checked = system(agents=agents, **options), None, {}
-    asked, fits = s.fields_of(QUESTIONS), prompts.prompt_that_fits
-    monkeypatch.setattr(prompts, "prompt_that_fits", lambda system, agent, b, fields, at, *rest: (
-        checked.setdefault((agent.name, b), at), fits(system, agent, b, fields, at, *rest))[1])  # fmt: skip
-    s.tokenize(asked, [0] * 3)
-    turns, found = Board(s, Trace(s.model, 3)), {}
-    with torch.no_grad():
-        for group in [*turns.groups, [len(agents) - 1]]:
-            found |= {(agents[i].name, b): at for i in group for b, at in enumerate(turns.read(i, asked).next_positions)}
-            if group != [len(agents) - 1]:
-                turns.write(group, asked)
-    assert found.keys() == checked.keys() and all(checked[key] >= at for key, at in found.items())
-    if not any(measure in str(agents) for measure in MEASURED):
-        assert checked == found
-
-
-# ---- views -----------------------------------------------------------------------------------------------------------
-
-
-def test_places_of_a_view():
-    view = [Segment(0, "a", "prompt", 10, 3, 0), Segment(0, "b", "latent", 5, 4, 7, 2), Segment(0, None, "text", 20, 1, 0)]
-    for chosen in ([], [0], [2, 3], [0, 1, 2, 4, 6, 7], list(range(8))):
-        got = places(view, np.array(chosen, dtype=np.int64))
-        assert rows_of(got).tolist() == rows_of(view)[chosen].tolist()
-        where = np.concatenate([np.arange(s.position, s.position + s.length) + s.offset for s in view])
-        assert [p for s in got for p in range(s.position + s.offset, s.next_position)] == where[chosen].tolist()
-    assert places(view, np.arange(8)) == view
-    seen, new = view[1]._replace(layers=(0,)), Segment(0, "b", "latent", 9, 1, 11, 2)
-    assert seen.extended_by(new) is None and view[1].extended_by(new).length == 5
-
-
-def test_rows_that_stay_do_not_count():
-    """Neither among the best rows nor among every k-th, though they may be of another kind."""
-    select = Agent("x", "y", reads=[of("a", kind="latent", every=2, rows=2)]).reads[0].select
-    row = [Segment(0, "a", "prompt", 0, 6, 0), Segment(0, "a", "latent", 6, 7, 6)]
-    assert rows_of(selected(row, 2, select, {})).tolist() == [0, 1, 10, 12]
-    assert rows_of(selected(row, 0, select, {})).tolist() == [10, 12]
-    assert rows_of(selected(row[:1], 2, select, {})).tolist() == [0, 1]
-
-
-def test_nothing_is_copied():
-    """The rows are those of a team that selects nothing, and the others are free."""
-    held = {}
-    for name, edges in (("all", ["a", "b"]), ("some", [of("a", rows=1), of("b", every=2)])):
-        s = system(agents=[*FIRST, solver(*edges)], **LATENT, sinks=0)
-        with torch.no_grad():
-            trace = s.communicate(s.fields_of(QUESTIONS))
-        held[name] = [rows_of([x for x in trace.segments if x.sequence == b]).tolist() for b in range(3)]
-        assert trace.rows == sum(trace.lengths)
-    for every, some in zip(held["all"], held["some"]):
-        assert some == [every[3], every[4], every[6]]
-
-
-def test_sizes_of_what_agents_read():
-    """Rows, each of them once, and their bytes in all layers: of float64, with K and V."""
-    s = system(agents=SHAPES["budgets"])
-    with torch.no_grad(), measuring(s.device) as meter:
-        out = s(QUESTIONS, ANSWERS)
-        s(QUESTIONS, ANSWERS)
-    layers, heads, D = len(out.trace), *out.trace.keys_values(0, 0)[0].shape[1:]
-    sizes = out.trace.sizes
-    assert sum(size.rows for size in sizes.values()) == sum(out.trace.lengths)
-    for name, size in sizes.items():
-        assert size.rows == sum(x.length for x in out.trace.segments if x.agent == name) > 0
-        assert size.bytes == size.rows * layers * heads * D * 2 * 8
-    assert out.trace.select([0, 0]).sizes == out.trace.select([0]).sizes
-    assert {name: size.rows for name, size in meter.cost.read.items()} == {"c": 2 * 3 * 7, "solver": 2 * 3 * 6}
-    chain = system()
-    with torch.no_grad(), measuring(chain.device) as meter:
-        chain.generate_tokens(QUESTIONS, max_new_tokens=2)
-        written = chain.communicate(chain.fields_of(QUESTIONS)).sizes
-    both = 2 * written["planner"].rows, 2 * sum(size.rows for size in written.values())
-    assert {name: size.rows for name, size in meter.cost.read.items()} == dict(zip(("critic", "solver"), both))
-
-
-def test_rows_that_some_layers_see(tmp_path):
-    """Count in these; are saved and loaded so, and go on the same."""
-    s = system(agents=SHAPES["some layers"])
-    with torch.no_grad():
-        trace = s.communicate(s.fields_of(QUESTIONS))
-    fixed, size = len(QUESTIONS) * s.sinks, trace.sizes["a"]
-    row = size.bytes // (3 * fixed + (size.rows - fixed))
-    assert size.bytes == row * (3 * fixed + (size.rows - fixed))  # sinks in all layers, the rest in one
-    assert trace.sizes["b"].bytes % row == 0 < trace.sizes["b"].rows
-    assert {x.layers for x in trace.segments} == {None, (2,), (0, 2)}
-    trace.save(tmp_path / "trace")
-    loaded = Trace.load(tmp_path / "trace", s.model)
-    assert [x.layers for x in loaded.segments] == [x.layers for x in trace.segments]
-    for other in (loaded, trace.repack(), trace.fork(1)[0]):
-        assert_close(s(QUESTIONS, ANSWERS, trace=other).logits, s(QUESTIONS, ANSWERS).logits, 1e-9)
-    everywhere = system(agents=[*FIRST, solver("a", of("b", every=2))])
-    assert (everywhere(QUESTIONS, ANSWERS).logits - s(QUESTIONS, ANSWERS).logits).abs().max() > 1e-3
-
-
-def test_rows_that_some_layers_see_on_the_host():
-    losses = []
-    for offload in (None, "cpu"):
-        s = system(agents=SHAPES["some layers in turns"], dtype=torch.float32)
-        s.zero_grad()
-        asked = s.fields_of(QUESTIONS)
-        trace = s.communicate(asked, Trace(s.model, 3, offload=offload))
-        s(QUESTIONS, ANSWERS, trace=trace).loss.backward()
-        losses.append(gradients(s))
-    assert losses[0].keys() == losses[1].keys() and all(torch.equal(losses[1][n], g) for n, g in losses[0].items())
 
 
 # ---- descriptions ----------------------------------------------------------------------------------------------------

@@ -22,10 +22,11 @@ from torch.autograd.function import once_differentiable
 
 from diffmas.ops import reference
 from diffmas.ops.register import call
-from diffmas.trace.layer_work import LayerWork, on_stream, stream_of, work_of
+from diffmas.trace.layer_work import LayerWork, work_of
 from diffmas.trace.low_rank import Coding
 from diffmas.trace.pool import Pool
 from diffmas.trace.store import Hold
+from diffmas.trace.streams import on_stream, stream_of
 from diffmas.trace.views import KVRange
 
 __all__ = ["attend", "begin", "carrier", "end", "inherit", "node", "reposition", "save_carrier", "views_of"]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffmas.trace.autograd import carrier, save_carrier, views_of
-from diffmas.trace.layer_work import on_stream, stream_of
 from diffmas.trace.pool import Pool
 from diffmas.trace.store import Hold
+from diffmas.trace.streams import on_stream, stream_of
 
 __all__ = ["arrive", "leave"]
 

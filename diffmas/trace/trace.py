@@ -17,12 +17,13 @@ from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.reading_codes import ReadingCodes
 from diffmas.trace.spec import check_offload, spec_of
 from diffmas.trace.store import Extent, Hold, Store, ranges_in
-from diffmas.trace.views import JOINS, KINDS, SINKS, Segment, Size, joined, length_of, only, rows_of, seen_in
+from diffmas.trace.viewing import Viewing
+from diffmas.trace.views import JOINS, KINDS, Segment, Size, joined, length_of, reindexed, rows_of, seen_in
 
 __all__ = ["Trace"]
 
 
-class Trace(Appending, Copying, ReadingCodes):
+class Trace(Appending, Copying, ReadingCodes, Viewing):
     """The shared K/V memory of `batch_size` episodes over all layers of a patched model.
 
     model: a model that `diffmas.patch_model` was called on, or its `ModelSpec`. capacity: tokens per sequence to make room for
@@ -154,7 +155,7 @@ class Trace(Appending, Copying, ReadingCodes):
     def __len__(self):
         return len(self.spec.layers)
 
-    # ---- views: nothing is copied ------------------------------------------------------------------------------------
+    # ---- views: nothing is copied; forks and parts: viewing.py -------------------------------------------------------
 
     def _view(self, segments, extents=None, next_positions=None, order=None, lineage: int | None = None) -> "Trace":
         view = object.__new__(type(self))
@@ -171,56 +172,6 @@ class Trace(Appending, Copying, ReadingCodes):
         generation = self.generation
         self._see(other._segments, other._order, other._extents, other._next, other._lineage)
         self.generation = generation
-
-    def __deepcopy__(self, memo=None) -> "Trace":
-        """What a deep copy of a cache is for, to go on from it more than once, is a fork."""
-        return self.fork(1)[0]
-
-    __copy__ = __deepcopy__
-
-    def fork(self, n: int) -> list["Trace"]:
-        """n traces that share everything written so far and go on separately."""
-        if n < 1:
-            raise ValueError(f"n: expected at least 1 fork, got {n}")
-        return [self._view(self._segments, self._extents) for _ in range(n)]
-
-    def select(self, sequences: list[int]) -> "Trace":
-        """A trace of the given sequences, in that order; one may be named several times (beams, samples)."""
-        for b in sequences:
-            if not 0 <= b < self.batch_size:
-                raise ValueError(f"sequences: expected values in [0, {self.batch_size}), got {b}")
-        pick = lambda xs: [xs[b] for b in sequences]  # noqa: E731
-        return self._view(pick(self._segments), pick(self._extents), pick(self._next))
-
-    def detach(self) -> "Trace":
-        """The same view as a constant: no gradient reaches what was written so far."""
-        lineage = self._store.new_lineage()
-        return self._view(self._segments, self._extents, order=self._order.detach(), lineage=lineage)
-
-    def keep(
-        self, kind: str | tuple[str, ...] | None = None, agent: str | None = None, positions: str = "keep", sinks: int = SINKS,
-    ) -> "Trace":  # fmt: skip
-        """A view of the segments of one kind, or of several, and/or of one agent, and of the first tokens. positions: keep, or
-        reindex (renumbered from 0).
-
-        sinks: the first so many tokens that a sequence sees stay, whoever wrote them: pretrained models use them as attention
-        sink, and a view without them breaks their attention (StreamingLLM, arXiv 2309.17453). 0 keeps what is asked for alone.
-
-        Raises ValueError for an agent that wrote nothing on this trace, and for sinks < 0; a kind that nobody wrote is a view
-        of the sinks.
-        """
-        kinds = (kind,) if isinstance(kind, str) else kind
-        if kinds is not None and not (isinstance(kinds, tuple) and kinds and {*kinds} <= {*KINDS}):
-            raise ValueError(f"kind: expected one of {KINDS}, a tuple of some or None, got {kind!r}")
-        if positions not in ("keep", "reindex"):
-            raise ValueError(f"positions: expected 'keep' or 'reindex', got {positions!r}")
-        if not isinstance(sinks, int) or sinks < 0:
-            raise ValueError(f"sinks: expected an integer >= 0, got {sinks!r}")
-        agents = {s.agent for s in self.segments if s.agent is not None}
-        if agent is not None and agent not in agents:
-            raise ValueError(f"agent: expected one of {sorted(agents)}, who wrote on this trace, or None, got {agent!r}")
-        view = self._view([only(row, kind, agent, sinks) for row in self._segments], self._extents)
-        return view._reindexed() if positions == "reindex" else view
 
     def reading(self, segments: list[list[Segment]], beside: "Trace | None" = None) -> "Trace":
         """A view in which sequence b sees segments[b], in that order: rows of any sequences of this trace, at the positions
@@ -244,35 +195,6 @@ class Trace(Appending, Copying, ReadingCodes):
             return self._view(segments)
         lineage, order = self._ordered_after([self, beside])
         return self._view(segments, order=order, lineage=lineage)
-
-    def _reindexed(self) -> "Trace":
-        """The same tokens, read at positions 0, 1, 2, ..."""
-        rows, ends = [], []
-        for segments in self._segments:
-            row, at = [], 0
-            for s in segments:
-                row.append(s._replace(offset=at - s.position))
-                at += s.length
-            rows.append(row)
-            ends.append(at)
-        return self._view(rows, self._extents, ends)
-
-    def drop_newest(self, counts: list[int]) -> None:
-        """Forgets the newest counts[b] tokens of sequence b. Raises ValueError unless there is a count >= 0 for each."""
-        counts = self._counts("counts", counts)
-        rows, nexts = [], []
-        for segments, after, count in zip(self._segments, self._next, counts):
-            row, left = list(segments), count
-            while row and left > 0:
-                cut = min(left, row[-1].length)
-                left -= cut
-                if cut == row[-1].length:
-                    row.pop()
-                else:
-                    row[-1] = row[-1]._replace(length=row[-1].length - cut)
-            rows.append(row)
-            nexts.append(max((s.next_position for s in row), default=0) if count > 0 else after)
-        self._become(self._view(rows, self._extents, nexts))
 
     # ---- several branches ---------------------------------------------------------------------------------------------
 
@@ -311,8 +233,9 @@ class Trace(Appending, Copying, ReadingCodes):
             rows.append(row)
             nexts.append(end)
         lineage, order = first._ordered_after(traces)
-        view = first._view(rows, None, nexts, order, lineage)
-        return view._reindexed() if positions == "reindex" else view
+        if positions == "reindex":
+            rows, nexts = reindexed(rows)
+        return first._view(rows, None, nexts, order, lineage)
 
     @staticmethod
     def stack(traces: list["Trace"]) -> "Trace":

@@ -13,7 +13,7 @@ import numpy as np
 __all__ = [
     "CODED", "FROZEN", "JOINS", "KINDS", "SAID", "SINKS", "SPAN", "Heads", "KVRange", "Segment", "Size", "apart", "by_sequence",
     "common_prefix", "heads_in", "is_quantised", "joined", "length_of", "only", "packed", "places", "pool_rows", "ranges_of",
-    "rows_of", "seen_in", "share", "table_of", "without_first", "without_rows",
+    "reindexed", "rows_of", "seen_in", "share", "table_of", "without_first", "without_rows",
 ]  # fmt: skip
 
 KINDS = ("prompt", "latent", "text")
@@ -160,6 +160,19 @@ def places(view: Sequence[Segment], index: np.ndarray) -> list[Segment]:
 def without_rows(view: Sequence[Segment], rows: Sequence[Segment]) -> list[Segment]:
     """The segments of a view without the rows that are in `rows`, cut where some of them are."""
     return places(view, np.flatnonzero(~np.isin(rows_of(view), rows_of(rows))))
+
+
+def reindexed(rows: list[list[Segment]]) -> tuple[list[list[Segment]], list[int]]:
+    """The same tokens, read at positions 0, 1, 2, ..., and the position that comes after, of each sequence."""
+    moved, ends = [], []
+    for segments in rows:
+        row, at = [], 0
+        for s in segments:
+            row.append(s._replace(offset=at - s.position))
+            at += s.length
+        moved.append(row)
+        ends.append(at)
+    return moved, ends
 
 
 def joined(branches: list[list[Segment]], positions: list[str], nexts: list[int]) -> tuple[list[Segment], int]:

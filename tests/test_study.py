@@ -355,6 +355,22 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_recipes_ask_for_rows_to_train_on_before_anything_runs(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.Stages, "measure", lambda *_: pytest.fail("something ran"))
+    case, _ = PAPERS[name]
+    out = tmp_path / "out"
+    output = " ".join(call(name, "--output", out, code=1).output.split())
+    asks = f"case '{case}': data.train: expected a file, since {name} has no part to train on, got none; --set data.train=FILE"
+    assert asks in output and not out.exists()
+    output = call(name, "--output", out, "--set", "data.train=none.jsonl", code=1).output
+    assert "data.train: expected a file, found none at none.jsonl" in " ".join(output.split())
+    measured = []
+    monkeypatch.setattr(study.Stages, "measure", lambda self, name: measured.append(name) or {}["nothing"])
+    call(name, "--output", out, "--case", case, "--set", "evaluation.limit=1", "--set", f"data.train={__file__}", code=1)
+    assert "diffmas" in measured
+
+
+@pytest.mark.parametrize("name", PAPERS)
 def test_the_papers_recipes_run_to_their_end(name, tmp_path, monkeypatch):
     """On a model of two layers and a published record: nothing is changed but how much there is to do, and that text agents are
     right, so that there is something to train them on."""

@@ -34,6 +34,7 @@ from diffmas.cli.methods import TRAINED
 from diffmas.cli.plain_data import parsed as checked
 from diffmas.cli.stages import Stages, slug
 from diffmas.evaluation.pooled import Pooled, pool
+from diffmas.evaluation.tasks import task
 
 __all__ = ["Outcome", "Recipe", "changes_of", "named", "run", "write_made"]
 
@@ -168,8 +169,8 @@ def run(
     progress: Callable[[str], object],
 ) -> Outcome:  # fmt: skip
     """Does what is missing of a study. output: of all stages. model: instead of the recipe's. cases, seeds: some of the
-    recipe's, by default all. changes: of the recipe's config. Raises ValueError for what does not fit, and for an output that
-    another recipe, model or changes have written to."""
+    recipe's, by default all. changes: of the recipe's config. Raises ValueError for what does not fit, before anything runs,
+    and for an output that another recipe, model or changes have written to."""
     recipe = read(path)
     for name, given, known in (("--case", cases, recipe.cases), ("--seed", seeds, recipe.seeds)):
         if unknown := [x for x in given or [] if x not in known]:
@@ -181,6 +182,7 @@ def run(
         (case, seed): config_of(recipe, case, seed, output / slug(case) / f"seed{seed}", model, changes)
         for case in dict.fromkeys([*cases, *(recipe.cases[case].get("trained_by", case) for case in cases)]) for seed in seeds
     }  # fmt: skip
+    _check_data(recipe, configs)
     stamp, asked = output / "study.json", {"recipe": vars(recipe), "model": model, "changes": changes}
     if stamp.is_file():
         earlier = read_json(stamp)
@@ -206,6 +208,22 @@ def run(
         }  # fmt: skip
         _run_case(recipe, case, of, outcome)
     return outcome
+
+
+def _check_data(recipe: Recipe, configs: dict[tuple[str, int], Config]) -> None:
+    """Raises ValueError naming a case that somebody trains without rows to train on: hours may pass before a study comes to it."""
+    trained = {
+        recipe.cases[case].get("trained_by", case): seed
+        for (case, seed), config in configs.items() if set(config.evaluation.methods) & set(TRAINED)
+    }  # fmt: skip
+    for case, seed in trained.items():
+        config = configs[case, seed]
+        file, says = config.data.train, "--set data.train=FILE names one"
+        if file and not Path(file).is_file():
+            raise ValueError(f"case {case!r}: data.train: expected a file, found none at {file}; {says}")
+        if not file and (config.task is None or "train" not in task(config.task).splits):
+            why = "" if config.task is None else f", since {config.task} has no part to train on"
+            raise ValueError(f"case {case!r}: data.train: expected a file{why}, got none; {says}")
 
 
 def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome) -> None:

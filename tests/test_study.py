@@ -135,7 +135,8 @@ def test_a_killed_study_gives_the_same_table(tmp_path, monkeypatch):
 
     methods, audits = whole
     assert [r.name for r in methods] == ["single", "latent_mas", "all facts, bare", "diffmas", "all facts"]
-    assert [r.name for r in audits] == ["own", "none", "other", "noise"]
+    of_one = [f"{change}: reader{i}" for i in (1, 2, 3) for change in ("none", "other", "noise")]
+    assert [r.name for r in audits] == ["own", "none", "other", "noise", *of_one]
     assert all(len(r.by_seed) == 2 and r.questions == 6 for r in methods + audits)
     assert {r.to for r in methods} <= {"single", "latent_mas"} and {r.to for r in audits} == {"other"}
     own = next(r for r in audits if r.name == "own")
@@ -188,6 +189,12 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
     with (tmp_path / "shown" / "costs.csv").open() as file:
         steps = {row["method"]: row["latent_steps"] for row in csv.DictReader(file)}
     assert steps["diffmas"] == str(3 * 3 * 2) and steps["single"] == "0"
+    with (tmp_path / "shown" / "entropy.csv").open() as file:
+        curve = [row for row in csv.DictReader(file) if row["method"] == "diffmas"]
+    left = json.loads((tmp_path / "out" / "two_facts" / "seed3" / "measured_diffmas.json").read_text())["result"]
+    assert [(r["case"], r["seed"], r["token"]) for r in curve] == [("two facts", "3", str(t)) for t in range(len(curve))]
+    assert curve[0]["tokens"] == "3" and [float(r["nats"]) for r in curve] == left["entropy_curve"]
+    assert left["entropy_curve"] and (tmp_path / "shown" / "entropy.png").is_file()
     text = (tmp_path / "shown" / "made_with.json").read_text()
     made = json.loads(text)
     assert told["made_with"] == made and told["failures"] == [] and str(tmp_path / "shown" / "costs.csv") in told["files"]
@@ -355,6 +362,22 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_recipes_ask_for_rows_to_train_on_before_anything_runs(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.Stages, "measure", lambda *_: pytest.fail("something ran"))
+    case, _ = PAPERS[name]
+    out = tmp_path / "out"
+    output = " ".join(call(name, "--output", out, code=1).output.split())
+    asks = f"case '{case}': data.train: expected a file, since {name} has no part to train on, got none; --set data.train=FILE"
+    assert asks in output and not out.exists()
+    output = call(name, "--output", out, "--set", "data.train=none.jsonl", code=1).output
+    assert "data.train: expected a file, found none at none.jsonl" in " ".join(output.split())
+    measured = []
+    monkeypatch.setattr(study.Stages, "measure", lambda self, name: measured.append(name) or {}["nothing"])
+    call(name, "--output", out, "--case", case, "--set", "evaluation.limit=1", "--set", f"data.train={__file__}", code=1)
+    assert "diffmas" in measured
+
+
+@pytest.mark.parametrize("name", PAPERS)
 def test_the_papers_recipes_run_to_their_end(name, tmp_path, monkeypatch):
     """On a model of two layers and a published record: nothing is changed but how much there is to do, and that text agents are
     right, so that there is something to train them on."""
@@ -379,3 +402,5 @@ def test_the_papers_recipes_run_to_their_end(name, tmp_path, monkeypatch):
     assert list(rows) == ["single", "text", "text_sft", "latent_mas", "stitch", "diffmas"]
     assert {name for name, row in rows.items() if int(row["latent_steps"])} == {"latent_mas", "stitch", "diffmas"}
     assert (tmp_path / "out" / "audit.png").is_file()
+    with (tmp_path / "out" / "audit.csv").open() as file:
+        assert {"none", "none: planner", "other: critic"} <= {row["name"] for row in csv.DictReader(file)}

@@ -112,7 +112,8 @@ class Stages:
         return build.methods_of(self.config, self._system(name == "diffmas"), [name], adapters)[name]
 
     def measure(self, name: str) -> dict:
-        """A method's `Result.row`, with "scores" by question and "texts". It is trained first, if it is one of TRAINED."""
+        """A method's `Result.row`, with what that leaves out: scores by question, texts, entropy_curve and entropy_counts. It
+        is trained first, if it is one of TRAINED."""
         trains = "diffmas" if name in self.alone else name
         rests_on = self.train(trains)["id"] if trains in TRAINED else None
 
@@ -124,7 +125,8 @@ class Stages:
                 {name: self._method(name)}, build.evaluation_rows(self.config), options.samples, build.scorer_of(self.config),
                 options.batch_size, baselines=[], **vars(self.config.generation),
             )  # fmt: skip
-            return {**result.row(), "scores": result.scores, "texts": result.texts}
+            more = ("scores", "texts", "entropy_curve", "entropy_counts")
+            return {**result.row(), **{name: getattr(result, name) for name in more}}
 
         return self._once(f"measured {name}", make, rests_on)
 

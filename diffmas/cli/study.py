@@ -34,6 +34,7 @@ from diffmas.cli.methods import TRAINED
 from diffmas.cli.plain_data import parsed as checked
 from diffmas.cli.stages import Stages, slug
 from diffmas.evaluation.pooled import Pooled, pool
+from diffmas.evaluation.tasks import task
 
 __all__ = ["Outcome", "Recipe", "changes_of", "named", "run", "write_made"]
 
@@ -153,12 +154,14 @@ def config_of(recipe: Recipe, case: str, seed: int, directory: Path, model: str 
 
 
 class Outcome(NamedTuple):
-    """Of a study. methods, audits: over seeds. costs: a `Result.row` for each case, seed and method. made: what all was made
-    with. failures: what was not measured, and why."""
+    """Of a study. methods, audits: over seeds; of audits, those of one agent as "change: agent". costs: a `Result.row` for each
+    case, seed and method. entropies: of each of these, a row for each token of an answer. made: what all was made with.
+    failures: what was not measured, and why."""
 
     methods: list[Pooled]
     audits: list[Pooled]
     costs: list[dict]
+    entropies: list[dict]
     made: dict
     failures: list[str]
 
@@ -168,8 +171,8 @@ def run(
     progress: Callable[[str], object],
 ) -> Outcome:  # fmt: skip
     """Does what is missing of a study. output: of all stages. model: instead of the recipe's. cases, seeds: some of the
-    recipe's, by default all. changes: of the recipe's config. Raises ValueError for what does not fit, and for an output that
-    another recipe, model or changes have written to."""
+    recipe's, by default all. changes: of the recipe's config. Raises ValueError for what does not fit, before anything runs,
+    and for an output that another recipe, model or changes have written to."""
     recipe = read(path)
     for name, given, known in (("--case", cases, recipe.cases), ("--seed", seeds, recipe.seeds)):
         if unknown := [x for x in given or [] if x not in known]:
@@ -181,6 +184,7 @@ def run(
         (case, seed): config_of(recipe, case, seed, output / slug(case) / f"seed{seed}", model, changes)
         for case in dict.fromkeys([*cases, *(recipe.cases[case].get("trained_by", case) for case in cases)]) for seed in seeds
     }  # fmt: skip
+    _check_data(recipe, configs)
     stamp, asked = output / "study.json", {"recipe": vars(recipe), "model": model, "changes": changes}
     if stamp.is_file():
         earlier = read_json(stamp)
@@ -194,7 +198,7 @@ def run(
         here = made_with()["versions"].get(name)
         if str(here).partition("+")[0] != str(wanted):  # builds of one version are one
             progress(f"{name}: the recipe was made with {wanted}, this is {here}")
-    outcome = Outcome([], [], [], {**asked, "made_with": [], "training_tokens_per_second": {}}, [])
+    outcome = Outcome([], [], [], [], {**asked, "made_with": [], "training_tokens_per_second": {}}, [])
     for case in cases:
         trainer = recipe.cases[case].get("trained_by")
         of = {
@@ -206,6 +210,22 @@ def run(
         }  # fmt: skip
         _run_case(recipe, case, of, outcome)
     return outcome
+
+
+def _check_data(recipe: Recipe, configs: dict[tuple[str, int], Config]) -> None:
+    """Raises ValueError naming a case that is to be trained without rows: hours may pass before a study comes to it."""
+    trained = {
+        recipe.cases[case].get("trained_by", case): seed
+        for (case, seed), config in configs.items() if set(config.evaluation.methods) & set(TRAINED)
+    }  # fmt: skip
+    for case, seed in trained.items():
+        config = configs[case, seed]
+        file, says = config.data.train, "--set data.train=FILE names one"
+        if file and not Path(file).is_file():
+            raise ValueError(f"case {case!r}: data.train: expected a file, found none at {file}; {says}")
+        if not file and (config.task is None or "train" not in task(config.task).splits):
+            why = "" if config.task is None else f", since {config.task} has no part to train on"
+            raise ValueError(f"case {case!r}: data.train: expected a file{why}, got none; {says}")
 
 
 def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome) -> None:
@@ -220,6 +240,9 @@ def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome
                 continue
             scores.setdefault(name, []).append(result.pop("scores"))
             result.pop("texts")
+            curve = zip(result.pop("entropy_curve", []), result.pop("entropy_counts", []))  # older stages have none
+            of_one = {"case": case, "seed": seed, "method": name}
+            outcome.entropies.extend({**of_one, "token": t, "nats": nats, "tokens": n} for t, (nats, n) in enumerate(curve))
             outcome.costs.append({"case": case, "seed": seed, "model": Path(stages.config.model).name, **result})
             if name in TRAINED and "tokens_per_second" in (trained := stages.train(name)):
                 outcome.made["training_tokens_per_second"].setdefault(name, []).append(trained["tokens_per_second"])
@@ -235,5 +258,4 @@ def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome
     baselines = [name for name in scores if name in stages.config.evaluation.methods and name != "diffmas"]
     best = max(baselines, key=lambda name: statistics.fmean(map(statistics.fmean, scores[name])), default=None)
     outcome.methods.extend(pool(case, scores, best))
-    team = {name: values for name, values in told.items() if ":" not in name}  # each agent's: in audit.csv of a seed
-    outcome.audits.extend(pool(case, team, "other") if team else [])
+    outcome.audits.extend(pool(case, told, "other") if told else [])

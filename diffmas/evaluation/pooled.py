@@ -11,7 +11,7 @@ from diffmas.evaluation.files import figure, room_for, write_rows
 from diffmas.evaluation.metrics import Difference, difference_of_rates, wilson
 from diffmas.evaluation.run import gap, interval, narrow_table, percent
 
-__all__ = ["Pooled", "plot_pooled", "pool", "pooled_table", "write_pooled"]
+__all__ = ["Pooled", "plot_entropy", "plot_pooled", "pool", "pooled_table", "write_pooled"]
 
 
 @dataclass
@@ -97,5 +97,25 @@ def plot_pooled(rows: list[Pooled], path, title: str = "") -> Path:
         axes.invert_yaxis()
     axes.set(xlabel="right, % (95 % interval; a dot for each seed)")
     canvas.suptitle(title)
+    canvas.savefig(path, dpi=150)
+    return path
+
+
+def plot_entropy(rows: list[dict], path) -> Path:
+    """Writes a PNG of token-entropy curves, a panel for each case and a line for each method and seed; returns its path. rows:
+    of {case, seed, method, token, nats}: the mean entropy of the distributions that the answers' t-th tokens come from."""
+    path, cases = room_for(path), list(dict.fromkeys(row["case"] for row in rows))
+    canvas = figure(9, 0.5 + 2.5 * len(cases))
+    for axes, case in zip(canvas.subplots(len(cases), 1, squeeze=False)[:, 0], cases):
+        part = [row for row in rows if row["case"] == case]
+        for i, method in enumerate(dict.fromkeys(row["method"] for row in part)):
+            seeds = dict.fromkeys(row["seed"] for row in part if row["method"] == method)
+            for n, seed in enumerate(seeds):
+                curve = [row for row in part if (row["method"], row["seed"]) == (method, seed)]
+                label = "_" if n else method  # matplotlib leaves out of the legend what starts so
+                axes.plot([1 + r["token"] for r in curve], [r["nats"] for r in curve], ".-", color=f"C{i % 10}", label=label)
+        axes.set(title=case, ylabel="entropy, nats")
+        axes.legend(fontsize="small")
+    axes.set(xlabel="token of the answer")
     canvas.savefig(path, dpi=150)
     return path

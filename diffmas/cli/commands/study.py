@@ -39,9 +39,13 @@ def study(
         if rows:
             console.print(pooled.pooled_table(rows, f"{path.stem}: {what}"))
             console.print()
-            written += [pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(rows, shown / f"{what}.png")]
+            team = [row for row in rows if ":" not in row.name]  # each agent's is in the table
+            written += [pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(team, shown / f"{what}.png")]
     if outcome.costs:
         written.append(files.write_rows(outcome.costs, shown / "costs.csv"))
+    if outcome.entropies:
+        written.append(files.write_rows(outcome.entropies, shown / "entropy.csv"))
+        written.append(pooled.plot_entropy(outcome.entropies, shown / "entropy.png"))
     written.append(studies.write_made(outcome.made, shown))
     for file in written:
         console.print(str(file), highlight=False, soft_wrap=True)

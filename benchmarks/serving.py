@@ -24,7 +24,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 
 from diffmas import Agent, MultiAgentSystem
+from diffmas.agents.file import write_json
 from diffmas.agents.meter import measuring
+from diffmas.cli.made_with import made_with
 from diffmas.models.load import load_model
 from diffmas.serving.team import Settings
 from diffmas.serving.vllm.teams import Teams
@@ -104,7 +106,7 @@ def main() -> None:
     for name, default in (("questions", 16), ("steps", 10), ("message", 64), ("answer", 32), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", help="a CSV file")
+    parser.add_argument("--out", help="a CSV file; what it was made with is written beside it")
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     given = parser.parse_args()
 
@@ -162,6 +164,7 @@ def main() -> None:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        write_json(Path(f"{given.out}.made_with.json"), made_with())
 
 
 def cpu_name() -> str:

@@ -4,7 +4,8 @@ reward alone, 1 for the right word.
     pip install 'diffmas[rl]'
     python examples/grpo_facts.py --seed 0 --seed 1 --seed 2
 
-Writes rewards.csv and rewards.png, and prints what the team answers before and after to questions it was not trained on.
+Writes rewards.csv, rewards.png and made_with.json (versions, commit, machine, seeds), and prints what the team answers before
+and after to questions it was not trained on.
 """
 
 import csv
@@ -19,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from trl import GRPOConfig
 
+from diffmas.agents.file import write_json
+from diffmas.cli.made_with import made_with
 from diffmas.demo import experiment
 from diffmas.evaluation import Latent, evaluate
 from diffmas.evaluation.tasks import facts
@@ -71,6 +74,7 @@ def main(
     steps: Annotated[int, typer.Option(help="steps that learn from rewards")] = 100,
     output: Annotated[Path, typer.Option(help="a directory")] = Path("runs/grpo"),
 ):
+    made = {**made_with(), "seeds": seed, "taught": taught, "steps": steps}  # before the hours in which a commit may come
     table, rewards = Table("seed", "taught, %", "rewarded, %", title="held-out questions answered"), {}
     for s in seed:
         before, after, rewards[s] = run_of(s, taught, steps, output / f"seed{s}")
@@ -80,6 +84,7 @@ def main(
         with (output / "rewards.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("seed", "step", "reward"), *lines])
         plot(rewards, output / "rewards.png")
+        write_json(output / "made_with.json", made)
     Console().print(table)
     print(f"written: {output / 'rewards.csv'}, {output / 'rewards.png'}")
 

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+import socket
+import time
+from types import SimpleNamespace
 
 import pytest
 import tiny_systems as tiny
 import torch
+from huggingface_hub import constants
 from models import randomize
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from diffmas import Agent, MultiAgentSystem
-from diffmas.models.load import load_base, load_model, load_tokenizer
+from diffmas.models.load import load_base, load_config, load_model, load_tokenizer
 from diffmas.training import add_lora, lora_config
 
 IDS = torch.tensor([[5, 9, 70, 71, 72]])
@@ -196,6 +200,57 @@ def test_names_that_lead_nowhere(base, tmp_path, monkeypatch):
         load_model(tmp_path)
     with pytest.raises(ValueError, match="dtype: expected 'auto'.* got 'float17'"):
         load_model(base, dtype="float17")
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Connections to the hub as a test says: none, or one that nothing is asked over. -> who was asked for."""
+    asked = []
+
+    def connection(where, *args, **options):
+        asked.append(where)
+        if network.away:
+            raise OSError("no network")
+        return socket.socket()
+
+    network = SimpleNamespace(asked=asked, away=True)
+    monkeypatch.setattr(socket, "create_connection", connection)
+    monkeypatch.setattr("diffmas.models.network.getproxies", lambda: {})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} seconds"))
+    return network
+
+
+def test_without_a_network_a_name_is_looked_for_in_the_cache_alone(network, tmp_path):
+    """At once, where huggingface_hub would try again for 23 seconds for each file."""
+    for load in (load_tokenizer, load_base):
+        with pytest.raises(ValueError, match=r"model 'org/name': expected .* found no such path, and the hub gives no"):
+            load("org/name", cache_dir=tmp_path)
+    assert set(network.asked) == {("huggingface.co", 443)}
+    there = tmp_path / "models--org--name"
+    base = tiny.save_base(there / "snapshots" / "c0ffee")
+    (there / "refs").mkdir()
+    (there / "refs" / "main").write_text("c0ffee")
+    model, tokenizer = load_model("org/name", cache_dir=tmp_path)
+    assert len(tokenizer) == len(tiny.tokenizer())
+    want = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert all(torch.equal(x, want[name]) for name, x in model.state_dict().items())
+
+
+def test_with_a_network_the_hub_is_asked(network, monkeypatch):
+    """As it was: nothing is said of the cache."""
+    seen = []
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda **place: seen.append(place))
+    network.away = False
+    load_config("org/name")
+    assert seen == [{"pretrained_model_name_or_path": "org/name"}] and len(network.asked) == 1
+    network.away = True
+    load_config("org/name", local_files_only=False)
+    assert seen[1] == {"pretrained_model_name_or_path": "org/name", "local_files_only": True}
+    load_config("org/name", proxies={"https": "http://near:1"})
+    monkeypatch.setattr("diffmas.models.network.getproxies", lambda: {"https": "http://near:1"})
+    load_config("org/name")
+    assert len(network.asked) == 2 and not any(place.get("local_files_only") for place in seen[2:])
 
 
 def test_a_name_that_the_hub_does_not_have(monkeypatch):

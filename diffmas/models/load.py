@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from diffmas.models.network import hub_is_away
+
 __all__ = ["load_base", "load_config", "load_model", "load_tokenizer"]
 
 # Of the options of a model, those that say where its files are, and hold for the tokenizer too.
@@ -51,6 +53,8 @@ def load_base(name, *, dtype="auto", device=None, **options) -> nn.Module:
         raise ValueError(f"dtype: expected 'auto', a torch.dtype or the name of one, got {dtype!r}")
     place, config = _place(name, options), load_config(name, **options)
     options = {**options, **place, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if place.get("local_files_only"):  # transformers looks for an adapter beside the model, and would ask the hub for it
+        options["adapter_kwargs"] = {key: place[key] for key in ("cache_dir", "local_files_only") if key in place}
     if "gguf_file" in place and (packed := getattr(transformers, "GgufConfig", None)) is not None:
         # Since 5.24 transformers would leave the blocks packed where it has kernels for them.
         options["quantization_config"] = packed(dequantize=True)
@@ -100,7 +104,7 @@ def _place(name, options: dict) -> dict:
             where, file = "/".join(path.parts[:2]), "/".join(path.parts[2:])
         if find_spec("gguf") is None:
             raise ValueError(f"{given}: a GGUF file needs the package gguf: pip install gguf")
-        return {**place, "pretrained_model_name_or_path": where, "gguf_file": file}
+        return {**(place if path.is_file() else _reached(place)), "pretrained_model_name_or_path": where, "gguf_file": file}
     if path.is_file():
         raise ValueError(f"{given}: expected a directory, a .gguf file or a hub name, got another file")
     if path.is_dir():
@@ -114,7 +118,13 @@ def _place(name, options: dict) -> dict:
         return {**place, "pretrained_model_name_or_path": str(path)}
     if is_path or len(path.parts) > 2:
         raise ValueError(f"{given}: expected a directory, a .gguf file or a hub name, found no such directory")
-    return {**place, "pretrained_model_name_or_path": str(name)}
+    return {**_reached(place), "pretrained_model_name_or_path": str(name)}
+
+
+def _reached(place: dict) -> dict:
+    """Of a name on the hub: without a network, what was downloaded before is all there is."""
+    asks = not (place.get("local_files_only") or place.get("proxies"))
+    return {**place, "local_files_only": True} if asks and hub_is_away() else place
 
 
 def _auto_class(config, name):

@@ -8,6 +8,8 @@ from op_runs import within_budget
 from diffmas import ops
 from diffmas.ops.low_rank import Codes, Tile, Whole, low_rank_attention, low_rank_attention_backward, of_pairs
 from diffmas.ops.reference import offset_tables
+from diffmas.trace.low_rank import CodedReads, Coding
+from diffmas.trace.views import KVRange
 
 pytestmark = pytest.mark.skipif(ops.available()["cpu"] is not None, reason="the C++ extension is not built")
 Hq, Hkv, R, N = 6, 2, 800, 700
@@ -142,6 +144,22 @@ def test_nan_stays_in_its_sequence():
     got = run(inputs, WHOLE, False, "auto")
     assert got["o"][:5].isnan().all() and torch.equal(got["o"][5:], want["o"][5:])
     assert torch.equal(got["lse"][:4], want["lse"][:4]) and got["lse"][4].isnan().all()
+
+
+@pytest.mark.parametrize("queries, kind", [(8, Whole), (9, list)])
+def test_more_queries_are_cut_into_pieces(queries, kind):
+    """Two at most, as none of them is masked; then tiles take them."""
+    q, k, v, _, codes, tables, _ = made("k and v", 64, 64, 8, False, torch.float32)
+    q = q[[0, 1, 2, 3, 4, 5, 6, 0, 1][:queries]].contiguous()
+    coding = Coding(ROWS.numpy(), [codes], tables, False, 0, False, False)
+    view = [KVRange(coding.first + int(ROWS[at]), n, 0) for at, n, _ in VIEWS[0][1]]
+    reads = CodedReads([coding], [view], [queries])
+    (_, found), *_ = reads._of(0, None, q, k, "auto")
+    assert isinstance(found, kind)
+    (got,) = reads.attend(0, None, q, (k, v), None, 0.3, "auto")
+    (want,) = reads.attend(0, None, q, (k, v), None, 0.3, "reference")
+    for x, y in zip(got, want):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
 
 
 def test_what_does_not_fit_is_refused():

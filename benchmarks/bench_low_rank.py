@@ -1,7 +1,7 @@
 """A token, and a prompt, over rows that are read with low-rank codes: a pool's rows and r numbers beside each, or all of the
 rows that these make, as each reader would have them without.
 
-The answer is attention over these rows. Full rows are there before the clock starts; codes' are built anew in every call.
+The answer is attention over these rows. Full rows are there before the clock starts; codes are multiplied anew in every call.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,17 @@ from torch import Tensor
 from diffmas.benchmarks.measure import OURS, Case, Problem, Trial
 from diffmas.benchmarks.ours import run_op
 from diffmas.ops import reference
-from diffmas.ops.low_rank import Codes, Tile, low_rank_attention, low_rank_attention_backward, rows_built
+from diffmas.ops.low_rank import (
+    FEW_ROWS,
+    Codes,
+    Tile,
+    Whole,
+    few_kernels,
+    low_rank_attention,
+    low_rank_attention_backward,
+    of_pairs,
+    rows_built,
+)  # fmt: skip
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -21,7 +31,7 @@ TILE = 1 << 18  # numbers of K in a tile: diffmas.trace.low_rank's
 
 
 class Inputs(NamedTuple):
-    """q, do [n, Hq, D]; k, v: the pool's rows, head-major; tiles: all of them, seen by all queries."""
+    """q, do [n, Hq, D]; k, v: the pool's rows, head-major; reads: all of them, by all queries, as a trace does it."""
 
     q: Tensor
     do: Tensor
@@ -29,7 +39,7 @@ class Inputs(NamedTuple):
     v: Tensor
     codes: Codes
     tables: tuple[Tensor, Tensor]
-    tiles: list[Tile]
+    reads: list[Tile] | Whole
     scale: float
 
 
@@ -62,14 +72,15 @@ def problem(case: Case) -> Problem:
     if " and " in case.regime:
         codes = codes._replace(z_k=random(N, R), b_k=random(Hkv * D, R) / R)
     inv_freq = 10000.0 ** -(torch.arange(D // 2, device=device) / (D // 2))
-    tables = reference.offset_tables(torch.arange(N, device=device), inv_freq, False, torch.float32)
-    tiles, most = [], TILE // (Hkv * D)
-    for first in range(0, N, most):
-        rows = slice(first, min(first + most, N))
-        index = lambda *xs: torch.tensor(xs, device=device)
-        view = index(0, case.n), index(0, 1), index(0), index(rows.stop - first), None
-        tiles.append(Tile(rows, rows, view))
-    x = Inputs(q, do, k, v, codes, tables, tiles, D**-0.5)
+    tables = of_pairs(reference.offset_tables(torch.arange(N, device=device), inv_freq, False, torch.float32), False)
+    reads, most, index = [], TILE // (Hkv * D), lambda *xs: torch.tensor(xs, device=device)
+    if case.n * Hq // Hkv <= FEW_ROWS and few_kernels(q, "auto"):
+        reads = Whole(index(0), (index(0, case.n), index(0, 1), index(0), index(N), None))
+    else:
+        for first in range(0, N, most):
+            rows = slice(first, min(first + most, N))
+            reads.append(Tile(rows, rows, (index(0, case.n), index(0, 1), index(0), index(rows.stop - first), None)))
+    x = Inputs(q, do, k, v, codes, tables, reads, D**-0.5)
     backward = case.phase == "backward"
 
     def answer(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -83,7 +94,7 @@ def problem(case: Case) -> Problem:
         return {"dq": reference.cross_attention_backward(x.do.to(dtype), None, q, o, lse, *args, *grads)}
 
     own = 2 * q.numel() * q.element_size() * (1 + backward)
-    of_codes = sum(y.numel() * y.element_size() for y in codes if y is not None) + 2 * N * D * 4 * (codes.z_k is not None)
+    of_codes = sum(y.numel() * y.element_size() for y in codes if y is not None) + N * D * 4 * (codes.z_k is not None)
     read = 2 * Hkv * N * D * k.element_size() + of_codes + own
     return Problem(case, x, answer, flops=(10 if backward else 4) * Hq * D * N * case.n, read=read, peers_lack=("lse",))
 
@@ -97,12 +108,12 @@ def _view(x: Inputs) -> tuple:
 def diffmas(p: Problem) -> Trial:
     """Backward: of q, codes and adapter."""
     x: Inputs = p.inputs
-    forward = lambda: low_rank_attention(x.q, x.k, x.v, x.codes, x.tables, x.tiles, None, x.scale, False)
+    forward = lambda: low_rank_attention(x.q, x.k, x.v, x.codes, x.tables, x.reads, None, x.scale, False)
     if p.case.phase == "forward":
         return Trial(forward, lambda r: {"o": r[0], "lse": r[1]})
     o, lse = forward()
     grads = Codes(*(None if y is None else torch.zeros_like(y) for y in x.codes))
-    given = x.do, x.q, o, lse, x.k, x.v, x.codes, x.tables, x.tiles, None, x.scale, False, "auto", grads
+    given = x.do, x.q, o, lse, x.k, x.v, x.codes, x.tables, x.reads, None, x.scale, False, "auto", grads
     return Trial(lambda: low_rank_attention_backward(*given), lambda dq: {"dq": dq})
 
 

@@ -217,7 +217,7 @@ def test_quantised_rows_give_one_answer_either_way():
 def test_low_rank_rows_give_one_answer_either_way():
     """And what the row says of bytes is what the codes have."""
     for case in bench_low_rank.CASES:
-        p = bench_low_rank.problem(dataclasses.replace(case, N=1500, n=min(case.n, 3)))
+        p = bench_low_rank.problem(dataclasses.replace(case, N=1500, n=min(case.n, 5)))
         contest = Contest(p, bench_low_rank.PROVIDERS)
         assert set(contest.trials) == set(bench_low_rank.PROVIDERS), contest.notes
         size = sum(x.numel() * x.element_size() for x in (p.inputs.codes.z_k, p.inputs.codes.z_v) if x is not None)

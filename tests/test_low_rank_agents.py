@@ -16,7 +16,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from systems import ANSWERS, QUESTIONS, exact_norms, tokenizer
 from test_graph import TIGHT, agent, at, exact
 
-from diffmas import MultiAgentSystem, Trace, patch_model
+from diffmas import MultiAgentSystem, Trace, ops, patch_model
 from diffmas.agents import adapters
 from diffmas.agents.adapters import add_lora
 from diffmas.agents.board import Board
@@ -25,7 +25,9 @@ from diffmas.agents.meter import measuring
 from diffmas.evaluation import TextAgents
 from diffmas.evaluation.look import look_at
 from diffmas.evaluation.plain_hf import plain_loss
+from diffmas.ops import low_rank as ops_low_rank
 from diffmas.serving.vllm.teams import check_team
+from diffmas.trace import low_rank
 from diffmas.trace.views import CODED, Size
 from diffmas.training.sharded import check_engine
 
@@ -221,6 +223,28 @@ def test_rows_stay_as_long_as_somebody_reads_them():
         held = empty.rows
         del trace, more
         assert held > 0 and empty.rows == 0
+
+
+@pytest.mark.parametrize("shape", ["all read", "two"])
+def test_few_queries_have_kernels_of_their_own(shape, monkeypatch):
+    """Latent steps and answers' tokens; others read tiles. The same loss and gradients as with tiles alone."""
+    if ops.available()["cpu"] is not None:
+        pytest.skip("the C++ extension is not built")
+    found, kinds = [], []
+    for few in (True, False):
+        if not few:
+            monkeypatch.setattr(low_rank, "few_kernels", lambda *_: False)
+        seen = []
+        spy = lambda *args, seen=seen: seen.append(type(args[5])) or ops_low_rank.low_rank_attention(*args)  # noqa: E731
+        monkeypatch.setattr(low_rank, "low_rank_attention", spy)
+        s = team(SHAPES[shape], dtype=torch.float32)
+        out = s(QUESTIONS, ANSWERS)
+        out.loss.backward()
+        found.append((out.loss.detach(), gradients(s)))
+        kinds.append(set(seen))
+    assert ops_low_rank.Whole in kinds[0] and kinds[1] == {list}
+    assert_close(*(loss for loss, _ in found), 1e-5)
+    assert_close(*(grads for _, grads in found), 1e-4)
 
 
 # ---- batches, branches, graphs ---------------------------------------------------------------------------------------
@@ -429,10 +453,10 @@ def test_as_text_agents_they_are_like_others():
 
 
 def test_agents_that_are_refused():
-    for low_rank, quantized, message in ((1, None, "low_rank: expected True or False, got 1"),
+    for coded, quantized, message in ((1, None, "low_rank: expected True or False, got 1"),
                                          (True, "int8", "quantized: expected None with low_rank, got 'int8'")):  # fmt: skip
         with pytest.raises(ValueError, match=f"agent 'doc': {message}"):
-            agent("doc", 0, [], low_rank=low_rank, quantized=quantized)
+            agent("doc", 0, [], low_rank=coded, quantized=quantized)
     for by in ("attention", "similarity"):
         chosen = [
             agent("solver", 0, [{"agent": "doc", "select": {"rows": 2, "by": by}}]),

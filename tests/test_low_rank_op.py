@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import assert_close
 
-from diffmas.ops.low_rank import Codes, Tile, low_rank_attention, low_rank_attention_backward, rows_built
+from diffmas.ops.low_rank import Codes, Tile, low_rank_attention, low_rank_attention_backward, of_pairs, rows_built
 from diffmas.ops.reference import offset_tables, rotate
 
 Hq, Hkv, D, R, N, r = 6, 2, 8, 40, 30, 3
@@ -85,6 +85,7 @@ def test_it_is_attention_over_the_rows(kind, each, listed, interleaved, turned):
     inv_freq, scale = torch.tensor([1.0, 0.3, 0.1, 0.02][: turned // 2], dtype=torch.float64), 0.4
     tables = tuple(1.3 * x for x in offset_tables(torch.arange(N) + 11, inv_freq, interleaved, torch.float64))
     want, want_lse = plain(q, k, v, codes, tables, inv_freq, scale, interleaved)
+    tables = of_pairs(tables, interleaved)
     want.backward(do)
     with torch.no_grad():
         rest = tables, tiles(each, listed), inv_freq, scale, interleaved
@@ -110,7 +111,7 @@ def test_other_dtypes(dtype, within):
     q, k, v, _, codes = (x.detach() if isinstance(x, torch.Tensor) else x for x in made("normed", dtype))
     codes = Codes(*(x.detach().float() for x in codes))
     inv_freq = torch.tensor([1.0, 0.3, 0.1, 0.02])
-    tables = offset_tables(torch.arange(N), inv_freq, False, torch.float32)
+    tables = of_pairs(offset_tables(torch.arange(N), inv_freq, False, torch.float32), False)
     exact = [x.double() for x in (q, k, v)], Codes(*(x.double() for x in codes))
     o, _ = low_rank_attention(q, k, v, codes, tables, tiles(7), inv_freq, 0.4, False)
     want, _ = low_rank_attention(*exact[0], exact[1], tables, tiles(7), inv_freq, 0.4, False)

@@ -1,8 +1,7 @@
-#include "common/attention.h"
+#include "attention.h"
 
 #include <vector>
 
-#include "cpu/attention.h"
 #include "ops.h"
 #ifdef DIFFMAS_CUDA
 #include "cuda.h"
@@ -34,13 +33,24 @@ void check_inside(const AttentionArgs& a) {
   }
 }
 
-// The pools, whose rows may be payloads, and their scales.
-struct KV {
-  const Tensor &k_pool, &v_pool;
-  const Tensor *k_scale = nullptr, *v_scale = nullptr;
-};
+#ifdef DIFFMAS_CUDA
+void attention_on_cuda(const AttentionArgs& args, const Tensor& q, const Tensor& k_pool, bool backward) {
+  check_dtype("k_pool", k_pool, q.scalar_type());
+  STD_TORCH_CHECK(args.head_dim <= cuda::kMaxAttentionDim, "q: expected a head size up to ", cuda::kMaxAttentionDim, ", got ",
+                  args.head_dim);
+  check_rows_fit("q", args.n * args.q_heads);
+  check_rows_fit("k_pool", args.pool_rows);
+  const Device device = device_of(q);
+  const cuda::AttentionSizes sizes = diffmas_cuda_attention_memory(&args, backward, device.index);
+  Tensor memory = empty(q, {sizes.floats}, ScalarType::Float), counters = empty(q, {sizes.counters}, ScalarType::Int);
+  if (sizes.counters) torch::stable::zero_(counters);
+  const auto launch = backward ? diffmas_cuda_attention_backward : diffmas_cuda_attention_forward;
+  check_cuda(launch(&args, {floats_of_own(memory), static_cast<unsigned*>(counters.data_ptr())}, device.index, current_stream(device)));
+}
+#endif
 
-// What both directions take.
+}  // namespace
+
 AttentionArgs attention_args(const Tensor& q, const KV& kv, const Tensor& q_indptr, const Tensor& seg_indptr, const Tensor& seg_start,
                              const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq, double scale, bool causal,
                              bool interleaved) {
@@ -82,38 +92,6 @@ AttentionArgs attention_args(const Tensor& q, const KV& kv, const Tensor& q_indp
   if (!device.cuda) check_inside(a);
   return a;
 }
-
-// The partial results of the CPU kernels, in a tensor.
-struct Partials {
-  const Tensor& like;
-  Optional held;
-
-  cpu::Workspace workspace() {
-    return {this, [](void* context, int64_t floats) {
-              Partials& self = *static_cast<Partials*>(context);
-              self.held = empty(self.like, {floats}, ScalarType::Float);
-              return floats_of_own(*self.held);
-            }};
-  }
-};
-
-#ifdef DIFFMAS_CUDA
-void attention_on_cuda(const AttentionArgs& args, const Tensor& q, const Tensor& k_pool, bool backward) {
-  check_dtype("k_pool", k_pool, q.scalar_type());
-  STD_TORCH_CHECK(args.head_dim <= cuda::kMaxAttentionDim, "q: expected a head size up to ", cuda::kMaxAttentionDim, ", got ",
-                  args.head_dim);
-  check_rows_fit("q", args.n * args.q_heads);
-  check_rows_fit("k_pool", args.pool_rows);
-  const Device device = device_of(q);
-  const cuda::AttentionSizes sizes = diffmas_cuda_attention_memory(&args, backward, device.index);
-  Tensor memory = empty(q, {sizes.floats}, ScalarType::Float), counters = empty(q, {sizes.counters}, ScalarType::Int);
-  if (sizes.counters) torch::stable::zero_(counters);
-  const auto launch = backward ? diffmas_cuda_attention_backward : diffmas_cuda_attention_forward;
-  check_cuda(launch(&args, {floats_of_own(memory), static_cast<unsigned*>(counters.data_ptr())}, device.index, current_stream(device)));
-}
-#endif
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_indptr,
                                   const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,

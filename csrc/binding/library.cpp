@@ -19,6 +19,8 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CPU, m) {
   m.impl("cross_attention_backward", TORCH_BOX(&cross_attention_backward));
   m.impl("cross_attention_quantized", TORCH_BOX(&cross_attention_quantized));
   m.impl("cross_attention_quantized_backward", TORCH_BOX(&cross_attention_quantized_backward));
+  m.impl("low_rank_attention", TORCH_BOX(&low_rank_attention));
+  m.impl("low_rank_attention_backward", TORCH_BOX(&low_rank_attention_backward));
   m.impl("inject_attend", TORCH_BOX(&inject_attend));
   m.impl("inject_attend_backward", TORCH_BOX(&inject_attend_backward));
   m.impl("linear", TORCH_BOX(&linear));

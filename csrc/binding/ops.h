@@ -62,6 +62,22 @@ std::tuple<Tensor, Tensor, Tensor, Optional, Optional> inject_attend_backward(
     const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq, double scale, const Tensor& dk_pool,
     const Tensor& dv_pool, const Optional& grad_tail, bool weight_grads);
 
+// Of few query rows, over rows with low-rank parts (common/low_rank.h); what is there of the gradients is added to.
+std::tuple<Tensor, Tensor> low_rank_attention(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& seg_code,
+                                              const Optional& z_k, const Optional& b_k, const Optional& z_v, const Optional& b_v,
+                                              const Optional& keep, const Optional& add, const Optional& cos, const Optional& sin,
+                                              const Tensor& q_indptr, const Tensor& seg_indptr, const Tensor& seg_start,
+                                              const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq, double scale,
+                                              bool interleaved);
+Tensor low_rank_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& o, const Tensor& lse, const Tensor& k_pool,
+                                   const Tensor& v_pool, const Tensor& seg_code, const Optional& z_k, const Optional& b_k,
+                                   const Optional& z_v, const Optional& b_v, const Optional& keep, const Optional& add,
+                                   const Optional& cos, const Optional& sin, const Tensor& q_indptr, const Tensor& seg_indptr,
+                                   const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq,
+                                   double scale, bool interleaved, const Optional& dz_k, const Optional& db_k, const Optional& dz_v,
+                                   const Optional& db_v, const Optional& dkeep, const Optional& dadd, const Optional& dk_pool,
+                                   const Optional& dv_pool);
+
 // y and LoRA's u (cpu/linear.h); a, b: both or neither.
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& a, const Optional& b,
                                   double scale, bool transposed);

@@ -1,5 +1,6 @@
 // The arguments of cross_attention over segmented views, and of its backward.
 #pragma once
+#include "low_rank.h"
 #include "rows.h"
 
 namespace diffmas {
@@ -28,6 +29,7 @@ struct AttentionArgs {
   float scale;
   bool interleaved;
   Scales k_scale, v_scale;  // of pools in 8 bits, on the CPU
+  const LowRank* low;       // on the CPU, of few query rows, which all see all of their views; null: rows are the pools'
   // Backward only.
   Rows d_o;
   const float* dlse;      // [n, Hq] or null

@@ -26,7 +26,7 @@ namespace {
 
 #define DIFFMAS_PRODUCTS(isa)                                                                                       \
   isa::attention_one_row_keys, isa::attention_forward_task, isa::attention_merge_task, isa::attention_backward_unit, \
-      isa::attention_backward_reduce_task, isa::linear_prepare, isa::linear_columns, isa::add_lora_rows, isa::lora_grad_columns
+      isa::attention_backward_reduce_task, isa::low_rank_forward_task, isa::low_rank_backward_unit, isa::linear_prepare, isa::linear_columns, isa::add_lora_rows, isa::lora_grad_columns
 #define DIFFMAS_KERNELS(isa, products_isa)                                                                           \
   Kernels {                                                                                                           \
     isa::inject_forward_range, isa::inject_backward_block, isa::merge_states_range, isa::merge_states_backward_range, \

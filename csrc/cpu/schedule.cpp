@@ -108,7 +108,7 @@ int64_t visible_end(const Block& block, int64_t group, const std::vector<Tile>& 
 }
 
 // The pool rows at which the covered rows are cut into chunks. A row that several sequences share is in one chunk for all of them.
-std::vector<int64_t> chunk_bounds(const Segments& s, int64_t kv_heads) {
+std::vector<int64_t> chunk_bounds(const Segments& s, int64_t heads) {
   std::vector<std::pair<int64_t, int64_t>> ranges;
   for (int64_t i = s.seg_indptr[0]; i < s.seg_indptr[s.batch]; ++i)
     if (s.length[i] > 0) ranges.push_back({s.start[i], s.start[i] + s.length[i]});
@@ -122,7 +122,7 @@ std::vector<int64_t> chunk_bounds(const Segments& s, int64_t kv_heads) {
     if (!merged.empty() && begin == merged.back().second) merged.back().second = end;
     else merged.push_back({begin, end});
   }
-  const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(kWantedTasks, kv_heads), covered / kLeastKeys));
+  const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(kWantedTasks, heads), covered / kLeastKeys));
   std::vector<int64_t> bounds;
   int64_t before = 0;  // covered rows in earlier ranges
   for (const auto& [begin, end] : merged) {
@@ -196,8 +196,8 @@ ForwardSchedule::ForwardSchedule(const Segments& s, const Rotations& rotations, 
 }
 
 BackwardSchedule::BackwardSchedule(const Segments& s, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim,
-                                   int64_t one_row_keys, bool want_dq) {
-  const std::vector<int64_t> bounds = chunk_bounds(s, kv_heads);
+                                   int64_t one_row_keys, bool want_dq, int64_t heads_apart) {
+  const std::vector<int64_t> bounds = chunk_bounds(s, heads_apart);
   const int64_t chunks = int64_t(bounds.size()) + 1;
   const int64_t partial_budget =
       std::max<int64_t>(1, kPartialBudget / std::max<int64_t>(1, kv_heads * largest_block(s, group) * padded_dim));

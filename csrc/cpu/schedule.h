@@ -45,8 +45,9 @@ struct BackwardSchedule {
   std::vector<Block> blocks;
   std::vector<BackwardPhase> phases;
 
+  // heads_apart: of a chunk, which are tasks of their own.
   BackwardSchedule(const Segments& segments, const Rotations& rotations, int64_t group, int64_t kv_heads, int64_t padded_dim,
-                   int64_t one_row_keys, bool want_dq);
+                   int64_t one_row_keys, bool want_dq, int64_t heads_apart);
 };
 
 }  // namespace diffmas::cpu

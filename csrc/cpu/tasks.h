@@ -54,6 +54,14 @@ struct BackwardUnit {
   int64_t partial;
 };
 
+// A low-rank part as products take it, rows of whole vectors: what a kernel multiplies a row's code with.
+__attribute__((always_inline)) inline int64_t padded_rank(int64_t rank) { return (rank + 15) / 16 * 16; }
+struct PackedPart {
+  const float* by_code;    // [Hkv, rank, padded D]
+  const float* by_column;  // [Hkv, padded D, padded rank]
+  float* grads;            // of by_code, from each chunk of a backward
+};
+
 // A call of attention with what its tasks refer to.
 struct ScheduledAttention : AttentionArgs {
   const float* rotation_cos;  // [rotations, Dr/2], of the angle -offset * inv_freq
@@ -63,6 +71,7 @@ struct ScheduledAttention : AttentionArgs {
   float* partials;
   int64_t padded_dim;  // row length of partials and scratch rows, a multiple of 32
   int64_t block_rows;  // of the largest block: room for rows in a partial
+  PackedPart low_k, low_v;
 
   // always_inline: no copy compiled for one instruction set may be shared with another (kernels.h).
   __attribute__((always_inline)) int64_t group() const { return q_heads / kv_heads; }
@@ -79,6 +88,11 @@ static_assert(3 * kTileKeys <= kSmallQKeys && kSmallQRows * kSmallQKeys <= kBloc
 inline int64_t forward_scratch_size(int64_t d) { return 4 * kBlockRows * d + kSmallQKeys * d + kBlockRows * kTileKeys + 8 * kBlockRows; }
 inline int64_t backward_scratch_size(int64_t d) {
   return 8 * kBlockRows * d + 2 * kSmallQKeys * d + 3 * kBlockRows * kTileKeys + 8 * kBlockRows;
+}
+// Of either direction, with low-rank parts.
+inline int64_t low_rank_scratch_size(int64_t d, const LowRank& low) {
+  const int64_t k = padded_rank(low.k.rank), v = padded_rank(low.v.rank);
+  return kSmallQKeys * (3 * d + 2 * k + 3 * v + 2) + kSmallQRows * (6 * d + 2 * v + 2 * kSmallQKeys) + 2 * kBlockRows;
 }
 
 }  // namespace diffmas::cpu

@@ -22,7 +22,7 @@ from diffmas.agents import adapters
 from diffmas.models.linear_parts import is_lora
 from diffmas.models.parts import attention_layers
 from diffmas.models.patch import patch_of
-from diffmas.ops.low_rank import BY_ROW, Codes
+from diffmas.ops.low_rank import BY_ROW, Codes, of_pairs
 from diffmas.ops.reference import accumulator
 from diffmas.trace import Trace
 from diffmas.trace.low_rank import Coding
@@ -134,8 +134,8 @@ class Coder:
         rows, last = rows[kept], last[kept]
         index = torch.from_numpy(len(slots) - 1 - last)
         pick = lambda parts: torch.cat(parts)[index.to(parts[0].device)]
-        tables = tuple(map(pick, zip(*self._tables)))
         interleaved = self._patch.spec.layers[0].rope == "interleaved"
+        tables = of_pairs(tuple(map(pick, zip(*self._tables))), interleaved)
         found = {}
         for name, layers in self._codes.items():
             if self._readers[name]:

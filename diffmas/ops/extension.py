@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from diffmas.ops.schemas import FUSED, LINEAR, QUANTIZED, SCHEMAS
+from diffmas.ops.schemas import FUSED, LINEAR, LOW_RANK, QUANTIZED, SCHEMAS
 
 _PACKAGE = Path(__file__).parent.parent
 
 _library = torch.library.Library("diffmas_native", "DEF")
-for _name, _schema in (SCHEMAS | QUANTIZED | FUSED | LINEAR).items():
+for _name, _schema in (SCHEMAS | QUANTIZED | LOW_RANK | FUSED | LINEAR).items():
     _library.define(_name + _schema)
 _library.define("versions() -> (int driver, int runtime)")  # of CUDA
 _library.define("cpu_form() -> str")

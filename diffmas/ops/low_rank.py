@@ -10,7 +10,7 @@ where keep and add, of each row and head, are 1 without a norm of the keys: with
 1 / rms(x w' + z b'), and b has the norm's weight in it.
 
 A tile's K and V go through the attention kernels that there are, and are let go; what tiles give is merged. So all queries of a
-call share what it costs to build them.
+call share what it costs to build them. Few queries have kernels of their own on a CPU, which write no row anywhere.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffmas.ops.backends import implementation
 from diffmas.ops.reference import accumulator, rotate_half
 from diffmas.ops.register import call
 
-__all__ = ["BY_ROW", "Codes", "Tile", "low_rank_attention", "low_rank_attention_backward", "rows_built"]
+__all__ = [
+    "BY_ROW", "FEW_ROWS", "Codes", "Tile", "Whole", "few_kernels", "low_rank_attention", "low_rank_attention_backward",
+    "of_pairs", "rows_built",
+]  # fmt: skip
 
 BY_ROW = ("z_k", "z_v", "keep", "add")
+FEW_ROWS = 12  # heads of a group and sequence that the kernels of few queries take (csrc/cpu/tasks.h)
 Rows = slice | Tensor
 
 
@@ -64,7 +69,32 @@ class Tile(NamedTuple):
         return *self.view[:4], self.view[4] if inv_freq is not None else None, inv_freq
 
 
+class Whole(NamedTuple):
+    """All of the rows that queries see, for the kernels of few queries: up to FEW_ROWS heads of a group in each sequence.
+    codes [S]: of each segment's first row. view: as a tile's, of rows of the pool."""
+
+    codes: Tensor
+    view: tuple[Tensor, ...]
+
+
+Reads = Sequence[Tile] | Whole
 Tables = tuple[Tensor, Tensor] | None
+
+
+def few_kernels(q: Tensor, backend: str) -> bool:
+    """Whether there are kernels of few queries for q."""
+    native = torch.ops.diffmas_native.cross_attention
+    return q.device.type == "cpu" and implementation("cross_attention", q, backend) is native
+
+
+def of_pairs(tables: tuple[Tensor, Tensor], interleaved: bool) -> tuple[Tensor, Tensor]:
+    """cos and sin [n, Dr / 2] of each pair, from those of each number [n, Dr], as transformers has them. Raises ValueError
+    where a pair has more than one angle."""
+    pairs = tuple(x[:, ::2] if interleaved else x[:, : x.shape[1] // 2] for x in tables)
+    others = tuple(x[:, 1::2] if interleaved else x[:, x.shape[1] // 2 :] for x in tables)
+    if not all(map(torch.equal, pairs, others)):
+        raise ValueError("tables: expected one angle for both numbers of a pair, got two")
+    return tuple(x.to(accumulator(x.dtype)).contiguous() for x in pairs)
 
 
 def _by_head(b: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
@@ -80,8 +110,9 @@ class _Turn:
         self.interleaved, self.b = interleaved, _by_head(b, heads, dtype)
         self.cos = self.sin = None
         if tables is not None:
-            self.Dr, rest = tables[0].shape[1], self.b.shape[2] - tables[0].shape[1]
-            self.cos, self.sin = (F.pad(t.to(dtype), (0, rest), value=x) for t, x in zip(tables, (1.0, 0.0)))
+            self.Dr = 2 * tables[0].shape[1]
+            whole = (t.to(dtype).repeat_interleave(2, 1) if interleaved else torch.cat((t, t), 1).to(dtype) for t in tables)
+            self.cos, self.sin = (F.pad(t, (0, self.b.shape[2] - self.Dr), value=x) for t, x in zip(whole, (1.0, 0.0)))
             self.turned = self._quarter(self.b)
 
     def _quarter(self, x: Tensor) -> Tensor:
@@ -106,7 +137,8 @@ class _Turn:
 
 def rows_built(k: Tensor, v: Tensor, codes: Codes, tables: Tables, interleaved: bool) -> tuple[Tensor, Tensor]:
     """K and V [t, Hkv, D] of rows that there are codes of, from the pool's k and v, in their dtype: what codes change is built,
-    head-major, the rest is the pool's. tables: cos and sin [t, Dr] of the rows as they were written; None: nothing turns."""
+    head-major, the rest is the pool's. tables: cos and sin [t, Dr / 2] of each pair, of the rows as
+    they were written; None: nothing turns."""
     heads, dtype, acc = k.shape[1], k.dtype, accumulator(k.dtype)
     if codes.z_k is not None:
         low, k = _Turn(codes.b_k, heads, tables, interleaved, acc).of(codes.z_k.to(acc)), k.transpose(0, 1).to(acc)
@@ -141,18 +173,29 @@ def _add_grads(grads: Codes, dk: Tensor, dv: Tensor, k: Tensor, codes: Codes, ta
 
 
 def low_rank_attention(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, codes: Codes, tables: Tables, tiles: Sequence[Tile], inv_freq: Tensor | None,
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, codes: Codes, tables: Tables, reads: Reads, inv_freq: Tensor | None,
     scale: float, interleaved: bool, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-> o [n, Hq, D], lse [n, Hq], as `diffmas.ops.reference.cross_attention` has them without a mask, of what tiles show to
-    rotated q [n, Hq, D]. k_pool, v_pool [R, Hkv, D]. tables: cos and sin [n, Dr] of the rows that there are codes of, where
-    they were written; None: nothing turns. inv_freq [Dr / 2]: turns for the views' offsets."""
+    """-> o [n, Hq, D], lse [n, Hq], as `diffmas.ops.reference.cross_attention` has them without a mask, of what reads show to
+    rotated q [n, Hq, D]: tiles, or all at once where there are kernels for it. k_pool, v_pool [R, Hkv, D]. tables: cos and
+    sin [n, Dr / 2] of each pair, of the rows that there are codes of, where they were written; None: nothing turns.
+    inv_freq [Dr / 2]: turns for the views' offsets."""
+    if isinstance(reads, Whole):
+        rest = _whole(codes, tables, reads, inv_freq, scale, interleaved)
+        return torch.ops.diffmas_native.low_rank_attention(q, k_pool, v_pool, *rest)
     states = None
-    for tile in tiles:
+    for tile in reads:
         kv = _built(k_pool, v_pool, codes, tables, tile, interleaved)
         more = call("cross_attention", q, q, *kv, *tile.at(inv_freq), scale, False, interleaved, backend=backend)
         states = more if states is None else call("merge_states", q, *states, *more, backend=backend)
     return states
+
+
+def _whole(codes: Codes, tables: Tables, reads: Whole, inv_freq: Tensor | None, scale: float, interleaved: bool) -> tuple:
+    """Those arguments of the kernels of few queries that follow the pools."""
+    floats = (None if x is None else x.float().contiguous() for x in (*codes, *(tables or (None, None))))
+    view = *reads.view[:4], reads.view[4] if inv_freq is not None else None, inv_freq
+    return reads.codes, *floats, *view, scale, interleaved
 
 
 def _turns(tables: Tables, tile: Tile, like: Tensor) -> Tables:
@@ -167,15 +210,19 @@ def _built(k_pool, v_pool, codes: Codes, tables: Tables, tile: Tile, interleaved
 
 def low_rank_attention_backward(
     do: Tensor, q: Tensor, o: Tensor, lse: Tensor, k_pool: Tensor, v_pool: Tensor, codes: Codes, tables: Tables,
-    tiles: Sequence[Tile], inv_freq: Tensor | None, scale: float, interleaved: bool, backend: str = "auto",
+    reads: Reads, inv_freq: Tensor | None, scale: float, interleaved: bool, backend: str = "auto",
     grads: Codes | None = None, pools: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """-> dq [n, Hq, D]. o and lse may be those of a larger view than the tiles'. grads: to which is added what codes, keep, add
+    """-> dq [n, Hq, D]. o and lse may be those of a larger view than reads'. grads: to which is added what codes, keep, add
     and b get, in their shapes and float32 (float64 for float64 pools); None: they are constants. pools: dk_pool, dv_pool, to
     which is added what the pool's rows get, or None."""
+    if isinstance(reads, Whole):
+        rest = _whole(codes, tables, reads, inv_freq, scale, interleaved)
+        sums = *(grads or Codes()), *(pools or (None, None))
+        return torch.ops.diffmas_native.low_rank_attention_backward(do, q, o, lse, k_pool, v_pool, *rest, *sums)
     acc, learning = accumulator(q.dtype), grads is not None or pools is not None
     dq = torch.zeros_like(q)
-    for tile in tiles:
+    for tile in reads:
         k, v = _built(k_pool, v_pool, codes, tables, tile, interleaved)
         dk, dv = (torch.zeros_like(x.transpose(0, 1), dtype=acc).transpose(0, 1) for x in (k, v))
         tail = None if learning else torch.zeros_like(tile.view[0][1:])

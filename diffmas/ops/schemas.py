@@ -1,6 +1,6 @@
 """The schemas of the ops: torch.ops.diffmas_native (csrc/binding) has them as they are, torch.ops.diffmas with a backend."""
 
-__all__ = ["FUSED", "LEAD", "LINEAR", "QUANTIZED", "SCHEMAS", "with_backend"]
+__all__ = ["FUSED", "LEAD", "LINEAR", "LOW_RANK", "QUANTIZED", "SCHEMAS", "with_backend"]
 
 ROPE = "Tensor? cos, Tensor? sin, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps, bool interleaved"
 TABLES = "Tensor q_indptr, Tensor seg_indptr, Tensor seg_start, Tensor seg_len, Tensor? seg_offset, Tensor? inv_freq"
@@ -25,6 +25,17 @@ ROWS_OF_8_BITS = f"Tensor k_pool, Tensor v_pool, Tensor k_scale, Tensor v_scale,
 QUANTIZED = {
     "cross_attention_quantized": f"(Tensor q, {ROWS_OF_8_BITS}) -> (Tensor, Tensor)",
     "cross_attention_quantized_backward": f"(Tensor do, Tensor q, Tensor o, Tensor lse, {ROWS_OF_8_BITS}) -> Tensor",
+}
+
+# Of torch.ops.diffmas_native alone, and on the CPU: few queries over rows with low-rank parts (diffmas/ops/low_rank.py).
+# seg_code: the code of each segment's first row.
+CODES = "Tensor? z_k, Tensor? b_k, Tensor? z_v, Tensor? b_v, Tensor? keep, Tensor? add, Tensor? cos, Tensor? sin"
+CODED_ROWS = f"Tensor k_pool, Tensor v_pool, Tensor seg_code, {CODES}, {TABLES}, float scale, bool interleaved"
+CODE_GRADS = "Tensor(a!)? dz_k, Tensor(b!)? db_k, Tensor(c!)? dz_v, Tensor(d!)? db_v, Tensor(e!)? dkeep, Tensor(f!)? dadd"
+LOW_RANK = {
+    "low_rank_attention": f"(Tensor q, {CODED_ROWS}) -> (Tensor, Tensor)",
+    "low_rank_attention_backward": f"(Tensor do, Tensor q, Tensor o, Tensor lse, {CODED_ROWS}, {CODE_GRADS}, "
+    "Tensor(g!)? dk_pool, Tensor(h!)? dv_pool) -> Tensor",
 }
 
 # Of torch.ops.diffmas_native alone: diffmas/ops/fused.py.

@@ -12,6 +12,7 @@ What codes are made of is differentiable, and `Encode` is a node in the order of
 import threading
 import weakref
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffmas.ops.low_rank import BY_ROW, Codes, Tile, low_rank_attention, low_rank_attention_backward, rows_built
+from diffmas.ops.low_rank import (
+    BY_ROW,
+    FEW_ROWS,
+    Codes,
+    Tile,
+    Whole,
+    few_kernels,
+    low_rank_attention,
+    low_rank_attention_backward,
+    rows_built,
+)  # fmt: skip
 from diffmas.ops.reference import accumulator
 from diffmas.trace.pool import of_this_pass
 from diffmas.trace.tables import grouped
@@ -58,9 +69,9 @@ class CodeGrads:
 class Coding:
     """Of some rows, for one adapter.
 
-    rows: of pools, rising. layers: their codes in each layer, constants. tables: cos and sin [n, Dr] of the rows, where they
-    were written, and interleaved, how they pair; None: no keys have codes. lineage: in which gradients reach what they are made
-    of; learns: whether they do. base_learns: whether the pools' rows need a gradient."""
+    rows: of pools, rising. layers: their codes in each layer, constants. tables: cos and sin [n, Dr / 2] of each pair of the
+    rows, where they were written, and interleaved, how they pair; None: no keys have codes. lineage: in which gradients reach
+    what they are made of; learns: whether they do. base_learns: whether the pools' rows need a gradient."""
 
     def __init__(
         self, rows: np.ndarray, layers: list[Codes], tables, interleaved, lineage: int, learns: bool, base_learns: bool
@@ -135,6 +146,9 @@ def encoded(
     return coding, Encode.apply(coding, *flat) if learns else torch.zeros(0)
 
 
+PIECES = (
+    2  # of a sequence's queries that the kernels of few queries take: each multiplies the codes again, and tiles do so once
+)
 TILE = 1 << 18  # numbers of K, and as many of V, that are built at once: they stay in a CPU's second cache
 
 
@@ -152,27 +166,30 @@ class CodedReads:
         self._reads = [
             _Reads(c, [[r._replace(start=r.start - c.first) for r in view if own(c, r)] for view in views]) for c in codings
         ]
-        self._tiles: dict[tuple, list[list[Tile]]] = {}
+        self._found: dict[tuple, list[Whole | list[Tile] | None]] = {}
         self._lengths = lengths
         self.views = [[r for reads in self._reads for r in reads.views[b]] for b in range(len(views))]
 
-    def _of(self, layer: int, sight: frozenset | None, k: Tensor) -> list[tuple[Coding, list[Tile]]]:
+    def _of(
+        self, layer: int, sight: frozenset | None, q: Tensor, k: Tensor, backend: str
+    ) -> list[tuple[Coding, Whole | list[Tile]]]:  # fmt: skip
         """What a layer reads of each coding. sight: the layers that see the same have the same. k: its pool."""
+        few = FEW_ROWS // (q.shape[1] // k.shape[1]) if few_kernels(q, backend) else 0
         rows = max(TILE // k[0].numel(), 1)
-        key = sight, k.device, rows
-        if key not in self._tiles:
+        key = sight, k.device, rows, few
+        if key not in self._found:
             seen = [(coding, seen_in(views, layer, 0)) for coding, views in self._reads]  # all heads see the same of them
-            self._tiles[key] = [_tiles(coding, views, self._lengths, rows, k.device) for coding, views in seen]
-        return [(reads.coding, tiles) for reads, tiles in zip(self._reads, self._tiles[key]) if tiles]
+            self._found[key] = [_found(coding, views, self._lengths, few, rows, k.device) for coding, views in seen]
+        return [(reads.coding, found) for reads, found in zip(self._reads, self._found[key]) if found]
 
     def attend(
         self, layer: int, sight, q: Tensor, kv: tuple[Tensor, Tensor], inv_freq, scale: float, backend: str
     ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
         """o and lse of rotated q [n, Hq, D], of each coding."""
         found = []
-        for coding, tiles in self._of(layer, sight, kv[0]):
+        for coding, reads in self._of(layer, sight, q, kv[0], backend):
             rest = inv_freq, scale, coding.interleaved, backend
-            found.append(low_rank_attention(q, *kv, coding.layers[layer], coding.tables, tiles, *rest))
+            found.append(low_rank_attention(q, *kv, coding.layers[layer], coding.tables, reads, *rest))
         return found
 
     def backward(
@@ -182,22 +199,43 @@ class CodedReads:
         """-> dq. states: do, q, o, lse. grads: the gradient pools; lineage: theirs. learning: whether older rows need a
         gradient."""
         dq = torch.zeros_like(states[1])
-        for coding, tiles in self._of(layer, sight, kv[0]):
+        for coding, reads in self._of(layer, sight, states[1], kv[0], backend):
             own = coding.grads().of(lineage)[layer] if learning and coding.learns else None
             rest = inv_freq, scale, coding.interleaved, backend, own, grads if learning and coding.base_learns else None
-            dq += low_rank_attention_backward(*states, *kv, coding.layers[layer], coding.tables, tiles, *rest)
+            dq += low_rank_attention_backward(*states, *kv, coding.layers[layer], coding.tables, reads, *rest)
         return dq
 
 
-def _tiles(
-    coding: Coding, views: list[list[KVRange]], lengths: list[int], most: int, device: torch.device
-) -> list[Tile]:  # fmt: skip
-    """What sequences with these views see of a coding's rows, each row in one tile of at most so many. Neighbours that see the
-    same are one."""
+def _found(
+    coding: Coding, views: list[list[KVRange]], lengths: list[int], few: int, most: int, device: torch.device
+) -> Whole | list[Tile] | None:  # fmt: skip
+    """What sequences with these views see of a coding's rows: all at once, where none has more queries than PIECES times
+    `few`, or in tiles of at most `most` rows; None: nothing. Neighbours that see the same are one."""
     ends, views = grouped(lengths, views)
     places = [[(coding.place(r.start, r.length), r) for r in view] for view in views]
+    if not any(places):
+        return None
+    if max(after - first for first, after in pairwise(ends)) > PIECES * few:
+        return _tiles(coding, ends, places, most, device)
+    return _whole(ends, places, few, device)
+
+
+Places = list[list[tuple[int, KVRange]]]  # where the codes of each range begin, by sequence
+
+
+def _whole(ends: list[int], places: Places, few: int, device: torch.device) -> Whole:
+    """In pieces of so many queries, none of which is masked."""
+    pieces = [(min(at + few, after), i) for i, (first, after) in enumerate(pairwise(ends)) for at in range(first, after, few)]
+    seen = [places[i] for _, i in pieces]
+    numbers = [0, *(end for end, _ in pieces)], *table_of([[r for _, r in view] for view in seen])
+    upload = lambda numbers: torch.tensor(numbers, dtype=torch.int64, device=device)
+    return Whole(upload([at for view in seen for at, _ in view]), tuple(map(upload, numbers)))
+
+
+def _tiles(coding: Coding, ends: list[int], places: Places, most: int, device: torch.device) -> list[Tile]:
+    """Each row is in one tile."""
     every = [np.arange(first, first + r.length) for view in places for first, r in view]
-    seen, tiles = np.unique(np.concatenate(every)) if every else (), []
+    seen, tiles = np.unique(np.concatenate(every)), []
     upload = lambda numbers: torch.tensor(numbers, dtype=torch.int64, device=device)
     for first in range(0, len(seen), most):
         codes, parts = seen[first : first + most], []

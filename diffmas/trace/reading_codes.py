@@ -25,9 +25,9 @@ class ReadingCodes(CacheFace):
         """Codes of rows of this trace's storage, for `with_codes`: those of an adapter on k_proj and v_proj, x a' and scaled, x
         being the hidden states that the rows came from. With a gradient or without; and the order token of their readers.
 
-        rows [n]: of pools, rising. layers: of each, what `diffmas.ops.low_rank` takes. tables: cos and sin [n, Dr] of the rows
-        as they were written, and interleaved, how they pair; None where no keys have codes. Raises ValueError for rows on the
-        host (`offload`).
+        rows [n]: of pools, rising. layers: of each, what `diffmas.ops.low_rank` takes. tables: cos and sin [n, Dr / 2] of
+        each pair, of the rows as they were written, and interleaved, how they pair; None where no keys have codes. Raises
+        ValueError for rows on the host (`offload`).
         """
         store = self._store
         if store.offloaded:

@@ -4,6 +4,7 @@
 #include "cpu/attention.cpp"
 #include "cpu/kernels/attention_backward.cpp"
 #include "cpu/kernels/attention_forward.cpp"
+#include "cpu/low_rank.cpp"
 #include "cpu/schedule.cpp"
 
 // Tensors come with it, whether or not kernels were emulated.

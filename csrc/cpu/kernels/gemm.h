@@ -121,12 +121,12 @@ static void strip(int64_t m, int64_t depth, Left<Pair> a, const Pair* b, int64_t
 }
 #endif
 
-// C[m, n] += A[m, depth] B[depth, n], n a multiple of W. A strip of B stays in L1 while all rows pass over it.
-template <class E>
-static void add_product(int64_t m, int64_t n, int64_t depth, Left<E> a, const E* b, int64_t ldb, float* c, int64_t ldc) {
+// C[m, n] (Into) A[m, depth] B[depth, n], n a multiple of W. A strip of B stays in L1 while all rows pass over it.
+template <Into kInto, class E>
+static void product(int64_t m, int64_t n, int64_t depth, Left<E> a, const E* b, int64_t ldb, float* c, int64_t ldc) {
   constexpr int NV = W == 16 ? 4 : 2;
-  for (; n >= NV * W; n -= NV * W, b += NV * W, c += NV * W) strip<NV, Into::add>(m, depth, a, b, ldb, c, ldc);
-  for (; n >= W; n -= W, b += W, c += W) strip<1, Into::add>(m, depth, a, b, ldb, c, ldc);
+  for (; n >= NV * W; n -= NV * W, b += NV * W, c += NV * W) strip<NV, kInto>(m, depth, a, b, ldb, c, ldc);
+  for (; n >= W; n -= W, b += W, c += W) strip<1, kInto>(m, depth, a, b, ldb, c, ldc);
 }
 
 }  // namespace diffmas::cpu::DIFFMAS_ISA

@@ -31,6 +31,8 @@ struct Kernels {
   void (*attention_merge)(const ScheduledAttention&, const MergeTask&);
   void (*attention_backward)(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch);
   void (*attention_backward_reduce)(const ScheduledAttention&, const MergeTask&);
+  void (*low_rank_forward)(const ScheduledAttention&, const ForwardTask&, float* scratch);
+  void (*low_rank_backward)(const ScheduledAttention&, const BackwardUnit&, int64_t head, int64_t chunk, float* scratch);
   void (*linear_prepare)(const LinearArgs&);
   void (*linear)(const LinearArgs&, int64_t column_begin, int64_t column_end, float* scratch);
   void (*add_lora)(const LinearArgs&, int64_t row_begin, int64_t row_end, float* scratch);
@@ -47,6 +49,8 @@ const Kernels& kernels();
   void attention_merge_task(const ScheduledAttention&, const MergeTask&);                                     \
   void attention_backward_unit(const ScheduledAttention&, const BackwardUnit&, int64_t head, float* scratch); \
   void attention_backward_reduce_task(const ScheduledAttention&, const MergeTask&);                           \
+  void low_rank_forward_task(const ScheduledAttention&, const ForwardTask&, float* scratch);                  \
+  void low_rank_backward_unit(const ScheduledAttention&, const BackwardUnit&, int64_t, int64_t, float*);      \
   void linear_prepare(const LinearArgs&);                                                                     \
   void linear_columns(const LinearArgs&, int64_t column_begin, int64_t column_end, float* scratch);           \
   void add_lora_rows(const LinearArgs&, int64_t row_begin, int64_t row_end, float* scratch);                  \

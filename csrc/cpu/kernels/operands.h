@@ -44,7 +44,7 @@ struct Bfloats {
 
 DIFFMAS_INLINE bool in_bfloats(const AttentionArgs& args) {
   const auto is = [](const Rows& rows) { return rows.dtype == DType::bf16; };
-  return kHasDots && is(args.q) && is(args.k_pool) && is(args.v_pool) && (!args.d_o.data || is(args.d_o));
+  return kHasDots && !args.low && is(args.q) && is(args.k_pool) && is(args.v_pool) && (!args.d_o.data || is(args.d_o));
 }
 
 // Length of a row in scratch: head_dim rounded up, zero filled.

@@ -99,8 +99,8 @@ struct QueryBlock {
     for (int64_t p = 0; p < panels(); ++p) {
       const int64_t r = p * kPanel / N::kDepth * N::kDepth, e = r / N::kNumbers, end = round_up(seen[p], N::kRows);
       if (end > done)
-        add_product(end - done, d, round_up(rows() - r, N::kDepth) / N::kNumbers, {weights + done * kLength + e, kLength, 1}, x + e * d, d,
-                    out + done * ldo, ldo);
+        product<Into::add>(end - done, d, round_up(rows() - r, N::kDepth) / N::kNumbers, {weights + done * kLength + e, kLength, 1},
+                           x + e * d, d, out + done * ldo, ldo);
       done = end;
     }
   }

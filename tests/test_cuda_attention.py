@@ -25,12 +25,13 @@ class Kernels(HostAttention):
     def __init__(self):
         super().__init__("attention")
         self.processors, self.vectors = 1, True
+        self.resident = 1  # blocks that run side by side
         self.warpgroups = False  # on sm_90, whose forms of the forward, dK and dV must then serve
         self.sm90 = False  # on sm_90, where they need not
 
     def more(self):
         numbers = dict(processors=self.processors, vectors=self.vectors, warpgroups=self.warpgroups)
-        return numbers | dict(max_shared=MAX_SHARED[self.warpgroups], sm90=self.warpgroups or self.sm90)
+        return numbers | dict(resident=self.resident, max_shared=MAX_SHARED[self.warpgroups], sm90=self.warpgroups or self.sm90)
 
 
 @pytest.fixture
@@ -231,8 +232,8 @@ class Recorder:
 @pytest.mark.parametrize("missing", [None, "not here"])
 @pytest.mark.parametrize("hopper", [0, 4])
 def test_who_runs_it(missing, hopper, monkeypatch):
-    """Backend "cuda" leaves dq of many queries, and what it does not serve, to Triton, or to the reference without it; the
-    forward of many, too, unless there are as many tiles of 128 rows as a Hopper GPU has multiprocessors."""
+    """Backend "cuda" leaves dq of many queries, and what it does not serve, to Triton, or to the reference without it, but not
+    on Hopper; the forward of many, too, unless there are as many tiles of 128 rows as a Hopper GPU has multiprocessors."""
     calls, other = [], "reference" if missing else "triton"
     recorders = {name: Recorder(name, calls) for name in ("cuda", "triton", "reference")}
     monkeypatch.setitem(ops.BACKENDS, "triton", backends.Backend("triton", recorders["triton"], None, None, missing))
@@ -256,26 +257,30 @@ def test_who_runs_it(missing, hopper, monkeypatch):
     for few in (dict(tokens=32), dict(tokens=128, B=4), dict(tokens=1, D=250, half=24), odd):
         assert who(**few) == alone("cuda")
     shared = [other, (other, [0], True), ("cuda", None, False), ("cuda", None, False)]
-    for many in (dict(tokens=33), dict(tokens=99, D=256, half=64), dict(tokens=99, D=80, half=12, interleaved=True)):
+    backward = [other, *(alone("cuda") if hopper else shared)[1:]]
+    assert who(tokens=33) == backward
+    for many in (dict(tokens=99, D=256, half=64), dict(tokens=99, D=80, half=12, interleaved=True)):
         assert who(**many) == shared
     not_served = dict(tokens=1, pool=torch.float16), dict(tokens=1, D=250, half=20), dict(tokens=99, D=80, half=12)
     for case in (*not_served, dict(tokens=99, dtype=torch.float32), dict(tokens=99, D=37)):
         assert who(**case) == alone(other)
     for case in (dict(tokens=64), dict(tokens=64, D=128), dict(tokens=99, D=80)):
-        assert who(**case) == [("cuda" if hopper else other), *shared[1:]]
-    for case in (dict(tokens=63), dict(tokens=64, D=136), dict(tokens=64, half=32), dict(tokens=64, scale=-1.0)):
+        assert who(**case) == (alone("cuda") if hopper else shared)
+    for case in (dict(tokens=63), dict(tokens=64, scale=-1.0)):
+        assert who(**case) == backward
+    for case in (dict(tokens=64, D=136), dict(tokens=64, half=32)):
         assert who(**case) == shared
 
 
 def test_work_is_found_where_triton_runs(monkeypatch):
-    """Not for what the forward on Hopper will do, which finds its own."""
+    """Not for what the kernels on Hopper will do, which find their own."""
     found = types.SimpleNamespace(attention_work=lambda kernel, *args: (kernel, len(args)))
     monkeypatch.setitem(ops.BACKENDS, "triton", backends.Backend("triton", found, None, None, None))
     q, pool, view = torch.empty(64, 8, 64).bfloat16(), torch.empty(9, 4, 64).bfloat16(), (torch.empty(2), *5 * (None,))
     work = lambda kernel, q=q: backends.CudaOps().attention_work(kernel, q, pool, *view, 1.0, True, False, 70)
     assert work("fwd") == ("fwd", 12) and work("dq") == ("dq", 12) and work("fwd", q[:1]) is None
     monkeypatch.setattr(backends, "_hopper_multiprocessors", lambda device: 4)
-    assert work("fwd") is None and work("dq") == ("dq", 12)
+    assert work("fwd") is None and work("dq") is None
 
 
 @pytest.mark.parametrize("missing", [None, "not here"])

@@ -1,5 +1,5 @@
-"""csrc/cuda/attention_sm90.cu on the CPU: dK and dV of many queries, and their forward, as Hopper computes them, its
-instructions emulated."""
+"""csrc/cuda/attention_sm90.cu on the CPU: the backward of many queries, their dK and dV alone, and their forward, as Hopper
+computes them, its instructions emulated."""
 
 from dataclasses import replace
 
@@ -7,11 +7,11 @@ import on_host
 import pytest
 import torch
 from op_cases import View, as_it_lies, attention_inputs, head_major
-from op_runs import finite, raw, within_budget
+from op_runs import exact_in_half, finite, raw, within_budget
 from test_cuda_attention import MANY, RAGGED, Kernels, dkv_of, pools_agree
 
 from diffmas import ops
-from diffmas.ops import backends
+from diffmas.ops import backends, reference
 
 pytestmark = pytest.mark.skipif(not on_host.COMPILER, reason="no g++ here")
 
@@ -197,3 +197,105 @@ def test_forward_that_is_left_to_others(change, kernels):
     x = attention_inputs(View([70 if change != "group" else 1], [[(0, 70, 0)]]), heads, D, rows=80)
     x.scale *= -1 if change == "scale" else 1
     forward_agrees(x)
+
+
+# ---- dQ, dK and dV in one kernel -------------------------------------------------------------------------------------
+
+
+def gradients_of(inputs, dtype, backend, grad_tail=None):
+    """dq and the gradient pools of one backward; o and lse are the reference's."""
+    x = inputs.to(dtype)
+    torch.manual_seed(0)
+    do, dlse = exact_in_half(*x.q.shape).to(dtype), exact_in_half(*x.q.shape[:2]).to(reference.accumulator(dtype))
+    o, lse = raw.cross_attention(*x.args(), "reference")
+    pools = [head_major(*x.k_pool.shape, reference.accumulator(dtype), fill=0.5) for _ in "kv"]
+    return raw.cross_attention_backward(do, dlse, x.q, o, lse, *x.args()[1:], *pools, grad_tail, True, backend), *pools
+
+
+def backward_agrees(inputs, dtype=torch.bfloat16, grad_tail=None):
+    """dq and the gradient pools are as accurate as the reference's -> those."""
+    results = gradients_of(inputs, dtype, "cuda", grad_tail)
+    wanted = (gradients_of(inputs, t, "reference", grad_tail) for t in (dtype, torch.float64))
+    for got, like, want in zip(results, *wanted):
+        assert got.shape == want.shape and got.dtype == like.dtype
+        within_budget(got, like, want, inputs.q.shape[2], dtype)
+    return results
+
+
+BACKWARD = [*((name, torch.bfloat16) for name in FORWARD), ("gqa2", torch.float16), ("d128", torch.float16)]
+
+
+@pytest.mark.parametrize("name, dtype", BACKWARD, ids=str)
+def test_backward(name, dtype, kernels):
+    """The same bits in every order of blocks and threads, also of blocks that run side by side and wait for each other."""
+    view, case = FORWARD[name]
+    inputs = attention_inputs(view, **case, rows=605)
+    results = backward_agrees(inputs, dtype)
+    kernels.resident, kernels.seed = 3, 1
+    assert all(torch.equal(a, b) for a, b in zip(results, gradients_of(inputs, dtype, "cuda")))
+
+
+@pytest.mark.parametrize("next_key", [0, 1])
+@pytest.mark.parametrize("start, tokens, heads, D", [(190, 130, 1, 128), (129, 80, 4, 64)])
+def test_the_last_key_of_a_query_in_the_backward(start, tokens, heads, D, next_key, kernels):
+    x = attention_inputs(View([tokens], [[(start, tokens, 0)]]), (heads, 1), D, rows=350)
+    x.q[: tokens - next_key] = 4 * x.k_pool[start + next_key : start + tokens]
+    backward_agrees(x)
+
+
+def test_backward_where_rows_lie_apart(kernels):
+    for x in where_rows_lie_apart():
+        backward_agrees(x)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_backward_of_many_sequences_and_segments(causal, kernels):
+    """As in the forward. Segments of a view lie anywhere, so that whose rows are first in the pool are not first in the view;
+    a block has rows of many sequences, and of some rows that nobody reads."""
+    short = [(2 * i, 1 + i % 2, 0) for i in range(140)][::-1]
+    segments = [short, [], [(5, 60, 0)], [(300 + 17 * b, 1 + b % 17, 0) for b in range(40)][::-1], [(290, 7, 0)], []]
+    kernels.resident = 4
+    dq, *_ = backward_agrees(attention_inputs(View([150, 3, 0, 40, 90, 65], segments, causal), (2, 1), 16, rows=980))
+    blind = [slice(150, 153), slice(283, 348), *([slice(193, 276)] if causal else [])]
+    assert all(not dq[rows].any() for rows in blind)
+
+
+def test_backward_of_the_grad_tail(kernels):
+    """Rows that do not learn give to dq. Blocks of rows that do, for one of two sequences; that do not; of both."""
+    inputs = attention_inputs(RAGGED, (2, 1), rows=640)
+    dq = gradients_of(inputs, torch.bfloat16, "cuda")[0]
+    for grad_tail in ([150, 9, 3], [0, 0, 70], [0, 0, 0]):
+        got, *pools = backward_agrees(inputs, grad_tail=torch.tensor(grad_tail))
+        assert torch.equal(got, dq)
+    assert all((x == 0.5).all() for x in pools)
+
+
+@pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
+@pytest.mark.parametrize("sequence", [0, 1])
+def test_a_nan_stays_in_its_sequence_of_the_backward(sequence, name, kernels):
+    """A token, or a row, of one of two sequences whose rows lie in one block; the first's last tile reaches into the second."""
+    view = View([90, 50], [[(0, 40, 0), (100, 90, 0)], [(40, 60, 0), (190, 50, 0)]], causal=False)
+    inputs, do = attention_inputs(view, (2, 1), rows=256).to(torch.bfloat16), torch.randn(140, 2, 64).bfloat16()
+    mine, others = (torch.cat([torch.arange(s, s + n) for s, n, _ in view.segments[b]]) for b in (sequence, 1 - sequence))
+
+    def gradients(backend):
+        o, lse = raw.cross_attention(*inputs.args(), "reference")
+        pools = [head_major(256, 1, 64, torch.float32, fill=0.5) for _ in "kv"]
+        args = do, None, inputs.q, o, lse, *inputs.args()[1:], *pools, None, True, backend
+        return raw.cross_attention_backward(*args), *pools
+
+    clean = gradients("cuda")
+    {"do": do, **vars(inputs)}[name][mine[3] if "pool" in name else (20, 92)[sequence], 0, 5] = torch.nan
+    wanted = gradients("reference")
+    for x, before, like, rows in zip(gradients("cuda"), clean, wanted, (((90, 140), (0, 90))[sequence], others, others)):
+        rows = slice(*rows) if isinstance(rows, tuple) else rows
+        assert torch.equal(x[rows], before[rows]) and x[like.isnan()].isnan().all()
+    assert wanted[0].isnan().any() and wanted[1].isnan().any()
+
+
+@pytest.mark.parametrize("change", ["head_dim", "group"])
+def test_backward_that_is_left_to_others(change, kernels):
+    """Longer heads, groups that no tile holds."""
+    kernels.sm90, kernels.warpgroups = True, False
+    heads, D = ((129, 1) if change == "group" else (1, 1)), (136 if change == "head_dim" else 64)
+    backward_agrees(attention_inputs(View([70 if change != "group" else 1], [[(0, 70, 0)]]), heads, D, rows=80))

@@ -76,10 +76,23 @@ bool for_sm90(const AttentionLaunch& l, bool vectors, int device) {
   return vectors && sizeof(T) == 2 && !l.a.view.offset && l.a.n * l.group > kManyRows * l.a.view.batch && is_sm90(device);
 }
 
-// The memory that merge_all needs. Parts are stored 16 bytes at a time, so they come first.
-AttentionSizes sizes_of(dim3 grid, int slots) {
+// Whether dQ, dK and dV come from one kernel.
+template <class T>
+bool in_one_kernel(const AttentionLaunch& l, bool vectors, int device) {
+  return l.a.dq.data && for_sm90<T>(l, vectors, device);
+}
+
+// The memory that merge_all needs, or the backward in one kernel. Both are read 16 bytes at a time, so they come first.
+template <class T, int D, bool kVectors>
+AttentionSizes sizes_of(const AttentionLaunch& l, bool backward, int device) {
+  const dim3 grid = grid_of<T, D>(l, device);
   const int64_t tiles = int64_t(grid.x) * grid.y;
-  return {grid.z == 1 ? 0 : tiles * grid.z * kTileRows * (slots + 2), grid.z == 1 ? 0 : tiles};
+  AttentionSizes sizes{grid.z == 1 ? 0 : tiles * grid.z * kTileRows * (D + 2), grid.z == 1 ? 0 : tiles};
+  if (backward && in_one_kernel<T>(l, kVectors, device)) {
+    const AttentionSizes more = backward_sizes_on_sm90(l);
+    sizes = {max(sizes.floats, more.floats), max(sizes.counters, more.counters)};
+  }
+  return sizes;
 }
 
 }  // namespace
@@ -91,8 +104,8 @@ using namespace diffmas::cuda;
 AttentionSizes diffmas_cuda_attention_memory(const AttentionArgs* args, bool backward, int device) {
   const AttentionLaunch l = launch_of(*args);
   AttentionSizes sizes{};
-  pick_form(l, [&](auto t, auto d, auto) {
-    sizes = sizes_of(grid_of<decltype(t), d.value>(l, device), d.value);
+  pick_form(l, [&](auto t, auto d, auto v) {
+    sizes = sizes_of<decltype(t), d.value, v.value>(l, backward, device);
     return 0;
   });
   if (backward) sizes.floats += 2 * args->n * args->q_heads + int64_t(sizeof(KVRange) / sizeof(float)) * args->segments;
@@ -120,18 +133,20 @@ int diffmas_cuda_attention_backward(const AttentionArgs* args, AttentionMemory m
   l.parts = memory.floats, l.counters = memory.counters;
   return pick_form(l, [&](auto t, auto d, auto v) {
     using T = decltype(t);
-    const dim3 parts = grid_of<T, d.value>(l, device);
-    l.bases = reinterpret_cast<float2*>(l.parts + sizes_of(parts, d.value).floats);
+    l.bases = reinterpret_cast<float2*>(l.parts + sizes_of<T, d.value, v.value>(l, true, device).floats);
     l.ranges = reinterpret_cast<KVRange*>(l.bases + args->n * args->q_heads);
-    if (args->dq.data) {
-      using F = Form<T, d.value>;
-      const dim3 threads(32 * F::kWarps);
-      if (const int error = launch(attention_bwd_kernel_dq<T, d.value, v.value>, parts, threads, F::kBackwardBytes, stream, l))
-        return error;
-    }
     const int64_t rows = args->n * args->q_heads + args->view.batch;
     const dim3 rows_grid(unsigned((rows + kRangesWarps - 1) / kRangesWarps));
     if (const int error = launch(attention_bwd_kernel_ranges<T, v.value>, rows_grid, dim3(32 * kRangesWarps), 0, stream, l)) return error;
+    if (in_one_kernel<T>(l, v.value, device))
+      if (const int error = backward_on_sm90(l, stream); error != kNotServed) return error;
+    if (args->dq.data) {
+      using F = Form<T, d.value>;
+      const dim3 threads(32 * F::kWarps);
+      if (const int error = launch(attention_bwd_kernel_dq<T, d.value, v.value>, grid_of<T, d.value>(l, device), threads,
+                                   F::kBackwardBytes, stream, l))
+        return error;
+    }
     if (for_sm90<T>(l, v.value, device))
       if (const int error = dkv_on_sm90(l, stream); error != kNotServed) return error;
     using F = PoolForm<T, d.value>;

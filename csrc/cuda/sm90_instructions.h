@@ -75,6 +75,36 @@ __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int x, 
                : "memory");
 }
 
+// ---- floats from shared to global memory, by one thread; both addresses and the bytes are multiples of 16
+
+// Stores them, or adds them to what is there, in the background.
+__device__ __forceinline__ void store_in_bulk(float* to, const float* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void add_in_bulk(float* to, const float* from, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+// Until this thread's are read from shared memory; until they are there.
+__device__ __forceinline__ void wait_for_bulk_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// ---- words in global memory, by which blocks wait for each other
+
+// What another block stored in bulk before it set the word, this thread then adds to in bulk.
+__device__ __forceinline__ void wait_for_word(const unsigned* word, unsigned value) {
+  unsigned now;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
+  while (now != value);
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+__device__ __forceinline__ void set_word(unsigned* word, unsigned value) {
+  asm volatile("fence.proxy.async;\nst.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
 // ---- products of a warpgroup
 
 // clang-format off
@@ -90,13 +120,15 @@ __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int x, 
   DIFFMAS_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, " \
   "%55, %56, %57, %58, %59, %60, %61, %62, %63"
 // The left side in shared memory; both sides by rows.
-#define DIFFMAS_PRODUCT(size, type, names, left, right, adds, ...) \
+#define DIFFMAS_PRODUCT(size, type, names, left, right, adds, ways, ...) \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" adds ", 0;\n" \
-               "wgmma.mma_async.sync.aligned.m64n" size "k16.f32." type "." type " {" names "}, %" left ", %" right ", p, 1, 1, 0, 0;\n}" \
+               "wgmma.mma_async.sync.aligned.m64n" size "k16.f32." type "." type " {" names "}, %" left ", %" right ", p, 1, 1, " ways ";\n}" \
                : __VA_ARGS__ : "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(add)))
 #define DIFFMAS_PRODUCT_OF_ROWS(type) \
-  if constexpr (N == 8) DIFFMAS_PRODUCT("64", type, DIFFMAS_NAMES_32, "32", "33", "34", DIFFMAS_32(x, 0)); \
-  else DIFFMAS_PRODUCT("128", type, DIFFMAS_NAMES_64, "64", "65", "66", DIFFMAS_32(x, 0), DIFFMAS_32(x, 8))
+  if constexpr (N == 8) DIFFMAS_PRODUCT("64", type, DIFFMAS_NAMES_32, "32", "33", "34", "0, 0", DIFFMAS_32(x, 0)); \
+  else DIFFMAS_PRODUCT("128", type, DIFFMAS_NAMES_64, "64", "65", "66", "0, 0", DIFFMAS_32(x, 0), DIFFMAS_32(x, 8))
+// The left side in shared memory; both sides from top to bottom of panels.
+#define DIFFMAS_PRODUCT_OF_COLUMNS(type) DIFFMAS_PRODUCT("64", type, DIFFMAS_NAMES_32, "32", "33", "34", "1, 1", DIFFMAS_32(x, 0))
 // The left side in registers, the right side from top to bottom of panels.
 #define DIFFMAS_PRODUCT_REGISTERS(size, type, names, left, right, ...) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" size "k16.f32." type "." type " {" names "}, {" left "}, %" right ", 1, 1, 1, 1;" \
@@ -115,6 +147,15 @@ __device__ __forceinline__ void add_product_async(float (&x)[N][4], Operand a, O
     DIFFMAS_PRODUCT_OF_ROWS("bf16");
   } else {
     DIFFMAS_PRODUCT_OF_ROWS("f16");
+  }
+}
+// x [64 x 64] = (add ? x : 0) + a' [64 x 16] b [16 x 64]; a and b each have 16 rows of 64.
+template <class T>
+__device__ __forceinline__ void add_product_of_columns_async(float (&x)[8][4], Operand a, Operand b, bool add) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    DIFFMAS_PRODUCT_OF_COLUMNS("bf16");
+  } else {
+    DIFFMAS_PRODUCT_OF_COLUMNS("f16");
   }
 }
 // x [64 x 8 N] += a [64 x 16] b [16 x 8 N], a in registers as multiply_add's.

@@ -71,12 +71,13 @@ class TritonBackend(Backend):
 
 class CudaOps:
     """torch.ops.diffmas_native. Its attention is made for small-q calls, since it reads a view again for every 16 of their
-    rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only, and on
-    Hopper the forward. The rest is Triton's, or the reference's where there is no Triton: other o and dq of many queries, pools
-    of another dtype than q, and rotated halves whose padding makes a head longer than 256."""
+    rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only, and
+    on Hopper the forward and the whole backward. The rest is Triton's, or the reference's where there is no Triton: other o
+    and dq of many queries, pools of another dtype than q, and rotated halves whose padding makes a head longer than 256."""
 
     SMALL_Q_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
     TILE_ROWS = 128  # of the forward on Hopper
+    BACKWARD_ROWS = 64  # of the backward there
 
     def __getattr__(self, op):
         return getattr(torch.ops.diffmas_native, op)
@@ -93,18 +94,29 @@ class CudaOps:
     def _served(self, q, k_pool, seg_offset, inv_freq, interleaved):
         return k_pool.dtype == q.dtype and self._slots(q, seg_offset, inv_freq, interleaved) <= 256
 
+    @staticmethod
+    def _hopper(q, k_pool, seg_offset, tile_rows):
+        """Multiprocessors of a Hopper GPU whose own kernels, with tiles of so many rows, take the call; else 0."""
+        Hq, D = q.shape[1:]
+        fits = D % 8 == 0 and D <= 128 and Hq <= tile_rows * k_pool.shape[1] and seg_offset is None
+        if not fits or q.dtype == torch.float32 or k_pool.dtype != q.dtype:
+            return 0
+        return _hopper_multiprocessors(q.device)
+
     def _on_hopper(self, q, k_pool, seg_offset, scale):
         """Whether csrc/cuda/attention/forward_sm90.cuh takes the forward of many queries. It splits no view: where there are
         fewer tiles than multiprocessors Triton does."""
-        Hq, D = q.shape[1:]
-        fits = D % 8 == 0 and D <= 128 and Hq <= self.TILE_ROWS * k_pool.shape[1] and seg_offset is None and scale > 0
-        if not fits or q.dtype == torch.float32 or k_pool.dtype != q.dtype:
-            return False
-        return 0 < _hopper_multiprocessors(q.device) * self.TILE_ROWS <= q.shape[0] * Hq
+        multiprocessors = self._hopper(q, k_pool, seg_offset, self.TILE_ROWS)
+        return scale > 0 and 0 < multiprocessors * self.TILE_ROWS <= q.shape[0] * q.shape[1]
+
+    def _backward_on_hopper(self, q, k_pool, seg_offset):
+        """Whether csrc/cuda/attention/backward_sm90.cuh takes the backward of many queries."""
+        return self._hopper(q, k_pool, seg_offset, self.BACKWARD_ROWS) > 0
 
     def attention_work(self, kernel, q, k_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, *more):
         """Where Triton will run."""
-        if self._small_q(q, k_pool, q_indptr) or (kernel == "fwd" and self._on_hopper(q, k_pool, seg_offset, scale)):
+        hopper = {"fwd": self._on_hopper(q, k_pool, seg_offset, scale), "dq": self._backward_on_hopper(q, k_pool, seg_offset)}
+        if self._small_q(q, k_pool, q_indptr) or hopper.get(kernel):
             return None
         view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq
         return _triton_or_reference("attention_work", q)(kernel, q, k_pool, *view, scale, *more)
@@ -129,7 +141,7 @@ class CudaOps:
         )  # fmt: skip
         ours = torch.ops.diffmas_native.cross_attention_backward
         served = self._served(q, k_pool, seg_offset, inv_freq, interleaved)
-        if served and self._small_q(q, k_pool, q_indptr):
+        if served and (self._small_q(q, k_pool, q_indptr) or self._backward_on_hopper(q, k_pool, seg_offset)):
             return ours(*args, grad_tail, want_dq)
         other = _triton_or_reference("cross_attention_backward", q)
         found = () if work is None else (work,)  # the reference takes none

@@ -9,6 +9,7 @@ int main() {
   diffmas::host::options.processors = int(t.number("processors"));
   diffmas::host::options.max_shared = size_t(t.number("max_shared"));
   diffmas::host::options.sm90 = t.number("sm90");
+  diffmas::host::options.resident = size_t(t.number("resident"));
   const bool backward = t.number("backward");
   const AttentionArgs a = diffmas::host::attention_args(t);
   if (int(t.number("vectors")) != int(in_vectors(launch_of(a)))) diffmas::host::fail("another form than the test expects");
@@ -22,6 +23,8 @@ int main() {
   bool by_warpgroups = false;
   for (const dim3& threads : diffmas::host::launches) by_warpgroups = by_warpgroups || threads.x == ForwardForm<64>::kThreads;
   if (by_warpgroups != bool(t.number("warpgroups"))) diffmas::host::fail("another kernel than the test expects");
+  if (by_warpgroups && a.dq.data && diffmas::host::launches[2].x != BackwardForm<64>::kThreads)
+    diffmas::host::fail("dq comes from another kernel than dK and dV");
   for (unsigned counter : counters)
     if (counter) diffmas::host::fail("a counter is left at %u", counter);
   t.finish();

@@ -1,8 +1,8 @@
 // CUDA on the CPU, to check kernels where there is no GPU: the language and its built-in functions. Include csrc/cuda/device.h, not this.
 //
-//   - One fiber per CUDA thread, one block after the other. Blocks, and the threads of a block, run in a random order that
+//   - One fiber per CUDA thread, host::options.resident blocks at a time. Blocks, and the threads of a block, run in a random order that
 //     host::options.seed decides, some warps ahead of others. A thread runs until it waits; so a missing barrier shows as poison or
-//     as bits that depend on the seed. A kernel whose blocks wait for each other deadlocks here; counting blocks with an atomic is fine.
+//     as bits that depend on the seed. Blocks may wait for others, by words in global memory, that are sure to run before or beside them.
 //   - Barriers, shuffles and votes check what the CUDA guide asks for: all threads of the block, or all lanes of the mask, arrive,
 //     at one line of the source. Otherwise the program says who waits where, and aborts. __syncwarp() orders; nothing else does.
 //   - Shared memory is DIFFMAS_SHARED(type, name, [size]...) and DIFFMAS_DYNAMIC_SHARED(name) (char*), on the heap in exactly its
@@ -145,6 +145,7 @@ struct Options {
   uint64_t seed = 0;
   size_t max_shared = 232448;  // bytes of a block on sm_90
   int processors = 1;          // what processors() says; few, so that blocks that loop do
+  size_t resident = 1;         // blocks that run side by side
   bool sm90 = false;           // what is_sm90() says
 };
 inline Options options;
@@ -220,6 +221,7 @@ struct Product {
   int columns;
   const uint32_t* registers;  // of the left side; null: it is in shared memory
   uint64_t left, right;       // descriptors
+  bool down;                  // of operands in shared memory: whether an index is a column of panels
   bool add;
   void (*multiply)(const Product&, Place);
   std::vector<float> before;   // of the first that is under way to these sums
@@ -227,6 +229,15 @@ struct Product {
   uint32_t left_read[4];
   bool registers_read = false;
   int group = 0;
+};
+
+// Floats on their way from shared to global memory.
+struct Bulk {
+  float* to;
+  const float* from;
+  int bytes;
+  bool adds;
+  std::vector<float> read;
 };
 
 struct Thread {
@@ -237,10 +248,15 @@ struct Thread {
   std::vector<Product> products;
   int product_group = 0;
   size_t issued = 0;        // products
+  std::vector<Bulk> bulk;
   const uint64_t* counter;  // runs on once *counter != seen
   uint64_t seen;
+  const unsigned* word = nullptr;  // if any, once *word == value instead
+  unsigned value;
   Place place;  // where it waits
   bool done;
+
+  bool waits() const { return word ? *word != value : *counter == seen; }
   char* stack;
   Context context;
   void* fake_stack;  // the address sanitizer's
@@ -315,6 +331,13 @@ __attribute__((no_sanitize("address"))) inline void thread_main() {
 inline void wait(const uint64_t& counter, uint64_t seen, Place place) {
   self->counter = &counter, self->seen = seen, self->place = place;
   if (counter == seen) suspend();
+}
+
+// Until a word in global memory, which another block may set, has a value.
+inline void wait_for_word(const unsigned* word, unsigned value, Place place) {
+  self->word = word, self->value = value, self->place = place;
+  if (self->waits()) suspend();
+  self->word = nullptr;
 }
 
 // Joins the exchange that is open in `slot`; `stay` false: without waiting for the others.
@@ -408,45 +431,72 @@ inline char* stack(size_t i) {
   return stacks[i];
 }
 
-inline void run_block(size_t dynamic_bytes, std::mt19937_64& random) {
+// A block that runs, or one of several that run side by side.
+struct Running {
+  Block block;
+  dim3 index;
+  char* dynamic_shared;
+  std::vector<Thread*> order;
+  std::vector<int> asleep;  // warps fall behind others now and then
+  int all_asleep = 0;       // and blocks, where there are several
+  size_t left;              // threads
+
+  // Its state becomes what the built-in variables say, or stops being that.
+  void swap() { std::swap(host::block, block), std::swap(blockIdx, index), std::swap(host::dynamic_shared, dynamic_shared); }
+};
+
+inline void start_block(Running& running, size_t dynamic_bytes, size_t first_stack, std::mt19937_64& random) {
   const size_t count = size_t(blockDim.x) * blockDim.y * blockDim.z;
-  block = {};
+  running.swap();
   block.threads.resize(count);
   block.warps.resize(count);
   block.products.resize(count);
   check_shared(dynamic_bytes);
   dynamic_shared = static_cast<char*>(poisoned(dynamic_bytes));
-  std::vector<Thread*> order;
   static const uint64_t started = 1;
   for (unsigned i = 0; i < count; ++i) {
     Thread& t = block.threads[i];
     t.thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
-    t.warp = int(i / 32), t.lane = int(i % 32), t.counter = &started, t.seen = 0, t.done = false, t.stack = stack(i);
+    t.warp = int(i / 32), t.lane = int(i % 32), t.counter = &started, t.seen = 0, t.done = false, t.stack = stack(first_stack + i);
     start_context(&t.context, t.stack, thread_main);
-    order.push_back(&t);
+    running.order.push_back(&t);
   }
-  std::shuffle(order.begin(), order.end(), random);
-  std::vector<int> asleep((count + 31) / 32);  // warps fall behind others now and then
-  for (size_t left = count; left;) {
-    bool moved = false;
-    for (int& rounds : asleep) {
-      if (rounds) --rounds;
-      else if (random() % 64 == 0) rounds = int(random() % 64);
-      moved = moved || rounds;
-    }
-    for (Thread* t : order) {
-      if (asleep[size_t(t->warp)] || t->done || *t->counter == t->seen) continue;
-      resume(*t);
-      moved = true, left -= t->done;
-    }
-    if (!moved) report_deadlock();
+  std::shuffle(running.order.begin(), running.order.end(), random);
+  running.asleep.resize((count + 31) / 32), running.left = count;
+  running.swap();
+}
+
+// Every thread that can runs until it waits. -> whether one could, or will once it is awake.
+inline bool run_on(Running& running, bool among_others, std::mt19937_64& random) {
+  if (among_others && !running.all_asleep && random() % 256 == 0) running.all_asleep = int(random() % 1024);
+  if (running.all_asleep) return --running.all_asleep, true;
+  bool moved = false;
+  running.swap();
+  for (int& rounds : running.asleep) {
+    if (rounds) --rounds;
+    else if (random() % 64 == 0) rounds = int(random() % 64);
+    moved = moved || rounds;
   }
-  for (const Thread& t : block.threads)
+  for (Thread* t : running.order) {
+    if (running.asleep[size_t(t->warp)] || t->done || t->waits()) continue;
+    resume(*t);
+    moved = true, running.left -= t->done;
+  }
+  running.swap();
+  return moved;
+}
+
+inline void end_block(Running& running) {
+  running.swap();
+  for (const Thread& t : block.threads) {
     if (const size_t all = block.products[size_t(t.warp / 4)].size(); t.issued != all)
       fail("warp %d took part in %zu products of its warpgroup, of %zu", t.warp, t.issued, all);
+    if (!t.bulk.empty()) fail("warp %d ends before what it copies is in global memory", t.warp);
+  }
   self = nullptr;
   for (auto& [key, p] : block.shared) std::free(p);
   std::free(dynamic_shared);
+  running.swap();
 }
 
 inline std::vector<dim3> launches;  // threads of a block, of every launch so far
@@ -461,9 +511,26 @@ inline void run(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::functi
   std::iota(order.begin(), order.end(), 0);
   std::mt19937_64 random(options.seed);
   std::shuffle(order.begin(), order.end(), random);
-  for (uint64_t i : order) {
-    blockIdx = dim3(unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y));
-    run_block(dynamic_bytes, random);
+  std::vector<std::unique_ptr<Running>> places(options.resident);
+  const size_t count = size_t(threads.x) * threads.y * threads.z;
+  size_t next = 0, left = order.size();
+  while (left) {
+    bool moved = false;
+    for (size_t place = 0; place < places.size(); ++place) {
+      std::unique_ptr<Running>& running = places[place];
+      if (!running && next == order.size()) continue;
+      if (!running) {
+        const uint64_t i = order[next++];
+        running = std::make_unique<Running>();
+        running->index = dim3(unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y));
+        start_block(*running, dynamic_bytes, place * count, random);
+      }
+      moved = run_on(*running, places.size() > 1, random) || moved;
+      if (!running->left) end_block(*running), running.reset(), --left;
+    }
+    if (moved || !left) continue;
+    for (auto& running : places)
+      if (running) running->swap(), report_deadlock();
   }
 }
 

@@ -116,6 +116,35 @@ __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int x, 
   host::byte_barrier(barrier).issue(bytes, [=, &map] { host::copy_box(to, map, x, y, z); });
 }
 
+// ---- floats from shared to global memory
+
+__device__ __forceinline__ void store_in_bulk(float* to, const float* from, int bytes) {
+  host::self->bulk.push_back({to, from, bytes, false, {}});
+}
+__device__ __forceinline__ void add_in_bulk(float* to, const float* from, int bytes) {
+  host::self->bulk.push_back({to, from, bytes, true, {}});
+}
+__device__ __forceinline__ void wait_for_bulk_reads() {
+  for (host::Bulk& x : host::self->bulk)
+    if (x.read.empty()) x.read.assign(x.from, x.from + x.bytes / 4);
+}
+__device__ __forceinline__ void wait_for_bulk() {
+  wait_for_bulk_reads();
+  for (const host::Bulk& x : host::self->bulk)
+    for (size_t i = 0; i < x.read.size(); ++i) x.to[i] = x.adds ? x.to[i] + x.read[i] : x.read[i];
+  host::self->bulk.clear();
+}
+
+// ---- words in global memory
+
+__device__ __forceinline__ void wait_for_word(const unsigned* word, unsigned value) {
+  host::wait_for_word(word, value, {__FILE__, __LINE__});
+}
+__device__ __forceinline__ void set_word(unsigned* word, unsigned value) {
+  if (!host::self->bulk.empty()) host::fail("a word is set before what this thread stores in bulk is there");
+  *word = value;
+}
+
 // ---- products of a warpgroup
 
 }  // namespace diffmas::cuda
@@ -140,9 +169,9 @@ inline std::vector<uint16_t> operands_of(const Product& product) {
   std::vector<uint16_t> found;
   const int row = self->warp % 4 * 16 + self->lane / 4;
   if (!product.registers)
-    for (int i = 0; i < 32; ++i) found.push_back(operand_element(product.left, false, row + i / 16 * 8, i % 16));
+    for (int i = 0; i < 32; ++i) found.push_back(operand_element(product.left, product.down, row + i / 16 * 8, i % 16));
   for (int i = 0; i < product.columns / 4 * 16; ++i)
-    found.push_back(operand_element(product.right, product.registers, i / 32 * 8 + self->lane % 4 * 2 + i / 16 % 2, i % 16));
+    found.push_back(operand_element(product.right, product.down, i / 32 * 8 + self->lane % 4 * 2 + i / 16 % 2, i % 16));
   return found;
 }
 
@@ -199,12 +228,16 @@ namespace diffmas::cuda {
 template <class T, int N>
 __device__ __forceinline__ void add_product_async(float (&x)[N][4], Operand a, Operand b, bool add) {
   static_assert(N == 8 || N == 16);
-  host::issue({x, 8 * N, nullptr, a.descriptor(), b.descriptor(), add, host::multiply<T>}, {__FILE__, __LINE__});
+  host::issue({x, 8 * N, nullptr, a.descriptor(), b.descriptor(), false, add, host::multiply<T>}, {__FILE__, __LINE__});
+}
+template <class T>
+__device__ __forceinline__ void add_product_of_columns_async(float (&x)[8][4], Operand a, Operand b, bool add) {
+  host::issue({x, 64, nullptr, a.descriptor(), b.descriptor(), true, add, host::multiply<T>}, {__FILE__, __LINE__});
 }
 template <class T, int N>
 __device__ __forceinline__ void add_product_async(float (&x)[N][4], const uint32_t (&a)[4], Operand b) {
   static_assert(N == 8 || N == 16);
-  host::issue({x, 8 * N, a, 0, b.descriptor(), true, host::multiply<T>}, {__FILE__, __LINE__});
+  host::issue({x, 8 * N, a, 0, b.descriptor(), true, true, host::multiply<T>}, {__FILE__, __LINE__});
 }
 
 template <int N>

@@ -69,19 +69,6 @@ struct ForwardShared {
   __device__ __forceinline__ Barrier* v_empty(int stage) const { return k_full(stage) + 3 * F::kStages; }
 };
 
-// The tiles of sequence b begin at q_indptr[b] / tokens + b: they hold all of its rows. -> its sequence; rows <= 0: nothing to do.
-__device__ __forceinline__ int find_tile(const ForwardLaunch& launch, int tile, ForwardTile& found) {
-  const Segments& view = launch.attention.a.view;
-  const auto first_tile = [&](int b) { return int(view.q_indptr[b]) / launch.tokens + b; };
-  int sequence = -1;
-  for (int b = lane_id(); b - lane_id() < view.batch; b += 32)
-    sequence += __popc(__ballot_sync(~0u, b < view.batch && first_tile(b) <= tile));
-  const int q_first = int(view.q_indptr[sequence]), first = (tile - first_tile(sequence)) * launch.tokens;
-  found.token = q_first + first;
-  found.rows = min(launch.tokens, int(view.q_indptr[sequence + 1]) - found.token) * launch.attention.group;
-  return sequence;
-}
-
 template <int D>
 __device__ __forceinline__ void bring_tiles(const ForwardLaunch& launch, const ForwardShared<D>& shared) {
   using F = ForwardForm<D>;
@@ -95,10 +82,11 @@ __device__ __forceinline__ void bring_tiles(const ForwardLaunch& launch, const F
   for (int first = 0; first < work; first += int(gridDim.x), back = !back) {
     const int i = first + (back ? int(gridDim.x) - 1 - int(blockIdx.x) : int(blockIdx.x));
     if (i >= work) continue;
+    const TokenTile tokens = find_tile(view, launch.tiles - 1 - i / heads, launch.tokens);
+    if (tokens.count <= 0) continue;
     ForwardTile tile;
-    const int sequence = find_tile(launch, launch.tiles - 1 - i / heads, tile);
-    if (tile.rows <= 0) continue;
-    const int s_first = int(view.seg_indptr[sequence]), s_last = int(view.seg_indptr[sequence + 1]);
+    tile.rows = tokens.count * l.group, tile.token = tokens.first;
+    const int sequence = tokens.sequence, s_first = int(view.seg_indptr[sequence]), s_last = int(view.seg_indptr[sequence + 1]);
     int length = 0;
     for (int s = s_first + lane; s < s_last; s += 32) length += int(view.length[s]);
     length = warp_sum(length);

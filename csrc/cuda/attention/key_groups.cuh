@@ -1,7 +1,7 @@
 // A view as groups of eight keys, which boxes of the copy engine bring to shared memory.
 #pragma once
 #include "cuda/sm90.h"
-#include "launch.cuh"
+#include "work.cuh"
 
 namespace diffmas::cuda {
 

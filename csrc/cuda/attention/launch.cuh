@@ -50,11 +50,14 @@ struct AttentionLaunch {
   __device__ __forceinline__ float2* bases_of(int kv_head) const { return bases + kv_head * a.n * group; }
 };
 
-// Launch forward_sm90.cuh, and dkv_sm90.cuh after attention_bwd_kernel_ranges, on a device of sm_90: of 16-bit types in whole packs,
-// without position offsets. -> kNotServed where they do not serve the call.
+// Launch forward_sm90.cuh, and after attention_bwd_kernel_ranges backward_sm90.cuh (dQ, dK and dV) or dkv_sm90.cuh (dK and dV), on a
+// device of sm_90: of 16-bit types in whole packs, without position offsets. -> kNotServed where they do not serve the call.
 constexpr int kNotServed = -1;
 int forward_on_sm90(const AttentionLaunch& launch, int device, void* stream);
+int backward_on_sm90(const AttentionLaunch& launch, void* stream);
 int dkv_on_sm90(const AttentionLaunch& launch, void* stream);
+// The `parts` and `counters` of backward_on_sm90.
+AttentionSizes backward_sizes_on_sm90(const AttentionLaunch& launch);
 
 // A row whose dtype is known only at run time.
 struct AnyRow {

@@ -31,6 +31,23 @@ __device__ __forceinline__ int view_length(const Segments& view, int s_first, in
   return warp_sum(length);
 }
 
+// Up to `tokens` tokens of one sequence, a tile of the kernels for sm_90.
+struct TokenTile {
+  int sequence, first, count;  // the first token, packed; count <= 0: there is none
+};
+
+// The tiles of sequence b begin at q_indptr[b] / tokens + b: they hold all of its tokens.
+__device__ __forceinline__ int first_tile(const Segments& view, int sequence, int tokens) {
+  return int(view.q_indptr[sequence]) / tokens + sequence;
+}
+__device__ __forceinline__ TokenTile find_tile(const Segments& view, int tile, int tokens) {
+  int sequence = -1;
+  for (int b = lane_id(); b - lane_id() < view.batch; b += 32)
+    sequence += __popc(__ballot_sync(~0u, b < view.batch && first_tile(view, b, tokens) <= tile));
+  const int first = int(view.q_indptr[sequence]) + (tile - first_tile(view, sequence, tokens)) * tokens;
+  return {sequence, first, min(tokens, int(view.q_indptr[sequence + 1]) - first)};
+}
+
 // The tiles of sequence b begin at q_indptr[b] G / 16 + b: they hold all of its rows, and no other sequence is looked at. Every warp finds
 // its work itself. Parts are whole tiles of `keys` keys.
 __device__ __forceinline__ Work find_work(const AttentionLaunch& launch, int keys) {

@@ -11,7 +11,7 @@ import triton.language as tl
 from diffmas.kernels.blocks import FUSION, blocks
 from diffmas.kernels.launch import Launch, ceil_div, on, once_per_shape, power_of_two
 
-__all__ = ["gate", "gate_backward", "norm", "norm_backward"]
+__all__ = ["gate", "gate_backward", "gate_gradients", "gated", "norm", "norm_backward"]
 
 
 @triton.jit
@@ -41,14 +41,30 @@ def norm_bwd_kernel(dy, x, weight, dx, stride_dy, stride_x, D, eps, BLOCK_W: tl.
 
 
 @triton.jit
+def gated(b_gate, b_up, dtype: tl.constexpr):
+    """silu(gate) up of float32 numbers, rounded to a dtype."""
+    b_silu = (b_gate / (1.0 + tl.exp(-b_gate))).to(dtype).to(tl.float32)
+    return (b_silu * b_up).to(dtype)
+
+
+@triton.jit
+def gate_gradients(b_dy, b_gate, b_up, dtype: tl.constexpr):
+    """The gradients to gate and up."""
+    b_sigmoid = 1.0 / (1.0 + tl.exp(-b_gate))
+    b_silu = (b_gate / (1.0 + tl.exp(-b_gate))).to(dtype).to(tl.float32)
+    b_dsilu = (b_dy * b_up).to(dtype).to(tl.float32)
+    b_dgate = b_dsilu * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
+    return b_dgate.to(dtype), (b_dy * b_silu).to(dtype)
+
+
+@triton.jit
 def gate_fwd_kernel(gate, up, y, stride_gate, stride_up, D, BLOCK_W: tl.constexpr):
     """A program has a part of a row."""
     i_r, o_d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     m_d = o_d < D
     b_gate = tl.load(gate + i_r * stride_gate + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_up = tl.load(up + i_r * stride_up + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_silu = (b_gate / (1.0 + tl.exp(-b_gate))).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + i_r * D + o_d, (b_silu * b_up).to(y.dtype.element_ty), mask=m_d)
+    tl.store(y + i_r * D + o_d, gated(b_gate, b_up, y.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
@@ -58,12 +74,9 @@ def gate_bwd_kernel(dy, gate, up, dgate, dup, stride_dy, stride_gate, stride_up,
     b_dy = tl.load(dy + i_r * stride_dy + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_gate = tl.load(gate + i_r * stride_gate + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_up = tl.load(up + i_r * stride_up + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_sigmoid = 1.0 / (1.0 + tl.exp(-b_gate))
-    b_silu = (b_gate / (1.0 + tl.exp(-b_gate))).to(dup.dtype.element_ty).to(tl.float32)
-    b_dsilu = (b_dy * b_up).to(dgate.dtype.element_ty).to(tl.float32)
-    tl.store(dup + i_r * D + o_d, (b_dy * b_silu).to(dup.dtype.element_ty), mask=m_d)
-    b_dgate = b_dsilu * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
-    tl.store(dgate + i_r * D + o_d, b_dgate.to(dgate.dtype.element_ty), mask=m_d)
+    b_dgate, b_dup = gate_gradients(b_dy, b_gate, b_up, dgate.dtype.element_ty)
+    tl.store(dup + i_r * D + o_d, b_dup, mask=m_d)
+    tl.store(dgate + i_r * D + o_d, b_dgate, mask=m_d)
 
 
 @once_per_shape

@@ -7,7 +7,7 @@ import torch
 from op_runs import exact_in_half, within_budget
 from torch import Tensor
 
-__all__ = ["EPS", "SCALE", "Linear", "agree", "gates", "lora_gradients", "norms"]
+__all__ = ["EPS", "SCALE", "FeedForward", "Linear", "Together", "agree", "gates", "lora_gradients", "norms"]
 
 SCALE, EPS = 0.7, 1e-5
 
@@ -59,6 +59,87 @@ class Linear:
         y, u = linear(x, weight, bias, a, b, SCALE, False)
         dx, v = linear(dy, weight, None, a, b, SCALE, True)
         return [y, dx] if a is None else [y, u, dx, v]
+
+
+class Together:
+    """Up to three linears that read the same n rows of `length`; outs and ranks: of each."""
+
+    def __init__(self, n: int, outs: tuple, length: int, ranks: tuple, bias: bool = False, far: bool = False):
+        self.of_each = [Linear(n, out, length, r, bias, far) for out, r in zip(outs, ranks, strict=True)]
+        for other in self.of_each[1:]:
+            other.x = self.of_each[0].x
+        self.terms = sum(x.terms for x in self.of_each)
+
+    def at(self, dtype: torch.dtype, device="cpu") -> tuple[Tensor, list[Tensor], list[tuple]]:
+        """x, dy of each, and what each is made of, with a scale of its own."""
+        found = [one.at(dtype, device) for one in self.of_each]
+        parts = [(*x[2:], SCALE * (i + 1) if x[4] is not None else 0.0) for i, x in enumerate(found)]
+        return found[0][0], [x[1] for x in found], parts
+
+    def plain(self, dtype: torch.dtype) -> list[Tensor]:
+        """All y and u; the sum of all dx, as autograd adds them up, the last first; all v."""
+        x, dys, parts = self.at(dtype)
+        return _one_by_one(_plain_linear, x, dys, parts)
+
+    def one_by_one(self, kernels, dtype: torch.dtype, device="cpu") -> list[Tensor]:
+        """The same of `linear`, a call for each."""
+        return _one_by_one(kernels.linear, *self.at(dtype, device))
+
+    def run(self, kernels, dtype: torch.dtype, device="cpu") -> list[Tensor]:
+        x, dys, parts = self.at(dtype, device)
+        (ys, us), (dx, vs) = kernels.linears(x, parts), kernels.linears_backward(dys, parts)
+        return [*ys, *us, dx, *vs]
+
+
+def _plain_linear(x, weight, bias, a, b, scale, transposed):
+    y = x @ weight if transposed else torch.nn.functional.linear(x, weight, bias)
+    if a is None:
+        return y, x.new_empty(len(x), 0, dtype=torch.promote_types(x.dtype, torch.float32))
+    down, up = (b, a.T) if transposed else (a.T, b)
+    u = x.to(a.dtype) @ down
+    return (y + scale * (u @ up.T)).to(x.dtype), u
+
+
+def _one_by_one(linear, x, dys, parts) -> list[Tensor]:
+    ys, us = zip(*(linear(x, *part, False) for part in parts))
+    dxs, vs = zip(*(linear(dy, weight, None, *rest, True) for dy, (weight, _, *rest) in zip(dys, parts)))
+    dx = dxs[-1]
+    for other in dxs[-2::-1]:
+        dx = dx + other
+    return [*ys, *us, dx, *vs]
+
+
+class FeedForward:
+    """n rows of `length` through gate and up to `inner` numbers, and what `down` gives back to these."""
+
+    def __init__(self, n: int, inner: int, length: int, ranks: tuple = (0, 0, 0), bias: bool = False):
+        self.both = Together(n, (inner, inner), length, ranks[:2], bias)
+        self.down = Linear(n, length, inner, ranks[2], False)
+        self.terms = self.both.terms + self.down.terms
+
+    def plain(self, dtype: torch.dtype) -> list[Tensor]:
+        """silu(gate) up, gate, up, both u; dgate, dup, v."""
+        x, _, parts = self.both.at(dtype)
+        (gate, up), us = zip(*(_plain_linear(x, *part, False) for part in parts))
+        _, dy, weight, _, a, b = self.down.at(dtype)
+        dh, v = _plain_linear(dy, weight, None, a, b, SCALE, True)
+        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        h = torch.nn.functional.silu(gate) * up
+        return [h.detach(), gate.detach(), up.detach(), *us, *torch.autograd.grad(h, (gate, up), dh), v]
+
+    def one_by_one(self, kernels, dtype: torch.dtype, device="cpu") -> list[Tensor]:
+        """The same of `linear` and `gate`."""
+        x, _, parts = self.both.at(dtype, device)
+        (gate, up), us = zip(*(kernels.linear(x, *part, False) for part in parts))
+        _, dy, weight, _, a, b = self.down.at(dtype, device)
+        dh, v = kernels.linear(dy, weight, None, a, b, SCALE, True)
+        return [kernels.gate(gate, up), gate, up, *us, *kernels.gate_backward(dh, gate, up), v]
+
+    def run(self, kernels, dtype: torch.dtype, device="cpu") -> list[Tensor]:
+        x, _, parts = self.both.at(dtype, device)
+        h, gate, up, us = kernels.gated_linears(x, parts, True)
+        _, dy, weight, _, a, b = self.down.at(dtype, device)
+        return [h, gate, up, *us, *kernels.linear_gate_backward(dy, weight, a, b, SCALE, gate, up)]
 
 
 def norms(n: int, length: int, far: bool = False):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from layer_cases import Linear, gates, lora_gradients, norms
+from layer_cases import FeedForward, Linear, Together, gates, lora_gradients, norms
 from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs, random_attention
 from op_runs import attention_all, exact_in_half, finite, inject_all, merge_all, raw, reposition_all, within_budget
 from quantized_cases import in_bits, quantized_dq, run_quantized
@@ -238,6 +238,27 @@ def test_linear(name, arch):
     assert (products > 0) == (dtype != FLOAT)
 
 
+TOGETHER = {
+    "bfloat16": (BRAIN, Together(5, (96, 32, 40), 320, (8, 0, 3), bias=True)),
+    "float16": (HALF, Together(18, (33, 48), 67, (4, 20), far=True)),
+    "float32": (FLOAT, Together(2, (64, 32, 32), 40, (4, 4, 4))),
+    "split": (BRAIN, Together(1, (20, 16), 1030, (4, 0))),
+    "one_split_back": (BRAIN, Together(1, (600, 40), 30, (4, 0))),
+    "feed_forward": (BRAIN, FeedForward(3, 96, 64, (8, 0, 4), bias=True)),
+    "feed_forward_of_float16": (HALF, FeedForward(17, 40, 33, (3, 3, 0))),
+    "feed_forward_of_float32": (FLOAT, FeedForward(2, 64, 40)),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", TOGETHER)
+def test_linears_together(name, arch):
+    dtype, case = TOGETHER[name]
+    launches = check_layer(lambda: case.run(backend, dtype), case.plain, arch, dtype, case.terms)
+    assert len(launches.seen) == 4
+    assert max(one.grid[1] for one in launches.of("products")) == (2 if "split" in name else 1)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     "dtype, case", [(BRAIN, Linear(40, out=96, length=64, bias=False)), (FLOAT, Linear(33, out=40, length=40, bias=False))]
@@ -396,8 +417,16 @@ MUTANTS = {
     "no fence between threads and products": ("fwd", [90], replaced(r"fence\.proxy\.async[^;]*;", "", which=0)),
     "no fence of a product's registers": ("fwd", [90], replaced(r"wgmma\.fence[^;]*;", "", which=1)),
     "a wait for fewer copies of weights": ("products", [80, 90], replaced(WAIT, counted(1), which=1)),
-    "the stride of the weight for that of the rows": ("products", [80, 90], swapped("stride_x", "stride_w")),
-    "LoRA's sums from where others are": ("finish", [80, 90], swapped("rank", "to")),
+    "the stride of the weight for that of the rows": ("products", [80, 90], swapped("stride_x0", "stride_w")),
+    "LoRA's sums from where others are": ("finish", [80, 90], swapped("rank0", "to0")),
+    "another linear's weight": ("together's products", [80, 90], swapped("weight0", "weight1")),
+    "another linear's adapter": ("together's products", [80, 90], swapped("down0", "down1")),
+    "another linear's columns": ("together's finish", [80, 90], swapped("to0", "to2")),
+    "another linear's scale": ("together's finish", [80, 90], swapped("scale1", "scale2")),
+    "another linear's parts": ("split's sum", [80, 90], swapped("length0", "length1")),
+    "another linear's codes": ("together's sum", [80, 90], swapped("up0", "up2")),
+    "gate for up": ("fed gate", [80, 90], swapped("gate", "up")),
+    "the gradient of gate for that of up": ("fed gate_backward", [80, 90], swapped("dgate", "dup")),
     "another swizzle": (
         "fwd", [90], replaced(r"46\d{17}(?=;)", lambda one: str(int(one[0]) ^ 3 << 62), after=r"wgmma\.fence", which=0)
     ),
@@ -451,6 +480,15 @@ def multiplied(launches):
     agree(case.run(backend.linear, BRAIN), lambda dtype, name: case.plain(dtype), BRAIN, case.terms)
 
 
+def of_case(case):
+    """A run of it."""
+    return lambda launches: agree(case.run(backend, BRAIN), lambda dtype, name: case.plain(dtype), BRAIN, case.terms)
+
+
+together = of_case(Together(2, (64, 32, 544), 96, (4, 4, 8)))
+fed_forward = of_case(FeedForward(2, 40, 32, (3, 4, 4)))
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("run", [forward, gathered, gradients, multiplied, repositioned])
 def test_without_a_fault_nothing_is_found(run, arch):
@@ -463,6 +501,9 @@ def test_a_fault_is_found(name, arch):
     kernel, _, edit = MUTANTS[name]
     own = {"fwd": forward, "dkv": gradients, "reposition_bwd_kernel": repositioned}
     run = (own | dict.fromkeys(("products", "finish"), multiplied)).get(kernel, gathered)
+    if " " in kernel:
+        of, kernel = kernel.split()
+        run = {"together's": together, "split's": of_case(TOGETHER["one_split_back"][1]), "fed": fed_forward}[of]
     edited = []
 
     def mutate(one, ptx, parameters):

@@ -126,6 +126,24 @@ $L_again:
 """
 
 
+CHOSEN = """
+	mov.b32 	%r3, program_param_0;
+	mov.b32 	%r4, program_param_1;
+	setp.lt.s32 	%p1, %r0, 9;
+	selp.b32 	%r5, %r3, %r4, %p1;
+	ld.param.b64 	%rd9, [%r5];
+"""
+
+
+def test_a_parameter_that_is_chosen():
+    first, second = "ld.param.b64 	%rd9, [program_param_0];", "ld.param.b64 	%rd9, [program_param_1];"
+    apart = result(CHOSEN, "b64")
+    assert (apart[:9] == result(first, "b64")[:9]).all() and (apart[9:] == result(second, "b64")[9:]).all()
+    assert apart[0] != apart[9]
+    with pytest.raises(Fault, match="no parameter"):
+        result(CHOSEN.replace("[%r5]", "[%r5+32]"), "b64")
+
+
 def test_a_loop_that_threads_leave_one_by_one():
     first, _, (counts,) = execute(LOOP)
     assert (first == np.arange(1, 65)).all()

@@ -127,7 +127,7 @@ def test_what_a_loop_costs():
     assert products("attention: cross_attention_fwd_kernel") < 0.9 * 425
     assert products("attention, latent step: cross_attention_fwd_kernel") < 0.9 * 324
     assert products("attention, many segments: cross_attention_fwd_kernel") < 400  # gathered row by row; 391 today
-    assert products("linear, no adapter: linear_kernel_products") < 100  # 74 today, and nothing waits for a load
+    assert products("linear, no adapter: linear_kernel_products") < 100  # 76 today, and nothing waits for a load
     assert not any("LDG" in loop for loop in loops["linear, no adapter: linear_kernel_products"])
     tiles = [loop for loop in loops["inject_backward: inject_bwd_kernel"] if "STG" in loop]
     assert sorted(loop.count("BAR") for loop in tiles) == [0, 1]  # q; k and v, whose gradients are read and then zeroed

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from launches import note_launches
-from layer_cases import EPS, SCALE, Linear, agree, gates, lora_gradients, norms
+from layer_cases import EPS, SCALE, FeedForward, Linear, Together, agree, gates, lora_gradients, norms
 from op_runs import exact_in_half
 
 from diffmas import ops
@@ -61,6 +61,56 @@ LINEARS = {
 def test_linear(name, dtype, kernels):
     case = LINEARS[name]
     agree(case.run(kernels.linear, dtype, DEVICE), case.plain, dtype, case.terms)
+
+
+# The lengths are of one part in the interpreter, alone and together: then the bits are the same, too.
+TOGETHER = {
+    "one_row": Together(1, (96, 32, 32), 64, (8, 8, 8)),
+    "with_biases": Together(5, (64, 32, 32), 100, (4, 4, 4), bias=True),
+    "of_other_ranks": Together(3, (48, 80, 16), 96, (5, 0, 17), far=True),
+    "without_adapters": Together(17, (64, 48, 32), 64, (0, 0, 0)),
+    "two": Together(2, (40, 72), 67, (0, 3)),
+    "odd": Together(4, (37, 5, 20), 67, (3, 1, 0), bias=True, far=True),
+    "no_rows": Together(0, (32, 32), 64, (4, 4)),
+}
+FEED_FORWARD = {
+    "one_row": FeedForward(1, 96, 64, (8, 8, 8)),
+    "with_biases": FeedForward(5, 64, 96, (4, 0, 17), bias=True),
+    "without_adapters": FeedForward(17, 48, 64),
+    "odd": FeedForward(3, 67, 37, (0, 3, 0)),
+    "no_rows": FeedForward(0, 32, 64),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [*TOGETHER.values(), *FEED_FORWARD.values()], ids=[*TOGETHER, *(f"mlp_{x}" for x in FEED_FORWARD)]
+)
+def test_linears_together(case, dtype, kernels):
+    """The bits of each alone."""
+    got = case.run(kernels, dtype, DEVICE)
+    agree(got, case.plain, dtype, case.terms)
+    if DEVICE == "cpu":
+        assert all(map(torch.equal, got, case.one_by_one(kernels, dtype)))
+
+
+def test_gate_and_up_need_not_be_kept(dtype, kernels):
+    x, _, parts = FEED_FORWARD["with_biases"].both.at(dtype, DEVICE)
+    y, gate, up, us = kernels.gated_linears(x, parts, False)
+    want, *_, codes = kernels.gated_linears(x, parts, True)
+    assert gate is up is None and torch.equal(y, want) and all(map(torch.equal, us, codes))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter's processors")
+@pytest.mark.parametrize("case", [Together(3, (96, 300, 33), 160, (4, 0, 5)), FeedForward(2, 200, 160, (4, 0, 3))])
+def test_linears_together_whose_sums_are_split(case, launched, kernels, monkeypatch):
+    """And into fewer parts, where one is shorter than others."""
+    from diffmas.kernels import linear
+
+    monkeypatch.setattr(linear, "PROGRAMS", 40)
+    got = case.run(kernels, torch.float32)
+    assert max(grid[1] for name, grid in launched if name.endswith("products")) > 1
+    agree(got, case.plain, torch.float32, case.terms)
+    assert all(map(torch.equal, got, case.run(kernels, torch.float32)))
 
 
 MANY = {
@@ -141,6 +191,7 @@ def test_a_row_that_is_not_finite_stays_alone(wrong, dtype, kernels):
     case = Linear(5, bias=False)
     many = Linear(40, bias=False)
     norm, gate = norms(5, 64), gates(5, 64)
+    together, feed_forward = Together(5, (32, 16, 16), 64, (4, 0, 4)), FeedForward(5, 32, 64, (4, 4, 4))
 
     def found():
         return [
@@ -149,6 +200,8 @@ def test_a_row_that_is_not_finite_stays_alone(wrong, dtype, kernels):
             kernels.norm(x := exact_in_half(5, 64).to(dtype).to(DEVICE), x[0], EPS),
             *norm(dtype, DEVICE, kernels),
             *gate(dtype, DEVICE, kernels),
+            *together.run(kernels, dtype, DEVICE),
+            *feed_forward.run(kernels, dtype, DEVICE),
         ]
 
     def many_of():
@@ -157,7 +210,7 @@ def test_a_row_that_is_not_finite_stays_alone(wrong, dtype, kernels):
 
     torch.manual_seed(1)
     clean = found()
-    for rows in (case.x, case.dy, many.x):
+    for rows in (case.x, case.dy, many.x, together.of_each[0].x, feed_forward.both.of_each[0].x, feed_forward.down.dy):
         rows[3, 5] = wrong
     torch.manual_seed(1)
     got = found()
@@ -182,6 +235,11 @@ def test_what_is_launched(launched, kernels):
         "linear_kernel_products", "linear_kernel_products", "linear_kernel_finish",
         "norm_fwd_kernel", "norm_bwd_kernel", "gate_fwd_kernel", "gate_bwd_kernel",
     ]  # fmt: skip
+    launched.clear()
+    TOGETHER["of_other_ranks"].run(kernels, torch.float32, DEVICE)
+    FEED_FORWARD["one_row"].run(kernels, torch.float32, DEVICE)
+    ends = [name.removeprefix("linear_kernel_") for name, _ in launched]
+    assert ends[::2] == ["products"] * 4 and ends[1::2] == ["finish", "sum", "gate", "gate_backward"]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter's processors")

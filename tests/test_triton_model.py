@@ -1,12 +1,21 @@
 """A patched model whose linears, norms and gates are Triton's, and its gradients, against the layers as they are: on the GPU
 where there is one, else in Triton's interpreter."""
 
+from collections import Counter
+
 import pytest
 import torch
-from linear_systems import LINEARS, T, assert_close, base, counted, gradients, lora, system, unfused
+from launches import note_launches
+from linear_systems import LINEARS, T, assert_close, base, counted, doubled, gradients, hooked, lora, system, unfused
+from models import make_config, randomize
 from systems import QUESTIONS
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from diffmas import Trace, ops, patch_model
+from diffmas.agents.latent import latent_steps
+from diffmas.agents.realign import Realign
+from diffmas.models import attention, pointwise
 from diffmas.models.patch import patch_of
 from diffmas.ops import layer
 from diffmas.trace import lora_run
@@ -15,6 +24,8 @@ pytestmark = pytest.mark.skipif(ops.available()["triton"] is not None, reason=st
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS = 3
+TOGETHER = {"linears", "linears_backward", "gated_linears", "linear_gate_backward"}  # of few rows
+LEARNING = TOGETHER | {"linear", "lora_grad", "norm", "norm_backward"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +60,7 @@ def kernels(monkeypatch):
 
         return call
 
-    for name in ("linear", "add_lora", "lora_grad", "norm", "norm_backward", "gate", "gate_backward"):
+    for name in (*TOGETHER, "linear", "add_lora", "lora_grad", "norm", "norm_backward", "gate", "gate_backward"):
         monkeypatch.setattr(found, name, counting(name, getattr(found, name)))
     return calls
 
@@ -62,7 +73,7 @@ def test_a_training_step(kernels):
         got = gradients(made)
     assert_close(got, want, 1e-4)  # latent steps amplify the rounding of 3 layers
     assert len(steps) == (T + T - 1) * LINEARS and len(of_runs) == 2 * LINEARS
-    assert kernels.keys() == {"linear", "lora_grad", "norm", "norm_backward", "gate", "gate_backward"}
+    assert kernels.keys() == LEARNING
 
 
 def states(model, rows: int, dtype: torch.dtype):
@@ -81,7 +92,7 @@ def test_shorter_types_have_no_more_error_than_the_layers_own(dtype, rows, kerne
     own = states(patch_model(model, fuse=False), rows, dtype)
     kernels.clear()
     ours = states(fused(model), rows, dtype)
-    assert ("add_lora" in kernels) == (rows == 60) and "linear" in kernels and "norm_backward" in kernels
+    assert ("add_lora" in kernels) == ("gate" in kernels) == (rows == 60) and kernels.keys() >= LEARNING
     exact = states(patch_model(model.float(), fuse=False), rows, torch.float32)
     for mine, its, want in zip(ours, own, exact):
         assert mine.dtype == its.dtype == dtype
@@ -95,7 +106,7 @@ def test_through_patch_model(family, kernels):
     want = states(patch_model(model, "reference"), 3, torch.float32)
     assert not kernels
     got = states(patch_model(model, "triton", fuse=True), 3, torch.float32)
-    assert kernels.keys() == {"linear", "lora_grad", "norm", "norm_backward", "gate", "gate_backward"}
+    assert kernels.keys() == LEARNING
     for mine, its in zip(got, want):
         assert (mine - its).norm() < 1e-4 * its.norm()
     kernels.clear()
@@ -110,7 +121,98 @@ def test_generation(kernels):
     fused(made.model)
     kernels.clear()
     assert run() == want[0] == want[1]
-    assert kernels.keys() == {"linear", "norm", "gate"}
+    assert kernels.keys() == {"linear", "linears", "gated_linears", "norm"}
+
+
+def of_two_passes(model):
+    """States of three rows, their gradient, and those of the adapters."""
+    x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(3)).bfloat16().to(DEVICE).requires_grad_()
+    trace, body = Trace(model, batch_size=1), patch_of(model).body
+    y = [body(inputs_embeds=part, past_key_values=trace).last_hidden_state for part in x.split(2, 1)]
+    y = torch.cat(y, 1)
+    y.float().pow(2).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return [y.detach(), x.grad, *grads]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="sums are split there")
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "v_proj", "up_proj"]}], ids=str)
+def test_the_bits_of_one_by_one(options, monkeypatch, kernels):
+    """Also where only some linears have adapters; and gradients in the order in which autograd adds them up."""
+    model = fused(lora(base("llama", dtype=torch.bfloat16), **options))
+    got = of_two_passes(model)
+    assert kernels.keys() >= TOGETHER
+    kernels.clear()
+    with monkeypatch.context() as m:
+        m.setattr(attention, "same_rows", lambda *_: None)
+        m.setattr(pointwise, "feed_forward", lambda *_: None)
+        want = of_two_passes(model)
+    assert not kernels.keys() & TOGETHER and len(got) == len(want) > 2
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("name, change", [("self_attn.k_proj", doubled), ("mlp.up_proj", hooked), ("mlp.down_proj", doubled)])
+def test_what_somebody_else_does_to_a_part(name, change, kernels):
+    """Its linears go one by one."""
+    model = fused(lora(base("llama")).to(DEVICE))
+    change(patch_of(model).body.layers[1].get_submodule(name))
+    got = states(model, 3, torch.float32)
+    together = {x: kernels[x] for x in TOGETHER}
+    want = states(patch_model(model, fuse=False), 3, torch.float32)
+    for mine, its in zip(got, want):
+        assert (mine - its).norm() < 1e-4 * its.norm()
+    attention = "attn" in name
+    passes = 2 * (LAYERS if attention else LAYERS - 1), 2 * (LAYERS - 1 if attention else LAYERS)
+    assert (together["gated_linears"], together["linears"]) == passes
+
+
+class Counting(TorchDispatchMode):
+    """Torch's ops that are sums or products of tensors."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = str(op).removeprefix("aten.").split(".")[0]
+        if name in ("add", "add_", "mul", "mm", "addmm", "silu", "sum", "pow", "mean", "rsqrt"):
+            self.seen.append((name, None))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="it counts what the interpreter runs")
+def test_launches_of_a_layer(monkeypatch):
+    """Of a latent step with gradients: 14 forward and 16 backward (docs/kernels.md), LoRA's gradients apart."""
+    from diffmas.kernels import cross_attention, inject, linear
+    from diffmas.kernels import pointwise as kernels_between
+
+    def run(layers):
+        config = make_config("llama", hidden_size=32, intermediate_size=32, num_key_value_heads=4, num_hidden_layers=layers)
+        model = patch_model(lora(randomize(AutoModelForCausalLM.from_config(config))), "triton", fuse=True)
+        x = torch.randn(1, 32).requires_grad_()
+        with monkeypatch.context() as m:
+            seen = note_launches(m, cross_attention, inject, linear, kernels_between)
+            found = []
+            with Counting(seen):
+                y = latent_steps(patch_of(model), Realign(model, "none"), Trace(model, 1), x, [1])
+                found.append(Counter(name for name, _ in seen))
+                seen.clear()
+                y.sum().backward()
+                found.append(Counter(name for name, _ in seen if name != "lora_grad_kernel"))
+        return found
+
+    forward, backward = (two - one for one, two in zip(run(1), run(2)))
+    rest = {"linear_kernel_products": 4, "add": 2}
+    assert forward == rest | {
+        "linear_kernel_finish": 3, "linear_kernel_gate": 1, "norm_fwd_kernel": 2, "inject_fwd_kernel": 1,
+        "cross_attention_fwd_kernel": 1,
+    }  # fmt: skip
+    attention = dict.fromkeys((f"cross_attention_bwd_kernel_{x}" for x in ("delta", "dq", "dkv_tail")), 1)
+    assert backward == rest | attention | {
+        "linear_kernel_sum": 3, "linear_kernel_gate_backward": 1, "norm_bwd_kernel": 2, "inject_bwd_kernel": 1,
+    }  # fmt: skip
+    assert (forward.total(), backward.total()) == (14, 16)
 
 
 def test_what_is_on(monkeypatch):

@@ -120,6 +120,20 @@ def linear_call(n, D, dtype, more=0, rank=8, transposed=False):
     return linear.linear(x, weight, None if transposed else bias, *((a, b) if rank else (None, None)), 1.5, transposed)
 
 
+def linears_call(n, D, dtype, more=0, rank=8, back=False, gate=False):
+    """q, k and v of a hidden size D, or, gate, what comes before and after silu(gate) up."""
+    n = more + n % 16 + 1
+    outs, of = (4 * D, 4 * D) if gate else (D, D // 4, D // 4), functools.partial(torch.zeros, dtype=dtype)
+    x = of(n, D)
+    ab = lambda length, out: (torch.zeros(rank, length), torch.zeros(out, rank), 1.5) if rank else (None, None, 0.0)
+    parts = [(of(out, D), None, *ab(D, out)) for out in outs]
+    if gate and back:
+        return linear.linear_gate_backward(x, of(D, 4 * D), *ab(4 * D, D), of(n, 4 * D), of(n, 4 * D))
+    if gate:
+        return linear.gated_linears(x, parts, True)
+    return linear.linears_backward([of(n, out) for out in outs], parts) if back else linear.linears(x, parts)
+
+
 def add_lora_call(n, D, dtype, rank=8, transposed=False):
     x, y = torch.zeros(2, n + 32, D, dtype=dtype).unbind()
     return linear.add_lora(y, x, torch.zeros(rank, D), torch.zeros(D, rank), 1.5, transposed)
@@ -172,6 +186,15 @@ LAYER = {
     "linear, r = 64": (linear, linear_call, dict(rank=64)),
     "linear, transposed": (linear, linear_call, dict(transposed=True)),
     "linear, transposed, 17 to 32 rows": (linear, linear_call, dict(transposed=True, more=16)),
+    "linears": (linear, linears_call, {}),
+    "linears, 17 to 32 rows": (linear, linears_call, dict(more=16)),
+    "linears, no adapters": (linear, linears_call, dict(rank=0)),
+    "linears, backward": (linear, linears_call, dict(back=True)),
+    "linears, backward, 17 to 32 rows": (linear, linears_call, dict(back=True, more=16)),
+    "gated linears": (linear, linears_call, dict(gate=True)),
+    "gated linears, 17 to 32 rows": (linear, linears_call, dict(gate=True, more=16)),
+    "gated linears, backward": (linear, linears_call, dict(gate=True, back=True)),
+    "gated linears, backward, 17 to 32 rows": (linear, linears_call, dict(gate=True, back=True, more=16)),
     "add_lora": (linear, add_lora_call, {}),
     "add_lora, transposed": (linear, add_lora_call, dict(transposed=True)),
     "lora_grad": (linear, lora_grad_call, {}),

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from diffmas.models.joined import same_rows
 from diffmas.models.local import is_part, of_all_heads
 from diffmas.models.support import refuse
 from diffmas.trace.forward_pass import ForwardPass
@@ -50,7 +51,9 @@ class Family:
         """x [1, n, hidden] -> q [1, n, Hq * D], k, v [1, n, Hkv * D]."""
         modules = attention._modules
         if self.qkv is None:
-            return linear(modules["q_proj"], x), linear(modules["k_proj"], x), linear(modules["v_proj"], x)
+            projections = modules["q_proj"], modules["k_proj"], modules["v_proj"]
+            together = same_rows(projections, x)
+            return tuple(linear(module, x) for module in projections) if together is None else together
         D, config = attention.head_dim, attention.config
         Hq, Hkv = config.num_attention_heads, config.num_key_value_heads
         return linear(modules[self.qkv], x).split((Hq * D, Hkv * D, Hkv * D), dim=-1)

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from diffmas.ops.layer import LayerOps
+from diffmas.ops.linear import lora_grads
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.lora_run import LoraRun
 
-__all__ = ["Ours", "Waiting", "is_hooked", "is_lora", "is_ours", "parts_of", "waiting"]
+__all__ = [
+    "Learning", "Ours", "is_hooked", "is_lora", "is_ours", "learning", "learns", "lora_grads_of", "parts_of", "unseen_parts",
+]  # fmt: skip
 
 
 class Ours:
@@ -55,6 +58,11 @@ def parts_of(module: nn.Module, kernels: LayerOps):
     if type(module) is nn.Linear:
         return _plain_parts(module, kernels)
     return _lora_parts(module, kernels) if is_lora(module) else None
+
+
+def unseen_parts(module: nn.Module, kernels: LayerOps):
+    """The same, None too where anybody sees what goes in and comes out, or has a forward of their own there."""
+    return None if is_hooked(module) or not is_ours(module.__dict__.get("forward")) else parts_of(module, kernels)
 
 
 def _plain_parts(module: nn.Module, kernels: LayerOps):
@@ -99,24 +107,44 @@ def _lora_parts(module: nn.Module, kernels: LayerOps):
     return *parts[:2], a, b, module.scaling[name]
 
 
-class Waiting(NamedTuple):
-    """Where the gradients of an adapter's weights wait for the end of a run of latent steps. token: an input of the step's
-    node; number: of the linear, by which the run keeps what they are made of."""
+class Learning(NamedTuple):
+    """How an adapter's weights get their gradients. inputs: those of a node, a token of the run that they wait for the end of,
+    or a and b, where they are trained; run, number: where a run keeps what gradients are made of, and under which number."""
 
-    token: Tensor
-    run: LoraRun
+    inputs: tuple[Tensor | None, Tensor | None, Tensor | None]
+    run: LoraRun | None
     number: int
 
 
-def waiting(a: Tensor | None, b: Tensor | None, scale: float, forward_pass: ForwardPass, ops) -> Waiting | None:
-    """None where they do not wait: outside of a run, and where autograd gives them to aliases that tell one step's from
-    another's, not to the parameters alone (diffmas.agents.gradients, diffmas.agents.learning). ops: for `lora_grads`."""
+def learns(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and (a.requires_grad or b.requires_grad)
+
+
+def learning(a: Tensor | None, b: Tensor | None, scale: float, forward_pass: ForwardPass, ops) -> Learning:
+    """ops: for `lora_grads`. Gradients do not wait outside of a run, nor where autograd gives them to aliases that tell one
+    step's from another's, not to the parameters alone (diffmas.agents.gradients, diffmas.agents.learning)."""
     deferred = forward_pass.work.deferred
-    if a is None or deferred is None or not forward_pass.order.requires_grad:
-        return None
-    if not (a.requires_grad and b.requires_grad and a.is_leaf and b.is_leaf):
-        return None
+    trained = a is not None and a.requires_grad and b.requires_grad and a.is_leaf and b.is_leaf
+    if not trained or deferred is None or not forward_pass.order.requires_grad:
+        # a torch function, which whoever gives aliases of parameters sees
+        return Learning((None, *(w.view_as(w) if w is not None and w.requires_grad else None for w in (a, b))), None, 0)
     if deferred.lora is None:
         deferred.lora = LoraRun()
     token, number = deferred.lora.token(a, b, scale, ops)
-    return Waiting(token, deferred.lora, number)
+    return Learning((token, None, None), deferred.lora, number)
+
+
+def lora_grads_of(wanted, run: LoraRun | None, number: int, x, u, dy, v, b, scale: float, ops) -> tuple:
+    """The gradients to `Learning.inputs`. wanted: which of them are; x [.., in], u and dy [.., out] as `linear` has them; v:
+    dy b, or None where nobody needed it yet."""
+    if not any(wanted):
+        return None, None, None
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    if v is None:
+        with torch.autocast(dy.device.type, enabled=False):  # which the forward was not under either
+            v = dy.to(b.dtype) @ b
+    if wanted[0]:
+        run.keep(number, x, u, dy, v)
+        return None, None, None
+    da, db = lora_grads(x, u, dy, v, scale, ops)
+    return None, da if wanted[1] else None, db if wanted[2] else None

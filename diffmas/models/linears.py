@@ -18,12 +18,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from diffmas.models.adapted import is_wrapper
 from diffmas.models.few_rows import few_rows
 from diffmas.models.kinds import kind_of
-from diffmas.models.linear_parts import Ours, is_lora, is_ours, parts_of, waiting
+from diffmas.models.linear_parts import Ours, is_lora, is_ours, learning, learns, lora_grads_of, parts_of
 from diffmas.models.parts import attention_layers, causal_lm_of, text_stack_of
-from diffmas.models.pointwise import GatedForward, NormForward, unflattened
+from diffmas.models.pointwise import GatedForward, NormForward
+from diffmas.models.rows import unflattened
 from diffmas.models.running import forward_pass_here, running
 from diffmas.ops.layer import layer_ops
-from diffmas.ops.linear import FEW_ROWS, linear, lora_grads
+from diffmas.ops.linear import FEW_ROWS, linear
 from diffmas.trace.forward_pass import ForwardPass
 
 __all__ = ["fuse_layers", "product", "restore_layers"]
@@ -112,16 +113,10 @@ class LinearForward(Ours):
 
 def run(x: Tensor, weight, bias, a, b, scale: float, forward_pass: ForwardPass, ops) -> Tensor:
     """x [..., in] -> [..., out]. ops: as `linear` has it."""
-    if not torch.is_grad_enabled() or not (x.requires_grad or (a is not None and (a.requires_grad or b.requires_grad))):
+    if not torch.is_grad_enabled() or not (x.requires_grad or learns(a, b)):
         return _of_rows(x, weight, bias, a, b, scale, ops=ops)[0]
-    waits = waiting(a, b, scale, forward_pass, ops)
-    if waits is not None:
-        token, *waits = waits
-        trained = (None, None)
-    else:  # a torch function, which whoever gives aliases of parameters sees
-        token, waits = None, (None, 0)
-        trained = tuple(w.view_as(w) if w is not None and w.requires_grad else None for w in (a, b))
-    return LoraLinear.apply(x, token, *trained, (weight, bias, a, b, scale, *waits, ops))
+    inputs, *waits = learning(a, b, scale, forward_pass, ops)
+    return LoraLinear.apply(x, *inputs, (weight, bias, a, b, scale, *waits, ops))
 
 
 def _of_rows(x: Tensor, *rest, ops, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -131,7 +126,7 @@ def _of_rows(x: Tensor, *rest, ops, transposed: bool = False) -> tuple[Tensor, T
 
 
 class LoraLinear(torch.autograd.Function):
-    """token: of a run that a and b wait for; else these are inputs, where they are trained."""
+    """token, a, b: `Learning.inputs`."""
 
     @staticmethod
     def forward(ctx, x, token, a_input, b_input, rest):
@@ -151,19 +146,9 @@ class LoraLinear(torch.autograd.Function):
 def _backward(ctx, dy):
     x, u, weight, a, b = ctx.saved_tensors
     scale, run_of, number, ops = ctx.rest
-    dx_wanted, deferred, da_wanted, db_wanted, _ = ctx.needs_input_grad
-    dx, v, da, db = None, None, None, None
-    if dx_wanted:
-        dx, v = _of_rows(dy, weight, None, a, b, scale, ops=ops, transposed=True)
-    if deferred or da_wanted or db_wanted:
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        with torch.autocast(dy.device.type, enabled=False):  # which the forward was not under either
-            v = dy.to(b.dtype) @ b if v is None else v
-        if deferred:
-            run_of.keep(number, x, u, dy, v)
-        else:
-            da, db = lora_grads(x, u, dy, v, scale, ops)
-    return dx, None, da if da_wanted else None, db if db_wanted else None, None
+    dx_wanted, *wanted = ctx.needs_input_grad[:4]
+    dx, v = _of_rows(dy, weight, None, a, b, scale, ops=ops, transposed=True) if dx_wanted else (None, None)
+    return dx, *lora_grads_of(wanted, run_of, number, x, u, dy, v, b, scale, ops), None
 
 
 _backward_once = once_differentiable(_backward)

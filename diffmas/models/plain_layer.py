@@ -7,7 +7,7 @@ from torch import nn
 
 from diffmas.models.attention import FusedForward
 from diffmas.models.kinds import is_plain, kind_of
-from diffmas.models.linear_parts import is_hooked, is_ours, parts_of
+from diffmas.models.linear_parts import unseen_parts
 from diffmas.ops.layer import LayerOps
 
 __all__ = ["PlainLayer", "hooked_by_others", "plain_layer"]
@@ -31,13 +31,6 @@ def hooked_by_others(module: nn.Module) -> bool:
     hooks = module._forward_hooks.values()
     others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(others) or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
-
-
-def _linear(module: nn.Module, kernels: LayerOps):
-    """Its parts, where nobody else sees or does anything."""
-    if is_hooked(module) or not is_ours(module.__dict__.get("forward")):
-        return None
-    return parts_of(module, kernels)
 
 
 def _norm(module: nn.Module, kernels: LayerOps):
@@ -66,7 +59,7 @@ def plain_layer(layer: nn.Module, kernels: LayerOps) -> PlainLayer | None:
         return None
     linears = []
     for name in LINEARS:
-        parts = _linear(projections[name] if name in projections else inner[name], kernels)
+        parts = unseen_parts(projections[name] if name in projections else inner[name], kernels)
         if parts is None:
             return None
         linears.append(parts)

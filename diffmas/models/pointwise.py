@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
+from diffmas.models.joined import feed_forward
 from diffmas.models.kinds import is_plain, kind_of
 from diffmas.models.linear_parts import Ours
+from diffmas.models.rows import rows_of_numbers, unflattened
 from diffmas.models.running import forward_pass_here
 from diffmas.ops.layer import LayerOps, layer_ops
 
-__all__ = ["GatedForward", "NormForward", "rows_of_numbers", "unflattened"]
+__all__ = ["GatedForward", "NormForward"]
 
 
 def _kernels(x: Tensor) -> LayerOps | None:
@@ -22,18 +24,6 @@ def _kernels(x: Tensor) -> LayerOps | None:
         return None
     found = layer_ops(x, here.work.spec.fused)
     return found if found is not None and found.takes(x) else None
-
-
-def rows_of_numbers(x: Tensor) -> Tensor:
-    """[..., length] -> [n, length] whose rows are in one piece."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def unflattened(y: Tensor, x: Tensor) -> Tensor:
-    """y [n, length] in the shape of x [..., any]. y is the caller's alone; what a function of autograd returns must not be a
-    view, which nobody could change in place."""
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 class Norm(torch.autograd.Function):
@@ -90,6 +80,9 @@ class GatedForward(Ours):
         mlp, modules = self.module, self.module._modules
         if kind_of(mlp) != "MLP" or not is_plain(modules["act_fn"], "SiLU") or _has_any_global_hook() or _kernels(x) is None:
             return type(mlp).forward(mlp, x)
+        y = feed_forward(modules["gate_proj"], modules["up_proj"], modules["down_proj"], x)
+        if y is not None:
+            return y
         gate, up = modules["gate_proj"](x), modules["up_proj"](x)
         kernels = _kernels(gate)
         if kernels is None or type(up) is not Tensor or gate.shape != up.shape or not kernels.takes(up):

@@ -16,8 +16,9 @@ from diffmas.ops.checks import FLOATS
 
 __all__ = ["LayerOps", "kernels_for", "layer_ops", "usable"]
 
-# What the backends take: dtypes, and what lengths of rows are multiples of.
-KINDS = {"cpu": ((torch.float32, torch.bfloat16), 32), "triton": (FLOATS, 1)}
+# What the backends take: dtypes, and what lengths of rows are multiples of; whether they take linears together (`linears`,
+# `gated_linears` and their backwards). The CPU's take whole layers (diffmas.models.few_rows).
+KINDS = {"cpu": ((torch.float32, torch.bfloat16), 32, False), "triton": (FLOATS, 1, True)}
 
 
 class LayerOps(NamedTuple):
@@ -27,6 +28,7 @@ class LayerOps(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     columns: int
+    joins: bool
 
     def takes(self, x: Tensor) -> bool:
         """x: rows [..., length], or a weight [out, in] or [length]."""
@@ -51,9 +53,9 @@ def usable(backend: str, fuse: bool | None) -> tuple[str, ...]:
 def kernels_for(names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> LayerOps | None:
     """Those of the first of these backends that serves a device and dtype."""
     for name in names:
-        dtypes, columns = KINDS[name]
+        dtypes, columns, joins = KINDS[name]
         if dtype in dtypes and BACKENDS[name].serves("norm", device.type, dtype, 1):
-            return LayerOps(BACKENDS[name].ops, device, dtype, columns)
+            return LayerOps(BACKENDS[name].ops, device, dtype, columns, joins)
     return None
 
 

@@ -8,7 +8,7 @@ from ptx.memory import SHARED
 from ptx.numbers import TYPES, UNWRITTEN, read
 from ptx.text import Address, Fault, Instruction, Program
 
-__all__ = ["Code", "decoder", "instructions", "poison"]
+__all__ = ["PARAMETERS", "Code", "decoder", "instructions", "poison"]
 
 instructions: dict = {}  # first part of an opcode -> a function of (Code, Instruction) to execute(block, mask)
 
@@ -23,6 +23,7 @@ def decoder(*names: str):
     return register
 
 
+PARAMETERS = 1 << 30  # where parameters lie, 16 bytes apart: in 32 bits, and nothing else is there
 NUMBERS = {"0f": ("<I", "<f"), "0d": ("<Q", "<d")}
 SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
 
@@ -83,6 +84,8 @@ class Code:
                 raise Fault(f"a number of {value.itemsize} bytes for {dtype}: {text}")
         elif text.startswith("global_smem"):
             value = np.full(self.threads, SHARED + int(text.partition("+")[2] or "0", 0), dtype)
+        elif text in self.program.parameters:  # its address, as one of several may be chosen
+            value = np.full(self.threads, PARAMETERS + 16 * self.program.parameters.index(text), dtype)
         else:
             number = int(text.rstrip("U"), 0)
             if dtype.kind == "b":

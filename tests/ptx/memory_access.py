@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ptx.decode import decoder
+from ptx.decode import PARAMETERS, decoder
 from ptx.numbers import TYPES, UNSIGNED
 from ptx.text import Fault
 
@@ -19,12 +19,31 @@ def names(operand) -> tuple:
     return operand if isinstance(operand, tuple) else (operand,)
 
 
+def chosen_parameter(code, one, wide: str, put):
+    """A load of the parameter whose address is in a register."""
+    slots = [code.slot(f"{name} {wide}") for name in code.program.parameters]
+    address, dtype = code.address(one.operands[1]), UNSIGNED[TYPES[one.opcode[-1]].itemsize]
+
+    def execute(block, mask):
+        threads = block.active(mask)
+        places = address(block.values)[threads] - PARAMETERS
+        if (places % 16 | (places < 0) | (places >= 16 * len(slots))).any():
+            raise Fault(f"no parameter lies there: {one.text}")
+        value = np.zeros(block.threads, dtype)
+        value[threads] = np.stack([block.values[slot] for slot in slots])[places // 16, threads].astype(dtype)
+        put(block, value, mask)
+
+    return execute
+
+
 @decoder("ld")
 def load(code, one):
     kind = one.opcode[-1]
     put = [code.target(text) for text in names(one.operands[0])]
     if one.opcode[1] == "param":
         wide = "u64" if TYPES[kind].itemsize == 8 else "u32"
+        if one.operands[1].base.startswith("%"):
+            return chosen_parameter(code, one, wide, put[0])
         slot = code.slot(f"{one.operands[1].base} {wide}")
         return lambda block, mask: put[0](block, block.values[slot].astype(UNSIGNED[TYPES[kind].itemsize]), mask)
     where, address = space(one), code.address(one.operands[1])

@@ -1,5 +1,5 @@
 """What a plain loop over one question's agents gives for a batch: its loss and its greedy tokens; what single questions give,
-and activation checkpointing.
+activation checkpointing, and compiled layers.
 
 A loop is called with a system and a question; its `logits(ids)` are those of the end of the last agent's prompt and of an
 answer's tokens so far, [1 + len(ids), V].
@@ -7,13 +7,14 @@ answer's tokens so far, [1 + len(ids), V].
 
 import torch
 import torch.nn.functional as F
-from models import assert_close, gradients
+from models import assert_close, body, gradients
 from systems import ANSWERS, QUESTIONS
+from torch._dynamo.utils import counters
 
 from diffmas import Trace
 from diffmas.agents.board import Board
 
-__all__ = ["TIGHT", "check_checkpointing", "check_greedy_tokens", "check_loss", "check_ragged", "loop_loss"]
+__all__ = ["TIGHT", "check_checkpointing", "check_compiled", "check_greedy_tokens", "check_loss", "check_ragged", "loop_loss"]
 
 TIGHT = 1e-9  # everything is float64
 
@@ -66,17 +67,49 @@ def check_ragged(s, rows):
         for group in board.groups:
             board.write(group, s.fields_of(rows))
         board.select([2, 0])
-        left = board.read(2, [rows[2], rows[0]])
+        left = board.read(len(s.agents) - 1, [rows[2], rows[0]])
         whole = s.communicate(s.fields_of(rows)).select([2, 0])
     for b in range(2):
         for mine, its in zip(left.keys_values(2, b), whole.keys_values(2, b)):
             assert_close(mine, its, 1e-12)
 
 
-def check_checkpointing(s):
-    """s: in train mode."""
-    s(QUESTIONS, ANSWERS).loss.backward()
-    want = gradients(s)
-    s.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    s(QUESTIONS, ANSWERS).loss.backward()
-    assert_close(gradients(s), want, TIGHT)
+def loss_and_gradients(s, rows):
+    """Chance, where there is some, is the same every time."""
+    torch.manual_seed(0)
+    loss = s(rows, ANSWERS).loss
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(s)}
+
+
+def check_checkpointing(s, rows=QUESTIONS):
+    """Of the layers of all models. s: in train mode."""
+    want = loss_and_gradients(s, rows)
+    for model in models_of(s):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_close(loss_and_gradients(s, rows), want, TIGHT)
+
+
+def check_compiled(s, rows=QUESTIONS):
+    """Layers that are compiled, of all models, give the same loss, gradients and tokens; a second time without compiling."""
+    answer = lambda: s.generate_tokens(rows, max_new_tokens=3, temperature=0)  # noqa: E731
+    want, tokens = loss_and_gradients(s, rows), answer()
+    torch._dynamo.reset()
+    counters.clear()
+    for model in models_of(s):
+        for layer in body(model).layers:
+            layer.compile(fullgraph=True, backend="eager")
+    try:
+        for stance in ("default", "fail_on_recompile"):
+            with torch.compiler.set_stance(stance):
+                assert_close(loss_and_gradients(s, rows), want, TIGHT)
+                assert answer() == tokens
+        assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    finally:
+        torch._dynamo.reset()
+
+
+def models_of(s):
+    """The bare ones of all whose layers read traces."""
+    others = [other.model for other in s.others.values() if other.reading != "embeddings"]
+    return [model.get_base_model() if hasattr(model, "get_base_model") else model for model in (s.model, *others)]

@@ -3,12 +3,13 @@
 import math
 
 import pytest
+import test_other_models
 import torch
-from loops import loop_loss
+from loops import check_checkpointing, check_compiled, check_ragged, loop_loss
 from models import assert_close, gradients
 from systems import ANSWERS, QUESTIONS, tokenizer
 from test_other_models import TIGHT, greedy, moved, randomized, team
-from two_models import forward, pair, think, turn
+from two_models import pair, turn
 
 from diffmas import Agent, MultiAgentSystem
 from diffmas.agents.alignment import aligned, partners
@@ -21,6 +22,14 @@ AGENTS = [
     Agent("sharer", "w5 {question} w6", model="small"), Agent("receiver", "w5 {question} w6", reads=["sharer"]),
     Agent("solver", "w9", reads=["receiver"]),
 ]  # fmt: skip
+# What a receiver and a sharer have read stands before them, at each question's own positions.
+AMONG = [
+    Agent("before", "w4", "before", reads=[]), Agent("theirs", "w7 {question}", "theirs", model="small", reads=[]),
+    Agent("sharer", "w5 {question} w6", 1, model="small", reads=["theirs"]),
+    Agent("receiver", "w5 {question} w6", reads=["before", "sharer"]), Agent("thinker", "w8", "think", reads=["receiver"]),
+    Agent("solver", "w9", reads=["before", "receiver", "thinker"]),
+]  # fmt: skip
+TURNS = [{"question": q, "before": 1, "theirs": t, "think": n} for q, t, n in zip(QUESTIONS, (0, 2, 1), (2, 0, 3))]
 
 
 def fusing(agents=AGENTS, projector=None, models=None, gate=1.0, **options):
@@ -57,40 +66,41 @@ def fusion(module, theirs, own, temperature=None):
     return own + (gate * weight)[..., None] * y
 
 
-def plain_rows(s, fields, sharer=0, receiver=1):
-    """kv of the receiver's prompt, fused with the sharer's."""
-    small, agents = s.others["small"], s.agents
-    ids, their_ids = (s.prompt_ids(agents[i], fields) for i in (receiver, sharer))
-    own, theirs = think(s.model, ids), think(small.model, their_ids)
-    of = {t: j for t, j in enumerate(partners(s, agents[receiver], agents[sharer], fields)[: len(ids)]) if j >= 0}
-    here, there = list(of), list(of.values())
-    made = []
-    for i, layer in enumerate(small.projector.layers):
-        k, v = own[i]
-        if layer is not None:
-            moved_k = turn(theirs[layer][0][:, :, there], torch.tensor(here) - torch.tensor(there), small.model)
-            pairs = (
-                (small.projector.keys[str(i)], moved_k, k),
-                (small.projector.values[str(i)], theirs[layer][1][:, :, there], v),
-            )
-            flat = lambda x: x[0].transpose(0, 1)  # noqa: E731
-            k, v = (
-                x.index_copy(2, torch.tensor(here), fusion(f, flat(y), flat(x[:, :, here])).transpose(0, 1)[None])
-                for f, y, x in pairs
-            )
-        made.append((k, v))
-    return made, len(ids)
+class Loop(test_other_models.Loop):
+    """Who reads an agent whose rows are fused has its own forward's rows, and hands on others."""
 
+    def fuses(self, i):
+        """The agent whose rows are fused with those of agent i, if there is one."""
+        agents = {a.name: a for a in self.s.agents}
+        theirs = [name for name in super().names(i) if agents[name].model != self.s.agents[i].model]
+        return agents[theirs[0]] if theirs else None
 
-class Loop:
-    def __init__(self, s, question):
-        self.s, self.fields = s, s.fields_of([question])[0]
+    def names(self, i):
+        return [name for name in super().names(i) if self.fuses(i) is None or name != self.fuses(i).name]
 
-    def logits(self, ids):
-        s = self.s
-        kv, at = plain_rows(s, self.fields)
-        x = s.model.get_input_embeddings()(torch.tensor(s.prompt_ids(s.agents[-1], self.fields) + ids))
-        return forward(s.model, s.model, kv, x, at)[0].logits[0][-len(ids) - 1 :]
+    def turn(self, i):
+        own, at = super().turn(i)
+        sharer, agent, small = self.fuses(i), self.s.agents[i], self.s.others["small"]
+        if sharer is None:
+            return own, at
+        theirs, written = self.handed[sharer.name]
+        of = partners(self.s, agent, sharer, self.fields)[: len(at)]
+        here, there = torch.tensor([(t, j) for t, j in enumerate(of) if j >= 0]).T
+        made = []
+        for n, layer in enumerate(small.projector.layers):
+            k, v = own[n]
+            if layer is not None:
+                moved_k = turn(theirs[layer][0][:, :, there], at[here] - written[there], small.model)
+                pairs = (
+                    (small.projector.keys[str(n)], moved_k, k),
+                    (small.projector.values[str(n)], theirs[layer][1][:, :, there], v),
+                )
+                flat = lambda x: x[0].transpose(0, 1)  # noqa: E731
+                k, v = (
+                    x.index_copy(2, here, fusion(f, flat(y), flat(x[:, :, here])).transpose(0, 1)[None]) for f, y, x in pairs
+                )
+            made.append((k, v))
+        return made, at
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
@@ -212,15 +222,33 @@ def test_greedy_tokens_and_single_runs():
 
 def test_fused_rows_among_others():
     """What the receiver itself has read stays before its fused rows; a second reader takes latent steps on them."""
-    agents = [
-        Agent("before", "w4", 1, reads=[]), AGENTS[0], Agent("receiver", "w5 {question} w6", reads=["before", "sharer"]),
-        Agent("thinker", "w8", 2, reads=["receiver"]), Agent("solver", "w9", reads=["before", "receiver", "thinker"]),
-    ]  # fmt: skip
-    s = fusing(agents)
-    trace = s.communicate(s.fields_of(QUESTIONS))
+    s = fusing(AMONG)
+    trace = s.communicate(s.fields_of(TURNS))
     assert [x.agent for x in trace.segments if x.sequence == 0] == ["before", "before", "receiver", "thinker", "thinker"]
-    s(QUESTIONS, ANSWERS).loss.backward()
-    assert all(x.isfinite().all() for x in gradients(s).values())
+    s(TURNS, ANSWERS).loss.backward()
+    got = gradients(s)
+    want = loop_loss(s, Loop, TURNS)
+    want.backward()
+    assert_close(s(TURNS, ANSWERS).loss, want, TIGHT)
+    want = gradients(s)
+    got = {name: x for name, x in got.items() if name in want or x.any()}
+    assert_close(got, want, TIGHT)
+    assert max(x.abs().max() for name, x in got.items() if name.startswith("others.small.model.")) > 1e-6
+    with torch.no_grad():
+        tokens = [greedy(s, row, 3, Loop) for row in TURNS]
+    assert [row[0] for row in s.generate_tokens(TURNS, max_new_tokens=3, temperature=0)] == tokens
+
+
+def test_ragged_batches_equal_single_runs():
+    check_ragged(fusing(AMONG), TURNS)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    check_checkpointing(fusing(AMONG).train(), TURNS)
+
+
+def test_compiled_layers_give_the_same_gradients():
+    check_compiled(fusing().train())
 
 
 def test_a_fused_team_is_saved_and_loaded(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import check_loss, loop_loss
+from loops import check_checkpointing, check_compiled, check_loss, loop_loss
 from models import assert_close, build, make_config, with_lora
 from systems import ANSWERS, QUESTIONS, exact_norms, tokenizer
 from test_other_models import TIGHT, Loop, greedy, randomized
@@ -77,6 +77,14 @@ def test_greedy_tokens_and_single_runs():
     assert [tokens for (tokens,) in got] == want
     for question, tokens in zip(QUESTIONS, got):
         assert s.generate_tokens([question], max_new_tokens=5, temperature=0) == [tokens]
+
+
+def test_checkpointing_gives_the_same_gradients():
+    check_checkpointing(team(SHAPES["graph"]).train())
+
+
+def test_compiled_layers_give_the_same_gradients():
+    check_compiled(team(SHAPES["graph"]))
 
 
 def test_its_rows_are_latent_ones_and_where_the_prompt_was_planned():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loops import TIGHT, check_checkpointing, check_greedy_tokens, check_loss
+from loops import TIGHT, check_checkpointing, check_compiled, check_greedy_tokens, check_loss
 from models import assert_close, body, gradients, tiny, with_lora
 from systems import AGENTS, ANSWERS, QUESTIONS, roles_model, system, tokenizer, unrolled_loss
 from transformers import DynamicCache
@@ -306,6 +306,10 @@ def test_ragged_batches_equal_single_runs():
 
 def test_checkpointing_gives_the_same_gradients():
     check_checkpointing(system(agents=SHAPES["tree"], trace_content="latent_only").train())
+
+
+def test_compiled_layers_give_the_same_gradients():
+    check_compiled(system(agents=SHAPES["unlike"], trace_content="latent_only"))
 
 
 def test_a_gradient_report_tells_agents_apart():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loops import check_checkpointing, check_compiled
 from models import assert_close, gradients, tiny, with_lora
 from systems import AGENTS, ANSWERS, QUESTIONS, system, tokenizer, unroll, unrolled_loss
 from test_ragged import planned, rows_of
@@ -192,12 +193,11 @@ def test_rows_that_are_dropped_are_gone():
 
 @pytest.mark.parametrize("options", [{}, dict(latent_grad_clip=0.5)], ids=str)
 def test_checkpointing_gives_the_same_gradients(options):
-    s = team(3, 2, **options).train()
-    s(ROWS, ANSWERS).loss.backward()
-    want = gradients(s)
-    s.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    s(ROWS, ANSWERS).loss.backward()
-    assert_close(gradients(s), want, TIGHT)
+    check_checkpointing(team(3, 2, **options).train(), ROWS)
+
+
+def test_compiled_layers_give_the_same_gradients():
+    check_compiled(team(3, 2), ROWS)
 
 
 def test_the_gradient_of_each_token_is_clipped(monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import check_greedy_tokens, check_loss
+from loops import check_compiled, check_greedy_tokens, check_loss
 from models import assert_close, body, gradients, tiny
 from systems import ANSWERS, QUESTIONS, system, tokenizer
 from test_graph import TIGHT, agent, exact
@@ -167,6 +167,10 @@ def test_ways_to_train(how, shape):
         s(QUESTIONS, ANSWERS).loss.backward()
         assert_close(gradients(s), want, TIGHT)
     assert all(want[f"choices.{name}"].abs().max() > 1e-6 for name in s.choices.state_dict())
+
+
+def test_compiled_layers_give_the_same_gradients():
+    check_compiled(chosen_by(SHAPES["asked in turns"], **LATENT).train())
 
 
 # ---- what is chosen --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import test_graph
 import torch
-from loops import check_greedy_tokens, check_loss
+from loops import check_checkpointing, check_compiled, check_greedy_tokens, check_loss, loop_loss
 from models import assert_close, body, gradients
 from systems import ANSWERS, QUESTIONS, roles_model, system, tokenizer
 from test_graph import TIGHT, agent, at, exact
@@ -169,6 +169,37 @@ def test_the_rows_of_a_message_learn():
     assert all(any(f".{role}." in name for name in learns) for role in ("a", "b"))
 
 
+def test_branches_of_which_one_is_detached():
+    """A message that one branch has read and learns through, and that a reader of both has as a constant."""
+    s = team("tree", sinks=0)
+    board = Board(s, Trace(s.model, len(QUESTIONS)))
+    for group in board.groups:
+        board.write(group, s.fields_of(QUESTIONS))
+    constant, learning = board.written(1), board.written(2)
+    found = {}
+    for detached in (True, False):
+        joined = Trace.join([learning, constant.detach() if detached else constant], ["shift", "reindex"])
+        out = s(QUESTIONS, ANSWERS, trace=joined)
+        out.loss.backward(retain_graph=True)
+        found[detached] = gradients(s)
+
+    class Joined(Loop):
+        """The last agent reads them so, too."""
+
+        def rows(self, i, move):
+            layers = super().rows(i, move)
+            if i < len(self.s.agents) - 1:
+                return layers
+            keep = torch.tensor([float(w != 1) for w, *_ in self.layout(i)[0]], dtype=torch.float64)[:, None]
+            return [tuple(keep * x + (1 - keep) * x.detach() for x in layer) for layer in layers]
+
+    want = loop_loss(s, Joined)
+    want.backward()
+    assert_close(out.loss, want, TIGHT)
+    assert_close(found[True], gradients(s), TIGHT)
+    assert any((found[True][n] - g).abs().max() > 1e-3 * g.abs().max() for n, g in found[False].items())
+
+
 # ---- batches, modes --------------------------------------------------------------------------------------------------
 
 
@@ -230,12 +261,12 @@ def test_agents_of_a_level_write_together(options):
 
 def test_checkpointing_gives_the_same_gradients():
     s = team("tree", trace_content="latent_only").train()
-    s(QUESTIONS, ANSWERS).loss.backward()
-    want = gradients(s)
-    s.model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    s(QUESTIONS, ANSWERS).loss.backward()
-    assert_close(gradients(s), want, TIGHT)
+    check_checkpointing(s)
     assert all(m.training for m in s.modules())
+
+
+def test_compiled_layers_give_the_same_gradients():
+    check_compiled(team("tree", trace_content="latent_only"))
 
 
 def test_messages_that_are_given_back_their_rows():

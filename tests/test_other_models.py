@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loops import loop_loss
+from loops import check_checkpointing, check_compiled, loop_loss
 from models import assert_close, gradients
 from systems import ANSWERS, QUESTIONS, tokenizer
 from two_models import forward, pair, pieces, projected, think, turn
@@ -65,28 +65,35 @@ class Loop:
     def __init__(self, s, question):
         self.s, self.fields, self.handed = s, s.fields_of([question])[0], {}
         for i, agent in enumerate(s.agents[:-1]):
-            member, (kv, at) = s.writer(agent), self.read(i)
-            past, ids = (kv[0][0].shape[2] if kv else 0), self.inputs(agent)
-            kv = think(member.model, ids, agent.latent_steps, member.realign, kv, at)
-            n = len(ids) + agent.latent_steps
-            keep = torch.arange(n)
-            if s.trace_content == "latent_only" and not torch.is_tensor(ids):
-                keep = keep[(keep >= len(ids)) | (keep < s.sinks)]
-            self.handed[agent.name] = [tuple(x[:, :, past:][:, :, keep] for x in layer) for layer in kv], keep + at
+            self.handed[agent.name] = self.turn(i)
+
+    def turn(self, i):
+        s, agent = self.s, self.s.agents[i]
+        member, (kv, at) = s.writer(agent), self.read(i)
+        past, ids = (kv[0][0].shape[2] if kv else 0), self.inputs(agent)
+        steps = agent.steps(self.fields)
+        kv = think(member.model, ids, steps, member.realign, kv, at)
+        keep = torch.arange(len(ids) + steps)
+        if s.trace_content == "latent_only" and not torch.is_tensor(ids):
+            keep = keep[(keep >= len(ids)) | (keep < s.sinks)]
+        return [tuple(x[:, :, past:][:, :, keep] for x in layer) for layer in kv], keep + at
 
     def inputs(self, agent):
         """The ids of a prompt, or what stands for its tokens, [n, hidden]."""
         return self.s.prompt_ids(agent, self.fields)
 
+    def names(self, i):
+        """Of those whose rows agent i reads."""
+        agent, s = self.s.agents[i], self.s
+        if agent.reads is not None:
+            return [read.agent for read in agent.reads]
+        return [a.name for a in s.agents[:i] if s.writer(agent) in (s, s.writer(a))]
+
     def read(self, i):
         """kv of what agent i reads, each behind the one before, and the next position."""
         agent, s, units, end = self.s.agents[i], self.s, [], 0
-        if agent.reads is not None:
-            names = [read.agent for read in agent.reads]
-        else:
-            names = [a.name for a in s.agents[:i] if s.writer(agent) in (s, s.writer(a))]
         writers = {a.name: s.writer(a) for a in s.agents}
-        for name in names:
+        for name in self.names(i):
             kv, positions = self.handed[name]
             if writers[name] is not s.writer(agent):
                 other = writers[name]
@@ -193,14 +200,11 @@ def test_the_projector_learns_where_agents_do_not(scope):
 
 
 def test_checkpointing_gives_the_same_gradients():
-    s = team()
-    s.train()
-    s(QUESTIONS, ANSWERS).loss.backward()
-    want = gradients(s)
-    for model in (s.model, s.others["small"].model):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    s(QUESTIONS, ANSWERS).loss.backward()
-    assert_close(gradients(s), want, TIGHT)
+    check_checkpointing(team().train())
+
+
+def test_compiled_layers_give_the_same_gradients():
+    check_compiled(team(SHAPES["two and an own"]))
 
 
 def test_rows_have_the_dtype_of_the_receivers_layers():

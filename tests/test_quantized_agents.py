@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import test_messages
 import torch
-from loops import check_checkpointing, check_greedy_tokens, check_loss, check_ragged
+from loops import check_checkpointing, check_compiled, check_greedy_tokens, check_loss, check_ragged
 from models import assert_close, body, gradients, tiny
 from systems import ANSWERS, QUESTIONS, system, tokenizer
 from test_graph import agent, at, exact
@@ -20,7 +20,7 @@ from diffmas.ops import backends
 from diffmas.serving.vllm.teams import check_team
 from diffmas.trace.views import FROZEN
 
-MOST = {"int8": 127, "int4": 7}
+MOST = {"int8": 127, "fp8": 448, "int4": 7}
 
 
 def small(name, steps, reads, bits="int8", **options):
@@ -29,6 +29,7 @@ def small(name, steps, reads, bits="int8", **options):
 
 SHAPES = {
     "chain": [small("a", 3, None), agent("b", 2, None), small("c", 2, None), agent("solver", 0, None)],
+    "floats": [small("a", 3, [], "fp8"), small("b", 2, ["a"], "fp8"), agent("solver", 0, ["b", at("a", "keep")])],
     "parallel": [small("a", 3, [], "int4"), small("b", 2, [], "int4"), agent("solver", 0, ["b", "a"])],
     "diamond": [agent("a", 2, []), small("b", 2, ["a"]), small("c", 3, ["a"]), agent("solver", 0, ["c", "a", at("b", "keep")])],
     "chosen": [
@@ -43,7 +44,10 @@ CONTENTS = [dict(sinks=0), LATENT, dict(**LATENT, sinks=2, positions="reindex")]
 def rounded(x, bits):
     """The numbers of 8 bits, by the largest element of each row and head, with the gradient of x."""
     scale = (x.detach().abs().amax(-1, keepdim=True) / MOST[bits]).float().double()
-    y = (x.detach() / scale).round().clamp(-MOST[bits], MOST[bits]) * scale
+    y = x.detach() / scale
+    # e4m3: three binary digits behind the leading one, down to 2^-6; below that, steps as there.
+    step = 2 ** (y.abs().log2().floor().clamp_min(-6) - 3) if bits == "fp8" else 1
+    y = ((y / step).round() * step).clamp(-MOST[bits], MOST[bits]) * scale
     return y + (x - x.detach())
 
 
@@ -92,7 +96,7 @@ def test_loss_and_gradients_equal_the_loop(shape, options):
     assert abs(plain.loss - out.loss) > 1e-5
 
 
-@pytest.mark.parametrize("shape", ["chain", "diamond"])
+@pytest.mark.parametrize("shape", ["chain", "diamond", "floats"])
 def test_generated_tokens(shape):
     check_greedy_tokens(exact(system(agents=SHAPES[shape], **LATENT)), Loop)
 
@@ -137,6 +141,10 @@ def test_ragged_batches_equal_single_runs():
 
 def test_checkpointing_gives_the_same_gradients():
     check_checkpointing(system(agents=SHAPES["diamond"], **LATENT).train())
+
+
+def test_compiled_layers_give_the_same_gradients():
+    check_compiled(system(agents=SHAPES["diamond"], **LATENT))
 
 
 @pytest.mark.parametrize("scope", [dict(grad_scope="detach_trace"), dict(grad_scope="last_k", last_k=2)], ids=str)

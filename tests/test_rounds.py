@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loops import check_checkpointing, check_loss
+from loops import check_checkpointing, check_compiled, check_loss, loop_loss
 from models import assert_close, body, gradients, tiny, with_lora
 from systems import ANSWERS, QUESTIONS, roles_model, system, tokenizer
 from test_graph import TIGHT, exact
@@ -147,6 +147,37 @@ def test_loss_and_gradients_equal_the_loop():
             assert row == [first, *([int(Debate(s, question).logits([first])[-1].argmax())] if len(row) > 1 else [])]
 
 
+def test_branches_of_which_one_is_detached():
+    """Of a turn that one branch has read and learns through, and that a reader of both has as a constant."""
+    s = exact(system(agents=DEBATE, sinks=0))
+    board = Board(s, Trace(s.model, len(QUESTIONS)))
+    for group in board.groups:
+        board.write(group, s.fields_of(QUESTIONS))
+    names = [a.name for a in s.agents]
+    learning, constant = (board.written(names.index(name)) for name in ("bob@3", "ann@2"))
+    found = {}
+    for detached in (True, False):
+        joined = Trace.join([learning, constant.detach() if detached else constant])
+        out = s(QUESTIONS, ANSWERS, trace=joined)
+        out.loss.backward(retain_graph=True)
+        found[detached] = gradients(s)
+
+    class Joined(Debate):
+        def logits(self, ids):
+            first = self.turn("bob", 3, -self.first("bob", 3))
+            second = self.turn("ann", 2, self.length("bob", 3) - self.first("ann", 2))
+            kv = [tuple(torch.cat((a, b.detach()), 2) for a, b in zip(*layer)) for layer in zip(first, second)]
+            x = self.s.model.get_input_embeddings()(torch.tensor(self.ids(JUDGE) + ids))
+            at = self.length("bob", 3) + self.length("ann", 2)
+            return self.forward(self.s.model, kv, x, at)[0].logits[0][-len(ids) - 1 :]
+
+    want = loop_loss(s, Joined)
+    want.backward()
+    assert_close(out.loss, want, TIGHT)
+    assert_close(found[True], gradients(s), TIGHT)
+    assert any((found[True][n] - g).abs().max() > 1e-3 * g.abs().max() for n, g in found[False].items())
+
+
 def test_a_role_has_one_adapter_for_its_turns():
     s = MultiAgentSystem(roles_model(("ann", "bob", "judge")), tokenizer(), DEBATE, adapter_scope="per_role")
     s(QUESTIONS, ANSWERS).loss.backward()
@@ -161,6 +192,10 @@ def test_a_role_has_one_adapter_for_its_turns():
 
 def test_checkpointing_gives_the_same_gradients():
     check_checkpointing(system(agents=LOOP, trace_content="latent_only").train())
+
+
+def test_compiled_layers_give_the_same_gradients():
+    check_compiled(system(agents=LOOP, trace_content="latent_only"))
 
 
 def test_ragged_batches_equal_single_runs():

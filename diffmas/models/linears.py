@@ -8,6 +8,7 @@ layers in one op (diffmas.models.few_rows), and so does the head when it is deco
 """
 
 import functools
+from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -201,6 +202,15 @@ def _linears(module: nn.Module):
             yield from _linears(child)
 
 
+@functools.cache
+def _forward_of(layer_class: type):
+    """`LayerForward.forward` with code of its own for each class of layers, as the class's own forward has it: torch.compile
+    knows a function by its code, compiles one for 8 cases at most, and takes for dynamic what differs between two models."""
+    forward = LayerForward.forward
+    code = forward.__code__.replace(co_name=f"{layer_class.__name__}_forward")
+    return FunctionType(code, forward.__globals__, "forward")
+
+
 def fuse_layers(body: nn.Module, head: nn.Module | None) -> None:
     """Fuses the linears of a body's decoder layers and the model's head, and the layers' norms and gates, but those whose
     forward is somebody else's."""
@@ -211,7 +221,7 @@ def fuse_layers(body: nn.Module, head: nn.Module | None) -> None:
     for layer in {id(x): x for x in (inside[id(attention)] for attention in attention_layers(body))}.values():
         if not _is_free(layer) and not is_ours(layer.__dict__.get("forward")):
             continue
-        layer.forward = LayerForward(layer).forward
+        layer.forward = MethodType(_forward_of(type(layer)), LayerForward(layer))
         ours = [(module, LinearForward) for module in _linears(layer)]
         ours += [(module, BETWEEN[kind]) for module in layer.children() if (kind := kind_of(module)) in BETWEEN]
         for module, forward in ours:

@@ -31,6 +31,7 @@ from diffmas.evaluation import (
 )  # fmt: skip
 from diffmas.evaluation.metrics import difference_of_rates
 from diffmas.evaluation.picture import drawn
+from diffmas.evaluation.run import narrow_table
 
 QUESTIONS = [r["question"] for r in tiny.rows(4)]
 ANSWERS = [r["answer"] for r in tiny.rows(4)]
@@ -251,6 +252,18 @@ def test_results_are_tables_files_and_a_plot(tmp_path):
     assert plot(results, tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     lines = write_answers(results, rows, tmp_path / "answers.jsonl").read_text().splitlines()
     assert len(lines) == 4 and results[0].texts[0][0] in lines[0]
+
+
+def test_names_are_folded_between_words():
+    """Of the costs in the demo, whose columns leave nine for the names where two spaces are between them."""
+    counts = [("text agents", "31,135", "0", "62,770"), ("LatentMAS (untrained)", "2,400", "4,800", "24,800")]
+    rows = [[*count, "5.12", "2.31", "0.85", "0.01", "2.07", "51.6"] for count in counts]
+    heads = ("method", "tokens decoded", "latent steps", "prompt tokens", "all s", "prefill s", "latent s", "hand over s",
+             "decode s", "trace MB")  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    console.print(narrow_table("", heads, rows))
+    shown = console.file.getvalue().split()
+    assert {"LatentMAS", "(untrained)", "31,135", "62,770", "51.6", "prefill", "decoded"} <= {*shown}
 
 
 def test_the_plot_has_what_the_tables_have():

@@ -196,12 +196,17 @@ def interval(low: float, high: float, sign: str = "") -> str:
 
 
 def narrow_table(title: str, heads: Sequence[str], rows: list[list[str]], caption: str = "") -> Table:
-    """A table that is narrow enough for a terminal of 80 columns: only the first column, of names, is folded."""
-    out = Table(title=title or None, caption=caption or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    """A table that is narrow enough for a terminal of 80 columns: only the first column, of names, is folded, between words
+    where that can be."""
+    widths = [max(map(len, (*head.split(), *(row[i] for row in rows)))) for i, head in enumerate(heads[1:], start=1)]
+    longest = min(18, max((len(word) for row in rows for word in row[0].split()), default=0))
+    apart = longest + sum(widths) + 2 * len(heads) <= 80  # two spaces between columns, or one
+    padding = (0, int(apart), 0, 0)
+    out = Table(title=title or None, caption=caption or None, box=box.SIMPLE_HEAD, padding=padding, show_edge=False)
     out.title_justify = out.caption_justify = "left"
     out.add_column(heads[0], max_width=18, overflow="fold")
-    for i, head in enumerate(heads[1:], start=1):
-        out.add_column(head, justify="right", width=max(map(len, (*head.split(), *(row[i] for row in rows)))))
+    for head, width in zip(heads[1:], widths):
+        out.add_column(head, justify="right", width=width)
     for row in rows:
         out.add_row(*row)
     return out

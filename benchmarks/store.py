@@ -11,7 +11,7 @@ import torch
 from diffmas.benchmarks.machine import Machine
 from diffmas.benchmarks.measure import Case
 
-__all__ = ["COLUMNS", "Store", "commit", "read", "stamp"]
+__all__ = ["COLUMNS", "Store", "commit", "measured", "read", "stamp"]
 
 FILE = "results.csv"
 TEXT = {"op", "regime", "phase", "heads", "dtype", "model", "note", "provider", "why", "device", "machine"}
@@ -47,10 +47,11 @@ def stamp(machine: Machine) -> dict:
 
 class Store:
     """Rows as they come, in FILE.part, which takes FILE's place when the run is over: an interrupted one costs neither the
-    earlier rows nor its own. keep: earlier rows stay, but those of the cases that are measured again."""
+    earlier rows nor its own. keep: earlier rows stay, but those of the cases that are measured again.
+    at_once: a case's rows take their place when it is done."""
 
-    def __init__(self, path: Path, constants: dict, keep: bool = False):
-        self.path, self.part, self.constants = path, path.with_suffix(".csv.part"), constants
+    def __init__(self, path: Path, constants: dict, keep: bool = False, at_once: bool = False):
+        self.at_once, self.path, self.part, self.constants = at_once, path, path.with_suffix(".csv.part"), constants
         self._rows: list[dict] = _raw(path) if keep and path.exists() else []
         self._measured: set[tuple] = set()
 
@@ -66,6 +67,8 @@ class Store:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self._rows)
+        if self.at_once:
+            self.finish()
         return rows
 
     def finish(self) -> None:
@@ -77,6 +80,12 @@ def _case(row: dict) -> tuple:
     """Of a row as text. A part of an end-to-end case has a phase of its own, but belongs to it."""
     names = [name for name in Case("", "").columns() if name != "phase" or not row["model"]]
     return tuple(row.get(name) or "0" for name in names)
+
+
+def measured(path: Path, case: Case) -> bool:
+    """Whether a file has rows of a case."""
+    key = _case({name: str(value) for name, value in case.columns().items()})
+    return path.exists() and any(_case(row) == key for row in _raw(path))
 
 
 def _raw(path: Path) -> list[dict]:

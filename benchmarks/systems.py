@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from diffmas import Agent, MultiAgentSystem
 from diffmas.benchmarks.machine import clock
 from diffmas.benchmarks.measure import Case
 from diffmas.models.parts import body_of, causal_lm_of
 
-__all__ = ["DEVICE", "NOTE", "Stopwatch", "eager_attention", "end_to_end", "make_model", "make_system"]
+__all__ = ["DEVICE", "NOTE", "SMOL", "Stopwatch", "eager_attention", "end_to_end", "make_model", "make_smol", "make_system"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 4096
@@ -22,9 +22,30 @@ NOTE = f"random weights, vocabulary {VOCABULARY}"
 SHAPES = {
     "tiny": dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
     "small": dict(hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, head_dim=64),
+    "135M": dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64),
     "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, head_dim=128),
     "8B": dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8, head_dim=128),
 }
+
+
+SMOL = SHAPES["135M"] | dict(
+    vocab_size=49_152, num_hidden_layers=30, max_position_embeddings=16_384, rms_norm_eps=1e-5, tie_word_embeddings=True,
+)  # fmt: skip
+LITTLE = 1 / 32
+
+
+def make_smol(case: Case, dtype: torch.dtype) -> LlamaForCausalLM:
+    """SmolLM2-135M's shape. Layers add little to what they are given: random ones would make noise of the rounding of 16
+    bits."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SMOL | {"num_hidden_layers": case.layers}, rope_parameters={"rope_type": "default", "rope_theta": 1e5}
+    )
+    model = LlamaForCausalLM(config).requires_grad_(False).to(getattr(torch, case.dtype))
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.mul_(LITTLE)
+    return model.to(dtype).eval()
 
 
 def end_to_end(op: str, regime: str, phase: str, model="small", layers=4, quick=False, **shape) -> Case:
@@ -45,13 +66,14 @@ def make_model(case: Case, dtype: torch.dtype = torch.float32) -> Qwen3ForCausal
 
 
 def make_system(case: Case, lora: bool) -> tuple[MultiAgentSystem, list[str], list[str]]:
-    """Agents whose prompts make a trace of about N rows with T latent steps each; ragged batches have questions of different
-    lengths, the longest of which makes N rows. -> system, questions, answers."""
+    """Agents whose prompts make a trace of about N rows with T latent steps each; batches have questions of different lengths,
+    the longest of which makes N rows, but those of model 135M. -> system, questions, answers."""
     words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}  # one token a word
     backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", eos_token="<eos>")
-    model = make_model(case)
+    smol = case.model == "135M"
+    model = make_smol(case, getattr(torch, case.dtype)).to(DEVICE) if smol else make_model(case)
     if lora:
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
         for name, p in model.named_parameters():
@@ -60,7 +82,7 @@ def make_system(case: Case, lora: bool) -> tuple[MultiAgentSystem, list[str], li
     writers = case.agents - 1
     agents = [Agent(f"agent{i}", f"w{2 + i} " + "{question}", case.T if i < writers else 0) for i in range(case.agents)]
     prompt = (case.N - writers * case.T) // case.agents - 1
-    lengths = [max(1, prompt * (b + 1) // case.batch) for b in range(case.batch)]
+    lengths = [prompt if smol else max(1, prompt * (b + 1) // case.batch) for b in range(case.batch)]
     questions = [" ".join(f"w{2 + (b + i) % 4000}" for i in range(n)) for b, n in enumerate(lengths)]
     return MultiAgentSystem(model, tokenizer, agents), questions, ["w5 " * 15] * case.batch
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from contests import MACHINE, MODULES, doubling, way
 
-from diffmas.benchmarks import bench_attention, bench_generation, bench_training, measure
+from diffmas.benchmarks import bench_attention, bench_generation, bench_training, measure, store, systems
 from diffmas.benchmarks.attention import problem
 from diffmas.benchmarks.machine import peak_bytes
 from diffmas.benchmarks.measure import OURS, Cannot, Case, Contest, Problem, Senseless, Trial
+from diffmas.benchmarks.run import selected
 from diffmas.ops import reference
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
@@ -83,6 +84,22 @@ def test_the_gate_of_training_sees_one_small_wrong_gradient():
     ways = bench_training.PROVIDERS
     contest = Contest(p, ways | {"spoiled": spoiled(ways[OURS], smallest, ..., by=1.0005)})
     assert set(contest.trials) == set(ways) and "wrong result" in contest.notes["spoiled"]
+
+
+def test_cases_that_take_minutes(tmp_path, monkeypatch):
+    """They are measured where they are asked for, and once: each is stored when it is done."""
+    found = selected(bench_training, False, "SmolLM2")
+    assert len(found) == 8 and not {*found} & {*selected(bench_training, False, "")}
+    assert selected(bench_training, False, "training") == bench_training.CASES
+    path = tmp_path / "results.csv"
+    assert not store.measured(path, found[0])
+    rows = store.Store(path, {}, keep=True, at_once=True)
+    rows.add([found[0].columns() | {"provider": OURS}])
+    assert store.measured(path, found[0]) and not store.measured(path, found[1])
+    case = dataclasses.replace(found[0], N=60, T=2, layers=2)
+    monkeypatch.setattr(systems, "SMOL", systems.SMOL | {"vocab_size": 4096})
+    contest = Contest(bench_training.problem(case), bench_training.PROVIDERS)
+    assert set(contest.trials) == {OURS, "DynamicCache"}, contest.notes
 
 
 def test_all_ways_of_a_generation_give_the_same_tokens():

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from diffmas.benchmarks import bench_decoding as decoding
+from diffmas.benchmarks import systems
 from diffmas.benchmarks.llama import Decoder, write_gguf
 from diffmas.benchmarks.measure import OURS, Cannot, Contest
 
@@ -17,7 +18,8 @@ LLAMA_CPP = [name for name in decoding.PROVIDERS if name.startswith("llama.cpp")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(decoding, "SHAPE", decoding.SHAPE | SHAPE)
+    for module in (decoding, systems):
+        monkeypatch.setattr(module, "SMOL", module.SMOL | SHAPE)
     monkeypatch.setattr(decoding, "PREFILL", 16)
 
 
@@ -46,7 +48,7 @@ def test_compiled():
 def test_a_file_with_the_models_own_weights(tmp_path):
     """As transformers reads it, which knows the order of rows that llama.cpp takes."""
     pytest.importorskip("gguf")
-    model = decoding.model_of(case("decode", 8, 1), torch.float32)
+    model = systems.make_smol(case("decode", 8, 1), torch.float32)
     for kind, tolerance in (("F32", 0), ("F16", 2**-11), ("BF16", 2**-8)):
         write_gguf(model, tmp_path / "model.gguf", kind)
         read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)

@@ -34,6 +34,9 @@ def demo(
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="the cases that end in under three minutes")] = False,
     only: Annotated[str, typer.Option(help="cases whose module or key has this text; other stored rows stay")] = "",
+    missing: Annotated[
+        bool, typer.Option("--missing", help="the cases that the CSV does not have; each is stored when done")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="directory for the CSV, the plots and the page", show_default=False)] = None,
     threads: Annotated[int, typer.Option(help="threads that torch uses", min=1)] = 1,
     max_rounds: Annotated[int, typer.Option(help="samples of each provider at most", min=1)] = 25,
@@ -57,7 +60,10 @@ def bench(
         changed = update(target, Path("README.md"))
         console.print("README.md: " + ("updated" if changed else "as it was"))
         return {"file": "README.md", "updated": changed}
-    status = suite.write_report(target, console) if report else suite.run(target, quick, only, threads, max_rounds, console)
+    if report:
+        status = suite.write_report(target, console)
+    else:
+        status = suite.run(target, quick, only, threads, max_rounds, console, missing)
     return _with_status({"rows": suite.rows(target), "directory": target}, status or 0)
 
 

@@ -8,7 +8,8 @@
 # make test-asan   the tests of the ops on a library that checks every memory access (gcc's sanitizers)
 # make bench  installs into .venv and measures diffmas and its peers on this machine: table, plots, page (QUICK=1: three minutes)
 #
-# make kernel-report   compiles every Triton kernel for four GPU generations, without a GPU: registers, shared memory, spills
+# make kernel-report   compiles the Triton kernels that have changed, for five GPU generations and with two versions of Triton, without
+#                  a GPU: registers, shared memory, spills
 # make cuda-report     the same for the CUDA kernels, with nvcc
 # make tune        tiles of the attention kernels: those that fit; on a GPU the fastest of them
 # make gpu-run     builds what is missing, then, where there is a GPU, all that can be known of it in BUDGET=520 seconds, into
@@ -75,7 +76,7 @@ test-asan: $(INSTALLED)
 # allocation of its own, so that what lies beyond it is nobody's.
 N ?= 8
 TIMEOUT ?= 120
-GPU_TESTS := tests/test_triton.py tests/test_cuda.py tests/test_gpu.py tests/test_latent.py tests/test_ops.py
+GPU_TESTS := $(addprefix tests/test_,$(addsuffix .py,triton triton_layer triton_model cuda gpu latent ops))
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
 SMALL_TRITON := tests/test_triton.py -k "ragged or offset or one_row or scatter or merge or one_token"
 SMALL_CUDA := tests/test_cuda.py -k "test_inject or (test_attention and (ragged or offset or gqa3 or d80 or odd or d256))"
@@ -88,17 +89,28 @@ test-gpu: $(INSTALLED)
 	! command -v compute-sanitizer || $(SANITIZER) racecheck $(PY) -m pytest -q -x tests/test_cuda.py -k "(test_inject or test_attention) and (ragged or gqa or offset)"
 	! command -v compute-sanitizer || $(SANITIZER) synccheck $(PY) -m pytest -q -x tests/test_cuda.py -k "test_attention and (ragged or d128)"
 
-# The machine with the GPU may have no compiler and no network: this builds anywhere, and says what to take along.
+# The machine with the GPU may have no compiler and no network: this builds anywhere, and says what to take along. A library without
+# CUDA kernels, as a machine without nvcc makes it, would be half of a run; a dry run needs none.
+HAS_CUDA := test -f diffmas/libdiffmas.so && grep -qs '"90a"' diffmas/build_info.json
 gpu-run: $(INSTALLED)
-	test -f diffmas/libdiffmas.so || $(PY) setup.py -q build_ext --inplace
+	@$(if $(DRY),test -f diffmas/libdiffmas.so,$(HAS_CUDA)) || $(PY) setup.py -q build_ext --inplace
+	@$(if $(DRY),,$(HAS_CUDA) || { echo "gpu-run: diffmas/libdiffmas.so has no CUDA kernels for sm_90a, see cuda_error in diffmas/build_info.json" >&2; exit 1; })
 	$(PY) benchmarks/gpu_run.py --out $(or $(OUT),runs/gpu) --budget $(or $(BUDGET),520) $(if $(DRY),--dry)
 
 bench-gpu: $(INSTALLED)
 	$(PY) -c "import torch; assert torch.cuda.is_available(), 'make bench-gpu needs a GPU that torch sees'"
 	$(PY) -m diffmas bench $(if $(QUICK),--quick)
 
-kernel-report: $(INSTALLED)
-	TRITON_INTERPRET=0 $(PY) -m tools.triton_report
+# With the Triton of .venv and with the oldest one; what has not changed is not compiled again. JOBS: 2 GB each.
+OLDEST_TRITON ?= 3.6.0
+REPORT := TRITON_INTERPRET=0 $(PY) -m tools.triton_report --missing $(if $(JOBS),--jobs $(JOBS))
+kernel-report: $(INSTALLED) .compat/triton-$(OLDEST_TRITON)
+	$(REPORT)
+	PYTHONPATH=.compat/triton-$(OLDEST_TRITON) $(REPORT)
+
+.compat/triton-%: | $(INSTALLED)
+	$(PY) -m pip install -q --no-deps --target $@.part "triton==$*"
+	mv $@.part $@
 
 cuda-report:
 	$(firstword $(wildcard $(PY)) $(PYTHON)) tools/cuda_report.py

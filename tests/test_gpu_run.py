@@ -23,22 +23,53 @@ QUIET = Console(quiet=True)
 
 
 def test_a_dry_run(tmp_path, monkeypatch):
-    """A test of a kernel and two cases of the suite; a second run into the folder finds all of it there."""
-    program = [sys.executable, "benchmarks/gpu_run.py", "--dry", "--only", "inject", "--out", str(tmp_path), "--budget", "500"]
+    """Every step that has a dry form; a second run into the folder finds all of it there."""
+    program = [sys.executable, "benchmarks/gpu_run.py", "--dry", "--out", str(tmp_path), "--budget", "500"]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     record = Record(tmp_path)
     assert {r["outcome"] for r in record.rows("smoke: triton inject", "test")} == {"passed"}
     rows = store.read(tmp_path / store.FILE)
-    assert {r["provider"] for r in rows} == {OURS, "eager", "eager + cat"} and len({r["n"] for r in rows}) == 2
+    of_inject = [r for r in rows if r["op"] == "inject"]
+    assert {r["provider"] for r in of_inject} == {OURS, "eager", "eager + cat"} and len({r["n"] for r in of_inject}) == 2
+    assert {r["step"] for r in record.rows(kind="row")} == {"decoding and latent steps", "inject"}
+    assert {r["name"] for r in record.rows("environment", "fact")} >= {"torch", "extension"}
     assert all(r["seconds"] > 0 and r["error"] <= r["budget"] and r["canary"] >= 1 for r in rows)
     text = (tmp_path / "summary.md").read_text()
     assert "not measured" in text and "smoke: triton inject" in text and (tmp_path / "index.html").exists()
     monkeypatch.setattr(gpu_run, "command", lambda step, run: pytest.fail("it is known"))
+    dry = [s for s in PLAN if s.dry]
     with open(tmp_path / "said", "w") as said:
-        take([s for s in PLAN if s.dry and "inject" in s.name], Run(tmp_path, 100, True, Console(file=said)))
-    assert "2 of 2 steps are known" in (tmp_path / "said").read_text()
-    assert [r["step"] for r in record.rows(kind="end")] == ["smoke: triton inject", "inject"]
+        take(dry, Run(tmp_path, 100, True, Console(file=said)))
+    assert "4 of 4 steps are known" in (tmp_path / "said").read_text()
+    assert [r["step"] for r in record.rows(kind="end")] == [s.name for s in dry]
+
+
+def test_the_library_that_a_run_takes_along_has_cuda_kernels(tmp_path):
+    """make builds one that has none, and stops where it still has none: nvcc is not there."""
+    (tmp_path / "diffmas").mkdir()
+    (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+    python, info = tmp_path / "python", tmp_path / "diffmas" / "build_info.json"
+    python.write_text('#!/bin/sh\necho "$1"\nif [ "$1" = setup.py ] && [ -f nvcc ]; then cp nvcc diffmas/build_info.json; fi\n')
+    python.chmod(0o755)
+
+    def makes(*options):
+        done = subprocess.run(["make", "gpu-run", f"PY={python}", *options], cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode == 0, done.stdout.replace(f"{python} ", "").split("\n"), done.stderr
+
+    without, there = json.dumps({"cuda_targets": []}, indent=2), json.dumps({"cuda_targets": ["80", "90a"]}, indent=2)
+    info.write_text(without)
+    (tmp_path / "diffmas" / "libdiffmas.so").touch()
+    ended_well, said, error = makes()
+    assert not ended_well and "setup.py" in said and "benchmarks/gpu_run.py" not in said
+    assert "no CUDA kernels for sm_90a" in error
+    ended_well, said, _ = makes("DRY=1")
+    assert ended_well and "setup.py" not in said and "benchmarks/gpu_run.py" in said
+    (tmp_path / "nvcc").write_text(there)
+    ended_well, said, _ = makes()
+    assert ended_well and "setup.py" in said and "benchmarks/gpu_run.py" in said
+    ended_well, said, _ = makes()
+    assert ended_well and "setup.py" not in said and "benchmarks/gpu_run.py" in said
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

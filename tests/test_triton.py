@@ -340,7 +340,7 @@ def attending_in(bits, inputs):
 
 
 @pytest.mark.parametrize("bits", BITS[:2])
-@pytest.mark.parametrize("name", ["ragged", "offset", "one_query_long_view", "empty_view"])
+@pytest.mark.parametrize("name", ["ragged", "offset", "one_query_long_view", "prefill_on_trace", "empty_view"])
 def test_quantised_rows(name, bits, dtype):
     heads = (2, 2) if dtype == torch.float16 else (4, 2)
     inputs = attention_inputs(VIEWS[name], heads, rows=POOL)

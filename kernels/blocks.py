@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "ARCHITECTURES", "FUSION", "HEAD_DIMS", "NARROW", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks", "launch_options",
-    "line_of", "table",
+    "ARCHITECTURES", "FUSION", "HEAD_DIMS", "NARROW", "QUANTIZED", "ROWS", "TABLE", "TILE", "attention_blocks", "blocks",
+    "launch_options", "line_of", "table",
 ]  # fmt: skip
 
 BLOCKS = {
@@ -48,6 +48,7 @@ TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
 HEAD_DIMS = (64, 128, 256)
 NARROW = 96  # heads of 65 to 96 have their own line where the tile of 128 spills with their masks
 ROWS = {"fwd": (16, 64, 128), "dq": (16, 64), "dkv": (64,)}  # query rows of a sequence, up to; the last serves more too
+QUANTIZED = "8"  # behind fwd or dq: over quantised rows, which have a line of their own where that of full rows spills
 
 
 @functools.cache
@@ -57,27 +58,35 @@ def blocks(op: str) -> dict:
 
 
 def attention_blocks(kernel: str, rows: int, head_dim: int, wide: bool, offset: bool, device: torch.device) -> dict:
-    """As `blocks`, for the kernels fwd, dq and dkv of cross_attention. rows: query rows of a sequence, on average; wide:
-    products in float32; offset: a segment may be read at a position offset. Launchers take another function in its place."""
+    """As `blocks`, for the kernels fwd, dq, dkv, fwd8 and dq8 of cross_attention. rows: query rows of a sequence, on average;
+    wide: products in float32; offset: a segment may be read at a position offset. Launchers take another function in its
+    place."""
     arch = architecture(device)
     if arch is None:  # the interpreter: small inputs still have several tiles
         return dict(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32)
-    return launch_options(table()[line_of(kernel, rows, head_dim, wide, offset, arch)], 0 if wide else arch)
+    return launch_options(table()[line_of(kernel, rows, head_dim, wide, offset, arch)], 0 if wide else arch, kernel)
 
 
 def line_of(kernel: str, rows: int, head_dim: int, wide: bool, offset: bool, arch: int) -> tuple:
     """The key in `table`; arguments as in `attention_blocks`, arch one of ARCHITECTURES."""
-    rows = next((size for size in ROWS[kernel] if rows <= size), ROWS[kernel][-1])
+    full = kernel.removesuffix(QUANTIZED)
+    rows = next((size for size in ROWS[full] if rows <= size), ROWS[full][-1])
     # float32 is the exception: one tile for all architectures
-    key = lambda size: (kernel, rows, size, wide, offset, 0 if wide else arch)
-    narrow = key(NARROW)
-    return narrow if 64 < head_dim <= NARROW and narrow in table() else key(next(d for d in HEAD_DIMS if head_dim <= d))
+    key = lambda size, kernel=kernel: (kernel, rows, size, wide, offset, 0 if wide else arch)
+    size = next(d for d in HEAD_DIMS if head_dim <= d)
+    if kernel != full and key(size) not in table():
+        return line_of(full, rows, head_dim, wide, offset, arch)
+    return key(NARROW) if 64 < head_dim <= NARROW and key(NARROW) in table() else key(size)
 
 
-def launch_options(line: dict, arch: int) -> dict:
-    """The keyword arguments that a line of the table asks for, for one of ARCHITECTURES or all, 0. HOIST: pointers to a
-    segment's rows stay in registers, which there are where operands of products, or accumulators, are elsewhere."""
-    return {name: line[name] or None for name in TILE} | dict(HOIST=arch in (90, 100)) | FUSION
+def launch_options(line: dict, arch: int, kernel: str = "") -> dict:
+    """The keyword arguments that a line of the table asks for, for one of ARCHITECTURES or all, 0, and a kernel. HOIST:
+    pointers to a segment's rows stay in registers, which there are where operands of products, or accumulators, are
+    elsewhere."""
+    options = {name: line[name] or None for name in TILE} | dict(HOIST=arch in (90, 100)) | FUSION
+    if kernel == "dq" + QUANTIZED and line.get("kernel") == "dq":
+        options["BLOCK_N"] = max(16, options["BLOCK_N"] // 2)  # numbers are made in registers, where those of K stay to the end
+    return options
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from diffmas.kernels.attention_forward import cross_attention_fwd_kernel
 from diffmas.kernels.attention_merge import cross_attention_merge_kernel
 from diffmas.kernels.attention_tiles import ENTRY, STREAM
 from diffmas.kernels.attention_work import attention_work_kernel, attention_work_kernel_streams
-from diffmas.kernels.blocks import FUSION, attention_blocks, blocks
+from diffmas.kernels.blocks import FUSION, QUANTIZED, attention_blocks, blocks
 from diffmas.kernels.launch import (
     Launch,
     accumulator,
@@ -63,9 +63,8 @@ def sizes(
 ) -> Launch:  # fmt: skip
     """Of fwd, dq, dkv or dkv_tail, from shapes alone: a split's share of the view is found on the device."""
     G, offset, dot = Hq // Hkv, rotated is not None, dot_dtype(dtype, pool_dtype)
-    block = tiles(kernel.removesuffix("_tail"), ceil_div(n, B) * G, D, dot.primitive_bitwidth > 16, offset, device)
-    if kernel == "dq" and pool_dtype == torch.int8:  # quantised rows become numbers in registers, where K stays to the end
-        block = block | dict(BLOCK_N=max(16, block["BLOCK_N"] // 2))
+    tiled = kernel.removesuffix("_tail") + (QUANTIZED if pool_dtype == torch.int8 else "")
+    block = tiles(tiled, ceil_div(n, B) * G, D, dot.primitive_bitwidth > 16, offset, device)
     BLOCK_D = max(16, power_of_two(D))
     constants = block | dict(
         scale=float(scale), Hq=Hq, G=G, D=D, HALF=rotated or 0, CAUSAL=causal, INTERLEAVED=interleaved, OFFSET=offset,

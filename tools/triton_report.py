@@ -1,17 +1,19 @@
 """Compiles the kernels for a GPU that need not be there, and says what they cost: registers, shared memory, stack, spills.
 
     python -m tools.triton_report                         # all of them, into triton_report.csv (make kernel-report)
-    python -m tools.triton_report --kernel dq dkv         # those of these kernels again; the others stay
-    python -m tools.triton_report --missing               # goes on where a run ended early
+    python -m tools.triton_report --missing               # those whose kernel or tile has changed, or that are not there yet
+    python -m tools.triton_report --kernel dq dkv         # these kernels alone; --arch, --dtype and --head-dim choose too
     python -m tools.triton_report "attention" --arch 80 90 100 120 --dtype float32 --head-dim 64        # printed
 
 What is compiled is what the launchers ask for: they run on small CPU tensors with the kernels replaced by recorders. Not under
-TRITON_INTERPRET=1, where kernels cannot be compiled.
+TRITON_INTERPRET=1, where kernels cannot be compiled. A row's column `code` is a hash of all that its binary follows from,
+beside Triton itself; a row that was compiled from other code is stale, and stays until it is compiled again.
 """
 
 import argparse
 import csv
 import functools
+import itertools
 import multiprocessing
 import os
 import re
@@ -30,6 +32,7 @@ from triton.compiler import ASTSource
 from diffmas.kernels import cross_attention, inject, linear, merge_states, pointwise, reposition
 from diffmas.kernels.blocks import ARCHITECTURES, launch_options, line_of, table
 from diffmas.kernels.launch import interpreting
+from tools.kernel_code import fingerprint
 
 __all__ = [
     "HIDDEN",
@@ -95,12 +98,13 @@ def attention_call(
     return cross_attention.cross_attention_backward(q, lse, q, q, lse, *pools, *view, *grads, tail, tiles=tiles)
 
 
-def quantized_call(n, D, dtype, tiles, tokens=2, payload=torch.int8, backward=False):
+def quantized_call(n, D, dtype, tiles, tokens=2, payload=torch.int8, backward=False, offset=False):
     """As `attention_call`, over quantised rows."""
     rows, q, lse = n + 4096, torch.zeros(tokens, 8, D, dtype=dtype), torch.zeros(tokens, 8)
     pools = torch.zeros(2, 2, rows, D, dtype=torch.int8).view(payload).transpose(1, 2).unbind()
     scales, one = torch.zeros(2, 2, rows).transpose(1, 2).unbind(), lambda *x: torch.tensor(x)
-    view = one(0, tokens), one(0, 2), one(0, 1), one(1, 1), None, None, 0.1, False
+    offsets = (one(0, 1), torch.zeros(D // 2)) if offset else (None, None)
+    view = one(0, tokens), one(0, 2), one(0, 1), one(1, 1), *offsets, 0.1, False
     if not backward:
         return cross_attention.cross_attention_quantized(q, *pools, *scales, *view, tiles=tiles)
     return cross_attention.cross_attention_quantized_backward(q, q, q, lse, *pools, *scales, *view, tiles=tiles)
@@ -200,11 +204,13 @@ LAYER = {
     "lora_grad": (linear, lora_grad_call, {}),
 }
 HIDDEN = 2048
-# Printed alone: they have the tiles of full rows, dq half of a tile's keys, and none of their own in blocks.csv yet.
+QUANTIZED_HEADS, QUANTIZED_ARCHITECTURES = (64, 128), (80, 90)  # the others of blocks.csv have not been compiled
 QUANTIZED = {
     "quantised rows": (cross_attention, quantized_call, dict(tokens=128)),
+    "quantised rows, offset": (cross_attention, quantized_call, dict(tokens=128, offset=True)),
     "quantised rows, latent step": (cross_attention, quantized_call, {}),
     "quantised rows, backward": (cross_attention, quantized_call, dict(tokens=128, backward=True)),
+    "quantised rows, backward, offset": (cross_attention, quantized_call, dict(tokens=128, backward=True, offset=True)),
     "quantised rows, backward of a step": (cross_attention, quantized_call, dict(backward=True)),
 }
 QUANTIZED |= {f"{op}, fp8": (*x, flags | dict(payload=torch.float8_e4m3fn)) for op, (*x, flags) in QUANTIZED.items()}
@@ -264,7 +270,7 @@ def tiles_for(arch: int, forced: dict[str, dict] | None = None):
 
     def tiles(kernel, rows, head_dim, wide, offset, device):
         lines.append(line_of(kernel, rows, head_dim, wide, offset, arch))
-        return launch_options((forced or {}).get(kernel) or table()[lines[-1]], lines[-1][-1])
+        return launch_options((forced or {}).get(kernel) or table()[lines[-1]], lines[-1][-1], kernel)
 
     return tiles, lines
 
@@ -351,6 +357,7 @@ def cases():
             yield from ((op, "bfloat16", D, arch) for D in (64, 80, 96, 128, 256))
             yield from ((op, "float32", D, arch) for D in (64, 128))
         yield op, "float16", 128, 90
+    yield from ((op, "bfloat16", D, arch) for op in QUANTIZED for arch in QUANTIZED_ARCHITECTURES for D in QUANTIZED_HEADS)
     for op in LAYER:
         for arch in ARCHITECTURES:
             yield op, "bfloat16", HIDDEN, arch
@@ -366,7 +373,8 @@ def expected_rows() -> list[tuple[dict, Launch]]:
             row = dict(kernel=one.kernel.__name__, dtype=dtype, head_dim=D, arch=arch, tile=_tile(one))
             if one.kernel.__name__.startswith("attention_work"):  # the same for all of them
                 row |= dict(dtype="int32", head_dim=0)
-            found.setdefault((*row.values(), repr(one)), ({"op": op, **row}, one))
+            row["code"] = code(one)
+            found.setdefault((*row.values(), one.line), ({"op": op, **row}, one))
     return list(found.values())
 
 
@@ -379,6 +387,12 @@ def wrong(one: dict) -> bool:
 def read_table() -> list[dict]:
     with TABLE.open(newline="") as file:
         return [{name: int(x) if x.isdecimal() else x for name, x in line.items()} for line in csv.DictReader(file)]
+
+
+def code(launch: Launch) -> str:
+    """Equal as long as the binary is, of one version of Triton and for one architecture."""
+    sorted_ = lambda values: sorted((str(k), str(v)) for k, v in values.items())
+    return fingerprint(launch.kernel, *map(sorted_, (launch.signature, launch.constants, launch.attributes, launch.options)))
 
 
 def _tile(launch: Launch) -> str:
@@ -407,40 +421,57 @@ def _write(rows: list[dict]) -> None:
         writer.writerows(sorted(rows, key=newest_first))
 
 
-def _key(row: dict) -> tuple:
+def _place(row: dict) -> tuple:
     return tuple(row[name] for name in ("op", "kernel", "dtype", "head_dim", "arch", "tile"))
+
+
+def _key(row: dict) -> tuple:
+    return *_place(row), row["code"]
+
+
+def _replaces(row: dict, old: dict) -> bool:
+    """Whether a row that was compiled now is the one that was there, or stands where a stale one was."""
+    same = row["triton"] == old["triton"] and _place(row) == _place(old)
+    return same and (row["code"] == old["code"] or _key(old) not in {_key(one) for one, _ in _expected()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="*", help="entries of OPS, to be printed; the whole table is written by default")
-    parser.add_argument("--arch", nargs="+", type=int, default=[90])
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--kernel", nargs="+", default=[""], help="ends of the names of kernels that are compiled again")
-    parser.add_argument("--missing", action="store_true", help="only what the table does not have yet")
+    parser.add_argument("--arch", nargs="+", type=int, help="printed: 90")
+    parser.add_argument("--dtype", nargs="+", help="printed: bfloat16")
+    parser.add_argument("--head-dim", nargs="+", type=int, help="printed: 128")
+    parser.add_argument("--kernel", nargs="+", default=[""], help="ends of names; of the table")
+    parser.add_argument("--missing", action="store_true", help="only what the table does not have yet, or of another code")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     args = parser.parse_args()
     if interpreting():
         parser.error("kernels cannot be compiled under TRITON_INTERPRET=1")
     if args.op:
-        for arch in args.arch:
-            for op in args.op:
-                for one in launches(op, args.head_dim, getattr(torch, args.dtype), arch=arch):
-                    what = dict(op=op, kernel=one.kernel.__name__, arch=arch, tile=_tile(one)) | compiled(one, arch)
-                    print("  ".join(f"{name} {value}" for name, value in what.items()), flush=True)
+        choices = itertools.product(args.arch or [90], args.op, args.head_dim or [128], args.dtype or ["bfloat16"])
+        for arch, op, head_dim, dtype in choices:
+            for one in launches(op, head_dim, getattr(torch, dtype), arch=arch):
+                what = dict(op=op, kernel=one.kernel.__name__, arch=arch, tile=_tile(one)) | compiled(one, arch)
+                print("  ".join(f"{name} {value}" for name, value in what.items()), flush=True)
         return
     table, here = read_table() if TABLE.exists() else [], triton.__version__
-    expected = [_key(row) for row, _ in _expected()]
-    again = lambda key: not args.missing and key[1].endswith(tuple(args.kernel))
-    rows = [one for one in table if one["triton"] != here or (_key(one) in expected and not again(_key(one)))]
-    have = {_key(one) for one in rows if one["triton"] == here}
-    wanted = [i for i, key in enumerate(expected) if key not in have]
+    chosen = lambda row: (
+        row["kernel"].endswith(tuple(args.kernel))
+        and all(
+            not values or row[name] in values
+            for name, values in (("arch", args.arch), ("dtype", args.dtype), ("head_dim", args.head_dim))
+        )
+    )
+    expected = {_place(row) for row, _ in _expected()}
+    rows = [one for one in table if one["triton"] != here or _place(one) in expected]
+    have = {_key(one) for one in rows if one["triton"] == here and args.missing}
+    wanted = [i for i, (row, _) in enumerate(_expected()) if chosen(row) and _key(row) not in have]
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as workers:
         for row in tqdm(workers.map(_row, wanted), total=len(wanted), desc="compile"):
-            rows.append(row)
+            rows = [one for one in rows if not _replaces(row, one)] + [row]
             _write(rows)  # after each: what was found is not lost
     rows = [one for one in rows if one["triton"] == here]
+    print(f"{sum(_key(row) not in set(map(_key, rows)) for row, _ in _expected())} rows are not there yet, or of another code")
     bad = list(filter(wrong, rows))
     print(f"{TABLE}: {len(rows)} kernels, {len(bad)} that spill, do not fit in shared memory or have no tensor cores")
     for one in bad:

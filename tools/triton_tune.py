@@ -12,7 +12,8 @@ that are left, the tile that the line has among them, are timed on the GPU's arc
 are printed, and the best is written beside the tile.
 
 A line that is removed from blocks.csv is searched anew (--missing: only those). Where heads of 65 to 96 need a smaller tile
-than those of 128, because of their masks, they get a line of head size 96: add it by hand.
+than those of 128, because of their masks, they get a line of head size 96, and quantised rows (fwd8, dq8) one of their own
+where the tile of full rows spills with them: add them by hand.
 """
 
 import argparse
@@ -46,6 +47,7 @@ LONG = {
         (128, 64, 8, 2),
         (64, 64, 4, 3),
         (64, 32, 4, 3),
+        (64, 16, 4, 3),
         (64, 64, 8, 3),
         (64, 64, 8, 2),
         (64, 32, 8, 2),

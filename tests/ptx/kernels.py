@@ -77,7 +77,7 @@ class Launches:
 
     def tiles(self, kernel, rows, head_dim, wide, offset, device) -> dict:
         line = line_of(kernel, rows, head_dim, wide, offset, self.arch)
-        return launch_options(table()[line], line[-1])
+        return launch_options(table()[line], line[-1], kernel)
 
     def of(self, kernel: str) -> list[Launch]:
         """The launches of a kernel whose name ends so."""

@@ -24,7 +24,8 @@ def _case(N, T, agents=3, batch=1, **more) -> Case:
 
 
 def _smol(N, T, batch, dtype) -> Case:
-    return end_to_end("training_step", "SmolLM2's shape", "step", "135M", 30, N=N, T=T, agents=3, batch=batch, dtype=dtype)
+    options = dict(agents=3, dtype=dtype, note="random weights, vocabulary 49152")
+    return end_to_end("training_step", "SmolLM2's shape", "step", "135M", 30, N=N, T=T, batch=batch, **options)
 
 
 # Minutes each, so only where they are asked for: `diffmas bench --only SmolLM2 --missing` measures those that are not stored.

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from diffmas.benchmarks import report, store
-from diffmas.benchmarks.machine import measure_machine, own_stream
+from diffmas.benchmarks.machine import measure_machine, name_of, own_stream
 from diffmas.benchmarks.measure import OURS, Case, Contest
 from diffmas.benchmarks.run import selected
 
@@ -89,7 +89,8 @@ def pytest_generate_tests(metafunc):
         module, option = metafunc.module, metafunc.config.getoption
         cases = selected(module, option("quick"), option("only"))
         if option("missing"):
-            cases = [case for case in cases if not store.measured(option("out") / store.FILE, case)]
+            here = name_of("cuda" if torch.cuda.is_available() else "cpu"), option("threads")
+            cases = [case for case in cases if not store.measured(option("out") / store.FILE, case, *here)]
         metafunc.parametrize("case", cases, ids=[c.key for c in cases])
 
 

@@ -23,8 +23,8 @@ from diffmas.agents.capture import captured
 from diffmas.ops import extension
 
 __all__ = [
-    "Canary", "Graph", "Machine", "canary", "clock", "cpu_name", "in_turns", "measure_machine", "own_stream", "peak_bytes",
-    "sample",
+    "Canary", "Graph", "Machine", "canary", "clock", "cpu_name", "in_turns", "measure_machine", "name_of", "own_stream",
+    "peak_bytes", "sample",
 ]  # fmt: skip
 
 SMALL, LARGE, LARGE_GPU = 8 << 20, 256 << 20, 1 << 30  # bytes of the working sets
@@ -250,6 +250,10 @@ def _best(call: Callable, device: str, seconds: float = 0.1) -> float:
     return min(sample(call, repeats, device) for _ in range(max(5, int(seconds / (repeats * once)))))
 
 
+def name_of(device: str) -> str:
+    return cpu_name() if device == "cpu" else torch.cuda.get_device_name(0)
+
+
 def cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -287,5 +291,4 @@ def measure_machine(device: str = "cpu") -> Machine:
         rates[name] = 2 * size**3 / _best(lambda a=a: a @ a, device)
     if device != "cpu":
         rates |= {f"{rate}_cached": rates[rate] for rate in ("read", "copy")}
-    name = cpu_name() if device == "cpu" else torch.cuda.get_device_name(0)
-    return Machine(device, name, torch.get_num_threads(), _cache_bytes(device), **rates)
+    return Machine(device, name_of(device), torch.get_num_threads(), _cache_bytes(device), **rates)

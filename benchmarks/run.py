@@ -1,5 +1,6 @@
 """What `diffmas bench` does: pytest on the suite's modules, then table, plots and page from the CSV."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,10 +20,10 @@ def modules() -> list[Path]:
 
 def selected(module, quick: bool, only: str) -> list:
     """A module's cases: those of --quick if asked for, whose module name or key contains `only`. Those that take minutes, in a
-    module's LONG, are measured where `only` finds them by key alone."""
+    module's LONG, are measured where `only` names their regime, or one of them by its key."""
     name = module.__name__.rsplit(".", 1)[-1]
     found = [c for c in module.CASES if (c.quick or not quick) and (only in name or only in c.key)]
-    return found + [c for c in getattr(module, "LONG", ()) if only and only not in name and only in c.key and not quick]
+    return found + [c for c in getattr(module, "LONG", ()) if not quick and only and (only in c.regime or only == c.key)]
 
 
 def default_out(quick: bool) -> Path:
@@ -38,18 +39,18 @@ def run(out: Path, quick: bool, only: str, threads: int, max_rounds: int, consol
         raise ValueError('diffmas bench needs pytest-benchmark: pip install "diffmas[test]"')
     import pytest
 
+    names = [path.stem.removeprefix("bench_") for path in modules()]
+    if not any(selected(import_module(f"diffmas.benchmarks.bench_{name}"), quick, only) for name in names):
+        raise ValueError(f"--only: expected a text that is in a module's name ({', '.join(names)}) or a case's, got {only!r}")
     options = [f"--only={only}", f"--out={out}", f"--threads={threads}", f"--max-rounds={max_rounds}"]
     # The suite's own lines replace pytest's; -s, or they would be captured. It runs from site-packages as well.
     plain = ["-s", "-p", "no:terminal", "-p", "no:cacheprovider", "--import-mode=importlib", f"--rootdir={HERE}"]
     status = pytest.main(
         [*map(str, modules()), *plain, *options, *(["--quick"] if quick else []), *(["--missing"] if missing else [])]
     )
-    if status == pytest.ExitCode.NO_TESTS_COLLECTED and missing:
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         console.print("no case is missing")
         return 0
-    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
-        names = ", ".join(path.stem.removeprefix("bench_") for path in modules())
-        raise ValueError(f"--only: expected a text that is in a module's name ({names}) or a case's, got {only!r}")
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         console.print(f"not finished: earlier results stay; the rows of this run are in {out / store.FILE}.part", markup=False)
     elif (out / store.FILE).exists():

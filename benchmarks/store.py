@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from diffmas.benchmarks.machine import Machine
-from diffmas.benchmarks.measure import Case
+from diffmas.benchmarks.measure import OURS, Case
 
 __all__ = ["COLUMNS", "Store", "commit", "measured", "read", "stamp"]
 
@@ -82,10 +82,12 @@ def _case(row: dict) -> tuple:
     return tuple(row.get(name) or "0" for name in names)
 
 
-def measured(path: Path, case: Case) -> bool:
-    """Whether a file has rows of a case."""
+def measured(path: Path, case: Case, machine: str, threads: int) -> bool:
+    """Whether a file has our time of a case, of this machine with as many threads; of whatever commit."""
     key = _case({name: str(value) for name, value in case.columns().items()})
-    return path.exists() and any(_case(row) == key for row in _raw(path))
+    here = {"machine": machine, "threads": str(threads), "provider": OURS}
+    of_here = [row for row in _raw(path) if here.items() <= row.items()] if path.exists() else []
+    return any(_case(row) == key and row["seconds"] for row in of_here)
 
 
 def _raw(path: Path) -> list[dict]:

@@ -52,7 +52,9 @@ def end_to_end(op: str, regime: str, phase: str, model="small", layers=4, quick=
     """A case with the heads of its model."""
     s = SHAPES[model]
     heads = f"{s['num_attention_heads']}/{s['num_key_value_heads']}"
-    return Case(op, regime, phase, heads=heads, D=s["head_dim"], model=model, layers=layers, note=NOTE, quick=quick, **shape)
+    return Case(
+        op, regime, phase, heads=heads, D=s["head_dim"], model=model, layers=layers, quick=quick, **{"note": NOTE, **shape}
+    )
 
 
 def make_model(case: Case, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:

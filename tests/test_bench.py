@@ -92,10 +92,13 @@ def test_cases_that_take_minutes(tmp_path, monkeypatch):
     assert len(found) == 8 and not {*found} & {*selected(bench_training, False, "")}
     assert selected(bench_training, False, "training") == bench_training.CASES
     path = tmp_path / "results.csv"
-    assert not store.measured(path, found[0])
-    rows = store.Store(path, {}, keep=True, at_once=True)
-    rows.add([found[0].columns() | {"provider": OURS}])
-    assert store.measured(path, found[0]) and not store.measured(path, found[1])
+    assert len(selected(bench_training, False, found[0].key)) == 1
+    rows = store.Store(path, {"machine": "this one", "threads": 1}, keep=True, at_once=True)
+    rows.add([found[0].columns() | {"provider": OURS, "why": "wrong result"}])
+    assert not store.measured(path, found[0], "this one", 1)
+    rows.add([found[0].columns() | {"provider": OURS, "seconds": 1.5}])
+    assert store.measured(path, found[0], "this one", 1) and not store.measured(path, found[1], "this one", 1)
+    assert not store.measured(path, found[0], "this one", 2) and not store.measured(path, found[0], "another", 1)
     case = dataclasses.replace(found[0], N=60, T=2, layers=2)
     monkeypatch.setattr(systems, "SMOL", systems.SMOL | {"vocab_size": 4096})
     contest = Contest(bench_training.problem(case), bench_training.PROVIDERS)

@@ -138,7 +138,9 @@ def test_a_killed_study_gives_the_same_table(tmp_path, monkeypatch):
     of_one = [f"{change}: reader{i}" for i in (1, 2, 3) for change in ("none", "other", "noise")]
     assert [r.name for r in audits] == ["own", "none", "other", "noise", *of_one]
     assert all(len(r.by_seed) == 2 and r.questions == 6 for r in methods + audits)
-    assert {r.to for r in methods} <= {"single", "latent_mas"} and {r.to for r in audits} == {"other"}
+    assert {r.to for r in methods} <= {"single", "latent_mas"} and all(
+        r.to == ":".join(["other", *r.name.split(":")[1:]]) for r in audits
+    )
     own = next(r for r in audits if r.name == "own")
     assert own.by_seed == next(r for r in methods if r.name == "diffmas").by_seed
     assert next(r for r in methods if r.name == "all facts, bare").accuracy > 0.8  # its base model answers by recall

@@ -61,10 +61,11 @@ class Choices(nn.Module):
         where gradients are recorded. asked: q of the questions, where the choice depends on them."""
         noise = temperature if self.training and torch.is_grad_enabled() else 0.0
         with torch.no_grad():
-            found, weights = [], self._weights(_name(i, j), unit.batch_size, asked)
+            found, weights = [], self._weights(_name(i, j), asked)
             for b, row in enumerate(by_sequence(unit)):
                 values = [unit.keys_values(layer, b)[1] for layer in range(len(unit))] if row else []
-                good = self._logits(weights[b], values).double().cpu() if row else torch.zeros(0, dtype=torch.float64)
+                w = weights if weights.dim() == 1 else weights[b]
+                good = self._logits(w, values).double().cpu() if row else torch.zeros(0, dtype=torch.float64)
                 if noise:
                     good = good - noise * torch.empty_like(good).exponential_().log()
                 found.append(lookup(rows_of(row), good))
@@ -86,9 +87,10 @@ class Choices(nn.Module):
         gate = torch.ones(len(owner), dtype=_wide(packed_rows[0][1]).dtype, device=packed_rows[0][1].device)
         for j in chosen_from:
             at = torch.from_numpy(np.flatnonzero(owner == j))
-            weights = self._weights(_name(i, j), len(rows), asked)
-            by_row = weights[torch.from_numpy(sequence[owner == j]).to(weights.device)]
-            g = self._logits(by_row, [v[at.to(v.device)] for _, v in packed_rows]).sigmoid().to(gate)
+            weights = self._weights(_name(i, j), asked)
+            if weights.dim() == 2:
+                weights = weights[torch.from_numpy(sequence[owner == j]).to(weights.device)]
+            g = self._logits(weights, [v[at.to(v.device)] for _, v in packed_rows]).sigmoid().to(gate)
             gate = gate.index_copy(0, at.to(gate.device), 1 + (g - g.detach()))
         copies = [(k, (_wide(v) * gate.to(v.device)[:, None, None]).to(v.dtype)) for k, v in packed_rows]
         others = [places(row, np.flatnonzero(own < 0)) for row, own in zip(rows, owners)]
@@ -96,9 +98,9 @@ class Choices(nn.Module):
         in_order = [_in_order(row, len(kept), own) for row, kept, own in zip(by_sequence(longer), others, owners)]
         return longer.reading(in_order)
 
-    def _weights(self, name: str, sequences: int, asked: Tensor | None) -> Tensor:
-        """What the values of each sequence are multiplied with, w + (A q) B: [B, sum(sizes)]."""
-        w = self.weights[name].expand(sequences, -1)
+    def _weights(self, name: str, asked: Tensor | None) -> Tensor:
+        """What the values are multiplied with: w, [sum(sizes)], or of each sequence w + (A q) B, [B, sum(sizes)]."""
+        w = self.weights[name]
         if name not in self.of_rows:
             return w
         return w + (asked.to(w) @ self.of_questions[name].T) @ self.of_rows[name]
@@ -108,7 +110,7 @@ class Choices(nn.Module):
         total = 0.0
         for w, v in zip(weights.split(self.sizes, -1), values):
             v = F.normalize(_wide(v).flatten(1), dim=-1)
-            total = total + (v * w.to(v)).sum(-1).to(weights.device)
+            total = total + (v @ w.to(v) if w.dim() == 1 else (v * w.to(v)).sum(-1)).to(weights.device)
         return total
 
 

@@ -18,6 +18,7 @@ rows, and of sampling. Relative paths of files start at the study's file.
 """
 
 import copy
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -184,7 +185,7 @@ def run(
         (case, seed): config_of(recipe, case, seed, output / slug(case) / f"seed{seed}", model, changes)
         for case in dict.fromkeys([*cases, *(recipe.cases[case].get("trained_by", case) for case in cases)]) for seed in seeds
     }  # fmt: skip
-    _check_data(recipe, configs)
+    _check_data(recipe, configs, cases, seeds)
     stamp, asked = output / "study.json", {"recipe": vars(recipe), "model": model, "changes": changes}
     if stamp.is_file():
         earlier = read_json(stamp)
@@ -212,14 +213,17 @@ def run(
     return outcome
 
 
-def _check_data(recipe: Recipe, configs: dict[tuple[str, int], Config]) -> None:
-    """Raises ValueError naming a case that is to be trained without rows: hours may pass before a study comes to it."""
-    trained = {
-        recipe.cases[case].get("trained_by", case): seed
-        for (case, seed), config in configs.items() if set(config.evaluation.methods) & set(TRAINED)
-    }  # fmt: skip
-    for case, seed in trained.items():
+def _check_data(recipe: Recipe, configs: dict[tuple[str, int], Config], cases: list[str], seeds: list[int]) -> None:
+    """Raises ValueError naming a case that is to be trained without its files: hours may pass before a study comes to it."""
+    for case, seed in itertools.product(cases, seeds):
+        methods = set(configs[case, seed].evaluation.methods) & set(TRAINED)
+        case = recipe.cases[case].get("trained_by", case)
         config = configs[case, seed]
+        if all((Path(config.output_dir) / f"{slug(f'trained {method}')}.json").is_file() for method in methods):
+            continue
+        for key, given in (("data.validation", config.data.validation), ("evaluation.data", config.evaluation.data)):
+            if given and not Path(given).is_file():
+                raise ValueError(f"case {case!r}: {key}: expected a file, found none at {given}")
         file, says = config.data.train, "--set data.train=FILE names one"
         if file and not Path(file).is_file():
             raise ValueError(f"case {case!r}: data.train: expected a file, found none at {file}; {says}")
@@ -258,4 +262,6 @@ def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome
     baselines = [name for name in scores if name in stages.config.evaluation.methods and name != "diffmas"]
     best = max(baselines, key=lambda name: statistics.fmean(map(statistics.fmean, scores[name])), default=None)
     outcome.methods.extend(pool(case, scores, best))
-    outcome.audits.extend(pool(case, told, "other") if told else [])
+    for agent in dict.fromkeys(name.partition(": ")[2] for name in told):  # "": the team
+        of_agent = {name: values for name, values in told.items() if name.partition(": ")[2] == agent}
+        outcome.audits.extend(pool(case, of_agent, f"other: {agent}" if agent else "other"))

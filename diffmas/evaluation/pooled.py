@@ -71,8 +71,12 @@ def pooled_table(rows: list[Pooled], title: str = "") -> Table:
         for r in rows
     ]  # fmt: skip
     heads = ("case: method", "right %", "95 % interval", "difference", "seeds")
-    to = {r.case: r.to for r in rows if r.to}
-    return narrow_table(title, heads, cells, "; ".join(f"{case}: difference to {name}" for case, name in to.items()))
+    to: dict[str, list[str]] = {}
+    for r in rows:
+        if r.to and r.to not in to.setdefault(r.case, []):
+            to[r.case].append(r.to)
+    said = [f"{case}: difference to {names[0]}" + ", an agent's to its own" * (len(names) > 1) for case, names in to.items()]
+    return narrow_table(title, heads, cells, "; ".join(said))
 
 
 def write_pooled(rows: list[Pooled], path) -> Path:

@@ -48,13 +48,16 @@ def load_config(name, **options):
 def load_base(name, *, dtype="auto", device=None, **options) -> nn.Module:
     """The model of `load_model` without its tokenizer; a multimodal one with its vision tower."""
     import transformers
+    from transformers.integrations import peft
 
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: expected 'auto', a torch.dtype or the name of one, got {dtype!r}")
     place, config = _place(name, options), load_config(name, **options)
     options = {**options, **place, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    if place.get("local_files_only"):  # transformers looks for an adapter beside the model, and would ask the hub for it
-        options["adapter_kwargs"] = {key: place[key] for key in ("cache_dir", "local_files_only") if key in place}
+    if place.get("local_files_only") and hasattr(peft, "maybe_load_adapters"):
+        # Since 5 transformers looks for an adapter beside the model without these, and would ask the hub for it.
+        where = {key: place[key] for key in ("cache_dir", "local_files_only") if key in place}
+        options["adapter_kwargs"] = {**where, **options.get("adapter_kwargs", {})}
     if "gguf_file" in place and (packed := getattr(transformers, "GgufConfig", None)) is not None:
         # Since 5.24 transformers would leave the blocks packed where it has kernels for them.
         options["quantization_config"] = packed(dequantize=True)
@@ -123,7 +126,7 @@ def _place(name, options: dict) -> dict:
 
 def _reached(place: dict) -> dict:
     """Of a name on the hub: without a network, what was downloaded before is all there is."""
-    asks = not (place.get("local_files_only") or place.get("proxies"))
+    asks = not (place.get("local_files_only") or place.get("proxies") or place.get("force_download"))
     return {**place, "local_files_only": True} if asks and hub_is_away() else place
 
 

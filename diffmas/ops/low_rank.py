@@ -193,7 +193,8 @@ def low_rank_attention(
 
 def _whole(codes: Codes, tables: Tables, reads: Whole, inv_freq: Tensor | None, scale: float, interleaved: bool) -> tuple:
     """Those arguments of the kernels of few queries that follow the pools."""
-    floats = (None if x is None else x.float().contiguous() for x in (*codes, *(tables or (None, None))))
+    device = reads.codes.device  # all layers have the same tables, but not one device
+    floats = (None if x is None else x.to(device, torch.float32).contiguous() for x in (*codes, *(tables or (None, None))))
     view = *reads.view[:4], reads.view[4] if inv_freq is not None else None, inv_freq
     return reads.codes, *floats, *view, scale, interleaved
 

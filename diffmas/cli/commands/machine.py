@@ -35,7 +35,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="the cases that end in under three minutes")] = False,
     only: Annotated[str, typer.Option(help="cases whose module or key has this text; other stored rows stay")] = "",
     missing: Annotated[
-        bool, typer.Option("--missing", help="the cases that the CSV does not have; each is stored when done")
+        bool, typer.Option("--missing", help="the cases that the CSV has no time of, of this machine; each is stored when done")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="directory for the CSV, the plots and the page", show_default=False)] = None,
     threads: Annotated[int, typer.Option(help="threads that torch uses", min=1)] = 1,

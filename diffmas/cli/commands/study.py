@@ -39,8 +39,9 @@ def study(
         if rows:
             console.print(pooled.pooled_table(rows, f"{path.stem}: {what}"))
             console.print()
-            team = [row for row in rows if ":" not in row.name]  # each agent's is in the table
-            written += [pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(team, shown / f"{what}.png")]
+            # A plot of an audit shows the team; each agent is in the table.
+            drawn = [row for row in rows if what == "methods" or ":" not in row.name]
+            written += [pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(drawn, shown / f"{what}.png")]
     if outcome.costs:
         written.append(files.write_rows(outcome.costs, shown / "costs.csv"))
     if outcome.entropies:

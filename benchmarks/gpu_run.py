@@ -81,7 +81,8 @@ SMOKES = {
     "triton last tokens": ("test_triton", "test_attention_backward_of_the_last_tokens and prefill"),
     "triton merge": ("test_triton", "test_merge_states and 37"),
     "triton reposition": ("test_triton", "test_reposition and 37"),
-    "triton linear": ("test_triton_layer", "test_linear and (one_row or seventeen_rows)"),
+    "triton linear": ("test_triton_layer", "test_linear and not together and (one_row or seventeen_rows)"),
+    "triton linears together": ("test_triton_layer", "test_linears_together and mlp_one_row"),
     "triton adapter of many rows": ("test_triton_layer", "test_what_lora_adds and seventy"),
     "triton lora grad": ("test_triton_layer", "test_lora_grad and 1200"),
     "triton norm": ("test_triton_layer", "test_norm and 576"),
@@ -101,7 +102,7 @@ SMOKES = {
 }
 SANITIZED = {
     ("memcheck", "triton"): ("test_triton", "test_attention and ragged and not last_tokens"),
-    ("memcheck", "triton linear"): ("test_triton_layer", "test_linear and (odd or seventeen_rows)"),
+    ("memcheck", "triton linear"): ("test_triton_layer", "test_linear and not together and (odd or seventeen_rows)"),
     ("memcheck", "cuda"): ("test_cuda", "test_attention and (one_query_long_view or ragged)"),
     ("racecheck", "cuda"): ("test_cuda", "test_attention and one_query_long_view"),
     ("memcheck", "wgmma"): ("test_cuda", "test_attention_of_many_queries and d128"),

@@ -16,7 +16,7 @@ from linear_systems import (
 from systems import ANSWERS, QUESTIONS
 from torch import nn
 
-from diffmas.models import few_rows, linears
+from diffmas.models import few_rows, linear_parts, linears
 from diffmas.ops import extension
 from diffmas.trace import few_rows_learning, lora_run
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels a
 
 def test_a_run_has_one_product_for_each_linear(monkeypatch):
     made = system()
-    with counted(lora_run, "lora_grads") as of_runs, counted(linears, "lora_grads") as of_passes:
+    with counted(lora_run, "lora_grads") as of_runs, counted(linear_parts, "lora_grads") as of_passes:
         monkeypatch.setattr(few_rows, "learning_layers", lambda *_: None)
         gradients(made)
     assert len(of_runs) == 2 * LINEARS

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent  # tools/ is imported from here
 
 # In a process of its own: kernels that were imported under TRITON_INTERPRET=1 cannot be compiled.
 CODE = """
-import json
+import json, re
 ATTENTION = ["attention", "attention, many segments", "attention, latent step, offset", "attention_backward"]
 ATTENTION += ["attention_backward, latent step"]
 from tools.triton_report import HIDDEN, LAYER, OPS, binary, compiled, launches
@@ -29,9 +29,16 @@ for op in [*OPS, *LAYER]:
         if op.startswith("attention"):
             tokens = OPS[op][2].get("tokens", 2) + 1
             same += [one == launch for one in launches(op, tokens=tokens) if one.kernel is launch.kernel]
-        # a stride may be 2^31 or its product with a head or token: neither is left in 32 bits
-        uses = [x for x in binary(launch, 90).asm["ttir"].splitlines() if "%stride_" in x and "tt.func" not in x]
-        narrow = [x for x in uses if "arith.extsi" not in x]
+        # a stride, or one chosen of several, may be 2^31 or its product with a head or token: neither is left in 32 bits
+        uses, chosen = [], set()
+        for line in binary(launch, 90).asm["ttir"].splitlines():
+            result, _, rest = (x.strip() for x in line.partition("="))
+            if "tt.func" in line or not ("%stride_" in rest or chosen & {*re.findall(r"%\\w+", rest)}):
+                chosen.discard(result)
+            else:
+                uses.append(line)
+                chosen = chosen | {result} if "arith.select" in rest else chosen - {result}
+        narrow = [x for x in uses if "arith.extsi" not in x and "arith.select" not in x]
         print(json.dumps([op, launch.kernel.__name__, same, len(uses), narrow, compiled(launch, 90)]))
 """
 SHARED = 232448  # bytes a program can have on sm_90; compiling does not check it

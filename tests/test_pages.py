@@ -139,14 +139,7 @@ def test_code(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "study, name",
-    [
-        ("facts", "methods"),
-        ("facts", "audit"),
-        ("gsm8k", "methods"),
-        ("openbookqa", "methods"),
-        ("scopes", "methods"),
-        ("passes", "methods"),
-    ],
+    [("facts", "methods"), ("facts", "audit"), ("gsm8k", "methods"), ("openbookqa", "methods"), ("scopes", "methods")],
 )
 def test_results_are_those_of_the_studies(study, name):
     """Accuracy with its interval, of each row that is stored."""

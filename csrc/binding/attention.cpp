@@ -114,12 +114,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_pool, const T
   return {o, lse};
 }
 
-std::tuple<Tensor, Tensor> cross_attention_quantized(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& k_scale,
-                                                     const Tensor& v_scale, const Tensor& q_indptr, const Tensor& seg_indptr,
-                                                     const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,
-                                                     const Optional& inv_freq, double scale, bool interleaved) {
-  AttentionArgs a = attention_args(q, {k_pool, v_pool, &k_scale, &v_scale}, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
-                                   scale, false, interleaved);
+std::tuple<Tensor, Tensor> forward_on_cpu(AttentionArgs& a, const Tensor& q) {
   Tensor o = empty_heads(q, a.n, a.q_heads, a.head_dim, false);
   Tensor lse = empty(q, {a.n, a.q_heads}, ScalarType::Float);
   a.o = rows_of_own(o, a.q_heads, a.head_dim, a.q.dtype);
@@ -127,6 +122,15 @@ std::tuple<Tensor, Tensor> cross_attention_quantized(const Tensor& q, const Tens
   Partials partials{q, {}};
   cpu::attention_forward(a, threads(), partials.workspace());
   return {o, lse};
+}
+
+std::tuple<Tensor, Tensor> cross_attention_quantized(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& k_scale,
+                                                     const Tensor& v_scale, const Tensor& q_indptr, const Tensor& seg_indptr,
+                                                     const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,
+                                                     const Optional& inv_freq, double scale, bool interleaved) {
+  AttentionArgs a = attention_args(q, {k_pool, v_pool, &k_scale, &v_scale}, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
+                                   scale, false, interleaved);
+  return forward_on_cpu(a, q);
 }
 
 Tensor cross_attention_quantized_backward(const Tensor& d_o, const Tensor& q, const Tensor& o, const Tensor& lse, const Tensor& k_pool,

@@ -18,6 +18,9 @@ AttentionArgs attention_args(const Tensor& q, const KV& kv, const Tensor& q_indp
                              const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq, double scale, bool causal,
                              bool interleaved);
 
+// o and lse of what `a` reads, by the CPU kernels.
+std::tuple<Tensor, Tensor> forward_on_cpu(AttentionArgs& a, const Tensor& q);
+
 // The partial results of the CPU kernels, in a tensor.
 struct Partials {
   const Tensor& like;

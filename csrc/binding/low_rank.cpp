@@ -72,13 +72,7 @@ std::tuple<Tensor, Tensor> low_rank_attention(const Tensor& q, const Tensor& k_p
   const LowRank low = low_rank(a, seg_code, {"z_k", "b_k", z_k, b_k, kNone, kNone}, {"z_v", "b_v", z_v, b_v, kNone, kNone}, keep, add,
                                cos, sin, device_of(q));
   a.low = &low;
-  Tensor o = empty_heads(q, a.n, a.q_heads, a.head_dim, false);
-  Tensor lse = empty(q, {a.n, a.q_heads}, ScalarType::Float);
-  a.o = rows_of_own(o, a.q_heads, a.head_dim, a.q.dtype);
-  a.lse = floats_of_own(lse);
-  Partials partials{q, {}};
-  cpu::attention_forward(a, threads(), partials.workspace());
-  return {o, lse};
+  return forward_on_cpu(a, q);
 }
 
 Tensor low_rank_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& o, const Tensor& lse, const Tensor& k_pool,

@@ -3,6 +3,7 @@
 #pragma once
 #include "cuda/sm90.h"
 #include "block_readers.cuh"
+#include "gradient_rows.cuh"
 
 namespace diffmas::cuda {
 
@@ -111,18 +112,11 @@ __device__ __forceinline__ void bring_queries(const BackwardLaunch& launch, cons
   }
   int i = 0;
   for_each_tile(launch, block, [&](int b, int tile, bool) {
-    // Rows behind the sequence's end belong to the next one, and a row with a NaN base would reach keys of other sequences.
+    // Rows behind the sequence's end belong to the next one.
     const int token = int(l.a.view.q_indptr[b]) + tile * launch.tokens;
     const int rows = min(launch.tokens, int(l.a.view.q_indptr[b + 1]) - token) * group;
-    bool wrong = rows < launch.tokens * group;
-    const float2* const from = l.bases_of(head) + int64_t(token) * group;
     float2 two[F::kQueries / 32];
-#pragma unroll
-    for (int j = 0; j < F::kQueries / 32; ++j) {
-      two[j] = lane + 32 * j < rows ? from[lane + 32 * j] : make_float2(0, 0);
-      wrong = wrong || two[j].x != two[j].x;
-    }
-    wrong = __any_sync(~0u, wrong);
+    const bool wrong = read_bases<F::kQueries>(l, head, token, rows, launch.tokens * group, two);
     const int stage = i % F::kStages;
     wait_for(shared.empty(stage), ~(i++ / F::kStages) & 1);
     if (lane == 0) {

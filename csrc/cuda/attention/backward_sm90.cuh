@@ -211,23 +211,9 @@ __device__ __forceinline__ void compute_gradients(const BackwardLaunch& launch, 
   }
 
   const int head = shared.work() % int(l.a.kv_heads), row = shared.work() / int(l.a.kv_heads) * F::kKeys;
-  const auto add = [&](const Rows& rows, const float (&x)[D / 8][4], float factor) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (!(has_grad >> h & 1)) continue;
-      float* const to = row_of<float>(rows, row + 64 * warpgroup + mine(h), head) + lane % 4 * 2;
-      Pack<float, 2> old[D / 8];  // all loads are issued before the first store
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j)
-        if (8 * j < l.slots.head_dim) old[j] = load<2>(to + 8 * j);
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j)
-        if (8 * j < l.slots.head_dim)
-          store<2>(to + 8 * j, pack<float>({old[j][0] + factor * x[j][2 * h], old[j][1] + factor * x[j][2 * h + 1]}));
-    }
-  };
-  add(l.a.dk_pool, dk, l.a.scale);
-  add(l.a.dv_pool, dv, 1);
+  const auto place = [&](int h) { return row + 64 * warpgroup + mine(h); };
+  add_to_pool<D>(l, l.a.dk_pool, head, has_grad, place, dk, l.a.scale);
+  add_to_pool<D>(l, l.a.dv_pool, head, has_grad, place, dv, 1);
 }
 
 template <class T, int D>

@@ -17,7 +17,7 @@
 // its arrival and its use.
 #pragma once
 #include "cuda/sm90.h"
-#include "launch.cuh"
+#include "gradient_rows.cuh"
 
 namespace diffmas::cuda {
 
@@ -128,17 +128,10 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
           copy_box(shared + F::kValues + panel * F::kKeyPanel, launch.v_pool, panel * kPanelElements, row, head, keys_here);
         }
       }
-      // Rows behind the sequence's end belong to the next one, and a row with a NaN base would reach keys of other sequences.
+      // Rows behind the sequence's end belong to the next one.
       const int rows = min(launch.tokens, tile.queries - tile.first) * group;
-      bool wrong = rows < launch.tokens * group;
-      const float2* const from = l.bases_of(head) + int64_t(tile.q_first + tile.first) * group;
       float2 two[F::kQueries / 32];
-#pragma unroll
-      for (int j = 0; j < F::kQueries / 32; ++j) {
-        two[j] = lane + 32 * j < rows ? from[lane + 32 * j] : make_float2(0, 0);
-        wrong = wrong || two[j].x != two[j].x;
-      }
-      wrong = __any_sync(~0u, wrong);
+      const bool wrong = read_bases<F::kQueries>(l, head, tile.q_first + tile.first, rows, launch.tokens * group, two);
       const int stage = i % F::kStages;
       wait_for(empty + stage, ~(i++ / F::kStages) & 1);
       if (lane == 0) {
@@ -245,23 +238,9 @@ __global__ void __launch_bounds__(Sm90Form<T, D>::kThreads, 1) attention_bwd_ker
     if (lane == 0) arrive(empty + stage);
   });
 
-  const auto add = [&](const Rows& rows, const float (&x)[D / 8][4], float factor) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (!(has_grad >> h & 1)) continue;
-      float* const to = row_of<float>(rows, row + mine(h), head) + lane % 4 * 2;
-      Pack<float, 2> old[D / 8];  // all loads are issued before the first store
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j)
-        if (8 * j < l.slots.head_dim) old[j] = load<2>(to + 8 * j);
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j)
-        if (8 * j < l.slots.head_dim)
-          store<2>(to + 8 * j, pack<float>({old[j][0] + factor * x[j][2 * h], old[j][1] + factor * x[j][2 * h + 1]}));
-    }
-  };
-  add(a.dk_pool, dk, a.scale);
-  add(a.dv_pool, dv, 1);
+  const auto place = [&](int h) { return row + mine(h); };
+  add_to_pool<D>(l, a.dk_pool, head, has_grad, place, dk, a.scale);
+  add_to_pool<D>(l, a.dv_pool, head, has_grad, place, dv, 1);
 }
 
 }  // namespace diffmas::cuda

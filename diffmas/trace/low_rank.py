@@ -146,9 +146,8 @@ def encoded(
     return coding, Encode.apply(coding, *flat) if learns else torch.zeros(0)
 
 
-PIECES = (
-    2  # of a sequence's queries that the kernels of few queries take: each multiplies the codes again, and tiles do so once
-)
+# Of a sequence's queries that the kernels of few queries take: each multiplies the codes again, and tiles do so once.
+PIECES = 2
 TILE = 1 << 18  # numbers of K, and as many of V, that are built at once: they stay in a CPU's second cache
 
 

@@ -53,12 +53,14 @@ SHAPES = {
         solver(of("a", rows=4, by="similarity"), "b", max_rows=8, max_rows_by="attention"),
     ],
     "in line": [
-        agent("a", 4, None), agent("b", 3, None, max_rows=5), agent("solver", 0, None, max_rows=7, max_rows_by="attention")
+        agent("a", 4, None), agent("b", 3, None, max_rows=5, max_rows_by="every"),
+        agent("solver", 0, None, max_rows=7, max_rows_by="attention"),
     ],
     "some layers": [*FIRST, solver(of("a", layers=[2]), of("b", every=2, layers=[0, 2]))],
     "some layers in turns": [
         FIRST[0], agent("b", 3, [of("a", layers=[1])]), agent("c", 2, [of("a", layers=[0, 2]), of("b", rows=2, layers=[1])]),
-        solver(of("c", "keep", layers=[0]), of("b", "reindex", layers=[0, 1]), of("a", kind="latent", layers=[1]), max_rows=14),
+        solver(of("c", "keep", layers=[0]), of("b", "reindex", layers=[0, 1]), of("a", kind="latent", layers=[1]),
+               max_rows=14, max_rows_by="latent"),
     ],
     "passes": [agent("a", 4, [], passes=2), agent("b", 4, [of("a", every=2)], passes=2), solver("a", of("b", rows=2))],
 }  # fmt: skip
@@ -140,7 +142,11 @@ class Choosing(Loop):
             return tokens
         if by in (None, "last"):
             return tokens[-rows:]
-        score = getattr(self, by)(i)
+        if by == "every":
+            back = [(k * len(tokens)) // rows for k in range(rows)]
+            return [x for k, x in enumerate(tokens[::-1]) if k in back or len(tokens) <= rows][::-1]
+        latents_first = lambda x: len(tokens) * self.is_latent(x) + tokens.index(x)
+        score = latents_first if by == "latent" else getattr(self, by)(i)
         good = sorted(tokens, key=lambda x: -score(x))[:rows]
         return [x for x in tokens if x in good]
 

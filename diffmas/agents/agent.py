@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from string import Formatter
 
 from diffmas.agents.graph import reads_of
-from diffmas.agents.selection import check_by, check_count
+from diffmas.agents.selection import BUDGETED, check_by, check_count
 from diffmas.ops.quantize import FORMATS
 
 __all__ = ["Agent"]
@@ -28,7 +28,8 @@ class Agent:
     rows it reads, out of those before it, in this order; or {"agent": name, "positions": ..., "select": ...} for where it has
     them, and which of them (`diffmas.agents.graph.Read`). None: all before it; []: nobody. max_rows: it reads at most so many
     rows, `sinks` included; where there are more, the best ones, max_rows_by: last (the default), similarity or attention
-    (`diffmas.agents.selection`). model: the name of another model that takes the turn (`MultiAgentSystem`'s others), and whose
+    (`diffmas.agents.selection`), those of one kind, prompt, latent or text, before all others, or every, as far apart as the
+    budget allows. model: the name of another model that takes the turn (`MultiAgentSystem`'s others), and whose
     rows are read through its projector; None is the system's own. max_message_tokens: behind its latent steps it writes a text
     of at most so many tokens, whose rows are read like the others (`diffmas.agents.messages`); with latent_steps 0 it says that
     alone; None: no text. message_temperature: None or 0 takes the likeliest tokens. rounds: it takes so many turns, in rounds
@@ -104,7 +105,7 @@ class Agent:
             raise ValueError(f"agent {self.name!r}: quantized: expected None with low_rank, got {self.quantized!r}")
         object.__setattr__(self, "reads", reads_of(self.name, self.reads))
         check_count(f"agent {self.name!r}: max_rows", self.max_rows)
-        check_by(f"agent {self.name!r}: max_rows_by", self.max_rows_by, "max_rows", self.max_rows)
+        check_by(f"agent {self.name!r}: max_rows_by", self.max_rows_by, "max_rows", self.max_rows, BUDGETED)
         check_message(self.name, self.max_message_tokens, self.message_temperature)
 
     def described(self) -> dict:

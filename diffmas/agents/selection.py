@@ -14,8 +14,8 @@ from torch import Tensor
 from diffmas.trace.views import Heads, Segment, length_of, places, rows_of, without_first
 
 __all__ = [
-    "BY", "LEARNED", "MEASURED", "PLANNED", "QUESTION", "Score", "Select", "best", "check_by", "check_count", "lookup",
-    "select_of", "selected", "within",
+    "BUDGETED", "BY", "LEARNED", "MEASURED", "PLANNED", "QUESTION", "Score", "Select", "best", "check_by", "check_count",
+    "lookup", "select_of", "selected", "within",
 ]  # fmt: skip
 
 Row = list[Segment]
@@ -25,6 +25,8 @@ MEASURED = ("similarity", "attention")  # by a forward of the reader's prompt (d
 LEARNED = "learned"  # by a weight of the edge (diffmas.agents.choice)
 QUESTION = "question"  # what a learned choice may depend on beside the rows
 BY = ("last", *MEASURED)
+SPREAD = "every"  # of a budget: rows as far apart as it allows
+BUDGETED = (*BY, *KINDS, SPREAD)
 
 
 def _later(rows: np.ndarray) -> np.ndarray:
@@ -187,12 +189,20 @@ def selected(row: Row, fixed: int, select: Select | None, scores: dict[str, Scor
 
 def best(row: Row, fixed: int, rows: int, by: str | None, scores: dict[str, Score]) -> Row:
     """The first `fixed` rows of a view, and of the others the best so many, in their order; of those that are as good as each
-    other the last ones. scores: as in `selected`."""
-    score = _later if by in (None, "last") else scores.get(by)
-    index = np.arange(length_of(row))
-    if score is None or len(index) <= fixed + rows:
+    other the last ones. by: one of BUDGETED. scores: as in `selected`."""
+    index, others = np.arange(length_of(row)), length_of(row) - fixed
+    if others <= rows:
         return row
-    best_last = np.argsort(score(rows_of(row)[fixed:]), kind="stable")
+    if by in KINDS:
+        good = np.repeat([s.kind == by for s in row], [s.length for s in row])[fixed:]
+    elif by == SPREAD:
+        good = np.isin(np.arange(others), others - 1 - np.arange(rows) * others // rows)
+    else:
+        score = _later if by in (None, "last") else scores.get(by)
+        if score is None:
+            return row
+        good = score(rows_of(row)[fixed:])
+    best_last = np.argsort(good, kind="stable")
     return places(row, np.concatenate((index[:fixed], fixed + np.sort(best_last[-rows:]))))
 
 

@@ -4,9 +4,11 @@ The peer is `diffmas.evaluation.plain_hf`: DynamicCache, torch.cat, autograd, co
 with the whole model called for every agent: logits of all tokens, hidden states of all layers. LoRA r = 8 on all linear layers;
 "PEFT's linears": ours with these unfused.
 The learning rate is 0, so that every step does the same work on the same weights. Loss and each parameter's gradient are
-compared with the plain way's.
+compared with the plain way's; a bfloat16 model's with those of its weights in float32, by the error that the plain way has there.
 """
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache, partial
 
 import torch
@@ -53,14 +55,25 @@ def problem(case: Case) -> Problem:
     system.train()
 
     @cache
-    def answer(dtype: torch.dtype) -> dict:  # in the model's own precision, whatever is asked for
-        loss = plain_loss(system, questions, answers)
-        loss.backward()
-        return _outputs(system, loss.detach())
+    def answer(dtype: torch.dtype) -> dict:  # in float32 at most: in float64 it would take minutes and gigabytes
+        with _precision(system.model, torch.float32 if dtype == torch.float64 else dtype):
+            loss = plain_loss(system, questions, answers)
+            loss.backward()
+            return _outputs(system, loss.detach())
 
     # Latent feedback amplifies rounding: two float32 ways of attention differ by up to 5e-5 in a parameter.
-    tolerance = 3e-4 if case.dtype == "float32" else 0.1
-    return Problem(case, (system, questions, answers), answer, tolerance=tolerance)
+    return Problem(case, (system, questions, answers), answer, tolerance=3e-4 if case.dtype == "float32" else None)
+
+
+@contextlib.contextmanager
+def _precision(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, frozen weights have this dtype; adapters are float32 as ever."""
+    before = {p: p.dtype for p in model.parameters() if not p.requires_grad and p.dtype != dtype}
+    for p in before:
+        p.data = p.data.to(dtype)
+    yield
+    for p, own in before.items():
+        p.data = p.data.to(own)
 
 
 def _outputs(system, loss) -> dict:

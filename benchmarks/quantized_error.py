@@ -44,7 +44,8 @@ def measure(model: nn.Module, context: Tensor, following: Tensor) -> list[dict]:
         off, dense = logits - full, _logits(model, following, caches[name])
         p, q = (x.log_softmax(-1) for x in (full, logits))
         rows.append({
-            "rows": name, "mb": traces[name].memory() / 1e6, "file_mb": _file_bytes(traces[name]) / 1e6,
+            "rows": name, "mb": sum(size.bytes for size in traces[name].sizes.values()) / 1e6,
+            "file_mb": _file_bytes(traces[name]) / 1e6,
             "rms": off.square().mean().sqrt().item(), "largest": off.abs().max().item(),
             "kl": F.kl_div(q, p, log_target=True, reduction="sum").item() / following.numel(),
             "same_first": (logits.argmax(-1) == full.argmax(-1)).double().mean().item(),
@@ -100,9 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        write_json(
-            Path(f"{given.out}.made_with.json"), made_with() | {"arguments": {k: str(v) for k, v in vars(given).items()}}
-        )
+        write_json(Path(f"{given.out}.made_with.json"), made_with() | {"text": given.text.name, "dtype": given.dtype})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The peer is `diffmas.evaluation.plain_hf`: DynamicCache, torch.cat, autograd, co
 with the whole model called for every agent: logits of all tokens, hidden states of all layers. LoRA r = 8 on all linear layers;
 "PEFT's linears": ours with these unfused.
 The learning rate is 0, so that every step does the same work on the same weights. Loss and each parameter's gradient are
-compared with the plain way's; a bfloat16 model's with those of its weights in float32, by the error that the plain way has there.
+compared with the plain way's; a bfloat16 model's with those of its weights in float32, by the error that the plain way has
+there.
 """
 
 import contextlib

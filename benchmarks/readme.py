@@ -10,12 +10,15 @@ from diffmas.benchmarks.result import Result, ratio_text, results, time_text
 __all__ = ["BEGIN", "END", "STORY", "block", "update"]
 
 BEGIN, END = "<!-- bench: begin, written by `make bench-readme` -->", "<!-- bench: end -->"
-# The cases that tell what to expect: short and long, even and ragged, attention alone, and one that is not won.
+# The cases that tell what to expect: short and long, even and ragged, a real model's shape, attention alone, and some not won.
 STORY = (
     dict(op="training_step", model="small", agents=3, N=512, T=16, batch=1),
     dict(op="training_step", model="small", agents=3, N=8192, T=16, batch=1),
     dict(op="training_step", model="small", agents=3, N=4096, T=16, batch=8),
     dict(op="training_step", model="8B"),
+    *(dict(op="training_step", model="135M", N=N, dtype="bfloat16") for N in (355, 268, 1693, 1753)),
+    *(dict(op="decoding", phase="decode", N=2056, batch=batch, dtype="bfloat16") for batch in (1, 8)),
+    dict(op="decoding", phase="prefill", dtype="bfloat16"),
     dict(op="attention_schedule", heads="4/2", agents=3, N=4096, T=16),
     dict(op="generation", model="small", N=4096, T=10),
     dict(op="latent_step", model="small", N=1024),
@@ -23,6 +26,7 @@ STORY = (
 )
 WORDS = {
     "training_step": "training step of {agents} agents, {model}, N = {N}, T = {T}",
+    "decoding": "decoding, {n} at a time, {model}, N = {N}",
     "attention_schedule": "attention of a training step, {agents} agents, {heads} heads, N = {N}, T = {T}",
     "generation": "generation by {agents} agents, {model}, N = {N}, T = {T}",
     "latent_step": "one latent step, {model}, N = {N}",
@@ -64,7 +68,9 @@ def block(rows: list[dict], results_dir: str, growth: bool) -> str:
 def _words(r: Result) -> str:
     layers = f"{r.first['layers']} layer{'s' if r.first['layers'] > 1 else ''} of {r.first['model']} shape"
     text = WORDS[r.op].format(**r.first | {"model": layers})
-    return text + (f", batch {r.first['batch']} of different lengths" if r.first["batch"] > 1 else "")
+    text += f", {r.first['dtype']}" if r.first["dtype"] != "float32" else ""
+    lengths = " of different lengths" if r.regime.startswith("ragged") else ""
+    return text + (f", batch {r.first['batch']}{lengths}" if r.first["batch"] > 1 else "")
 
 
 def _ops(done: list[Result]) -> str:

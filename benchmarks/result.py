@@ -25,7 +25,8 @@ class Result:
         self.op, self.regime, self.phase, self.note = (first[k] for k in ("op", "regime", "phase", "note"))
         self.first, self.ours = first, self.rows.get(OURS, {})
         self.peers = {name: r for name, r in self.rows.items() if name != OURS and r.get("ratio")}
-        self.whole = not first["model"] or first["phase"] in ("forward", "step")  # not a part of another row
+        parts = first["phase"] not in ("forward", "step") and self.op != "decoding"
+        self.whole = not first["model"] or not parts  # not a part of another row
 
     @property
     def shape(self) -> str:

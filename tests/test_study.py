@@ -393,18 +393,21 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_the_papers_recipes_ask_for_rows_to_train_on_before_anything_runs(name, tmp_path, monkeypatch):
+def test_the_papers_recipes_have_rows_to_train_on_or_ask_for_them_before_anything_runs(name, tmp_path, monkeypatch):
     monkeypatch.setattr(study.Stages, "measure", lambda *_: pytest.fail("something ran"))
     case, _ = PAPERS[name]
-    out = tmp_path / "out"
-    output = " ".join(call(name, "--output", out, code=1).output.split())
-    asks = f"case '{case}': data.train: expected a file, since {name} has no part to train on, got none; --set data.train=FILE"
-    assert asks in output and not out.exists()
-    output = call(name, "--output", out, "--set", "data.train=none.jsonl", code=1).output
-    assert "data.train: expected a file, found none at none.jsonl" in " ".join(output.split())
-    measured = []
+    out, measured = tmp_path / "out", []
+    refused = lambda *asked: " ".join(call(name, "--output", out, *asked, code=1).output.split())
+    file = "data.train: expected a file, found none at none.jsonl"
+    assert file in refused("--set", "data.train=none.jsonl")
+    if "plus" in name:  # MBPP's training part
+        assert "since aime24 has no part to train on" in refused("--set", "data.task=null", "--set", "task=aime24")
+    else:
+        asks = f"data.train: expected a file, since {name} has no part to train on, got none; --set data.train=FILE names one"
+        assert f"case '{case}': {asks}, --set data.task=NAME takes another task's rows" in refused()
+    assert not out.exists()
     monkeypatch.setattr(study.Stages, "measure", lambda self, name: measured.append(name) or {}["nothing"])
-    call(name, "--output", out, "--case", case, "--set", "evaluation.limit=1", "--set", f"data.train={__file__}", code=1)
+    call(name, "--output", out, "--case", case, "--set", "evaluation.limit=1", "--set", "data.task=mbpp", code=1)
     assert "diffmas" in measured
 
 

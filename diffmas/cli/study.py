@@ -246,11 +246,12 @@ def _check_data(recipe: Recipe, configs: dict[tuple[str, int], Config], cases: l
         for key, given in (("data.validation", config.data.validation), ("evaluation.data", config.evaluation.data)):
             if given and not Path(given).is_file():
                 raise ValueError(f"case {case!r}: {key}: expected a file, found none at {given}")
-        file, says = config.data.train, "--set data.train=FILE names one"
+        file, name = config.data.train, config.training_task
+        says = "--set data.train=FILE names one, --set data.task=NAME takes another task's rows"
         if file and not Path(file).is_file():
             raise ValueError(f"case {case!r}: data.train: expected a file, found none at {file}; {says}")
-        if not file and (config.task is None or "train" not in task(config.task).splits):
-            why = "" if config.task is None else f", since {config.task} has no part to train on"
+        if not file and (name is None or config.training_part not in task(name).splits):
+            why = "" if name is None else f", since {name} has no part to train on"
             raise ValueError(f"case {case!r}: data.train: expected a file{why}, got none; {says}")
 
 

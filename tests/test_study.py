@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import test_tasks
 import tiny_systems as tiny
 import torch
 import yaml
+from matplotlib.figure import Figure
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
@@ -66,6 +68,15 @@ def killed(self, *args):
 training.Trainer.training_step = killed
 study.run(Path(sys.argv[1]), Path(sys.argv[2]), None, "cpu", ["one fact"], None, {}, lambda text: None)
 """
+
+
+SAVEFIG = Figure.savefig
+
+
+@pytest.fixture(autouse=True)
+def pictures_are_not_drawn(monkeypatch):
+    """Which takes a third of a small study's time; one test draws them."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
 
 
 def recipe(tmp_path, **changes):
@@ -176,10 +187,12 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path, monkey
     asked += ("evaluation={limit: 3, samples: 4}", "generation.temperature=0.6")
     changes = [part for change in asked for part in ("--set", change)]
     versions = {"torch": version("torch").partition("+")[0], "peft": "0.1"}
-    ran = call(
-        recipe(tmp_path, audit=None, versions=versions), "--output", tmp_path / "out", "--results", tmp_path / "shown",
-        "--case", "two facts", "--seed", "3", *changes, "--json",
-    )  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(Figure, "savefig", SAVEFIG)
+        ran = call(
+            recipe(tmp_path, audit=None, versions=versions), "--output", tmp_path / "out", "--results", tmp_path / "shown",
+            "--case", "two facts", "--seed", "3", *changes, "--json",
+        )  # fmt: skip
     output, told = ran.stderr, json.loads(ran.stdout)
     assert "two facts" in output and "peft: the recipe was made with 0.1" in output and "torch: the recipe" not in output
     with (tmp_path / "shown" / "methods.csv").open() as file:
@@ -200,7 +213,7 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path, monkey
     assert [c.header for c in sure.columns][-3:] == ["agree %", "3 of 4 agree %", "4 of 4 agree %"] and len(sure.rows) == 4
     shown = f"{100 * float(costs['diffmas']['agree_3_of_4']):.1f}"
     assert list(sure.columns[-2].cells)[2] == shown and "perplexity" in output
-    assert (tmp_path / "shown" / "results.png").is_file()
+    assert (tmp_path / "shown" / "results.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "shown" / "gradients.csv").open() as file:
         norms = {row["norm of"]: row for row in csv.DictReader(file)}
     assert norms["parameters"]["looks"] == "1" and norms["rows of a reader's latent steps"]["looks"] == "3"

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import test_tasks
 import tiny_systems as tiny
 import torch
 import yaml
+from matplotlib.figure import Figure
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
@@ -22,7 +24,7 @@ from diffmas.cli import build, study
 from diffmas.cli import main as cli
 from diffmas.cli.stages import slug
 from diffmas.demo.experiment import BASE
-from diffmas.evaluation import Scorer
+from diffmas.evaluation import Scorer, pooled_costs
 from diffmas.evaluation.pooled import pool
 from diffmas.evaluation.tasks import facts as tasks
 from diffmas.evaluation.tasks import task
@@ -66,6 +68,15 @@ def killed(self, *args):
 training.Trainer.training_step = killed
 study.run(Path(sys.argv[1]), Path(sys.argv[2]), None, "cpu", ["one fact"], None, {}, lambda text: None)
 """
+
+
+SAVEFIG = Figure.savefig
+
+
+@pytest.fixture(autouse=True)
+def pictures_are_not_drawn(monkeypatch):
+    """Which takes a third of a small study's time; one test draws them."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
 
 
 def recipe(tmp_path, **changes):
@@ -171,13 +182,17 @@ def test_a_case_may_be_measured_with_the_adapters_of_another(tmp_path, monkeypat
             study.read(recipe(tmp_path, cases=bad))
 
 
-def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
-    changes = ("--set", "training.max_steps=1", "--set", "evaluation={limit: 3}")
+def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path, monkeypatch):
+    asked = ("training.max_steps=1", "training.logging_steps=1", "gradient_report_steps=1")
+    asked += ("evaluation={limit: 3, samples: 4}", "generation.temperature=0.6")
+    changes = [part for change in asked for part in ("--set", change)]
     versions = {"torch": version("torch").partition("+")[0], "peft": "0.1"}
-    ran = call(
-        recipe(tmp_path, audit=None, versions=versions), "--output", tmp_path / "out", "--results", tmp_path / "shown",
-        "--case", "two facts", "--seed", "3", *changes, "--json",
-    )  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(Figure, "savefig", SAVEFIG)
+        ran = call(
+            recipe(tmp_path, audit=None, versions=versions), "--output", tmp_path / "out", "--results", tmp_path / "shown",
+            "--case", "two facts", "--seed", "3", *changes, "--json",
+        )  # fmt: skip
     output, told = ran.stderr, json.loads(ran.stdout)
     assert "two facts" in output and "peft: the recipe was made with 0.1" in output and "torch: the recipe" not in output
     with (tmp_path / "shown" / "methods.csv").open() as file:
@@ -189,18 +204,30 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
         )  # fmt: skip
     assert [row["name"] for row in rows] == ["single", "all facts, bare", "diffmas", "all facts"]  # the case's methods
     with (tmp_path / "shown" / "costs.csv").open() as file:
-        steps = {row["method"]: row["latent_steps"] for row in csv.DictReader(file)}
-    assert steps["diffmas"] == str(3 * 3 * 2) and steps["single"] == "0"
+        costs = {row["method"]: row for row in csv.DictReader(file)}
+    assert costs["diffmas"]["latent_steps"] == str(3 * 3 * 2) and costs["single"]["latent_steps"] == "0"
+    for row in costs.values():  # of three questions
+        three, four = (float(row[f"agree_{k}_of_4"]) for k in (3, 4))
+        assert row["samples"] == "4" and 0 <= four <= three <= 1 and three in (0, 1 / 3, 2 / 3, 1)
+    sure, _ = pooled_costs.cost_tables(told["costs"])
+    assert [c.header for c in sure.columns][-3:] == ["agree %", "3 of 4 agree %", "4 of 4 agree %"] and len(sure.rows) == 4
+    shown = f"{100 * float(costs['diffmas']['agree_3_of_4']):.1f}"
+    assert list(sure.columns[-2].cells)[2] == shown and "perplexity" in output
+    assert (tmp_path / "shown" / "results.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "shown" / "gradients.csv").open() as file:
+        norms = {row["norm of"]: row for row in csv.DictReader(file)}
+    assert norms["parameters"]["looks"] == "1" and norms["rows of a reader's latent steps"]["looks"] == "3"
+    assert float(norms["parameters"]["largest"]) > 0 and (tmp_path / "shown" / "gradients.png").is_file()
     with (tmp_path / "shown" / "entropy.csv").open() as file:
         curve = [row for row in csv.DictReader(file) if row["method"] == "diffmas"]
     left = json.loads((tmp_path / "out" / "two_facts" / "seed3" / "measured_diffmas.json").read_text())["result"]
     assert [(r["case"], r["seed"], r["token"]) for r in curve] == [("two facts", "3", str(t)) for t in range(len(curve))]
-    assert curve[0]["tokens"] == "3" and [float(r["nats"]) for r in curve] == left["entropy_curve"]
+    assert curve[0]["tokens"] == "12" and [float(r["nats"]) for r in curve] == left["entropy_curve"]
     assert left["entropy_curve"] and (tmp_path / "shown" / "entropy.png").is_file()
     text = (tmp_path / "shown" / "made_with.json").read_text()
     made = json.loads(text)
     assert told["made_with"] == made and told["failures"] == [] and str(tmp_path / "shown" / "costs.csv") in told["files"]
-    assert made["changes"] == {"training": {"max_steps": 1}, "evaluation": {"limit": 3}}
+    assert made["changes"]["training"] == {"max_steps": 1, "logging_steps": 1}
     assert made["recipe"]["seeds"] == [0, 3] and made["recipe"]["config"]["model"] == "base" and str(BASE.parent) not in text
     (with_what,) = made["made_with"]
     assert with_what["versions"]["torch"] and with_what["machine"]
@@ -212,6 +239,20 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path):
     )
     other = call(recipe(tmp_path, about="other"), "--output", tmp_path / "out", code=1)
     assert "expected results of the same recipe" in other.output
+
+    # The tables once more, of what is there; a case has been added since.
+    monkeypatch.setattr(study.Stages, "_system", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr(training.Trainer, "train", lambda *_, **__: pytest.fail("something ran"))
+    more = recipe(tmp_path, audit=None, versions=versions, cases={**RECIPE["cases"], "three": {}}, seeds=[0, 3, 4])
+    case = tmp_path / "out" / "two_facts"
+    shutil.copytree(case / "seed3" / "training", case / "seed4" / "training")  # of a training that is not done
+    call(more, "--report", "--output", tmp_path / "out", "--results", tmp_path / "again")
+    for name in ("methods.csv", "costs.csv", "entropy.csv", "gradients.csv"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "shown" / name).read_bytes(), name
+    again = json.loads((tmp_path / "again" / "made_with.json").read_text())
+    assert again["changes"] == made["changes"] and "three" in again["recipe"]["cases"]
+    empty = call(more, "--report", "--output", tmp_path / "empty", code=1)
+    assert "--report: expected something that is done in" in empty.output and not (tmp_path / "empty").exists()
 
 
 def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -245,6 +286,7 @@ def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch):
         ({"cases": {"a": {"model": "m"}}}, ("--model", "n"), "--model: expected none, since the case 'a' has its own, got 'n'"),
         ({"cases": {"a b": {}, "a_b": {}}}, (), "cases: expected names that differ in letters or digits"),
         ({"seeds": [1, 1]}, (), "seeds: expected distinct seeds"),
+        ({"cases": {"a": {"audit": "some"}}}, (), "cases.a.audit: expected all,"),
         ({"audit": "some"}, (), "audit: expected all, latent, prompt, text or none, got 'some'"),
         ({"method": []}, (), "method: expected 'methods', or another of .* got an unknown key"),
         ({"methods": ["magic"]}, (), "case 'one fact': evaluation.methods: expected some of"),
@@ -364,18 +406,21 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_the_papers_recipes_ask_for_rows_to_train_on_before_anything_runs(name, tmp_path, monkeypatch):
+def test_the_papers_recipes_have_rows_to_train_on_or_ask_for_them_before_anything_runs(name, tmp_path, monkeypatch):
     monkeypatch.setattr(study.Stages, "measure", lambda *_: pytest.fail("something ran"))
     case, _ = PAPERS[name]
-    out = tmp_path / "out"
-    output = " ".join(call(name, "--output", out, code=1).output.split())
-    asks = f"case '{case}': data.train: expected a file, since {name} has no part to train on, got none; --set data.train=FILE"
-    assert asks in output and not out.exists()
-    output = call(name, "--output", out, "--set", "data.train=none.jsonl", code=1).output
-    assert "data.train: expected a file, found none at none.jsonl" in " ".join(output.split())
-    measured = []
+    out, measured = tmp_path / "out", []
+    refused = lambda *asked: " ".join(call(name, "--output", out, *asked, code=1).output.split())
+    file = "data.train: expected a file, found none at none.jsonl"
+    assert file in refused("--set", "data.train=none.jsonl")
+    if "plus" in name:  # MBPP's training part
+        assert "since aime24 has no part to train on" in refused("--set", "data.task=null", "--set", "task=aime24")
+    else:
+        asks = f"data.train: expected a file, since {name} has no part to train on, got none; --set data.train=FILE names one"
+        assert f"case '{case}': {asks}, --set data.task=NAME takes another task's rows" in refused()
+    assert not out.exists()
     monkeypatch.setattr(study.Stages, "measure", lambda self, name: measured.append(name) or {}["nothing"])
-    call(name, "--output", out, "--case", case, "--set", "evaluation.limit=1", "--set", f"data.train={__file__}", code=1)
+    call(name, "--output", out, "--case", case, "--set", "evaluation.limit=1", "--set", "data.task=mbpp", code=1)
     assert "diffmas" in measured
 
 

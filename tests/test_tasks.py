@@ -13,7 +13,10 @@ import yaml
 from typer.testing import CliRunner
 
 from diffmas import MultiAgentSystem
+from diffmas.cli import build
 from diffmas.cli import main as cli
+from diffmas.cli.config import Config
+from diffmas.cli.plain_data import parsed
 from diffmas.evaluation import Scorer, evaluate, sandbox
 from diffmas.evaluation.tasks import TASKS, Task, final, task
 from diffmas.training.data import Collator, check_row
@@ -338,6 +341,47 @@ def test_a_config_may_name_a_task(base, tmp_path):
     )
     output = call("evaluate", tmp_path / "config.yaml", "--adapter", tmp_path / "run", "--device", "cpu").output
     assert "1 questions" in output
+
+
+def test_a_team_is_trained_on_the_rows_of_another_task(tmp_path):
+    pytest.importorskip("math_verify")
+    described = {"model": "m", "task": "aime24", "evaluation": {"data": str(published(tmp_path / "aime.jsonl", [AIME]))}}
+    file = str(published(tmp_path / "gsm8k.jsonl", GSM8K))
+    settings = parsed(Config, {**described, "data": {"task": "gsm8k", "train": file, "validation": file}})
+    assert build.training_rows(settings) == ([task("gsm8k").row(r) for r in GSM8K],) * 2
+    assert build.evaluation_rows(settings) == [task("aime24").row(AIME)]
+    other = parsed(Config, {"model": "m", "task": "facts", "data": {"task": "gsm8k"}})
+    scorers = [build.scorer_of(other, training) for training in (True, False)]
+    assert [s.correct("18 dollars", "\\boxed{18}") for s in scorers] == [True, False]
+    made = parsed(Config, {"model": "m", "task": "facts", "data": {"task": "facts_two", "part": "validation", "limit": 7}})
+    assert build.training_rows(made) == (task("facts_two").rows("validation")[:7], None)
+    assert build.evaluation_rows(made) == task("facts").rows("test")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"task": "aime24", "data": {"task": "gsm8"}}, "data.task: expected one of .*did you mean 'gsm8k'?"),
+        (
+            {"task": "gsm8k", "data": {"task": "aime24"}},
+            r"data.task: expected a part of aime24 to train on, of \['test'\], got",
+        ),
+        (
+            {"task": "gsm8k", "data": {"part": "dev"}},
+            r"data.part: expected a part of gsm8k .*of \['test', 'train'\], got 'dev'",
+        ),
+        ({"task": "gsm8k", "data": {"part": "test"}}, "data.part: expected another part than that which gsm8k is evaluated on"),
+        (
+            {"task": "gsm8k", "data": {"part": "train", "train": "f"}},
+            "data.part: expected none with a file in data.train, which",
+        ),
+        ({"agents": [{"name": "a", "prompt": "b"}], "data": {"part": "train"}}, "data.part: expected none with no task, got"),
+    ],
+)
+def test_rows_to_train_on_that_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parsed(Config, {"model": "m", **settings})
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

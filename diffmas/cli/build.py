@@ -182,14 +182,14 @@ def trained_as(config: Config, method: str) -> Config:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(config: Config, path: str | None, part: str, limit: int | None = None) -> list[dict]:
-    """The rows of a file, in the published form of the config's task if it has one; without a file, of a part of the task."""
+def _rows(config: Config, name: str | None, path: str | None, part: str, limit: int | None = None) -> list[dict]:
+    """The rows of a file, in the published form of the task `name` if there is one; without a file, of a part of the task."""
     from diffmas.training.data import check_row, read_jsonl
 
-    if config.task is None:
+    if name is None:
         return read_jsonl(path, config.agents)[:limit]
-    rows = task(config.task).rows(part, path, limit)
-    check_row(rows[0], f"task {config.task}", config.agents)
+    rows = task(name).rows(part, path, limit)
+    check_row(rows[0], f"task {name}", config.agents)
     return rows
 
 
@@ -197,11 +197,12 @@ def training_rows(config: Config) -> tuple[list[dict], list[dict] | None]:
     """Training and validation rows; None for the latter if the config has none. Raises ValueError for rows that do not fit."""
     from diffmas.training.data import split
 
-    if not config.data.train and config.task is None:
+    name = config.training_task
+    if not config.data.train and name is None:
         raise ValueError("data.train: expected a file of JSON lines, got none")
-    train = _rows(config, config.data.train, "train", config.data.limit)
+    train = _rows(config, name, config.data.train, config.training_part, config.data.limit)
     if config.data.validation:
-        return train, _rows(config, config.data.validation, "validation")
+        return train, _rows(config, name, config.data.validation, "validation")
     if config.data.validation_fraction:
         return split(train, config.data.validation_fraction, config.data.seed)
     return train, None
@@ -211,7 +212,7 @@ def evaluation_rows(config: Config) -> list[dict]:
     """The rows that `diffmas evaluate` asks. Raises ValueError if the config names none, and for rows that do not fit."""
     limit = config.evaluation.limit
     if config.evaluation.data or config.task is not None:
-        return _rows(config, config.evaluation.data, "test", limit)
+        return _rows(config, config.task, config.evaluation.data, "test", limit)
     rows = training_rows(config)[1]
     if rows is None:
         raise ValueError("evaluation.data: expected a file of JSON lines (or validation data, or a task), got none")
@@ -221,12 +222,13 @@ def evaluation_rows(config: Config) -> list[dict]:
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
 
-def scorer_of(config: Config):
-    """What judges answers: the config's extract and match, or else the task's."""
+def scorer_of(config: Config, training: bool = False):
+    """What judges answers: the config's extract and match, or else the task's. training: of the rows to train on."""
     from diffmas.evaluation import Scorer
 
     given = {k: v for k in ("extract", "match") if (v := getattr(config.evaluation, k)) is not None}
-    return task(config.task).scorer() if config.task is not None and not given else Scorer(**given)
+    name = config.training_task if training else config.task
+    return task(name).scorer() if name is not None and not given else Scorer(**given)
 
 
 def _published(config: Config, agents):

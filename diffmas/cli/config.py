@@ -74,11 +74,14 @@ class OtherModel:
 class Data:
     """Files of JSON lines (`diffmas.training.data`); with a task, files in its published form, instead of the hub.
 
-    limit: only so many training rows, from the first. validation: a file; or instead validation_fraction, the share of the
-    training rows that is held out, drawn with seed.
+    task, part: whose rows are trained on, by default the config's task and "train"; with a file in `train`, task is the one in
+    whose published form it is, and `validation` too. limit: only so many training rows, from the first. validation: a file; or
+    instead validation_fraction, the share of the training rows that is held out, drawn with seed.
     """
 
     train: str | None = None
+    task: str | None = None
+    part: str | None = None
     limit: int | None = None
     validation: str | None = None
     validation_fraction: float | None = None
@@ -190,11 +193,36 @@ class Config:
             raise ValueError(f"evaluation.{error}") from error
         if self.data.validation and self.data.validation_fraction is not None:
             raise ValueError("data.validation_fraction: expected it alone, got it together with data.validation")
+        self._check_training_task()
         check_methods(self.evaluation.methods)
         if self.early_stopping_patience is not None and not (self.data.validation or self.data.validation_fraction):
             raise ValueError(
                 "early_stopping_patience: expected data.validation or data.validation_fraction with it, got neither"
             )
+
+    @property
+    def training_task(self) -> str | None:
+        """The task whose rows are trained on, or whose form data.train has."""
+        return self.data.task or self.task
+
+    @property
+    def training_part(self) -> str:
+        return self.data.part or "train"
+
+    def _check_training_task(self) -> None:
+        data, name = self.data, self.training_task
+        try:
+            parts = sorted(task(name).splits) if name is not None else []
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from error
+        if data.part is not None and (name is None or data.train):
+            with_what = "a file in data.train, which is of any part" if data.train else "no task"
+            raise ValueError(f"data.part: expected none with {with_what}, got {data.part!r}")
+        if (data.part or data.task) and not data.train and self.training_part not in parts:
+            key, got = ("part", data.part) if data.part else ("task", data.task)
+            raise ValueError(f"data.{key}: expected a part of {name} to train on, of {parts}, got {got!r}")
+        if data.part == "test" and name == self.task and not self.evaluation.data:
+            raise ValueError(f"data.part: expected another part than that which {name} is evaluated on, got 'test'")
 
     def _check_numbers(self) -> None:
         data, evaluation, generation = self.data, self.evaluation, self.generation

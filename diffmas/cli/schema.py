@@ -11,13 +11,14 @@ from diffmas.cli.methods import METHODS
 from diffmas.cli.training_section import training_kinds
 from diffmas.evaluation.scorer import MATCHERS
 from diffmas.evaluation.tasks import TASKS
+from diffmas.evaluation.tasks.task import PARTS
 from diffmas.training.settings import RECIPES
 
 __all__ = ["schema"]
 
-# Texts that have to be one of some, by field; "task" and "match" may be none.
+# Texts that have to be one of some, by field; "task", "part" and "match" may be none.
 ONE_OF = {**CHOICES, "dtype": DTYPES, "recipe": tuple(RECIPES), "methods": METHODS}
-ONE_OF |= {"task": (*TASKS, None), "match": (*MATCHERS, None)}
+ONE_OF |= {"task": (*TASKS, None), "part": (*PARTS, None), "match": (*MATCHERS, None)}
 
 NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object", type(None): "null"}
 

@@ -14,7 +14,7 @@ from diffmas.cli.config import Config
 from diffmas.cli.made_with import made_with
 from diffmas.cli.methods import TRAINED
 
-__all__ = ["Stages", "slug"]
+__all__ = ["NotDone", "Stages", "slug"]
 
 
 def slug(name: str) -> str:
@@ -22,12 +22,17 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=-]+", "_", name)
 
 
+class NotDone(Exception):
+    """A stage has left nothing, and is not to be done now."""
+
+
 class Stages:
     """config: its output_dir is where they leave their files. alone: prompts of one agent by name. progress: is told of
-    each. trained_by: the stages whose trainings these use, instead of their own."""
+    each; None: what is not done stays so, and `NotDone` is raised. trained_by: the stages whose trainings these use, instead
+    of their own."""
 
     def __init__(
-        self, config: Config, alone: dict[str, str], device: str, progress: Callable[[str], object],
+        self, config: Config, alone: dict[str, str], device: str, progress: Callable[[str], object] | None,
         trained_by: "Stages | None" = None,
     ):  # fmt: skip
         self.config, self.alone, self.device, self.progress = config, alone, device, progress
@@ -41,6 +46,8 @@ class Stages:
         file = self.directory / f"{slug(name)}.json"
         left = read_json(file) if file.is_file() else None
         if left is None or left["rests_on"] != rests_on:
+            if self.progress is None:
+                raise NotDone(str(file))
             self.directory.mkdir(parents=True, exist_ok=True)
             self.progress(f"{self.directory}: {name}")
             left = {"rests_on": rests_on, "made_with": made_with(), "result": make()}
@@ -82,6 +89,16 @@ class Stages:
             return {"id": secrets.token_hex(8), "steps": steps, **rate, "history": trainer.state.log_history}
 
         return self._once(f"trained {method}", make)
+
+    def gradient_norms(self, method: str) -> list[dict]:
+        """See `diffmas.evaluation.gradient_norms`; none of another case's training, or where none were asked for."""
+        from diffmas.evaluation.gradient_norms import norms_of_training
+        from diffmas.training.gradients import CSV
+
+        file = Path(build.trained_as(self.config, method).output_dir) / "training" / CSV
+        if self.trained_by is not None or not file.is_file():
+            return []
+        return norms_of_training(self.train(method)["history"], file)
 
     def _system(self, trained: bool):
         """The config's team with its trained adapter, or on the bare model; one of them is in memory at a time."""

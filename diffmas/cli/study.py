@@ -11,6 +11,7 @@
       one fact: {}
       two facts: {task: facts_two}
       unseen words: {task: facts_unseen, trained_by: one fact}   # measured with that case's adapters, none of its own
+      four samples: {trained_by: one fact, audit: null, evaluation: {samples: 4}, generation: {temperature: 0.6}}
 
 Every stage (a training, a method, an audit) leaves a file when it is done, which the next run finds (diffmas.cli.stages); one
 that fails is told at the end and does not stop the others. The seed is that of the adapter's first weights, of the order of the
@@ -33,11 +34,13 @@ from diffmas.cli.config import Config
 from diffmas.cli.made_with import made_with
 from diffmas.cli.methods import TRAINED
 from diffmas.cli.plain_data import parsed as checked
-from diffmas.cli.stages import Stages, slug
+from diffmas.cli.stages import NotDone, Stages, slug
 from diffmas.evaluation.pooled import Pooled, pool
 from diffmas.evaluation.tasks import task
 
 __all__ = ["Outcome", "Recipe", "changes_of", "named", "run", "write_made"]
+
+STAMP = "study.json"  # in an output: the recipe, the model and the changes that it is of
 
 
 @dataclass
@@ -56,9 +59,10 @@ class Recipe:
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: expected distinct seeds, at least one, got {self.seeds}")
-        if self.audit not in (None, "all", "latent", "prompt", "text"):
-            raise ValueError(f"audit: expected all, latent, prompt, text or none, got {self.audit!r}")
         self.cases = {name: changes or {} for name, changes in (self.cases or {"all": {}}).items()}
+        for where, of in (("", vars(self)), *((f"cases.{name}.", changes) for name, changes in self.cases.items())):
+            if of.get("audit") not in (None, "all", "latent", "prompt", "text"):
+                raise ValueError(f"{where}audit: expected all, latent, prompt, text or none, got {of['audit']!r}")
         if len({slug(name) for name in self.cases}) != len(self.cases):
             raise ValueError(f"cases: expected names that differ in letters or digits, got {list(self.cases)}")
         for name, changes in self.cases.items():
@@ -142,7 +146,7 @@ def merged(base: dict, changes: dict) -> dict:
 def config_of(recipe: Recipe, case: str, seed: int, directory: Path, model: str | None, changes: dict) -> Config:
     """The config of one case and seed. changes: of the command line. Raises ValueError naming case and key."""
     own = {"output_dir": str(directory), "training": {"seed": seed}, "generation": {"seed": seed}}
-    chosen = {key: value for key, value in recipe.cases[case].items() if key != "trained_by"}
+    chosen = {key: value for key, value in recipe.cases[case].items() if key not in ("trained_by", "audit")}
     methods = chosen.pop("methods", recipe.methods)
     data = merged(merged(merged(recipe.config, chosen), changes), own)
     data["evaluation"] = {**data.get("evaluation", {}), "methods": methods}
@@ -156,61 +160,79 @@ def config_of(recipe: Recipe, case: str, seed: int, directory: Path, model: str 
 
 class Outcome(NamedTuple):
     """Of a study. methods, audits: over seeds; of audits, those of one agent as "change: agent". costs: a `Result.row` for each
-    case, seed and method. entropies: of each of these, a row for each token of an answer. made: what all was made with.
-    failures: what was not measured, and why."""
+    case, seed and method. entropies: of each of these, a row for each token of an answer. norms: of the gradients of teams
+    that were trained. made: what all was made with. failures: what was not measured, and why."""
 
     methods: list[Pooled]
     audits: list[Pooled]
     costs: list[dict]
     entropies: list[dict]
+    norms: list[dict]
     made: dict
     failures: list[str]
 
 
 def run(
     path: Path, output: Path, model: str | None, device: str, cases: list[str] | None, seeds: list[int] | None, changes: dict,
-    progress: Callable[[str], object],
+    progress: Callable[[str], object], only_done: bool = False,
 ) -> Outcome:  # fmt: skip
     """Does what is missing of a study. output: of all stages. model: instead of the recipe's. cases, seeds: some of the
-    recipe's, by default all. changes: of the recipe's config. Raises ValueError for what does not fit, before anything runs,
-    and for an output that another recipe, model or changes have written to."""
+    recipe's, by default all. changes: of the recipe's config. only_done: runs nothing, for the tables of what is there, by
+    default with its model and changes. Raises
+    ValueError for what does not fit, before anything runs, and for an output that another recipe, model or changes have written
+    to; cases and seeds may have been added to a recipe."""
     recipe = read(path)
     for name, given, known in (("--case", cases, recipe.cases), ("--seed", seeds, recipe.seeds)):
         if unknown := [x for x in given or [] if x not in known]:
             raise ValueError(f"{name}: expected some of {list(known)}, got {unknown[0]!r}")
     cases, seeds = cases or list(recipe.cases), seeds or recipe.seeds
+    if only_done and (stamp := output / STAMP).is_file():
+        model, changes = model or read_json(stamp)["model"], changes or read_json(stamp)["changes"]
     if model is not None and (own := [case for case in cases if "model" in recipe.cases[case]]):
         raise ValueError(f"--model: expected none, since the case {own[0]!r} has its own, got {model!r}; --case chooses others")
     configs = {
         (case, seed): config_of(recipe, case, seed, output / slug(case) / f"seed{seed}", model, changes)
         for case in dict.fromkeys([*cases, *(recipe.cases[case].get("trained_by", case) for case in cases)]) for seed in seeds
     }  # fmt: skip
-    _check_data(recipe, configs, cases, seeds)
-    stamp, asked = output / "study.json", {"recipe": vars(recipe), "model": model, "changes": changes}
-    if stamp.is_file():
-        earlier = read_json(stamp)
-        for key, value in asked.items():
-            if earlier.get(key) != json.loads(json.dumps(value)):
-                raise ValueError(f"{output}: expected results of the same {key}, found others; choose another --output")
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(stamp, asked)
+    if not only_done:
+        _check_data(recipe, configs, cases, seeds)
+    asked = {"recipe": vars(recipe), "model": model, "changes": changes}
+    _stamp(output, json.loads(json.dumps(asked)), only_done)
     for name, wanted in recipe.versions.items():
         here = made_with()["versions"].get(name)
         if str(here).partition("+")[0] != str(wanted):  # builds of one version are one
             progress(f"{name}: the recipe was made with {wanted}, this is {here}")
-    outcome = Outcome([], [], [], [], {**asked, "made_with": [], "training_tokens_per_second": {}}, [])
+    outcome = Outcome([], [], [], [], [], {**asked, "made_with": [], "training_tokens_per_second": {}}, [])
+    told = None if only_done else progress
     for case in cases:
         trainer = recipe.cases[case].get("trained_by")
         of = {
             seed: Stages(
-                configs[case, seed], recipe.alone, device, progress,
-                trained_by=Stages(configs[trainer, seed], recipe.alone, device, progress) if trainer else None,
+                configs[case, seed], recipe.alone, device, told,
+                trained_by=Stages(configs[trainer, seed], recipe.alone, device, told) if trainer else None,
             )
             for seed in seeds
         }  # fmt: skip
         _run_case(recipe, case, of, outcome)
     return outcome
+
+
+def _stamp(output: Path, asked: dict, only_look: bool) -> None:
+    """Says in an output what writes to it. Raises ValueError if others have; cases and seeds may have been added since."""
+    stamp = output / STAMP
+    if stamp.is_file():
+        earlier = read_json(stamp)
+        known, now = earlier["recipe"], asked["recipe"]
+        of_cases = {name: changes for name, changes in now["cases"].items() if name in known["cases"]}
+        same = {"recipe": {**now, "cases": {**known["cases"], **of_cases}, "seeds": known["seeds"]}}
+        for key, value in {**asked, **same}.items():
+            if earlier.get(key) != value:
+                raise ValueError(f"{output}: expected results of the same {key}, found others; choose another --output")
+        seeds = list(dict.fromkeys([*known["seeds"], *now["seeds"]]))
+        asked = {**asked, "recipe": {**now, "cases": {**known["cases"], **now["cases"]}, "seeds": seeds}}
+    if not only_look:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(stamp, asked)
 
 
 def _check_data(recipe: Recipe, configs: dict[tuple[str, int], Config], cases: list[str], seeds: list[int]) -> None:
@@ -224,24 +246,30 @@ def _check_data(recipe: Recipe, configs: dict[tuple[str, int], Config], cases: l
         for key, given in (("data.validation", config.data.validation), ("evaluation.data", config.evaluation.data)):
             if given and not Path(given).is_file():
                 raise ValueError(f"case {case!r}: {key}: expected a file, found none at {given}")
-        file, says = config.data.train, "--set data.train=FILE names one"
+        file, name = config.data.train, config.training_task
+        says = "--set data.train=FILE names one, --set data.task=NAME takes another task's rows"
         if file and not Path(file).is_file():
             raise ValueError(f"case {case!r}: data.train: expected a file, found none at {file}; {says}")
-        if not file and (config.task is None or "train" not in task(config.task).splits):
-            why = "" if config.task is None else f", since {config.task} has no part to train on"
+        if not file and (name is None or config.training_part not in task(name).splits):
+            why = "" if name is None else f", since {name} has no part to train on"
             raise ValueError(f"case {case!r}: data.train: expected a file{why}, got none; {says}")
 
 
 def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome) -> None:
     scores: dict[str, list] = {}
     told: dict[str, list] = {}
+    audit = recipe.cases[case].get("audit", recipe.audit)
     for seed, stages in of.items():
+        measured = set()
         for name in stages.methods():
             try:
                 result = stages.measure(name)
+            except NotDone:
+                continue
             except Exception as error:  # the others are measured all the same
                 outcome.failures.append(f"{case}, seed {seed}, {name}: {error}")
                 continue
+            measured.add(name)
             scores.setdefault(name, []).append(result.pop("scores"))
             result.pop("texts")
             curve = zip(result.pop("entropy_curve", []), result.pop("entropy_counts", []))  # older stages have none
@@ -250,10 +278,15 @@ def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome
             outcome.costs.append({"case": case, "seed": seed, "model": Path(stages.config.model).name, **result})
             if name in TRAINED and "tokens_per_second" in (trained := stages.train(name)):
                 outcome.made["training_tokens_per_second"].setdefault(name, []).append(trained["tokens_per_second"])
-        if recipe.audit and "diffmas" in scores:
+        if "diffmas" in measured:
+            norms = stages.gradient_norms("diffmas")
+            outcome.norms.extend({"case": case, "seed": seed, **norm} for norm in norms)
+        if audit and "diffmas" in measured:
             try:
-                for name, values in stages.audit(None if recipe.audit == "all" else recipe.audit).items():
+                for name, values in stages.audit(None if audit == "all" else audit).items():
                     told.setdefault(name, []).append(values)
+            except NotDone:
+                pass
             except Exception as error:
                 outcome.failures.append(f"{case}, seed {seed}, audit: {error}")
         for made in stages.made:

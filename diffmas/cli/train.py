@@ -44,7 +44,7 @@ def _text_sft(config: Config, arguments, system, rows, held_out, resume: bool, p
     from diffmas import evaluation
     from diffmas.agents.file import read_json, write_json
 
-    options, scorer = config.evaluation, scorer_of(config)
+    options, scorer = config.evaluation, scorer_of(config, training=True)
     writing = text_team(config, system)
     writers = evaluation.Writers(
         system.model, system.tokenizer, writing.agents, system.chat_template, system.chat_options

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["figure", "room_for", "write_rows"]
+__all__ = ["figure", "room_for", "side_by_side", "write_rows"]
 
 
 def room_for(path) -> Path:
@@ -32,3 +32,12 @@ def figure(width: float, height: float):
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
     return made
+
+
+def side_by_side(axes, names: list[str], bars: dict[str, list[float]]) -> None:
+    """Horizontal bars of several kinds, by label, for each name."""
+    places, height = range(len(names)), 0.8 / len(bars)
+    for i, (label, values) in enumerate(bars.items()):
+        shift = (i - (len(bars) - 1) / 2) * height
+        axes.barh([place + shift for place in places], values, height, label=label, alpha=0.8)
+    axes.set(yticks=list(places), yticklabels=names)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from diffmas.agents.meter import PHASES
-from diffmas.evaluation.files import figure, room_for
+from diffmas.evaluation.files import figure, room_for, side_by_side
 from diffmas.evaluation.run import Result
 
 __all__ = ["drawn", "plot"]
@@ -23,12 +23,12 @@ def drawn(results: list[Result], title: str = ""):
     best = next((f" ({r.best_baseline})" for r in results if r.best_baseline), "")
     gaps.axvline(0, color="gray", linewidth=1)
     gaps.set(xlabel=f"less the best baseline{best}, points, paired (95 % interval)")
-    _side_by_side(sure, names, {
+    side_by_side(sure, names, {
         "gold answer": [r.perplexity for r in results], "decoded answer": [r.decoded_perplexity for r in results],
     })  # fmt: skip
     sure.set(xlabel="perplexity per token", xscale="log")
     agree = {f"{k} agree": [100 * r.agree[k] for r in results] for k in (results[0].agree if results else {})}
-    _side_by_side(alike, names, {**agree, "majority right": [100 * r.vote_accuracy for r in results]})
+    side_by_side(alike, names, {**agree, "majority right": [100 * r.vote_accuracy for r in results]})
     alike.set(xlabel="questions, %", xlim=(0, 100))
     left = [0.0] * len(results)
     for name in PHASES:
@@ -37,7 +37,7 @@ def drawn(results: list[Result], title: str = ""):
         left = [a + b for a, b in zip(left, seconds)]
     cost.set(xlabel="seconds")
     columns = {"tokens decoded": "tokens", "latent steps": "latent_steps", "prompt tokens": "prompt_tokens"}
-    _side_by_side(counts, names, {label: [getattr(r, what) for r in results] for label, what in columns.items()})
+    side_by_side(counts, names, {label: [getattr(r, what) for r in results] for label, what in columns.items()})
     counts.set(xlabel="of all agents", xscale="symlog")
     for r in results:
         curves.plot(range(1, len(r.entropy_curve) + 1), r.entropy_curve, label=r.method, marker=".")
@@ -50,15 +50,6 @@ def drawn(results: list[Result], title: str = ""):
         axes.legend(fontsize="small")
     canvas.suptitle(title or f"{results[0].questions} questions, {results[0].samples} sample(s) each")
     return canvas
-
-
-def _side_by_side(axes, names: list[str], bars: dict[str, list[float]]) -> None:
-    """Horizontal bars of several kinds for each name."""
-    places, height = range(len(names)), 0.8 / len(bars)
-    for i, (label, values) in enumerate(bars.items()):
-        shift = (i - (len(bars) - 1) / 2) * height
-        axes.barh([place + shift for place in places], values, height, label=label, alpha=0.8)
-    axes.set(yticks=list(places), yticklabels=names)
 
 
 def plot(results: list[Result], path, title: str = "") -> Path:

@@ -64,6 +64,7 @@ def init(
     train = "# train: FILE           # the set in its published form, instead of the hub's"
     if "train" not in found.splits:
         train = 'train: FILE             # this task is published without: lines of {"question": ..., "answer": ...}'
+        train += "\n  # task: gsm8k           # instead of a file: what another task has to train on"
     values = dict(file=output, runs=output.parent / "runs" / found.name, model=json.dumps(model), task=found.name, train=train)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(TEXT.format(**values, steps=found.latent_steps), encoding="utf-8")

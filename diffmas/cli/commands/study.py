@@ -20,19 +20,20 @@ def study(
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a key of the recipe's config, as data.train=FILE")
     ] = None,
+    report: Annotated[bool, typer.Option("--report", help="run nothing: tables and plots of what is done in --output")] = False,
     device: Device = None,
 ):
     """Run an experiment over cases and seeds: trainings, methods side by side, a causal audit; a killed one goes on."""
     from diffmas.agents.file import read_json
     from diffmas.cli import study as studies
-    from diffmas.evaluation import files, pooled
+    from diffmas.evaluation import files, gradient_norms, pooled, pooled_costs
 
     path = studies.named(name)
     target = output or Path("runs") / "studies" / path.stem
     with goes_on(lambda: f"what is done is in {target}, and the same command goes on"):
         outcome = studies.run(
             path, target, model, device_of(device), case, seed, studies.changes_of(change or []),
-            lambda text: errors.print(f"{text} ...", highlight=False),
+            lambda text: errors.print(f"{text} ...", highlight=False), report,
         )  # fmt: skip
     shown, written = results or target, []
     for rows, what in ((outcome.methods, "methods"), (outcome.audits, "audit")):
@@ -42,11 +43,20 @@ def study(
             # A plot of an audit shows the team; each agent is in the table.
             drawn = [row for row in rows if what == "methods" or ":" not in row.name]
             written += [pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(drawn, shown / f"{what}.png")]
+    if report and not outcome.costs:
+        raise ValueError(f"--report: expected something that is done in {target}, found nothing")
     if outcome.costs:
+        for table in pooled_costs.cost_tables(outcome.costs, f"{path.stem}: costs"):
+            console.print(table)
+            console.print()
         written.append(files.write_rows(outcome.costs, shown / "costs.csv"))
+        written.append(pooled_costs.plot_costs(outcome.costs, shown / "results.png", path.stem))
     if outcome.entropies:
         written.append(files.write_rows(outcome.entropies, shown / "entropy.csv"))
         written.append(pooled.plot_entropy(outcome.entropies, shown / "entropy.png"))
+    if outcome.norms:
+        written.append(gradient_norms.write_norms(outcome.norms, shown / "gradients.csv"))
+        written.append(gradient_norms.plot_norms(outcome.norms, shown / "gradients.png"))
     written.append(studies.write_made(outcome.made, shown))
     for file in written:
         console.print(str(file), highlight=False, soft_wrap=True)

@@ -94,7 +94,11 @@ def _say_in_the_card(settings, trainer, made: dict) -> None:
     from diffmas.agents.facts import add_facts
 
     arguments, state, held_out = trainer.args, trainer.state, trainer.eval_dataset
-    data = {"train": settings.data.train and Path(settings.data.train).name, "task": settings.task}
+    data = {
+        "train": settings.data.train and Path(settings.data.train).name,
+        "task": settings.training_task,
+        "part": settings.data.part,
+    }
     data = {name: value for name, value in data.items() if value}
     data |= {"rows": len(trainer.train_dataset), "validation rows": len(held_out or [])}
     best = {} if state.best_metric is None else {"lowest eval_loss": f"{state.best_metric:.4g}"}

@@ -151,15 +151,17 @@ def _defines(source: str, name: str) -> bool:
 
 
 def _amid_prose(text: str) -> str:
-    """The longest run of lines that is a program, from the first line that begins like one."""
+    """The longest run of lines that is a program and begins like one, empty lines aside; the text if there is none."""
     lines = text.splitlines()
     starts = [i for i, line in enumerate(lines) if re.match(r"(?:from|import|def|class|async|@)\b|@", line)]
+    longest, most = text, 0
     for start in starts:
-        for end in range(len(lines), start, -1):
-            source = "\n".join(lines[start:end])
-            if _parses(source):
-                return source
-    return text
+        for end in range(len(lines), start + most, -1):
+            if _parses(source := "\n".join(lines[start:end])):
+                if (filled := sum(map(bool, map(str.strip, lines[start:end])))) > most:
+                    longest, most = source, filled
+                break
+    return longest
 
 
 def _definitions(source: str) -> str:
@@ -198,7 +200,7 @@ def code(text: str, row: dict) -> str | None:
         return None
     if name and prefix and not _defines(source, name):
         return prefix + source
-    if not blocks and not _parses(source):
+    if not _parses(source):  # prose around it, a session's >>> behind it, an end that was cut off
         source = _amid_prose(source)
     # The prefix alone is a function with nothing but its docstring; its imports and helpers count.
     return (f"{prefix}\n\n" if _parses(prefix) else "") + _definitions(source)

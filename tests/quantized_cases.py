@@ -6,8 +6,9 @@ import torch
 from op_cases import Inputs
 
 from diffmas.ops import dequantize, quantize
+from diffmas.ops.quantize import FORMATS
 
-BITS = ["int8", "fp8", "int4"]
+BITS = [*FORMATS]
 
 
 def in_bits(inputs: Inputs, bits: str) -> tuple:

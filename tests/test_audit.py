@@ -14,7 +14,7 @@ from diffmas import Agent, MultiAgentSystem
 from diffmas.demo import experiment
 from diffmas.evaluation import audit, audit_table, communicates, plot_audit, single_agent, write_audit
 from diffmas.evaluation import audit as audit_function
-from diffmas.evaluation.audit import batches, conditions_of
+from diffmas.evaluation.causal_audit import batches, conditions_of
 from diffmas.evaluation.tasks import facts
 
 CLOSE = 1e-4  # a row read elsewhere is rotated by float32 tables

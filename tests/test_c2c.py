@@ -15,7 +15,7 @@ from diffmas import Agent, MultiAgentSystem
 from diffmas.agents.alignment import aligned, partners
 from diffmas.agents.member import Other
 from diffmas.agents.projector import Fuser, Projector
-from diffmas.evaluation.c2c import C2C
+from diffmas.evaluation.c2c_baseline import C2C
 
 SIZES = dict(kind=Fuser, hidden=12, inner=9, depth=2, dropout=0.0)
 AGENTS = [

@@ -350,19 +350,6 @@ def test_an_earlier_runs_checkpoints_are_not_lost(project, tmp_path):
     assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
-def test_help_does_not_wait_for_torch():
-    code = (
-        "import sys; from importlib.metadata import EntryPoint; from typer.testing import CliRunner\n"
-        "app = EntryPoint('diffmas', 'diffmas.cli:app', 'console_scripts').load()\n"
-        "for arguments in (['--help'], ['train', '--help']):\n"
-        "    result = CliRunner().invoke(app, arguments); assert result.exit_code == 0; print(result.output)\n"
-        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "evaluate" in done.stdout and "--overwrite" in done.stdout
-
-
 def test_help_names_all_methods():
     assert all(name in call("evaluate", "--help").output for name in ("some of single,text,text_sft", "stitch,c2c,diffmas"))
 

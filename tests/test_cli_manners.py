@@ -235,8 +235,27 @@ def test_commands_give_no_warnings(config, tmp_path):
         assert "Warning" not in run.stderr and "deprecated" not in run.stderr, run.stderr
 
 
-def test_help_does_not_wait_for_torch():
-    """Which is nearly all that it would cost."""
-    code = "import sys, diffmas; from diffmas.cli import app; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.strip() == "[]", run.stderr
+# Commands, what they end with and what they say, one after the other in a process of their own.
+WITHOUT_TORCH = """
+import sys
+from importlib.metadata import EntryPoint
+from typer.testing import CliRunner
+app = EntryPoint("diffmas", "diffmas.cli:app", "console_scripts").load()
+for arguments, code, says in (
+    ("--help", 0, "evaluate"), ("train --help", 0, "--overwrite"), ("tasks", 0, "gsm8k"), ("schema", 0, "learning_rate"),
+    ("init gsm8k", 0, "config.yaml"), ("train wrong.yaml", 1, "learning_rate"), ("audit wrong.yaml", 1, "learning_rate"),
+    ("evaluate wrong.yaml", 1, "learning_rate"), ("evaluate --task gsm --model x", 1, "gsm8k"),
+    ("generate --adapter x --question y --field z", 1, "--field"), ("view nowhere", 1, "nowhere"),
+):
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == code and says in result.output, (arguments, result.output, result.exception)
+    assert not {"torch", "transformers"} & set(sys.modules), arguments
+"""
+
+
+def test_what_needs_no_model_does_not_wait_for_torch(tmp_path):
+    """Which is nearly all that it would cost. Wrong options and configs are told before, too."""
+    (tmp_path / "wrong.yaml").write_text("{model: nowhere, task: gsm8k, training: {learning_rat: 1}}")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]

@@ -1,16 +1,20 @@
 """What writes a config for a user, and tells an editor what it may hold: diffmas init, diffmas schema, --version."""
 
+import dataclasses
 import json
+import typing
 
 import jsonschema
 import pytest
 import yaml
+from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 import diffmas
 from diffmas.cli import config
 from diffmas.cli import main as cli
 from diffmas.cli.schema import schema
+from diffmas.cli.training_section import OF_SCRIPTS, training_kinds
 from diffmas.evaluation.tasks import TASKS
 
 
@@ -86,3 +90,15 @@ def test_the_command_prints_the_schema_and_the_version():
     assert "--install-completion" in call("--help")
     asked = {"_DIFFMAS_COMPLETE": "complete_bash", "COMP_WORDS": "diffmas train --res", "COMP_CWORD": "2"}
     assert CliRunner().invoke(cli.app, [], prog_name="diffmas", env=asked).output == "--resume\n"
+
+
+def test_fields_of_training_are_those_of_transformers():
+    """They are read from its source; its own types are told by themselves."""
+    kinds = typing.get_type_hints(TrainingArguments)
+    theirs = {f.name: kinds[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+    found = training_kinds()
+    assert found.keys() == theirs.keys() - {"output_dir", *OF_SCRIPTS}
+    assert {theirs[name] for name in found} > {bool, int, float, str}
+    for name, kind in found.items():
+        own = "OwnKind" in str(kind) or "ForwardRef" in str(kind)
+        assert own != (kind == theirs[name]), (name, kind, theirs[name])

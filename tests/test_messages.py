@@ -17,8 +17,8 @@ from diffmas.agents.latent_check import unlike_tokens
 from diffmas.agents.meter import measuring
 from diffmas.agents.sampling import Sampling
 from diffmas.evaluation import audit, evaluate
-from diffmas.evaluation.audit import conditions_of
 from diffmas.evaluation.baselines import Latent, TextAgents
+from diffmas.evaluation.causal_audit import conditions_of
 from diffmas.evaluation.look import look_at
 from diffmas.models.parts import causal_lm_of
 

@@ -8,9 +8,10 @@ from string import Formatter
 
 from diffmas.agents.graph import reads_of
 from diffmas.agents.selection import BUDGETED, check_by, check_count
-from diffmas.ops.quantize import FORMATS
 
-__all__ = ["Agent"]
+__all__ = ["FORMATS", "Agent"]
+
+FORMATS = ("int8", "fp8", "int4")  # of `diffmas.ops.quantize`, which needs torch
 
 
 @dataclass(frozen=True)

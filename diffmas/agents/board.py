@@ -6,8 +6,8 @@ import torch
 
 from diffmas.agents import adapters
 from diffmas.agents.alignment import partners
-from diffmas.agents.checks import readings
 from diffmas.agents.crossing import fused, projected
+from diffmas.agents.described import readings
 from diffmas.agents.graph import branches_of, handed_on, home
 from diffmas.agents.low_rank import Coder
 from diffmas.agents.meter import has_read, phase

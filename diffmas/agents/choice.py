@@ -68,7 +68,7 @@ class Choices(nn.Module):
                 good = self._logits(w, values).double().cpu() if row else torch.zeros(0, dtype=torch.float64)
                 if noise:
                     good = good - noise * torch.empty_like(good).exponential_().log()
-                found.append(lookup(rows_of(row), good))
+                found.append(lookup(rows_of(row), good.double().cpu().numpy()))
         return found
 
     def gated(

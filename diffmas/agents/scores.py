@@ -38,7 +38,7 @@ def scores(system, i: int, questions: list[dict], read: Trace, measures: set[str
     with evaluating(system), adapters.of_agent(system, i):
         for measure in sorted(measures):
             for b, values in enumerate(MEASURES[measure](system, ids, read)):
-                found[b][measure] = lookup(rows[b], values)
+                found[b][measure] = lookup(rows[b], values.double().cpu().numpy())
     return found
 
 

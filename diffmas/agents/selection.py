@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
-from torch import Tensor
 
 from diffmas.trace.views import Heads, Segment, length_of, places, rows_of, without_first
 
@@ -158,9 +157,9 @@ def check_by(where: str, by, name: str, count: int | None, known: tuple[str, ...
         raise ValueError(f"{where}: expected one of {known} or None, got {by!r}")
 
 
-def lookup(rows: np.ndarray, values: Tensor) -> Score:
+def lookup(rows: np.ndarray, values: np.ndarray) -> Score:
     """values [n]: of distinct rows [n]."""
-    order, values = np.argsort(rows), values.double().cpu().numpy()
+    order = np.argsort(rows)
     return lambda asked: values[order[np.searchsorted(rows, asked, sorter=order)]]
 
 

@@ -14,9 +14,10 @@ from diffmas.agents.agent import Agent
 from diffmas.agents.answers import answer_loss, answer_tokens
 from diffmas.agents.board import Board
 from diffmas.agents.chat import check_chat
-from diffmas.agents.checks import check_others, check_patched, check_team, readings
+from diffmas.agents.checks import check_others, check_patched, check_team
 from diffmas.agents.choice import Choices
 from diffmas.agents.decoding import text_before
+from diffmas.agents.described import readings
 from diffmas.agents.gradient_report import GradientReport
 from diffmas.agents.graph import Graph, home
 from diffmas.agents.low_rank import check_low_rank

@@ -84,7 +84,7 @@ def other_of(described: OtherModel, config: Config, receiver, adapter: bool = Tr
 def untrained_system(config: Config, adapter: bool = True, device: str | None = None):
     """The system that a config describes. adapter: whether it gets new LoRA adapters, else it is the bare model."""
     from diffmas.agents.adapters import add_lora, lora_config
-    from diffmas.agents.checks import readings
+    from diffmas.agents.described import readings
     from diffmas.agents.graph import home
     from diffmas.agents.system import MultiAgentSystem
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from diffmas.agents.agent import Agent
-from diffmas.agents.checks import check_agents, readings
+from diffmas.agents.described import check_agents, readings
 from diffmas.agents.graph import check_graph
 from diffmas.agents.options import Options
 from diffmas.agents.rounds import unrolled

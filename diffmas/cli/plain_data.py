@@ -8,12 +8,15 @@ from dataclasses import MISSING, fields, is_dataclass
 
 __all__ = ["parsed", "unknown_key", "value_of"]
 
+MANY = 40  # names that nobody reads in an error
+
 
 def unknown_key(key: str, known, where: str) -> ValueError:
     """The error that tells of a key which is none of the known ones. where: what stands before it in its name."""
     close = difflib.get_close_matches(str(key), known, n=1)
-    hint = f"{close[0]!r}, or another of " if close else "one of "  # first: there may be a hundred
-    return ValueError(f"{where}{key}: expected {hint}{sorted(known)}, got an unknown key")
+    hint = f"{close[0]!r}, or another of" if close else "one of"  # first, since there may be many
+    names = sorted(known) if len(known) <= MANY else f"the {len(known)} that `diffmas schema` has"
+    return ValueError(f"{where}{key}: expected {hint} {names}, got an unknown key")
 
 
 def _describe(kind) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from diffmas.agents.checks import readings
+from diffmas.agents.described import readings
 from diffmas.agents.graph import home
 from diffmas.cli.build import c2c_system, scorer_of, text_team, training_arguments, training_rows, untrained_system
 from diffmas.cli.config import Config

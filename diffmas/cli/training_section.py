@@ -1,7 +1,10 @@
 """The section `training` of config.yaml: fields of transformers' TrainingArguments."""
 
+import ast
+import builtins
 import typing
-from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
 
 from diffmas.cli.plain_data import unknown_key, value_of
 
@@ -15,12 +18,30 @@ OF_SCRIPTS = {
 }  # fmt: skip
 
 
-def training_kinds() -> dict[str, type]:
-    """What `training` may hold: the types of TrainingArguments' fields, by name."""
-    from transformers import TrainingArguments
+class OwnKind:
+    """In the place of transformers' own types, such as SchedulerType."""
 
-    kinds = typing.get_type_hints(TrainingArguments)
-    return {f.name: kinds[f.name] for f in fields(TrainingArguments) if f.init and f.name not in {"output_dir", *OF_SCRIPTS}}
+
+class _Names(dict):
+    def __missing__(self, name: str):
+        return getattr(builtins, name, None) or getattr(typing, name, OwnKind)
+
+
+def training_kinds() -> dict[str, type]:
+    """What `training` may hold: the types of TrainingArguments' fields, by name.
+
+    Read from transformers' source: its import waits for torch, longer than a misspelt key should.
+    """
+    source = Path(find_spec("transformers").origin).with_name("training_args.py")
+    tree, kinds = ast.parse(source.read_text(encoding="utf-8")), {}
+    (of_class,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    for node in of_class.body:
+        if not isinstance(node, ast.AnnAssign) or node.target.id in {"output_dir", *OF_SCRIPTS}:
+            continue
+        options = {key.arg: key.value for key in getattr(node.value, "keywords", ())}
+        if "init" not in options:  # a field that says it is none of the constructor's
+            kinds[node.target.id] = eval(ast.unparse(node.annotation), {}, _Names())
+    return kinds
 
 
 def training_fields(given: dict) -> dict:

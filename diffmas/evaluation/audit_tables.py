@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from diffmas.evaluation.audit import Condition, communicates
+from diffmas.evaluation.causal_audit import Condition, communicates
 from diffmas.evaluation.files import figure, room_for, write_rows
 from diffmas.evaluation.run import gap, narrow_table, percent
 

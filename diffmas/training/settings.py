@@ -1,8 +1,12 @@
 """Settings of training as transformers' TrainingArguments: ones that train a pretrained model as they are, and the paper's."""
 
-from dataclasses import fields
+from __future__ import annotations
 
-from transformers import TrainingArguments
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 __all__ = ["RECIPES", "default_arguments"]
 
@@ -36,6 +40,8 @@ def default_arguments(output_dir, recipe: str = "default", **overrides) -> Train
         >>> default_arguments(directory, "paper").gradient_accumulation_steps
         64
     """
+    from transformers import TrainingArguments  # which waits for torch; a config needs the names of recipes alone
+
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {tuple(RECIPES)}, got {recipe!r}")
     options = {
@@ -44,9 +50,11 @@ def default_arguments(output_dir, recipe: str = "default", **overrides) -> Train
     }  # fmt: skip
     if not {"save_strategy", "eval_strategy"} & overrides.keys():
         overrides |= {f"{name}_strategy": "steps" for name in ("save", "eval") if overrides.get(f"{name}_steps") is not None}
+    # transformers 4 takes whole steps, and a share of the steps by another name.
+    by_ratio = any(f.name == "warmup_ratio" and f.default == 0.0 for f in fields(TrainingArguments))
     if "warmup_ratio" in overrides:
         del options["warmup_steps"]
-    elif "warmup_steps" not in overrides and _WARMS_UP_BY_RATIO:
+    elif "warmup_steps" not in overrides and by_ratio:
         options["warmup_ratio"] = options.pop("warmup_steps")
     evaluating = str(getattr(overrides.get("eval_strategy"), "value", overrides.get("eval_strategy", "no")))
     if evaluating != "no":
@@ -69,7 +77,3 @@ def _check_saving(options: dict, evaluating: str) -> None:
     steps = (options.get("save_steps"), options.get("eval_steps"))
     if saving == "steps" and all(n is not None and n >= 1 for n in steps) and steps[0] % steps[1]:  # below 1: shares of all
         raise ValueError(f"save_steps: expected a multiple of eval_steps, {steps[1]:g}, got {steps[0]:g}; {otherwise}")
-
-
-# transformers 4 takes whole steps, and a share of the steps by another name.
-_WARMS_UP_BY_RATIO = any(f.name == "warmup_ratio" and f.default == 0.0 for f in fields(TrainingArguments))

@@ -42,9 +42,6 @@ def generate(
 ):
     """Answer a question, or a file of them, with a trained system. What is not given is the model's own generation config's, or
     256 tokens at temperature 0.6 and top-p 0.95."""
-    from diffmas.agents.system import MultiAgentSystem
-    from diffmas.cli.made_with import made_with
-
     fields = fields_of(question, field)
     if top_p == 0:
         raise ValueError("--top-p: expected more than 0, got 0")
@@ -52,6 +49,10 @@ def generate(
         raise ValueError("--questions, --output: expected both or none, got one")
     if questions is not None and fields:
         raise ValueError("--questions: expected it without --question and --field, got both")
+    # Torch is not waited for before.
+    from diffmas.agents.system import MultiAgentSystem
+    from diffmas.cli.made_with import made_with
+
     load = lambda: MultiAgentSystem.from_pretrained(adapter, model).to(device_of(device))  # noqa: E731
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples=samples)
     asked = {"adapter": str(adapter.resolve()), "team": _hash(adapter), "model": model, **options}

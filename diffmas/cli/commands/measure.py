@@ -50,7 +50,6 @@ def _chat_options(given: list[str]) -> dict | None:
 def _settings(config, task, model, path, latent_steps, output, adapter, chat_option):
     """The settings of a config file or of the options that stand for one, with the agents of --adapter if there is one."""
     from diffmas.agents.agent import Agent
-    from diffmas.agents.file import read_agents
     from diffmas.agents.options import Options
     from diffmas.cli.config import Config, Evaluation, load
     from diffmas.evaluation import tasks
@@ -72,6 +71,8 @@ def _settings(config, task, model, path, latent_steps, output, adapter, chat_opt
             raise ValueError(
                 f"--chat-option: expected none with --adapter, which was trained with its own, got {chat_option[0]!r}"
             )
+        from diffmas.agents.file import read_agents
+
         described = read_agents(adapter)
         agents, options = [Agent(**a) for a in described["agents"]], Options(**{k: described[k] for k in vars(options)})
         theirs = [agent.latent_steps for agent in agents[:-1]]
@@ -143,13 +144,9 @@ def evaluate(
     device: Device = None,
 ):
     """Compare the trained system with its baselines on the same questions, of a config or of a published task."""
-    from diffmas import evaluation
-    from diffmas.agents.file import write_json
-    from diffmas.cli.build import check_adapters, evaluation_rows, methods_of, scorer_of, trained_system
     from diffmas.cli.config import Evaluation, check_methods
-    from diffmas.cli.made_with import made_with
 
-    settings, place = _settings(config, task, model, path, latent_steps, output, adapter, chat_option), device_of(device)
+    settings = _settings(config, task, model, path, latent_steps, output, adapter, chat_option)
     options = settings.evaluation
     chosen = {
         "methods": methods and [name.strip() for name in methods.split(",")], "limit": limit, "samples": samples,
@@ -159,6 +156,13 @@ def evaluate(
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     vars(settings.generation).update({k: v for k, v in decoding.items() if v is not None})
     check_methods(options.methods)
+    # Torch is not waited for before.
+    from diffmas import evaluation
+    from diffmas.agents.file import write_json
+    from diffmas.cli.build import check_adapters, evaluation_rows, methods_of, scorer_of, trained_system
+    from diffmas.cli.made_with import made_with
+
+    place = device_of(device)
     scorer, rows = scorer_of(settings), evaluation_rows(settings)
     adapters = {name: path for name, path in (("text_sft", text_sft), ("stitch", stitch), ("c2c", c2c)) if path}
     names = {*options.methods, *adapters} - (set() if adapter else {"diffmas"})
@@ -239,13 +243,16 @@ def audit(
     device: Device = None,
 ):
     """Does a team communicate? Answers with each agent's own message, none, another question's, and noise."""
+    from diffmas.cli.config import load
+
+    settings = load(config)
+    # Torch is not waited for before.
     from diffmas import evaluation
     from diffmas.agents.file import write_json
     from diffmas.cli.build import evaluation_rows, scorer_of, trained_system
-    from diffmas.cli.config import load
     from diffmas.cli.made_with import made_with
 
-    settings, place = load(config), device_of(device)
+    place = device_of(device)
     options = settings.evaluation
     options.limit = options.limit if limit is None else limit
     rows = evaluation_rows(settings)

@@ -34,11 +34,13 @@ def train(
     """
     from diffmas.cli.build import trained_as
     from diffmas.cli.config import load
+
+    settings = trained_as(load(config), method)
+    # Torch is not waited for before.
     from diffmas.cli.made_with import made_with
     from diffmas.cli.train import trainer_of
     from diffmas.training import checkpoints, end_processes
 
-    settings = trained_as(load(config), method)
     earlier = [] if resume else checkpoints(settings.output_dir)
     if resume and overwrite:
         raise ValueError("--overwrite: expected it without --resume, got both")

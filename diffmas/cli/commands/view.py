@@ -34,13 +34,13 @@ def view(
     device: Device = None,
 ):
     """See a team at work on one question: who says what to whom, as a page to open in a browser."""
-    from diffmas.evaluation.look import look_at, look_at_file, page, plot
-
     fields = fields_of(question, field)
     if figure is not None and figure.suffix.lower() not in FIGURES:
         raise ValueError(f"--figure: expected a file {' or '.join(FIGURES)}, got {figure}")
     if not path.exists():
         raise ValueError(f"{path}: expected the directory of a team or a saved trace, found none")
+    from diffmas.evaluation.look import look_at, look_at_file, page, plot  # torch is not waited for before
+
     if path.is_dir():
         from diffmas.agents.system import MultiAgentSystem
 

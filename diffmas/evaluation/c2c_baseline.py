@@ -29,6 +29,10 @@ class C2C(MultiAgentSystem):
         receiver = Agent(RECEIVER, asked.prompt, system=asked.system, role=asked.adapter, reads=[SHARER])
         super().__init__(model, tokenizer, [sharer, receiver, asked], others=others, **options)
 
+    @classmethod
+    def class_name(cls) -> str:
+        return super().class_name().replace(__name__, "diffmas.evaluation.c2c")  # as it was saved before this file's name
+
     def prompt_ids(self, agent: Agent, fields: dict) -> list[int]:
         """Of the sharer all tokens, of the receiver all but the last, of who answers the last."""
         ids = super().prompt_ids(agent, fields)

@@ -7,6 +7,7 @@ import tiny_systems as tiny
 import torch
 from test_look import saved
 
+from diffmas import Trace
 from diffmas.evaluation.look import look_at, look_at_file, plot
 
 # ---- a saved trace ---------------------------------------------------------------------------------------------------
@@ -42,9 +43,20 @@ def test_a_saved_trace(tmp_path):
 
 def test_a_saved_trace_of_quantised_rows(tmp_path):
     trace, path = saved(tmp_path)
+    plain = look_at_file(path, tiny.tokenizer(), 1)
+    prompts, latents = (trace.keep(kind=kind, sinks=0) for kind in ("prompt", "latent"))
+    Trace.join([prompts, latents.quantize("int8")], "keep").save(path)
+    look = look_at_file(path, tiny.tokenizer(), 1)
+    found = {(b.agent, b.kind): b for b in look.blocks}
+    assert found.keys() == {(b.agent, b.kind) for b in plain.blocks} and "int8" in dict(look.facts)["quantised rows"]
+    for block in plain.blocks:
+        again = found[block.agent, block.kind]
+        assert again.texts == block.texts and again.position == block.position
+        assert again.values == pytest.approx(block.values, rel=0.02) and (again.values == block.values) == (
+            block.kind == "prompt"
+        )
     trace.quantize("int8").save(path)
-    with pytest.raises(ValueError, match=r"expected rows as they were written, got quantised ones \(int8\)"):
-        look_at_file(path)
+    assert [b.values for b in look_at_file(path, None, 1).blocks] == [pytest.approx(b.values, rel=0.02) for b in plain.blocks]
 
 
 # ---- the figure ------------------------------------------------------------------------------------------------------

@@ -70,8 +70,8 @@ class LayerWork(LayerBackward):
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
     # (layer, rotated q [n, Hq, D], o, lse, (K, V), parts, scale, interleaved) -> None: told who attends to what, in what
-    # `cross_attention` takes and returns; parts: of K/V heads, with views["all"] of each. Not where a sequence of the pass sees
-    # rows that are not a pool's alone: ask `plain`.
+    # `cross_attention` takes and returns; parts: of K/V heads, with views["all"] of each. o and lse are of all rows, also
+    # of those that are not a pool's (ask `plain`): views["frozen"] of `frozen_rows`, and `coded`.
     attended = None
     borrowed: Borrowed | None = None  # as long as a backward of it runs inside of another
 
@@ -207,7 +207,7 @@ class LayerWork(LayerBackward):
                 coded = self.coded.attend(i, self._sights and self._sights[i], q_rot, kv, views["all"][5], scale, backend)
                 o, lse = self._attention(layer, n, scale).merged(q_rot, [(o.view(q_rot.shape), lse), *coded])
             o = o if o.shape == q.shape else in_layout_of(q, o)
-            if whole and self.plain:
+            if whole:
                 self.attended(i, q_rot, o, lse, kv, parts, scale, interleaved)
         return o, q_rot, lse
 

@@ -12,7 +12,7 @@ What codes are made of is differentiable, and `Encode` is a node in the order of
 import threading
 import weakref
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -189,6 +189,21 @@ class CodedReads:
         for coding, reads in self._of(layer, sight, q, kv[0], backend):
             rest = inv_freq, scale, coding.interleaved, backend
             found.append(low_rank_attention(q, *kv, coding.layers[layer], coding.tables, reads, *rest))
+        return found
+
+    def seen(self, layer: int, kv: tuple[Tensor, Tensor]) -> list[tuple[np.ndarray, list[KVRange], tuple[Tensor, Tensor]]]:
+        """Of a pass over one sequence, for each coding that a layer reads: the numbers of the rows [n], as segments have them,
+        which of these are read, and K and V [n, Hkv, D] as the codes make them. kv: the layer's pool."""
+        found = []
+        for coding, (view,) in self._reads:
+            (view,) = seen_in([view], layer, 0)
+            if view:
+                own = [slice(r.start, r.start + r.length) for r in view]
+                made = [coding.built(layer, rows.start, tuple(x[rows] for x in kv)) for rows in own]
+                numbers = np.concatenate([np.arange(rows.start, rows.stop) for rows in own]) + coding.first
+                starts = accumulate((r.length for r in view), initial=0)
+                ranges = [r._replace(start=start) for start, r in zip(starts, view)]
+                found.append((numbers, ranges, tuple(map(torch.cat, zip(*made)))))
         return found
 
     def backward(

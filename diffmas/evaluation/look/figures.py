@@ -72,7 +72,8 @@ class Lane:
 class Look:
     """All that is shown of one question.
 
-    title: the question, or the file. facts: what else to say at the top, as (name, text). layers: of the model. attention
+    title: the question, or the file. facts: what else to say at the top, as (name, text). layers: of the model that has most;
+    of another one the first are its own, and at the others its attention is NaN. attention
     [units, layers, 1 + blocks]: for each unit (`Block.units`, block by block) the mean over its tokens and all heads of the
     attention mass on the first row that it sees, which pretrained models use as a sink, and on the (other) rows of each block;
     each row sums to 1. rows [units, rows]: the same on every single row of all blocks, the mean over layers. None for a file.
@@ -96,7 +97,7 @@ class Look:
     def between_blocks(self, layer: int | None = None) -> Tensor:
         """Who attends to what, [blocks, 1 + blocks]; each reader is the mean of its units. layer: None for the mean of all."""
         firsts = self.first_units()
-        mass = self.attention.mean(1) if layer is None else self.attention[:, layer]
+        mass = self.attention.nanmean(1) if layer is None else self.attention[:, layer]
         return torch.stack([mass[a:b].mean(0) for a, b in zip(firsts, firsts[1:])])
 
     def between_lanes(self, layer: int | None = None) -> Tensor:
@@ -119,9 +120,10 @@ class Look:
     def to_dict(self) -> dict:
         """Plain data, for JSON; numbers with four digits."""
         lists = lambda x: None if x is None else x.tolist()  # noqa: E731
+        attention = None if self.attention is None else [x[~x[:, 0].isnan()].tolist() for x in self.attention]  # own layers
         data = {name: getattr(self, name) for name in ("title", "facts", "layers")}
         data |= {"lanes": [asdict(x) for x in self.lanes], "blocks": [asdict(x) for x in self.blocks]}
-        return rounded({**data, "attention": lists(self.attention), "rows": lists(self.rows)})
+        return rounded({**data, "attention": attention, "rows": lists(self.rows)})
 
 
 def rounded(data):

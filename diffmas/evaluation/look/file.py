@@ -8,7 +8,7 @@ from torch import Tensor
 from diffmas.evaluation.look.figures import Block, Lane, Look, Step
 from diffmas.evaluation.look.lens import texts_of
 from diffmas.trace import file as trace_file
-from diffmas.trace.views import Segment
+from diffmas.trace.views import FROZEN, Segment
 
 __all__ = ["look_at_file"]
 
@@ -16,24 +16,32 @@ NOBODY = "(no agent)"
 
 
 def look_at_file(path, tokenizer=None, sequence: int = 0) -> Look:
-    """One sequence of a file that `Trace.save` wrote. tokenizer: of its model; None shows token ids. What needs hidden states
-    or queries, of which a trace keeps none, is left out: nearest tokens, attention, gradients.
+    """One sequence of a file that `Trace.save` wrote. tokenizer: of its model; None shows token ids. Quantised rows are shown
+    by the numbers that they stand for. What needs hidden states or queries, of which a trace keeps none, is left out: nearest
+    tokens, attention, gradients.
 
-    Raises ValueError for a file that is missing or damaged, for quantised rows, and for a sequence that it has not.
+    Raises ValueError for a file that is missing or damaged, and for a sequence that it has not.
     """
     segments, _, kv, ids, frozen = trace_file.read(path, {})
-    if frozen is not None:
-        raise ValueError(f"{path}: expected rows as they were written, got quantised ones ({frozen.bits})")
     if not 0 <= sequence < len(segments):
         raise ValueError(f"sequence: expected one in [0, {len(segments)}), of {path}, got {sequence}")
     row = segments[sequence]
     names = list(dict.fromkeys(s.agent or NOBODY for s in row))
+    if frozen is not None:  # behind the others
+        row = [s._replace(start=s.start - FROZEN + len(ids)) if s.start >= FROZEN else s for s in row]
+        ids = torch.cat((ids, torch.from_numpy(frozen.ids).to(ids)))
+        stood_for = [frozen.read(layer, 0, frozen.rows, torch.float32) for layer in range(len(frozen.layers))]
+        kv = [tuple(map(torch.cat, zip(*pairs))) for pairs in zip(kv, stood_for)] if kv else stood_for
     keys, values = (torch.stack([_norms(pair[i]) for pair in kv]) for i in (0, 1))  # [layers, rows]
     blocks = [_block(s, names, keys, values, ids, tokenizer) for s in row]
     facts = [
         ("sequence", f"{sequence} of {len(segments)}"), ("rows", f"{sum(s.length for s in row):,}"),
         ("shown", "what a trace alone tells: no hidden states, no attention, no gradient"),
     ]  # fmt: skip
+    if frozen is not None:
+        facts.append(
+            ("quantised rows", f"{frozen.rows:,} of all {len(ids):,}, in {frozen.bits}: by the numbers they stand for")
+        )
     return Look(Path(path).name, facts, len(kv), [Lane(name) for name in names], blocks)
 
 

@@ -20,7 +20,11 @@ const blocksOf = (lane) => look.blocks.map((_, b) => b).filter((b) => look.block
 const unitsOf = (b) => units.map((_, u) => u).filter((u) => units[u].block === b);
 const mean = (lists) => lists[0].map((_, i) => lists.reduce((sum, x) => sum + x[i], 0) / lists.length);
 let layer = -1;  // -1: the mean of all
-const massOf = (some) => mean(some.map((u) => layer < 0 ? mean(look.attention[u]) : look.attention[u][layer]));  // [1 + blocks]
+function massOf(some) {  // [1 + blocks]; zeros at a layer that the model of these units does not have
+  const own = some.filter((u) => layer < look.attention[u].length);
+  if (!own.length) return look.attention[0][0].map(() => 0);
+  return mean(own.map((u) => layer < 0 ? mean(look.attention[u]) : look.attention[u][layer]));
+}
 function speaking(lane) {  // the units of a lane that say something, or all
   const own = blocksOf(lane), say = own.filter((b) => look.blocks[b].steps.length);
   return (say.length ? say : own).flatMap(unitsOf);

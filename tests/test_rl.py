@@ -1,6 +1,9 @@
 """GRPO with a team as the policy: log-probabilities and gradients of a plain unroll, TRL's loss by its formula, rewards that
 rise."""
 
+import csv
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -15,10 +18,12 @@ from transformers import LogitsProcessor, TrainerCallback
 from trl import GRPOConfig
 
 from diffmas.agents.adapters import switched_off
+from diffmas.demo import experiment
 from diffmas.rl import GRPOTrainer, answer_log_probs
 from diffmas.rl.policy import rollout
 from diffmas.training import last_checkpoint
 
+ROOT = Path(__file__).parent.parent
 TOKENS = [[20, 21, 22], [23], [24, 63]]  # of three answers, one of them cut off before its end
 
 
@@ -341,3 +346,19 @@ def test_rows_that_are_kept_go_before_the_next_ones_come(tmp_path):
     args = config(tmp_path, max_steps=2)
     Watched(tiny.system(), Counting(), args, train_dataset=tiny.rows(4), latents="keep").train()
     assert alive == [0, 0]  # beside the new one
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    """examples/grpo_facts.py, small: it teaches, rewards, and writes what it says."""
+    spec = importlib.util.spec_from_file_location("grpo_facts", ROOT / "examples" / "grpo_facts.py")
+    spec.loader.exec_module(example := importlib.util.module_from_spec(spec))
+    for module, name, value in ((example, "QUESTIONS", 2), (example, "GROUP", 2), (experiment, "HELD_OUT", 3)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setitem(experiment.TRAINING, "per_device_train_batch_size", 2)
+    example.main([3], taught=1, steps=2, output=tmp_path)
+    rows = list(csv.DictReader((tmp_path / "rewards.csv").open()))
+    assert [(row["seed"], row["step"]) for row in rows] == [("3", "1"), ("3", "2")]
+    assert all(0 <= float(row["reward"]) <= 1 for row in rows)
+    assert json.loads((tmp_path / "made_with.json").read_text())["taught"] == 1
+    assert (tmp_path / "seed3" / "adapter" / "adapter_model.safetensors").exists() and (tmp_path / "rewards.png").exists()
+    assert "held-out questions answered" in capsys.readouterr().out

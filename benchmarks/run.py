@@ -52,7 +52,9 @@ def run(out: Path, quick: bool, only: str, threads: int, max_rounds: int, consol
         console.print("no case is missing")
         return 0
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        console.print(f"not finished: earlier results stay; the rows of this run are in {out / store.FILE}.part", markup=False)
+        on = ": the same command goes on" if missing else ".part: the same command starts again; with --missing it goes on"
+        line = f"not finished: earlier results stay, this run's are in {out / store.FILE}{on}"
+        console.print(line, markup=False, soft_wrap=True)
     elif (out / store.FILE).exists():
         write_report(out, console)
     return int(status)

@@ -1,6 +1,7 @@
 """What a command says besides its results: JSON for machines, how an interrupted one goes on, errors before a model is loaded,
 and no warnings."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ import yaml
 from test_cli import AGENTS, call
 from typer.testing import CliRunner
 
-from diffmas import Trainer, evaluation
+from diffmas import Trainer
 from diffmas.cli import main as cli
 from diffmas.cli.terminal import Partly, explained, with_json
 from diffmas.models import load as loading
@@ -143,19 +144,62 @@ def test_an_interrupted_training_says_how_it_goes_on(config, tmp_path, monkeypat
     assert "3 steps" in call("train", path, "--resume").output
 
 
-def test_other_interrupted_commands_say_what_is_left(config, tmp_path, monkeypatch):
+# By command: its arguments, what it is interrupted in, and what it says then. IN: the test's directory; PORT: a free one.
+NOTHING = "nothing is kept: the same command starts again"
+INTERRUPTED = {
+    "demo": ("--output IN/demo", "diffmas.demo.run", NOTHING),
+    "init": ("gsm8k --output IN/new.yaml", "diffmas.evaluation.tasks.task", NOTHING),
+    "schema": ("", "diffmas.cli.schema.schema", NOTHING),
+    "train": ("IN/config.yaml", "diffmas.cli.train.trainer_of", "no checkpoint was due yet: `diffmas train IN/config.yaml`"),
+    "generate": (
+        "--adapter IN/team --questions IN/rows.jsonl --output IN/answers.jsonl",
+        "diffmas.agents.system.MultiAgentSystem.from_pretrained",
+        "what is answered is in IN/answers.jsonl, and the same command goes on",
+    ),
+    "tasks": ("", "diffmas.cli.commands.measure.console.print", NOTHING),
+    "evaluate": (
+        "IN/config.yaml --output IN/out --device cpu", "diffmas.evaluation.evaluate", "the methods that were done are in IN/out"
+    ),
+    "audit": ("IN/config.yaml --device cpu", "diffmas.evaluation.audit", "an audit keeps nothing: the same command starts"),
+    "study": ("facts --output IN/study", "diffmas.cli.study.run", "what is done is in IN/study, and the same command goes on"),
+    "view": ("IN/team --question x", "diffmas.agents.system.MultiAgentSystem.from_pretrained", NOTHING),
+    "plan": ("--model x --gpus 2", "diffmas.models.load.load_config", NOTHING),
+    "serve": ("IN/team --engine own --port PORT", "diffmas.serving.team.Team.load", NOTHING),
+    "export": ("IN/team IN/exported", "diffmas.serving.export.export", "nothing is written to IN/exported: the same command"),
+    "bench": ("--compare HEAD", "diffmas.benchmarks.compare.compare", NOTHING),
+    "env": ("", "diffmas.cli.commands.machine._found", NOTHING),
+}  # fmt: skip
+
+
+def test_every_interrupted_command_says_what_is_kept(config, tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
+    assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == INTERRUPTED.keys()
+    config()
     tiny.system().save_pretrained(tmp_path / "team")
-    monkeypatch.setattr(evaluation, "evaluate", stop)
-    said = interrupted("evaluate", config(), "--output", tmp_path / "out", "--device", "cpu")
-    assert f"the methods that were done are in {tmp_path / 'out'}" in said
-    monkeypatch.setattr("diffmas.agents.system.MultiAgentSystem.generate", stop)
-    files = ("--questions", tmp_path / "rows.jsonl", "--output", tmp_path / "answers.jsonl")
-    base = yaml.safe_load(config().read_text())["model"]
-    said = interrupted("generate", "--adapter", tmp_path / "team", "--model", base, *files, "--device", "cpu")
-    assert "the same command goes on" in said and str(tmp_path / "answers.jsonl") in said
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    filled = lambda text: text.replace("IN/", f"{tmp_path}/").replace("PORT", port)
+    for name, (arguments, where, says) in INTERRUPTED.items():
+        if name == "serve" and importlib.util.find_spec("fastapi") is None:
+            continue
+        with monkeypatch.context() as patched:
+            patched.setattr(where, stop)
+            said = interrupted(name, *filled(arguments).split())
+        assert f"interrupted; {filled(says)}" in said, (name, said)
+
+
+def test_an_interrupted_demo_says_where_its_adapter_is(tmp_path, monkeypatch):
+    def trained(output, *_):
+        (output / "adapter").mkdir(parents=True)
+        (output / "adapter" / "agents.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffmas.demo.run", trained)
+    assert f"interrupted; the trained adapter is in {tmp_path / 'run' / 'adapter'}: " in interrupted(
+        "demo", "--output", tmp_path / "run"
+    )  # fmt: skip
 
 
 # ---- errors, warnings, costs -----------------------------------------------------------------------------------------

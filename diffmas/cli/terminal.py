@@ -1,6 +1,7 @@
 """What the commands share: where they write, how they fail, and options that several of them have."""
 
 import contextlib
+import contextvars
 import functools
 import inspect
 import json
@@ -14,8 +15,8 @@ import typer
 from rich.console import Console
 
 __all__ = [
-    "ConfigFile", "Device", "Fields", "Partly", "console", "device_of", "errors", "explained", "fields_of", "goes_on",
-    "print_json", "warn", "with_json",
+    "NOTHING_KEPT", "ConfigFile", "Device", "Fields", "Partly", "console", "device_of", "errors", "explained", "fields_of",
+    "goes_on", "print_json", "warn", "with_json",
 ]  # fmt: skip
 
 console = Console()
@@ -28,6 +29,10 @@ Fields = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one")]
 
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout; all that people read goes to stderr")]
+
+
+NOTHING_KEPT = "nothing is kept: the same command starts again"
+_how: contextvars.ContextVar[Callable[[], str]] = contextvars.ContextVar("how a command goes on after Ctrl-C")
 
 
 class Partly(Exception):
@@ -62,11 +67,12 @@ def with_json(command):
 
 
 def explained(command):
-    """Decorates a command: the user's errors become one line on stderr and exit status 1, Ctrl-C one with status 130; others
-    keep their traceback."""
+    """Decorates a command: the user's errors become one line on stderr and exit status 1, Ctrl-C one with status 130 that says
+    what is kept (`goes_on`); others keep their traceback."""
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
+        goes_on(lambda: NOTHING_KEPT)
         try:
             return command(*args, **kwargs)
         # ImportError: what was asked for is not installed. FloatingPointError: diffmas.training.NonFiniteLoss.
@@ -74,19 +80,15 @@ def explained(command):
             errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            errors.print(f"interrupted{'; ' + str(error) if str(error) else ''}", style="red", markup=False, soft_wrap=True)
+            errors.print(f"interrupted; {_how.get()()}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(130) from error
 
     return wrapped
 
 
-@contextlib.contextmanager
-def goes_on(how: Callable[[], str]):
-    """Inside, Ctrl-C says how the work goes on."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(how()) from error
+def goes_on(how: Callable[[], str]) -> None:
+    """From here on Ctrl-C says what of the command's work is kept, and how it goes on; before, that nothing is."""
+    _how.set(how)
 
 
 def print_json(data) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffmas.cli.terminal import console
+from diffmas.cli.terminal import console, goes_on
 
 __all__ = ["export"]
 
@@ -25,7 +25,9 @@ def export(
 
     if push_to_hub is not None:
         hub.check_push(push_to_hub, base or read_agents(team)["base_model"])
+    goes_on(lambda: f"nothing is written to {out}: the same command starts again")  # whole or not at all
     made = {"directory": write(team, out, base, overwrite)}
+    goes_on(lambda: f"{out} is written, and its upload has not ended: the same command with --overwrite starts again")
     console.print(str(out), highlight=False, soft_wrap=True)
     if push_to_hub is not None:
         made["hub"] = hub.push_to_hub(out, push_to_hub, private)

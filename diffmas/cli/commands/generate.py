@@ -57,8 +57,8 @@ def generate(
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, samples=samples)
     asked = {"adapter": str(adapter.resolve()), "team": _hash(adapter), "model": model, **options}
     if questions is not None:
-        with goes_on(lambda: f"what is answered is in {output}, and the same command goes on"):
-            return _answer_file(load, questions, output, batch_size, seed, asked, options)
+        goes_on(lambda: f"what is answered is in {output}, and the same command goes on")
+        return _answer_file(load, questions, output, batch_size, seed, asked, options)
     seed = secrets.randbits(30) if seed is None else seed
     (texts,) = load().generate([fields], seed=seed, progress=errors.is_terminal, **options)
     for text in texts:

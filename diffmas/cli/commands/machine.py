@@ -1,6 +1,7 @@
 """diffmas demo | bench | env: what this machine does, and has."""
 
 import platform
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from diffmas.cli.terminal import Partly, console
+from diffmas.cli.terminal import NOTHING_KEPT, Partly, console, goes_on
 
 __all__ = ["bench", "demo", "env"]
 
@@ -25,10 +26,18 @@ def demo(
     from diffmas.cli.made_with import made_with
     from diffmas.demo import run
 
-    made = {**made_with(), "seed": seed, "model": model}
+    made, start = {**made_with(), "seed": seed, "model": model}, time.time()
+    goes_on(lambda: _left(output / "adapter", start))
     shown = run(output, model, seed, steps, questions)
     write_json(output / "made_with.json", made)
     return {"made_with": made, **shown}
+
+
+def _left(adapter: Path, start: float) -> str:
+    """Of a demo that was interrupted: the adapter, if it was trained since the start."""
+    file = adapter / "agents.json"
+    trained = file.exists() and file.stat().st_mtime >= start
+    return f"the trained adapter is in {adapter}: the same command trains it again" if trained else NOTHING_KEPT
 
 
 def bench(

@@ -205,13 +205,13 @@ def evaluate(
             console.print(str(file), highlight=False, soft_wrap=True)
         return {"made_with": made, "results": [r.row() for r in results], "files": files}
 
+    goes_on(lambda: f"the methods that were done are in {target}; --methods with another --output takes the others")
     try:
-        with goes_on(lambda: f"the methods that were done are in {target}; --methods with another --output takes the others"):
-            results = evaluation.evaluate(
-                compared, rows, options.samples, scorer, options.batch_size,
-                lambda name: errors.print(f"{name} ...", highlight=False), save,
-                [name for name in compared if name != "diffmas"], **vars(settings.generation),
-            )  # fmt: skip
+        results = evaluation.evaluate(
+            compared, rows, options.samples, scorer, options.batch_size,
+            lambda name: errors.print(f"{name} ...", highlight=False), save,
+            [name for name in compared if name != "diffmas"], **vars(settings.generation),
+        )  # fmt: skip
     except evaluation.MethodsFailed as failure:
         written = f"{target} has {', '.join(r.method for r in failure.results)}" if failure.results else "nothing was written"
         given = all(isinstance(error, (ValueError, OSError)) for error in failure.errors.values())
@@ -256,12 +256,12 @@ def audit(
     options = settings.evaluation
     options.limit = options.limit if limit is None else limit
     rows = evaluation_rows(settings)
-    with goes_on(lambda: "an audit keeps nothing: the same command starts again, and --limit asks fewer questions"):
-        conditions = evaluation.audit(
-            trained_system(settings, adapter, place), rows, options.samples, scorer_of(settings), options.batch_size, kind,
-            progress=lambda done: errors.print(f"{done} ...", highlight=False),
-            **vars(settings.generation),
-        )  # fmt: skip
+    goes_on(lambda: "an audit keeps nothing: the same command starts again, and --limit asks fewer questions")
+    conditions = evaluation.audit(
+        trained_system(settings, adapter, place), rows, options.samples, scorer_of(settings), options.batch_size, kind,
+        progress=lambda done: errors.print(f"{done} ...", highlight=False),
+        **vars(settings.generation),
+    )  # fmt: skip
     target = output or Path(settings.output_dir) / "audit"
     files = evaluation.write_audit(conditions, target / "audit.csv"), evaluation.plot_audit(conditions, target / "audit.png")
     made = {**made_with(), "seed": settings.generation.seed, "model": settings.model, "adapter": adapter and str(adapter)}

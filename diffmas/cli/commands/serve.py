@@ -66,6 +66,8 @@ def serve(
     options = {"dtype": dtype, **(_object(vllm_options) if in_vllm else {"device": device_of(device)})}
     limits = Limits(max_tokens=max_tokens, seconds=timeout)
     (_vllm if in_vllm else _own)(directories, model, options, limits, (host, port, token), (max_batch, max_waiting))
+    # By Ctrl-C, which the server takes for itself.
+    errors.print("stopped; a server keeps nothing: the same command starts it again", highlight=False)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -30,11 +30,11 @@ def study(
 
     path = studies.named(name)
     target = output or Path("runs") / "studies" / path.stem
-    with goes_on(lambda: f"what is done is in {target}, and the same command goes on"):
-        outcome = studies.run(
-            path, target, model, device_of(device), case, seed, studies.changes_of(change or []),
-            lambda text: errors.print(f"{text} ...", highlight=False), report,
-        )  # fmt: skip
+    goes_on(lambda: f"what is done is in {target}, and the same command goes on")
+    outcome = studies.run(
+        path, target, model, device_of(device), case, seed, studies.changes_of(change or []),
+        lambda text: errors.print(f"{text} ...", highlight=False), report,
+    )  # fmt: skip
     shown, written = results or target, []
     for rows, what in ((outcome.methods, "methods"), (outcome.audits, "audit")):
         if rows:

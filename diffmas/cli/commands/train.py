@@ -53,16 +53,15 @@ def train(
     only_texts = method == "text_sft" and not checkpoints(settings.output_dir) and _texts(settings.output_dir) is not None
     if resume and only_texts:
         errors.print(f"no checkpoint in {settings.output_dir}: step 0, with what text agents wrote before", highlight=False)
-    with goes_on(lambda: _how_on(config, method, settings.output_dir)):
-        trainer = trainer_of(settings, method, resume, lambda text: errors.print(f"{text} ...", highlight=False))
+    goes_on(lambda: _how_on(config, method, settings.output_dir))
+    trainer = trainer_of(settings, method, resume, lambda text: errors.print(f"{text} ...", highlight=False))
     if trainer.is_world_process_zero():
         console.print(_table(summary := _summary(settings, trainer)))
         for path in earlier:
             shutil.rmtree(path)
     if method == "diffmas" and not resume:
         _look_at_latents(trainer)
-    with goes_on(lambda: _how_on(config, method, settings.output_dir)):
-        result = trainer.train(resume_from_checkpoint=(resume and not only_texts) or None)
+    result = trainer.train(resume_from_checkpoint=(resume and not only_texts) or None)
     trainer.save_model()
     atexit.register(end_processes)  # not now: others may be behind, or another command follow in this process
     if trainer.is_world_process_zero():

@@ -256,6 +256,14 @@ def test_a_device_that_is_not_here_is_told_before_a_model_is_loaded(config, monk
         ).output  # fmt: skip
 
 
+def test_a_field_that_a_question_lacks_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    tiny.system().save_pretrained(tmp_path)
+    monkeypatch.setattr("diffmas.agents.system.MultiAgentSystem.from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    for command in (("generate", "--adapter"), ("view",)):
+        output = call(*command, tmp_path, "--field", "where=here", code=1).output
+        assert "needs the field {question}, the question has ['where']; --question is the field question, --field" in output
+
+
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path):
     pytest.importorskip("fastapi", reason="diffmas[serve] is not installed")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -264,19 +272,20 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path):
 
 
 def test_commands_give_no_warnings(config, tmp_path):
-    """In a process of its own: pytest has filters for warnings."""
+    """In a process of their own: pytest has filters for warnings."""
     training = {"max_steps": 2, "save_strategy": "no", "report_to": []}  # use_cpu would turn some of them off
-    path = config(training=training)
-    for arguments in (
-        ("train", str(path)), ("generate", "--adapter", "run", "--question", "where is the key", "--max-new-tokens", "2"),
-        ("evaluate", str(path), "--adapter", "run", "--limit", "1"),
-    ):  # fmt: skip
-        run = subprocess.run(
-            [sys.executable, "-m", "diffmas", *arguments], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
-        assert "Warning" not in run.stderr and "deprecated" not in run.stderr, run.stderr
+    commands = [
+        ["train", str(config(training=training))],
+        ["generate", "--adapter", "run", "--question", "where is the key", "--max-new-tokens", "2"],
+        ["evaluate", "config.yaml", "--adapter", "run", "--limit", "1"],
+    ]
+    code = f"from diffmas.cli import app\nfor arguments in {commands}: app(arguments, standalone_mode=False)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert run.returncode == 0 and (tmp_path / "run" / "evaluation" / "results.csv").exists(), run.stderr
+    assert "Warning" not in run.stderr and "deprecated" not in run.stderr, run.stderr
 
 
 # Commands, what they end with and what they say, one after the other in a process of their own.

@@ -34,10 +34,15 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help=__doc__)
+@app.callback(
+    help="Latent multi-agent systems of language models: train, compare, look at and serve them.\n\n"
+    "Begin with `diffmas demo`, or with `diffmas init TASK`, which writes a config for train, evaluate and audit."
+)
 def _of_all(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="of diffmas")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="the version of diffmas")
+    ] = False,
 ):
     name = context.invoked_subcommand
     ours = name not in OWN_THREADS and threads.choose(share=2 if name == "demo" else 1)  # its model is too small for more

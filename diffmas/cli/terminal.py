@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 __all__ = [
-    "NOTHING_KEPT", "ConfigFile", "Device", "Fields", "Partly", "console", "device_of", "errors", "explained", "fields_of",
-    "goes_on", "print_json", "warn", "with_json",
+    "NOTHING_KEPT", "ConfigFile", "Device", "Fields", "Partly", "check_asked", "console", "device_of", "errors", "explained",
+    "fields_of", "goes_on", "print_json", "warn", "with_json",
 ]  # fmt: skip
 
 console = Console()
@@ -136,3 +136,15 @@ def fields_of(question: str, more: list[str] | None) -> dict[str, str]:
             raise ValueError(f"--field: expected name=text, got {item!r}")
         fields[name] = text
     return fields
+
+
+def check_asked(team: Path, fields: dict[str, str]) -> None:
+    """Raises ValueError, before a model is loaded, for a question without a field that a team's prompts have."""
+    from diffmas.agents.agent import Agent
+    from diffmas.agents.file import read_agents
+
+    for agent in read_agents(team)["agents"]:
+        try:
+            Agent(**agent).check(fields)
+        except ValueError as error:
+            raise ValueError(f"{error}; --question is the field question, --field NAME=TEXT any other") from error

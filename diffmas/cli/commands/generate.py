@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from tqdm.auto import tqdm
 
-from diffmas.cli.terminal import Device, Fields, device_of, errors, fields_of, goes_on
+from diffmas.cli.terminal import Device, Fields, check_asked, device_of, errors, fields_of, goes_on
 
 __all__ = ["generate"]
 
@@ -40,8 +40,11 @@ def generate(
     samples: Annotated[int | None, typer.Option(help="answers", min=1)] = None,
     device: Device = None,
 ):
-    """Answer a question, or a file of them, with a trained system. What is not given is the model's own generation config's, or
-    256 tokens at temperature 0.6 and top-p 0.95."""
+    """Answer a question, or a file of them, with a trained system.
+
+    What is not given is the model's own generation config's,
+    or 256 tokens at temperature 0.6 and top-p 0.95.
+    """
     fields = fields_of(question, field)
     if top_p == 0:
         raise ValueError("--top-p: expected more than 0, got 0")
@@ -59,6 +62,7 @@ def generate(
     if questions is not None:
         goes_on(lambda: f"what is answered is in {output}, and the same command goes on")
         return _answer_file(load, questions, output, batch_size, seed, asked, options)
+    check_asked(adapter, fields)
     seed = secrets.randbits(30) if seed is None else seed
     (texts,) = load().generate([fields], seed=seed, progress=errors.is_terminal, **options)
     for text in texts:

@@ -62,6 +62,8 @@ def init(
     if output.exists():
         raise ValueError(f"--output: expected no file, found {output}")
     train = "# train: FILE           # the set in its published form, instead of the hub's"
+    if found.kind == "facts":
+        train = "# train: FILE           # rows of your own, instead of those that are made here"
     if "train" not in found.splits:
         train = 'train: FILE             # this task is published without: lines of {"question": ..., "answer": ...}'
         train += "\n  # task: gsm8k           # instead of a file: what another task has to train on"

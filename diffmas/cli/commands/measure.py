@@ -126,7 +126,7 @@ def evaluate(
             help="with --task: for the chat template, as enable_thinking=false; may be repeated", metavar="NAME=VALUE"
         ),
     ] = None,
-    methods: Annotated[str | None, typer.Option(help=f"some of {','.join(METHODS)}")] = None,
+    methods: Annotated[str | None, typer.Option(help=f"some of {', '.join(METHODS)}, with commas between")] = None,
     adapter: Annotated[Path | None, typer.Option(help="directory that `diffmas train` wrote; none: only the baselines")] = None,
     text_sft: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method text_sft`")] = None,
     stitch: Annotated[Path | None, typer.Option(help="directory of `diffmas train --method stitch`; none: untrained")] = None,

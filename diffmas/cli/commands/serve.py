@@ -42,8 +42,12 @@ def serve(
         str | None, typer.Option(help="of vLLM's engine, as a JSON object: '{\"max_model_len\": 4096}'", show_default=False)
     ] = None,
 ):
-    """Serve trained systems as the models of an OpenAI-compatible server, /v1/chat/completions and /v1/models. The message of a
-    request is the field {question} of the prompts; it may also have fields, latent_steps, agent_output and top_k."""
+    """Serve trained systems as the models of an OpenAI-compatible server.
+
+    It has /v1/chat/completions and /v1/models. The message of a request is
+    the field {question} of the prompts; a request may also have fields,
+    latent_steps, agent_output and top_k.
+    """
     if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
         raise ValueError(f"serve: expected {' and '.join(missing)}, found none; pip install diffmas[serve]")
     from diffmas.serving.protocol import Limits

@@ -11,7 +11,9 @@ __all__ = ["study"]
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="one that comes with diffmas (benchmarks/studies), or a YAML file")],
+    name: Annotated[
+        str, typer.Argument(help="one that comes with diffmas, such as facts (a wrong name lists all), or a YAML file")
+    ],
     model: Annotated[str | None, typer.Option(help="a directory, GGUF file or hub name, instead of the recipe's")] = None,
     output: Annotated[Path | None, typer.Option(help="directory of adapters and of all that was measured")] = None,
     results: Annotated[Path | None, typer.Option(help="directory for the tables and plots alone")] = None,

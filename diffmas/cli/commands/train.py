@@ -23,14 +23,21 @@ def train(
         bool, typer.Option("--overwrite", help="start afresh and remove an earlier run's checkpoints in output_dir")
     ] = False,
     method: Annotated[
-        str, typer.Option(help=f"one of {','.join(TRAINED)}; all but diffmas are baselines and go to OUTPUT_DIR-METHOD")
+        str, typer.Option(help=f"one of {', '.join(TRAINED)}; all but diffmas are baselines and go to OUTPUT_DIR-METHOD")
     ] = "diffmas",
 ):
     """Train LoRA adapters as a config says; under torchrun on several GPUs.
 
-    text_sft: text agents answer the training questions, evaluation.samples times each; where the answer is right, all that
-    they wrote is what one shared adapter is trained on. stitch: agents that do not read each other.
-    c2c: the last agent alone, its prompt's rows fused with those of the config's c2c; the projector is trained.
+    Methods besides diffmas, the team itself:
+
+    text_sft: text agents answer the training questions, each
+    evaluation.samples times; one shared adapter is trained on all that
+    they wrote where the answer is right.
+
+    stitch: agents that do not read each other.
+
+    c2c: the last agent alone, its prompt's rows fused with those of the
+    config's c2c; the projector is trained.
     """
     from diffmas.cli.build import trained_as
     from diffmas.cli.config import load

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from diffmas.cli.made_with import in_a_line
-from diffmas.cli.terminal import Device, Fields, console, device_of, fields_of
+from diffmas.cli.terminal import Device, Fields, check_asked, console, device_of, fields_of
 
 __all__ = ["view"]
 
@@ -29,7 +29,7 @@ def view(
     sequence: Annotated[int, typer.Option(help="of a trace: which of its sequences", min=0)] = 0,
     nearest: Annotated[int, typer.Option(help="tokens shown of each latent step", min=1)] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="of the answer, and of a text agent's message", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="of what is sampled")] = 0,
     device: Device = None,
 ):
@@ -46,6 +46,7 @@ def view(
 
         if not fields:
             raise ValueError("--question: expected a question, or fields of the prompts with --field, got none")
+        check_asked(path, fields)
         system = MultiAgentSystem.from_pretrained(path, model, trainable=answer is not None).to(device_of(device))
         look = look_at(
             system, fields, answer, text_agents=text, nearest=nearest, max_new_tokens=max_new_tokens, temperature=temperature,

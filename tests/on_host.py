@@ -37,8 +37,9 @@ class Program:
     runner: list[str] = field(default_factory=list)
 
 
-# -O1 takes three times as long to compile the CPU kernels, whose vectors it takes apart; their tests are short.
-PROGRAMS = {name: Program(name, [*CHECKED, "-O0"]) for name in ("cpu_dots", "cpu_tiles")} | {
+# -O1 takes three times as long to compile the CPU kernels, whose vectors it takes apart, and twice as long for those of 8 bits;
+# their tests are short.
+PROGRAMS = {name: Program(name, [*CHECKED, "-O0"]) for name in ("cpu_dots", "cpu_tiles", "attention_quantized")} | {
     "cpu_arm": Program("cpu_plain", [*ARM, "-march=armv8-a"], EMULATOR),
     "cpu_arm_bf16": Program("cpu_plain", [*ARM, "-march=armv8.2-a+bf16"], EMULATOR),
 }

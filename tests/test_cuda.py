@@ -4,10 +4,12 @@ devices. Needs one."""
 import pytest
 import torch
 from op_cases import VIEWS, View, attention_inputs, inject_inputs, random_attention
-from op_runs import attention_all, exact_in_half, inject_all, raw, within_budget
+from op_runs import attention_all, exact_in_half, finite, inject_all, raw, within_budget
+from quantized_cases import in_bits
 from test_cuda_attention import MANY, OFFSET, SHAPES
 from test_cuda_attention import ODD as ODD_HEADS
 from test_cuda_host import INJECTS, ODD, POOL
+from test_cuda_quantized import CASES, exact_codes
 from test_cuda_sm90 import FORWARD, WARPGROUPS
 
 from diffmas import ops
@@ -174,6 +176,29 @@ def test_attention_as_triton_over_long_views(B, N, n, D, always):
     for dtype in (torch.float32, torch.bfloat16):
         for got, want in zip(*(attend(x, dtype, backend, "cuda") for backend in ("cuda", "triton"))):
             torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2 * want.float().abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("payload", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_every_code_of_8_bits(payload, dtype, always):
+    exact_codes(lambda *args: raw.cross_attention_quantized(*args, "cuda"), payload, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", ["int8", "fp8"])
+@pytest.mark.parametrize("name", [*CASES, "long"])
+def test_rows_of_8_bits(name, bits, dtype, always):
+    """With the reference, twice with the same bits; long: as many parts as there may be."""
+    long = View([1, 3], [[(7, 40_000, 0)], [(50_000, 9_000, 5), (7, 3000, 0)]]), dict(heads=(8, 2), D=128)
+    view, shape = CASES.get(name, long)
+    x = attention_inputs(View(view.queries, view.segments, causal=False), **shape, rows=500 if name in CASES else 60_000)
+    args = in_bits(x.to(dtype, "cuda"), bits)
+    run = lambda args, backend: raw.cross_attention_quantized(*args, backend)
+    got, again = (run(args, "cuda") for _ in range(2))
+    same, exact = (run(in_bits(x.to(t), bits), "reference") for t in (dtype, torch.float64))
+    assert all(torch.equal(a, b) and a.dtype == c.dtype for a, b, c in zip(got, again, same))
+    for a, like, want in zip(*((o, finite(lse)) for o, lse in (got, same, exact))):
+        within_budget(a, like, want, x.q.shape[2], dtype)
 
 
 def test_attention_on_a_stream_and_in_a_graph():

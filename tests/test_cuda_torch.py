@@ -11,7 +11,7 @@ from op_cases import VIEWS, attention_inputs
 import diffmas
 from diffmas import ops
 from diffmas.ops import backends, extension
-from diffmas.ops.schemas import SCHEMAS
+from diffmas.ops.schemas import QUANTIZED, SCHEMAS
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
@@ -25,9 +25,9 @@ def test_torchs_current_stream_is_found():
     assert library.aoti_torch_get_current_cuda_stream
 
 
-@pytest.mark.parametrize("op", SCHEMAS)
+@pytest.mark.parametrize("op", SCHEMAS | QUANTIZED)
 def test_every_op_has_an_implementation_per_device(op):
-    """merge_states and reposition have none for CUDA."""
+    """merge_states, reposition and dq over rows of 8 bits have none for CUDA."""
     has = lambda key: torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmas_native::{op}", key)
     assert has("CPU") and has("CUDA") == (op in backends.CudaBackend.OPS) and not has("CompositeExplicitAutograd")
 

@@ -112,6 +112,20 @@ def test_random_views(backend, seed):
     agree(random_attention(seed), BITS[seed % 2], DTYPES[seed % 3], backend)
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("payload", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_codes(backend, payload, queries):
+    """Of a view of one row that has them, e4m3's two NaN in V alone, which leave the other dimensions as they are."""
+    v = torch.arange(256).to(torch.uint8).view(payload)[None, None]
+    k, scale = v.float().nan_to_num(0).to(payload), torch.full((1, 1), 0.25)
+    index = [torch.tensor(x) for x in ([0, queries], [0, 1], [0], [1])]
+    q = torch.randn(queries, 1, 256)
+    o, lse = raw.cross_attention_quantized(q, k, v, scale, scale, *index, None, None, 1.0, False, backend)
+    torch.testing.assert_close(o, 0.25 * v.float().expand_as(o), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(lse[..., None], 0.25 * (q * k.float()).sum(-1, keepdim=True), rtol=1e-5, atol=1e-2)
+
+
 @pytest.mark.parametrize("queries", [2, 40])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_nan_stays_in_its_sequence(backend, queries):
@@ -130,7 +144,7 @@ def test_nan_stays_in_its_sequence(backend, queries):
 def test_every_instruction_set(form):
     if "cpu" not in BACKENDS:
         pytest.skip("the C++ extension is not built")
-    run_again(form, __file__, "(budget or nan or head_sizes or random) and not float16")
+    run_again(form, __file__, "(budget or nan or head_sizes or random or codes) and not float16")
 
 
 # ---- the public function ---------------------------------------------------------------------------------------------

@@ -34,17 +34,25 @@ void check_inside(const AttentionArgs& a) {
 }
 
 #ifdef DIFFMAS_CUDA
-void attention_on_cuda(const AttentionArgs& args, const Tensor& q, const Tensor& k_pool, bool backward) {
-  check_dtype("k_pool", k_pool, q.scalar_type());
+void run_on_cuda(const AttentionArgs& args, const Tensor& q, bool backward) {
   STD_TORCH_CHECK(args.head_dim <= cuda::kMaxAttentionDim, "q: expected a head size up to ", cuda::kMaxAttentionDim, ", got ",
                   args.head_dim);
   check_rows_fit("q", args.n * args.q_heads);
   check_rows_fit("k_pool", args.pool_rows);
+  const bool quantized = args.k_pool.dtype == DType::i8 || args.k_pool.dtype == DType::e4m3;
+  if (quantized) {
+    STD_TORCH_CHECK(args.q.dtype != DType::f32, "q: expected bfloat16 or float16 with rows of 8 bits on a GPU, got float32");
+    STD_TORCH_CHECK(args.head_dim % 16 == 0, "q: expected a head size that divides by 16 with rows of 8 bits on a GPU, got ",
+                    args.head_dim);
+  }
   const Device device = device_of(q);
-  const cuda::AttentionSizes sizes = diffmas_cuda_attention_memory(&args, backward, device.index);
+  const cuda::AttentionSizes sizes = quantized ? diffmas_cuda_quantized_memory(&args, device.index)
+                                               : diffmas_cuda_attention_memory(&args, backward, device.index);
   Tensor memory = empty(q, {sizes.floats}, ScalarType::Float), counters = empty(q, {sizes.counters}, ScalarType::Int);
   if (sizes.counters) torch::stable::zero_(counters);
-  const auto launch = backward ? diffmas_cuda_attention_backward : diffmas_cuda_attention_forward;
+  const auto launch = quantized  ? diffmas_cuda_quantized_forward
+                      : backward ? diffmas_cuda_attention_backward
+                                 : diffmas_cuda_attention_forward;
   check_cuda(launch(&args, {floats_of_own(memory), static_cast<unsigned*>(counters.data_ptr())}, device.index, current_stream(device)));
 }
 #endif
@@ -99,26 +107,21 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_pool, const T
   const OnDevice on(q);
   AttentionArgs a =
       attention_args(q, {k_pool, v_pool}, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, causal, interleaved);
+  if (q.is_cuda()) check_dtype("k_pool", k_pool, q.scalar_type());
+  return forward(a, q, flat);
+}
+
+std::tuple<Tensor, Tensor> forward(AttentionArgs& a, const Tensor& q, bool flat) {
   Tensor o = empty_heads(q, a.n, a.q_heads, a.head_dim, flat);
   Tensor lse = empty(q, {a.n, a.q_heads}, ScalarType::Float);
   a.o = rows_of_own(o, a.q_heads, a.head_dim, a.q.dtype);
   a.lse = floats_of_own(lse);
 #ifdef DIFFMAS_CUDA
   if (q.is_cuda()) {
-    attention_on_cuda(a, q, k_pool, false);
+    run_on_cuda(a, q, false);
     return {o, lse};
   }
 #endif
-  Partials partials{q, {}};
-  cpu::attention_forward(a, threads(), partials.workspace());
-  return {o, lse};
-}
-
-std::tuple<Tensor, Tensor> forward_on_cpu(AttentionArgs& a, const Tensor& q) {
-  Tensor o = empty_heads(q, a.n, a.q_heads, a.head_dim, false);
-  Tensor lse = empty(q, {a.n, a.q_heads}, ScalarType::Float);
-  a.o = rows_of_own(o, a.q_heads, a.head_dim, a.q.dtype);
-  a.lse = floats_of_own(lse);
   Partials partials{q, {}};
   cpu::attention_forward(a, threads(), partials.workspace());
   return {o, lse};
@@ -128,9 +131,10 @@ std::tuple<Tensor, Tensor> cross_attention_quantized(const Tensor& q, const Tens
                                                      const Tensor& v_scale, const Tensor& q_indptr, const Tensor& seg_indptr,
                                                      const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,
                                                      const Optional& inv_freq, double scale, bool interleaved) {
+  const OnDevice on(q);
   AttentionArgs a = attention_args(q, {k_pool, v_pool, &k_scale, &v_scale}, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
                                    scale, false, interleaved);
-  return forward_on_cpu(a, q);
+  return forward(a, q, false);
 }
 
 Tensor cross_attention_quantized_backward(const Tensor& d_o, const Tensor& q, const Tensor& o, const Tensor& lse, const Tensor& k_pool,
@@ -176,6 +180,7 @@ Tensor cross_attention_backward(const Tensor& d_o, const Optional& dlse, const T
     packed_dlse = packed(*dlse);
   }
   if (device.cuda) {
+    check_dtype("k_pool", k_pool, q.scalar_type());
     check_dtype("do", d_o, q.scalar_type());
     check_dtype("o", o, q.scalar_type());
   }
@@ -192,7 +197,7 @@ Tensor cross_attention_backward(const Tensor& d_o, const Optional& dlse, const T
   if (want_dq) a.dq = rows_of_own(dq, a.q_heads, a.head_dim, a.q.dtype);
 #ifdef DIFFMAS_CUDA
   if (device.cuda) {
-    attention_on_cuda(a, q, k_pool, true);
+    run_on_cuda(a, q, true);
     return dq;
   }
 #endif

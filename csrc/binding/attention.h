@@ -18,8 +18,8 @@ AttentionArgs attention_args(const Tensor& q, const KV& kv, const Tensor& q_indp
                              const Tensor& seg_len, const Optional& seg_offset, const Optional& inv_freq, double scale, bool causal,
                              bool interleaved);
 
-// o and lse of what `a` reads, by the CPU kernels.
-std::tuple<Tensor, Tensor> forward_on_cpu(AttentionArgs& a, const Tensor& q);
+// o and lse of what `a` reads. flat: o is [n, Hq * D].
+std::tuple<Tensor, Tensor> forward(AttentionArgs& a, const Tensor& q, bool flat);
 
 // The partial results of the CPU kernels, in a tensor.
 struct Partials {

@@ -45,6 +45,7 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CUDA, m) {
   m.impl("inject_backward", TORCH_BOX(&inject_backward));
   m.impl("cross_attention", TORCH_BOX(&cross_attention));
   m.impl("cross_attention_backward", TORCH_BOX(&cross_attention_backward));
+  m.impl("cross_attention_quantized", TORCH_BOX(&cross_attention_quantized));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffmas_native, CompositeExplicitAutograd, m) { m.impl("versions", TORCH_BOX(&cuda_versions)); }

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> low_rank_attention(const Tensor& q, const Tensor& k_p
   const LowRank low = low_rank(a, seg_code, {"z_k", "b_k", z_k, b_k, kNone, kNone}, {"z_v", "b_v", z_v, b_v, kNone, kNone}, keep, add,
                                cos, sin, device_of(q));
   a.low = &low;
-  return forward_on_cpu(a, q);
+  return forward(a, q, false);
 }
 
 Tensor low_rank_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& o, const Tensor& lse, const Tensor& k_pool,

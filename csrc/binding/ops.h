@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& q, const Tensor& k_pool
                                            const Tensor& seg_indptr, const Tensor& seg_start, const Tensor& seg_len,
                                            const Optional& seg_offset, const Optional& inv_freq, double scale, bool causal,
                                            bool interleaved);
-// The same over all of each view, rows of 8 bits that get no gradient; on the CPU.
+// The same over all of each view, rows of 8 bits that get no gradient; the backward on the CPU.
 std::tuple<Tensor, Tensor> cross_attention_quantized(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& k_scale,
                                                      const Tensor& v_scale, const Tensor& q_indptr, const Tensor& seg_indptr,
                                                      const Tensor& seg_start, const Tensor& seg_len, const Optional& seg_offset,

@@ -28,7 +28,7 @@ struct AttentionArgs {
   float* lse;  // [n, Hq]
   float scale;
   bool interleaved;
-  Scales k_scale, v_scale;  // of pools in 8 bits, on the CPU
+  Scales k_scale, v_scale;  // of pools in 8 bits
   const LowRank* low;       // on the CPU, of few query rows, which all see all of their views; null: rows are the pools'
   // Backward only.
   Rows d_o;

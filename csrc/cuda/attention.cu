@@ -1,31 +1,16 @@
-// Launches the kernels of cross_attention: picks the instantiation, and the number of parts that a view is cut into.
+// Launches the kernels of cross_attention: picks the instantiation.
 #include "attention.h"
 
 #include "attention/dkv.cuh"
 #include "attention/dq.cuh"
 #include "attention/forward.cuh"
+#include "attention/grid.cuh"
 #include "attention/kv_ranges.cuh"
 
 namespace diffmas::cuda {
 namespace {
 
-constexpr int kMaxParts = 64;
 constexpr int64_t kManyRows = 64;  // of a sequence on average: from there on a tile of attention/*_sm90.cuh is worth it
-
-bool aligned(const Rows& rows) {
-  const int64_t elements = rows.dtype == DType::f32 ? 4 : 8;
-  return !rows.data ||
-         (reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_row % elements == 0 && rows.stride_head % elements == 0);
-}
-
-AttentionLaunch launch_of(const AttentionArgs& a) {
-  AttentionLaunch l{};
-  l.a = a;
-  l.group = int(a.q_heads / a.kv_heads);
-  if (!a.view.offset) l.a.view.half_rotary = 0;
-  l.slots = {int(a.head_dim), a.interleaved ? 0 : int(l.a.view.half_rotary)};
-  return l;
-}
 
 // Whether rows can be read and written 16 bytes at a time.
 bool in_vectors(const AttentionLaunch& l) {
@@ -56,20 +41,6 @@ int pick_form(const AttentionLaunch& l, const Visit& visit) {
   return a.q.dtype == DType::bf16 ? pick_size<bf16>(l, visit) : pick_size<f16>(l, visit);
 }
 
-// Tiles, K/V heads, parts. Follows from shapes alone, nothing is read from the device: the fewest parts that fill whole waves of blocks,
-// each at least a tile per warp if the view were all of the pool.
-template <class T, int D>
-dim3 grid_of(const AttentionLaunch& l, int device) {
-  const int64_t tiles = l.a.n * l.group / kTileRows + l.a.view.batch, work = tiles * l.a.kv_heads,
-                places = Form<T, D>::kBlocks * processors(device);
-  const int64_t keys = Form<T, D>::kWarps * kTileKeys, most = max(int64_t(1), min(int64_t(kMaxParts), l.a.pool_rows / keys));
-  int64_t parts = 1;
-  const auto fill = [&](int64_t p) { return double(work * p) / double((work * p + places - 1) / places * places); };
-  for (int64_t p = 2; p <= most && fill(parts) < 0.95; ++p)
-    if (fill(p) > fill(parts)) parts = p;
-  return dim3(unsigned(tiles), unsigned(l.a.kv_heads), unsigned(parts));
-}
-
 // Whether the sm_90 kernels may serve a call: 16-bit types in whole packs, no position offsets, more query rows than a warpgroup's.
 template <class T>
 bool for_sm90(const AttentionLaunch& l, bool vectors, int device) {
@@ -85,9 +56,7 @@ bool in_one_kernel(const AttentionLaunch& l, bool vectors, int device) {
 // The memory that merge_all needs, or the backward in one kernel. Both are read 16 bytes at a time, so they come first.
 template <class T, int D, bool kVectors>
 AttentionSizes sizes_of(const AttentionLaunch& l, bool backward, int device) {
-  const dim3 grid = grid_of<T, D>(l, device);
-  const int64_t tiles = int64_t(grid.x) * grid.y;
-  AttentionSizes sizes{grid.z == 1 ? 0 : tiles * grid.z * kTileRows * (D + 2), grid.z == 1 ? 0 : tiles};
+  AttentionSizes sizes = part_sizes<Form<T, D>>(l, device);
   if (backward && in_one_kernel<T>(l, kVectors, device)) {
     const AttentionSizes more = backward_sizes_on_sm90(l);
     sizes = {max(sizes.floats, more.floats), max(sizes.counters, more.counters)};
@@ -121,7 +90,7 @@ int diffmas_cuda_attention_forward(const AttentionArgs* args, AttentionMemory me
     using F = Form<decltype(t), d.value>;
     if (for_sm90<decltype(t)>(l, v.value, device))
       if (const int error = forward_on_sm90(l, device, stream); error != kNotServed) return error;
-    const dim3 grid = grid_of<decltype(t), d.value>(l, device);
+    const dim3 grid = grid_of<F>(l, device);
     return launch(attention_fwd_kernel<decltype(t), d.value, v.value>, grid, dim3(32 * F::kWarps), F::kForwardBytes, stream, l);
   });
 }
@@ -143,7 +112,7 @@ int diffmas_cuda_attention_backward(const AttentionArgs* args, AttentionMemory m
     if (args->dq.data) {
       using F = Form<T, d.value>;
       const dim3 threads(32 * F::kWarps);
-      if (const int error = launch(attention_bwd_kernel_dq<T, d.value, v.value>, grid_of<T, d.value>(l, device), threads,
+      if (const int error = launch(attention_bwd_kernel_dq<T, d.value, v.value>, grid_of<F>(l, device), threads,
                                    F::kBackwardBytes, stream, l))
         return error;
     }

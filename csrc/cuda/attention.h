@@ -24,4 +24,9 @@ extern "C" {
 diffmas::cuda::AttentionSizes diffmas_cuda_attention_memory(const diffmas::AttentionArgs* args, bool backward, int device);
 int diffmas_cuda_attention_forward(const diffmas::AttentionArgs* args, diffmas::cuda::AttentionMemory memory, int device, void* stream);
 int diffmas_cuda_attention_backward(const diffmas::AttentionArgs* args, diffmas::cuda::AttentionMemory memory, int device, void* stream);
+
+// Of pools in 8 bits, of which every query sees all of its view. q is bfloat16 or float16; rows of q and of the pools are aligned to 16
+// bytes, and so is a pool's head; a rotated half has whole fours of dimensions.
+diffmas::cuda::AttentionSizes diffmas_cuda_quantized_memory(const diffmas::AttentionArgs* args, int device);
+int diffmas_cuda_quantized_forward(const diffmas::AttentionArgs* args, diffmas::cuda::AttentionMemory memory, int device, void* stream);
 }

@@ -30,12 +30,26 @@ __device__ __forceinline__ void copy_async_8(void* to, const void* from, bool va
                : "memory");
 }
 
+__device__ __forceinline__ void copy_async_4(void* to, const void* from, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 4 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most kGroupsLeft of this thread's committed groups are under way.
 template <int kGroupsLeft>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+// x y + z of two 16-bit elements in a word, each rounded once; subnormals are numbers.
+template <class T>
+__device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t result;
+  if constexpr (std::is_same_v<T, bf16>) asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(z));
+  else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(z));
+  return result;
 }
 
 // Tensor cores: products of 16-bit elements, summed up in float32.

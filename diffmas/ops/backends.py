@@ -18,6 +18,7 @@ from torch import Tensor
 from diffmas.ops import extension, reference
 from diffmas.ops.checks import FLOATS, MAX_HEAD_DIM
 from diffmas.ops.fused import PARTS, Composed
+from diffmas.ops.quantize import PAYLOADS
 
 __all__ = ["BACKENDS", "available", "check_backend", "check_reads", "implementation"]
 
@@ -73,7 +74,8 @@ class CudaOps:
     """torch.ops.diffmas_native. Its attention is made for small-q calls, since it reads a view again for every 16 of their
     rows; of many it takes dK and dV in 16-bit types, which it keeps in registers where Triton's fit in small tiles only, and
     on Hopper the forward and the whole backward. The rest is Triton's, or the reference's where there is no Triton: other o
-    and dq of many queries, pools of another dtype than q, and rotated halves whose padding makes a head longer than 256."""
+    and dq of many queries, pools of another dtype than q, and rotated halves whose padding makes a head longer than 256. Rows
+    of 8 bits it reads for small q in 16-bit types, in whole packs of 16 bytes; dq of these is Triton's."""
 
     SMALL_Q_ROWS = 64  # (token, head of the GQA group) pairs of a sequence, on average; a guess until it is measured
     TILE_ROWS = 128  # of the forward on Hopper
@@ -116,7 +118,8 @@ class CudaOps:
     def attention_work(self, kernel, q, k_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale, *more):
         """Where Triton will run."""
         hopper = {"fwd": self._on_hopper(q, k_pool, seg_offset, scale), "dq": self._backward_on_hopper(q, k_pool, seg_offset)}
-        if self._small_q(q, k_pool, q_indptr) or hopper.get(kernel):
+        small = self._small_q(q, k_pool, q_indptr) and (kernel == "fwd" or k_pool.dtype not in PAYLOADS)
+        if small or hopper.get(kernel):
             return None
         view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq
         return _triton_or_reference("attention_work", q)(kernel, q, k_pool, *view, scale, *more)
@@ -130,6 +133,22 @@ class CudaOps:
         if small or self._on_hopper(q, k_pool, seg_offset, scale):
             return torch.ops.diffmas_native.cross_attention(*args)
         return _triton_or_reference("cross_attention", q)(*args, *(() if work is None else (work,)))
+
+    def cross_attention_quantized(
+        self, q, k_pool, v_pool, k_scale, v_scale, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq, scale,
+        interleaved, work=None,
+    ):  # fmt: skip
+        view = q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq
+        args = q, k_pool, v_pool, k_scale, v_scale, *view, scale, interleaved
+        if self._small_q(q, k_pool, q_indptr) and self._reads(q, k_pool, v_pool, seg_offset, inv_freq, interleaved):
+            return torch.ops.diffmas_native.cross_attention_quantized(*args)
+        return _triton_or_reference("cross_attention_quantized", q)(*args, *(() if work is None else (work,)))
+
+    @staticmethod
+    def _reads(q, k_pool, v_pool, seg_offset, inv_freq, interleaved):
+        """Whether csrc/cuda/attention_quantized.cu takes the forward of few queries."""
+        halves = seg_offset is None or interleaved or inv_freq.shape[0] % 4 == 0
+        return q.dtype != torch.float32 and q.shape[2] % 16 == 0 and halves and all(map(_in_packs, (q, k_pool, v_pool)))
 
     def cross_attention_backward(
         self, do, dlse, q, o, lse, k_pool, v_pool, q_indptr, seg_indptr, seg_start, seg_len, seg_offset, inv_freq,
@@ -153,6 +172,11 @@ class CudaOps:
         dq = other(*args, nothing, True, *found) if want_dq else None
         none = ours(*args, grad_tail, False)
         return dq if want_dq else none
+
+
+def _in_packs(x: Tensor) -> bool:
+    """Whether rows [n, H, D] begin at multiples of 16 bytes."""
+    return not any(at % 16 for at in (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:2])))
 
 
 @functools.cache
@@ -197,7 +221,10 @@ def _fall_back(op: str, device: str, dtype: torch.dtype, head_dim: int):
 class CudaBackend(Backend):
     """The CUDA kernels of the extension. Devices are looked for when it is first needed."""
 
-    OPS = ("inject", "inject_backward", "attention_work", "cross_attention", "cross_attention_backward")
+    OPS = (
+        "inject", "inject_backward", "attention_work",
+        "cross_attention", "cross_attention_backward", "cross_attention_quantized",
+    )  # fmt: skip
 
     def __init__(self):
         self.name, self.ops, self.devices, self.dtypes = "cuda", CudaOps(), ("cuda",), FLOATS

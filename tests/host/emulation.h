@@ -34,11 +34,24 @@ __device__ __forceinline__ void copy_async_8(void* to, const void* from, bool va
   host::copy_async(to, valid ? from : nullptr, 8);
 }
 
+__device__ __forceinline__ void copy_async_4(void* to, const void* from, bool valid = true) {
+  host::copy_async(to, valid ? from : nullptr, 4);
+}
+
 __device__ __forceinline__ void copy_async_commit() { host::copy_async_commit(); }
 
 template <int kGroupsLeft>
 __device__ __forceinline__ void copy_async_wait() {
   host::copy_async_wait(kGroupsLeft);
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t x, uint32_t y, uint32_t z) {
+  const auto one = [&](int i) {
+    const auto half = [i](uint32_t word) { return double(to_float(T{uint16_t(word >> 16 * i)})); };
+    return half(x) * half(y) + half(z);
+  };
+  return two_from_floats<T>(float(one(0)), float(one(1)));
 }
 
 template <bool kTransposed>

@@ -178,6 +178,7 @@ constexpr size_t kStack = 256 << 10;
 #if defined(__x86_64__)
 using Context = void*;  // the stack pointer of a fiber that does not run; what it needs is on its stack
 asm(R"(
+.pushsection .text
 .weak diffmas_host_switch
 diffmas_host_switch:
   pushq %rbp
@@ -195,6 +196,7 @@ diffmas_host_switch:
   popq %rbx
   popq %rbp
   ret
+.popsection
 )");
 extern "C" void diffmas_host_switch(Context* from, Context* to);
 inline void switch_context(Context* from, Context* to) { diffmas_host_switch(from, to); }

@@ -1,7 +1,7 @@
 // The gradient of q. A block walks the keys as in the forward (forward.cuh), with a dq in the place of the softmax state.
 #pragma once
 #include "merge.cuh"
-#include "query_rows.cuh"
+#include "pool_rows.cuh"
 
 namespace diffmas::cuda {
 
@@ -9,13 +9,14 @@ namespace diffmas::cuda {
 template <class T, int D, bool kVectors>
 __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks)
     attention_bwd_kernel_dq(const __grid_constant__ AttentionLaunch launch) {
-  using F = Form<T, D>;
+  using R = PoolRows<T, D, kVectors>;
+  using F = typename R::F;
   DIFFMAS_DYNAMIC_SHARED(shared);
   const Work work = find_work(launch, F::kWarps * kTileKeys);
   if (work.rows <= 0) return;
   const int lane = lane_id();
   float2* const table = F::table(shared);
-  KeyStream<T, D, kVectors> stream(launch, work, shared);
+  KeyStream<R> stream(launch, work, shared);
   auto q = F::queries(shared, warp_id()), d_o = F::queries(shared, F::kWarps);
   put_rows<T, D, kVectors>(q, launch, work, launch.a.q, nullptr);
   if (F::kInRegisters) put_rows<T, D, kVectors>(d_o, launch, work, launch.a.d_o, nullptr);
@@ -71,11 +72,11 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks)
   if (rotated) rotate_dq(rotated);
 
   const float none[2] = {};
-  merge_all<T, D, false>(launch, work, shared, dq, none, none, [&](int i, int slot, float (&x)[4], float, float) {
+  merge_all<F, false>(launch, work, shared, dq, none, none, [&](int i, int slot, float (&x)[4], float, float) {
     const QueryRow row = work.row(launch, i);
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] *= launch.a.scale;
-    store_slots<T, kVectors>(row_of<T, kVectors>(launch.a.dq, row.token, row.head), slot, x, launch);
+    R::write(launch, launch.a.dq, row, slot, x);
   });
 }
 

@@ -13,27 +13,29 @@
 //   copies    a warp has kStages - 1 tiles under way: 128 KB a multiprocessor. One microsecond of latency needs 33 KB.
 #pragma once
 #include "merge.cuh"
-#include "query_rows.cuh"
+#include "pool_rows.cuh"
 
 namespace diffmas::cuda {
 
-template <class T, int D, bool kVectors>
-__global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks)
-    attention_fwd_kernel(const __grid_constant__ AttentionLaunch launch) {
-  using F = Form<T, D>;
+// Rows of kind R (pool_rows.cuh, payload_rows.cuh), with products in T.
+template <class T, class R>
+__device__ __forceinline__ void attend(const AttentionLaunch& launch) {
+  using F = typename R::F;
+  using Keys = typename F::Keys;
+  constexpr int D = F::kDim;
   DIFFMAS_DYNAMIC_SHARED(shared);
   const Work work = find_work(launch, F::kWarps * kTileKeys);
   if (work.rows <= 0) return;
   const int lane = lane_id();
   const int last[2] = {work.last(launch, lane / 4), work.last(launch, lane / 4 + 8)};
   const float scale = launch.a.scale * kLog2e;
-  KeyStream<T, D, kVectors> stream(launch, work, shared);
+  KeyStream<R> stream(launch, work, shared);
   auto q = F::queries(shared, warp_id());
   int rotated = 0;  // how many positions q is rotated back
-  put_rows<T, D, kVectors>(q, launch, work, launch.a.q, nullptr);
+  R::read_queries(q, launch, work, nullptr);
 
   float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-  stream.for_each([&](const Tile<T, D>& k, const Tile<T, D>& v, int position, int keys, int offsets) {
+  stream.for_each([&](const Keys& k, const Keys& v, int position, int keys, int offsets) {
     float s[2][4];
 #pragma unroll
     for (int i = 0; i < 8; ++i) s[i / 4][i % 4] = -INFINITY;
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks)
       const unsigned same = take_offset(offsets, left, offset);
       if (offset != rotated) {
         make_table(F::table(shared), launch.a.view, -offset);
-        put_rows<T, D, kVectors>(q, launch, work, launch.a.q, F::table(shared));
+        R::read_queries(q, launch, work, F::table(shared));
         rotated = offset;
         __syncwarp();
       }
@@ -51,7 +53,7 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks)
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int key = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (same >> key & 1 && position + key <= last[i / 2 % 2]) s[i / 4][i % 4] = x[i / 4][i % 4] * scale;
+        if (same >> key & 1 && position + key <= last[i / 2 % 2]) s[i / 4][i % 4] = x[i / 4][i % 4] * R::score_scale(k, scale, key);
       }
     }
     float shrink[2];
@@ -77,14 +79,20 @@ __global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks)
 
 #pragma unroll
   for (int h = 0; h < 2; ++h) sum[h] = group_sum(sum[h], 4);
-  merge_all<T, D, true>(launch, work, shared, o, top, sum, [&](int i, int slot, float (&x)[4], float top, float sum) {
+  merge_all<F, true>(launch, work, shared, o, top, sum, [&](int i, int slot, float (&x)[4], float top, float sum) {
     const QueryRow row = work.row(launch, i);
     const float share = sum == 0 ? 0 : 1 / sum;  // a NaN sum is not an empty row
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] *= share;
-    store_slots<T, kVectors>(row_of<T, kVectors>(launch.a.o, row.token, row.head), slot, x, launch);
+    R::write(launch, launch.a.o, row, slot, x);
     if (slot == 0) launch.a.lse[row.token * launch.a.q_heads + row.head] = sum == 0 ? -INFINITY : (top + log2f(sum)) * kLn2;
   });
+}
+
+template <class T, int D, bool kVectors>
+__global__ void __launch_bounds__(32 * Form<T, D>::kWarps, Form<T, D>::kBlocks)
+    attention_fwd_kernel(const __grid_constant__ AttentionLaunch launch) {
+  attend<T, PoolRows<T, D, kVectors>>(launch);
 }
 
 }  // namespace diffmas::cuda

@@ -51,21 +51,22 @@ struct Cursor {
 };
 
 // How the forward and dq use a multiprocessor: up to four warps with a ring of their own, 100 KB a block. Query rows are in registers
-// where those suffice.
-template <class T, int D>
+// where those suffice. InRing: the tiles of the ring.
+template <class T, int D, class InRing = Tile<T, D>>
 struct Form {
-  using Keys = Tile<T, D>;
+  using Keys = InRing;
+  static constexpr int kDim = D;
   static constexpr int kRowBytes = D * int(sizeof(T)), kWarps = kRowBytes <= 256 ? 4 : 1024 / kRowBytes;
   static constexpr int kBlocks = kRowBytes <= 128 ? 3 : 2;  // of a multiprocessor
   static constexpr bool kInRegisters = sizeof(T) == 2 && D <= 128;
   static constexpr int kStages = kInRegisters ? 3 : 2;
-  using Queries = std::conditional_t<kInRegisters, RegisterTile<T, D>, Keys>;
+  using Queries = std::conditional_t<kInRegisters, RegisterTile<T, D>, Tile<T, D>>;
 
   // Shared memory: the ring, a rotation table a warp, query rows, numbers of the rows.
   static constexpr int kRing = kWarps * kStages * 2 * Keys::kBytes, kTable = D / 2 * int(sizeof(float2));
   static constexpr int kTables = kRing, kQueries = kTables + kWarps * kTable;
-  static constexpr int kForwardBytes = kQueries + (kInRegisters ? 0 : kWarps * Keys::kBytes);
-  static constexpr int kNumbers = kForwardBytes + (kInRegisters ? 0 : Keys::kBytes);  // backward: behind a tile of do
+  static constexpr int kForwardBytes = kQueries + (kInRegisters ? 0 : kWarps * Tile<T, D>::kBytes);
+  static constexpr int kNumbers = kForwardBytes + (kInRegisters ? 0 : Tile<T, D>::kBytes);  // backward: behind a tile of do
   static constexpr int kBackwardBytes = kNumbers + kTileRows * int(sizeof(RowNumbers));
   static_assert(kWarps * kTileRows * (D + 2) * int(sizeof(float)) <= kRing);  // the warps' states go there in the end
   static_assert(kBackwardBytes <= kMaxShared);
@@ -74,21 +75,22 @@ struct Form {
   // The i-th tile of query rows, a warp's own or the block's.
   __device__ __forceinline__ static Queries queries(char* shared, int i) {
     if constexpr (kInRegisters) return {};
-    else return {shared + kQueries + i * Keys::kBytes};
+    else return {shared + kQueries + i * Tile<T, D>::kBytes};
   }
 };
 
-// This warp's tiles of a block's keys. The constructor starts the first copies, before the query rows are read.
-template <class T, int D, bool kVectors>
+// This warp's tiles of a block's keys, rows of kind R (pool_rows.cuh, payload_rows.cuh). The constructor starts the first copies, before
+// the query rows are read.
+template <class R>
 struct KeyStream {
-  using F = Form<T, D>;
-  using Keys = Tile<T, D>;
+  using F = typename R::F;
+  using Keys = typename F::Keys;
   static constexpr int kStep = F::kWarps * kTileKeys;
 
   const AttentionLaunch& launch;
   const int end, first, count;
   char* const ring;
-  const decltype(row_of<T, kVectors>(Rows{}, 0, 0)) k_rows, v_rows;
+  const R rows;
   Cursor cursor;
   int offsets[F::kStages];  // of key lane % 16 of the tiles under way
 
@@ -98,8 +100,7 @@ struct KeyStream {
         first(work.n_first + warp_id() * kTileKeys),
         count(max(end - first + kStep - 1, 0) / kStep),
         ring(shared + warp_id() * F::kStages * 2 * Keys::kBytes),
-        k_rows(row_of<T, kVectors>(launch.a.k_pool, 0, blockIdx.y)),
-        v_rows(row_of<T, kVectors>(launch.a.v_pool, 0, blockIdx.y)),
+        rows(launch),
         cursor(launch.a.view, work) {
 #pragma unroll
     for (int i = 0; i < F::kStages - 1; ++i) offsets[i] = copy(i);
@@ -128,16 +129,7 @@ struct KeyStream {
     if (i < count) {
       const int position = first + i * kStep + lane_id() % kTileKeys;
       const int row = position < end ? cursor.row(launch.a.view, position) : -1;
-      const Keys k = stage(i, 0), v = stage(i, 1);
-#pragma unroll 8
-      for (int j = 0; j < Keys::kChunks / 2; ++j) {
-        const int key = lane_id() / Keys::kChunks, chunk = lane_id() % Keys::kChunks;
-        const int key0 = 32 * j / Keys::kChunks, chunk0 = 32 * j % Keys::kChunks, slot = (chunk0 + chunk) * Keys::kElements;
-        const int key_row = __shfl_sync(~0u, row, key0 + key);
-        const int64_t from = max(key_row, 0);
-        copy_chunk<T, kVectors>(k.at(key, chunk, key0, chunk0), k_rows + from * launch.a.k_pool.stride_row, key_row >= 0, slot, launch);
-        copy_chunk<T, kVectors>(v.at(key, chunk, key0, chunk0), v_rows + from * launch.a.v_pool.stride_row, key_row >= 0, slot, launch);
-      }
+      rows.copy(stage(i, 0), stage(i, 1), row);
     }
     copy_async_commit();
     return cursor.offset;

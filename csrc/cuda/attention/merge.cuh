@@ -41,10 +41,10 @@ __device__ __forceinline__ bool last_to_arrive(unsigned* counter, unsigned block
 }
 
 // Merges what all warps of all parts have; one block calls done(row, slot, x, top, sum). Overwrites the ring.
-template <class T, int D, bool kSoftmax, class Done>
-__device__ __forceinline__ void merge_all(const AttentionLaunch& launch, const Work& work, char* shared, const float (&x)[D / 8][4],
+template <class F, bool kSoftmax, class Done>
+__device__ __forceinline__ void merge_all(const AttentionLaunch& launch, const Work& work, char* shared, const float (&x)[F::kDim / 8][4],
                                           const float (&top)[2], const float (&sum)[2], Done done) {
-  constexpr int kSize = kTileRows * D, kWarps = Form<T, D>::kWarps;
+  constexpr int D = F::kDim, kSize = kTileRows * D, kWarps = F::kWarps;
   float* const warps = reinterpret_cast<float*>(shared);
   float2* const warp_tops = reinterpret_cast<float2*>(warps + kWarps * kSize);
   const int lane = lane_id();
@@ -67,23 +67,8 @@ __device__ __forceinline__ void merge_all(const AttentionLaunch& launch, const W
     store<4>(all + int64_t(blockIdx.z) * kSize + row * D + slot, pack<float>(x));
     if (kSoftmax && slot == 0) all_tops[int(blockIdx.z) * kTileRows + row] = make_float2(top, sum);
   });
-  unsigned* const before = reinterpret_cast<unsigned*>(shared + Form<T, D>::kTables);
+  unsigned* const before = reinterpret_cast<unsigned*>(shared + F::kTables);
   if (last_to_arrive(launch.counters + tile, gridDim.z, before)) merge<D, kSoftmax>(int(parts), work.rows, all, all_tops, done);
-}
-
-// Four slots of a query's row.
-template <class T, bool kVectors, class Row>
-__device__ __forceinline__ void store_slots(Row row, int slot, const float (&x)[4], const AttentionLaunch& launch) {
-  if constexpr (kVectors) {
-    const int d = launch.slots.dim(slot);
-    if (d >= 0) store<4>(row + d, pack<T>(x));
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int d = launch.slots.dim(slot + e);
-      if (d >= 0) set_element(row, d, x[e]);
-    }
-  }
 }
 
 }  // namespace diffmas::cuda

@@ -9,13 +9,14 @@ namespace diffmas::cuda {
 template <class T, int D>
 struct Tile {
   static constexpr int kElements = 16 / sizeof(T), kChunks = D / kElements, kBytes = 16 * D * int(sizeof(T));
+  static constexpr int kMask = kChunks < 8 ? kChunks - 1 : 7, kTogether = kChunks < 8 ? 8 / kChunks : 1;  // rows that fill the banks
   char* data;
 
   // Chunk [row0 + row][chunk0 + chunk], when no bit is set in both of row0 and row, nor in chunk0 and chunk. With row0 and chunk0
   // known when compiling, a loop over them needs one register and not one for each of its addresses.
   __device__ __forceinline__ char* at(int row, int chunk, int row0 = 0, int chunk0 = 0) const {
-    const int place = (row * kChunks + (chunk ^ (row & 7))) ^ ((row0 ^ chunk0) & 7);
-    return data + place * 16 + (row0 * kChunks + (chunk0 & ~7)) * 16;
+    const int place = (row * kChunks + (chunk ^ (row / kTogether & kMask))) ^ ((row0 / kTogether ^ chunk0) & kMask);
+    return data + place * 16 + (row0 * kChunks + (chunk0 & ~kMask)) * 16;
   }
   // As the left side of a product, and as what rows are read into (see put_rows).
   __device__ __forceinline__ void left(int unit, uint32_t (&a)[4]) const {

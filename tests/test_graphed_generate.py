@@ -51,7 +51,6 @@ def assert_as_eager(run, **options):
 CASES = {
     "greedy": {},
     "samples": dict(do_sample=True, temperature=1.5, top_p=0.9, num_return_sequences=2),
-    "a rule that sees the text": dict(repetition_penalty=1.3, no_repeat_ngram_size=3),
     "one sequence": dict(past=(5,), new=(3,)),
     "embeddings": dict(input_ids=None),
 }

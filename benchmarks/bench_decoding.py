@@ -10,11 +10,11 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from diffmas import Segment, Trace, patch_model
-from diffmas.agents.next_tokens import NextTokens
 from diffmas.benchmarks.llama import Decoder
 from diffmas.benchmarks.measure import OURS, Case, Problem, Senseless, Trial
 from diffmas.benchmarks.systems import SMOL, make_smol
 from diffmas.models.forward import forward
+from diffmas.models.next_tokens import NextTokens
 from diffmas.models.patch import patch_of
 from diffmas.trace.cache import cache_argument
 
@@ -96,7 +96,7 @@ def diffmas(p: Problem) -> Trial:
         base = Trace.of_rows(x.model, rows, [length] * batch, kv, capacity=batch * (length + 4 * x.new))
     else:
         base = Trace(x.model, batch)
-    patch, traces, columns = patch_of(x.model), [], x.tokens.t().tolist()
+    patch, traces, columns = patch_of(x.model), [], x.tokens.t().contiguous()
 
     def reset():
         traces[:] = [base.fork(1)[0] if batch == 1 else base.select(list(range(batch)))]

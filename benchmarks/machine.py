@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from diffmas.agents.capture import captured
+from diffmas.models.capture import captured
 from diffmas.ops import extension
 
 __all__ = [

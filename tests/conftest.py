@@ -41,7 +41,7 @@ def repeating(monkeypatch):
     from fake_graph import FakeGraph
 
     from diffmas import patch_model
-    from diffmas.agents import capture
+    from diffmas.models import capture
 
     graphs = []
     monkeypatch.setattr(capture, "_on_one_gpu", lambda *_: True)

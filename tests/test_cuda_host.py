@@ -105,6 +105,14 @@ def test_products_too_early_are_nan(mistake, which):
     assert mistake != 13 or not all(products(mistake, seed)[0][which].isnan().any() for seed in range(6))
 
 
+def test_what_is_not_published_is_not_multiplied():
+    """Products see memory by another way than the stores of threads."""
+    (plain, _), (unsaid, _), (published, _) = (torch.manual_seed(0) and products(mistake)[0] for mistake in (0, 18, 19))
+    assert torch.equal(unsaid, plain) and plain[:, 3].all()
+    plain[:, 3] = 0
+    assert torch.equal(published, plain)
+
+
 def test_inputs_must_not_be_written():
     with pytest.raises(on_host.Failed, match="y was written, which is an input"):
         on_host.run("selftest", dict(kernel=0, n=0, mistake=0, blocks=1), dict(y=torch.arange(64.0)), {})

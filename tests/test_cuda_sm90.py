@@ -270,6 +270,12 @@ def test_backward_of_the_grad_tail(kernels):
     assert all((x == 0.5).all() for x in pools)
 
 
+@pytest.mark.parametrize("agrees", [pools_agree, backward_agrees])
+def test_rows_that_learn_for_one_of_two_readers(agrees, kernels):
+    inputs = attention_inputs(View([40, 40], [[(0, 90, 0)], [(0, 90, 0)]]), (2, 1), rows=100)
+    agrees(inputs, torch.bfloat16, grad_tail=torch.tensor([90, 7]))
+
+
 @pytest.mark.parametrize("name", ["q", "do", "k_pool", "v_pool"])
 @pytest.mark.parametrize("sequence", [0, 1])
 def test_a_nan_stays_in_its_sequence_of_the_backward(sequence, name, kernels):

@@ -11,13 +11,14 @@ from systems import ANSWERS, QUESTIONS, system
 
 import diffmas
 from diffmas import Agent, ops
-from diffmas.agents import capture, latent, learning
+from diffmas.agents import latent, learning
 from diffmas.agents.adapters import switched_to
 from diffmas.agents.decoding import Rules
 from diffmas.agents.realign import Realign
 from diffmas.agents.sampling import Sampling
 from diffmas.benchmarks.machine import own_stream
 from diffmas.benchmarks.measure import OURS, Case, Contest, Problem, Trial
+from diffmas.models import capture
 from diffmas.models.forward import forward
 from diffmas.models.parts import body_of
 from diffmas.models.patch import patch_of
@@ -256,6 +257,19 @@ def test_decoding_as_a_graph(monkeypatch):
         patch_of(s.model).graphs = graphs
         found.append(s.generate_tokens(QUESTIONS, max_new_tokens=30, temperature=0, samples=2))
     assert found[0] == found[1] and captured and all(captured)
+
+
+def test_generate_as_a_graph(monkeypatch):
+    """transformers' own, on a trace."""
+    s = system(dtype=torch.float32).cuda()
+    captured, attempt, found = [], capture.attempt, []
+    monkeypatch.setattr(capture, "attempt", lambda *args: captured.append(attempt(*args)) or captured[-1])
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]], device="cuda")
+    for graphs in (False, True):
+        patch_of(s.model).graphs = graphs
+        trace = diffmas.Trace(s.model, batch_size=2)
+        found.append(s.model.generate(ids, past_key_values=trace, max_new_tokens=30, do_sample=False, eos_token_id=None))
+    assert torch.equal(*found) and len(captured) == 1 and all(captured)
 
 
 def test_a_model_that_waits_for_the_device_is_not_captured():

@@ -11,7 +11,8 @@ from test_graphed_steps import TWO, assert_equal, episode, gradients, steps, two
 from threads import together
 
 from diffmas import Trace, patch_model
-from diffmas.agents import capture, learning
+from diffmas.agents import learning
+from diffmas.models import capture
 from diffmas.models.patch import patch_of
 
 

@@ -8,7 +8,8 @@ from models import EOS, body
 from systems import QUESTIONS, system
 
 from diffmas import Agent, MultiAgentSystem
-from diffmas.agents import decoding, next_tokens
+from diffmas.agents import decoding
+from diffmas.models import next_tokens
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace import views
@@ -125,7 +126,7 @@ def test_what_changes_between_two_tokens(change, captured, s, repeating):
             if left == 14:
                 trace = change(s, trace, fork)
             with torch.no_grad():
-                logits.append(next_of(trace, tokens, left))
+                logits.append(next_of(trace, torch.tensor(tokens), left))
             tokens = logits[-1].argmax(-1).tolist()
         found.append(logits)
     assert all(map(torch.equal, *found)) and len(repeating) == captured
@@ -175,7 +176,7 @@ def test_what_was_decoded_is_known(answers, repeating, s):
         next_of = next_tokens.NextTokens(patch_of(s.model), s.device)
         with torch.no_grad():
             for left in range(12, 0, -1):
-                logits = next_of(trace, [row[-1] for row in tokens], left)
+                logits = next_of(trace, torch.tensor([row[-1] for row in tokens]), left)
                 tokens = [[*row, t] for row, t in zip(tokens, logits.argmax(-1).tolist())]
         rows = [x for layer in range(len(trace)) for b in range(3) for x in trace.keys_values(layer, b)]
         found.append((tokens, trace.segments, [trace.token_ids(b).tolist() for b in range(3)], rows))

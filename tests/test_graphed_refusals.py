@@ -9,8 +9,9 @@ from models import body
 from systems import ANSWERS, QUESTIONS, system
 from test_graphed_steps import TWO, assert_equal, episode, gradients, two
 
-from diffmas.agents import capture, learning
+from diffmas.agents import learning
 from diffmas.agents.gradients import GradientWatch
+from diffmas.models import capture
 from diffmas.models.patch import patch_of
 from diffmas.trace.layer_work import LayerWork
 

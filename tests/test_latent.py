@@ -13,8 +13,9 @@ from threads import together
 
 import diffmas
 from diffmas import Agent, Trace
-from diffmas.agents import capture, latent
-from diffmas.agents.capture import captured
+from diffmas.agents import latent
+from diffmas.models import capture
+from diffmas.models.capture import captured
 from diffmas.models.forward import forward
 from diffmas.models.patch import patch_of
 from diffmas.trace import attention_parts, layer_backward, layer_work, views

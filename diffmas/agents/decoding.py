@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria
 
 from diffmas.agents.meter import decoded, phase
-from diffmas.agents.next_tokens import RESERVE, NextTokens
 from diffmas.agents.sampling import Sampling
 from diffmas.models.forward import forward
 from diffmas.models.generate import left_padded, with_past
+from diffmas.models.next_tokens import RESERVE, NextTokens
 from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_of
 from diffmas.trace import Trace
@@ -193,7 +193,7 @@ def _tokens(
             place = {i: j for j, i in enumerate(active)}
             trace, active = trace.select([place[i] for i in going]), going
         left = max(limits[i] for i in active) - len(tokens[active[0]])  # all that are active have as many
-        logits = next_tokens(trace, [tokens[i][-1] for i in active], left)
+        logits = next_tokens(trace, torch.tensor([tokens[i][-1] for i in active]), left)
 
 
 def _beam_search(system, trace: Trace, prompts: list[list[int]], sampling: Sampling, first: int):

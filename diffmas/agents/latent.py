@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from diffmas.agents import learning
-from diffmas.agents.capture import LEAST_REPLAYS, capture_pass, possible
 from diffmas.agents.gradient_clip import current_clip
 from diffmas.agents.learning import LearningSteps
+from diffmas.models.capture import LEAST_REPLAYS, capture_pass, possible
 from diffmas.models.forward import forward
 from diffmas.models.observers import hooked, observed, random_state
 from diffmas.models.patch import Patch

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from diffmas.agents.capture import LEAST_REPLAYS, attempt, capture_pass, on_capture_stream
+from diffmas.models.capture import LEAST_REPLAYS, attempt, capture_pass, on_capture_stream
 from diffmas.models.patch import Patch
 from diffmas.trace import Trace
 from diffmas.trace.autograd import begin, carrier

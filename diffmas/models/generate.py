@@ -4,22 +4,23 @@ transformers counts the past as part of its input. It is given the token ids tha
 rules and assistants see the text there is; rows without a token, such as latent steps, have no column in it.
 """
 
+import copy
+import functools
 import inspect
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from diffmas.models.forward import new_token_mask
+from diffmas.models.next_tokens import RESERVE, NextTokens
 from diffmas.trace import Trace
 from diffmas.trace.cache import cache_name
 
 __all__ = ["Generation", "generate", "left_padded", "options_of", "with_past"]
-
-MOST_RESERVED = 512  # rows that a sequence reserves at once for generated tokens
 
 
 @dataclass
@@ -27,10 +28,11 @@ class Generation:
     """The state of a generate in progress, for the forwards on its trace.
 
     width: columns of transformers' input. first: the column of each sequence's first new token. before: each sequence's rows
-    when it began. reserve: tokens that a sequence may generate, as far as that is known.
+    when it began. longest: tokens that a sequence may generate, 0 where that is not known. reserve: rows for them.
     """
 
     width: int = 0
+    longest: int = 0
     first: list[int] = field(default_factory=list)
     before: list[int] = field(default_factory=list)
     reserve: int = 0
@@ -42,6 +44,12 @@ class Generation:
             return max(lengths)
         earliest = self.first.index(min(self.first))
         return self.first[earliest] + lengths[earliest] - self.before[earliest]
+
+    def left(self, lengths: list[int]) -> int:
+        """How many tokens are still to be written, those of the next forward included; 0 where it is the prompt's, or where
+        that is not known. All that are chosen are written but the last."""
+        written = self.columns(lengths) - self.width
+        return max(self.longest - 1 - written, 0) if written >= 0 else 0
 
     def next_forward(self, x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None, str, int]:
         """The new columns of transformers' input x [B, S, ...], which of them are tokens (None: all), their kind, and how many
@@ -81,6 +89,36 @@ class OnlyNew(BaseStreamer):
 
     def end(self):
         self.streamer.end()
+
+
+# What transformers' decoding passes to a forward, beside the cache; all that says where a token goes, the trace knows.
+ALWAYS = {"input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", "return_dict"}
+
+
+def with_replays(lm: nn.Module, device: torch.device) -> nn.Module:
+    """The causal LM as one generate without beams calls it: of the forwards on a trace, those of a token a sequence may be
+    replays of a CUDA graph. device: of the token ids. Nothing is put on the model, which others may call meanwhile: it is a
+    copy that shares all but its `forward`, or, where no forward can be a replay, the model itself."""
+    next_tokens, output = NextTokens(lm.diffmas_patch, device), None
+    if not next_tokens.graphs:
+        return lm
+
+    @functools.wraps(lm.forward)  # transformers looks at its arguments
+    def forward(*args, **kwargs):
+        nonlocal output
+        name, ids = cache_name(kwargs, Trace), kwargs.get("input_ids")
+        given = {k for k, x in kwargs.items() if x is not None and x is not False}
+        if output is not None and not args and ids is not None and ids.shape[1] == 1 and given <= {*ALWAYS, name}:
+            trace = kwargs[name]
+            if left := trace.generation.left(trace.lengths):
+                return output(logits=next_tokens(trace, ids[:, 0].contiguous(), left)[:, None], **{name: trace})
+        found = lm.forward(*args, **kwargs)
+        output = type(found) if name in found else None
+        return found
+
+    copied = copy.copy(lm)
+    copied.forward = forward
+    return copied
 
 
 def generate(self, inputs=None, *args, **kwargs):
@@ -154,8 +192,9 @@ def _generate(self, trace: Trace, argument: str, inputs, kwargs: dict):
         kwargs["streamer"] = OnlyNew(kwargs["streamer"], ids)
     watched, eos = _watch(kwargs, option, eos)
     copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
-    reserve, width, generation = min(longest, MOST_RESERVED), known_mask.shape[1], trace.generation
+    reserve, width, generation = min(longest, RESERVE), known_mask.shape[1], trace.generation
     each = [b for b in range(B) for _ in range(copies)]
+    generation.longest = longest
     generation.width, generation.reserve = width, reserve if (option("num_beams") or 1) == 1 else 0
     generation.before, generation.first = [before[b] for b in each], [width - counts[b] for b in each]
     running = trace
@@ -167,7 +206,8 @@ def _generate(self, trace: Trace, argument: str, inputs, kwargs: dict):
     if ids is not None:
         kwargs["input_ids"] = known
     try:
-        output = type(self).generate(self, attention_mask=known_mask.to(new.device, torch.long), **kwargs)
+        lm = self if (option("num_beams") or 1) > 1 else with_replays(self, new.device)
+        output = type(self).generate(lm, attention_mask=known_mask.to(new.device, torch.long), **kwargs)
     finally:
         if running is not trace:
             running.generation = None

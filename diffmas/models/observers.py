@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from diffmas.models.patch import CompiledForward
+from diffmas.models.compiled import CompiledForward
+from diffmas.models.plain_layer import hooked_by_others
 
 __all__ = ["hooked", "observed", "random_state"]
 
 
-def observed(modules: Collection[nn.Module], own: Iterable[int | None] = ()) -> bool:
+def observed(modules: Collection[nn.Module], own: Collection[int | None] = ()) -> bool:
     """Whether somebody hooks into the modules or their trainable parameters, packs what is saved for backward, checkpoints
     layers or compiles them. own: the ids of hooks that do not count."""
     return (
@@ -22,11 +23,9 @@ def observed(modules: Collection[nn.Module], own: Iterable[int | None] = ()) -> 
     )
 
 
-def hooked(modules: Iterable[nn.Module], own: Iterable[int | None] = ()) -> bool:
+def hooked(modules: Iterable[nn.Module], own: Collection[int | None] = ()) -> bool:
     """Whether somebody hooks into the calls of modules. own: as in `observed`."""
-    own = set(own)
-    kinds = lambda m: (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
-    return _has_any_global_hook() or any(hooks and not hooks.keys() <= own for m in modules for hooks in kinds(m))
+    return _has_any_global_hook() or any(hooked_by_others(m, own) for m in modules)
 
 
 def _compiled(module: nn.Module) -> bool:

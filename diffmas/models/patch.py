@@ -22,10 +22,10 @@ from diffmas import ops
 from diffmas.models import probe
 from diffmas.models.adapted import check_adapters
 from diffmas.models.attention import Layer, install, uninstall
+from diffmas.models.compiled import compile_body, uncompile_body
 from diffmas.models.forward import after_body, before_body
 from diffmas.models.generate import generate
 from diffmas.models.identity import fingerprint_of
-from diffmas.models.linear_parts import is_ours
 from diffmas.models.linears import fuse_layers, restore_layers
 from diffmas.models.local import failing_together, gathered, is_part
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
@@ -47,7 +47,7 @@ class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
     checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
-    when they were patched. graphs, training_graphs: see `patch_model` (diffmas.agents.capture). fuse: the same (what comes
+    when they were patched. graphs, training_graphs: see `patch_model` (diffmas.models.capture). fuse: the same (what comes
     of it is spec.fused). tries: by what is captured, how often that may still fail.
     """
 
@@ -86,7 +86,7 @@ def patch_model(
     model: a transformers causal LM, or a PEFT model around one; a multimodal one takes a trace with text alone. backend:
     "auto", or one of `diffmas.ops.BACKENDS`. max_length: the most tokens per sequence that a trace of this model may hold. A
     sliding window must be at least that long; without max_length it must be as long as the model's context, and then limits
-    traces itself. graphs: whether latent steps and decoding of a system may be captured as CUDA graphs on a GPU; a model that
+    traces itself. graphs: whether latent steps and decoding may be captured as CUDA graphs on a GPU; a model that
     cannot be runs without, after one warning. training_graphs: latent steps with gradients too, and their backward; off as long
     as no GPU has shown the gradients to be right. fuse: whether, in forwards over a trace, a frozen linear and its plain LoRA
     adapter are one op, the adapter's gradients of a run of latent steps one product, and norms and gates an op each; on a CPU
@@ -231,40 +231,6 @@ def _install(record: Patch) -> None:
         record.causal_lm.generate = functools.partial(generate, record.causal_lm)
     record.body.compile = functools.partial(compile_body, record.body)
     setattr(record.causal_lm, ATTRIBUTE, record.spec)
-
-
-class CompiledForward:
-    """A body's forward, compiled. A copy of the body gets one of its own, and so does one that is unpickled."""
-
-    def __init__(self, body: nn.Module, args: tuple, kwargs: dict):
-        self.body, self.args, self.kwargs = body, args, kwargs
-        forward = body.__dict__.get("forward")
-        self.replaced = None if is_ours(forward) else forward  # accelerate's
-
-    @functools.cached_property
-    def compiled(self):
-        original = type(self.body).forward.__get__(self.body) if self.replaced is None else self.replaced
-        return torch.compile(original, *self.args, **self.kwargs)
-
-    def __getstate__(self) -> dict:
-        return {name: x for name, x in vars(self).items() if name != "compiled"}
-
-    def forward(self, *args, **kwargs):
-        return self.compiled(*args, **kwargs)
-
-
-def compile_body(body: nn.Module, *args, **kwargs) -> None:
-    """A patched body's `compile`: the hooks, which plan and commit a forward pass, stay outside of the graph."""
-    uncompile_body(body)
-    body.forward = CompiledForward(body, args, kwargs).forward
-
-
-def uncompile_body(body: nn.Module) -> None:
-    compiled = getattr(body.__dict__.get("forward"), "__self__", None)
-    if isinstance(compiled, CompiledForward):
-        del body.forward
-        if compiled.replaced is not None:
-            body.forward = compiled.replaced
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:

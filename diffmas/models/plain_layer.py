@@ -1,5 +1,6 @@
 """What a decoder layer of the common kind is made of, where nobody hooks into it and its adapters are plain LoRA."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,15 @@ class PlainLayer(NamedTuple):
     linears: list[tuple]
 
 
-def hooked_by_others(module: nn.Module) -> bool:
-    """Whether somebody hooks into it. transformers leaves hooks behind that collect attention weights, of which a trace has
-    none, and hidden states, which whoever asks for them gets in another way, once it was asked for hidden states."""
-    hooks = module._forward_hooks.values()
-    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(others) or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
+def hooked_by_others(module: nn.Module, own: Collection[int | None] = ()) -> bool:
+    """Whether somebody hooks into its calls. own: the ids of hooks that do not count. transformers leaves hooks behind that
+    collect attention weights, of which a trace has none, and hidden states, which whoever asks for them gets in another way,
+    once it was asked for hidden states."""
+    for hooks in (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+        if hooks and not hooks.keys() <= set(own):
+            return True
+    after = module._forward_hooks.items()
+    return any(i not in own and getattr(hook, "__module__", None) != CAPTURING for i, hook in after)
 
 
 def _norm(module: nn.Module, kernels: LayerOps):

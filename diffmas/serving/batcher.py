@@ -19,9 +19,9 @@ from diffmas.agents import adapters
 from diffmas.agents.board import Board
 from diffmas.agents.decoding import decode
 from diffmas.agents.eval_mode import evaluating
-from diffmas.agents.next_tokens import RESERVE
 from diffmas.agents.prompts import Turn, encodes
 from diffmas.agents.sampling import Sampling, stream
+from diffmas.models.next_tokens import RESERVE
 from diffmas.serving.team import Question
 from diffmas.trace import Trace
 

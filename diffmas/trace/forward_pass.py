@@ -126,7 +126,7 @@ class ForwardPass:
         # The graph of a checkpoint holds this object, so it must not lead to a graph: such a circle is never freed.
         self.table = self.past = self.after = self.ids = self.batch = self.ending = None
 
-    # ---- repeated on the device (diffmas.agents.capture) ---------------------------------------------------------------
+    # ---- repeated on the device (diffmas.models.capture) ---------------------------------------------------------------
 
     def still(self):
         """A context in which no other thread allocates rows and no pool moves."""

@@ -274,6 +274,8 @@ struct Block {
   std::map<const void*, std::shared_ptr<ByteBarrier>> byte_barriers;  // by address
   std::map<const void*, void*> shared;                                // by declaration
   size_t shared_bytes;
+  std::vector<char> published;  // dynamic shared memory as the copy engine and products see it (sm90_emulation.h)
+  std::vector<int> publishing;  // of each warp, lanes that have published what others of it have not yet
 };
 inline Block block;
 inline Thread* self = nullptr;
@@ -333,6 +335,12 @@ __attribute__((no_sanitize("address"))) inline void thread_main() {
 inline void wait(const uint64_t& counter, uint64_t seen, Place place) {
   self->counter = &counter, self->seen = seen, self->place = place;
   if (counter == seen) suspend();
+}
+
+// Lets others run on, for so many turns.
+inline void fall_behind(int turns, Place place) {
+  static const uint64_t always = 1;
+  for (self->counter = &always, self->seen = 0, self->place = place; turns; --turns) suspend();
 }
 
 // Until a word in global memory, which another block may set, has a value.
@@ -453,6 +461,8 @@ inline void start_block(Running& running, size_t dynamic_bytes, size_t first_sta
   block.threads.resize(count);
   block.warps.resize(count);
   block.products.resize(count);
+  block.published.assign(dynamic_bytes, char(0xFF));
+  block.publishing.resize(count);
   check_shared(dynamic_bytes);
   dynamic_shared = static_cast<char*>(poisoned(dynamic_bytes));
   static const uint64_t started = 1;
@@ -477,12 +487,13 @@ inline bool run_on(Running& running, bool among_others, std::mt19937_64& random)
   for (int& rounds : running.asleep) {
     if (rounds) --rounds;
     else if (random() % 64 == 0) rounds = int(random() % 64);
-    moved = moved || rounds;
   }
   for (Thread* t : running.order) {
-    if (running.asleep[size_t(t->warp)] || t->done || t->waits()) continue;
+    if (t->done || t->waits()) continue;
+    moved = true;
+    if (running.asleep[size_t(t->warp)]) continue;
     resume(*t);
-    moved = true, running.left -= t->done;
+    running.left -= t->done;
   }
   running.swap();
   return moved;

@@ -103,6 +103,11 @@ __global__ void product_kernel(const __grid_constant__ BoxArgs args) {
   }
   if (args.mistake != 12) wait_for(here, 0);
   if (args.mistake == 15 && thread >= 96) return;
+  if (args.mistake >= 18) {  // takes row 3 of b out, and does not tell
+    if (thread < kPanelRow / 4) reinterpret_cast<uint32_t*>(shared + kPanel)[3 * kPanelRow / 4 + thread] = 0;
+    if (args.mistake == 19) publish_to_async();
+    __syncthreads();
+  }
   const unsigned a = shared_address(shared), b = a + kPanel, c = b + kPanel;
   float x[8][4] = {}, z[8][4];
   uint32_t left[1][4];
@@ -114,7 +119,7 @@ __global__ void product_kernel(const __grid_constant__ BoxArgs args) {
   add_product_async<bf16>(z, Operand(a), Operand(args.mistake == 14 && thread == 70 ? a : b), false);
   commit_products();
   if (args.mistake == 13) left[0][1] = 0x7FC0;                                     // which the first product may still read
-  if (args.mistake == 17) *reinterpret_cast<uint16_t*>(shared + kPanel) = 0x7FC0;  // as the second one this
+  if (args.mistake == 17) *reinterpret_cast<uint16_t*>(shared + kPanel) = 0x7FC0, publish_to_async();  // as the second one this
   wait_for_products<1>(x);
   if (args.mistake != 16) wait_for_products<0>(z);
   for (int j = 0; j < 8; ++j)

@@ -67,7 +67,12 @@ __device__ __forceinline__ void wait_for(Barrier* barrier, int parity) {
   host::byte_barrier(barrier).wait_for(parity, {__FILE__, __LINE__});
 }
 
-__device__ __forceinline__ void publish_to_async() {}
+// All that is in shared memory, whoever wrote it, once all lanes of a warp have come. So what nobody publishes is never seen; a warp that
+// leaves it to another one is, often.
+__device__ __forceinline__ void publish_to_async() {
+  int& lanes = host::block.publishing[size_t(host::self->warp)];
+  if (++lanes == 32) lanes = 0, std::memcpy(host::block.published.data(), host::dynamic_shared, host::block.published.size());
+}
 
 // ---- boxes of tensors into panels
 
@@ -101,7 +106,8 @@ inline void copy_box(char* to, const cuda::TensorMap& map, int x, int y, int z) 
       const char* from = map.data;
       for (int d = 0; d < 3; ++d) inside = inside && at[d] >= 0 && at[d] < map.sizes[d], from += at[d] * map.strides[d];
       if (inside) std::memcpy(&element, from, 2);
-      std::memcpy(dynamic_shared + swizzled(first + unsigned(row * cuda::kPanelRow + 2 * i)), &element, 2);
+      const unsigned place = swizzled(first + unsigned(row * cuda::kPanelRow + 2 * i));
+      for (char* shared : {dynamic_shared, block.published.data()}) std::memcpy(shared + place, &element, 2);
     }
 }
 
@@ -112,7 +118,7 @@ namespace diffmas::cuda {
 __device__ __forceinline__ void copy_box(char* to, const TensorMap& map, int x, int y, int z, Barrier* barrier) {
   const int bytes = map.box_y * map.box_z * kPanelRow;
   if (shared_address(to) % kPanelEight) host::fail("a panel at %u, which 1024 does not divide", shared_address(to));
-  std::memset(to, 0xFF, size_t(bytes));
+  for (char* shared : {host::dynamic_shared, host::block.published.data()}) std::memset(shared + shared_address(to), 0xFF, size_t(bytes));
   host::byte_barrier(barrier).issue(bytes, [=, &map] { host::copy_box(to, map, x, y, z); });
 }
 
@@ -125,10 +131,15 @@ __device__ __forceinline__ void add_in_bulk(float* to, const float* from, int by
   host::self->bulk.push_back({to, from, bytes, true, {}});
 }
 __device__ __forceinline__ void wait_for_bulk_reads() {
-  for (host::Bulk& x : host::self->bulk)
-    if (x.read.empty()) x.read.assign(x.from, x.from + x.bytes / 4);
+  for (host::Bulk& x : host::self->bulk) {
+    const auto from = reinterpret_cast<const float*>(host::block.published.data() + shared_address(x.from));
+    if (x.read.empty()) x.read.assign(from, from + x.bytes / 4);
+  }
 }
 __device__ __forceinline__ void wait_for_bulk() {
+  bool read = true;
+  for (const host::Bulk& x : host::self->bulk) read = read && !x.read.empty();
+  if (!read) host::fall_behind(4096, {__FILE__, __LINE__});  // nobody has waited for that, so it may be late
   wait_for_bulk_reads();
   for (const host::Bulk& x : host::self->bulk)
     for (size_t i = 0; i < x.read.size(); ++i) x.to[i] = x.adds ? x.to[i] + x.read[i] : x.read[i];
@@ -160,7 +171,7 @@ inline uint16_t operand_element(uint64_t descriptor, bool across, int index, int
                  at = across ? bytes(16) * unsigned(index / 64) + eights * unsigned(k / 8) + unsigned(k % 8 * 128 + index % 64 * 2)
                              : eights * unsigned(index / 8) + unsigned(index % 8 * 128 + k * 2);
   uint16_t element;
-  std::memcpy(&element, dynamic_shared + swizzled(bytes(0) + at), 2);
+  std::memcpy(&element, block.published.data() + swizzled(bytes(0) + at), 2);
   return element;
 }
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from diffmas.models.patch import Patch
 from diffmas.trace.forward_pass import ForwardPass
 
 __all__ = ["LEAST_REPLAYS", "attempt", "capture_pass", "captured", "on_capture_stream", "possible"]
@@ -38,7 +37,7 @@ def on_capture_stream(device: torch.device):
         yield
 
 
-def possible(patch: Patch, what: str, device: torch.device, weights: Iterable[Tensor]) -> bool:
+def possible(patch, what: str, device: torch.device, weights: Iterable[Tensor]) -> bool:
     """Whether to make an `attempt`: on one GPU, outside of a capture, unless an earlier one was in vain."""
     return patch.graphs and patch.tries.get(what, TRIES) > 0 and _on_one_gpu(device, weights)
 
@@ -49,7 +48,7 @@ def _on_one_gpu(device: torch.device, weights: Iterable[Tensor]) -> bool:
     return all(w.device == device for w in weights)
 
 
-def attempt(patch: Patch, what: str, work: Callable, spare: Tensor) -> torch.cuda.CUDAGraph | None:
+def attempt(patch, what: str, work: Callable, spare: Tensor) -> torch.cuda.CUDAGraph | None:
     """work() as a graph, on the device of `spare` (see `captured`); None where this model does not allow it, with one warning
     for all attempts. what: the work's name, by which a patch counts those that may still fail."""
     device = spare.device
@@ -71,7 +70,7 @@ def attempt(patch: Patch, what: str, work: Callable, spare: Tensor) -> torch.cud
 
 
 def capture_pass(
-    patch: Patch, what: str, forward_pass: ForwardPass, work: Callable, spare: Tensor
+    patch, what: str, forward_pass: ForwardPass, work: Callable, spare: Tensor
 ) -> torch.cuda.CUDAGraph | None:  # fmt: skip
     """work(), which runs a forward pass, as a graph: the first replay runs the pass as it is, and each later one that of one
     token further on. None, with nothing changed, if it cannot be captured."""

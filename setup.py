@@ -45,13 +45,14 @@ if os.environ.get("DIFFMAS_SANITIZE") == "1":
 # Where a loop starts within a line of code is worth up to 3 %: no kernel may lose that because another one has changed.
 KERNEL_FLAGS = ["-falign-loops=64"]
 # BFLOAT_ISAS: attention in bfloat16 (csrc/cpu/kernels/instructions.h); left out where the compiler does not know INSTRUCTION.
-ISAS, BFLOAT_ISAS, INSTRUCTION = {"generic": []}, {}, {}
+ISAS, BFLOAT_ISAS, INSTRUCTION, FLAG = {"generic": []}, {}, {}, {}
 if X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     dots, tiles = ["-mavx512bf16"], ["-mamx-tile", "-mamx-bf16"]
     ISAS |= {"avx2": avx2, "avx512": avx2 + avx512}
     BFLOAT_ISAS = {"avx512_bf16": avx2 + avx512 + dots, "amx": avx2 + avx512 + dots + tiles}
+    FLAG = {"avx512_bf16": "avx512_bf16", "amx": "amx_bf16"}  # of a CPU that has it
     INSTRUCTION = {"avx512_bf16": "vdpbf16ps %zmm0, %zmm1, %zmm2", "amx": "tdpbf16ps %tmm0, %tmm1, %tmm2"}
 if ARM:
     BFLOAT_ISAS, INSTRUCTION = {"arm_bf16": ["-march=armv8.2-a+bf16"]}, {"arm_bf16": "bfdot v0.4s, v1.8h, v2.8h"}
@@ -156,7 +157,11 @@ def compile_cuda(build_dir):
 
 
 def knows(command, isa, build_dir):
-    """Whether the compiler takes the form's flags, and the assembler its instruction."""
+    """Whether the compiler takes the form's flags, and the assembler its instruction; for the sanitizers, which check what runs
+    and take minutes to compile, also whether this machine can run it."""
+    cpu = Path("/proc/cpuinfo")
+    if SANITIZE and cpu.exists() and FLAG.get(isa, "") not in cpu.read_text():
+        return False
     build_dir.mkdir(parents=True, exist_ok=True)
     source = build_dir / f"knows_{isa}.cpp"
     source.write_text(f'void f() {{ asm volatile("{INSTRUCTION[isa]}"); }}\n')

@@ -28,8 +28,11 @@ class Recorder(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._before += [(y.data, y.detach().clone()) for y in (x if isinstance(x, list) else [x])]
         out = func(*args, **kwargs)
-        made = zip([out] if len(schema.returns) == 1 else out or (), schema.returns)
-        made = [y.data for x, how in made if how.alias_info is None for y in _tensors(x)]
+        # By memory, too: in inference mode there are ops that return their argument or a tensor of its own, as the case may be.
+        memory = {x.untyped_storage().data_ptr() for x in _tensors((*args, *kwargs.values()))}
+        is_new = lambda x, how: how.alias_info is None or x.untyped_storage().data_ptr() not in memory
+        returned = zip([out] if len(schema.returns) == 1 else out or (), schema.returns)
+        made = [y.data for x, how in returned for y in _tensors(x) if is_new(y, how)]
         self.ops.append((func, args, kwargs, made))
         return out
 

@@ -7,7 +7,9 @@ import torch
 from models import EOS, body, embed, pad, tiny, tokens, with_lora
 
 import diffmas
+from diffmas.models.generate import Generation, with_replays
 from diffmas.models.patch import patch_of
+from diffmas.trace.cache import cache_argument
 from diffmas.trace.layer_work import LayerWork
 
 OPTIONS = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -63,6 +65,36 @@ def test_the_same_logits(options, model, run, repeating):
     assert_as_eager(run, **options)
     # Of 14 tokens the first comes from the prompt; four forwards show that the sequences stay together.
     assert [g.replays for g in repeating] == [14 - 1 - 3]
+
+
+def test_in_inference_mode(run, repeating):
+    with torch.inference_mode():
+        assert_as_eager(run)
+    assert repeating
+
+
+def by_itself(model, trace, with_others):
+    """A decoding loop as transformers may be passed one: all tokens in one tensor, and forwards between that are not its own,
+    of which it returns the logits too."""
+    name, x, found = cache_argument(model), torch.tensor([[3, 4]]), []
+    for i in range(14):
+        found.append(model(input_ids=x, **{name: trace}).logits[:, -1:])
+        x = found[-1].argmax(-1) if i == 0 else x.copy_(found[-1].argmax(-1))
+        if with_others:
+            found += [model(input_ids=x).logits, model(input_ids=x, **{name: trace.select([0])}).logits]
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+def test_a_loop_of_the_callers(with_others, model, run, repeating):
+    lm, found = model.get_base_model(), []
+    for graphs in (True, False):
+        patch_of(model).graphs = graphs
+        trace = diffmas.Trace(model, 1)
+        trace.claim(Generation(width=2, longest=14, first=[0], before=[0]))
+        with torch.no_grad():
+            found.append((by_itself(with_replays(lm, lm.device), trace, with_others), trace.token_ids(0)))
+    assert all(map(torch.equal, *found)) and len(repeating) == 1
 
 
 def test_no_layer_runs_on_the_host(run, repeating, monkeypatch):

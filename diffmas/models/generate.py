@@ -108,10 +108,13 @@ def with_replays(lm: nn.Module, device: torch.device) -> nn.Module:
         nonlocal output
         name, ids = cache_name(kwargs, Trace), kwargs.get("input_ids")
         given = {k for k, x in kwargs.items() if x is not None and x is not False}
-        if output is not None and not args and ids is not None and ids.shape[1] == 1 and given <= {*ALWAYS, name}:
-            trace = kwargs[name]
+        trace = None if name is None else kwargs[name]
+        plain = not args and ids is not None and ids.shape[1] == 1 and given <= {*ALWAYS, name}
+        # A custom decoding loop may call it without a trace, or with one that no generate runs on.
+        if output is not None and plain and trace is not None and trace.generation is not None:
             if left := trace.generation.left(trace.lengths):
-                return output(logits=next_tokens(trace, ids[:, 0].contiguous(), left)[:, None], **{name: trace})
+                tokens = ids[:, 0].clone()  # the trace keeps them, and the caller may write the next ones there
+                return output(logits=next_tokens(trace, tokens, left)[:, None], **{name: trace})
         found = lm.forward(*args, **kwargs)
         output = type(found) if name in found else None
         return found

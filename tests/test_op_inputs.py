@@ -276,6 +276,18 @@ def test_checked_entry_points_convert_what_kernels_do_not_read(backend):
         ops.reposition(src, dst, offset, freq.to(kind), torch.zeros(20, 2, 64), torch.zeros(20, 2, 64), backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_inject_returns_memory_of_its_own(backend):
+    """Also where there is nothing to compute, without norm and rotation: torch lets no op return what it was given."""
+    x = inject_inputs(n=5, Dr=0, norm=False).to(torch.float32)
+    pools = torch.zeros(4, ROWS, 2, 64)
+    rotated = ops.inject(x.q, x.k, x.v, None, None, x.slots, *pools[:2], backend=backend)
+    given = torch.ones_like(x.q)
+    dq = raw.inject_backward(given, x.q, x.k, None, None, x.slots, None, None, 1e-6, False, *pools[2:], backend)[0]
+    assert torch.equal(rotated, x.q) and rotated.data_ptr() != x.q.data_ptr()
+    assert torch.equal(dq, given) and dq.data_ptr() != given.data_ptr()
+
+
 def test_float64_is_for_the_reference():
     inputs = attention_inputs(VIEWS["ragged"])
     assert torch.equal(raw.cross_attention(*inputs.args())[0], raw.cross_attention(*inputs.args(), "reference")[0])

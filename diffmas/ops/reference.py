@@ -99,7 +99,7 @@ def inject(q, k, v, cos, sin, slots, q_weight, k_weight, eps, interleaved, k_poo
     k_pool, v_pool [R, Hkv, D], mutated.
     """
     acc = accumulator(q.dtype)
-    q_rot = rms_norm(q.to(acc), q_weight, eps)
+    q_rot = rms_norm(q.to(acc, copy=True), q_weight, eps)  # an op returns no memory of what it is given
     k_rot = rms_norm(k.to(acc), k_weight, eps)
     if cos is not None:
         q_rot, k_rot = rotate(q_rot, cos, sin, interleaved), rotate(k_rot, cos, sin, interleaved)
@@ -122,7 +122,7 @@ def inject_backward(dq_rot, q, k, cos, sin, slots, q_weight, k_weight, eps, inte
     dk_rot[stored], dv[stored] = dk_pool[slots[stored]].to(acc), dv_pool[slots[stored]].to(acc)
     dk_pool[slots[stored]] = 0
     dv_pool[slots[stored]] = 0
-    dq_rot = dq_rot.to(acc)
+    dq_rot = dq_rot.to(acc, copy=True)  # as above
     if cos is not None:
         dq_rot = rotate_transposed(dq_rot, cos, sin, interleaved)
         dk_rot = rotate_transposed(dk_rot, cos, sin, interleaved)

@@ -437,8 +437,9 @@ def test_the_papers_recipes_run_to_their_end(name, tmp_path, monkeypatch):
     GenerationConfig(eos_token_id=list(range(2, 14)), pad_token_id=0).save_pretrained(base)  # half of the words end a turn
     monkeypatch.setattr(Scorer, "verdicts", lambda self, texts, *rest: [[True] * len(row) for row in texts])
     data = test_tasks.published(tmp_path / "data.jsonl", [record, record])
+    other = test_tasks.published(tmp_path / "other.jsonl", [{**record, "task_id": 601}] * 2)
     less = {
-        "data.train": data, "evaluation.data": data, "evaluation.samples": 2, "evaluation.max_message_tokens": 12,
+        "data.train": other, "evaluation.data": data, "evaluation.samples": 2, "evaluation.max_message_tokens": 12,
         "generation.max_new_tokens": 12, "training.num_train_epochs": 1, "training.gradient_accumulation_steps": 2,
         "training.use_cpu": True, "dtype": "float32",
     }  # fmt: skip

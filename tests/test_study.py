@@ -246,7 +246,9 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path, monkey
     more = recipe(tmp_path, audit=None, versions=versions, cases={**RECIPE["cases"], "three": {}}, seeds=[0, 3, 4])
     case = tmp_path / "out" / "two_facts"
     shutil.copytree(case / "seed3" / "training", case / "seed4" / "training")  # of a training that is not done
-    call(more, "--report", "--output", tmp_path / "out", "--results", tmp_path / "again")
+    ran = call(more, "--report", "--output", tmp_path / "out", "--results", tmp_path / "again")
+    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("not done: ")]
+    assert line.endswith("; three, seed 4: all; two facts, seed 0: all; two facts, seed 4: all")  # seed 3 is
     for name in ("methods.csv", "costs.csv", "entropy.csv", "gradients.csv"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "shown" / name).read_bytes(), name
     again = json.loads((tmp_path / "again" / "made_with.json").read_text())

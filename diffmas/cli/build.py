@@ -236,11 +236,13 @@ def evaluation_rows(config: Config) -> list[dict]:
 
 
 def scorer_of(config: Config, training: bool = False):
-    """What judges answers: the config's extract and match, or else the task's. training: of the rows to train on."""
+    """What judges answers: the config's extract and match, or else the task's. training: of the rows to train on, some of which
+    are asked where there are no others."""
     from diffmas.evaluation import Scorer
 
     given = {k: v for k in ("extract", "match") if (v := getattr(config.evaluation, k)) is not None}
-    name = config.training_task if training else config.task
+    held_out = config.task is None and not config.evaluation.data
+    name = config.training_task if training or held_out else config.task
     return task(name).scorer() if name is not None and not given else Scorer(**given)
 
 

@@ -28,6 +28,10 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'diffmas' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = [
     "Agent", "MultiAgentSystem", "Segment", "SystemOutput", "Trace", "Trainer", "Unsupported", "default_arguments", "ops",
     "patch_model", "unpatch_model",

@@ -17,7 +17,7 @@ import yaml
 from test_cli import AGENTS, call
 from typer.testing import CliRunner
 
-from diffmas import Trainer
+from diffmas import Trainer, evaluation, patch_model
 from diffmas.cli import main as cli
 from diffmas.cli.terminal import Partly, explained, with_json
 from diffmas.models import load as loading
@@ -262,6 +262,15 @@ def test_a_field_that_a_question_lacks_is_told_before_a_model_is_loaded(tmp_path
     for command in (("generate", "--adapter"), ("view",)):
         output = call(*command, tmp_path, "--field", "where=here", code=1).output
         assert "needs the field {question}, the question has ['where']; --question is the field question, --field" in output
+
+
+def test_a_directory_of_another_class_is_told_as_such(tmp_path):
+    """`Writers` have the field {prompt}, which is not the user's to give."""
+    model, tokenizer = loading.load_model(tiny.save_base(tmp_path / "base"))
+    evaluation.Writers(patch_model(model), tokenizer, tiny.agents()).save_pretrained(tmp_path / "team")
+    for command in (("generate", "--adapter"), ("view",)):
+        output = call(*command, tmp_path / "team", "--question", "where is the key", "--device", "cpu", code=1).output
+        assert "expected a system of the class diffmas.agents.system.MultiAgentSystem, got one of diffmas.evaluation" in output
 
 
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tmp_path):

@@ -33,6 +33,13 @@ def test_a_config_for_a_task_is_one(name, tmp_path):
     assert settings.model == "some/model: 4B" and settings.task == name and settings.agents == found.agents()
     assert ("train" in found.splits) == (settings.data.train is None)
     jsonschema.validate(yaml.safe_load(file.read_text()), schema())
+    assert "limit: 512" in file.read_text() or found.kind != "facts"  # whose rows are made, and no file is read
+    if settings.data.train is not None:  # as the comment says
+        lines = [line for line in file.read_text().splitlines() if "train: FILE" not in line]
+        other = file.with_name("other.yaml")
+        other.write_text("\n".join(lines).replace("  # task:", "  task:"))
+        like = TASKS[config.load(other).training_task]
+        assert like.kind == found.kind and "train" in like.splits
     before = file.read_text()
     assert f"diffmas evaluate {file} --adapter {settings.output_dir}" in before  # from where it was called
     assert f"--output: expected no file, found {file}" in call("init", name, "--output", file, code=1).replace("\n", "")

@@ -1,6 +1,7 @@
 """Other models by config.yaml: teams that are trained, evaluated and answer, and C2C as a baseline."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -65,6 +66,9 @@ def test_a_team_and_c2c_are_trained_and_compared(project):
     assert "'c2c' needs --c2c DIR" in output
     output = call("evaluate", path, *methods[:2], "--c2c", project / "run", *methods[2:], code=1).output
     assert "expected a system of the class diffmas.evaluation.c2c.C2C" in " ".join(output.split())
+    card = (project / "run-c2c" / "README.md").read_text()
+    exec(re.search(r"^from diffmas.* import C2C$", card, re.MULTILINE)[0], found := {})  # as the card says
+    assert found["C2C"].class_name() == "diffmas.evaluation.c2c.C2C"  # as directories have it
     output = call("evaluate", path, "--methods", "latent_mas", "--adapter", project / "run", "--device", "cpu", code=1).output
     assert "expected agents of one model for another team of them, got others: ['small']" in " ".join(output.split())
     output = call("train", path, "--method", "text_sft", code=1).output

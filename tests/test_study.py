@@ -246,7 +246,9 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path, monkey
     more = recipe(tmp_path, audit=None, versions=versions, cases={**RECIPE["cases"], "three": {}}, seeds=[0, 3, 4])
     case = tmp_path / "out" / "two_facts"
     shutil.copytree(case / "seed3" / "training", case / "seed4" / "training")  # of a training that is not done
-    call(more, "--report", "--output", tmp_path / "out", "--results", tmp_path / "again")
+    ran = call(more, "--report", "--output", tmp_path / "out", "--results", tmp_path / "again")
+    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("not done: ")]
+    assert line.endswith("; three, seed 4: all; two facts, seed 0: all; two facts, seed 4: all")  # seed 3 is
     for name in ("methods.csv", "costs.csv", "entropy.csv", "gradients.csv"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "shown" / name).read_bytes(), name
     again = json.loads((tmp_path / "again" / "made_with.json").read_text())
@@ -437,8 +439,9 @@ def test_the_papers_recipes_run_to_their_end(name, tmp_path, monkeypatch):
     GenerationConfig(eos_token_id=list(range(2, 14)), pad_token_id=0).save_pretrained(base)  # half of the words end a turn
     monkeypatch.setattr(Scorer, "verdicts", lambda self, texts, *rest: [[True] * len(row) for row in texts])
     data = test_tasks.published(tmp_path / "data.jsonl", [record, record])
+    other = test_tasks.published(tmp_path / "other.jsonl", [{**record, "task_id": 601}] * 2)
     less = {
-        "data.train": data, "evaluation.data": data, "evaluation.samples": 2, "evaluation.max_message_tokens": 12,
+        "data.train": other, "evaluation.data": data, "evaluation.samples": 2, "evaluation.max_message_tokens": 12,
         "generation.max_new_tokens": 12, "training.num_train_epochs": 1, "training.gradient_accumulation_steps": 2,
         "training.use_cpu": True, "dtype": "float32",
     }  # fmt: skip

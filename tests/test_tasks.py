@@ -353,14 +353,40 @@ def test_a_team_is_trained_on_the_rows_of_another_task(tmp_path):
     other = parsed(Config, {"model": "m", "task": "facts", "data": {"task": "gsm8k"}})
     scorers = [build.scorer_of(other, training) for training in (True, False)]
     assert [s.correct("18 dollars", "\\boxed{18}") for s in scorers] == [True, False]
+    held_out = {"task": "facts", "limit": 6, "validation_fraction": 0.5}
+    asked = parsed(Config, {"model": "m", "agents": [{"name": "a", "prompt": "{question}"}], "data": held_out})
+    row = build.evaluation_rows(asked)[0]
+    assert build.scorer_of(asked).correct(row["answer"].partition("Answer: ")[2], row["answer"])
     made = parsed(Config, {"model": "m", "task": "facts", "data": {"task": "facts_two", "part": "validation", "limit": 7}})
     assert build.training_rows(made) == (task("facts_two").rows("validation")[:7], None)
     assert build.evaluation_rows(made) == task("facts").rows("test")
 
 
+@pytest.mark.parametrize("name", ["mbpp", "mbpp_plus"])
+def test_a_team_is_not_trained_on_the_questions_of_mbpp_that_it_is_asked(name, tmp_path):
+    asked = str(published(tmp_path / "asked.jsonl", [PLUS, {**CODET, "task_id": "MbppEval/602"}]))
+    train = str(published(tmp_path / "train.jsonl", [{**MBPP, "task_id": n} for n in (2, 601, 602, 603, 604)]))
+    described = {"model": "m", "task": name, "evaluation": {"data": asked}}
+    rows, held_out = build.training_rows(
+        parsed(Config, {**described, "data": {"task": "mbpp", "train": train, "limit": 2, "validation": train}})
+    )
+    assert [[row["mbpp"] for row in some] for some in (rows, held_out)] == [[601, 603], [601, 603, 604]]
+    assert (
+        task("mbpp_plus").row({**PLUS, "task_id": "Mbpp/3"})["mbpp"] == 3 and task("humaneval").row(HUMANEVAL)["mbpp"] is None
+    )
+    with pytest.raises(ValueError, match="data: expected questions that .* does not ask, found none in"):
+        build.training_rows(parsed(Config, {**described, "data": {"task": "mbpp", "train": asked}}))
+    other = {"model": "m", "task": "humaneval", "evaluation": {"data": asked}, "data": {"task": "mbpp", "train": train}}
+    assert len(build.training_rows(parsed(Config, other))[0]) == 5
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
+        (
+            {"task": "humaneval_plus", "data": {"task": "humaneval", "part": "test"}},
+            "data.part: expected another part than that which humaneval_plus is evaluated on",
+        ),
         ({"task": "aime24", "data": {"task": "gsm8"}}, "data.task: expected one of .*did you mean 'gsm8k'?"),
         (
             {"task": "gsm8k", "data": {"task": "aime24"}},

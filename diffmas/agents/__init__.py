@@ -23,4 +23,8 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = ["Agent", "Encoder", "Fuser", "MultiAgentSystem", "Other", "Projector", "SystemOutput"]

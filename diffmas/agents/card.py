@@ -164,7 +164,10 @@ def _shown(value) -> str:
 
 def _loading(described: dict, title: str) -> str:
     module, _, name = (described["class"] or SYSTEM).rpartition(".")
-    module = "diffmas" if f"{module}.{name}" == SYSTEM else module
+    if f"{module}.{name}" == SYSTEM:
+        module = "diffmas"
+    elif module.startswith("diffmas.evaluation."):  # where all of its classes are, whatever the file
+        module = "diffmas.evaluation"
     fields = "{" + ", ".join(f'"{field}": "..."' for field in _fields(described)) + "}"
     return f"from {module} import {name}\n\nteam = {name}.from_pretrained({title!r}).eval()\nprint(team.generate([{fields}]))"
 

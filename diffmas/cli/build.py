@@ -17,6 +17,7 @@ __all__ = [
 
 
 OF_TRAINING = ("grad_scope", "last_k", "adapter_scope", "latent_grad_clip")  # options that say how an adapter was trained
+MBPP = ("mbpp", "mbpp_plus")  # tasks with the same questions
 TOLD = ("agents", "trace_content", "sinks", "positions", "no_latents")  # what the last agent of a team reads
 
 
@@ -193,6 +194,18 @@ def _rows(config: Config, name: str | None, path: str | None, part: str, limit: 
     return rows
 
 
+def _not_asked(config: Config, name: str | None, path: str | None, part: str, limit: int | None = None) -> list[dict]:
+    """As `_rows`, without those of MBPP that `diffmas evaluate` asks: MBPP+ has questions of each of MBPP's parts."""
+    apart = name == config.task and not path and not config.evaluation.data  # two parts of one set
+    if apart or not {name, config.task} <= {*MBPP}:
+        return _rows(config, name, path, part, limit)
+    asked = {row["mbpp"] for row in _rows(config, config.task, config.evaluation.data, "test")} - {None}
+    rows = [row for row in _rows(config, name, path, part) if row["mbpp"] not in asked]
+    if not rows:
+        raise ValueError(f"data: expected questions that {config.task} does not ask, found none in {path or f'{name}, {part}'}")
+    return rows[:limit]
+
+
 def training_rows(config: Config) -> tuple[list[dict], list[dict] | None]:
     """Training and validation rows; None for the latter if the config has none. Raises ValueError for rows that do not fit."""
     from diffmas.training.data import split
@@ -200,9 +213,9 @@ def training_rows(config: Config) -> tuple[list[dict], list[dict] | None]:
     name = config.training_task
     if not config.data.train and name is None:
         raise ValueError("data.train: expected a file of JSON lines, got none")
-    train = _rows(config, name, config.data.train, config.training_part, config.data.limit)
+    train = _not_asked(config, name, config.data.train, config.training_part, config.data.limit)
     if config.data.validation:
-        return train, _rows(config, name, config.data.validation, "validation")
+        return train, _not_asked(config, name, config.data.validation, "validation")
     if config.data.validation_fraction:
         return split(train, config.data.validation_fraction, config.data.seed)
     return train, None
@@ -223,11 +236,13 @@ def evaluation_rows(config: Config) -> list[dict]:
 
 
 def scorer_of(config: Config, training: bool = False):
-    """What judges answers: the config's extract and match, or else the task's. training: of the rows to train on."""
+    """What judges answers: the config's extract and match, or else the task's. training: of the rows to train on, some of which
+    are asked where there are no others."""
     from diffmas.evaluation import Scorer
 
     given = {k: v for k in ("extract", "match") if (v := getattr(config.evaluation, k)) is not None}
-    name = config.training_task if training else config.task
+    held_out = config.task is None and not config.evaluation.data
+    name = config.training_task if training or held_out else config.task
     return task(name).scorer() if name is not None and not given else Scorer(**given)
 
 

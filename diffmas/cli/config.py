@@ -221,8 +221,9 @@ class Config:
         if (data.part or data.task) and not data.train and self.training_part not in parts:
             key, got = ("part", data.part) if data.part else ("task", data.task)
             raise ValueError(f"data.{key}: expected a part of {name} to train on, of {parts}, got {got!r}")
-        if data.part == "test" and name == self.task and not self.evaluation.data:
-            raise ValueError(f"data.part: expected another part than that which {name} is evaluated on, got 'test'")
+        same = name is not None and self.task is not None and name.removesuffix("_plus") == self.task.removesuffix("_plus")
+        if data.part == "test" and same and not self.evaluation.data:  # HumanEval+ and MBPP+ have the questions of others
+            raise ValueError(f"data.part: expected another part than that which {self.task} is evaluated on, got 'test'")
 
     def _check_numbers(self) -> None:
         data, evaluation, generation = self.data, self.evaluation, self.generation

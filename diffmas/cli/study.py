@@ -161,7 +161,8 @@ def config_of(recipe: Recipe, case: str, seed: int, directory: Path, model: str 
 class Outcome(NamedTuple):
     """Of a study. methods, audits: over seeds; of audits, those of one agent as "change: agent". costs: a `Result.row` for each
     case, seed and method. entropies: of each of these, a row for each token of an answer. norms: of the gradients of teams
-    that were trained. made: what all was made with. failures: what was not measured, and why."""
+    that were trained. made: what all was made with. failures: what was not measured, and why. missing: what is not done, where
+    nothing is run."""
 
     methods: list[Pooled]
     audits: list[Pooled]
@@ -170,6 +171,7 @@ class Outcome(NamedTuple):
     norms: list[dict]
     made: dict
     failures: list[str]
+    missing: list[str]
 
 
 def run(
@@ -202,7 +204,7 @@ def run(
         here = made_with()["versions"].get(name)
         if str(here).partition("+")[0] != str(wanted):  # builds of one version are one
             progress(f"{name}: the recipe was made with {wanted}, this is {here}")
-    outcome = Outcome([], [], [], [], [], {**asked, "made_with": [], "training_tokens_per_second": {}}, [])
+    outcome = Outcome([], [], [], [], [], {**asked, "made_with": [], "training_tokens_per_second": {}}, [], [])
     told = None if only_done else progress
     for case in cases:
         trainer = recipe.cases[case].get("trained_by")
@@ -260,11 +262,12 @@ def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome
     told: dict[str, list] = {}
     audit = recipe.cases[case].get("audit", recipe.audit)
     for seed, stages in of.items():
-        measured = set()
+        measured, missing = set(), []
         for name in stages.methods():
             try:
                 result = stages.measure(name)
             except NotDone:
+                missing.append(name)
                 continue
             except Exception as error:  # the others are measured all the same
                 outcome.failures.append(f"{case}, seed {seed}, {name}: {error}")
@@ -286,9 +289,11 @@ def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome
                 for name, values in stages.audit(None if audit == "all" else audit).items():
                     told.setdefault(name, []).append(values)
             except NotDone:
-                pass
+                missing.append("audit")
             except Exception as error:
                 outcome.failures.append(f"{case}, seed {seed}, audit: {error}")
+        if missing:
+            outcome.missing.append(f"{case}, seed {seed}: {', '.join(missing) if measured else 'all'}")
         for made in stages.made:
             if made not in outcome.made["made_with"]:
                 outcome.made["made_with"].append(made)

@@ -139,11 +139,14 @@ def fields_of(question: str, more: list[str] | None) -> dict[str, str]:
 
 
 def check_asked(team: Path, fields: dict[str, str]) -> None:
-    """Raises ValueError, before a model is loaded, for a question without a field that a team's prompts have."""
+    """Raises ValueError, before a model is loaded, for a question without a field that a team's prompts have. A directory of
+    another class of systems is left to who loads it, which says so."""
     from diffmas.agents.agent import Agent
+    from diffmas.agents.card import SYSTEM
     from diffmas.agents.file import read_agents
 
-    for agent in read_agents(team)["agents"]:
+    described = read_agents(team)
+    for agent in described["agents"] if described["class"] in (None, SYSTEM) else ():
         try:
             Agent(**agent).check(fields)
         except ValueError as error:

@@ -52,6 +52,10 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = [
     "Answers", "C2C", "Condition", "Latent", "Method", "MethodsFailed", "Result", "Scorer", "Stitched", "TextAgents", "Writers",
     "audit", "audit_rows", "audit_table", "c2c", "communicates", "evaluate", "latent_mas", "load_c2c", "perplexity", "plot",

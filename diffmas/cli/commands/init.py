@@ -50,6 +50,10 @@ evaluation:
 """
 
 
+# By kind, a task that has rows to train on.
+LIKE = {"math": "gsm8k", "options": "openbookqa", "code": "mbpp"}
+
+
 def init(
     task: Annotated[str, typer.Argument(help="one of `diffmas tasks`")],
     model: Annotated[str, typer.Option(help="a hub name, a directory or a GGUF file")] = "Qwen/Qwen3-0.6B",
@@ -63,10 +67,10 @@ def init(
         raise ValueError(f"--output: expected no file, found {output}")
     train = "# train: FILE           # the set in its published form, instead of the hub's"
     if found.kind == "facts":
-        train = "# train: FILE           # rows of your own, instead of those that are made here"
+        train = "# limit: 512            # of the rows that are made here: 20,000"
     if "train" not in found.splits:
         train = 'train: FILE             # this task is published without: lines of {"question": ..., "answer": ...}'
-        train += "\n  # task: gsm8k           # instead of a file: what another task has to train on"
+        train += f"\n  # task: {LIKE[found.kind]:<16}# instead of that line: what another task has to train on"
     values = dict(file=output, runs=output.parent / "runs" / found.name, model=json.dumps(model), task=found.name, train=train)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(TEXT.format(**values, steps=found.latent_steps), encoding="utf-8")

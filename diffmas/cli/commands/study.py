@@ -47,6 +47,8 @@ def study(
             written += [pooled.write_pooled(rows, shown / f"{what}.csv"), pooled.plot_pooled(drawn, shown / f"{what}.png")]
     if report and not outcome.costs:
         raise ValueError(f"--report: expected something that is done in {target}, found nothing")
+    if outcome.missing:  # or means over some seeds look like those over all
+        errors.print(f"not done: {'; '.join(outcome.missing)}", highlight=False, markup=False, soft_wrap=True)
     if outcome.costs:
         for table in pooled_costs.cost_tables(outcome.costs, f"{path.stem}: costs"):
             console.print(table)
@@ -63,7 +65,13 @@ def study(
     for file in written:
         console.print(str(file), highlight=False, soft_wrap=True)
     rows = {"methods": [r.row() for r in outcome.methods], "audit": [r.row() for r in outcome.audits], "costs": outcome.costs}
-    result = {"made_with": read_json(written[-1]), **rows, "failures": outcome.failures, "files": written}
+    result = {
+        "made_with": read_json(written[-1]),
+        **rows,
+        "failures": outcome.failures,
+        "missing": outcome.missing,
+        "files": written,
+    }
     if outcome.failures:
         lines = "; ".join(outcome.failures)
         raise Partly(result, ValueError(f"{lines} (the others are in {shown}; run it again to try these again)"))

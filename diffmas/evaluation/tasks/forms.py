@@ -144,7 +144,8 @@ def _whole(prefix: str, body: str) -> str:
 def code(record: dict, plus: bool = False) -> dict:
     """Programs: HumanEval's {prompt, canonical_solution, test, entry_point}, where `test` defines check(candidate), a form that
     CodeT gives MBPP too; and MBPP's {text or prompt, code, test_list}. plus: MBPP+, whose longer tests are in `test`; a record
-    without it, as of MBPP's training part, has those of MBPP."""
+    without it, as of MBPP's training part, has those of MBPP. A row has the question's number in MBPP as "mbpp", None if it is
+    of another set."""
     if "entry_point" in record:
         prefix, name = _string(_field(record, "prompt"), "prompt"), _text(record, "entry_point")
         tests, solution = _string(_field(record, "test"), "test"), _whole(prefix, record.get("canonical_solution") or "")
@@ -161,4 +162,6 @@ def code(record: dict, plus: bool = False) -> dict:
         longer = plus and record.get("test") is not None
         tests = "\n".join(filter(None, [*setup, _string(record["test"], "test") if longer else "\n".join(listed)]))
     answer = f"```python\n{solution.replace(chr(13), '').strip()}\n```"
-    return {"question": question, "answer": answer, "tests": tests, "entry_point": name, "code_prefix": prefix}
+    row = {"question": question, "answer": answer, "tests": tests, "entry_point": name, "code_prefix": prefix}
+    number = re.fullmatch(r"(?:Mbpp(?:Eval)?/)?(\d+)", str(record.get("task_id")))
+    return {**row, "mbpp": int(number[1]) if number else None}

@@ -144,6 +144,39 @@ def test_an_interrupted_training_says_how_it_goes_on(config, tmp_path, monkeypat
     assert "3 steps" in call("train", path, "--resume").output
 
 
+def test_an_interrupted_training_goes_on_from_no_earlier_run(config, tmp_path, monkeypatch):
+    path, where = config(), tmp_path / "run" / "checkpoint-3"
+    call("train", path)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("diffmas.cli.train.trainer_of", stop)
+        said = interrupted("train", path, "--overwrite")
+    assert where.is_dir() and f"no checkpoint was due yet: `diffmas train {path} --overwrite` starts again" in said
+    with monkeypatch.context() as patched:  # its own, of the same name
+        patched.setattr("diffmas.cli.commands.train._say_in_the_card", stop)
+        said = interrupted("train", path, "--overwrite")
+    assert f"`diffmas train {path} --resume` goes on from {where}" in said
+
+
+def test_an_interrupted_evaluation_keeps_the_methods_that_were_done(config, tmp_path, monkeypatch):
+    path, evaluate = config(), evaluation.evaluate
+
+    def once(*args, **kwargs):
+        def save(results):
+            args[6](results)
+            raise KeyboardInterrupt
+
+        return evaluate(*args[:6], save, *args[7:], **kwargs)
+
+    monkeypatch.setattr(evaluation, "evaluate", once)
+    said = interrupted("evaluate", path, "--output", tmp_path / "out", "--device", "cpu")
+    assert f"interrupted; the methods that were done are in {tmp_path / 'out'}; " in said
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 2
+
+
 # By command: its arguments, what it is interrupted in, and what it says then. IN: the test's directory; PORT: a free one.
 NOTHING = "nothing is kept: the same command starts again"
 INTERRUPTED = {
@@ -157,9 +190,7 @@ INTERRUPTED = {
         "what is answered is in IN/answers.jsonl, and the same command goes on",
     ),
     "tasks": ("", "diffmas.cli.commands.measure.console.print", NOTHING),
-    "evaluate": (
-        "IN/config.yaml --output IN/out --device cpu", "diffmas.evaluation.evaluate", "the methods that were done are in IN/out"
-    ),
+    "evaluate": ("IN/config.yaml --output IN/out --device cpu", "diffmas.evaluation.evaluate", NOTHING),
     "audit": ("IN/config.yaml --device cpu", "diffmas.evaluation.audit", "an audit keeps nothing: the same command starts"),
     "study": ("facts --output IN/study", "diffmas.cli.study.run", "what is done is in IN/study, and the same command goes on"),
     "view": ("IN/team --question x", "diffmas.agents.system.MultiAgentSystem.from_pretrained", NOTHING),

@@ -193,6 +193,7 @@ def evaluate(
         evaluation.plot(results, files[2])
         evaluation.write_answers(results, rows, files[3])
         write_json(files[4], made)
+        goes_on(lambda: f"the methods that were done are in {target}; --methods with another --output takes the others")
 
     def show(results) -> dict:
         for table in evaluation.tables(results, str(config or task)):
@@ -205,7 +206,6 @@ def evaluate(
             console.print(str(file), highlight=False, soft_wrap=True)
         return {"made_with": made, "results": [r.row() for r in results], "files": files}
 
-    goes_on(lambda: f"the methods that were done are in {target}; --methods with another --output takes the others")
     try:
         results = evaluation.evaluate(
             compared, rows, options.samples, scorer, options.batch_size,

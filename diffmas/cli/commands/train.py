@@ -60,12 +60,13 @@ def train(
     only_texts = method == "text_sft" and not checkpoints(settings.output_dir) and _texts(settings.output_dir) is not None
     if resume and only_texts:
         errors.print(f"no checkpoint in {settings.output_dir}: step 0, with what text agents wrote before", highlight=False)
-    goes_on(lambda: _how_on(config, method, settings.output_dir))
+    goes_on(lambda: _how_on(config, method, settings.output_dir, earlier))
     trainer = trainer_of(settings, method, resume, lambda text: errors.print(f"{text} ...", highlight=False))
     if trainer.is_world_process_zero():
         console.print(_table(summary := _summary(settings, trainer)))
         for path in earlier:
             shutil.rmtree(path)
+    earlier.clear()
     if method == "diffmas" and not resume:
         _look_at_latents(trainer)
     result = trainer.train(resume_from_checkpoint=(resume and not only_texts) or None)
@@ -81,14 +82,16 @@ def train(
         return {"made_with": made, **summary, "steps": result.global_step, **numbers, "history": trainer.state.log_history}
 
 
-def _how_on(config, method: str, output_dir: str) -> str:
-    """What to do after Ctrl-C."""
+def _how_on(config, method: str, output_dir: str, earlier: list[Path]) -> str:
+    """What to do after Ctrl-C. earlier: another run's checkpoints, which are still there and are to be removed."""
     from diffmas.training import last_checkpoint
 
+    again = f"diffmas train {config}" + (f" --method {method}" if method != "diffmas" else "")
+    if earlier:
+        return f"no checkpoint was due yet: `{again} --overwrite` starts again"
     newest = last_checkpoint(output_dir)
     if newest is None and method == "text_sft":
         newest = _texts(output_dir)
-    again = f"diffmas train {config}" + (f" --method {method}" if method != "diffmas" else "")
     return f"`{again} --resume` goes on from {newest}" if newest else f"no checkpoint was due yet: `{again}` starts again"
 
 

@@ -25,7 +25,8 @@ from diffmas.cli import main as cli
 from diffmas.cli.stages import slug
 from diffmas.demo.experiment import BASE
 from diffmas.evaluation import Scorer, pooled_costs
-from diffmas.evaluation.pooled import pool
+from diffmas.evaluation.metrics import difference_of_rates
+from diffmas.evaluation.pooled import pool, pooled_table, write_pooled
 from diffmas.evaluation.tasks import facts as tasks
 from diffmas.evaluation.tasks import task
 from diffmas.trace.views import SINKS
@@ -320,14 +321,35 @@ def test_studies_that_come_with_diffmas_are_found_and_whole():
 
 
 def test_pooling_pairs_questions_over_seeds():
-    rows = pool(
-        "case", {"a": [[1, 0, 0, 0], [1, 1, 0, 0]], "b": [[0, 0, 0, 0], [0, 0, 0, 1]], "ours": [[1, 1, 1, 0], [1, 1, 1, 1]]}
-    )
-    a, b, ours = rows
-    assert (a.accuracy, b.accuracy, ours.accuracy) == (0.375, 0.125, 0.875) and ours.by_seed == [0.75, 1.0]
+    scores = {
+        "a": {0: [1, 0, 0, 0], 3: [1, 1, 0, 0]}, "b": {0: [0, 0, 0, 0], 3: [0, 0, 0, 1]},
+        "ours": {0: [1, 1, 1, 0], 3: [1, 1, 1, 1]},
+    }  # fmt: skip
+    a, b, ours = rows = pool("case", scores)
+    assert (a.accuracy, b.accuracy, ours.accuracy) == (0.375, 0.125, 0.875) and ours.by_seed == {0: 0.75, 3: 1.0}
     assert {r.to for r in rows} == {"a"} and a.difference is None and ours.difference.value == pytest.approx(0.5)
     with pytest.raises(ValueError, match="scores: expected the same questions for all seeds of 'a'"):
-        pool("case", {"a": [[1, 0], [1]]})
+        pool("case", {"a": {0: [1, 0], 1: [1]}})
+
+
+def test_a_seed_that_one_method_lacks_is_left_out_of_their_difference(tmp_path):
+    scores = {
+        "a": {0: [1, 0, 0, 0], 3: [1, 1, 0, 0]}, "once": {3: [1, 1, 1, 0]}, "other": {4: [0, 0, 0, 0]},
+        "ours": {0: [1, 1, 1, 0], 3: [1, 1, 1, 1], 4: [0, 0, 0, 0]},
+    }  # fmt: skip
+    _, once, other, ours = rows = pool("case", scores)
+    assert {r.to for r in rows} == {"a"}  # of two seeds, if worse than `once` of one
+    assert once.difference == difference_of_rates([1, 1, 1, 0], [1, 1, 0, 0]) and once.compared_seeds == [3]
+    assert ours.difference == difference_of_rates([1, 1, 1, 0.5], [1, 0.5, 0, 0]) and ours.compared_seeds == [0, 3]
+    assert other.difference is None and other.compared_seeds == [] and ours.accuracy == pytest.approx(7 / 12)
+    write_pooled(rows, tmp_path / "methods.csv")
+    with (tmp_path / "methods.csv").open() as file:
+        written = {row["name"]: row for row in csv.DictReader(file)}
+    assert [(row["by_seed"], row["seeds"], row["compared_seeds"]) for row in map(written.get, ("once", "ours"))] == [
+        ("0.7500", "3", "3"), ("0.7500 1.0000 0.0000", "0 3 4", "0 3")
+    ]  # fmt: skip
+    caption = " ".join(str(pooled_table(rows).caption).split())
+    assert caption == "case: difference to a; case: only seeds 0, 3 of a; case: only seed 3 of once; case: only seed 4 of other"
 
 
 def test_the_recipe_of_passes_runs_to_its_end(tmp_path):

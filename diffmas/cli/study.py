@@ -21,7 +21,6 @@ rows, and of sampling. Relative paths of files start at the study's file.
 import copy
 import itertools
 import json
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from diffmas.cli.made_with import made_with
 from diffmas.cli.methods import TRAINED
 from diffmas.cli.plain_data import parsed as checked
 from diffmas.cli.stages import NotDone, Stages, slug
-from diffmas.evaluation.pooled import Pooled, pool
+from diffmas.evaluation.pooled import Pooled, best_of, pool
 from diffmas.evaluation.tasks import task
 
 __all__ = ["Outcome", "Recipe", "changes_of", "named", "run", "write_made"]
@@ -258,8 +257,8 @@ def _check_data(recipe: Recipe, configs: dict[tuple[str, int], Config], cases: l
 
 
 def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome) -> None:
-    scores: dict[str, list] = {}
-    told: dict[str, list] = {}
+    scores: dict[str, dict[int, list]] = {}
+    told: dict[str, dict[int, list]] = {}
     audit = recipe.cases[case].get("audit", recipe.audit)
     for seed, stages in of.items():
         measured, missing = set(), []
@@ -273,7 +272,7 @@ def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome
                 outcome.failures.append(f"{case}, seed {seed}, {name}: {error}")
                 continue
             measured.add(name)
-            scores.setdefault(name, []).append(result.pop("scores"))
+            scores.setdefault(name, {})[seed] = result.pop("scores")
             result.pop("texts")
             curve = zip(result.pop("entropy_curve", []), result.pop("entropy_counts", []))  # older stages have none
             of_one = {"case": case, "seed": seed, "method": name}
@@ -287,7 +286,7 @@ def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome
         if audit and "diffmas" in measured:
             try:
                 for name, values in stages.audit(None if audit == "all" else audit).items():
-                    told.setdefault(name, []).append(values)
+                    told.setdefault(name, {})[seed] = values
             except NotDone:
                 missing.append("audit")
             except Exception as error:
@@ -298,8 +297,7 @@ def _run_case(recipe: Recipe, case: str, of: dict[int, Stages], outcome: Outcome
             if made not in outcome.made["made_with"]:
                 outcome.made["made_with"].append(made)
     baselines = [name for name in scores if name in stages.config.evaluation.methods and name != "diffmas"]
-    best = max(baselines, key=lambda name: statistics.fmean(map(statistics.fmean, scores[name])), default=None)
-    outcome.methods.extend(pool(case, scores, best))
+    outcome.methods.extend(pool(case, scores, best_of(scores, baselines)))
     for agent in dict.fromkeys(name.partition(": ")[2] for name in told):  # "": the team
         of_agent = {name: values for name, values in told.items() if name.partition(": ")[2] == agent}
         outcome.audits.extend(pool(case, of_agent, f"other: {agent}" if agent else "other"))

@@ -352,6 +352,22 @@ def test_a_seed_that_one_method_lacks_is_left_out_of_their_difference(tmp_path):
     assert caption == "case: difference to a; case: only seeds 0, 3 of a; case: only seed 3 of once; case: only seed 4 of other"
 
 
+def test_legends_cover_no_bars(tmp_path, monkeypatch):
+    kinds = {
+        "perplexity": 3.0,
+        "decoded_perplexity": 2.0,
+        "agree_3_of_4": 0.9,
+        **dict.fromkeys(pooled_costs.SECONDS.values(), 4.0),
+    }
+    costs, drawn = [{"case": "all", "method": name, "samples": 4, **kinds} for name in ("single", "diffmas")], []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    pooled_costs.plot_costs(costs, tmp_path / "results.png", "two methods")
+    drawn[0].draw_without_rendering()
+    legends = [axes.get_legend().get_window_extent() for axes in drawn[0].axes]
+    assert len(legends) == 3 and not any(axes.bbox.overlaps(legend) for axes in drawn[0].axes for legend in legends)
+    assert all(drawn[0].bbox.y1 > legend.y1 for legend in legends)
+
+
 def test_the_recipe_of_passes_runs_to_its_end(tmp_path):
     """On a model of two layers: nothing is changed but how much there is to do."""
     base = tiny.save_base(tmp_path / "base", max_position_embeddings=4096)

@@ -46,7 +46,7 @@ def plot_costs(costs: list[dict], path, title: str = "") -> Path:
     """Writes a PNG: perplexity of the gold and of the decoded answers, seconds by phase, and how often samples agree, where
     there are several; returns its path."""
     path, agree, groups = room_for(path), _agreements(costs), _groups(costs)
-    canvas = figure(14, 1.5 + 0.4 * len(groups))
+    canvas = figure(14, 2 + 0.4 * len(groups))
     sure, cost, *alike = canvas.subplots(1, 3 if agree else 2, sharey=True)
     names = [f"{case}: {method}" for case, method, _ in groups]
     side_by_side(sure, names, {label: [_geometric(seeds, key) for *_, seeds in groups] for label, key in PERPLEXITIES.items()})
@@ -61,8 +61,8 @@ def plot_costs(costs: list[dict], path, title: str = "") -> Path:
         side_by_side(axes, names, {label: [100 * _mean(seeds, key) for *_, seeds in groups] for label, key in agree.items()})
         axes.set(xlabel="samples that agree, % of questions", xlim=(0, 100))
     sure.invert_yaxis()  # of all
-    for axes in (sure, cost, *alike):
-        axes.legend(fontsize="small")
+    for axes in (sure, cost, *alike):  # above, where no bars are
+        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     canvas.suptitle(title)
     canvas.savefig(path, dpi=100)
     return path

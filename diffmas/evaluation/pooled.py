@@ -92,7 +92,10 @@ def pooled_table(rows: list[Pooled], title: str = "") -> Table:
     for r in rows:
         if len(r.by_seed) < len(seeds):
             fewer.setdefault((r.case, tuple(r.by_seed)), []).append(r.name)
-    said += [f"{case}: only seed{'s' * (len(has) > 1)} {', '.join(map(str, has))} of {', '.join(names)}" for (case, has), names in fewer.items()]
+    said += [
+        f"{case}: only seed{'s' * (len(has) > 1)} {', '.join(map(str, has))} of {', '.join(names)}"
+        for (case, has), names in fewer.items()
+    ]
     return narrow_table(title, heads, cells, "; ".join(said))
 
 

@@ -1,20 +1,26 @@
 """What is shown of teams whose rows readers do not have as they were written, and of agents of other models.
 
 Attention's weights are measured by the lse that the kernel gives, of all rows that it read: they sum to 1 where keys, positions
-and all rows are those of the kernel, and nowhere else."""
+and all rows are those of the kernel, and nowhere else. Whose rows they are is checked against transformers' eager attention."""
 
 from dataclasses import replace
 
+import pytest
 import test_encoder
 import test_low_rank_agents
 import test_other_models
 import test_quantized_agents
 import torch
+from models import body
 from systems import ANSWERS, QUESTIONS, system
+
+from test_look import eager
+from transformers import DynamicCache
 
 from diffmas import Agent
 from diffmas.agents.projector import Fuser
 from diffmas.evaluation.look import look_at, page, plot
+from diffmas.evaluation.look import team as look_team
 
 QUESTION = QUESTIONS[1]
 
@@ -38,8 +44,43 @@ def test_quantised_agents():
     assert dict(look.facts)["quantised rows"].startswith("of b in int8, c in int8") and blocks["b", "latent"].gradient
     plain, _ = looked_at(system(agents=[replace(a, quantized=None) for a in agents], dtype=torch.float32))
     units = look.first_units()[-2]  # all but the answer, which may be another
-    assert 0 < float((look.rows[:units] - plain.rows[:units]).abs().max()) < 0.02
+    assert 0 < float((look.rows[:units] - plain.rows[:units]).abs().max()) < 0.0002
     assert lanes(look, "b")["c"] == 0 and min(lanes(look, "solver").values()) > 0
+
+
+def dense(team, quantized: str | None) -> torch.Tensor:
+    """Attention of the last agent's prompt to each row, the mean over layers, heads and its tokens, of two agents in turn."""
+    (model, cache), fields = (body(eager(team)), DynamicCache()), {"question": QUESTION}
+    first, last = (torch.tensor([team.prompt_ids(agent, fields)]) for agent in team.agents)
+    out = model(input_ids=first, past_key_values=cache, use_cache=True)
+    for _ in range(team.agents[0].latent_steps):
+        x = team.realign(out.last_hidden_state[0, -1:])[None]
+        out = model(inputs_embeds=x, past_key_values=cache, use_cache=True)
+    for layer in cache.layers if quantized else ():
+        for x in (layer.keys, layer.values):  # all but the sinks
+            x[:, :, team.sinks :] = test_quantized_agents.rounded(x[:, :, team.sinks :].double(), quantized)
+    out = model(input_ids=last, past_key_values=cache, use_cache=True, output_attentions=True)
+    return torch.stack([a[0].mean((0, 1)) for a in out.attentions]).mean(0)
+
+
+@pytest.mark.parametrize("quantized", [None, "int8", "fp8", "int4"])
+@torch.no_grad()
+def test_attention_to_each_quantised_row_against_eager_attention(quantized):
+    a, _, _, solver = test_quantized_agents.SHAPES["chain"]
+    team = system(agents=[replace(a, quantized=quantized), solver], dtype=torch.float32).eval()
+    look, blocks = looked_at(team)
+    want, plain = dense(team, quantized), dense(team, None)
+    by_row = look.rows[look.first_units()[2]]  # of the solver's prompt
+    assert look.blocks[2] is blocks["solver", "prompt"] and not by_row[len(want) :].any()
+    torch.testing.assert_close(by_row[: len(want)], want, rtol=0, atol=5e-6)
+    assert quantized is None or float((plain - want).abs().max()) > 5e-5
+
+
+def test_attention_to_rows_that_nobody_wrote_is_refused(monkeypatch):
+    known = look_team._blocks
+    monkeypatch.setattr(look_team, "_blocks", lambda *args: [x[1:] for x in known(*args)])  # without the first block
+    with pytest.raises(RuntimeError, match="rows that .* reads: expected those of the watched passes, got others"):
+        look_at(system().eval(), QUESTION, max_new_tokens=2)
 
 
 def test_agents_with_low_rank(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import tiny_systems as tiny
 import torch
 from test_look import saved
+from test_quantized_agents import rounded
 
 from diffmas import Trace
 from diffmas.evaluation.look import look_at, look_at_file, plot
@@ -41,22 +42,25 @@ def test_a_saved_trace(tmp_path):
         look_at_file(path)
 
 
-def test_a_saved_trace_of_quantised_rows(tmp_path):
+@pytest.mark.parametrize("bits", ["int8", "fp8", "int4"])
+def test_a_saved_trace_of_quantised_rows(bits, tmp_path):
     trace, path = saved(tmp_path)
     plain = look_at_file(path, tiny.tokenizer(), 1)
     prompts, latents = (trace.keep(kind=kind, sinks=0) for kind in ("prompt", "latent"))
-    Trace.join([prompts, latents.quantize("int8")], "keep").save(path)
+    Trace.join([prompts, latents.quantize(bits)], "keep").save(path)
     look = look_at_file(path, tiny.tokenizer(), 1)
     found = {(b.agent, b.kind): b for b in look.blocks}
-    assert found.keys() == {(b.agent, b.kind) for b in plain.blocks} and "int8" in dict(look.facts)["quantised rows"]
+    assert found.keys() == {(b.agent, b.kind) for b in plain.blocks} and bits in dict(look.facts)["quantised rows"]
+    start, of_small = 0, []  # the norms of the numbers that bytes stand for
     for block in plain.blocks:
         again = found[block.agent, block.kind]
         assert again.texts == block.texts and again.position == block.position
-        assert again.values == pytest.approx(block.values, rel=0.02) and (again.values == block.values) == (
-            block.kind == "prompt"
-        )
-    trace.quantize("int8").save(path)
-    assert [b.values for b in look_at_file(path, None, 1).blocks] == [pytest.approx(b.values, rel=0.02) for b in plain.blocks]
+        rows = [trace.keys_values(layer, 1)[1][start : start + block.rows] for layer in range(plain.layers)]
+        of_small.append(pytest.approx([float(rounded(v.double(), bits).norm()) for v in rows], rel=1e-6))
+        assert again.values == (block.values if block.kind == "prompt" else of_small[-1]) and block.values != of_small[-1]
+        start += block.rows
+    trace.quantize(bits).save(path)
+    assert [b.values for b in look_at_file(path, None, 1).blocks] == of_small
 
 
 # ---- the figure ------------------------------------------------------------------------------------------------------

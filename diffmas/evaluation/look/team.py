@@ -160,11 +160,11 @@ def _attention(found: list[list[tuple[Pass, int]]], blocks: list[Block], layers:
             number_of.setdefault((p.agent, p.kind), {})[int(p.positions[i])] = len(block_of)
             block_of.append(b)
     # By pass, for layers that see the same: the rows that they see, and the column of each, 0 for the first, then by block.
-    columns: dict[int, list[tuple[list[int], Tensor, Tensor]]] = {}
+    columns: dict[int, list[tuple[list[int], Tensor, Tensor, Tensor]]] = {}
     for p in {id(p): p for rows in found for p, _ in rows}.values():
-        # Unknown are later tokens of a Jacobi pass, whose weight is 0.
+        # -1 are later tokens of a Jacobi pass, whose weight is 0.
         numbers = np.concatenate([
-            [number_of.get((s.agent, s.kind), {}).get(s.position + i, 0) for i in range(s.length)] for s in p.segments
+            [number_of.get((s.agent, s.kind), {}).get(s.position + i, -1) for i in range(s.length)] for s in p.segments
         ])  # fmt: skip
         alike: dict[bytes, list[int]] = {}
         for layer, sees in p.sees.items():
@@ -172,9 +172,10 @@ def _attention(found: list[list[tuple[Pass, int]]], blocks: list[Block], layers:
         columns[id(p)] = []
         for group in alike.values():
             rows = numbers[p.sees[group[0]]].astype(np.int64)
+            unknown, rows = torch.from_numpy(rows < 0), rows.clip(0)
             into = 1 + np.array(block_of)[rows]
             into[0] = 0
-            columns[id(p)].append((group, torch.from_numpy(rows), torch.from_numpy(into)))
+            columns[id(p)].append((group, torch.from_numpy(rows), torch.from_numpy(into), unknown))
     attention, by_row = [], []
     for rows, block in zip(found, blocks):
         parts = [[row] for row in rows] if block.steps else [rows]
@@ -182,8 +183,10 @@ def _attention(found: list[list[tuple[Pass, int]]], blocks: list[Block], layers:
             mass, on_rows = torch.full((layers, 1 + len(blocks)), torch.nan), torch.zeros(len(block_of))
             mass[: len(part[0][0].weights)] = 0
             for p, i in part:
-                for group, seen, into in columns[id(p)]:
+                for group, seen, into, unknown in columns[id(p)]:
                     weights = torch.stack([p.weights[layer][i] for layer in group]).float() / len(part)  # [layers, N]
+                    if weights[:, unknown].any():
+                        raise RuntimeError(f"rows that {p.agent} reads: expected those of the watched passes, got others")
                     mass[group] = mass[group].index_add(1, into, weights)
                     on_rows.index_add_(0, seen, weights.sum(0) / len(p.weights))
             attention.append(mass)

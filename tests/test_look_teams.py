@@ -13,7 +13,6 @@ import test_quantized_agents
 import torch
 from models import body
 from systems import ANSWERS, QUESTIONS, system
-
 from test_look import eager
 from transformers import DynamicCache
 

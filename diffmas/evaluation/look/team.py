@@ -162,7 +162,7 @@ def _attention(found: list[list[tuple[Pass, int]]], blocks: list[Block], layers:
     # By pass, for layers that see the same: the rows that they see, and the column of each, 0 for the first, then by block.
     columns: dict[int, list[tuple[list[int], Tensor, Tensor, Tensor]]] = {}
     for p in {id(p): p for rows in found for p, _ in rows}.values():
-        # -1 are later tokens of a Jacobi pass, whose weight is 0.
+        # -1: of no token that is told; such a row may be seen, with a weight of 0.
         numbers = np.concatenate([
             [number_of.get((s.agent, s.kind), {}).get(s.position + i, -1) for i in range(s.length)] for s in p.segments
         ])  # fmt: skip

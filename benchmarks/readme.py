@@ -17,7 +17,7 @@ STORY = (
     dict(op="training_step", model="small", agents=3, N=4096, T=16, batch=8),
     dict(op="training_step", model="8B"),
     *(dict(op="training_step", model="135M", N=N, dtype="bfloat16") for N in (355, 268, 1693, 1753)),
-    *(dict(op="decoding", phase="decode", N=2056, batch=batch, dtype="bfloat16") for batch in (1, 8)),
+    *(dict(op="decoding", phase="decode", N=N, batch=b, dtype="bfloat16") for N, b in ((8, 1), (2056, 1), (2056, 8))),
     dict(op="decoding", phase="prefill", dtype="bfloat16"),
     dict(op="attention_schedule", heads="4/2", agents=3, N=4096, T=16),
     dict(op="generation", model="small", N=4096, T=10),
@@ -26,7 +26,7 @@ STORY = (
 )
 WORDS = {
     "training_step": "training step of {agents} agents, {model}, N = {N}, T = {T}",
-    "decoding": "decoding, {n} at a time, {model}, N = {N}",
+    "decoding": "a forward of n = {n} new tokens, {model}, N = {N}",
     "attention_schedule": "attention of a training step, {agents} agents, {heads} heads, N = {N}, T = {T}",
     "generation": "generation by {agents} agents, {model}, N = {N}, T = {T}",
     "latent_step": "one latent step, {model}, N = {N}",

@@ -183,15 +183,17 @@ def test_what_a_page_shows():
         trace = s.communicate(s.fields_of(QUESTIONS[:1]))
         s(QUESTIONS[:1], trace=trace.fork(1)[0])
     last, rows = watch.passes[-1], rows_of(trace.segments).tolist()
+    n, read = len(last.ids), rows_of(last.segments)
     with torch.no_grad():
-        forward_pass = trace.plan([last.slots.size], "prompt")
+        forward_pass = trace.plan([n], "prompt")
         mass = AttentionMass(forward_pass)
         forward(patch_of(s.model), trace, forward_pass, input_ids=last.ids[None])
     for layer, (row,) in mass.by_layer.items():
-        found = dict(zip(last.sees[layer].tolist(), last.weights[layer].mean(0).tolist()))
-        assert last.sees[layer][0] == rows[0] and last.sees[layer][-last.slots.size :].tolist() == last.slots.tolist()
+        seen = read[last.sees[layer]].tolist()
+        found = dict(zip(seen, last.weights[layer].mean(0).tolist()))
+        assert seen[0] == rows[0] and seen[-n:] == read[-n:].tolist()
         assert [found.get(slot, 0.0) for slot in rows] == pytest.approx(row[: len(rows)].tolist(), abs=1e-9)
-        assert last.weights[layer].sum(1).tolist() == pytest.approx([1.0] * last.slots.size)
+        assert last.weights[layer].sum(1).tolist() == pytest.approx([1.0] * n)
 
 
 # ---- descriptions ----------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Decoding whose forwards are replayed: the same logits, bit by bit, as by forwards one by one."""
 
-import warnings
-
 import pytest
 import torch
+from failing_capture import check_a_capture_that_fails
 from models import EOS, body
 from systems import QUESTIONS, system
 
@@ -148,23 +147,7 @@ def test_nothing_is_captured(answers, repeating, s):
 
 
 def test_a_capture_that_fails(answers, repeating, monkeypatch, s):
-    attend, passes = LayerWork.attend, []
-
-    def fails(work, layer, *args):
-        if torch._C._len_torch_dispatch_stack():
-            passes.append(work)
-            if layer.index == 1:
-                raise RuntimeError("it waits")
-        return attend(work, layer, *args)
-
-    monkeypatch.setattr(LayerWork, "attend", fails)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            assert_as_eager(answers)
-    caught = [str(w.message) for w in caught if "CUDA graph" in str(w.message)]
-    assert len(caught) == 1 and caught[0].startswith("decoding steps run without a CUDA graph")
-    assert not repeating and len(passes) == 2 and patch_of(s.model).tries == {"decoding steps": 0}
+    check_a_capture_that_fails(monkeypatch, s.model, lambda: assert_as_eager(answers), repeating)
 
 
 def test_what_was_decoded_is_known(answers, repeating, s):

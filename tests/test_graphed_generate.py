@@ -1,9 +1,8 @@
 """transformers' generate on a trace whose forwards are replayed: the same tokens and logits, bit by bit, as one by one."""
 
-import warnings
-
 import pytest
 import torch
+from failing_capture import check_a_capture_that_fails
 from models import EOS, body, embed, pad, tiny, tokens, with_lora
 
 import diffmas
@@ -149,19 +148,4 @@ def test_the_model_is_as_it_was(model, run, repeating):
 
 
 def test_a_capture_that_fails(run, repeating, monkeypatch, model):
-    """With one warning, for system.generate's decoding too."""
-    attend = LayerWork.attend
-
-    def fails(work, layer, *args):
-        if torch._C._len_torch_dispatch_stack() and layer.index == 1:
-            raise RuntimeError("it waits")
-        return attend(work, layer, *args)
-
-    monkeypatch.setattr(LayerWork, "attend", fails)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            assert_as_eager(run)
-    caught = [str(w.message) for w in caught if "CUDA graph" in str(w.message)]
-    assert len(caught) == 1 and caught[0].startswith("decoding steps run without a CUDA graph")
-    assert not repeating and patch_of(model).tries == {"decoding steps": 0}
+    check_a_capture_that_fails(monkeypatch, model, lambda: assert_as_eager(run), repeating)

@@ -1,7 +1,8 @@
 """Evaluation: tasks as rows of questions and answers, baselines side by side, metrics. See `diffmas.evaluation.run`."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from diffmas.lazy import importing
 
 if TYPE_CHECKING:
     from diffmas.evaluation.audit_tables import audit_rows, audit_table, plot_audit, write_audit
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from diffmas.evaluation.scorer import Scorer
     from diffmas.evaluation.text_sft import Writers, right_turns
 
-# Imported when first used: torch takes seconds, which what is plain data here need not wait for.
 _IN = {
     "diffmas.evaluation.causal_audit": "Condition audit communicates",
     "diffmas.evaluation.audit_tables": "audit_rows audit_table plot_audit write_audit",
@@ -44,17 +44,7 @@ _IN = {
     "diffmas.evaluation.text_sft": "Writers right_turns",
 }
 _WHERE = {name: module for module, names in _IN.items() for name in names.split()}
-
-
-def __getattr__(name: str):
-    if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = importing(__name__, _WHERE)
 
 __all__ = [
     "Answers", "C2C", "Condition", "Latent", "Method", "MethodsFailed", "Result", "Scorer", "Stitched", "TextAgents", "Writers",

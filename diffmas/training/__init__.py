@@ -1,7 +1,8 @@
 """transformers' Trainer driven by a team of agents: data, settings, checkpoints."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from diffmas.lazy import importing
 
 if TYPE_CHECKING:
     from diffmas.agents.adapters import add_lora, lora_config
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from diffmas.training.settings import default_arguments
     from diffmas.training.trainer import Trainer
 
-# Imported when first used: torch takes seconds, which what is plain data here need not wait for.
 _WHERE = {
     "add_lora": "diffmas.agents.adapters", "lora_config": "diffmas.agents.adapters",
     "check_checkpoint": "diffmas.training.checkpoint", "checkpoints": "diffmas.training.checkpoint",
@@ -20,17 +20,7 @@ _WHERE = {
     "NonFiniteLoss": "diffmas.training.losses", "end_processes": "diffmas.training.processes",
     "default_arguments": "diffmas.training.settings", "Trainer": "diffmas.training.trainer",
 }  # fmt: skip
-
-
-def __getattr__(name: str):
-    if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = importing(__name__, _WHERE)
 
 __all__ = [
     "NonFiniteLoss", "Trainer", "add_lora", "check_checkpoint", "checkpoints", "default_arguments", "end_processes",

@@ -19,8 +19,35 @@ def test_the_table_is_whole_and_without_fault():
     assert not [(row, report.faults(row)) for row in rows if report.faults(row)]
 
 
-@pytest.mark.skipif(report.nvcc() is None, reason="no nvcc here")
-@pytest.mark.parametrize("source", report.SOURCES, ids=lambda s: s.name)
+def test_the_table_is_of_this_code():
+    code = {source.name: report.code_of(source) for source in report.SOURCES}
+    stale = {row["source"] for row in report.table().values() if row["code"] != code[row["source"]]}
+    assert not stale, f"`make cuda-report` writes the table anew: {stale}"
+
+
+def test_what_a_file_includes_is_part_of_its_code(tmp_path, monkeypatch):
+    (tmp_path / "cuda").mkdir()
+    monkeypatch.setattr(report, "CSRC", tmp_path)
+    source, beside, above = tmp_path / "cuda/a.cu", tmp_path / "cuda/b.h", tmp_path / "c.h"
+    source.write_text('#include <cmath>\n#include "b.h"  // of ours\nint a;\n')
+    beside.write_text('#include "c.h"\n#include "b.h"\n')
+    above.write_text("int c;\n")
+    code = report.code_of(source)
+    above.write_text("// said\nint   c; /* and\nsaid */\n")
+    assert report.code_of(source) == code
+    above.write_text("int d;\n")
+    assert report.code_of(source) != code
+
+
+def to_compile():
+    """The smallest file, which shows that the table is what this nvcc makes; all of them where the table is another nvcc's."""
+    if report.nvcc() is None:
+        return [pytest.param(None, marks=pytest.mark.skip(reason="no nvcc here"))]
+    known = {row["nvcc"] for row in report.table().values()}
+    return [source for source in report.SOURCES if source.name == "inject.cu" or report.version() not in known]
+
+
+@pytest.mark.parametrize("source", to_compile(), ids=lambda s: s and s.name)
 def test_kernels_compile_for_sm_90a(source):
     rows, table = report.compiled(source, "90a"), report.table()
     assert rows

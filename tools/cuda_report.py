@@ -3,6 +3,7 @@
     python tools/cuda_report.py                        # every file and target, into cuda_report.csv beside this file
     python tools/cuda_report.py inject.cu --target 90a # printed, compared with cuda_report.csv
 
+code: a hash of the file and of what it includes, without comments: whether the row is still the file's.
 registers, spills (bytes stored and loaded), stack, static shared memory: what ptxas says. load_128, store_128: accesses of
 global memory of 16 bytes in the machine code, asynchronous copies into shared memory too; load_less, store_less: shorter ones.
 mma: products on tensor cores; boxes: tiles by the copy engine; exps: exponentials while products of the warpgroup run. Kernels
@@ -13,6 +14,7 @@ of a warpgroup wait for each other, or exponentials for them.
 
 import argparse
 import csv
+import hashlib
 import os
 import re
 import shutil
@@ -86,6 +88,21 @@ def targets_of(source: Path) -> tuple[str, ...]:
     return ("90a",) if source.stem.endswith("_sm90") else TARGETS
 
 
+def code_of(source: Path) -> str:
+    """Of a file and all files of ours that it includes, without comments and layout."""
+    found, left = {}, [source]
+    while left:
+        path = left.pop()
+        text = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
+        found[path] = " ".join(text.split())
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, flags=re.M):
+            # None is there of the emulation, which nvcc does not see.
+            named = [p for p in (path.parent / name, CSRC / name) if p.exists()]
+            left += [p for p in named[:1] if p not in found]
+    text = "\n".join(found[path] for path in sorted(found))
+    return "x" + hashlib.sha256(text.encode()).hexdigest()[:8]  # never a number to a reader of CSV
+
+
 def compiled(source: Path, target: str) -> list[dict]:
     """One row a kernel."""
     ptx = target if targets_of(source) == (target,) else "80"
@@ -105,6 +122,7 @@ def compiled(source: Path, target: str) -> list[dict]:
             kernel=demangled(name),
             target=target,
             nvcc=version(),
+            code=code_of(source),
             registers=_number(r"Used (\d+) reg", part),
         )
         spills = _number(r"(\d+) bytes spill stores", part) + _number(r"(\d+) bytes spill loads", part)

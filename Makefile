@@ -65,7 +65,7 @@ test-vllm: $(INSTALLED) .compat/vllm/.installed
 # first too, or the sanitizer finds no exceptions to intercept. Python's own leaks are not looked at; pytest must not keep
 # stderr from an aborting process.
 ASAN := build/asan
-ASAN_TESTS ?= tests/test_ops.py tests/test_op_inputs.py tests/test_linear_op.py tests/test_layer_ops.py tests/test_quantized_ops.py tests/test_low_rank_few.py --deselect tests/test_low_rank_few.py::test_every_instruction_set --deselect tests/test_layer_ops.py::test_every_instruction_set --deselect tests/test_quantized_ops.py::test_every_instruction_set --deselect tests/test_ops.py::test_every_instruction_set --deselect tests/test_linear_op.py::test_every_instruction_set --deselect tests/test_ops.py::test_attention_backward_of_many_blocks
+ASAN_TESTS ?= tests/test_ops.py tests/test_op_inputs.py tests/test_linear_op.py tests/test_layer_ops.py tests/test_quantized_ops.py tests/test_low_rank_few.py --deselect tests/test_ops.py::test_attention_backward_of_many_blocks
 test-asan: $(INSTALLED)
 	DIFFMAS_SANITIZE=1 $(PY) setup.py -q build --build-base $(ASAN) --build-lib $(ASAN)/lib
 	test -f $(ASAN)/lib/diffmas/libdiffmas.so

@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-from forms import FORMS, run_again
 from linear_systems import (
     ANSWERS,
     QUESTIONS,
@@ -69,11 +68,6 @@ def test_to_the_bit(options, dtype, monkeypatch):
     want = one_by_one(made, monkeypatch)
     assert got.keys() == want.keys() and len(want) > 2
     assert [name for name in want if not torch.equal(got[name], want[name])] == []
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_instruction_set(form):
-    run_again(form, __file__, "test_to_the_bit and not proj")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

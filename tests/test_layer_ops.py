@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from forms import FORMS, run_again
 
 from diffmas.ops import extension, reference
 from diffmas.ops.linear import linear
@@ -184,11 +183,6 @@ def test_bits_do_not_depend_on_the_threads():
     torch.set_num_threads(before)
     assert torch.equal(*found[0][:2]) and len(found[0]) == 2 + 4 + 2 * 2 + 2 * 2 * 7
     assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_instruction_set(form):
-    run_again(form, __file__, "test_layers or one_row or large_numbers or test_norm_and_gate or test_a_gate")
 
 
 def test_what_is_wrong_is_said():

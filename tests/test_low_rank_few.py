@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from forms import FORMS, run_again
 from op_runs import within_budget
 
 from diffmas import ops
@@ -179,8 +178,3 @@ def test_what_does_not_fit_is_refused():
             run(inputs, reads, False, "auto")
     with pytest.raises(RuntimeError, match="z_v, b_v: expected both or neither"):
         run((*inputs[:4], inputs[4]._replace(b_v=None), *inputs[5:]), WHOLE, False, "auto")
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_instruction_set(form):
-    run_again(form, __file__, "(budget or head_sizes or nan) and not float16")

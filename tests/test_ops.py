@@ -8,7 +8,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from forms import FORMS, run_again
 from op_cases import HEADS, ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs
 from op_runs import (
     attention_all,
@@ -160,13 +159,6 @@ def test_a_nan_stays_in_its_sequence(backend, name, dtype):
 def test_a_row_that_is_not_finite(backend, name, value, dtype):
     for queries in (1, 5, 100):  # one row of a group, few, and blocks
         row_makes_nan_of_what_it_sees(backend, name, value, dtype, queries)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_instruction_set(form):
-    if "cpu" not in BACKENDS:
-        pytest.skip("the C++ extension is not built")
-    run_again(form, __file__, "(budget or nan or not_finite or head_sizes) and (float32 or bfloat16)")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

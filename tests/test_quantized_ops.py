@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from forms import FORMS, run_again
 from op_cases import VIEWS, View, attention_inputs, random_attention
 from op_runs import exact_in_half, within_budget
 from quantized_cases import BITS, by_hand, in_bits, run_quantized
@@ -138,13 +137,6 @@ def test_nan_stays_in_its_sequence(backend, queries):
     assert got[0][:queries, :2].isnan().all() and got[2][:queries, :2].isnan().all()
     for x, y in zip(got, clean):
         assert torch.equal(x[queries:], y[queries:]) and torch.equal(x[:queries, 2:], y[:queries, 2:])
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_instruction_set(form):
-    if "cpu" not in BACKENDS:
-        pytest.skip("the C++ extension is not built")
-    run_again(form, __file__, "(budget or nan or head_sizes or random or codes) and not float16")
 
 
 # ---- the public function ---------------------------------------------------------------------------------------------

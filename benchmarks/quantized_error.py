@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from diffmas import Trace, patch_model, unpatch_model
-from diffmas.agents.file import write_json
 from diffmas.cli.made_with import made_with
+from diffmas.json_file import write_json
 from diffmas.models.load import load_model
 from diffmas.ops.quantize import FORMATS
 

@@ -24,9 +24,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 
 from diffmas import Agent, MultiAgentSystem
-from diffmas.agents.file import write_json
 from diffmas.agents.meter import measuring
 from diffmas.cli.made_with import made_with
+from diffmas.json_file import write_json
 from diffmas.models.load import load_model
 from diffmas.serving.team import Settings
 from diffmas.serving.vllm.teams import Teams

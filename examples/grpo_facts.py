@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from trl import GRPOConfig
 
-from diffmas.agents.file import write_json
 from diffmas.cli.made_with import made_with
 from diffmas.demo import experiment
 from diffmas.evaluation import Latent, evaluate
 from diffmas.evaluation.tasks import facts
+from diffmas.json_file import write_json
 from diffmas.rl import GRPOTrainer, scored
 
 QUESTIONS, GROUP = 8, 8  # a step: so many questions, each answered so many times

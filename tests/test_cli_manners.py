@@ -339,6 +339,9 @@ for arguments, code, says in (
     ("init gsm8k", 0, "config.yaml"), ("train wrong.yaml", 1, "learning_rate"), ("audit wrong.yaml", 1, "learning_rate"),
     ("evaluate wrong.yaml", 1, "learning_rate"), ("evaluate --task gsm --model x", 1, "gsm8k"),
     ("generate --adapter x --question y --field z", 1, "--field"), ("view nowhere", 1, "nowhere"),
+    ("study fact", 1, "'facts'"), ("study study.yaml", 1, "'methods'"), ("study facts --case none", 1, "'one fact'"),
+    ("study facts --set training.learning_rat=1", 1, "learning_rate"), ("study gpqa_diamond", 1, "data.train: expected a file"),
+    ("plan --model x --gpus 2 --dtype nonsense", 1, "bfloat16"), ("plan --model ./none --gpus 2", 1, "no such directory"),
 ):
     result = CliRunner().invoke(app, arguments.split())
     assert result.exit_code == code and says in result.output, (arguments, result.output, result.exception)
@@ -349,6 +352,7 @@ for arguments, code, says in (
 def test_what_needs_no_model_does_not_wait_for_torch(tmp_path):
     """Which is nearly all that it would cost. Wrong options and configs are told before, too."""
     (tmp_path / "wrong.yaml").write_text("{model: nowhere, task: gsm8k, training: {learning_rat: 1}}")
+    (tmp_path / "study.yaml").write_text("{about: x, method: [single], config: {model: nowhere, task: gsm8k}}")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -4,8 +4,10 @@ import importlib
 
 import pytest
 
+PACKAGES = ["diffmas", "diffmas.agents", "diffmas.evaluation", "diffmas.models", "diffmas.trace", "diffmas.training"]
 
-@pytest.mark.parametrize("package", ["diffmas", "diffmas.agents", "diffmas.evaluation", "diffmas.trace", "diffmas.training"])
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_names_are_listed_and_found(package):
     """Listed for whoever completes what is typed; a name stands for one thing, whatever was imported before."""
     module = importlib.import_module(package)

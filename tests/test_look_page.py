@@ -1,9 +1,14 @@
 """The page of `diffmas view` in a real browser: it draws, light and dark, wide and narrow; it can be used by keyboard and
 heard; and what a model writes does nothing but stand there."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import systems
+import test_encoder
+import test_low_rank_agents
+import test_other_models
 import tiny_systems as tiny
 import torch
 from browser import browser
@@ -31,25 +36,61 @@ def file(look, tmp_path_factory):
     return page(look, tmp_path_factory.mktemp("page") / "new" / "view.html")
 
 
+def quantised_and_encoded():
+    own, *others = test_encoder.SHAPES["thinks on"]
+    return test_encoder.team([replace(own, quantized="int8"), *others])
+
+
+# Pages that differ in what is on them: rows that others wrote, kinds of blocks, layers that one model has and another has not.
+TEAMS = {
+    "one model": None,
+    "two models": lambda: test_other_models.team(test_other_models.SHAPES["two and an own"]),
+    "low-rank rows and a message": lambda: test_low_rank_agents.team(test_low_rank_agents.SHAPES["chain"], dtype=torch.float32),
+    "quantised rows and an encoder": quantised_and_encoded,
+}
+
+
+@pytest.fixture(scope="module", params=TEAMS)
+def of_team(request, look, file, tmp_path_factory):
+    """What is shown of a team, and its page."""
+    if (make := TEAMS[request.param]) is None:
+        return look, file
+    shown = look_at(make().eval(), systems.QUESTIONS[1], systems.ANSWERS[1], max_new_tokens=2)
+    return shown, page(shown, tmp_path_factory.mktemp("page") / "view.html")
+
+
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
+# Whether two children of one line lie over each other.
+OVERLAP = """
+[...document.querySelectorAll(".block, .reads, #facts > div, #controls")].flatMap(row => {
+  const all = [...row.children].map(n => n.getBoundingClientRect()).filter(r => r.width && r.height);
+  const over = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+  return all.some((a, i) => all.slice(i + 1).some(b => over(a, b))) ? [row.textContent] : [];
+})
+"""
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width, height", [(1440, 900), (390, 844)])
-def test_it_draws(chromium, file, width, height, dark, tmp_path):
+def test_it_draws(chromium, of_team, width, height, dark, tmp_path):
+    look, file = of_team
     chromium.open(file, width, height, dark)
     assert chromium.faults() == []
     assert chromium.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll in themselves
-    assert chromium.evaluate("document.querySelectorAll('.lane').length") == 3
-    assert chromium.evaluate("document.querySelectorAll('.latent .step').length") == 4
+    assert chromium.evaluate(OVERLAP) == []
+    assert chromium.evaluate("document.querySelectorAll('.lane').length") == len(look.lanes)
+    latent = sum(block.rows for block in look.blocks if block.kind == "latent")
+    assert chromium.evaluate("document.querySelectorAll('.latent .step').length") == latent >= 3
     shown = [
         x > 0 for x in chromium.evaluate("[...document.querySelectorAll('#masses td')].map(n => n.getClientRects().length)")
     ]
-    assert len(shown) == 1 + 6 * 7 and all(shown)
+    assert len(shown) == 1 + len(look.blocks) * (len(look.blocks) + 1) and all(shown)
     assert chromium.evaluate("getComputedStyle(document.body).backgroundColor") == (
         "rgb(18, 22, 28)" if dark else "rgb(251, 251, 250)"
     )
-    assert chromium.evaluate("document.querySelectorAll('#arcs path').length") == (3 if width > 600 else 0)
+    between = look.between_lanes()[:, 1:].fill_diagonal_(0)
+    arcs = int((between > 0.002).sum()) if width > 600 else 0
+    assert chromium.evaluate("document.querySelectorAll('#arcs path').length") == arcs
     for looked_at in ("h1", ".answer .step"):
         chromium.point(looked_at)
         chromium.evaluate("new Promise(done => setTimeout(done, 300))")  # colours fade in
@@ -111,36 +152,60 @@ def test_hover_shows_what_a_step_says_and_whom_it_hears(chromium, look, file):
     assert "Look closer" in detail()
 
 
-def test_keyboard_and_names(chromium, look, file):
+def test_a_layer_that_only_one_model_has(chromium, tmp_path):
+    """Is told as such at the agents of the other, whose attention would else be 0 %."""
+    look = look_at(TEAMS["two models"]().eval(), systems.QUESTIONS[1], max_new_tokens=2)
+    chromium.open(page(look, tmp_path / "view.html"))
+    chromium.evaluate("{ const l = document.getElementById('layer'); l.value = 2; l.dispatchEvent(new Event('input')); }")
+    shares = chromium.evaluate("[...document.querySelectorAll('.shares')].map(n => n.textContent)")
+    none = "its model has no layer 2"
+    assert shares[:2] == [none, none] and "first token" in shares[2] and "first token" in shares[3]
+    rows = chromium.evaluate(
+        "[...document.querySelectorAll('#masses tbody tr')].map(r => [...r.cells].slice(1).map(c => c.textContent))"
+    )
+    assert rows[:4] == [[none]] * 4 and all(len(row) == 9 for row in rows[4:]) and look.layers == 3
+    chromium.evaluate("document.querySelector('.latent .step').click()")
+    assert none in chromium.evaluate("document.getElementById('detail').textContent") and chromium.faults() == []
+    heat = "document.querySelector('#detail .heat').getAttribute('aria-label')"
+    assert chromium.evaluate(heat) == "attention, layer by layer, layers 0 to 1"
+    chromium.evaluate("document.querySelector('.answer .step').click()")
+    assert none not in chromium.evaluate("document.getElementById('detail').textContent")
+    assert chromium.evaluate(heat) == "attention, layer by layer, layers 0 to 2"
+
+
+def test_keyboard_and_names(chromium, of_team):
+    look, file = of_team
     chromium.open(file)
+    (first, latent), lanes, kinds = look.blocks[:2], [lane.name for lane in look.lanes], {b.kind for b in look.blocks}
+    tokens = lambda block: f"{block.rows} token{'' if block.rows == 1 else 's'}"  # noqa: E731
     focus = lambda: chromium.evaluate("document.activeElement.getAttribute('aria-label')")  # noqa: E731
     chromium.evaluate("document.getElementById('layer').focus()")
     chromium.press("Tab")
-    assert focus() == "planner, prompt, 6 tokens"
+    assert focus() == f"{lanes[0]}, prompt, {tokens(first)}"
     chromium.press("ArrowRight")
-    step = look.blocks[1].steps[0]
-    assert focus().startswith(f"planner, latent step 1 of 2: {step.text}, ") and focus().endswith("nats")
+    text = latent.steps[0].text
+    assert text and focus().startswith(f"{lanes[0]}, latent step 1 of {latent.rows}: {text}, ") and focus().endswith("nats")
     chromium.press("Enter")
     assert chromium.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
     chromium.press("ArrowDown")
-    assert focus() == "critic, prompt, 6 tokens"
+    assert focus() == f"{lanes[1]}, prompt, {tokens(look.blocks[2])}" and look.blocks[2].agent == 1
     chromium.press("ArrowUp")
     chromium.press("End")
-    assert focus().startswith("solver, token")
+    assert focus().startswith(f"{lanes[-1]}, token")
     chromium.press("Escape")
     assert chromium.evaluate("document.querySelectorAll('.kept').length") == 0
     chromium.press("Tab")
     assert focus() == "Attention between blocks"  # one stop for all steps; then the table, which scrolls
     buttons = chromium.names("button")
-    assert len(buttons) >= 11 and all(buttons)
-    assert {"prompts", "latent steps", "answer", "text agents", "attention"} == {n.strip() for n in chromium.names("checkbox")}
+    assert len(buttons) >= sum(block.units for block in look.blocks) and all(buttons)
+    also = {"text"} & kinds | ({"text agents"} if look.lanes[0].message else set())
+    assert {"prompts", "latent steps", "answer", "attention"} | also == {n.strip() for n in chromium.names("checkbox")}
     assert [n.strip() for n in chromium.names("searchbox")] == ["Find"] and [
         n.split()[0] for n in chromium.names("slider")
     ] == ["Layers"]
-    assert chromium.names("heading")[0] == "where is the key" and {"planner", "critic", "solver"} <= set(
-        chromium.names("heading")
-    )
-    assert len(chromium.names("columnheader")) == 7 and len(chromium.names("rowheader")) == 6
+    assert chromium.names("heading")[0] == look.title and {*lanes} <= {*chromium.names("heading")}
+    blocks = len(look.blocks)
+    assert len(chromium.names("columnheader")) == blocks + 1 and len(chromium.names("rowheader")) == blocks
 
 
 def test_filters(chromium, look, file):
@@ -165,16 +230,6 @@ def test_filters(chromium, look, file):
     entropy = [s.entropy for b in look.blocks for s in b.steps]
     want = [(x - min(entropy)) / (max(entropy) - min(entropy)) for x in entropy]
     assert shades == pytest.approx(want, abs=2e-3) and chromium.faults() == []
-
-
-# Whether two children of one line lie over each other.
-OVERLAP = """
-[...document.querySelectorAll(".block, .reads, #facts > div, #controls")].flatMap(row => {
-  const all = [...row.children].map(n => n.getBoundingClientRect()).filter(r => r.width && r.height);
-  const over = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
-  return all.some((a, i) => all.slice(i + 1).some(b => over(a, b))) ? [row.textContent] : [];
-})
-"""
 
 
 @pytest.mark.parametrize("width", [1440, 390])

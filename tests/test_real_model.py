@@ -16,7 +16,7 @@ from diffmas.agents.adapters import add_lora, lora_config
 from diffmas.agents.member import Other
 from diffmas.agents.options import Options
 from diffmas.agents.projector import Fuser, Projector
-from diffmas.cli.study import named
+from diffmas.cli.recipe import named
 from diffmas.demo.experiment import BASE
 from diffmas.evaluation.tasks import task
 from diffmas.models.load import load_model

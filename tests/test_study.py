@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 from diffmas import training
 from diffmas.cli import build, study
 from diffmas.cli import main as cli
+from diffmas.cli import recipe as reading
+from diffmas.cli.recipe import study_of
 from diffmas.cli.stages import slug
 from diffmas.demo.experiment import BASE
 from diffmas.evaluation import Scorer, pooled_costs
@@ -55,6 +57,7 @@ from pathlib import Path
 import torch
 from diffmas import training
 from diffmas.cli import study
+from diffmas.cli.recipe import study_of
 
 torch.set_num_threads(int(sys.argv[3]))
 steps, step = [], training.Trainer.training_step
@@ -67,7 +70,7 @@ def killed(self, *args):
     return step(self, *args)
 
 training.Trainer.training_step = killed
-study.run(Path(sys.argv[1]), Path(sys.argv[2]), None, "cpu", ["one fact"], None, {}, lambda text: None)
+study.run(study_of(Path(sys.argv[1]), Path(sys.argv[2]), cases=["one fact"]), "cpu", lambda text: None)
 """
 
 
@@ -94,7 +97,7 @@ def call(*arguments, code: int = 0):
 
 def run(path, output, cases=("one fact",)):
     """The tables of a study, by method and by message."""
-    outcome = study.run(path, output, None, "cpu", list(cases), None, {}, lambda text: None)
+    outcome = study.run(study_of(path, output, cases=list(cases)), "cpu", lambda text: None)
     for row in outcome.costs:
         assert row["latent_steps"] == (6 * 3 * T if row["method"] in ("latent_mas", "diffmas") else 0)
     assert not outcome.failures
@@ -166,7 +169,7 @@ def test_a_case_may_be_measured_with_the_adapters_of_another(tmp_path, monkeypat
         patched.setattr(
             training.Trainer, "train", lambda self, *a, **k: (trained.append(self.args.output_dir), train(self, *a, **k))[1]
         )
-        outcome = study.run(path, tmp_path / "out", None, "cpu", ["unseen"], None, {}, lambda text: None)
+        outcome = study.run(study_of(path, tmp_path / "out", cases=["unseen"]), "cpu", lambda text: None)
         assert not outcome.failures and {r.case for r in outcome.methods} == {"unseen"}
         taken = {row["method"]: row["latent_steps"] for row in outcome.costs}
         assert taken["diffmas"] == taken["latent_mas"] == 6 * 3 * (T + 1)
@@ -180,7 +183,7 @@ def test_a_case_may_be_measured_with_the_adapters_of_another(tmp_path, monkeypat
     for of, changes in (("none", {}), ("unseen", {"third": {"trained_by": "unseen"}})):
         bad = {"unseen": {"trained_by": "one fact" if changes else of}, "one fact": {}, **changes}
         with pytest.raises(ValueError, match=rf"trained_by: expected one of \['one fact'\], got '{of}'"):
-            study.read(recipe(tmp_path, cases=bad))
+            reading.read(recipe(tmp_path, cases=bad))
 
 
 def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path, monkeypatch):
@@ -292,6 +295,9 @@ def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch):
         ({"cases": {"a": {"audit": "some"}}}, (), "cases.a.audit: expected all,"),
         ({"audit": "some"}, (), "audit: expected all, latent, prompt, text or none, got 'some'"),
         ({"method": []}, (), "method: expected 'methods', or another of .* got an unknown key"),
+        ({"cases": {"a": 3}}, (), "cases.a: expected a mapping, got 3"),
+        ({}, ("--set", "training.learning_rat=1"), "case 'one fact': training.learning_rat: expected 'learning_rate'"),
+        ({}, ("--set", "evaluation=3"), "case 'one fact': evaluation: expected a mapping, got 3"),
         ({"methods": ["magic"]}, (), "case 'one fact': evaluation.methods: expected some of"),
         ({"cases": {"a": {"system": {"sink": 1}}}}, (), "case 'a': system.sink: expected 'sinks', or another of"),
         ({"config": {"task": "facts"}}, (), "case 'one fact': model: expected a value, got none"),
@@ -306,18 +312,18 @@ def test_what_is_refused(tmp_path, changes, arguments, error):
 
 
 def test_studies_that_come_with_diffmas_are_found_and_whole():
-    names = sorted(p.stem for p in study.named("facts").parent.glob("*.yaml"))
+    names = sorted(p.stem for p in reading.named("facts").parent.glob("*.yaml"))
     assert "facts" in names
     for name in names:
-        read = study.read(study.named(name))
+        read = reading.read(reading.named(name))
         for case in read.cases:
-            config = study.config_of(read, case, read.seeds[0], study.named(name).parent, None, {})
+            config = reading.config_of(read, case, read.seeds[0], reading.named(name).parent, None, {})
             assert config.evaluation.methods == read.cases[case].get("methods", read.methods)
             assert config.training["seed"] == read.seeds[0] and build.training_arguments(config).seed == read.seeds[0]
     with pytest.raises(ValueError, match="study: expected a YAML file or one of .*got 'fact'"):
-        study.named("fact")
+        reading.named("fact")
     with pytest.raises(FileNotFoundError, match="none.yaml: expected a study's file, found none"):
-        study.read(study.named("none.yaml"))
+        reading.read(reading.named("none.yaml"))
 
 
 def test_pooling_pairs_questions_over_seeds():

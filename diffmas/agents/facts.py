@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from diffmas.agents import card
-from diffmas.agents.file import read_agents, write_json
+from diffmas.agents.file import read_agents
+from diffmas.json_file import write_json
 
 __all__ = ["add_facts"]
 

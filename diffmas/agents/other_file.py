@@ -12,6 +12,7 @@ from diffmas.agents import file
 from diffmas.agents.encoder import Encoder, encoder_of
 from diffmas.agents.member import Other
 from diffmas.agents.projector import Between, Fuser, Projector
+from diffmas.json_file import read_json, write_json
 from diffmas.models.load import load_base, load_tokenizer
 from diffmas.models.parts import causal_lm_of
 from diffmas.models.patch import patch_model
@@ -63,7 +64,7 @@ def save(path, others) -> None:
         place = directory(path, name)
         head = file.save_model(place, other.model, other.tokenizer)
         save_file({key: x.detach().cpu().contiguous() for key, x in other.own_state().items()}, place / PROJECTOR_FILE)
-        file.write_json(place / OTHER_FILE, head)
+        write_json(place / OTHER_FILE, head)
 
 
 def base_models(path, names) -> dict[str, str | None]:
@@ -72,7 +73,7 @@ def base_models(path, names) -> dict[str, str | None]:
 
 
 def _head(place: Path) -> dict:
-    head = file.read_json(place / OTHER_FILE)
+    head = read_json(place / OTHER_FILE)
     file.check_kinds(head, file.HEAD, str(place / OTHER_FILE))
     return head
 

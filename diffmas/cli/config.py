@@ -32,7 +32,7 @@ from diffmas.evaluation.scorer import check_scoring
 from diffmas.evaluation.tasks import task
 from diffmas.training.settings import RECIPES
 
-__all__ = ["Config", "check_methods", "load"]
+__all__ = ["DTYPES", "Config", "check_methods", "load"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from diffmas.agents.file import read_json, write_json
 from diffmas.cli import build
 from diffmas.cli.config import Config
 from diffmas.cli.made_with import made_with
 from diffmas.cli.methods import TRAINED
+from diffmas.json_file import read_json, write_json
 
 __all__ = ["NotDone", "Stages", "slug"]
 

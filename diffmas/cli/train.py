@@ -42,7 +42,7 @@ def _text_sft(config: Config, arguments, system, rows, held_out, resume: bool, p
     on; they are kept in output_dir, where a resumed run finds them. Of several processes the first one writes them, and the
     others wait, at most the ddp_timeout of the training arguments."""
     from diffmas import evaluation
-    from diffmas.agents.file import read_json, write_json
+    from diffmas.json_file import read_json, write_json
 
     options, scorer = config.evaluation, scorer_of(config, training=True)
     writing = text_team(config, system)

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import typing
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ class _Names(dict):
         return getattr(builtins, name, None) or getattr(typing, name, OwnKind)
 
 
+@functools.cache
 def training_kinds() -> dict[str, type]:
     """What `training` may hold: the types of TrainingArguments' fields, by name.
 

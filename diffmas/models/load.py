@@ -6,12 +6,14 @@ What transformers says about a name that leads nowhere, or about a damaged file,
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from diffmas.models.network import hub_is_away
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["load_base", "load_config", "load_model", "load_tokenizer"]
 
@@ -21,7 +23,7 @@ ADAPTER_FILE = "adapter_config.json"
 TOKENIZER_FILES = ("*token*", "vocab*", "tekken*", "*.model")
 
 
-def load_model(name, *, dtype="auto", device=None, **options) -> tuple[nn.Module, object]:
+def load_model(name, *, dtype="auto", device=None, **options) -> "tuple[nn.Module, object]":
     """A base model and its tokenizer.
 
     name: a hub name, a directory, or a .gguf file (a path, or owner/name/file.gguf on the hub), whose weights are
@@ -39,14 +41,15 @@ def load_model(name, *, dtype="auto", device=None, **options) -> tuple[nn.Module
 
 def load_config(name, **options):
     """The config of `load_model`'s model, without the model."""
+    place = _place(name, options)  # before the import, for which a wrong path need not wait
     from transformers import AutoConfig
 
-    place = _place(name, options)
     return _explained(name, place, "model", lambda: AutoConfig.from_pretrained(**place))
 
 
-def load_base(name, *, dtype="auto", device=None, **options) -> nn.Module:
+def load_base(name, *, dtype="auto", device=None, **options) -> "nn.Module":
     """The model of `load_model` without its tokenizer; a multimodal one with its vision tower."""
+    import torch
     import transformers
     from transformers.integrations import peft
 
@@ -79,14 +82,14 @@ def load_base(name, *, dtype="auto", device=None, **options) -> nn.Module:
 
 def load_tokenizer(name, **options):
     """The tokenizer of `load_model`. options: as there; those of the model alone are ignored."""
-    from transformers import AutoTokenizer
-
     place = _place(name, options)
     folder = Path(place["pretrained_model_name_or_path"]) / options.get("subfolder", "")
     files = [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]
     if folder.is_dir() and not files and "gguf_file" not in place:
         # transformers may build an empty one from the config alone
         raise ValueError(f"model {str(name)!r}: expected a tokenizer beside the model, found none; save the model's there")
+    from transformers import AutoTokenizer
+
     return _explained(name, place, "tokenizer", lambda: AutoTokenizer.from_pretrained(**place))
 
 

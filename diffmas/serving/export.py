@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffmas.agents import card, file
 from diffmas.agents.selection import LEARNED
+from diffmas.json_file import read_json, write_json
 from diffmas.models.load import load_tokenizer
 
 __all__ = ["export"]
@@ -52,13 +53,13 @@ def export(team, out, base: str | None = None, overwrite: bool = False) -> Path:
         source, target = file.adapter_directory(team, name), file.adapter_directory(partial, name)
         target.mkdir(exist_ok=True)
         shutil.copyfile(source / file.WEIGHTS_FILE, target / file.WEIGHTS_FILE)
-        file.write_json(target / file.CONFIG_FILE, {**config, "base_model_name_or_path": given})
+        write_json(target / file.CONFIG_FILE, {**config, "base_model_name_or_path": given})
     for name in learned:
         shutil.copyfile(team / name, partial / name)
     if (team / card.FACTS).is_file():
         shutil.copyfile(team / card.FACTS, partial / card.FACTS)
     card.write(partial, described, out.resolve().name)
-    file.write_json(partial / file.AGENTS_FILE, described)
+    write_json(partial / file.AGENTS_FILE, described)
     if out.is_dir():
         shutil.rmtree(out)
     os.replace(partial, out)
@@ -80,4 +81,4 @@ def _read_adapter(team: Path, name: str) -> dict:
     """The contents of an adapter's config; raises ValueError if that or its weights are missing or damaged."""
     directory = file.adapter_directory(team, name)
     file.read_weights(directory / file.WEIGHTS_FILE)
-    return file.read_json(directory / file.CONFIG_FILE)
+    return read_json(directory / file.CONFIG_FILE)

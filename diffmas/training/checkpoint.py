@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 
 from diffmas.agents.card import CARD, FACTS
-from diffmas.agents.file import AGENTS_FILE, read_json, write_json
+from diffmas.agents.file import AGENTS_FILE
+from diffmas.json_file import read_json, write_json
 
 __all__ = [
     "check_checkpoint", "check_engine_of", "check_manifest", "checkpoints", "last_checkpoint", "remove_oldest",

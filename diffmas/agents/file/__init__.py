@@ -14,8 +14,6 @@ from diffmas.agents.file.description import (
     check_like,
     check_same,
     read_agents,
-    read_json,
-    write_json,
 )
 from diffmas.agents.file.reading import (
     CHOICES_FILE,
@@ -40,5 +38,5 @@ __all__ = [
     "AGENTS_FILE", "CHOICES_FILE", "CONFIG_FILE", "HEAD", "MAP_FILE", "WEIGHTS_FILE", "adapter_directory", "add_adapter",
     "check_base", "check_class", "check_description", "check_kinds", "check_like", "check_same", "load_adapters",
     "load_model", "load_saved_tokenizer", "load_weights", "put_adapters", "read_adapters", "read_agents", "read_choices",
-    "read_json", "read_map", "read_weights", "save", "save_model", "write_json",
+    "read_map", "read_weights", "save", "save_model",
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -11,11 +10,12 @@ from torch import nn
 
 from diffmas.agents.agent import Agent
 from diffmas.agents.options import Options
+from diffmas.json_file import read_json
 from diffmas.models.identity import model_fingerprint, sampled_fingerprint
 
 __all__ = [
     "AGENTS_FILE", "FORMAT", "HEAD", "adapters_of", "check_base", "check_class", "check_description", "check_kinds",
-    "check_like", "check_same", "read_agents", "read_json", "tokenizer_fingerprint", "unsaid", "write_json",
+    "check_like", "check_same", "read_agents", "tokenizer_fingerprint", "unsaid",
 ]  # fmt: skip
 
 AGENTS_FILE = "agents.json"
@@ -27,23 +27,6 @@ HEAD = {
 }  # fmt: skip
 SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what PEFT multiplies the weights by
 PROBE = "A text 12345.6 of\n\n  many  kinds: naïve, x² <b>, 汉字, é, \U0001f511."
-
-
-def read_json(file: Path):
-    """The contents of a JSON file; raises ValueError naming the file if it is missing or damaged."""
-    if not file.is_file():
-        raise ValueError(f"{file}: expected this file, found none")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected whole JSON, got a damaged file ({error})") from error
-
-
-def write_json(file: Path, data) -> None:
-    """Writes JSON in one step: a crash leaves the whole file or none."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
 
 
 def adapters_of(model: nn.Module) -> dict[str, dict]:

@@ -20,9 +20,9 @@ from diffmas.agents.file.description import (
     check_like,
     check_same,
     read_agents,
-    read_json,
     unsaid,
 )
+from diffmas.json_file import read_json
 from diffmas.models.load import load_base, load_tokenizer
 from diffmas.models.local import gathered, say_features, spread_like
 

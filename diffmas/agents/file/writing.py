@@ -12,9 +12,9 @@ from diffmas.agents.file.description import (
     adapters_of,
     check_description,
     tokenizer_fingerprint,
-    write_json,
 )
 from diffmas.agents.file.reading import CHOICES_FILE, MAP_FILE
+from diffmas.json_file import write_json
 from diffmas.models.adapted import base_weights, trained_in_base
 from diffmas.models.identity import model_fingerprint
 from diffmas.models.local import first_of, shared, whole

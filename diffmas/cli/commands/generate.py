@@ -76,8 +76,9 @@ def _answer_file(
     """Each line of questions with its answers, in batches. Every question has a seed of its own: a file that goes on is as if
     it had not stopped. load: gives the system, once it is clear that there is something to answer."""
     from diffmas.agents.agent import Agent
-    from diffmas.agents.file import read_agents, write_json
+    from diffmas.agents.file import read_agents
     from diffmas.evaluation.files import room_for
+    from diffmas.json_file import write_json
     from diffmas.training.data import fields_of_row, read_jsonl
 
     agents = [Agent(**agent) for agent in read_agents(asked["adapter"])["agents"]]
@@ -125,8 +126,8 @@ def _hash(team: Path) -> str:
 def _made(left: Path | None, seed: int | None, asked: dict, all_done: bool) -> dict:
     """What answers are made with, by the file that is left of earlier ones, if any, and now. A seed that nobody gives is the
     earlier one, or drawn. Raises ValueError where the earlier ones were asked for otherwise, or nothing says how."""
-    from diffmas.agents.file import read_json
     from diffmas.cli.made_with import made_with
+    from diffmas.json_file import read_json
 
     if left is not None and not left.exists():
         raise ValueError(f"{left}: expected what the earlier answers were made with, found none; choose another --output")

@@ -22,9 +22,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="of the LoRA's weights, the training questions and their order")] = 0,
 ):
     """Train and compare a small real system on this machine; ends with a table and a plot."""
-    from diffmas.agents.file import write_json
     from diffmas.cli.made_with import made_with
     from diffmas.demo import run
+    from diffmas.json_file import write_json
 
     made, start = {**made_with(), "seed": seed, "model": model}, time.time()
     goes_on(lambda: _left(output / "adapter", start))

@@ -158,9 +158,9 @@ def evaluate(
     check_methods(options.methods)
     # Torch is not waited for before.
     from diffmas import evaluation
-    from diffmas.agents.file import write_json
     from diffmas.cli.build import check_adapters, evaluation_rows, methods_of, scorer_of, trained_system
     from diffmas.cli.made_with import made_with
+    from diffmas.json_file import write_json
 
     place = device_of(device)
     scorer, rows = scorer_of(settings), evaluation_rows(settings)
@@ -248,9 +248,9 @@ def audit(
     settings = load(config)
     # Torch is not waited for before.
     from diffmas import evaluation
-    from diffmas.agents.file import write_json
     from diffmas.cli.build import evaluation_rows, scorer_of, trained_system
     from diffmas.cli.made_with import made_with
+    from diffmas.json_file import write_json
 
     place = device_of(device)
     options = settings.evaluation

@@ -28,16 +28,19 @@ def plan(
     memory: Annotated[float, typer.Option(help="of a GPU, in GiB", min=1)] = 80.0,
 ):
     """Show the memory that each engine needs on a GPU, by formula (docs/many_gpus.md); the model is not loaded."""
-    import torch
+    from diffmas.cli.config import DTYPES
 
+    if dtype not in (known := [name for name in DTYPES if name != "auto"]):  # auto: of the weights, which are not loaded
+        raise ValueError(f"--dtype: expected one of {known}, got {dtype!r}")
     from diffmas.models.load import load_config
+
+    config = load_config(model)
+    import torch  # which is not waited for before
+
     from diffmas.training.plan import Episode, sizes_of
     from diffmas.training.plan import plan as needs_of
 
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
-    sizes = sizes_of(load_config(model), r or None, kind)
+    sizes = sizes_of(config, r or None, getattr(torch, dtype))
     episode = Episode(agents, prompt, latent_steps, answer, batch)
     needs = needs_of(sizes, gpus, episode, checkpointing, offload)
     fitting = [need.engine for need in needs if need.total <= 0.9 * memory * GB]

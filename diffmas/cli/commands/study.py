@@ -26,17 +26,17 @@ def study(
     device: Device = None,
 ):
     """Run an experiment over cases and seeds: trainings, methods side by side, a causal audit; a killed one goes on."""
-    from diffmas.agents.file import read_json
-    from diffmas.cli import study as studies
-    from diffmas.evaluation import files, gradient_norms, pooled, pooled_costs
+    from diffmas.cli import recipe
 
-    path = studies.named(name)
+    path = recipe.named(name)
     target = output or Path("runs") / "studies" / path.stem
     goes_on(lambda: f"what is done is in {target}, and the same command goes on")
-    outcome = studies.run(
-        path, target, model, device_of(device), case, seed, studies.changes_of(change or []),
-        lambda text: errors.print(f"{text} ...", highlight=False), report,
-    )  # fmt: skip
+    asked = recipe.study_of(path, target, model, case, seed, recipe.changes_of(change or []), report)
+    from diffmas.cli import study as studies  # torch is not waited for before
+    from diffmas.evaluation import files, gradient_norms, pooled, pooled_costs
+    from diffmas.json_file import read_json
+
+    outcome = studies.run(asked, device_of(device), lambda text: errors.print(f"{text} ...", highlight=False))
     shown, written = results or target, []
     for rows, what in ((outcome.methods, "methods"), (outcome.audits, "audit")):
         if rows:

@@ -20,11 +20,11 @@ const blocksOf = (lane) => look.blocks.map((_, b) => b).filter((b) => look.block
 const unitsOf = (b) => units.map((_, u) => u).filter((u) => units[u].block === b);
 const mean = (lists) => lists[0].map((_, i) => lists.reduce((sum, x) => sum + x[i], 0) / lists.length);
 let layer = -1;  // -1: the mean of all
-function massOf(some) {  // [1 + blocks]; zeros at a layer that the model of these units does not have
-  const own = some.filter((u) => layer < look.attention[u].length);
-  if (!own.length) return look.attention[0][0].map(() => 0);
-  return mean(own.map((u) => layer < 0 ? mean(look.attention[u]) : look.attention[u][layer]));
+function massOf(some) {  // [1 + blocks]; null at a layer that the model of these units, which one agent wrote, does not have
+  if (layer >= look.attention[some[0]].length) return null;
+  return mean(some.map((u) => layer < 0 ? mean(look.attention[u]) : look.attention[u][layer]));
 }
+const noLayer = () => `its model has no layer ${layer}`;
 function speaking(lane) {  // the units of a lane that say something, or all
   const own = blocksOf(lane), say = own.filter((b) => look.blocks[b].steps.length);
   return (say.length ? say : own).flatMap(unitsOf);
@@ -46,10 +46,11 @@ function shown(text, exact = false) {  // a token alone. exact: with the spaces 
   return (exact ? out.replace(/^ +(?=.)| +$/g, (spaces) => "·".repeat(spaces.length)) : out.trim()) || (out ? "␣" : "∅");
 }
 const kindName = (block) => block.kind === "latent" ? `${block.rows} latent step${block.rows === 1 ? "" : "s"}` : block.kind;
+const tokens = (n) => `${n} token${n === 1 ? "" : "s"}`;
 const blockName = (b) => `${look.lanes[look.blocks[b].agent].name} · ${look.blocks[b].kind}`;
 function unitName({ block: b, step: s }) {
   const block = look.blocks[b], name = look.lanes[block.agent].name;
-  if (s === null) return `${name}, ${block.kind}, ${block.rows} tokens`;
+  if (s === null) return `${name}, ${block.kind}, ${tokens(block.rows)}`;
   const what = block.kind === "latent" ? "latent step" : "token", step = block.steps[s];
   const says = step.text === null ? "" : `: ${shown(step.text)}, ${percent(step.p)}, entropy ${number(step.entropy)} nats`;
   return `${name}, ${what} ${s + 1} of ${block.steps.length}${says}`;

@@ -76,6 +76,11 @@ function drawBars() {
     const bar = $("lanes").children[l].querySelector(".bar"), shares = $("lanes").children[l].querySelector(".shares");
     if (!bar) return;
     const mass = massOf(speaking(l)), lanes = [...look.lanes.keys()].filter((i) => i !== l).concat(l), segments = [], said = [];
+    if (!mass) {
+      bar.replaceChildren();
+      shares.replaceChildren(noLayer());
+      return;
+    }
     for (const i of lanes) {
       const sum = (steps) => blocksOf(i).reduce((x, b) => x + (Boolean(look.blocks[b].steps.length) === steps ? mass[1 + b] : 0), 0);
       const prompt = sum(false), told = sum(true), latent = told && i !== l ? `, latent ${percent(told)}` : "";
@@ -96,8 +101,8 @@ function drawArcs() {
   if (!wide) return;
   const edges = [];
   look.lanes.forEach((_, reader) => {
-    if (!blocksOf(reader).length) return;
-    byLane(massOf(speaking(reader))).slice(1).forEach((m, source) => { if (source !== reader && m > 0.002) edges.push({ source, reader, m }); });
+    const mass = blocksOf(reader).length ? massOf(speaking(reader)) : null;
+    if (mass) byLane(mass).slice(1).forEach((m, source) => { if (source !== reader && m > 0.002) edges.push({ source, reader, m }); });
   });
   const most = Math.max(...edges.map((e) => e.m), 1e-9), top = $("board").getBoundingClientRect().top;
   const middle = (l) => { const r = $("lanes").children[l].getBoundingClientRect(); return r.top - top + 18; };
@@ -130,8 +135,8 @@ function drawMatrix() {
   const head = el("tr", {}, el("td", { className: "none" }),
     ...look.blocks.map((block, b) => el("th", { scope: "col", textContent: blockName(b), ...hue(block.agent) })), el("th", { scope: "col", textContent: "first token" }));
   const body = look.blocks.map((block, b) => {
-    const [first, ...rest] = massOf(unitsOf(b));
-    const cells = [...rest, first].map((m, i) => m === 0 ? el("td", { className: "none", textContent: "–" })
+    const [first, ...rest] = massOf(unitsOf(b)) ?? [];
+    const cells = !rest.length ? [el("td", { className: "none", colSpan: look.blocks.length + 1, textContent: noLayer() })] : [...rest, first].map((m, i) => m === 0 ? el("td", { className: "none", textContent: "–" })
       : el("td", { textContent: percent(m), "--mass": m, ...(i < rest.length ? hue(look.blocks[i].agent) : {}) }));
     return el("tr", {}, el("th", { scope: "row", textContent: blockName(b), ...hue(block.agent) }), ...cells);
   });
@@ -155,7 +160,7 @@ function line(what, mass, text, lane, token = false) {
     el("span", { className: "line" }, el("i", { "--mass": mass })), el("span", { className: "number", textContent: text }));
 }
 function heat(title, named, most) {  // named: [name, lane or null, numbers by layer]
-  const box = el("div", { className: "heat", role: "img", "aria-label": `${title}, layers 0 to ${look.layers - 1}` });
+  const box = el("div", { className: "heat", role: "img", "aria-label": `${title}, layers 0 to ${named[0][2].length - 1}` });
   for (const [name, lane, by] of named) {
     box.append(el("span", { textContent: name, title: name }), el("div", lane === null ? { className: "first" } : hue(lane),
       ...by.map((x, i) => el("i", { "--mass": Math.sqrt(x / (most || 1)), className: i === layer ? "now" : "", title: `layer ${i}: ${number(x)}` }))));
@@ -174,7 +179,7 @@ function drawDetail(u) {
   }
   const { block: b, step: s } = units[u], block = look.blocks[b], step = s === null ? null : block.steps[s];
   box.style.setProperty("--hue", HUES[block.agent % HUES.length]);
-  const what = s === null ? `${block.kind}, ${block.rows} tokens` : `${block.kind === "latent" ? "latent step" : "token"} ${s + 1} of ${block.steps.length}`;
+  const what = s === null ? `${block.kind}, ${tokens(block.rows)}` : `${block.kind === "latent" ? "latent step" : "token"} ${s + 1} of ${block.steps.length}`;
   const close = el("button", { id: "close", type: "button", textContent: "✕", "aria-label": "close" });
   close.onclick = () => { const at = kept ?? u; if (kept !== null) keep(kept); preview(null); nodes[at].focus({ preventScroll: true }); preview(null); };
   const parts = [close, el("h2", { textContent: `${look.lanes[block.agent].name} · ${what}` })];
@@ -188,10 +193,11 @@ function drawDetail(u) {
   parts.push(el("h3", { textContent: "numbers" }), el("dl", { className: "numbers" },
     ...facts.flatMap(([k, v]) => [el("dt", { textContent: k }), el("dd", { className: "number", textContent: v })])));
   if (look.attention) {
-    const mass = massOf([u]), names = ["first token", ...look.blocks.map((_, i) => blockName(i))], lane = [null, ...look.blocks.map((x) => x.agent)];
-    const seen = [...mass.keys()].slice(1).concat(0).filter((i) => look.attention[u].some((by) => by[i] > 0));
-    parts.push(el("h3", { textContent: `attends to, ${layerName()}` }), el("ul", { className: "bars" }, ...seen.map((i) => line(names[i], mass[i], percent(mass[i]), lane[i]))));
-    const some = seen.map((i) => [names[i], lane[i], look.attention[u].map((by) => by[i])]);
+    const mass = massOf([u]), by = look.attention[u], names = ["first token", ...look.blocks.map((_, i) => blockName(i))], lane = [null, ...look.blocks.map((x) => x.agent)];
+    const seen = [...names.keys()].slice(1).concat(0).filter((i) => by.some((at) => at[i] > 0));
+    parts.push(el("h3", { textContent: `attends to, ${layerName()}` }), mass ? el("ul", { className: "bars" }, ...seen.map((i) => line(names[i], mass[i], percent(mass[i]), lane[i])))
+      : el("p", { className: "dim", textContent: noLayer() }));
+    const some = seen.map((i) => [names[i], lane[i], by.map((at) => at[i])]);
     parts.push(...heat("attention, layer by layer", some, Math.max(...some.slice(0, -1).flatMap((x) => x[2]), 0.05)));
   }
   for (const [key, name] of [["gradient", "gradient of its rows, layer by layer"], ["keys", "norm of its keys, layer by layer"], ["values", "norm of its values, layer by layer"]]) {

@@ -17,6 +17,7 @@ from transformers.generation import (
 from diffmas.agents import file
 from diffmas.agents.sampling import Sampling
 from diffmas.agents.system import MultiAgentSystem
+from diffmas.json_file import read_json
 from diffmas.models.patch import unpatch_model
 from diffmas.serving.team import Question, Team
 from diffmas.serving.vllm.course import KEY, extra_args, prompt_of
@@ -154,7 +155,7 @@ def check_team(name: str, described: dict) -> None:
 def check_adapter(name: str, directory: Path) -> None:
     """Raises ValueError for an adapter that is not LoRA on linear layers between the embeddings; its rank and variants vLLM
     checks itself."""
-    config = file.read_json(directory / file.CONFIG_FILE)
+    config = read_json(directory / file.CONFIG_FILE)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"team {name!r}: {directory}: expected a LoRA adapter in vLLM, got {config.get('peft_type')}")
     with safe_open(directory / file.WEIGHTS_FILE, "pt") as weights:

@@ -791,7 +791,8 @@ def test_only_the_server_needs_fastapi(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_the_command_says_that_vllm_is_missing(tmp_path):
-    result = call(tmp_path, "--engine", "vllm")
+    tiny.system().save_pretrained(tmp_path / "team")
+    result = call(tmp_path / "team", "--engine", "vllm")
     assert result.exit_code == 1 and "pip install vllm" in result.output
 
 

@@ -15,24 +15,15 @@ from diffmas.agents.file.description import (
     check_same,
     read_agents,
 )
-from diffmas.agents.file.reading import (
-    CHOICES_FILE,
-    CONFIG_FILE,
-    MAP_FILE,
-    WEIGHTS_FILE,
-    adapter_directory,
-    add_adapter,
-    load_adapters,
-    load_model,
-    load_saved_tokenizer,
-    load_weights,
-    put_adapters,
-    read_adapters,
-    read_choices,
-    read_map,
-    read_weights,
-)
-from diffmas.agents.file.writing import save, save_model
+from diffmas.lazy import importing
+
+_READING = (
+    "CHOICES_FILE", "CONFIG_FILE", "MAP_FILE", "WEIGHTS_FILE", "adapter_directory", "add_adapter", "load_adapters",
+    "load_model", "load_saved_tokenizer", "load_weights", "put_adapters", "read_adapters", "read_choices", "read_map",
+    "read_weights",
+)  # fmt: skip
+_WHERE = dict.fromkeys(_READING, f"{__name__}.reading") | dict.fromkeys(("save", "save_model"), f"{__name__}.writing")
+__getattr__, __dir__ = importing(__name__, _WHERE)
 
 __all__ = [
     "AGENTS_FILE", "CHOICES_FILE", "CONFIG_FILE", "HEAD", "MAP_FILE", "WEIGHTS_FILE", "adapter_directory", "add_adapter",

@@ -1,17 +1,17 @@
-"""agents.json: what it has to say, and whether it is of this model, class and team."""
+"""agents.json: what it has to say, and whether it is of this model, class and team. Who reads it does not wait for torch."""
 
 import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args, get_type_hints
-
-from torch import nn
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from diffmas.agents.agent import Agent
 from diffmas.agents.options import Options
 from diffmas.json_file import read_json
-from diffmas.models.identity import model_fingerprint, sampled_fingerprint
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "AGENTS_FILE", "FORMAT", "HEAD", "adapters_of", "check_base", "check_class", "check_description", "check_kinds",
@@ -29,7 +29,7 @@ SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # wh
 PROBE = "A text 12345.6 of\n\n  many  kinds: naïve, x² <b>, 汉字, é, \U0001f511."
 
 
-def adapters_of(model: nn.Module) -> dict[str, dict]:
+def adapters_of(model: "nn.Module") -> dict[str, dict]:
     """The SCALE settings of every PEFT adapter of a model, by the adapter's name."""
     configs = getattr(model, "peft_config", {})
     return {name: {key: getattr(config, key, None) for key in SCALE} for name, config in configs.items()}
@@ -105,8 +105,10 @@ def _with_later_options(described: dict) -> dict:
     return {"others": {}, **later, **described, "agents": filled(described["agents"])}
 
 
-def check_base(described: dict, model: nn.Module, path) -> None:
+def check_base(described: dict, model: "nn.Module", path) -> None:
     """Raises ValueError unless agents.json was written for this base model."""
+    from diffmas.models.identity import model_fingerprint, sampled_fingerprint
+
     if described["format"] == SAMPLED_FORMAT:
         mine = sampled_fingerprint(model)
     else:
@@ -118,7 +120,7 @@ def check_base(described: dict, model: nn.Module, path) -> None:
         )
 
 
-def check_like(file: Path, head: dict, model: nn.Module, tokenizer) -> None:
+def check_like(file: Path, head: dict, model: "nn.Module", tokenizer) -> None:
     """Raises ValueError unless the adapters and the tokenizer in a file's HEAD are like these."""
     if head["tokenizer"] not in (None, mine := tokenizer_fingerprint(tokenizer)):
         raise ValueError(

@@ -19,12 +19,15 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="an earlier export makes room")] = False,
 ):
     """Write a trained system to give away: adapters, realignment, agents, tokenizer, chat template, and a model card."""
-    from diffmas.agents import hub
     from diffmas.agents.file import read_agents
+
+    described = read_agents(team)
+    # Torch is not waited for before.
+    from diffmas.agents import hub
     from diffmas.serving.export import export as write
 
     if push_to_hub is not None:
-        hub.check_push(push_to_hub, base or read_agents(team)["base_model"])
+        hub.check_push(push_to_hub, base or described["base_model"])
     goes_on(lambda: f"nothing is written to {out}: the same command starts again")  # whole or not at all
     made = {"directory": write(team, out, base, overwrite)}
     goes_on(lambda: f"{out} is written, and its upload has not ended: the same command with --overwrite starts again")

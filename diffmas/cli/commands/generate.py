@@ -52,6 +52,11 @@ def generate(
         raise ValueError("--questions, --output: expected both or none, got one")
     if questions is not None and fields:
         raise ValueError("--questions: expected it without --question and --field, got both")
+    from diffmas.agents.file import read_agents
+
+    read_agents(adapter)
+    if questions is None:
+        check_asked(adapter, fields)
     # Torch is not waited for before.
     from diffmas.agents.system import MultiAgentSystem
     from diffmas.cli.made_with import made_with
@@ -62,7 +67,6 @@ def generate(
     if questions is not None:
         goes_on(lambda: f"what is answered is in {output}, and the same command goes on")
         return _answer_file(load, questions, output, batch_size, seed, asked, options)
-    check_asked(adapter, fields)
     seed = secrets.randbits(30) if seed is None else seed
     (texts,) = load().generate([fields], seed=seed, progress=errors.is_terminal, **options)
     for text in texts:

@@ -50,10 +50,8 @@ def serve(
     """
     if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
         raise ValueError(f"serve: expected {' and '.join(missing)}, found none; pip install diffmas[serve]")
-    from diffmas.serving.protocol import Limits
-    from diffmas.serving.server import check_host
+    from diffmas.agents.file import read_agents
 
-    check_host(host, token)
     _check_port(host, port)
     directories = {}
     for given in team:
@@ -62,7 +60,13 @@ def serve(
         name = name if equals else directory.resolve().name
         if name in directories:
             raise ValueError(f"team: expected distinct names, got {name!r} twice")
+        read_agents(directory)
         directories[name] = directory
+    # Torch is not waited for before.
+    from diffmas.serving.protocol import Limits
+    from diffmas.serving.server import check_host
+
+    check_host(host, token)
     in_vllm = engine is Choice.vllm or engine is Choice.auto and find_spec("vllm") is not None
     if vllm_options is not None and not in_vllm:
         raise ValueError("vllm_options: expected none without vLLM")

@@ -39,14 +39,17 @@ def view(
         raise ValueError(f"--figure: expected a file {' or '.join(FIGURES)}, got {figure}")
     if not path.exists():
         raise ValueError(f"{path}: expected the directory of a team or a saved trace, found none")
+    if path.is_dir():
+        if not fields:
+            raise ValueError("--question: expected a question, or fields of the prompts with --field, got none")
+        check_asked(path, fields)
+    elif fields or answer is not None or text:
+        raise ValueError("--question, --field, --answer, --text: expected none with a saved trace, whose model has run")
     from diffmas.evaluation.look import look_at, look_at_file, page, plot  # torch is not waited for before
 
     if path.is_dir():
         from diffmas.agents.system import MultiAgentSystem
 
-        if not fields:
-            raise ValueError("--question: expected a question, or fields of the prompts with --field, got none")
-        check_asked(path, fields)
         system = MultiAgentSystem.from_pretrained(path, model, trainable=answer is not None).to(device_of(device))
         look = look_at(
             system, fields, answer, text_agents=text, nearest=nearest, max_new_tokens=max_new_tokens, temperature=temperature,
@@ -56,8 +59,6 @@ def view(
     else:
         from diffmas.models.load import load_tokenizer
 
-        if fields or answer is not None or text:
-            raise ValueError("--question, --field, --answer, --text: expected none with a saved trace, whose model has run")
         look = look_at_file(path, None if model is None else load_tokenizer(model), sequence)
     files = [page(look, output), *([] if figure is None else [plot(look, figure)])]
     for file in files:

@@ -5,7 +5,7 @@ single ones' comes to thousands of times as much (docs/log.md). Clipping the nor
 (`max_grad_norm`) leaves nothing but those of such a batch. Here each sequence is clipped at each step, before
 it is multiplied again (for recurrent networks: Pascanu et al., arXiv 1211.5063), in units of the gradient of its own answer:
 what comes out depends on the batch as little as on the loss's scale. A gradient whose norm is not finite is not clipped: it
-stays what it is, for whoever looks for one (`Trainer` stops at it), where `torch.nn.utils.clip_grad_norm_` makes NaN and 0 of it.
+stays what it is, for whoever looks for one (`Trainer` stops there), where `torch.nn.utils.clip_grad_norm_` makes it NaN and 0.
 """
 
 import contextlib

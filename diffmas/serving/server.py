@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from diffmas.agents.prompts import TooLong
 from diffmas.serving.batcher import Batcher, Closed, Job, Overloaded
+from diffmas.serving.connections import Connection
 from diffmas.serving.pieces import Pieces
 from diffmas.serving.protocol import ChatRequest, Limits, Refused, answer, chunk, error_body, read_request
 from diffmas.serving.team import Question, Team
@@ -276,4 +277,4 @@ def serve(
     """Serves until it is interrupted. Raises ValueError as `check_host`."""
     check_host(host, token)
     app = create_app(teams, batcher, limits, token)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    uvicorn.run(app, host=host, port=port, http=Connection, log_level="warning", timeout_graceful_shutdown=5)

@@ -33,8 +33,8 @@ from diffmas.cli import main as cli
 from diffmas.serving.batcher import Batcher, Closed, Job, Overloaded
 from diffmas.serving.connections import Connection
 from diffmas.serving.pieces import Pieces
-from diffmas.serving.protocol import Limits
-from diffmas.serving.server import check_host, create_app
+from diffmas.serving.protocol import ChatRequest, Limits, Refused
+from diffmas.serving.server import check_host, create_app, question_of
 from diffmas.serving.team import Settings, Team
 from diffmas.trace.store import Store
 
@@ -206,8 +206,24 @@ def test_latent_steps_of_an_agent_that_takes_rounds():
     asked = lambda T: [t.steps for t in team.question({"question": "where"}, Settings(), 4, 0, T).turns]
     assert asked({"critic": 5}) == [2, 5, 5, 5, 0]
     assert asked({"critic@2": 4, "critic": 5}) == asked({"critic": 5, "critic@2": 4}) == [2, 5, 4, 5, 0]
-    with pytest.raises(ValueError, match="latent_steps: expected names of agents that take some, .* got 'critic@4'"):
+    known = r"\['planner', 'critic', 'critic@1', 'critic@2', 'critic@3'\]"
+    with pytest.raises(ValueError, match=f"latent_steps: expected names of agents that take some, {known}, got 'critic@4'"):
         asked({"critic@4": 5})
+
+
+def test_errors_name_an_agent_and_its_round():
+    """Not the turn of both, which its user has not written."""
+    crew = [replace(a, rounds=2, later_prompt="{notes}") if a.name == "critic" else a for a in tiny.agents()]
+    team = Team("rounds", MultiAgentSystem(tiny.model(), tiny.tokenizer(), crew))
+
+    def said(text, **fields):
+        with pytest.raises(Refused) as error:
+            question_of(team, ChatRequest(model="rounds", messages=[{"role": "user", "content": text}], fields=fields), LIMITS)
+        return str(error.value)
+
+    assert said("key").startswith("agent 'critic', round 2: its prompt needs the field {notes}")
+    assert said("key", notes="key " * 200).startswith("agent 'critic', round 2: expected its prompt and 2 latent steps to fit")
+    assert said("key " * 200, notes="key").startswith("agent 'planner': expected")
 
 
 def test_output_of_agents_of_other_models():

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -169,8 +170,8 @@ def question_of(team: Team, asked: ChatRequest, limits: Limits) -> Question:
 
 
 def _of_one(error: ValueError) -> str:
-    """What an error says, where there is only one question."""
-    return str(error).removeprefix("questions[0], ")
+    """What an error says, where there is only one question, of an agent that may have rounds."""
+    return re.sub(r"\bagent '([^']+)@(\d+)'", r"agent '\1', round \2", str(error).removeprefix("questions[0], "))
 
 
 def _teller(loop: asyncio.AbstractEventLoop, news: asyncio.Event):

@@ -804,7 +804,8 @@ def test_the_command_serves_directories(tmp_path, monkeypatch):
 
     result = call(tmp_path / "facts", f"again={tmp_path / 'facts'}", "--device", "cpu", "--port", 8123)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert served["http"] is Connection and served["teams"] == ["facts", "again"] and (served["host"], served["port"]) == ("127.0.0.1", 8123)
+    assert served["http"] is Connection and served["teams"] == ["facts", "again"]
+    assert (served["host"], served["port"]) == ("127.0.0.1", 8123)
     for arguments, says in (
         ([tmp_path / "facts", "--host", "0.0.0.0"], "without a token"),
         ([tmp_path / "facts", tmp_path / "facts", "--device", "cpu"], "expected distinct names"),

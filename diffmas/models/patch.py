@@ -46,8 +46,8 @@ NOT_THE_MODELS = (Unsupported, MemoryError, torch.OutOfMemoryError)
 class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
-    checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
-    when they were patched. graphs, training_graphs: see `patch_model` (diffmas.models.capture). fuse: the same (what comes
+    checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that may have a
+    dropout in training, which is refused then. graphs, training_graphs: see `patch_model` (diffmas.models.capture). fuse: the same (what comes
     of it is spec.fused). tries: by what is captured, how often that may still fail.
     """
 
@@ -102,8 +102,8 @@ def patch_model(
     without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
 
     Raises Unsupported (a ValueError) for a model that diffmas does not serve exactly, naming layer and feature where it can,
-    and leaves the model as it was. To find out, seven forwards of ten tokens or less run, nine with fuse.
-    Patching again with the same arguments does nothing.
+    and leaves the model as it was; attention dropout is refused by a forward in training mode. To find out, seven forwards of
+    ten tokens or less run, nine with fuse. Patching again with the same arguments does nothing.
 
         >>> model = patch_model(model)
         >>> trace = Trace(model, batch_size=1)

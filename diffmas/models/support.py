@@ -24,8 +24,8 @@ def refuse(attention: nn.Module, features: list[str]) -> Unsupported:
 def dropout_in_training(attention: nn.Module, dropout: float) -> Unsupported:
     """The error for a forward of this layer in training mode, to be raised: in eval mode it has none."""
     return Unsupported(
-        f"{type(attention).__name__} (layer {attention.layer_idx}): expected attention dropout 0 in training mode, got {dropout}; "
-        "model.eval() runs without it, and to train, load the model with attention_dropout=0 (GPT-2: attn_pdrop=0)"
+        f"{type(attention).__name__} (layer {attention.layer_idx}): expected attention dropout 0 in training mode, got "
+        f"{dropout}; model.eval() runs without it, and to train, load the model with attention_dropout=0 (GPT-2: attn_pdrop=0)"
     )
 
 

@@ -11,6 +11,7 @@ from test_patch import PROMPT, plain, through_trace
 from torch import nn
 
 import diffmas
+from diffmas.agents.realign import Realign
 
 # ---- PEFT ------------------------------------------------------------------------------------------------------------
 
@@ -190,6 +191,17 @@ def test_offloaded_weights_are_refused():
     model, want = tiny("llama"), plain(tiny("llama"))
     cpu_offload(model)
     assert_close(through_trace(model), want)  # it has no weights but those of its projections
+
+
+def test_realign_says_that_the_head_is_offloaded():
+    from accelerate import cpu_offload
+
+    model = tiny("llama")
+    cpu_offload(model.lm_head, execution_device=torch.device("cpu"))
+    Realign(model, "norm"), Realign(model, "none")
+    for mode in ("ridge", "soft_token", "learned"):
+        with pytest.raises(ValueError, match=f"realign: '{mode}' reads the output embeddings: expected them in memory"):
+            Realign(model, mode)
 
 
 @pytest.mark.parametrize("where", ["host", "disk", "host, by layers"])

@@ -145,14 +145,18 @@ def test_who_runs_it(missing, monkeypatch):
     monkeypatch.setattr(backends, "reference", recorders["reference"])
     monkeypatch.setattr(torch.ops, "diffmas_native", recorders["cuda"])
 
-    def who(tokens=1, D=64, dtype=torch.bfloat16, half=None, interleaved=False, skip=0):
+    def who(tokens=1, D=64, dtype=torch.bfloat16, half=None, interleaved=False, skip=0, odd=None):
         kv, scales, indptr = torch.empty(9, 4, D + skip, dtype=torch.int8)[..., skip:], torch.empty(9, 4), torch.empty(2)
+        if odd is not None:  # a dimension of size 1, whose stride says nothing
+            kv = kv.narrow(odd, 0, 1)
+            kv = kv.as_strided(kv.shape, [7 if dim == odd else stride for dim, stride in enumerate(kv.stride())])
         offset, inv_freq = (None, None) if half is None else (torch.empty(1), torch.empty(half))
         view = (indptr, None, None, None, offset, inv_freq, 1.0, interleaved)
         q = torch.empty(tokens, 8, D, dtype=dtype)
         return backends.CudaOps().cross_attention_quantized(q, kv, kv, scales, scales, *view)
 
-    for ours in (dict(), dict(tokens=32), dict(D=256, half=128), dict(D=112, half=27, interleaved=True), dict(skip=16)):
+    served = dict(), dict(tokens=32), dict(D=256, half=128), dict(D=112, half=27, interleaved=True), dict(skip=16)
+    for ours in (*served, dict(odd=0), dict(odd=1)):
         assert who(**ours) == "cuda"
     others = dict(tokens=33), dict(D=72), dict(dtype=torch.float32), dict(half=6), dict(skip=8)
     for case in others:

@@ -102,6 +102,17 @@ def test_answers_to_one_question_are_measured_together():
     torch.testing.assert_close(h.grad, torch.tensor([[18**0.5, 0], [1, 0]]))
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30], ids=["inf", "nan", "norm overflows"])
+def test_a_gradient_that_is_not_finite_stays_as_it_is(bad):
+    """Scaled by a norm of infinity, it would be NaN and 0, or 0 alone where only the norm is not finite."""
+    clip, h = GradientClip(1.0), torch.ones(2, 2, requires_grad=True)
+    x = clip.step(h, None)
+    last = x[None].clone()
+    clip.answer([1, 1], [0, 1])(last)
+    (last.sum() + (x * torch.tensor([[bad, 3.0], [3.0, 3.0]])).sum()).backward()
+    torch.testing.assert_close(h.grad, torch.tensor([[bad, 4.0], [1.0, 1.0]]), equal_nan=True)
+
+
 def test_who_shares_nothing_is_clipped_as_before():
     grads = []
     for share in (False, True):

@@ -9,7 +9,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"diffmas": "diffmas", "diffmas.kernels": "kernels", "diffmas.benchmarks": "benchmarks"}
 
 # From the ground up; a room imports from those below it and from itself. "" is diffmas/__init__.py, the public names.
-ROOMS = ("lazy", "json_file", "ops", "trace", "models", "agents", "training", "", "evaluation", "rl", "serving", "demo", "cli")
+ROOMS = (
+    "lazy", "formats", "json_file", "ops", "trace", "models", "agents", "training", "", "evaluation", "rl", "serving", "demo",
+    "cli",
+)  # fmt: skip
 
 # Private names of other libraries: nothing public does the same.
 FOREIGN = {

@@ -233,7 +233,7 @@ def test_without_a_network_a_name_is_looked_for_in_the_cache_alone(network, monk
     base = tiny.save_base(there / "snapshots" / "c0ffee")
     (there / "refs").mkdir()
     (there / "refs" / "main").write_text("c0ffee")
-    if not hasattr(peft, "maybe_load_adapters"):  # 4.56 asks the hub for an adapter beside the model, whatever it is told
+    if not hasattr(peft, "maybe_load_adapters"):  # 4.56 asks for an adapter and for code of generate, whatever it is told
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
     model, tokenizer = load_model("org/name", cache_dir=tmp_path)
     assert len(tokenizer) == len(tiny.tokenizer())

@@ -277,6 +277,23 @@ def test_checked_entry_points_convert_what_kernels_do_not_read(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_the_stride_of_a_dimension_of_size_1_says_nothing(backend):
+    odd = lambda x: x.as_strided(x.shape, [7 if n == 1 else stride for n, stride in zip(x.shape, x.stride())])  # noqa: E731
+    x, got, want = inject_inputs(n=1, heads=(1, 1)).to(torch.float32), torch.zeros(2, 9, 1, 64), torch.zeros(2, 9, 1, 64)
+    q, k, v, cos, sin, weight = map(odd, (x.q, x.k, x.v, x.cos, x.sin, x.q_weight))
+    norms = lambda w: dict(q_weight=w, k_weight=w, backend=backend)  # noqa: E731
+    rotated = ops.inject(x.q, x.k, x.v, x.cos, x.sin, torch.tensor([4]), *want, **norms(x.q_weight))
+    mine = ops.inject(q, k, v, cos, sin, torch.tensor([4]), *map(odd, got), **norms(weight))
+    assert torch.equal(mine, rotated) and torch.equal(got, want)
+    pools = torch.randn(2, 9, 1, 64)
+    for rows in (9, 1):
+        k, v = pools[:, :rows]
+        view = [torch.tensor(x) for x in ([0, 1], [0, 1], [0], [rows])]
+        states = [ops.cross_attention(*x, *view, backend=backend) for x in ((q, odd(k), odd(v)), (x.q, k, v))]
+        assert all(map(torch.equal, *states))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_inject_returns_memory_of_its_own(backend):
     """Also where there is nothing to compute, without norm and rotation: torch lets no op return what it was given."""
     x = inject_inputs(n=5, Dr=0, norm=False).to(torch.float32)

@@ -101,6 +101,23 @@ def test_c2c_is_of_the_prompt_that_is_asked(project, tmp_path):
         build.c2c_system(settings)
 
 
+def test_a_saved_c2c_is_that_of_the_config(project, tmp_path):
+    settings, fused = config.load(project / "config.yaml"), {"c2c": tmp_path / "fused"}
+    build.c2c_system(settings).save_pretrained(tmp_path / "fused")
+    bare, asked = build.trained_system(settings, None), settings.c2c
+    for changes, error in (
+        ({"projector": {"hidden": 8, "inner": 16}}, "fused: c2c: expected hidden 8, got 16"),
+        ({"projector": {**asked.projector, "layers": "depth"}}, r"fused: c2c: expected layers \[0, 2\], got \[1, 2\]"),
+        ({"model": str(project / "base")}, "expected agents of this base model .* got those of .*small"),
+    ):
+        settings.c2c = replace(asked, **changes)
+        with pytest.raises(ValueError, match=error):
+            build.methods_of(settings, bare, ["c2c"], fused)
+    for same in (None, replace(asked, projector={**asked.projector, "layers": "terminal", "dropout": 0.5})):
+        settings.c2c = same
+        assert list(build.methods_of(settings, bare, ["c2c"], fused)) == ["c2c"]
+
+
 @pytest.mark.parametrize("kind, roles", [("encoder", ["reader", "solver"]), ("projector", ["solver"])])
 def test_a_role_has_an_adapter_where_the_systems_model_writes_its_rows(project, kind, roles):
     """It does for an agent whose prompt another model encodes, and not for one that another model runs."""

@@ -365,16 +365,23 @@ def test_bodies_that_are_not_under_their_usual_name(family):
     assert_close(through_trace(model), plain(model), 2e-4 if family == "llama4_text" else 2e-5)
 
 
-def test_dropout_that_is_set_after_the_patch_is_refused():
-    for family in ("llama", "cohere"):  # fused, generic
-        model = tiny(family)
-        body(model).layers[1].self_attn.attention_dropout = 0.5
-        through_trace(model)  # in evaluation mode there is none
-        model.train()
-        with pytest.raises(diffmas.Unsupported, match=r"layer 1.*attention dropout 0.5"):
-            through_trace(model)
-        with pytest.raises(diffmas.Unsupported, match=r"layer 1.*attention dropout 0.5"), torch.no_grad():
-            through_trace(model)
+@pytest.mark.parametrize("family", ["llama", "cohere", "gpt2"])  # fused, generic, generic with a Dropout of its own
+def test_dropout_of_attention_is_refused_in_training_alone(family):
+    """As published configs of GPT-2 have it; in evaluation mode there is none. Also where it is set after the patch."""
+    with_it = dict(attn_pdrop=0.5, resid_pdrop=0.1, embd_pdrop=0.1) if family == "gpt2" else dict(attention_dropout=0.5)
+    model, later = tiny(family, **with_it), tiny(family)
+    assert_close(through_trace(model), plain(model))
+    if family == "gpt2":
+        body(later).h[1].attn.attn_dropout.p = 0.5
+    else:
+        body(later).layers[1].self_attn.attention_dropout = 0.5
+    for each, layer in ((model, 0), (later, 1)):
+        want = rf"\(layer {layer}\): expected attention dropout 0 in training mode, got 0.5; model.eval\(\) .*attn_pdrop=0"
+        through_trace(each)
+        each.train()
+        for mode in (torch.enable_grad, torch.no_grad):
+            with pytest.raises(diffmas.Unsupported, match=want), mode():
+                through_trace(each)
 
 
 def test_token_types_of_a_padded_batch():

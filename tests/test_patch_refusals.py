@@ -30,8 +30,6 @@ REFUSED = {
     "nemotron": ({}, ["Nemotron"]),
     "mamba": (dict(state_size=4), ["found none in layers [0, 1, 2]"]),
     "diffllama": ({}, ["layer 0"]),
-    "llama": (dict(attention_dropout=0.1), ["layer 0", "attention dropout 0.1"]),
-    "gpt2": (dict(attn_pdrop=0.1), ["layer 0", "attention dropout 0.1"]),
     "olmo": (dict(clip_qkv=1.0), ["layer 0", "clipped projections 1.0"]),
     "qwen3": (dict(rope_scaling=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), ["layer 0", "rope_type='dynamic'"]),
     "phi3": (

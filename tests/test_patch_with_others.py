@@ -6,11 +6,12 @@ import pickle
 
 import pytest
 import torch
-from models import SOME, assert_close, body, error, gradients, tiny, with_lora
+from models import SOME, assert_close, body, error, gradients, tiny, tokens, with_lora
 from test_patch import PROMPT, plain, through_trace
 from torch import nn
 
 import diffmas
+from diffmas.agents.realign import Realign
 
 # ---- PEFT ------------------------------------------------------------------------------------------------------------
 
@@ -190,3 +191,36 @@ def test_offloaded_weights_are_refused():
     model, want = tiny("llama"), plain(tiny("llama"))
     cpu_offload(model)
     assert_close(through_trace(model), want)  # it has no weights but those of its projections
+
+
+def test_realign_says_that_the_head_is_offloaded():
+    from accelerate import cpu_offload
+
+    model = tiny("llama")
+    cpu_offload(model.lm_head, execution_device=torch.device("cpu"))
+    Realign(model, "norm"), Realign(model, "none")
+    for mode in ("ridge", "soft_token", "learned"):
+        with pytest.raises(ValueError, match=f"realign: '{mode}' reads the output embeddings: expected them in memory"):
+            Realign(model, mode)
+
+
+@pytest.mark.parametrize("where", ["host", "disk", "host, by layers"])
+def test_files_of_a_model_with_offloaded_weights(tmp_path, where):
+    """They have the fingerprints of the model itself, whose values are read where accelerate keeps them."""
+    from accelerate import cpu_offload, disk_offload
+
+    model, here = (with_lora(tiny("llama", tie_word_embeddings=True)) for _ in range(2))
+    if where == "disk":
+        disk_offload(model, tmp_path / "weights", execution_device=torch.device("cpu"))
+    else:
+        whole = ["LlamaDecoderLayer"] if "layers" in where else None
+        cpu_offload(model, execution_device=torch.device("cpu"), preload_module_classes=whole)
+    assert all(p.is_meta for p in model.parameters())
+    trace = diffmas.Trace(model, 1)
+    model(tokens(5)[0][None], past_key_values=trace)
+    trace.save(tmp_path / "rows")
+    assert diffmas.Trace.load(tmp_path / "rows", here).lengths == [5]
+    for part, what in (("lora_B", "adapter"), ("up_proj", "model")):
+        next(p for name, p in here.named_parameters() if part in name).data[-1] += 1
+        with pytest.raises(ValueError, match=f"expected a trace of this {what}"):
+            diffmas.Trace.load(tmp_path / "rows", here)

@@ -7,16 +7,11 @@ from op_runs import exact_in_half, within_budget
 from quantized_cases import BITS, by_hand, in_bits, run_quantized
 
 from diffmas import ops
-from diffmas.agents import agent
 from diffmas.ops.quantize import FORMATS, pack, unpack
 
 BACKENDS = [name for name in ("cpu",) if ops.available()[name] is None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 raw = torch.ops.diffmas
-
-
-def test_agents_know_the_formats():
-    assert list(agent.FORMATS) == BITS
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

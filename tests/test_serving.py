@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import random
+import select
 import socket
 import threading
 import time
@@ -30,9 +31,10 @@ from diffmas import Agent, MultiAgentSystem, patch_model
 from diffmas.agents import Encoder, Other, Projector
 from diffmas.cli import main as cli
 from diffmas.serving.batcher import Batcher, Closed, Job, Overloaded
+from diffmas.serving.connections import Connection
 from diffmas.serving.pieces import Pieces
-from diffmas.serving.protocol import Limits
-from diffmas.serving.server import check_host, create_app
+from diffmas.serving.protocol import ChatRequest, Limits, Refused
+from diffmas.serving.server import check_host, create_app, question_of
 from diffmas.serving.team import Settings, Team
 from diffmas.trace.store import Store
 
@@ -45,12 +47,13 @@ def team(name="facts", **options):
 
 
 @contextlib.contextmanager
-def listening(teams, limits=LIMITS, token=None, **options):
+def listening(teams, limits=LIMITS, token=None, **of_batcher):
     """A server; -> its address and its batcher."""
     torch.set_num_threads(1)
-    with Batcher(**options) as batcher, socket.create_server(("127.0.0.1", 0)) as listener:
+    with Batcher(**of_batcher) as batcher, socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that who does not read is felt
-        config = uvicorn.Config(create_app(teams, batcher, limits, token), log_level="error", timeout_graceful_shutdown=1)
+        app, options = create_app(teams, batcher, limits, token), dict(log_level="error", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(app, http=Connection, **options)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
@@ -203,8 +206,24 @@ def test_latent_steps_of_an_agent_that_takes_rounds():
     asked = lambda T: [t.steps for t in team.question({"question": "where"}, Settings(), 4, 0, T).turns]
     assert asked({"critic": 5}) == [2, 5, 5, 5, 0]
     assert asked({"critic@2": 4, "critic": 5}) == asked({"critic": 5, "critic@2": 4}) == [2, 5, 4, 5, 0]
-    with pytest.raises(ValueError, match="latent_steps: expected names of agents that take some, .* got 'critic@4'"):
+    known = r"\['planner', 'critic', 'critic@1', 'critic@2', 'critic@3'\]"
+    with pytest.raises(ValueError, match=f"latent_steps: expected names of agents that take some, {known}, got 'critic@4'"):
         asked({"critic@4": 5})
+
+
+def test_errors_name_an_agent_and_its_round():
+    """Not the turn of both, which its user has not written."""
+    crew = [replace(a, rounds=2, later_prompt="{notes}") if a.name == "critic" else a for a in tiny.agents()]
+    team = Team("rounds", MultiAgentSystem(tiny.model(), tiny.tokenizer(), crew))
+
+    def said(text, **fields):
+        with pytest.raises(Refused) as error:
+            question_of(team, ChatRequest(model="rounds", messages=[{"role": "user", "content": text}], fields=fields), LIMITS)
+        return str(error.value)
+
+    assert said("key").startswith("agent 'critic', round 2: its prompt needs the field {notes}")
+    assert said("key", notes="key " * 200).startswith("agent 'critic', round 2: expected its prompt and 2 latent steps to fit")
+    assert said("key " * 200, notes="key").startswith("agent 'planner': expected")
 
 
 def test_output_of_agents_of_other_models():
@@ -660,6 +679,30 @@ def test_time_is_up_in_a_stream(server, ask, monkeypatch):
     assert len(jobs[0].tokens[0]) == 3
 
 
+def test_who_asks_nothing_is_let_go(monkeypatch):
+    """A connection without a request, or with its first bytes, however they come; not one whose answer takes longer."""
+    monkeypatch.setattr(Connection, "patience", 0.15)
+    request, crew = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", team()
+    with listening([crew]) as (address, batcher):
+        for sent, then in ((b"", b""), (request[:20], b""), (request[:20], b"x"), (request, request[:20]), (request, b"x")):
+            port = int(address.split(":")[2].split("/")[0])
+            with socket.create_connection(("127.0.0.1", port), PATIENCE) as connected:
+                connected.sendall(sent)
+                got = b""
+                while sent == request and not got.endswith(b"]}"):
+                    got += connected.recv(4096)
+                while then and not select.select([connected], [], [], 0.05)[0]:
+                    connected.sendall(then[:1])
+                    then = then[1:] or then
+                with contextlib.suppress(ConnectionError):  # of bytes that were under way
+                    while part := connected.recv(4096):
+                        got += part
+                assert got.count(b"HTTP/1.1 200") == (sent == request), got
+        with held(batcher, crew) as go, client(address) as asking:
+            threading.Timer(0.4, go.set).start()
+            asking.chat.completions.create(model="facts", messages=USER, max_tokens=2)
+
+
 def test_a_question_that_fails_takes_nobody_along(monkeypatch):
     """The others of its batch are answered; what its error says of the machine stays on it."""
     think, sizes, crew = MultiAgentSystem.think, [], team()
@@ -761,7 +804,8 @@ def test_the_command_serves_directories(tmp_path, monkeypatch):
 
     result = call(tmp_path / "facts", f"again={tmp_path / 'facts'}", "--device", "cpu", "--port", 8123)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert served["teams"] == ["facts", "again"] and (served["host"], served["port"]) == ("127.0.0.1", 8123)
+    assert served["http"] is Connection and served["teams"] == ["facts", "again"]
+    assert (served["host"], served["port"]) == ("127.0.0.1", 8123)
     for arguments, says in (
         ([tmp_path / "facts", "--host", "0.0.0.0"], "without a token"),
         ([tmp_path / "facts", tmp_path / "facts", "--device", "cpu"], "expected distinct names"),
@@ -772,7 +816,7 @@ def test_the_command_serves_directories(tmp_path, monkeypatch):
 
 
 WEB = {"anyio", "fastapi", "pydantic", "starlette", "uvicorn"}
-OF_THE_SERVER = {f"diffmas.serving.{name}" for name in ("protocol", "server", "vllm.chat", "vllm.server")}
+OF_THE_SERVER = {f"diffmas.serving.{name}" for name in ("connections", "protocol", "server", "vllm.chat", "vllm.server")}
 
 
 def test_only_the_server_needs_fastapi(tmp_path, monkeypatch):

@@ -261,6 +261,18 @@ def test_the_command_writes_tables_and_what_they_were_made_with(tmp_path, monkey
     assert "--report: expected something that is done in" in empty.output and not (tmp_path / "empty").exists()
 
 
+def test_a_report_of_another_model_leaves_cases_with_their_own_out(tmp_path):
+    """`--model` is refused beside such a case; the model that an output was written with is no `--model`."""
+    cases = {"one fact": {}, "own": {"model": "elsewhere"}}
+    changes = {"evaluation": {"limit": 1}, "generation": {"max_new_tokens": 1}}
+    path = recipe(tmp_path, audit=None, seeds=[0], alone={}, methods=["single"], cases=cases)
+    asked = study_of(path, tmp_path / "out", str(BASE), ["one fact"], changes=changes)
+    study.run(asked, "cpu", lambda text: None)
+    outcome = study.run(study_of(path, tmp_path / "out", only_done=True), "cpu", lambda text: None)
+    assert [(of.case, of.name) for of in outcome.methods] == [("one fact", "single")]
+    assert outcome.missing == ["own, seed 0: all"] and outcome.made["model"] == str(BASE)
+
+
 def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     """Text agents that are never right, and a method that breaks, are told at the end; then they are tried again."""
     methods = ["single", "text_sft", "latent_mas"]

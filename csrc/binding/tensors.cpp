@@ -25,6 +25,9 @@ void check_last_stride(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1 || t.numel() == 0, name, ": expected last stride 1, got ", t.stride(last));
 }
 
+// That of a dimension of size 1, which nobody walks along, may be anything: here it is one that keeps rows in whole packs.
+int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : t.size(t.dim() - 1); }
+
 void check_contiguous(const char* name, const Tensor& t) { STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor"); }
 
 DType dtype_of(const char* name, const Tensor& t) {
@@ -88,7 +91,7 @@ Rows rows(const char* name, const Tensor& t, Device device) {
   check_dims(name, t);
   const DType dtype = dtype_of(name, t);
   check_last_stride(name, t);
-  return {t.data_ptr(), t.stride(0), t.stride(1), dtype};
+  return {t.data_ptr(), stride_of(t, 0), stride_of(t, 1), dtype};
 }
 
 Rows rows(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_t head_dim, Device device) {
@@ -104,7 +107,7 @@ Rows payload(const char* name, const Tensor& t, int64_t n, int64_t heads, int64_
   STD_TORCH_CHECK(bytes || t.scalar_type() == ScalarType::Float8_e4m3fn, name, ": expected dtype int8 or float8_e4m3fn, got ",
                   torch::headeronly::toString(t.scalar_type()));
   check_last_stride(name, t);
-  return {t.data_ptr(), t.stride(0), t.stride(1), bytes ? DType::i8 : DType::e4m3};
+  return {t.data_ptr(), stride_of(t, 0), stride_of(t, 1), bytes ? DType::i8 : DType::e4m3};
 }
 
 Scales scales(const char* name, const Tensor& t, int64_t n, int64_t heads, Device device) {
@@ -124,7 +127,7 @@ Heads heads(const char* name, const Tensor& t, int64_t n, int64_t head_dim, Devi
   }
   check_device(name, t, device);
   check_last_stride(name, t);
-  return {{t.data_ptr(), t.stride(1), head_dim, dtype_of(name, t)}, n, t.size(2) / head_dim, head_dim, true};
+  return {{t.data_ptr(), stride_of(t, 1), head_dim, dtype_of(name, t)}, n, t.size(2) / head_dim, head_dim, true};
 }
 
 Heads heads(const char* name, const Tensor& t, int64_t n, int64_t count, int64_t head_dim, Device device) {
@@ -155,7 +158,7 @@ Table table(const char* name, const Optional& t, std::initializer_list<int64_t> 
   STD_TORCH_CHECK(same, name, ": expected shape ", list(shape.begin(), dims), ", got ", shape_of(*t));
   const DType dtype = dtype_of(name, *t);
   check_last_stride(name, *t);
-  return {t->data_ptr(), dims > 1 ? t->stride(lead) : 0, dtype};
+  return {t->data_ptr(), dims > 1 ? stride_of(*t, lead) : 0, dtype};
 }
 
 const float* floats(const char* name, const Optional& t, std::initializer_list<int64_t> shape, Device device) {

@@ -8,10 +8,9 @@ from string import Formatter
 
 from diffmas.agents.graph import reads_of
 from diffmas.agents.selection import BUDGETED, check_by, check_count
+from diffmas.formats import FORMATS
 
-__all__ = ["FORMATS", "Agent"]
-
-FORMATS = ("int8", "fp8", "int4")  # of `diffmas.ops.quantize`, which needs torch
+__all__ = ["Agent"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ A latent step can multiply a gradient, and T of them by its T-th power: most seq
 single ones' comes to thousands of times as much (docs/log.md). Clipping the norm of the parameters' gradient
 (`max_grad_norm`) leaves nothing but those of such a batch. Here each sequence is clipped at each step, before
 it is multiplied again (for recurrent networks: Pascanu et al., arXiv 1211.5063), in units of the gradient of its own answer:
-what comes out depends on the batch as little as on the loss's scale.
+what comes out depends on the batch as little as on the loss's scale. A gradient whose norm is not finite is not clipped: it
+stays what it is, for whoever looks for one (`Trainer` stops there), where `torch.nn.utils.clip_grad_norm_` makes it NaN and 0.
 """
 
 import contextlib
@@ -78,7 +79,8 @@ class GradientClip:
         if sequences is not None or len(norms) > len(most):  # agents that share a forward have a sequence for each question
             sequences = torch.arange(len(norms), device=dh.device) if sequences is None else sequences
             most = most[sequences % len(most)]
-        return dh * torch.where(norms > most, most / norms, 1.0).to(dh.dtype)[:, None]
+        longer = (norms > most) & norms.isfinite()
+        return dh * torch.where(longer, most / norms, 1.0).to(dh.dtype)[:, None]
 
     def _of_this_pass(self) -> "AnswerNorms":
         with self._lock:

@@ -61,7 +61,8 @@ class Realign(nn.Module):
     a system that is loaded has the W that it was saved with. Only the W of "learned" is solved once, and then what it is
     trained to. What is written to the `.data` of a frozen weight is not noticed: call `forget()`.
 
-    Raises ValueError for an unknown mode, and for a model without an output embedding where one is needed.
+    Raises ValueError for an unknown mode, and for a model without an output embedding, or with offloaded ones, where they
+    are needed.
     """
 
     def __init__(self, model: nn.Module, mode: str = "ridge", ridge: float = 1e-3, temperature: float = 1.0):
@@ -74,6 +75,10 @@ class Realign(nn.Module):
         self._model = (model,)  # a tuple hides it from nn.Module: its weights are not this module's
         if mode in ("ridge", "soft_token", "learned") and model.get_output_embeddings() is None:
             raise ValueError(f"realign: {mode!r} needs a model with an output embedding")
+        read = {"none": [], "norm": ["input"]}.get(mode, ["input", "output"])
+        for which in read:
+            if any(p.is_meta for p in getattr(model, f"get_{which}_embeddings")().parameters()):
+                raise ValueError(f"realign: {mode!r} reads the {which} embeddings: expected them in memory, got offloaded ones")
         self._known: dict[tuple, tuple[tuple, Solved | bool]] = {}  # by the adapters that run; for soft_token `_by_weighing`
         self._settled: dict[int, set[tuple]] = {}  # by thread, which of these hold until `unchanging` ends
         self._kept = False

@@ -14,13 +14,18 @@ from itertools import groupby
 from diffmas.agents.agent import Agent
 from diffmas.agents.graph import NOT_BEFORE, Read
 
-__all__ = ["takes_turn", "unrolled"]
+__all__ = ["agent_and_round", "takes_turn", "unrolled"]
+
+
+def agent_and_round(turn: str) -> tuple[str, str | None]:
+    """("ann", "2") of ann@2; of a turn that is none of several, its name and None."""
+    agent, _, number = turn.rpartition("@")
+    return (agent, number) if agent and number.isdecimal() else (turn, None)
 
 
 def takes_turn(name: str, turn: str) -> bool:
     """Whether an agent of this name takes the turn: it is its own, or one of its rounds."""
-    agent, _, number = turn.rpartition("@")
-    return name == turn or name == agent and number.isdecimal()
+    return name in (turn, agent_and_round(turn)[0])
 
 
 def unrolled(agents: list[Agent]) -> list[Agent]:

@@ -111,11 +111,15 @@ def c2c_system(config: Config, device: str | None = None):
     if config.c2c.lora:
         raise ValueError("c2c.lora: expected false, since the projector alone is trained, got true")
     model, tokenizer = base_model(config, device)
-    described = replace(config.c2c, projector={**config.c2c.projector, "kind": "c2c"})
-    other = other_of(described, config, model, False, device)
+    other = other_of(_that_fuses(config.c2c), config, model, False, device)
     chat = {"chat_template": config.system.chat_template, "chat_options": config.system.chat_options}
     system = MultiAgentSystem(model, tokenizer, [replace(alone(config), reads=None)], realign="none", **chat)
     return evaluation.c2c(system, other).system
+
+
+def _that_fuses(described: OtherModel) -> OtherModel:
+    """As a config's c2c may leave it unsaid."""
+    return replace(described, projector={**described.projector, "kind": "c2c"})
 
 
 def trained_system(config: Config, adapter: Path | None, device: str | None = None, other_agents: bool = False):
@@ -281,7 +285,7 @@ def check_adapters(names, adapters) -> None:
 def methods_of(config: Config, system, names, adapters: dict[str, Path] | None = None) -> dict:
     """The methods by name, in the order of METHODS. adapters: directories of `diffmas train --method`, by method; "text_sft"
     and "c2c" need one, "stitch" is untrained without one. Raises ValueError for one that is missing, or of another base model,
-    method or team."""
+    method, team or c2c."""
     from diffmas import evaluation
     from diffmas.agents.file import add_adapter
     from diffmas.evaluation.text_sft import WRITER
@@ -304,7 +308,20 @@ def methods_of(config: Config, system, names, adapters: dict[str, Path] | None =
         "text_sft": lambda: evaluation.TextAgents(writing, tokens, "text_sft"),
         "latent_mas": lambda: evaluation.latent_mas(system),
         "stitch": lambda: evaluation.stitch(system, "stitch" if "stitch" in adapters else False),
-        "c2c": lambda: evaluation.load_c2c(fused, system, one, dtype=config.dtype, device=system.device),
+        "c2c": lambda: _fused(config, system, one, fused),
         "diffmas": lambda: evaluation.Latent(system),
     }
     return {name: make() for name, make in makers.items() if name in names}
+
+
+def _fused(config: Config, system, one, directory: Path):
+    """The method of a directory of `diffmas train --method c2c`. Raises ValueError for one that is not as the config's c2c."""
+    from diffmas.evaluation import load_c2c
+
+    described = config.c2c and _that_fuses(config.c2c)
+    beside = described and described.model
+    method = load_c2c(directory, system, one, other=beside, dtype=config.dtype, device=system.device)
+    if described:
+        (other,) = method.system.others.values()
+        _check_other(f"{directory}: c2c", described, other)
+    return method

@@ -171,10 +171,10 @@ def study_of(
             raise ValueError(f"{name}: expected some of {list(known)}, got {unknown[0]!r}")
     cases, seeds = cases or list(recipe.cases), seeds or recipe.seeds
     earlier = read_json(output / STAMP) if (output / STAMP).is_file() else None
-    if only_done and earlier:
-        model, changes = model or earlier["model"], changes or earlier["changes"]
     if model is not None and (own := [case for case in cases if "model" in recipe.cases[case]]):
         raise ValueError(f"--model: expected none, since the case {own[0]!r} has its own, got {model!r}; --case chooses others")
+    if only_done and earlier:
+        model, changes = model or earlier["model"], changes or earlier["changes"]
     configs = {
         (case, seed): config_of(recipe, case, seed, output / slug(case) / f"seed{seed}", model, changes)
         for case in dict.fromkeys([*cases, *(recipe.cases[case].get("trained_by", case) for case in cases)]) for seed in seeds

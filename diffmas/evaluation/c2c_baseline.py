@@ -44,16 +44,18 @@ def c2c(system: MultiAgentSystem, other: Other, agent: Agent | None = None, adap
     return Latent(with_agents(system, [agent or system.agents[-1]], C2C, others={SHARER: other}), adapter)
 
 
-def load_c2c(path, system: MultiAgentSystem, agent: Agent | None = None, **model_options) -> Latent:
+def load_c2c(path, system: MultiAgentSystem, agent: Agent | None = None, other=None, **model_options) -> Latent:
     """`c2c` with the other model and the projector of a directory of `C2C.save_pretrained`, for the system's base model.
 
-    model_options: of `diffmas.models.load.load_model`, for the other one. Raises ValueError for a directory of another class,
-    base model or prompt.
+    other: the other model, or its directory or hub name, by default as the directory names it. model_options: of
+    `diffmas.models.load.load_model`, for the other one. Raises ValueError for a directory of another class, of other base
+    models or of another prompt.
     """
     described = file.read_agents(path)
     file.check_class(path, described, C2C.class_name())
     file.check_base(described, system.model, path)
-    others = other_file.load(path, described["others"], system.model, {}, False, **model_options)["others"]
+    given = {} if other is None else dict.fromkeys(described["others"], other)  # a C2C has one
+    others = other_file.load(path, described["others"], system.model, given, False, **model_options)["others"]
     method = c2c(system, *others.values(), agent).system
     file.check_same(path, described, {"agents": method.describe()["agents"]})
     return Latent(method.eval(), adapter=False)

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diffmas.models.joined import same_rows
 from diffmas.models.local import is_part, of_all_heads
-from diffmas.models.support import refuse
+from diffmas.models.support import dropout_in_training, refuse
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.spec import LayerSpec
 
@@ -157,7 +157,7 @@ def generic_attention(module, query, key, value, attention_mask, *args, diffmas_
         if kwargs.get(name) is not None:
             raise refuse(module, [f"the attention argument {name}"])
     if kwargs.get("dropout"):
-        raise refuse(module, [f"attention dropout {kwargs['dropout']}"])
+        raise dropout_in_training(module, kwargs["dropout"])
     if attention_mask is not None and attention_mask.numel() > 1:  # ours has one element, which nobody reads
         raise refuse(module, ["a mask that the layer makes for itself [attention_mask]"])
     scale = kwargs.get("scaling")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -77,11 +77,37 @@ def _gather_digests(spread: list[Tensor]) -> None:
             _digest_of(x)
 
 
-def _digest(named: list[tuple[str, Tensor]]) -> str:
-    named = sorted(named, key=lambda item: item[0])
+def _align_hooks(module: nn.Module) -> Iterator:
+    """accelerate's hooks that bring a module's weights for each forward, and take them away behind it."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) and one.weights_map is not None:
+            yield one
+
+
+def _reader(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What gives a weight of the model its values, where accelerate has left an empty one and keeps them elsewhere."""
+    kept = {
+        id(x): (hook.weights_map, name)
+        for module in model.modules() for hook in _align_hooks(module)
+        for kind in (module.named_parameters, module.named_buffers) for name, x in kind(recurse=hook.place_submodules)
+        if x.is_meta
+    }  # fmt: skip
+
+    def read(x: Tensor) -> Tensor:
+        if id(x) not in kept:
+            return x
+        weights, name = kept[id(x)]
+        return weights[name]  # on the host, or from a file just now
+
+    return read
+
+
+def _digest(named: list[tuple[str, Tensor]], model: nn.Module) -> str:
+    named, read = sorted(named, key=lambda item: item[0]), _reader(model)
     _gather_digests([x for _, x in named if is_spread(x)])
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # hashing and copying let other threads run
-        digests = list(threads.map(_digest_of, (x for _, x in named)))
+        digests = list(threads.map(lambda x: _digest_of(read(x)), (x for _, x in named)))
     lines = (f"{name}{shape_of(x)}{digest}" for (name, x), digest in zip(named, digests))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
@@ -92,7 +118,7 @@ def model_fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     The same with and without PEFT adapters, whatever these have been trained to, until one is merged. without: names of
     weights that it leaves out (`diffmas.models.adapted.trained_in_base`).
     """
-    return _digest([(name, x) for name, x in base_weights(model).items() if name not in without])
+    return _digest([(name, x) for name, x in base_weights(model).items() if name not in without], model)
 
 
 def sampled_fingerprint(model: nn.Module) -> str:
@@ -109,7 +135,7 @@ def sampled_fingerprint(model: nn.Module) -> str:
 def adapter_fingerprint(model: nn.Module) -> str | None:
     """Hash of the active adapters' tensors and scaling, whatever their names; None without an active adapter."""
     tensors = list(adapter_tensors(model))
-    return _digest(tensors) if tensors else None
+    return _digest(tensors, model) if tensors else None
 
 
 def rope_of(model: nn.Module) -> dict:

@@ -46,9 +46,9 @@ NOT_THE_MODELS = (Unsupported, MemoryError, torch.OutOfMemoryError)
 class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
-    checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that have a dropout, off
-    when they were patched. graphs, training_graphs: see `patch_model` (diffmas.models.capture). fuse: the same (what comes
-    of it is spec.fused). tries: by what is captured, how often that may still fail.
+    checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that may have a dropout in
+    training, which is refused then. graphs, training_graphs: see `patch_model` (diffmas.models.capture). fuse: the same (what
+    comes of it is spec.fused). tries: by what is captured, how often that may still fail.
     """
 
     body: nn.Module
@@ -99,11 +99,13 @@ def patch_model(
     offload: "cpu" keeps the rows of all new traces of this model on the host (`Trace`); no step is captured then.
 
     With torch.compile, fullgraph=True works: `layer.compile()` for each decoder layer, or `compile()` of the body (the model
-    without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False.
+    without its head). Compiled, backward(retain_graph=True) needs torch._functorch.config.donated_buffer = False. Each adapter
+    is compiled for itself: layers that are trained and generate with n of them are compiled about 4 n + 1 times, and torch
+    stops at torch._dynamo.config.recompile_limit = 8: raise it first where there are two adapters or more.
 
     Raises Unsupported (a ValueError) for a model that diffmas does not serve exactly, naming layer and feature where it can,
-    and leaves the model as it was. To find out, seven forwards of ten tokens or less run, nine with fuse.
-    Patching again with the same arguments does nothing.
+    and leaves the model as it was; attention dropout is refused by a forward in training mode. To find out, seven forwards of
+    ten tokens or less run, nine with fuse. Patching again with the same arguments does nothing.
 
         >>> model = patch_model(model)
         >>> trace = Trace(model, batch_size=1)

@@ -5,7 +5,7 @@ The numeric probe (diffmas.models.probe) finds the others.
 
 from torch import nn
 
-__all__ = ["Unsupported", "refuse", "unsupported", "window_of"]
+__all__ = ["Unsupported", "dropout_in_training", "refuse", "unsupported", "window_of"]
 
 
 class Unsupported(ValueError):
@@ -18,6 +18,14 @@ def refuse(attention: nn.Module, features: list[str]) -> Unsupported:
         f"diffmas cannot patch {type(attention).__name__} (layer {attention.layer_idx}): {'; '.join(features)}. "
         "Supported: causal softmax attention over all K/V rows, multi-head or grouped, with RoPE that does not depend on "
         "the sequence length"
+    )
+
+
+def dropout_in_training(attention: nn.Module, dropout: float) -> Unsupported:
+    """The error for a forward of this layer in training mode, to be raised: in eval mode it has none."""
+    return Unsupported(
+        f"{type(attention).__name__} (layer {attention.layer_idx}): expected attention dropout 0 in training mode, got "
+        f"{dropout}; model.eval() runs without it, and to train, load the model with attention_dropout=0 (GPT-2: attn_pdrop=0)"
     )
 
 
@@ -56,11 +64,6 @@ def unsupported(attention: nn.Module, config, max_length: int | None) -> list[st
         found.append("non-causal attention [is_causal]")
     if getattr(attention, "is_kv_shared_layer", False):
         found.append("K/V shared between layers [is_kv_shared_layer]")
-    for name in ("attention_dropout", "attn_dropout"):
-        dropout = getattr(attention, name, 0.0)
-        dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
-        if isinstance(dropout, float) and dropout > 0:
-            found.append(f"attention dropout {dropout} [{name}]")
     names = [name for name, _ in attention.named_parameters(recurse=False)]
     if names:
         found.append(f"attention parameters (such as sinks) [{', '.join(names)}]")

@@ -176,7 +176,8 @@ class CudaOps:
 
 def _in_packs(x: Tensor) -> bool:
     """Whether rows [n, H, D] begin at multiples of 16 bytes."""
-    return not any(at % 16 for at in (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:2])))
+    strides = (stride for stride, size in zip(x.stride()[:2], x.shape) if size > 1)  # others are walked along by nobody
+    return not any(at % 16 for at in (x.data_ptr(), *(stride * x.element_size() for stride in strides)))
 
 
 @functools.cache

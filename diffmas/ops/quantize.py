@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffmas import formats
 from diffmas.ops.reference import accumulator
 
 __all__ = ["FORMATS", "PAYLOADS", "Format", "dequantize", "pack", "quantize", "unpack"]
@@ -21,12 +22,7 @@ class Format(NamedTuple):
     most: int
 
 
-# int4 saves memory in files alone, two elements a byte (`pack`): attention reads them as int8.
-FORMATS = {
-    "int8": Format(torch.int8, 127),
-    "fp8": Format(torch.float8_e4m3fn, 448),
-    "int4": Format(torch.int8, 7),
-}
+FORMATS = {name: Format(getattr(torch, payload), most) for name, (payload, most) in formats.FORMATS.items()}
 PAYLOADS = (torch.int8, torch.float8_e4m3fn)
 
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -23,6 +24,7 @@ from starlette.requests import ClientDisconnect
 
 from diffmas.agents.prompts import TooLong
 from diffmas.serving.batcher import Batcher, Closed, Job, Overloaded
+from diffmas.serving.connections import Connection
 from diffmas.serving.pieces import Pieces
 from diffmas.serving.protocol import ChatRequest, Limits, Refused, answer, chunk, error_body, read_request
 from diffmas.serving.team import Question, Team
@@ -168,8 +170,8 @@ def question_of(team: Team, asked: ChatRequest, limits: Limits) -> Question:
 
 
 def _of_one(error: ValueError) -> str:
-    """What an error says, where there is only one question."""
-    return str(error).removeprefix("questions[0], ")
+    """What an error says, where there is only one question, of an agent that may have rounds."""
+    return re.sub(r"\bagent '([^']+)@(\d+)'", r"agent '\1', round \2", str(error).removeprefix("questions[0], "))
 
 
 def _teller(loop: asyncio.AbstractEventLoop, news: asyncio.Event):
@@ -276,4 +278,4 @@ def serve(
     """Serves until it is interrupted. Raises ValueError as `check_host`."""
     check_host(host, token)
     app = create_app(teams, batcher, limits, token)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    uvicorn.run(app, host=host, port=port, http=Connection, log_level="warning", timeout_graceful_shutdown=5)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from diffmas.agents.agent import Agent
 from diffmas.agents.prompts import Turn
-from diffmas.agents.rounds import takes_turn
+from diffmas.agents.rounds import agent_and_round, takes_turn
 from diffmas.agents.sampling import Sampling, end_tokens
 from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.parts import causal_lm_of
@@ -127,7 +127,8 @@ def _by_turn(steps: dict[str, int], turns: list[str]) -> dict[str, int]:
     for name, T in steps.items():
         mine = [turn for turn in turns if takes_turn(name, turn)]
         if not mine:
-            raise ValueError(f"latent_steps: expected names of agents that take some, {turns}, got {name!r}")
+            known = list(dict.fromkeys(known for turn in turns for known in (agent_and_round(turn)[0], turn)))
+            raise ValueError(f"latent_steps: expected names of agents that take some, {known}, got {name!r}")
         found |= {turn: T for turn in mine if turn == name or turn not in steps}
     return found
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from diffmas import MultiAgentSystem, evaluation
 from diffmas.cli import build, config
 from diffmas.cli import main as cli
-from diffmas.cli.methods import METHODS
+from diffmas.cli.methods import METHODS, TRAINED
 from diffmas.evaluation import Stitched, tasks
 
 AGENTS = [{"name": a.name, "prompt": a.prompt, "latent_steps": a.latent_steps} for a in tiny.agents()]
@@ -241,6 +241,19 @@ def test_trained_baselines_go_to_directories_of_their_own_and_are_compared(proje
     ).output  # fmt: skip
     path = settings_of(project, tmp_path, evaluation={"methods": ["text_sft"]})
     assert "'text_sft' needs --text-sft DIR" in call("evaluate", path, "--device", "cpu", code=1).output
+
+
+def test_attention_dropout_is_told_before_anything_runs(project, tmp_path):
+    """Models with it are patched, for they answer without it."""
+    shutil.copytree(project / "base", tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "attention_dropout": 0.1}))
+    path = settings_of(project, tmp_path, model=str(tmp_path / "base"), output_dir=str(tmp_path / "out"))
+    for method in TRAINED[:3]:
+        said = call("train", path, "--method", method, code=1).output
+        assert "expected attention dropout 0 in training mode, got 0.1" in said and "config.json" in said
+        assert "text agents answer" not in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_write_right_turns_once(project, tmp_path):

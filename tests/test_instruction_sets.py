@@ -33,5 +33,6 @@ def test_every_form(form):
     if "DIFFMAS_CPU_ISA: expected" in loaded.stderr:
         pytest.skip(f"this CPU, or this build, has no {form}")
     assert loaded.stdout == f"{form}\n", loaded.stderr
-    done = run("-m", "pytest", "-q", "-x", *files, "-k", which)
+    done = run("-m", "pytest", "-v", "-x", *files, "-k", which)
     assert done.returncode == 0, done.stdout[-2000:]
+    assert not [name for name in TESTS if f"{name}::" not in done.stdout]  # a test may have another name now

@@ -200,8 +200,11 @@ def test_realign_says_that_the_head_is_offloaded():
     cpu_offload(model.lm_head, execution_device=torch.device("cpu"))
     Realign(model, "norm"), Realign(model, "none")
     for mode in ("ridge", "soft_token", "learned"):
-        with pytest.raises(ValueError, match=f"realign: '{mode}' reads the output embeddings: expected them in memory"):
+        with pytest.raises(ValueError, match=f"realign: '{mode}' needs the output embeddings in memory, got offloaded ones"):
             Realign(model, mode)
+    cpu_offload(model.model.embed_tokens, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="realign: 'none' needs the input embeddings in memory"):
+        Realign(model, "none")
 
 
 @pytest.mark.parametrize("where", ["host", "disk", "host, by layers"])

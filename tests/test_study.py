@@ -323,6 +323,12 @@ def test_what_is_refused(tmp_path, changes, arguments, error):
     assert re.search(error.replace("[", r"\[").replace("]", r"\]"), output), output
 
 
+def test_an_empty_section_is_none(tmp_path):
+    read = reading.read(recipe(tmp_path, cases={"a": {"training": None, "generation": None, "evaluation": None}}))
+    config = reading.config_of(read, "a", 3, tmp_path, None, {})
+    assert config.training == {"seed": 3} and config.generation.seed == 3 and config.evaluation.methods == read.methods
+
+
 def test_studies_that_come_with_diffmas_are_found_and_whole():
     names = sorted(p.stem for p in reading.named("facts").parent.glob("*.yaml"))
     assert "facts" in names

@@ -75,10 +75,10 @@ class Realign(nn.Module):
         self._model = (model,)  # a tuple hides it from nn.Module: its weights are not this module's
         if mode in ("ridge", "soft_token", "learned") and model.get_output_embeddings() is None:
             raise ValueError(f"realign: {mode!r} needs a model with an output embedding")
-        read = {"none": [], "norm": ["input"]}.get(mode, ["input", "output"])
-        for which in read:
+        # "none" asks the input embeddings where they are.
+        for which in ("input",) if mode in ("none", "norm") else ("input", "output"):
             if any(p.is_meta for p in getattr(model, f"get_{which}_embeddings")().parameters()):
-                raise ValueError(f"realign: {mode!r} reads the {which} embeddings: expected them in memory, got offloaded ones")
+                raise ValueError(f"realign: {mode!r} needs the {which} embeddings in memory, got offloaded ones")
         self._known: dict[tuple, tuple[tuple, Solved | bool]] = {}  # by the adapters that run; for soft_token `_by_weighing`
         self._settled: dict[int, set[tuple]] = {}  # by thread, which of these hold until `unchanging` ends
         self._kept = False

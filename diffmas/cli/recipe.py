@@ -134,7 +134,7 @@ def config_of(recipe: Recipe, case: str, seed: int, directory: Path, model: str 
         data["model"] = model
     try:
         for section in ("training", "generation", "evaluation"):
-            if not isinstance(data.get(section, {}), dict):
+            if not isinstance(data.get(section) or {}, dict):
                 raise ValueError(f"{section}: expected a mapping, got {data[section]!r}")
         config = parsed(Config, merged(data, own))
         training_fields(config.training)

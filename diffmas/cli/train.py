@@ -17,6 +17,7 @@ def trainer_of(config: Config, method: str = "diffmas", resume: bool = False, pr
     from transformers import EarlyStoppingCallback
 
     from diffmas import evaluation
+    from diffmas.models.patch import check_trainable
     from diffmas.training import Trainer
 
     if method == "text_sft" and (others := [a.name for a in config.agents if home(a, readings(config.others)) is not None]):
@@ -25,6 +26,7 @@ def trainer_of(config: Config, method: str = "diffmas", resume: bool = False, pr
     arguments = training_arguments(config)
     system = c2c_system(config) if method == "c2c" else untrained_system(config)
     if method == "text_sft":
+        check_trainable(system.model)  # before its agents write for hours
         system, rows, held_out = _text_sft(config, arguments, system.to(arguments.device), rows, held_out, resume, progress)
     elif method == "stitch":
         system = evaluation.stitch(system, adapter=True).system

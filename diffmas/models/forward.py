@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffmas.models.adapted import check_one_adapter
 from diffmas.models.running import running
-from diffmas.models.support import dropout_in_training
+from diffmas.models.support import dropout_in_training, dropout_of
 from diffmas.trace import Trace
 from diffmas.trace.cache import cache_name
 from diffmas.trace.forward_pass import ForwardPass
@@ -74,9 +74,9 @@ def _check_forward(patch) -> None:
     """Refuses what would give wrong results without a word: dropout in training, some ways of checkpointing."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError("a forward with a trace ran inside backward: checkpoint layers, not the whole model")
-    for attention in patch.dropping:  # the generic tier is told by its layer, these are not asked
-        if attention.attention_dropout and attention.training:
-            raise dropout_in_training(attention, attention.attention_dropout)
+    for attention in patch.attentions:
+        if attention.training and (dropout := dropout_of(attention)):
+            raise dropout_in_training(attention, dropout)
     if not (patch.body.training and torch.is_grad_enabled()):
         return
     for module in patch.checkpointed:

@@ -30,12 +30,12 @@ from diffmas.models.linears import fuse_layers, restore_layers
 from diffmas.models.local import failing_together, gathered, is_part
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of, text_stack_of
 from diffmas.models.rehearsal import at_rest, rehearse
-from diffmas.models.support import Unsupported, refuse, unsupported, window_of
+from diffmas.models.support import Unsupported, dropout_in_training, dropout_of, refuse, unsupported, window_of
 from diffmas.ops.huge_pages import gather_in_huge_pages
 from diffmas.ops.layer import usable
 from diffmas.trace.spec import ATTRIBUTE, ModelSpec, check_offload
 
-__all__ = ["Patch", "patch_model", "patch_of", "unpatch_model"]
+__all__ = ["Patch", "check_trainable", "patch_model", "patch_of", "unpatch_model"]
 
 logger = logging.getLogger("diffmas")
 
@@ -46,9 +46,9 @@ NOT_THE_MODELS = (Unsupported, MemoryError, torch.OutOfMemoryError)
 class Patch:
     """All state of a patched model; `unpatch_model` drops it.
 
-    checkpointed: the modules that have an activation-checkpointing switch. dropping: the fused ones that may have a dropout in
-    training, which is refused then. graphs, training_graphs: see `patch_model` (diffmas.models.capture). fuse: the same (what
-    comes of it is spec.fused). tries: by what is captured, how often that may still fail.
+    attentions: one a layer. checkpointed: the modules that have an activation-checkpointing switch. graphs, training_graphs:
+    see `patch_model` (diffmas.models.capture). fuse: the same (what comes of it is spec.fused). tries: by what is captured,
+    how often that may still fail.
     """
 
     body: nn.Module
@@ -57,7 +57,7 @@ class Patch:
     spec: ModelSpec
     arguments: tuple  # of patch_model
     checkpointed: list[nn.Module] = field(default_factory=list)
-    dropping: list[nn.Module] = field(default_factory=list)
+    attentions: list[nn.Module] = field(default_factory=list)
     hook_ids: tuple[int | None, int | None] = (None, None)
     graphs: bool = True
     training_graphs: bool = False
@@ -75,6 +75,13 @@ def patch_of(model: nn.Module) -> Patch:
     if record is None:
         raise ValueError(f"model: expected a patched model, got a plain {type(model).__name__}; call diffmas.patch_model first")
     return record
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raises Unsupported for a patched model that no training forward would take: one with attention dropout."""
+    for attention in patch_of(model).attentions:
+        if dropout := dropout_of(attention):
+            raise dropout_in_training(attention, dropout)
 
 
 def patch_model(
@@ -190,8 +197,7 @@ def _examine(causal_lm: nn.Module, body: nn.Module, backend: str, max_length: in
         anchored=any(map(is_part, body.parameters())),  # what joins parts of a tensor takes no missing gradient
     )  # fmt: skip
     checkpointed = [m for m in body.modules() if hasattr(m, "gradient_checkpointing")]
-    dropping = [a for a, layer in zip(attentions, layers) if layer.family and hasattr(a, "attention_dropout")]
-    return Patch(body, causal_lm, layers, spec, (backend, max_length), checkpointed, dropping)
+    return Patch(body, causal_lm, layers, spec, (backend, max_length), checkpointed, attentions)
 
 
 def _limit(max_length: int | None, window: int | None) -> tuple[int | None, str]:

@@ -5,7 +5,7 @@ The numeric probe (diffmas.models.probe) finds the others.
 
 from torch import nn
 
-__all__ = ["Unsupported", "dropout_in_training", "refuse", "unsupported", "window_of"]
+__all__ = ["Unsupported", "dropout_in_training", "dropout_of", "refuse", "unsupported", "window_of"]
 
 
 class Unsupported(ValueError):
@@ -21,11 +21,22 @@ def refuse(attention: nn.Module, features: list[str]) -> Unsupported:
     )
 
 
+def dropout_of(attention: nn.Module) -> float:
+    """The attention dropout of a layer in training mode, by the names that transformers' layers have for it."""
+    for name in ("attention_dropout", "attn_dropout"):
+        dropout = getattr(attention, name, 0.0)
+        dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
+        if isinstance(dropout, float) and dropout > 0:
+            return dropout
+    return 0.0
+
+
 def dropout_in_training(attention: nn.Module, dropout: float) -> Unsupported:
     """The error for a forward of this layer in training mode, to be raised: in eval mode it has none."""
     return Unsupported(
         f"{type(attention).__name__} (layer {attention.layer_idx}): expected attention dropout 0 in training mode, got "
-        f"{dropout}; model.eval() runs without it, and to train, load the model with attention_dropout=0 (GPT-2: attn_pdrop=0)"
+        f"{dropout}; model.eval() runs without it, and to train, load the model with attention_dropout=0 (GPT-2: "
+        "attn_pdrop=0), or put that into its config.json"
     )
 
 

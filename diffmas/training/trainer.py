@@ -17,6 +17,7 @@ from diffmas.agents.system import MultiAgentSystem
 from diffmas.models.adapted import check_held
 from diffmas.models.local import is_spread, local, reshard
 from diffmas.models.parts import trained_beside_the_text
+from diffmas.models.patch import check_trainable
 from diffmas.training.annealing import Annealing
 from diffmas.training.arguments import adopted, check_arguments, wants_ids
 from diffmas.training.checkpoint import last_checkpoint
@@ -66,7 +67,8 @@ class Trainer(Files):
     train(resume_from_checkpoint=True) goes on from the newest whole checkpoint, bit for bit as if it had not stopped.
 
     Raises ValueError for an empty data set, for any row that lacks the answer or a field of a prompt (a data set with a
-    length is read once), and for options that do not apply. Rows too long for the context are found when they are reached.
+    length is read once), for options that do not apply, and for a model with attention dropout. Rows too long for the context
+    are found when they are reached.
 
         >>> args = default_arguments(directory, max_steps=1, report_to=[])
         >>> Trainer(system, args, train_dataset=rows).train().global_step
@@ -103,6 +105,8 @@ class Trainer(Files):
         if not any(p.requires_grad for p in system.parameters()):
             raise ValueError("system: expected trainable parameters, got a frozen adapter; load it with trainable=True")
         check_held(system.model)
+        for model in (system.model, *(other.model for other in system.others.values())):
+            check_trainable(model)
         args = adopted(args, _may_leave_unused(system))
         # transformers does not move a placed or quantized model, nor one that it has sharded as it loaded it
         for name in ("hf_device_map", "quantization_method", *TENSOR_PARALLEL):

@@ -79,7 +79,7 @@ def _gather_digests(spread: list[Tensor]) -> None:
 
 def _align_hooks(module: nn.Module) -> Iterator:
     """accelerate's hooks that bring a module's weights for each forward, and take them away behind it."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = module.__dict__.get("_hf_hook")
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "offload", False) and one.weights_map is not None:
             yield one

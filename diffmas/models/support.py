@@ -23,8 +23,8 @@ def refuse(attention: nn.Module, features: list[str]) -> Unsupported:
 
 def dropout_of(attention: nn.Module) -> float:
     """The attention dropout of a layer in training mode, by the names that transformers' layers have for it."""
-    for name in ("attention_dropout", "attn_dropout"):
-        dropout = getattr(attention, name, 0.0)
+    for name in ("attention_dropout", "attn_dropout"):  # a number or a module; each forward asks each layer, so not by getattr
+        dropout = attention.__dict__.get(name) or attention._modules.get(name)
         dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
         if isinstance(dropout, float) and dropout > 0:
             return dropout

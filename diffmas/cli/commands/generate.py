@@ -54,9 +54,10 @@ def generate(
         raise ValueError("--questions: expected it without --question and --field, got both")
     from diffmas.agents.file import read_agents
 
-    read_agents(adapter)
     if questions is None:
         check_asked(adapter, fields)
+    else:
+        read_agents(adapter)
     # Torch is not waited for before.
     from diffmas.agents.system import MultiAgentSystem
     from diffmas.cli.made_with import made_with

@@ -9,7 +9,7 @@ import torch
 from diffmas.benchmarks import ours
 from diffmas.benchmarks.measure import OURS, Case, Problem, Senseless, Trial
 from diffmas.ops.layer import layer_ops, usable
-from diffmas.ops.linear import linear
+from diffmas.ops.linear import Adapter, Parts, linear
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
 
@@ -71,7 +71,8 @@ def diffmas(p: Problem) -> Trial:
     if kernels is None:
         raise Senseless
     transposed = p.case.phase == "backward"
-    return _trial(p, lambda x, w: linear(x, w, None, a, b, SCALE, transposed, kernels.ops)[0])
+    adapter = (Adapter(a, b, SCALE),)
+    return _trial(p, lambda x, w: linear(x, Parts(w, None, adapter), None, transposed, kernels.ops)[0])
 
 
 def peft(p: Problem) -> Trial:

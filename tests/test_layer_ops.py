@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from diffmas.ops import extension, reference
-from diffmas.ops.linear import linear
+from diffmas.ops.linear import Adapter, Parts, linear
 
 pytestmark = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels are missing: {extension.error}")
 
@@ -63,6 +63,7 @@ def arguments(rows, layers) -> dict:
     return {
         "norms": [w for _, norms in layers for w in norms], "eps": [EPS] * 2 * len(layers),
         "linears": [t for linear in linears for t in present(linear)], "parts": parts, "scales": [x[4] for x in linears],
+        "ends": [],
         "cos": rows[0].cos, "sin": rows[0].sin, "slots": rows[0].slots, "head_norms": [], "head_eps": 0.0, "interleaved": False,
         "k_pools": [r.pools[0] for r in rows], "v_pools": [r.pools[1] for r in rows], "view": rows[0].views[0],
         "rest": rows[0].views[1] if len(rows[0].views) > 1 else [], "inv_freq": None, "scale": SCALE, "frozen": [],
@@ -93,14 +94,15 @@ def learned(x, rows, layers, dy, change=lambda kept: kept):
         tail=tail,
         no_tail=None,
     )
-    of_layers = (args[name] for name in ("norms", "eps", "linears", "parts", "scales"))
+    of_layers = (args[name] for name in ("norms", "eps", "linears", "parts", "scales", "ends"))
     weights = ops.few_rows_lora_grads(*of_layers, *([t] for t in (kept[1], *kept[4:], *found[2:])))
     return [y[0], *found, *dk, *dv, *weights]
 
 
 def by_its_parts(x, rows, linears, norms):
     """By an op for each part of the layer."""
-    q, k, v, out, gate, up, down = (lambda x, some=some: linear(x, *some)[0] for some in linears)
+    own = [Parts(*some[:2], () if some[2] is None else (Adapter(*some[2:]),)) for some in linears]
+    q, k, v, out, gate, up, down = (lambda x, some=some: linear(x, some)[0] for some in own)
     normed = ops.norm(x, norms[0], EPS)
     h = x + out(rows.attend(q(normed), k(normed), v(normed)))
     inner = ops.norm(h, norms[1], EPS)
@@ -218,12 +220,12 @@ def test_what_is_wrong_is_said():
         learned(x, [rows], [adapted], x[:1])
     grads, none = torch.ops.diffmas_native.few_rows_lora_grads, [torch.zeros(0)]
     with pytest.raises(RuntimeError, match="norms: expected two a layer, got none"):
-        grads([], [], [], [], [], [torch.zeros(1, 1, 2, 64)], none, none, none, none)
+        grads([], [], [], [], [], [], [torch.zeros(1, 1, 2, 64)], none, none, none, none)
     narrow = [(torch.randn(KV, 32), *linears[1][1:])]
     with pytest.raises(RuntimeError, match="weight: expected"):
         tensors = [t for linear in (linears[0], *narrow, *linears[2:]) for t in linear[:4] if t is not None]
         parts = [(1 if x[1] is not None else 0) + (2 if x[2] is not None else 0) for x in (linears[0], *narrow, *linears[2:])]
-        grads([n for n in norms], [EPS, EPS], tensors, parts, [0.0] * 7, [torch.zeros(1, 1, 2, 64)], none, none, none, none)
+        grads([n for n in norms], [EPS, EPS], tensors, parts, [0.0] * 7, [], [torch.zeros(1, 1, 2, 64)], none, none, none, none)
 
 
 # ---- norm and gate of any number of rows, and their gradients --------------------------------------------------------

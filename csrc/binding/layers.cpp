@@ -3,45 +3,69 @@
 #include "layers.h"
 
 #include <cstring>
+#include <utility>
 
 namespace diffmas::binding {
 
 std::vector<Layer> layers_of(const Tensors& norms, const std::vector<double>& eps, const Tensors& linears, const std::vector<int64_t>& parts,
-                             const std::vector<double>& scales) {
+                             const std::vector<double>& scales, size_t adapters) {
   const size_t count = norms.size() / 2;
   STD_TORCH_CHECK(norms.size() == 2 * count && eps.size() == 2 * count, "eps: expected one for each of two norms a layer, got ", eps.size(),
                   " for ", norms.size());
-  STD_TORCH_CHECK(parts.size() == kLinears * count && scales.size() == parts.size(), "parts, scales: expected one for each of ", kLinears,
-                  " linears a layer, got ", parts.size(), ", ", scales.size());
+  STD_TORCH_CHECK(parts.size() == kLinears * count && scales.size() == adapters * parts.size(),
+                  "parts, scales: expected one for each of ", kLinears, " linears a layer, and of ", adapters, " adapters, got ", parts.size(),
+                  ", ", scales.size());
   std::vector<Layer> layers;
   size_t next = 0;
   const auto take = [&](bool there) { return there ? next < linears.size() ? &linears[next++] : nullptr : nullptr; };
   for (size_t i = 0; i < count; ++i) {
     layers.push_back({&norms[2 * i], &eps[2 * i], &parts[kLinears * i], {}});
     for (size_t j = kLinears * i; j < kLinears * (i + 1); ++j) {
-      const Tensor *weight = take(true), *bias = take(parts[j] & kBias), *a = take(parts[j] & kLora), *b = take(parts[j] & kLora);
-      STD_TORCH_CHECK(weight && (bias || !(parts[j] & kBias)) && (b || !(parts[j] & kLora)), "linears: expected what parts says, got ",
-                      linears.size(), " tensors");
+      const Tensor *weight = take(true), *bias = take(parts[j] & kBias);
+      bool there = weight && (bias || !(parts[j] & kBias));
+      std::vector<Adapter> of_rows;
+      for (size_t k = 0; (parts[j] & kLora) && k < adapters; ++k) {
+        const Tensor *a = take(true), *b = take(true);
+        there = there && b;
+        if (b) of_rows.push_back({a, b, scales[j * adapters + k]});
+      }
+      STD_TORCH_CHECK(there, "linears: expected what parts says, got ", linears.size(), " tensors");
       check(weight->dim() == 2, "weight", "[out, in]", *weight);
-      layers.back().linears.push_back({*weight, bias, a, b, scales[j]});
+      layers.back().linears.push_back({*weight, bias, of_rows});
     }
   }
   STD_TORCH_CHECK(next == linears.size(), "linears: expected ", next, " tensors, got ", linears.size());
   return layers;
 }
 
-FewRows few_rows_of(const Tensor& x) {
+void check_ends(const std::vector<int64_t>& ends, int64_t n) {
+  int64_t before = 0;
+  for (int64_t end : ends) {
+    STD_TORCH_CHECK(before <= end && end <= n, "ends: expected numbers of rows in order, at most ", n, ", got ", end, " after ", before);
+    before = end;
+  }
+  STD_TORCH_CHECK(ends.empty() || before == n, "ends: expected the last one to be ", n, ", got ", before);
+}
+
+FewRows few_rows_of(const Tensor& x, std::vector<int64_t> ends) {
   const int64_t length = x.dim() == 3 ? x.size(2) : 0;
   check(length && x.size(0) == 1 && x.is_contiguous() && !x.is_cuda() && length % cpu::kLinearColumns == 0, "x",
         "[1, n, length] in order on the CPU, of a length that is a multiple of 32", x);
   check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, "x", "float32 or bfloat16", x);
   check(x.size(1) <= cpu::kLinearRows, "x", "at most 32 rows", x);
-  return {x.size(1), length, x.scalar_type() == ScalarType::Float ? DType::f32 : DType::bf16};
+  check_ends(ends, x.size(1));
+  return {x.size(1), length, x.scalar_type() == ScalarType::Float ? DType::f32 : DType::bf16, std::move(ends)};
+}
+
+int64_t FewRows::codes(const Linear& linear) const {
+  int64_t codes = 0;
+  for (size_t k = 0; k < linear.adapters.size(); ++k) codes += count(k) * linear.adapters[k].rank();
+  return codes;
 }
 
 int64_t FewRows::floats(const Layer& layer) const {
   int64_t floats = n * (8 * length + 3 * layer.linears[kGate].out());
-  for (const Linear& linear : layer.linears) floats += linear.floats(n) + n * (linear.out() + linear.rank());
+  for (const Linear& linear : layer.linears) floats += linear.floats(n) + n * linear.out() + codes(linear);
   return floats;
 }
 
@@ -94,18 +118,36 @@ AdapterPlaces::AdapterPlaces(const std::vector<Layer>& of, const FewRows& like, 
     for (int j = 0; j < kLinears; ++j) {
       if (!layer.waits(j)) continue;
       if (float_memory) a.floats[j] = floats_of_own(*float_memory) + floats;
-      floats += like.n * layer.linears[j].rank();
+      floats += like.codes(layer.linears[j]);
     }
     layers.push_back(a);
   }
   check_memory(row_memory, rows, like.scalar_type()), check_memory(float_memory, floats, ScalarType::Float);
 }
 
-cpu::LinearArgs Parts::args(int which, const cpu::Matrix& x, int64_t length, const cpu::Matrix& y, bool transposed) {
-  Linear linear = layer.linears[which];
-  if (transposed) linear.bias = nullptr;
+cpu::LinearArgs Parts::args(int which, const cpu::Matrix& x, int64_t length, const cpu::Matrix& y, const cpu::Matrix* residual,
+                            bool transposed) {
+  const Linear& linear = layer.linears[which];
   float* const own = adapters.floats[which];
-  return linear.args(rows.n, x, length, y, own ? own : memory.take(rows.n * linear.rank()), memory, transposed);
+  cpu::LinearArgs args = linear.args(rows.n, x, length, y, own ? own : memory.take(rows.n * linear.rank()), memory, transposed);
+  if (residual && linear.adapters.size() <= 1) args.residual = *residual;
+  return args;
+}
+
+void Parts::add_adapters(int which, const cpu::Matrix& x, const cpu::Matrix& y, const cpu::Matrix* residual, bool transposed) {
+  const Linear& linear = layer.linears[which];
+  if (linear.adapters.size() <= 1) return;
+  float* u = adapters.floats[which] ? adapters.floats[which] : memory.take(rows.codes(linear));
+  for (size_t k = 0; k < linear.adapters.size(); ++k) {
+    const auto own = [&](const cpu::Matrix& m) { return rows.of(static_cast<char*>(m.data) + rows.begin(k) * m.stride * rows.size(), m.stride); };
+    cpu::LinearArgs args{};
+    args.n = rows.count(k), args.transposed = transposed, args.x = own(x), args.y = own(y);
+    args.from = transposed ? linear.out() : linear.in(), args.to = transposed ? linear.in() : linear.out();
+    args.lora = linear.lora(linear.adapters[k], u, memory, transposed);
+    if (args.n && args.lora.rank) cpu::add_lora(args, threads());
+    u += rows.count(k) * linear.adapters[k].rank();
+  }
+  if (residual) cpu::add({rows.n, transposed ? linear.in() : linear.out(), *residual, y}, threads());
 }
 
 cpu::NormArgs Parts::norm(int which, const cpu::Matrix& x, const cpu::Matrix& y) const {
@@ -117,9 +159,11 @@ namespace {
 void before_attention(Parts& parts, const cpu::Matrix& x, const Tensor* outs) {  // outs: q, k, v [1, n, .]
   const int64_t length = parts.rows.length;
   const cpu::Matrix normed = parts.place(parts.adapters.rows[kQ], length);
+  const auto out = [&](int i) { return parts.rows.of(outs[i].data_ptr(), outs[i].size(2)); };
   cpu::LinearArgs linears[3];
-  for (int i = 0; i < 3; ++i) linears[i] = parts.args(kQ + i, normed, length, parts.rows.of(outs[i].data_ptr(), outs[i].size(2)));
+  for (int i = 0; i < 3; ++i) linears[i] = parts.args(kQ + i, normed, length, out(i));
   cpu::norm_linears(parts.norm(0, x, normed), linears, 3, threads());
+  for (int i = 0; i < 3; ++i) parts.add_adapters(kQ + i, normed, out(i));
 }
 
 // o: n rows of `length`. y: may be x, where nothing is kept.
@@ -130,14 +174,20 @@ void after_attention(Parts& parts, const Passing& kept, const Tensor& o, int64_t
   const int64_t inner = layer.linears[kGate].out();
   const cpu::Matrix sum = parts.place(kept.middle, rows.length), normed = parts.place(adapters.rows[kGate], rows.length);
   const cpu::Matrix gated = parts.place(adapters.rows[kDown], inner), gates = kept.gate.data ? kept.gate : gated;
-  cpu::LinearArgs first = parts.args(kOut, rows.of(o.data_ptr(), length), length, sum), last = parts.args(kDown, gated, inner, y);
-  first.residual = x, last.residual = sum;
-  const cpu::LinearArgs gate = parts.args(kGate, normed, rows.length, gates);
-  const cpu::LinearArgs up = parts.args(kUp, normed, rows.length, parts.place(kept.up, inner));
-  cpu::linear(first, threads());
+  const cpu::Matrix from = rows.of(o.data_ptr(), length), ups = parts.place(kept.up, inner);
+  cpu::linear(parts.args(kOut, from, length, sum, &x), threads());
+  parts.add_adapters(kOut, from, sum, &x);
   cpu::norm_linears(parts.norm(1, sum, normed), nullptr, 0, threads());
-  cpu::gated_linears(gate, up, gated, threads());
-  cpu::linear(last, threads());
+  const cpu::LinearArgs gate = parts.args(kGate, normed, rows.length, gates), up = parts.args(kUp, normed, rows.length, ups);
+  if (layer.linears[kGate].adapters.size() > 1 || layer.linears[kUp].adapters.size() > 1) {
+    cpu::linear(gate, threads()), parts.add_adapters(kGate, normed, gates);
+    cpu::linear(up, threads()), parts.add_adapters(kUp, normed, ups);
+    cpu::gate({rows.n, gates, ups, gated}, inner, threads());
+  } else {
+    cpu::gated_linears(gate, up, gated, threads());
+  }
+  cpu::linear(parts.args(kDown, gated, inner, y, &sum), threads());
+  parts.add_adapters(kDown, gated, y, &sum);
 }
 
 // A layer's part of a tensor [layers, ...] in order.
@@ -185,12 +235,12 @@ void check_layers(const std::vector<Layer>& layers, const FewRows& rows, bool al
 }
 
 Tensors few_rows_layers(const Tensor& x, Tensors norms, std::vector<double> eps, Tensors linears, std::vector<int64_t> parts,
-                        std::vector<double> scales, const Optional& cos, const Optional& sin, const Tensor& slots, Tensors head_norms,
-                        double head_eps, bool interleaved, Tensors k_pools, Tensors v_pools, Tensors view, Tensors rest,
+                        std::vector<double> scales, std::vector<int64_t> ends, const Optional& cos, const Optional& sin,
+                        const Tensor& slots, Tensors head_norms, double head_eps, bool interleaved, Tensors k_pools, Tensors v_pools, Tensors view, Tensors rest,
                         const Optional& inv_freq, double scale, Tensors frozen, Tensors frozen_view, bool learning) {
-  const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales);
+  const FewRows rows = few_rows_of(x, ends);
+  const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales, rows.adapters());
   const size_t count = layers.size();
-  const FewRows rows = few_rows_of(x);
   check_layers(layers, rows, learning, k_pools, v_pools, head_norms, view, rest, frozen, frozen_view);
   const int64_t n = rows.n;
   const ScalarType dtype = rows.scalar_type();

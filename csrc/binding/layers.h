@@ -25,14 +25,22 @@ struct Layer {
   bool waits(int which) const { return parts[which] & kWaits; }
 };
 
-// linears: the tensors of each, weight, bias, a and b, as far as `parts` says that it has them.
+// linears: the tensors of each, weight, bias, a and b, as far as `parts` says that it has them; a, b and scale of `adapters`, one after the
+// other.
 std::vector<Layer> layers_of(const Tensors& norms, const std::vector<double>& eps, const Tensors& linears, const std::vector<int64_t>& parts,
-                             const std::vector<double>& scales);
+                             const std::vector<double>& scales, size_t adapters);
 
-// n rows of a body's hidden states.
+// n rows of a body's hidden states. ends: where the rows of each of several adapters end; empty where one has them all.
 struct FewRows {
   int64_t n, length;
   DType dtype;
+  std::vector<int64_t> ends;
+
+  size_t adapters() const { return ends.empty() ? 1 : ends.size(); }
+  int64_t begin(size_t adapter) const { return adapter ? ends[adapter - 1] : 0; }
+  int64_t count(size_t adapter) const { return ends.empty() ? n : ends[adapter] - begin(adapter); }
+  // Numbers of all rows' u.
+  int64_t codes(const Linear& linear) const;
 
   ScalarType scalar_type() const { return dtype == DType::f32 ? ScalarType::Float : ScalarType::BFloat16; }
   int64_t size() const { return dtype == DType::f32 ? 4 : 2; }
@@ -42,7 +50,9 @@ struct FewRows {
 };
 
 // x [1, n, hidden].
-FewRows few_rows_of(const Tensor& x);
+FewRows few_rows_of(const Tensor& x, std::vector<int64_t> ends);
+// Memory safety: that ends are those of n rows.
+void check_ends(const std::vector<int64_t>& ends, int64_t n);
 
 // What a step's backward reads of a layer, beside attention's: rows [n, .]. q and k, before their norm, where the heads have one.
 struct Passing {
@@ -50,7 +60,7 @@ struct Passing {
 };
 
 // What the gradients of adapters, which are made later, need of a step's linears: x [n, in] and u [n, r], of its backward dy [n, out] and
-// v [n, r]. Without data where an adapter is not waited for.
+// v [n, r]; of several adapters u or v of each one's rows, one after the other. Without data where an adapter is not waited for.
 struct Adapters {
   cpu::Matrix rows[kLinears];
   float* floats[kLinears];
@@ -93,7 +103,11 @@ struct Parts {
   cpu::Matrix take(int64_t length) { return rows.of(memory.take(rows.n * length), length); }
   // Where it is kept, or in the memory.
   cpu::Matrix place(const cpu::Matrix& kept, int64_t length) { return kept.data ? kept : take(length); }
-  cpu::LinearArgs args(int which, const cpu::Matrix& x, int64_t length, const cpu::Matrix& y, bool transposed = false);
+  // Of a linear with one adapter or none all that it does; with several the product alone, and `add_adapters` does the rest.
+  cpu::LinearArgs args(int which, const cpu::Matrix& x, int64_t length, const cpu::Matrix& y, const cpu::Matrix* residual = nullptr,
+                       bool transposed = false);
+  // x, y: of n rows, as they were in args.
+  void add_adapters(int which, const cpu::Matrix& x, const cpu::Matrix& y, const cpu::Matrix* residual = nullptr, bool transposed = false);
   cpu::NormArgs norm(int which, const cpu::Matrix& x, const cpu::Matrix& y) const;
 };
 

@@ -1,5 +1,6 @@
 // The backward of decoder layers of few rows, from the last one to the first, and the gradients of their adapters' weights in a run of
 // steps. The ops are those of the layers' parts one by one, in the order in which autograd runs them and adds up: to the bit the same.
+#include <algorithm>
 #include <cstring>
 
 #include "layers.h"
@@ -23,36 +24,36 @@ void copy(void* to, const Tensor& from, const FewRows& rows) { std::memcpy(to, f
 // dx [n, in] of dy [n, out], plus `more`, where there is some.
 cpu::Matrix backward(Parts& parts, int which, const cpu::Matrix& dy, const cpu::Matrix& dx, const cpu::Matrix* more, const Tensor& like) {
   const Linear& linear = parts.layer.linears[which];
-  cpu::LinearArgs args = parts.args(which, dy, linear.out(), dx, true);
+  cpu::LinearArgs args = parts.args(which, dy, linear.out(), dx, more, true);
   if (parts.rows.n == 1 && parts.rows.dtype == DType::f32) {  // torch reads W at the rate of memory (diffmas/ops/linear.py)
     const Tensor row = empty(like, {1, linear.out()}, ScalarType::Float);
     std::memcpy(row.data_ptr(), dy.data, size_t(linear.out()) * sizeof(float));
     const Tensor product = torch::stable::matmul(row, linear.weight);
     check_dtype("weight", product, ScalarType::Float);  // autocast would have made it another
     std::memcpy(dx.data, product.data_ptr(), size_t(linear.in()) * sizeof(float));
-    args.x_floats = nullptr;
+    args.x_floats = nullptr, args.residual = {};
     if (linear.rank()) cpu::add_lora(args, threads());
-    if (more) cpu::add({1, linear.in(), *more, dx}, threads());
+    if (more && linear.adapters.size() <= 1) cpu::add({1, linear.in(), *more, dx}, threads());
   } else {
-    if (more) args.residual = *more;
     cpu::linear(args, threads());
   }
+  parts.add_adapters(which, dy, dx, more, true);
   return dx;
 }
 
 }  // namespace
 
 Tensors few_rows_layers_backward(const Tensor& dy, const Tensor& x, Tensors kept, Tensors norms, std::vector<double> eps, Tensors linears,
-                                 std::vector<int64_t> parts, std::vector<double> scales, const Optional& cos, const Optional& sin,
-                                 const Tensor& slots, Tensors head_norms, double head_eps, bool interleaved, Tensors k_pools,
+                                 std::vector<int64_t> parts, std::vector<double> scales, std::vector<int64_t> ends, const Optional& cos,
+                                 const Optional& sin, const Tensor& slots, Tensors head_norms, double head_eps, bool interleaved, Tensors k_pools,
                                  Tensors v_pools, Tensors view, Tensors rest, const Optional& inv_freq, double scale, Tensors frozen,
                                  Tensors frozen_view, Tensors dk_pools, Tensors dv_pools, std::vector<int64_t> own_rows_only,
                                  const Tensor& tail, const Optional& no_tail) {
-  const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales);
+  const FewRows rows = few_rows_of(x, ends), of_dy = few_rows_of(dy, ends);
+  const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales, rows.adapters());
   const size_t count = layers.size();
   STD_TORCH_CHECK(own_rows_only.size() == count, "own_rows_only: expected one for each of ", count, " layers, got ", own_rows_only.size());
   STD_TORCH_CHECK(kept.size() == kFound - 1, "kept: expected ", kFound - 1, " tensors, got ", kept.size());
-  const FewRows rows = few_rows_of(x), of_dy = few_rows_of(dy);
   check_layers(layers, rows, true, k_pools, v_pools, head_norms, view, rest, frozen, frozen_view);
   check_layers(layers, rows, true, dk_pools, dv_pools, head_norms, view, rest, frozen, frozen_view);
   check(of_dy.n == rows.n && of_dy.length == rows.length && of_dy.dtype == rows.dtype, "dy", "what x is like", dy);
@@ -132,16 +133,17 @@ Tensors few_rows_layers_backward(const Tensor& dy, const Tensor& x, Tensors kept
 }
 
 Tensors few_rows_lora_grads(Tensors norms, std::vector<double> eps, Tensors linears, std::vector<int64_t> parts, std::vector<double> scales,
-                            Tensors os, Tensors xs, Tensors us, Tensors dys, Tensors vs) {
-  const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales);
+                            std::vector<int64_t> ends, Tensors os, Tensors xs, Tensors us, Tensors dys, Tensors vs) {
+  const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales, std::max<size_t>(1, ends.size()));
   const size_t steps = os.size(), count = layers.size();
   STD_TORCH_CHECK(steps && xs.size() == steps && us.size() == steps && dys.size() == steps && vs.size() == steps,
                   "expected as many tensors of each kind, at least one, got ", steps, ", ", xs.size(), ", ", us.size(), ", ", dys.size(), ", ",
                   vs.size());
   check(os[0].dim() == 4, "o", "[layers, 1, n, heads * D]", os[0]);
-  const int64_t n = os[0].size(2), all = int64_t(steps) * n;
+  const int64_t n = os[0].size(2);
+  check_ends(ends, n);
   check_linears(layers, layers.empty() ? 0 : layers[0].linears[kQ].in(), false);
-  const FewRows rows{n, layers[0].linears[kQ].in(), os[0].scalar_type() == ScalarType::Float ? DType::f32 : DType::bf16};
+  const FewRows rows{n, layers[0].linears[kQ].in(), os[0].scalar_type() == ScalarType::Float ? DType::f32 : DType::bf16, ends};
   std::vector<std::vector<Adapters>> forward, backward;
   for (size_t t = 0; t < steps; ++t) {
     check(os[t].dim() == 4 && os[t].is_contiguous() && os[t].numel() == os[0].numel(), "o", "of one shape, in order", os[t]);
@@ -154,26 +156,34 @@ Tensors few_rows_lora_grads(Tensors norms, std::vector<double> eps, Tensors line
     for (int j = 0; j < kLinears; ++j) {
       const Linear& linear = layers[i].linears[j];
       if (!layers[i].waits(j)) continue;
-      const int64_t rank = linear.rank(), in = linear.in(), out = linear.out();
+      const int64_t in = linear.in(), out = linear.out();
       check(j != kOut || os[0].numel() == int64_t(count) * n * in, "o", "what these layers leave", os[0]);
-      Memory memory(os[0], all * (in + out + 2 * rank) + rank * out);
-      float *x = memory.take(all * in), *dy = memory.take(all * out), *u = memory.take(all * rank), *v = memory.take(all * rank);
-      for (size_t t = 0; t < steps; ++t) {
-        const auto gather = [&](void* to, const void* from, int64_t length, int64_t size) {
-          std::memcpy(static_cast<char*>(to) + int64_t(t) * n * length * size, from, size_t(n * length * size));
-        };
-        const Adapters &was = forward[t][i], &own = backward[t][i];
-        const void* const o = static_cast<char*>(os[t].data_ptr()) + int64_t(i) * n * in * rows.size();
-        gather(x, j == kOut ? o : was.rows[j].data, in, rows.size()), gather(dy, own.rows[j].data, out, rows.size());
-        gather(u, was.floats[j], rank, sizeof(float)), gather(v, own.floats[j], rank, sizeof(float));
+      int64_t codes = 0;  // of the adapters before, in a step
+      for (size_t k = 0; k < linear.adapters.size(); ++k) {
+        const int64_t rank = linear.adapters[k].rank(), begin = rows.begin(k), own_rows = rows.count(k), all = int64_t(steps) * own_rows;
+        const float scale = float(linear.adapters[k].scale);
+        Memory memory(os[0], all * (in + out + 2 * rank) + rank * out);
+        float *x = memory.take(all * in), *dy = memory.take(all * out), *u = memory.take(all * rank), *v = memory.take(all * rank);
+        for (size_t t = 0; t < steps; ++t) {
+          const auto gather = [&](void* to, const void* from, int64_t first, int64_t length, int64_t size) {
+            std::memcpy(static_cast<char*>(to) + int64_t(t) * own_rows * length * size, static_cast<const char*>(from) + first * size,
+                        size_t(own_rows * length * size));
+          };
+          const Adapters &was = forward[t][i], &own = backward[t][i];
+          const void* const o = static_cast<char*>(os[t].data_ptr()) + int64_t(i) * n * in * rows.size();
+          gather(x, j == kOut ? o : was.rows[j].data, begin * in, in, rows.size());
+          gather(dy, own.rows[j].data, begin * out, out, rows.size());
+          gather(u, was.floats[j], codes, rank, sizeof(float)), gather(v, own.floats[j], codes, rank, sizeof(float));
+        }
+        codes += own_rows * rank;
+        const Tensor da = empty(os[0], {rank, in}, ScalarType::Float), db = empty(os[0], {out, rank}, ScalarType::Float);
+        float *across = memory.take(rank * out), *to = floats_of_own(db);
+        cpu::lora_grad({all, rank, in, scale, v, rows.of(x, in), floats_of_own(da)}, threads());
+        cpu::lora_grad({all, rank, out, scale, u, rows.of(dy, out), across}, threads());
+        for (int64_t c = 0; c < out; ++c)
+          for (int64_t r = 0; r < rank; ++r) to[c * rank + r] = across[r * out + c];
+        found.insert(found.end(), {da, db});
       }
-      const Tensor da = empty(os[0], {rank, in}, ScalarType::Float), db = empty(os[0], {out, rank}, ScalarType::Float);
-      float *across = memory.take(rank * out), *to = floats_of_own(db);
-      cpu::lora_grad({all, rank, in, float(linear.scale), v, rows.of(x, in), floats_of_own(da)}, threads());
-      cpu::lora_grad({all, rank, out, float(linear.scale), u, rows.of(dy, out), across}, threads());
-      for (int64_t c = 0; c < out; ++c)
-        for (int64_t r = 0; r < rank; ++r) to[c * rank + r] = across[r * out + c];
-      found.insert(found.end(), {da, db});
     }
   return found;
 }

@@ -7,7 +7,8 @@ namespace diffmas::binding {
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& a, const Optional& b,
                                   double scale, bool transposed) {
   check(x.dim() == 2 && weight.dim() == 2, "x", "[n, in], and weight: [out, in]", x);
-  const Linear linear{weight, pointer(bias), pointer(a), pointer(b), scale};
+  const std::vector<Adapter> adapter{{pointer(a), pointer(b), scale}};
+  const Linear linear{weight, pointer(bias), a ? adapter : std::vector<Adapter>{}};
   const int64_t n = x.size(0), from = transposed ? linear.out() : linear.in(), to = transposed ? linear.in() : linear.out();
   check(n <= cpu::kLinearRows, "x", "at most 32 rows", x);
   Tensor y = empty(x, {n, to}, x.scalar_type()), u = empty(x, {n, linear.rank()}, ScalarType::Float);

@@ -3,6 +3,7 @@
 #include "cpu/linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "tensors.h"
 
@@ -44,18 +45,34 @@ inline cpu::Lora lora(const Tensor* a, const Tensor* b, double scale, int64_t in
   return {rank, float(scale), b_data, transposed ? b_rows : a_rows, transposed ? a_rows : b_rows, b_rows, u};
 }
 
-// weight [out, in], bias [out], a and b as above.
+// a and b as above.
+struct Adapter {
+  const Tensor *a, *b;
+  double scale;
+
+  int64_t rank() const { return a->size(0); }
+};
+
+// weight [out, in], bias [out]. adapters: none, one, or several, of which each has rows of its own (diffmas/models/adapter_rows.py).
 struct Linear {
   const Tensor& weight;
-  const Tensor *bias, *a, *b;
-  double scale;
+  const Tensor* bias;
+  std::vector<Adapter> adapters;
 
   int64_t out() const { return weight.size(0); }
   int64_t in() const { return weight.size(1); }
-  int64_t rank() const { return a ? a->size(0) : 0; }
-  // That its args take of the memory at most, for n rows.
-  int64_t floats(int64_t n) const { return n * std::max(in(), out()) + rank() * out(); }
+  int64_t rank() const { return adapters.size() == 1 ? adapters[0].rank() : 0; }
+  // That its args, and its adapters, take of the memory at most, for n rows.
+  int64_t floats(int64_t n) const {
+    int64_t ranks = 0;
+    for (const Adapter& adapter : adapters) ranks += adapter.rank();
+    return n * std::max(in(), out()) + ranks * out();
+  }
+  cpu::Lora lora(const Adapter& adapter, float* u, Memory& memory, bool transposed) const {
+    return binding::lora(adapter.a, adapter.b, adapter.scale, in(), out(), transposed, u, memory.take(adapter.rank() * out()));
+  }
 
+  // With the adapter, where it is one.
   cpu::LinearArgs args(int64_t n, const cpu::Matrix& x, int64_t length, const cpu::Matrix& y, float* u, Memory& memory,
                        bool transposed = false) const {
     cpu::LinearArgs args{};
@@ -65,9 +82,9 @@ struct Linear {
     args.weight = matrix("weight", weight, in());
     check(args.to % cpu::kLinearColumns == 0, "weight", "a number of rows that is a multiple of 32", weight);
     check(args.weight.dtype == x.dtype, "weight", "the dtype of x", weight);
-    if (bias) args.bias = vector("bias", *bias, args.to, weight.scalar_type());
+    if (bias && !transposed) args.bias = vector("bias", *bias, args.to, weight.scalar_type());
     args.x_floats = memory.take(x.dtype == DType::f32 ? 0 : n * args.from);
-    args.lora = lora(a, b, scale, in(), out(), transposed, u, memory.take(rank() * out()));
+    if (adapters.size() == 1) args.lora = lora(adapters[0], u, memory, transposed);
     return args;
   }
 };

@@ -82,15 +82,16 @@ Tensor low_rank_attention_backward(const Tensor& d_o, const Tensor& q, const Ten
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& a, const Optional& b,
                                   double scale, bool transposed);
 // Decoder layers on few rows x [1, n, hidden], from one's x to the next one's. A layer has two norms, each with an eps, and the linears
-// q, k, v, o, gate, up and down: of each its weight, bias, a and b, the last three where `parts` has 1 for a bias and 2 for a and b; the
+// q, k, v, o, gate, up and down: of each its weight, bias, a and b, the last three where `parts` has 1 for a bias and 2 for a and b, with
+// as many a, b and scales as there are ends, where the rows of several adapters end (none: one has all rows); the
 // norms of its heads, of q and k, where there are any; pools, whose rows `slots` it writes; and 4 tensors of quantised rows, where there are
 // some: K, V and their scales. View, rest and frozen_view: q_indptr, seg_indptr, seg_start, seg_len and maybe seg_offset; rest: what queries
 // see beside a view that all of them see; empty for none.
 //
 // learning: it returns beside y what the backward needs (layers.h).
 std::vector<Tensor> few_rows_layers(const Tensor& x, std::vector<Tensor> norms, std::vector<double> eps, std::vector<Tensor> linears,
-                                    std::vector<int64_t> parts, std::vector<double> scales, const Optional& cos, const Optional& sin,
-                                    const Tensor& slots, std::vector<Tensor> head_norms, double head_eps, bool interleaved,
+                                    std::vector<int64_t> parts, std::vector<double> scales, std::vector<int64_t> ends, const Optional& cos,
+                                    const Optional& sin, const Tensor& slots, std::vector<Tensor> head_norms, double head_eps, bool interleaved,
                                     std::vector<Tensor> k_pools, std::vector<Tensor> v_pools, std::vector<Tensor> view,
                                     std::vector<Tensor> rest, const Optional& inv_freq, double scale, std::vector<Tensor> frozen,
                                     std::vector<Tensor> frozen_view, bool learning);
@@ -99,7 +100,8 @@ std::vector<Tensor> few_rows_layers(const Tensor& x, std::vector<Tensor> norms, 
 // alone change, of which `tail` has the number in each sequence of the rest or, without one, of the view; no_tail: in the view before a rest.
 std::vector<Tensor> few_rows_layers_backward(const Tensor& dy, const Tensor& x, std::vector<Tensor> kept, std::vector<Tensor> norms,
                                              std::vector<double> eps, std::vector<Tensor> linears, std::vector<int64_t> parts,
-                                             std::vector<double> scales, const Optional& cos, const Optional& sin, const Tensor& slots,
+                                             std::vector<double> scales, std::vector<int64_t> ends, const Optional& cos,
+                                             const Optional& sin, const Tensor& slots,
                                              std::vector<Tensor> head_norms, double head_eps, bool interleaved, std::vector<Tensor> k_pools,
                                              std::vector<Tensor> v_pools, std::vector<Tensor> view, std::vector<Tensor> rest,
                                              const Optional& inv_freq, double scale, std::vector<Tensor> frozen,
@@ -108,7 +110,7 @@ std::vector<Tensor> few_rows_layers_backward(const Tensor& dy, const Tensor& x, 
 // The gradients of a and b of each waiting adapter, from all steps of a run, the last one first: o, rows and floats as the forward left
 // them, rows and floats as the backward did.
 std::vector<Tensor> few_rows_lora_grads(std::vector<Tensor> norms, std::vector<double> eps, std::vector<Tensor> linears,
-                                        std::vector<int64_t> parts, std::vector<double> scales, std::vector<Tensor> os,
+                                        std::vector<int64_t> parts, std::vector<double> scales, std::vector<int64_t> ends, std::vector<Tensor> os,
                                         std::vector<Tensor> xs, std::vector<Tensor> us, std::vector<Tensor> dys, std::vector<Tensor> vs);
 // What stands between a layer's linears, for rows [n, length], and its gradients (cpu/linear.h).
 Tensor norm(const Tensor& x, const Tensor& weight, double eps);

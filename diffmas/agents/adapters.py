@@ -18,13 +18,15 @@ import weakref
 import torch
 from torch import nn
 
-from diffmas.models.adapted import check_adapter, check_bare, is_wrapper
+from diffmas.models.adapted import ByRows, check_adapter, check_bare, is_wrapper
+from diffmas.models.adapter_rows import can_go_by_rows, in_place
 from diffmas.models.local import say_features
 from diffmas.models.parts import beside_the_text, causal_lm_of
+from diffmas.models.running import forward_pass_here, running
 
 __all__ = [
-    "ADAPTER_SCOPES", "add_lora", "is_bare", "lora_config", "name_of", "of_agent", "peft_wraps", "switched_off", "switched_to",
-    "train_roles", "will_switch",
+    "ADAPTER_SCOPES", "add_lora", "by_rows", "is_bare", "lora_config", "name_of", "of_agent", "peft_wraps", "shares_forward",
+    "switched_off", "switched_to", "train_roles", "will_switch",
 ]  # fmt: skip
 
 ADAPTER_SCOPES = ("shared", "per_role", "final_only")
@@ -143,16 +145,30 @@ def name_of(system, i: int) -> str | None:
     return active[0] if active else None
 
 
+def by_rows(system, group: list[int]) -> bool:
+    """Whether agents that share a forward have several adapters."""
+    own = system.adapter_scope == "per_role" and system.writer(system.agents[group[0]]) is system
+    return own and len({system.agents[i].adapter for i in group}) > 1
+
+
+def shares_forward(system, i: int) -> bool:
+    """Whether agent i has an adapter of its own that can have a part of a forward's rows."""
+    own = system.adapter_scope == "per_role" and system.writer(system.agents[i]) is system
+    return own and not is_bare(system, i) and can_go_by_rows(system.model, system.agents[i].adapter)
+
+
 @contextlib.contextmanager
-def of_agent(system, i: int):
-    """Inside, the model of agent i has that agent's adapter. Another model than the system's has one for all its agents."""
+def of_agent(system, i: int, *others: int):
+    """Inside, the model of agent i has that agent's adapter, or by rows those of agent i and of others that share its forward
+    (diffmas.models.adapter_rows). Another model than the system's has one for all its agents."""
     model = system.writer(system.agents[i]).model
     own = model is system.model
     if own and is_bare(system, i):
         with switched_off(system.model):
             yield
     elif own and system.adapter_scope == "per_role":
-        with _switched(system.model, _active_adapter=[system.agents[i].adapter]):
+        names = [system.agents[k].adapter for k in (i, *others)]
+        with _switched(system.model, _active_adapter=ByRows(names) if by_rows(system, [i, *others]) else names[:1]):
             yield
     else:
         with _LOCKS_LOCK:
@@ -198,7 +214,8 @@ def _put(module: nn.Module, state: dict):
             if "_active_adapter" in state and getattr(m, "merged", False):
                 m.unmerge()  # what is merged runs whichever adapter is active
             vars(m).update(state)
-        yield
+        with in_place(module) if isinstance(state.get("_active_adapter"), ByRows) else contextlib.nullcontext():
+            yield
     finally:
         for m, values in before:
             vars(m).update(values)
@@ -213,7 +230,7 @@ def _recomputed_with(module: nn.Module, state: dict, lock):
 
     def contexts():
         forward, again = given() if given else (contextlib.nullcontext(), contextlib.nullcontext())
-        return forward, Again(module, state, lock, again)
+        return forward, Again(module, state, lock, again, running(forward_pass_here()))
 
     module._gradient_checkpointing_func = functools.partial(checkpoint, context_fn=contexts)
     try:
@@ -223,15 +240,15 @@ def _recomputed_with(module: nn.Module, state: dict, lock):
 
 
 class Again:
-    """A context for each recomputation of a module's layers: the lock, PEFT's layers in their state, and another context."""
+    """A context for each recomputation of a module's layers: the lock, PEFT's layers in their state, and other contexts."""
 
-    def __init__(self, module: nn.Module, state: dict, lock, other):
-        self.module, self.state, self.lock, self.other = module, state, lock, other
+    def __init__(self, module: nn.Module, state: dict, lock, *others):
+        self.module, self.state, self.lock, self.others = module, state, lock, others
         self.entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
         with contextlib.ExitStack() as stack:
-            for context in (self.lock, _put(self.module, self.state), self.other):
+            for context in (self.lock, _put(self.module, self.state), *self.others):
                 stack.enter_context(context)
             self.entered.append(stack.pop_all())
 

@@ -17,6 +17,7 @@ from diffmas.agents.scores import question_values, scores
 from diffmas.agents.selection import MEASURED, QUESTION, within
 from diffmas.agents.turns import take_turns
 from diffmas.trace import Trace
+from diffmas.trace.appending import AdapterOf
 from diffmas.trace.views import SAID, by_sequence, length_of, rows_of, without_first
 
 __all__ = ["Board"]
@@ -111,7 +112,7 @@ class Board:
             if coded:  # nobody else may switch adapters, nor run, while the readers' are looked at and layers are hooked into
                 held.enter_context(adapters.will_switch(system.model))
             coder = self._coder(first) if coded else None
-            for context in (torch.set_grad_enabled(learning), coder, adapters.of_agent(system, first)):
+            for context in (torch.set_grad_enabled(learning), coder, adapters.of_agent(system, *group)):
                 held.enter_context(context or contextlib.nullcontext())
             if self.graph.chain:
                 own, read = None if turns is None else turns[first], self.read(first, questions)
@@ -134,13 +135,15 @@ class Board:
             own = [turn for i in group for turn in turns[i]]
         wide = Trace.stack(reads)
         wide.agent = [agent.name for agent in agents for _ in range(B)]
+        if adapters.by_rows(system, group):
+            wide.adapter = AdapterOf(len(group), [k for k in range(len(group)) for _ in range(B)])
         take_turns(system, agents[0], wide, own, least, self._seeds and self._seeds * len(group))
         common, kind = self._base(group[0]), SAID if system.trace_content == "latent_only" else None
         base = by_sequence(common)
         with phase("hand-over"):
             for k, (i, read) in enumerate(zip(group, reads)):
                 mine = wide.select(range(k * B, (k + 1) * B))
-                mine.agent = None
+                mine.agent = mine.adapter = None
                 rows = zip(by_sequence(mine), read.lengths, base)
                 self._handed[i] = mine.reading(
                     [handed_on(row, n, to_all, system.agents[i].name, kind, system.sinks) for row, n, to_all in rows],
@@ -195,13 +198,14 @@ class Board:
 
 
 def _groups(system, level: list[int]) -> list[list[int]]:
-    """The agents of a level that can share a forward: of one model and adapter, that learn or do not, and that take their steps
-    and write alike."""
+    """The agents of a level that can share a forward: of one model, and of one adapter or with rows of their own for each one's,
+    that learn or do not, and that take their steps and write alike."""
     groups: dict[tuple, list[int]] = {}
     for i in level:
         agent = system.agents[i]
-        own = system.writer(agent) is system
-        adapter = (agent.model, agent.adapter if own and system.adapter_scope == "per_role" else None)
+        own = system.writer(agent) is system and system.adapter_scope == "per_role"
+        own = own and not (len(level) > 1 and adapters.shares_forward(system, i))
+        adapter = (agent.model, agent.adapter if own else None)
         apart = i if agent.low_rank or not system.together else None
         steps = (agent.passes, agent.grad_passes, agent.stop_change)
         writes = (agent.max_message_tokens is None, agent.message_temperature)

@@ -13,7 +13,7 @@ from diffmas.models.parts import causal_lm_of
 from diffmas.models.support import Unsupported
 
 __all__ = [
-    "adapter_state", "adapter_tensors", "base_weights", "check_adapter", "check_adapters", "check_bare", "check_held",
+    "ByRows", "adapter_state", "adapter_tensors", "base_weights", "check_adapter", "check_adapters", "check_bare", "check_held",
     "check_one_adapter", "is_wrapper", "trained_in_base",
 ]  # fmt: skip
 
@@ -25,6 +25,11 @@ OUTSIDE = {
     "SHADOW": "a second model beside the layers",
     "XLORA": "a forward of its own that weighs the adapters",
 }
+
+
+class ByRows(tuple):
+    """As the active adapter of PEFT's layers: the names of adapters, of which each has a part of a forward's rows, in order
+    (diffmas.models.adapter_rows). One may be named several times."""
 
 
 def is_wrapper(module: nn.Module) -> bool:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-from diffmas.models.linear_parts import Ours, is_ours
+from diffmas.models.linear_parts import Ours, is_ours, learns
 from diffmas.models.plain_layer import hooked_by_others, plain_layer
 from diffmas.ops.layer import LayerOps, layer_ops
-from diffmas.ops.linear import CPU, FEW_ROWS
+from diffmas.ops.linear import CPU, FEW_ROWS, Parts
 from diffmas.trace.few_rows import Weights, few_rows_layers, ready
 from diffmas.trace.few_rows_learning import learning_layers
 from diffmas.trace.forward_pass import ForwardPass
@@ -157,24 +157,24 @@ def _plain(ours: Ours, layers: list[nn.Module], kernels: LayerOps, learning: boo
     alike = [
         {(spec.family, spec.rope, spec.head_dim, x.attention.scaling) for spec, x in zip(specs, found)},
         {eps for norms in heads for _, eps in norms},
-        {x.linears[0][0].shape[0] for x in found},
-        {x.linears[1][0].shape[0] for x in found},
+        {x.linears[0].weight.shape[0] for x in found},
+        {x.linears[1].weight.shape[0] for x in found},
     ]
     if any(len(x) > 1 for x in alike) or specs[0].head_dim is None:
         return None
-    weights = Weights(kv_size=alike[-1].pop())
+    weights = Weights(alike[-1].pop(), max([1, *(len(part.adapters) for x in found for part in x.linears)]))
     for plain, norms in zip(found, heads):
         weights.add(plain.linears, [*plain.norms, *norms], learning)
     return Plain([x.attention for x in found], weights)
 
 
-def _waits(linears: list[tuple], norms: list[tuple]) -> bool:
+def _waits(linears: list[Parts], norms: list[tuple]) -> bool:
     """Whether all that a layer trains are adapters whose gradients can wait for the end of a run: not where autograd gives them
     to aliases that tell one step's from another's (diffmas.agents.gradients, diffmas.agents.learning)."""
     if any(weight.requires_grad for weight, _ in norms):
         return False
-    adapters = [(a, b) for _, _, a, b, _ in linears if a is not None and (a.requires_grad or b.requires_grad)]
-    return all(x.requires_grad and x.is_leaf for adapter in adapters for x in adapter)
+    learn = [part.adapters for part in linears if learns(part.adapters)]
+    return all(x.requires_grad and x.is_leaf for adapters in learn for a, b, _ in adapters for x in (a, b))
 
 
 def _head_norms(attention: nn.Module) -> list[tuple] | None:
@@ -212,6 +212,8 @@ def few_rows(
     if looked.plain is None:
         return None
     attentions, weights = looked.plain
+    if weights.adapters > 1 and len(forward_pass.work.adapter_ends or ()) != weights.adapters:
+        return None  # the linears tell what is wrong
     first, specs = attentions[0], [x.diffmas_layer for x in attentions]
     scaled = specs[0].family.query_scale
     if scaled is not None and not bool((scaled(first, position_ids) == 1).all()):

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from diffmas.models.linear_parts import learning, learns, lora_grads_of, unseen_parts
+from diffmas.models.linear_parts import Learning, learning, lora_grads_of, unseen_parts
 from diffmas.models.rows import rows_of_numbers, unflattened
 from diffmas.models.running import forward_pass_here
 from diffmas.ops.layer import layer_ops
-from diffmas.ops.linear import FEW_ROWS
+from diffmas.ops.linear import FEW_ROWS, Adapter
 from diffmas.trace.forward_pass import ForwardPass
 
 __all__ = ["feed_forward", "same_rows"]
 
-Parts = list[tuple]  # weight, bias, a, b and scale of each linear (diffmas.models.linear_parts)
+Parts = list[tuple]  # of each linear `alone` (diffmas.ops.linear)
 
 
 def same_rows(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None:
@@ -61,9 +61,9 @@ def _served(modules: Sequence[nn.Module], x: Tensor) -> tuple[object, Parts, For
     parts = []
     for module in modules:
         found = unseen_parts(module, kernels)
-        if found is None:
+        if found is None or len(found.adapters) > 1:
             return None
-        parts.append(found)
+        parts.append(found.alone)
     return kernels.ops, parts, here
 
 
@@ -72,12 +72,13 @@ def _alike(parts: Parts, length: int) -> bool:
 
 
 def _has_gradients(x: Tensor, parts: Parts) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or any(learns(a, b) for _, _, a, b, _ in parts))
+    return torch.is_grad_enabled() and (x.requires_grad or any(w is not None and w.requires_grad for part in parts for w in part[2:4]))
 
 
 def _learning(parts: Parts, forward_pass: ForwardPass, ops) -> tuple[list, list[tuple]]:
     """Of all linears one after the other `Learning.inputs`; and run and number of each."""
-    found = [learning(a, b, scale, forward_pass, ops) for _, _, a, b, scale in parts]
+    own = [None if part[2] is None else Adapter(*part[2:]) for part in parts]
+    found = [Learning() if adapter is None else learning(adapter, forward_pass, ops) for adapter in own]
     return [x for one in found for x in one.inputs], [one[1:] for one in found]
 
 

@@ -1,7 +1,8 @@
 """The linear layers of a patched model in a forward over a trace: each one op, with the LoRA adapter that is active in it.
 
 What is fused: an `nn.Linear` that is frozen or runs without gradients, alone or in PEFT's LoRA layer with no or one active
-adapter that is plain LoRA, its weights float32 and without dropout; on the CPU by default, on a GPU where it was asked for
+adapter, or several that have rows of their own (diffmas.models.adapter_rows), if they are plain LoRA, their weights float32 and
+without dropout; on the CPU by default, on a GPU where it was asked for
 (diffmas.ops.layer). All else, and every forward without a trace, runs as it is. Nothing is decided for good: an adapter that is
 switched, merged, hooked or replaced is looked at again in each forward. On the CPU, without gradients, few rows go further, all
 layers in one op (diffmas.models.few_rows), and so does the head when it is decoded.
@@ -16,16 +17,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from diffmas.models.adapted import is_wrapper
+from diffmas.models.adapted import ByRows, is_wrapper
+from diffmas.models.adapter_rows import adapters_by_rows
 from diffmas.models.few_rows import few_rows
 from diffmas.models.kinds import kind_of
-from diffmas.models.linear_parts import Ours, is_lora, is_ours, learning, learns, lora_grads_of, parts_of
+from diffmas.models.linear_parts import Ours, is_lora, is_ours, learning_of, learns, lora_grads_of, parts_of
 from diffmas.models.parts import attention_layers, causal_lm_of, text_stack_of
 from diffmas.models.pointwise import GatedForward, NormForward
 from diffmas.models.rows import unflattened
 from diffmas.models.running import forward_pass_here, running
 from diffmas.ops.layer import layer_ops
-from diffmas.ops.linear import FEW_ROWS, linear
+from diffmas.ops.linear import FEW_ROWS, Adapter, Parts, linear, rows_of
 from diffmas.trace.forward_pass import ForwardPass
 
 __all__ = ["fuse_layers", "product", "restore_layers"]
@@ -108,35 +110,38 @@ class LinearForward(Ours):
         if not torch.compiler.is_compiling() and not args and not kwargs and (here := forward_pass_here()) is not None:
             kernels = layer_ops(x, here.work.spec.fused)
             if kernels is not None and (parts := parts_of(module, kernels)) is not None:
-                return run(x, *parts, here, kernels.ops)
+                return run(x, parts, here, kernels.ops)
+        if isinstance(module.__dict__.get("_active_adapter"), ByRows):
+            return adapters_by_rows(module, x)
         return type(module).forward(module, x, *args, **kwargs)
 
 
-def run(x: Tensor, weight, bias, a, b, scale: float, forward_pass: ForwardPass, ops) -> Tensor:
+def run(x: Tensor, parts: Parts, forward_pass: ForwardPass, ops) -> Tensor:
     """x [..., in] -> [..., out]. ops: as `linear` has it."""
-    if not torch.is_grad_enabled() or not (x.requires_grad or learns(a, b)):
-        return _of_rows(x, weight, bias, a, b, scale, ops=ops)[0]
-    inputs, *waits = learning(a, b, scale, forward_pass, ops)
-    return LoraLinear.apply(x, *inputs, (weight, bias, a, b, scale, *waits, ops))
+    ends = forward_pass.work.adapter_ends
+    if not torch.is_grad_enabled() or not (x.requires_grad or learns(parts.adapters)):
+        return _of_rows(x, parts, ends, ops)[0]
+    inputs, waits = learning_of(parts.adapters, forward_pass, ops)
+    return LoraLinear.apply(x, (parts, ends, waits, ops), *inputs)
 
 
-def _of_rows(x: Tensor, *rest, ops, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
-    """`linear` of x [..., in]: y [..., out], and u [n, r]."""
-    y, u = linear(x.reshape(-1, x.shape[-1]), *rest, transposed, ops)
-    return unflattened(y, x), u
+def _of_rows(x: Tensor, parts: Parts, ends, ops, transposed: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """`linear` of x [..., in]: y [..., out], and u [n, r] of each adapter."""
+    y, us = linear(x.reshape(-1, x.shape[-1]), parts, ends, transposed, ops)
+    return unflattened(y, x), us
 
 
 class LoraLinear(torch.autograd.Function):
-    """token, a, b: `Learning.inputs`."""
+    """inputs: `Learning.inputs` of each adapter, one after the other."""
 
     @staticmethod
-    def forward(ctx, x, token, a_input, b_input, rest):
-        weight, bias, a, b, scale, run_of, number, ops = rest
-        y, u = _of_rows(x, weight, bias, a, b, scale, ops=ops)
-        if not any(ctx.needs_input_grad[1:4]):
-            x = u = None  # as in torch, the gradient to the input needs the weights alone
-        ctx.save_for_backward(x, u, weight, a, b)
-        ctx.rest = scale, run_of, number, ops
+    def forward(ctx, x, rest, *inputs):
+        parts, ends, waits, ops = rest
+        y, us = _of_rows(x, parts, ends, ops)
+        if not any(ctx.needs_input_grad[2:]):
+            x, us = None, [None] * len(us)  # as in torch, the gradient to the input needs the weights alone
+        ctx.save_for_backward(x, parts.weight, *us, *(w for a, b, _ in parts.adapters for w in (a, b)))
+        ctx.rest = [scale for *_, scale in parts.adapters], ends, waits, ops
         return y
 
     @staticmethod
@@ -145,11 +150,19 @@ class LoraLinear(torch.autograd.Function):
 
 
 def _backward(ctx, dy):
-    x, u, weight, a, b = ctx.saved_tensors
-    scale, run_of, number, ops = ctx.rest
-    dx_wanted, *wanted = ctx.needs_input_grad[:4]
-    dx, v = _of_rows(dy, weight, None, a, b, scale, ops=ops, transposed=True) if dx_wanted else (None, None)
-    return dx, *lora_grads_of(wanted, run_of, number, x, u, dy, v, b, scale, ops), None
+    scales, ends, waits, ops = ctx.rest
+    x, weight, *kept = ctx.saved_tensors
+    us, weights = kept[: len(scales)], kept[len(scales) :]
+    adapters = tuple(map(Adapter, weights[::2], weights[1::2], scales))
+    dx, vs = None, [None] * len(scales)
+    if ctx.needs_input_grad[0]:
+        dx, vs = _of_rows(dy, Parts(weight, None, adapters), ends, ops, transposed=True)
+    dy, x = (z if z is None else z.reshape(-1, z.shape[-1]) for z in (dy, x))
+    found = []
+    for i, (own, wait, u, v, adapter) in enumerate(zip(rows_of(adapters, ends, len(dy)), waits, us, vs, adapters)):
+        wanted = ctx.needs_input_grad[2 + 3 * i : 5 + 3 * i]
+        found += lora_grads_of(wanted, *wait, x if x is None else x[own], u, dy[own], v, *adapter[1:], ops)
+    return dx, None, *found
 
 
 _backward_once = once_differentiable(_backward)
@@ -160,13 +173,13 @@ class Product(torch.autograd.Function):
     def forward(ctx, x, weight, transposed, ops):
         ctx.save_for_backward(weight)
         ctx.rest = transposed, ops
-        return linear(x, weight, None, None, None, 0.0, transposed, ops)[0]
+        return linear(x, Parts(weight, None), None, transposed, ops)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (weight,), (transposed, ops) = ctx.saved_tensors, ctx.rest
-        return linear(dy, weight, None, None, None, 0.0, not transposed, ops)[0], None, None, None
+        return linear(dy, Parts(weight, None), None, not transposed, ops)[0], None, None, None
 
 
 def product(model: nn.Module, module: nn.Module, x: Tensor, transposed: bool = False) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from diffmas.models.compiled import CompiledForward
 from diffmas.models.plain_layer import hooked_by_others
 
-__all__ = ["hooked", "observed", "random_state"]
+__all__ = ["hooked", "is_compiled", "observed", "random_state"]
 
 
 def observed(modules: Collection[nn.Module], own: Collection[int | None] = ()) -> bool:
@@ -18,7 +18,7 @@ def observed(modules: Collection[nn.Module], own: Collection[int | None] = ()) -
     return (
         hooked(modules, own)
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        or any(_compiled(m) or (m.training and getattr(m, "gradient_checkpointing", False)) for m in modules)
+        or any(is_compiled(m) or (m.training and getattr(m, "gradient_checkpointing", False)) for m in modules)
         or any(p is not None and p.requires_grad and p._backward_hooks for m in modules for p in m._parameters.values())
     )
 
@@ -28,7 +28,8 @@ def hooked(modules: Iterable[nn.Module], own: Collection[int | None] = ()) -> bo
     return _has_any_global_hook() or any(hooked_by_others(m, own) for m in modules)
 
 
-def _compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether somebody compiles its forward."""
     forward = module.__dict__.get("forward")
     ours = isinstance(getattr(forward, "__self__", None), CompiledForward)
     return ours or module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")

@@ -10,6 +10,7 @@ from diffmas.models.attention import FusedForward
 from diffmas.models.kinds import is_plain, kind_of
 from diffmas.models.linear_parts import unseen_parts
 from diffmas.ops.layer import LayerOps
+from diffmas.ops.linear import Parts
 
 __all__ = ["PlainLayer", "hooked_by_others", "plain_layer"]
 
@@ -18,12 +19,12 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class PlainLayer(NamedTuple):
-    """attention: the module. norms: weight and eps of the one before attention and of the one after it. linears: the parts
-    (diffmas.models.linear_parts) of q, k, v, output, gate, up and down."""
+    """attention: the module. norms: weight and eps of the one before attention and of the one after it. linears: q, k, v,
+    output, gate, up and down."""
 
     attention: nn.Module
     norms: list[tuple]
-    linears: list[tuple]
+    linears: list[Parts]
 
 
 def hooked_by_others(module: nn.Module, own: Collection[int | None] = ()) -> bool:

@@ -6,12 +6,15 @@ small ones go over x and y where they lie, with no float32 copy of either. Kerne
 diffmas.ops.layer.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from diffmas.ops.backends import BACKENDS
 
-__all__ = ["FEW_ROWS", "linear", "lora_grads"]
+__all__ = ["FEW_ROWS", "Adapter", "Parts", "linear", "lora_grads", "rows_of"]
 
 CPU = BACKENDS["cpu"].ops
 # Against torch on one core of a Zen 4, weights of 192 x 576 to 2048 x 2048 that come from memory: bfloat16 forward
@@ -21,19 +24,55 @@ CPU = BACKENDS["cpu"].ops
 FEW_ROWS = 32
 
 
+class Adapter(NamedTuple):
+    """a [r, in] and b [out, r] in float32."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class Parts(NamedTuple):
+    """weight [out, in], bias [out]. adapters: none, one, or several, of which each has a part of the rows."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def alone(self) -> tuple:
+        """weight, bias, a, b and scale, where there is one adapter at most."""
+        return (*self[:2], *(self.adapters[0] if self.adapters else (None, None, 0.0)))
+
+
+def rows_of(adapters: Sequence, ends: Sequence[int] | None, n: int) -> list[slice]:
+    """Which of n rows each adapter has. ends: where the rows of each of several end; raises RuntimeError where they do not fit,
+    rather than giving an adapter rows that are not its own."""
+    if len(adapters) <= 1:
+        return [slice(0, n)] * len(adapters)
+    if ends is None or len(ends) != len(adapters) or ends[-1] != n:
+        raise RuntimeError(f"{len(adapters)} adapters: expected a forward pass that says which of {n} rows are whose, got {ends}")
+    return [slice(*x) for x in zip((0, *ends), ends)]
+
+
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, transposed: bool = False,
-    ops=CPU,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """x [n, in] of weight's dtype, a [r, in] and b [out, r] float32 or None. -> y [n, out] and x a' [n, r] float32; transposed:
-    of dy [n, out], dx [n, in] and dy b."""
+    x: Tensor, parts: Parts, ends: Sequence[int] | None = None, transposed: bool = False, ops=CPU
+) -> tuple[Tensor, list[Tensor]]:
+    """x [n, in] of weight's dtype. -> y [n, out], and of each adapter x a' [its rows, r] float32; transposed: of dy [n, out],
+    dx [n, in] and dy b. ends: as `rows_of` takes them."""
     if x.stride(1) != 1:
         x = x.contiguous()
+    weight, bias, adapters = parts
     torchs = ops is CPU and transposed and x.shape[0] == 1 and x.dtype == torch.float32
-    if x.shape[0] <= FEW_ROWS and not torchs:
-        return ops.linear(x, weight, bias, a, b, scale, transposed)
-    y = torch.mm(x, weight) if transposed else torch.nn.functional.linear(x, weight, bias)
-    return y, None if a is None else ops.add_lora(y, x, a, b, scale, transposed)
+    if x.shape[0] > FEW_ROWS or torchs:
+        y = torch.mm(x, weight) if transposed else torch.nn.functional.linear(x, weight, bias)
+    elif len(adapters) <= 1:
+        y, u = ops.linear(x, *parts.alone, transposed)
+        return y, [u][: len(adapters)]
+    else:
+        y, _ = ops.linear(x, weight, bias, None, None, 0.0, transposed)
+    rows = rows_of(adapters, ends, len(x))
+    return y, [ops.add_lora(y[own], x[own], *adapter, transposed) for own, adapter in zip(rows, adapters)]
 
 
 def lora_grads(x: Tensor, u: Tensor, dy: Tensor, v: Tensor, scale: float, ops=CPU) -> tuple[Tensor, Tensor]:

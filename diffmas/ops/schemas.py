@@ -47,7 +47,7 @@ FUSED = {
 }
 
 
-LAYERS = "Tensor[] norms, float[] eps, Tensor[] linears, int[] parts, float[] scales"
+LAYERS = "Tensor[] norms, float[] eps, Tensor[] linears, int[] parts, float[] scales, int[] ends"
 LAYERS_HEADS = "Tensor? cos, Tensor? sin, Tensor slots, Tensor[] head_norms, float head_eps, bool interleaved"
 LAYERS_VIEWS = "Tensor[] view, Tensor[] rest, Tensor? inv_freq, float scale, Tensor[] frozen, Tensor[] frozen_view"
 

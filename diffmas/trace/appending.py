@@ -5,6 +5,7 @@ last layer, is the one place where a trace gets longer.
 """
 
 import operator
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +17,23 @@ from diffmas.trace.pool import DeferredKVGrad
 from diffmas.trace.store import LEAST_SPARE, MOST_SPARE, Extent, Hold
 from diffmas.trace.views import FROZEN, KINDS, Segment, apart, ranges_of
 
-__all__ = ["Appending"]
+__all__ = ["AdapterOf", "Appending"]
+
+
+class AdapterOf(NamedTuple):
+    """of: by sequence, the number of its adapter, of `count` (diffmas.models.adapter_rows). In order: its rows are in one piece."""
+
+    count: int
+    of: list[int]
+
+    def ends(self, lengths: list[int]) -> list[int]:
+        """Where the packed new tokens of each adapter end."""
+        if self.of != sorted(self.of):
+            raise ValueError(f"adapter: expected sequences in the order of their adapters, got {self.of}")
+        rows = [0] * self.count
+        for number, n in zip(self.of, lengths):
+            rows[number] += n
+        return np.cumsum(rows).tolist()
 
 
 class Appending(CacheFace):
@@ -73,7 +90,7 @@ class Appending(CacheFace):
         forward_pass = ForwardPass(
             self.spec, self._store, lengths, positions, slots, hold.views, self._order, table, lineage=self._lineage,
             deferred=deferred, step=step, older=older, hold=hold, frozen=list(quantised) if any(quantised) else None,
-            coded=reads,
+            coded=reads, adapter_ends=None if self.adapter is None else self.adapter.ends(lengths),
         )  # fmt: skip
         forward_pass.kind = kind
         return forward_pass

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffmas.trace.autograd import node
-from diffmas.trace.few_rows import Weights, arguments, few_rows_layers, ready
+from diffmas.trace.few_rows import Weights, arguments, ends_of, few_rows_layers, ready
 from diffmas.trace.forward_pass import ForwardPass
 from diffmas.trace.lora_run import LoraRun
 from diffmas.trace.spec import LayerSpec
@@ -75,8 +75,8 @@ _backward_once = once_differentiable(_backward)
 _layers = node(Layers)
 
 
-def _lora_grads(weights: Weights, steps: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    return torch.ops.diffmas_native.few_rows_lora_grads(*weights.of_layers, *map(list, zip(*steps)))
+def _lora_grads(weights: Weights, ends: list[int], steps: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    return torch.ops.diffmas_native.few_rows_lora_grads(*weights.of_layers, ends, *map(list, zip(*steps)))
 
 
 def learning_layers(
@@ -90,6 +90,7 @@ def learning_layers(
         if work.deferred is None:
             return None
         run = work.deferred.lora = work.deferred.lora or LoraRun()
-        token, number = run.begin(id(weights), weights.learning, functools.partial(_lora_grads, weights))
+        grads = functools.partial(_lora_grads, weights, ends_of(work, weights))  # the same in all steps of a run
+        token, number = run.begin(id(weights), weights.learning, grads)
         waiting = run, number
     return _layers(x, order, token, (work, layers, weights, cos, sin, scale, waiting))

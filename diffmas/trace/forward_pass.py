@@ -46,7 +46,8 @@ class ForwardPass:
     new rows at the end. past: the order token that it stands behind (diffmas.trace.autograd). table: what `Trace.commit` takes
     over. more: lineage (which gradient pools it uses), deferred and step (the run of latent steps that it is step number `step`
     of, from 1), older (with step 1, the views before the run of those who take it), hold (of the rows that it needs),
-    frozen (the quantised rows that each sequence sees before its view, from 0 on), coded (those that it reads with codes).
+    frozen (the quantised rows that each sequence sees before its view, from 0 on), coded (those that it reads with codes),
+    adapter_ends (where the new tokens of each of several adapters end, which have rows of their own).
     kind: of the rows that it writes. ids [n]: the tokens that it writes, where its caller knows them. batch: the caller's.
     ending: a function that is told the last hidden state, in any shape.
 

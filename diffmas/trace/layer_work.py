@@ -67,6 +67,7 @@ class LayerWork(LayerBackward):
     hold: Hold | None = None
     frozen: list[list[KVRange]] | None = None
     coded: CodedReads | None = None
+    adapter_ends: list[int] | None = None
 
     watch = None  # (layer, dK, dV [n, Hkv, D]) -> None: told the gradient of the rows that this pass wrote
     # (layer, rotated q [n, Hq, D], o, lse, (K, V), parts, scale, interleaved) -> None: told who attends to what, in what

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmas.trace.appending import Appending
+from diffmas.trace.appending import AdapterOf, Appending
 from diffmas.trace.autograd import inherit
 from diffmas.trace.copying import Copying
 from diffmas.trace.pool import DeferredKVGrad
@@ -58,6 +58,8 @@ class Trace(Appending, Copying, ReadingCodes, Viewing):
         self._see([[] for _ in range(batch_size)], torch.zeros(0))
         # Who writes next, recorded with every segment: one for all sequences, or a list with one for each.
         self.agent: str | list[str] | None = None
+        # Which adapter each sequence's new tokens go through, where several have rows of their own; None: all the active one.
+        self.adapter: AdapterOf | None = None
 
     def _see(self, segments, order, extents=None, next_positions=None, lineage: int = 0) -> None:
         """All that a view is, in one place; the store asks it which rows it needs."""
@@ -159,7 +161,7 @@ class Trace(Appending, Copying, ReadingCodes, Viewing):
 
     def _view(self, segments, extents=None, next_positions=None, order=None, lineage: int | None = None) -> "Trace":
         view = object.__new__(type(self))
-        view.spec, view._store, view.agent = self.spec, self._store, self.agent
+        view.spec, view._store, view.agent, view.adapter = self.spec, self._store, self.agent, self.adapter
         view._see(
             [[s._replace(sequence=b) for s in row] for b, row in enumerate(segments)],
             self._order if order is None else order, None if extents is None else list(extents),

@@ -29,7 +29,10 @@ class Viewing(CacheFace):
             if not 0 <= b < self.batch_size:
                 raise ValueError(f"sequences: expected values in [0, {self.batch_size}), got {b}")
         pick = lambda xs: [xs[b] for b in sequences]  # noqa: E731
-        return self._view(pick(self._segments), pick(self._extents), pick(self._next))
+        view = self._view(pick(self._segments), pick(self._extents), pick(self._next))
+        if self.adapter is not None:
+            view.adapter = self.adapter._replace(of=pick(self.adapter.of))
+        return view
 
     def detach(self) -> Self:
         """The same view as a constant: no gradient reaches what was written so far."""

@@ -14,7 +14,10 @@ from diffmas.benchmarks.machine import clock
 from diffmas.benchmarks.measure import Case
 from diffmas.models.parts import body_of, causal_lm_of
 
-__all__ = ["DEVICE", "NOTE", "SMOL", "Stopwatch", "eager_attention", "end_to_end", "make_model", "make_smol", "make_system"]
+__all__ = [
+    "DEVICE", "NOTE", "SMOL", "Stopwatch", "eager_attention", "end_to_end", "make_model", "make_smol", "make_system",
+    "word_tokenizer",
+]  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 4096
@@ -67,13 +70,17 @@ def make_model(case: Case, dtype: torch.dtype = torch.float32) -> Qwen3ForCausal
     return Qwen3ForCausalLM(config).to(DEVICE, dtype).eval()
 
 
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, w2 and so on."""
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", eos_token="<eos>")
+
+
 def make_system(case: Case, lora: bool) -> tuple[MultiAgentSystem, list[str], list[str]]:
     """Agents whose prompts make a trace of about N rows with T latent steps each; batches have questions of different lengths,
     the longest of which makes N rows, but those of model 135M. -> system, questions, answers."""
-    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}  # one token a word
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", eos_token="<eos>")
     smol = case.model == "135M"
     model = make_smol(case, getattr(torch, case.dtype)).to(DEVICE) if smol else make_model(case)
     if lora:
@@ -86,7 +93,7 @@ def make_system(case: Case, lora: bool) -> tuple[MultiAgentSystem, list[str], li
     prompt = (case.N - writers * case.T) // case.agents - 1
     lengths = [prompt if smol else max(1, prompt * (b + 1) // case.batch) for b in range(case.batch)]
     questions = [" ".join(f"w{2 + (b + i) % 4000}" for i in range(n)) for b, n in enumerate(lengths)]
-    return MultiAgentSystem(model, tokenizer, agents), questions, ["w5 " * 15] * case.batch
+    return MultiAgentSystem(model, word_tokenizer(), agents), questions, ["w5 " * 15] * case.batch
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""A level of agents with an adapter each (`per_role`): a prompt and latent steps of all of them in one forward, each adapter with
-its own rows; against one agent after the other, and PEFT's own batch of several adapters (`adapter_names`) on a DynamicCache.
-"step": with the loss of an agent that reads them all, and its backward, which PEFT has no batch for.
+"""A level of agents with an adapter each (`per_role`): a prompt and latent steps of all of them in one forward, each adapter
+with its own rows; against one agent after the other, and PEFT's own batch of several adapters (`adapter_names`) on a
+DynamicCache. "step": with the loss of an agent that reads them all, and its backward, which PEFT has no batch for.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """Tiny models whose linears are long enough to be fused, with LoRA; teams of them, and their gradients fused and not."""
 
 import contextlib
+from dataclasses import replace
 
 import torch
 from models import make_config, randomize
@@ -15,6 +16,11 @@ from diffmas.models import few_rows, linears
 T = 4
 AGENTS = [Agent("planner", "w5 {question} w6", T), Agent("critic", "w7 w8 {question}", T - 1), Agent("solver", "w9 {question}")]
 LINEARS = 3 * 7  # of the model, all with an adapter
+
+
+def side_by_side(agents=AGENTS):
+    """The same agents, of which all but the last read nobody."""
+    return [*(replace(a, reads=[]) for a in agents[:-1]), agents[-1]]
 
 
 def base(family="qwen2", dtype=torch.float32):

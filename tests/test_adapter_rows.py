@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linear_systems import QUESTIONS, assert_close, base, counted, gradients, learning_at_once, lora, unfused, with_b
+from linear_systems import (
+    QUESTIONS,
+    assert_close,
+    base,
+    counted,
+    gradients,
+    learning_at_once,
+    lora,
+    side_by_side,
+    unfused,
+    with_b,
+)
 from loops import TIGHT, check_checkpointing, check_greedy_tokens, check_loss
 from models import gradients as all_gradients
 from models import tiny
@@ -22,10 +33,7 @@ from diffmas.ops import extension
 from diffmas.training import lora_config
 
 NEEDS_KERNELS = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels are missing: {extension.error}")
-ROLES = [
-    Agent("planner", "w5 {question} w6", 4, reads=[]), Agent("critic", "w7 w8 {question}", 3, reads=[]),
-    Agent("solver", "w9 {question}"),
-]  # fmt: skip
+ROLES = side_by_side()
 
 
 def of_roles(model, agents, adapt=None, b=0.05, **options):
@@ -60,10 +68,9 @@ def groups(s):
     return Board(s, Trace(s.model)).groups
 
 
-@pytest.mark.parametrize("options", [{}, dict(trace_content="latent_only")], ids=str)
-@pytest.mark.parametrize("shape", ["parallel", "tree", "diamond", "passes"])
-def test_loss_and_gradients_equal_the_loop(shape, options):
-    s = float64(shape, **options)
+@pytest.mark.parametrize("shape, content", [("parallel", "all"), ("diamond", "latent_only"), ("passes", "latent_only")])
+def test_loss_and_gradients_equal_the_loop(shape, content):
+    s = float64(shape, trace_content=content)
     assert max(map(len, groups(s))) > 1
     check_loss(s, RolesLoop)
 
@@ -75,6 +82,17 @@ def test_generated_tokens():
 def test_checkpointed_layers():
     """Which are recomputed when the adapters have been switched back."""
     check_checkpointing(float64("tree", trace_content="latent_only").train())
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("fuse", [None, False])
+def test_checkpointed_layers_of_kernels(fuse):
+    s = fused().train()
+    patch_model(s.model, fuse=fuse)
+    want = gradients(s)
+    s.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert groups(s) == [[0, 1]]
+    assert_close(gradients(s), want, 1e-5)
 
 
 @pytest.mark.parametrize("shape", ["diamond", "passes"])

@@ -182,6 +182,13 @@ def test_an_adapter_for_each_agent(repeating):
     assert len(repeating) == 2
 
 
+def test_agents_with_an_adapter_each_in_one_forward(repeating):
+    side_by_side = [*(replace(a, reads=[], latent_steps=8) for a in AGENTS[:2]), AGENTS[2]]
+    s = MultiAgentSystem(roles_model([a.name for a in side_by_side]), tokenizer(), side_by_side, adapter_scope="per_role")
+    assert_as_eager(s)
+    assert len(repeating) == 2
+
+
 def test_ragged_steps(repeating):
     """Each set of sequences that take steps together is a run."""
     s = system(agents=RAGGED)

@@ -55,15 +55,21 @@ class Rows:
         return (ops.merge_states(*states[0], *states[1]) if len(states) > 1 else states[0])[0].flatten(1)
 
 
-def arguments(rows, layers) -> dict:
+def adapters_of(linear) -> tuple[Adapter, ...]:
+    """Of what make_linear gives, or of (weight, bias, adapters)."""
+    return () if linear[2] is None else (Adapter(*linear[2:]),) if len(linear) == 5 else linear[2]
+
+
+def arguments(rows, layers, ends=()) -> dict:
     """layers: (linears, norms) of each."""
-    present = lambda some: [t for t in some[:4] if t is not None]
+    present = lambda some: [t for t in (*some[:2], *(t for adapter in adapters_of(some) for t in adapter[:2])) if t is not None]
     linears = [linear for some, _ in layers for linear in some]
-    parts = [(x[1] is not None) + 2 * (x[2] is not None) for x in linears]
+    parts = [(x[1] is not None) + 2 * bool(adapters_of(x)) for x in linears]
+    scales = [s for x in linears for s in ([a.scale for a in adapters_of(x)] or [0.0] * (len(ends) or 1))]
     return {
         "norms": [w for _, norms in layers for w in norms], "eps": [EPS] * 2 * len(layers),
-        "linears": [t for linear in linears for t in present(linear)], "parts": parts, "scales": [x[4] for x in linears],
-        "ends": [],
+        "linears": [t for linear in linears for t in present(linear)], "parts": parts, "scales": scales,
+        "ends": list(ends),
         "cos": rows[0].cos, "sin": rows[0].sin, "slots": rows[0].slots, "head_norms": [], "head_eps": 0.0, "interleaved": False,
         "k_pools": [r.pools[0] for r in rows], "v_pools": [r.pools[1] for r in rows], "view": rows[0].views[0],
         "rest": rows[0].views[1] if len(rows[0].views) > 1 else [], "inv_freq": None, "scale": SCALE, "frozen": [],
@@ -99,10 +105,10 @@ def learned(x, rows, layers, dy, change=lambda kept: kept):
     return [y[0], *found, *dk, *dv, *weights]
 
 
-def by_its_parts(x, rows, linears, norms):
+def by_its_parts(x, rows, linears, norms, ends=None):
     """By an op for each part of the layer."""
-    own = [Parts(*some[:2], () if some[2] is None else (Adapter(*some[2:]),)) for some in linears]
-    q, k, v, out, gate, up, down = (lambda x, some=some: linear(x, some)[0] for some in own)
+    own = [Parts(*some[:2], adapters_of(some)) for some in linears]
+    q, k, v, out, gate, up, down = (lambda x, some=some: linear(x, some, ends)[0] for some in own)
     normed = ops.norm(x, norms[0], EPS)
     h = x + out(rows.attend(q(normed), k(normed), v(normed)))
     inner = ops.norm(h, norms[1], EPS)
@@ -151,6 +157,30 @@ def test_layers(n, rank, dtype):
     exact = as_the_model(wide(x), wide_rows, linears, norms, exact_product)
     tolerance = 1e-5 if dtype == torch.float32 else 0.04
     torch.testing.assert_close(fused(x, [rows], layers[:1]).double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_adapters_with_rows_of_their_own(dtype):
+    """The bits of the parts' ops. One adapter has no row, and one linear has none of them; and their gradients."""
+    torch.manual_seed(0)
+    x, (linears, norms), ends = torch.randn(12, HIDDEN).to(dtype), make_layer(dtype, 5), [7, 7, 12]
+
+    def with_three(linear, ranks):
+        out, length = linear[0].shape
+        return *linear[:2], tuple(Adapter(torch.randn(r, length) / 9, torch.randn(out, r) / 2, 0.5 * r) for r in ranks)
+
+    own = [with_three(some, () if i == 2 else (3, 4, 5)) for i, some in enumerate(linears)]
+    args = arguments([Rows(12, dtype)], [(own, norms)], ends)
+    (got,) = ops.few_rows_layers(x[None], **args, learning=False)
+    assert torch.equal(got[0], by_its_parts(x, Rows(12, dtype), own, norms, ends))
+    for wrong in ([7, 12], [7, 7, 11], [7, 3, 12], [-1, 7, 12], [7, 13, 12], []):
+        with pytest.raises(RuntimeError, match=r"(ends|scales): expected"):
+            ops.few_rows_layers(x[None], **args | {"ends": wrong}, learning=False)
+        with pytest.raises(RuntimeError, match=r"(ends|scales): expected"):
+            ops.few_rows_lora_grads(
+                *(args[n] for n in ("norms", "eps", "linears", "parts", "scales")), wrong, [torch.zeros(1, 1, 12, HIDDEN)],
+                *[[torch.zeros(0)]] * 4,
+            )  # fmt: skip
 
 
 def test_one_row_of_one_sequence():

@@ -6,13 +6,26 @@ from collections import Counter
 import pytest
 import torch
 from launches import note_launches
-from linear_systems import LINEARS, T, assert_close, base, counted, doubled, gradients, hooked, lora, system, unfused
+from linear_systems import (
+    LINEARS,
+    T,
+    assert_close,
+    base,
+    counted,
+    doubled,
+    gradients,
+    hooked,
+    lora,
+    side_by_side,
+    system,
+    unfused,
+)
 from models import make_config, randomize
-from systems import QUESTIONS
+from systems import QUESTIONS, tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from diffmas import Trace, ops, patch_model
+from diffmas import MultiAgentSystem, Trace, ops, patch_model
 from diffmas.agents.latent import latent_steps
 from diffmas.agents.realign import Realign
 from diffmas.models import attention, pointwise
@@ -74,6 +87,16 @@ def test_a_training_step(kernels):
     assert_close(got, want, 1e-4)  # latent steps amplify the rounding of 3 layers
     assert len(steps) == (T + T - 1) * LINEARS and len(of_runs) == 2 * LINEARS
     assert kernels.keys() == LEARNING
+
+
+def test_a_training_step_of_agents_with_an_adapter_each(kernels):
+    """In one forward: what an adapter adds to its rows is a launch of its own."""
+    made = MultiAgentSystem(lora(base(), "per_role"), tokenizer(), side_by_side(), adapter_scope="per_role").train().to(DEVICE)
+    want = gradients(unfused(made))
+    fused(made.model)
+    got = gradients(made)
+    assert_close(got, want, 1e-4)
+    assert kernels["add_lora"] >= 2 * T * LINEARS and kernels["linear"] > T * LINEARS
 
 
 def states(model, rows: int, dtype: torch.dtype):

@@ -198,8 +198,8 @@ class Board:
 
 
 def _groups(system, level: list[int]) -> list[list[int]]:
-    """The agents of a level that can share a forward: of one model, and of one adapter or with rows of their own for each one's,
-    that learn or do not, and that take their steps and write alike."""
+    """The agents of a level that can share a forward: of one model, of one adapter or of several that can have rows of their
+    own, that learn or do not, and that take their steps and write alike."""
     groups: dict[tuple, list[int]] = {}
     for i in level:
         agent = system.agents[i]

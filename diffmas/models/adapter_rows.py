@@ -1,8 +1,9 @@
 """Adapters that have rows of their own: agents with an adapter each, in one forward over their packed tokens.
 
-The weights are read once for all of them, and each adapter takes its part of the rows. PEFT's layers say which adapters they are
-(`ByRows`, as their active adapter), the forward pass where the rows of each end (`adapter_ends`). Plain LoRA goes through the
-kernels (diffmas.models.linears), what else LoRA does through torch. It rounds as PEFT does: the base layer's output, then the sum.
+The weights are read once for all of them, and each adapter takes its part of the rows. PEFT's layers say which adapters they
+are (`ByRows`, as their active adapter), the forward pass where the rows of each end (`adapter_ends`). Plain LoRA goes through
+the kernels (diffmas.models.linears), what else LoRA does through torch. It rounds as PEFT does: the base layer's output, and
+the sum.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from diffmas.models.adapted import ByRows, is_wrapper
+from diffmas.models.adapted import is_wrapper
 from diffmas.models.linear_parts import Ours, is_hooked, is_lora, is_ours
 from diffmas.models.observers import is_compiled
 from diffmas.models.parts import attention_layers, body_of, causal_lm_of
@@ -61,8 +62,8 @@ def in_place(model: nn.Module) -> Iterator[None]:
 
 
 def can_go_by_rows(model: nn.Module, name: str) -> bool:
-    """Whether a forward can give an adapter rows of its own: if all that PEFT does to the model is LoRA, of linears that see all
-    packed tokens, in the order in which these are, and nobody compiles them, or casts what is between."""
+    """Whether a forward can give an adapter rows of its own: if all that PEFT does to the model is LoRA, of linears that see
+    all packed tokens in their order, and nobody compiles them, or casts what is between."""
     device = next(model.parameters()).device
     if torch.is_autocast_enabled(device.type):
         return False

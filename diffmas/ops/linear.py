@@ -51,7 +51,8 @@ def rows_of(adapters: Sequence, ends: Sequence[int] | None, n: int) -> list[slic
     if len(adapters) <= 1:
         return [slice(0, n)] * len(adapters)
     if ends is None or len(ends) != len(adapters) or ends[-1] != n:
-        raise RuntimeError(f"{len(adapters)} adapters: expected a forward pass that says which of {n} rows are whose, got {ends}")
+        what = f"{len(adapters)} adapters: expected a forward pass that says where of {n} rows those of each end"
+        raise RuntimeError(f"{what}, got {ends}")
     return [slice(*x) for x in zip((0, *ends), ends)]
 
 

@@ -21,7 +21,8 @@ __all__ = ["AdapterOf", "Appending"]
 
 
 class AdapterOf(NamedTuple):
-    """of: by sequence, the number of its adapter, of `count` (diffmas.models.adapter_rows). In order: its rows are in one piece."""
+    """of: by sequence, the number of its adapter, of `count` (diffmas.models.adapter_rows); in order, since an adapter's rows
+    are in one piece."""
 
     count: int
     of: list[int]

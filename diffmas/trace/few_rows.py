@@ -70,9 +70,9 @@ def arguments(
     view, rest, *_ = views["shared"] or (views["all"], None)
     frozen = [] if views["frozen"] is None else [t for layer in layers for t in work.frozen_rows.layers[layer.index]]
     return (
-        *weights.of_layers, ends_of(work, weights), cos, sin, tables.slots, weights.head_norms, weights.head_eps[0] if weights.head_eps else 0.0,
-        layers[0].rope == "interleaved", [x[0] for x in kv], [x[1] for x in kv], _listed(view), _listed(rest), view[5], scale,
-        frozen, _listed(views["frozen"]),
+        *weights.of_layers, ends_of(work, weights), cos, sin, tables.slots, weights.head_norms,
+        weights.head_eps[0] if weights.head_eps else 0.0, layers[0].rope == "interleaved", [x[0] for x in kv],
+        [x[1] for x in kv], _listed(view), _listed(rest), view[5], scale, frozen, _listed(views["frozen"]),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from diffmas import Agent, MultiAgentSystem
 from diffmas.agents.adapters import add_lora, lora_config
 from diffmas.benchmarks.measure import OURS, Case, Problem, Senseless, Trial
 from diffmas.benchmarks.systems import DEVICE, end_to_end, make_model, make_smol, word_tokenizer
-from diffmas.models.parts import body_of, causal_lm_of
+from diffmas.models.parts import causal_lm_of
 from diffmas.trace.cache import cache_argument
 
 __all__ = ["CASES", "PROVIDERS", "problem"]
@@ -83,16 +83,19 @@ def batch_of_peft(p: Problem) -> Trial:
     fields, writers, lm = system.fields_of(questions), system.agents[:-1], system.model
     ids = torch.tensor([system.prompt_ids(agent, row) for agent in writers for row in fields], device=DEVICE)
     names = [agent.adapter for agent in writers for _ in fields]
-    body = body_of(causal_lm_of(lm))
+    head = causal_lm_of(lm).get_output_embeddings()
 
     @torch.no_grad()
     def call():
         cache = DynamicCache()
-        options = {cache_argument(body): cache, "use_cache": True}
-        with lm._enable_peft_forward_hooks(adapter_names=names):  # what PEFT's own forward does, whose logits nobody needs
-            h = body(input_ids=ids, **options).last_hidden_state[:, -1:]
+        options = {cache_argument(causal_lm_of(lm)): cache, "use_cache": True, "adapter_names": names}
+        causal_lm_of(lm).set_output_embeddings(torch.nn.Identity())  # nobody needs logits
+        try:
+            h = lm(input_ids=ids, **options).logits[:, -1:]
             for _ in range(T):
-                h = body(inputs_embeds=h, **options).last_hidden_state
+                h = lm(inputs_embeds=h, **options).logits
+        finally:
+            causal_lm_of(lm).set_output_embeddings(head)
         return cache
 
     def read(cache) -> dict:

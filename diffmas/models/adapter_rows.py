@@ -24,7 +24,7 @@ __all__ = ["adapters_by_rows", "can_go_by_rows", "in_place"]
 
 def _rows_of(module: nn.Module, x: Tensor) -> list[tuple[str, slice]]:
     """The rows of x [1, n, length] that each adapter of the module has."""
-    names, here = module._active_adapter, forward_pass_here()
+    names, here = module.active_adapters, forward_pass_here()
     return list(zip(names, rows_of(names, None if here is None else here.work.adapter_ends, x.numel() // x.shape[-1])))
 
 
@@ -35,7 +35,9 @@ def adapters_by_rows(module: nn.Module, x: Tensor) -> Tensor:
         part = y[..., rows, :]
         if name in module.lora_A and part.shape[-2]:
             down, up, dropout = (modules[name] for modules in (module.lora_A, module.lora_B, module.lora_dropout))
-            own = module._cast_input_dtype(x[..., rows, :], down.weight.dtype)
+            own = x[..., rows, :]
+            if getattr(module, "cast_input_dtype_enabled", True):
+                own = own.to(down.weight.dtype)
             part = part + up(down(dropout(own))) * module.scaling[name]
         parts.append(part.to(y.dtype))
     return torch.cat(parts, -2)

@@ -167,12 +167,16 @@ def test_without_gradients(dtype, tolerance):
             assert len(calls) == (5 if s.together else 4 + 3 + 2)
     for got, want in zip(*found):
         assert (got - want).norm() < tolerance * want.norm()
+    board = Board(s, Trace(s.model, 3))
+    with torch.no_grad():
+        board.write([0, 1], s.fields_of(QUESTIONS))
+    assert board.written(0).adapter is None  # whoever goes on with the view has an adapter of its own
 
 
 @NEEDS_KERNELS
 def test_messages():
     """Which end one after the other."""
-    agents = [replace(a, max_message_tokens=n) for a, n in zip(ROLES, (5, 2))] + ROLES[2:]
+    agents = [replace(a, max_message_tokens=n) for a, n in zip(ROLES, (2, 5))] + ROLES[2:]
     s = fused(agents)
     assert groups(s) == [[0, 1]]
     tokens, norms = [], []

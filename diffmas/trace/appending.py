@@ -32,7 +32,7 @@ class AdapterOf(NamedTuple):
         if self.of != sorted(self.of):
             raise ValueError(f"adapter: expected sequences in the order of their adapters, got {self.of}")
         rows = [0] * self.count
-        for number, n in zip(self.of, lengths):
+        for number, n in zip(self.of, lengths, strict=True):
             rows[number] += n
         return np.cumsum(rows).tolist()
 

@@ -28,8 +28,9 @@ from diffmas import Agent, MultiAgentSystem, Trace, patch_model
 from diffmas.agents import adapters
 from diffmas.agents.board import Board
 from diffmas.models import few_rows, linears
-from diffmas.models.parts import causal_lm_of
+from diffmas.models.parts import body_of, causal_lm_of
 from diffmas.ops import extension
+from diffmas.trace.appending import AdapterOf
 from diffmas.training import lora_config
 
 NEEDS_KERNELS = pytest.mark.skipif(not extension.loaded, reason=f"the CPU kernels are missing: {extension.error}")
@@ -261,13 +262,54 @@ def test_experts_see_some_tokens_only():
     assert groups(s) == [[0, 1]]
 
 
-def test_rows_are_never_guessed():
-    """A forward that does not say which rows are whose is refused, also under autocast."""
+@pytest.mark.parametrize("fuse", [None, False])
+def test_rows_are_never_guessed(fuse):
+    """A forward that does not say which rows are whose is refused, and so are layers that see others."""
     s = fused().eval()
-    model = s.model
-    ids = torch.tensor([[3, 4, 5]])
-    for fuse in (None, False):
-        patch_model(model, fuse=fuse)
-        with adapters.of_agent(s, 0, 1), pytest.raises(RuntimeError, match="2 adapters: expected a forward pass"):
+    model, ids = patch_model(s.model, fuse=fuse), torch.tensor([[3, 4, 5]])
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with adapters.of_agent(s, 0, 1), context, pytest.raises(RuntimeError, match="2 adapters: expected a forward pass"):
             model(input_ids=ids, past_key_values=Trace(model))
-    assert not any("forward" in vars(m) for m in causal_lm_of(model).modules() if hasattr(m, "lora_A"))
+    with adapters.of_agent(s, 0, 1), adapters.switched_off(model):
+        model(input_ids=ids, past_key_values=Trace(model))
+    assert not any("forward" in vars(m) for m in causal_lm_of(model).modules() if hasattr(m, "lora_A")) or fuse is None
+    trace = Trace(model, 3)
+    trace.adapter = AdapterOf(2, [0, 0, 1])
+    assert trace.plan([2, 0, 1], "prompt").work.adapter_ends == [2, 3]
+    trace.batch_select_indices(torch.tensor([2]))
+    assert trace.adapter == AdapterOf(2, [1]) and trace.plan([4], "prompt").work.adapter_ends == [0, 4]
+    for wrong in ([1, 0], [0], [-1, 0], [1, 2]):
+        with pytest.raises(ValueError, match="adapter: expected the number of an adapter, of 2 and in order"):
+            AdapterOf(2, wrong).ends([1, 1])
+
+
+@pytest.mark.parametrize("fuse", [None, False])
+def test_autocast_that_somebody_enters_inside(fuse):
+    """The body's forward runs under it: adapters have their rows, and no kernel serves."""
+    s = fused().eval()
+    patch_model(s.model, fuse=fuse)
+    stack = body_of(s.model)
+    stack.forward = torch.autocast("cpu", dtype=torch.bfloat16)(stack.forward)
+    losses = [float(s(QUESTIONS, ANSWERS).loss.detach()) for s.together in (True, False)]
+    assert groups(s) == [[0], [1]]
+    s.together = True
+    assert groups(s) == [[0, 1]] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@NEEDS_KERNELS
+def test_adapters_that_differ():
+    """In rank and scale; and one of them is frozen."""
+    model = lora(base(), "per_role", r=2)
+    model.delete_adapter("critic")
+    model.add_adapter("critic", lora_config(r=5, alpha=20))
+    s = MultiAgentSystem(with_b(model), tokenizer(), ROLES, adapter_scope="per_role").train()
+    with learning_at_once() as layers:
+        got = gradients(s)
+    assert layers
+    s.together = False
+    want = gradients(s)
+    assert_close(got, want)
+    s.together = True
+    for name, p in s.named_parameters():
+        p.requires_grad_(p.requires_grad and ".critic." not in name)
+    assert_close(gradients(s), {name: g for name, g in want.items() if ".critic." not in name})

@@ -31,7 +31,7 @@ std::vector<Layer> layers_of(const Tensors& norms, const std::vector<double>& ep
       }
       STD_TORCH_CHECK(there, "linears: expected what parts says, got ", linears.size(), " tensors");
       check(weight->dim() == 2, "weight", "[out, in]", *weight);
-      layers.back().linears.push_back({*weight, bias, of_rows});
+      layers.back().linears.push_back({*weight, bias, std::move(of_rows)});
     }
   }
   STD_TORCH_CHECK(next == linears.size(), "linears: expected ", next, " tensors, got ", linears.size());
@@ -236,8 +236,9 @@ void check_layers(const std::vector<Layer>& layers, const FewRows& rows, bool al
 
 Tensors few_rows_layers(const Tensor& x, Tensors norms, std::vector<double> eps, Tensors linears, std::vector<int64_t> parts,
                         std::vector<double> scales, std::vector<int64_t> ends, const Optional& cos, const Optional& sin,
-                        const Tensor& slots, Tensors head_norms, double head_eps, bool interleaved, Tensors k_pools, Tensors v_pools, Tensors view, Tensors rest,
-                        const Optional& inv_freq, double scale, Tensors frozen, Tensors frozen_view, bool learning) {
+                        const Tensor& slots, Tensors head_norms, double head_eps, bool interleaved, Tensors k_pools,
+                        Tensors v_pools, Tensors view, Tensors rest, const Optional& inv_freq, double scale, Tensors frozen,
+                        Tensors frozen_view, bool learning) {
   const FewRows rows = few_rows_of(x, ends);
   const std::vector<Layer> layers = layers_of(norms, eps, linears, parts, scales, rows.adapters());
   const size_t count = layers.size();

@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from diffmas.models.adapted import ByRows, check_adapter, check_bare, is_wrapper
-from diffmas.models.adapter_rows import can_go_by_rows, in_place
+from diffmas.models.adapter_rows import in_place, those_by_rows
 from diffmas.models.local import say_features
 from diffmas.models.parts import beside_the_text, causal_lm_of
-from diffmas.models.running import forward_pass_here, running
+from diffmas.models.patch import patch_of
+from diffmas.models.running import rows_here, running
 
 __all__ = [
-    "ADAPTER_SCOPES", "add_lora", "by_rows", "is_bare", "lora_config", "name_of", "of_agent", "peft_wraps", "shares_forward",
+    "ADAPTER_SCOPES", "add_lora", "by_rows", "is_bare", "lora_config", "name_of", "of_agent", "peft_wraps", "sharing",
     "switched_off", "switched_to", "train_roles", "will_switch",
 ]  # fmt: skip
 
@@ -151,10 +152,14 @@ def by_rows(system, group: list[int]) -> bool:
     return own and len({system.agents[i].adapter for i in group}) > 1
 
 
-def shares_forward(system, i: int) -> bool:
-    """Whether agent i has an adapter of its own that can have a part of a forward's rows."""
-    own = system.adapter_scope == "per_role" and system.writer(system.agents[i]) is system
-    return own and not is_bare(system, i) and can_go_by_rows(system.model, system.agents[i].adapter)
+def sharing(system, levels: list[list[int]]) -> set[str]:
+    """The adapters that can have a part of a forward's rows, of agents on a level with those of other adapters."""
+    if system.adapter_scope != "per_role" or not system.together:
+        return set()
+    own = lambda i: system.writer(system.agents[i]) is system and not is_bare(system, i)
+    names = [{system.agents[i].adapter for i in level if own(i)} for level in levels]
+    names = set().union(*(some for some in names if len(some) > 1))
+    return those_by_rows(system.model, patch_of(system.model).attentions, names) if names else names
 
 
 @contextlib.contextmanager
@@ -230,7 +235,7 @@ def _recomputed_with(module: nn.Module, state: dict, lock):
 
     def contexts():
         forward, again = given() if given else (contextlib.nullcontext(), contextlib.nullcontext())
-        return forward, Again(module, state, lock, again, running(forward_pass_here()))
+        return forward, Again(module, state, lock, again, running(rows_here(), kernels=False))
 
     module._gradient_checkpointing_func = functools.partial(checkpoint, context_fn=contexts)
     try:

@@ -40,7 +40,8 @@ class Board:
         self._codings: dict[int, dict] = {}  # of agents with low_rank, by adapter
         self._crossed: dict[int, Trace] = {}  # of agents of other models, what is read of them by the system's model
         self._learning = torch.is_grad_enabled()
-        self.groups = [group for level in self.graph.levels for group in _groups(system, level)]
+        shared = adapters.sharing(system, self.graph.levels)
+        self.groups = [group for level in self.graph.levels for group in _groups(system, level, shared)]
 
     def read(self, i: int, questions: list[dict]) -> Trace:
         """What agent i reads in its turn."""
@@ -197,14 +198,13 @@ class Board:
             traces.update({key: trace.select(sequences) for key, trace in traces.items()})
 
 
-def _groups(system, level: list[int]) -> list[list[int]]:
+def _groups(system, level: list[int], shared: set[str]) -> list[list[int]]:
     """The agents of a level that can share a forward: of one model, of one adapter or of several that can have rows of their
-    own, that learn or do not, and that take their steps and write alike."""
+    own (`shared`), that learn or do not, and that take their steps and write alike."""
     groups: dict[tuple, list[int]] = {}
     for i in level:
         agent = system.agents[i]
-        own = system.writer(agent) is system and system.adapter_scope == "per_role"
-        own = own and not (len(level) > 1 and adapters.shares_forward(system, i))
+        own = system.writer(agent) is system and system.adapter_scope == "per_role" and agent.adapter not in shared
         adapter = (agent.model, agent.adapter if own else None)
         apart = i if agent.low_rank or not system.together else None
         steps = (agent.passes, agent.grad_passes, agent.stop_change)

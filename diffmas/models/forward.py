@@ -53,7 +53,7 @@ def forward(patch, trace: Trace, forward_pass: ForwardPass, *, head: bool = Fals
     module = patch.causal_lm if head else patch.body
     fused_head = head and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")  # which products are to see
     seen = fused_head or forward_pass.work.adapter_ends is not None
-    with running(forward_pass) if seen else contextlib.nullcontext():
+    with running(forward_pass, kernels=fused_head) if seen else contextlib.nullcontext():
         output = module(
             **inputs, attention_mask=skip_mask(x.device), position_ids=forward_pass.position_ids(x.device), use_cache=False,
             return_dict=True, diffmas_trace=forward_pass,

@@ -56,8 +56,7 @@ def _bare(module: nn.Module) -> bool:
 
 
 def parts_of(module: nn.Module, kernels: LayerOps) -> Parts | None:
-    """None where the module must run as it is. Its class may have changed:
-    torch's parametrizations do that."""
+    """A linear's; None where the module must run as it is. Its class may have changed: torch's parametrizations do that."""
     if type(module) is nn.Linear:
         return _plain_parts(module, kernels)
     return _lora_parts(module, kernels) if is_lora(module) else None
@@ -93,10 +92,11 @@ def _lora_parts(module: nn.Module, kernels: LayerOps) -> Parts | None:
     names = [name for name in active if name in modules["lora_A"]._modules]
     if not names:
         return parts
-    if len(names) < len(active) if isinstance(active, ByRows) else len(names) > 1:
-        return None
-    adapters = tuple(_adapter(module, name, kernels) for name in names)
-    return None if any(x is None for x in adapters) else parts._replace(adapters=adapters)
+    if not isinstance(active, ByRows):
+        adapter = _adapter(module, names[0], kernels) if len(names) == 1 else None
+        return None if adapter is None else Parts(parts[0], parts[1], (adapter,))
+    adapters = [_adapter(module, name, kernels) for name in names] if len(names) == len(active) else [None]
+    return None if any(x is None for x in adapters) else Parts(parts[0], parts[1], tuple(adapters))
 
 
 def _adapter(module: nn.Module, name: str, kernels: LayerOps) -> Adapter | None:

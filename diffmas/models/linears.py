@@ -157,11 +157,12 @@ def _backward(ctx, dy):
     dx, vs = None, [None] * len(scales)
     if ctx.needs_input_grad[0]:
         dx, vs = _of_rows(dy, Parts(weight, None, adapters), ends, ops, transposed=True)
-    dy, x = (z if z is None else z.reshape(-1, z.shape[-1]) for z in (dy, x))
+    dy, x = dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
+    xs = [x] * len(scales) if x is None else rows_of(adapters, ends, x)
     found = []
-    for i, (own, wait, u, v, adapter) in enumerate(zip(rows_of(adapters, ends, len(dy)), waits, us, vs, adapters)):
-        wanted = ctx.needs_input_grad[2 + 3 * i : 5 + 3 * i]
-        found += lora_grads_of(wanted, *wait, x if x is None else x[own], u, dy[own], v, *adapter[1:], ops)
+    for i, of_each in enumerate(zip(waits, xs, us, rows_of(adapters, ends, dy), vs, adapters)):
+        wait, *tensors, (_, b, scale) = of_each
+        found += lora_grads_of(ctx.needs_input_grad[2 + 3 * i : 5 + 3 * i], *wait, *tensors, b, scale, ops)
     return dx, None, *found
 
 

@@ -42,18 +42,23 @@ class Parts(NamedTuple):
     @property
     def alone(self) -> tuple:
         """weight, bias, a, b and scale, where there is one adapter at most."""
-        return (*self[:2], *(self.adapters[0] if self.adapters else (None, None, 0.0)))
+        return (*self[:2], *(self.adapters[0] if self.adapters else NO_ADAPTER))
 
 
-def rows_of(adapters: Sequence, ends: Sequence[int] | None, n: int) -> list[slice]:
-    """Which of n rows each adapter has. ends: where the rows of each of several end; raises RuntimeError where they do not fit,
-    rather than giving an adapter rows that are not its own."""
+NO_ADAPTER = (None, None, 0.0)
+
+
+def rows_of(adapters: Sequence, ends: Sequence[int] | None, x: Tensor) -> list[Tensor]:
+    """The rows of x [n, length] that each adapter has. ends: where those of each of several end; raises RuntimeError where
+    they do not fit, rather than giving an adapter rows that are not its own."""
     if len(adapters) <= 1:
-        return [slice(0, n)] * len(adapters)
-    if ends is None or len(ends) != len(adapters) or ends[-1] != n:
-        what = f"{len(adapters)} adapters: expected a forward pass that says where of {n} rows those of each end"
-        raise RuntimeError(f"{what}, got {ends}")
-    return [slice(*x) for x in zip((0, *ends), ends)]
+        return [x] * len(adapters)
+    if ends is None or len(ends) != len(adapters) or ends[-1] != len(x):
+        raise RuntimeError(
+            f"{len(adapters)} adapters: expected a forward pass that says where of {len(x)} rows those of each end, got "
+            f"{ends}; a system whose `together` is False takes agents one by one"
+        )
+    return [x[begin:end] for begin, end in zip((0, *ends), ends)]
 
 
 def linear(
@@ -67,13 +72,13 @@ def linear(
     torchs = ops is CPU and transposed and x.shape[0] == 1 and x.dtype == torch.float32
     if x.shape[0] > FEW_ROWS or torchs:
         y = torch.mm(x, weight) if transposed else torch.nn.functional.linear(x, weight, bias)
-    elif len(adapters) <= 1:
-        y, u = ops.linear(x, *parts.alone, transposed)
-        return y, [u][: len(adapters)]
+    elif len(adapters) == 1:
+        y, u = ops.linear(x, weight, bias, *adapters[0], transposed)
+        return y, [u]
     else:
-        y, _ = ops.linear(x, weight, bias, None, None, 0.0, transposed)
-    rows = rows_of(adapters, ends, len(x))
-    return y, [ops.add_lora(y[own], x[own], *adapter, transposed) for own, adapter in zip(rows, adapters)]
+        y, _ = ops.linear(x, weight, bias, *NO_ADAPTER, transposed)
+    rows = zip(rows_of(adapters, ends, y), rows_of(adapters, ends, x), adapters)
+    return y, [ops.add_lora(to, own, *adapter, transposed) for to, own, adapter in rows]
 
 
 def lora_grads(x: Tensor, u: Tensor, dy: Tensor, v: Tensor, scale: float, ops=CPU) -> tuple[Tensor, Tensor]:

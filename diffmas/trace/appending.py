@@ -29,10 +29,11 @@ class AdapterOf(NamedTuple):
 
     def ends(self, lengths: list[int]) -> list[int]:
         """Where the packed new tokens of each adapter end."""
-        if self.of != sorted(self.of):
-            raise ValueError(f"adapter: expected sequences in the order of their adapters, got {self.of}")
+        if len(self.of) != len(lengths) or self.of != sorted(self.of) or not {*self.of} <= {*range(self.count)}:
+            what = f"the number of an adapter, of {self.count} and in order, for each of {len(lengths)} sequences"
+            raise ValueError(f"adapter: expected {what}, got {self.of}")
         rows = [0] * self.count
-        for number, n in zip(self.of, lengths, strict=True):
+        for number, n in zip(self.of, lengths):
             rows[number] += n
         return np.cumsum(rows).tolist()
 

@@ -173,7 +173,7 @@ class Trace(Appending, Copying, ReadingCodes, Viewing):
         """In place, the other view of the same store."""
         generation = self.generation
         self._see(other._segments, other._order, other._extents, other._next, other._lineage)
-        self.generation = generation
+        self.generation, self.adapter = generation, other.adapter
 
     def reading(self, segments: list[list[Segment]], beside: "Trace | None" = None) -> "Trace":
         """A view in which sequence b sees segments[b], in that order: rows of any sequences of this trace, at the positions

@@ -82,9 +82,9 @@ def fused(x, rows, layers, **more):
     return ops.few_rows_layers(x[None], **arguments(rows, layers) | more, learning=False)[0][0]
 
 
-def learned(x, rows, layers, dy, change=lambda kept: kept):
+def learned(x, rows, layers, dy, change=lambda kept: kept, ends=()):
     """With gradients: y, what backward leaves, dK and dV, and the gradients of the adapters' weights."""
-    args = arguments(rows, layers)
+    args = arguments(rows, layers, ends)
     args["parts"] = [part | 4 if part & 2 else part for part in args["parts"]]
     y, *kept = ops.few_rows_layers(x[None], **args, learning=True)
     dk, dv = ([torch.zeros(r.pools[0].shape) for r in rows] for _ in range(2))
@@ -181,6 +181,28 @@ def test_several_adapters_with_rows_of_their_own(dtype):
                 *(args[n] for n in ("norms", "eps", "linears", "parts", "scales")), wrong, [torch.zeros(1, 1, 12, HIDDEN)],
                 *[[torch.zeros(0)]] * 4,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("n, ends", [(12, (7, 7, 12)), (1, (0, 1, 1))])
+def test_equal_adapters_with_rows_of_their_own_learn_as_one(n, ends):
+    torch.manual_seed(0)
+    (x, dy), (linears, norms) = torch.randn(2, n, HIDDEN), make_layer(torch.float32, 5)
+    rows = lambda: [Rows(n, torch.float32, shared=False)]
+    if n == 1:
+        one_sequence = [[torch.tensor(t) for t in ([0, 1], [0, 2], [3, 70], [60, 1])]]
+        rows = lambda made=rows: [setattr(r, "views", one_sequence) or r for r in made()]
+    one = learned(x, rows(), [(linears, norms)], dy)
+    several = [(*some[:2], adapters_of(some) * 3) for some in linears]
+    three = learned(x, rows(), [(several, norms)], dy, ends=ends)
+    same = len(one) - 2 * 7
+    assert len(three) == same + 3 * 2 * 7
+    for got, want in zip(three[:same], one[:same]):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    for i in range(7):
+        for which in range(2):
+            parts = [three[same + 6 * i + 2 * k + which] for k in range(3)]
+            torch.testing.assert_close(sum(parts), one[same + 2 * i + which], rtol=1e-4, atol=1e-4)
+            assert not any(part.any() for part, begin, end in zip(parts, (0, *ends), ends) if begin == end)
 
 
 def test_one_row_of_one_sequence():

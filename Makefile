@@ -133,7 +133,7 @@ test_files = $(addprefix tests/test_,$(addsuffix .py,$(1)))
 # What looks at transformers' own models, caches, loops and files, and what rests on it; between the ends, what changed most.
 LOOKS := patch patch_with_others patch_refusals generate decoding latent linears few_rows pointwise graphed_decoding graphed_generate system system_input adapters realign training training_stopping training_checkpoints training_arguments saved_systems files load chat multimodal rl rl_refusals
 CHANGED := patch patch_with_others generate decoding latent linears few_rows adapters realign training saved_systems files load multimodal
-RESTS := trace trace_failures deferred gradients detach passes lora_run gradient_clip evaluation stitched text_sft sinks ragged audit gradient_report graph graph_descriptions jacobi selected_rows row_scores offload
+RESTS := trace trace_failures deferred gradients detach passes lora_run gradient_clip evaluation stitched text_sft sinks ragged audit gradient_report graph adapter_rows graph_descriptions jacobi selected_rows row_scores offload
 compat: $(INSTALLED) .compat/$(OLDEST)/site-packages .compat/$(BETWEEN)/site-packages
 	PYTHONPATH=.compat/$(OLDEST)/site-packages $(PY) $(PYTEST) $(call test_files,$(LOOKS) $(RESTS))
 	PYTHONPATH=.compat/$(BETWEEN)/site-packages $(PY) $(PYTEST) $(call test_files,$(CHANGED))

@@ -72,8 +72,9 @@ def _alike(parts: Parts, length: int) -> bool:
 
 
 def _has_gradients(x: Tensor, parts: Parts) -> bool:
-    weights = [w for part in parts for w in part[2:4] if w is not None]
-    return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(w is not None and w.requires_grad for part in parts for w in part[2:4])
 
 
 def _learning(parts: Parts, forward_pass: ForwardPass, ops) -> tuple[list, list[tuple]]:

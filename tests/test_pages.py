@@ -32,7 +32,7 @@ NAMES = [p.relative_to(ROOT).as_posix() for p in PAGES]
 def test_links(page):
     for path, anchor in links(page):
         target = (page.parent / path) if path else page
-        assert target.exists(), path
+        assert target.is_file(), f"{path}: a file, as the site has no pages of directories"
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 

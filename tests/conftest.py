@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import os
 import sys
 
@@ -7,6 +8,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; "auto" does not take the interpreter
+    with contextlib.suppress(ImportError):
+        from quick_interpreter import quicken
+
+        quicken()
 os.environ["COLUMNS"] = "200"  # before rich looks for a terminal: tables are the same wherever the tests run
 
 
@@ -23,6 +28,15 @@ def pytest_configure(config):
 
     sys.unraisablehook = without_frames
     config.add_cleanup(lambda: setattr(sys, "unraisablehook", report))
+    config.add_cleanup(gc.unfreeze)  # or packages would speak of leaks at the end
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_look_through():
+    """Whoever collects garbage (transformers' Trainer does, many tests do) looks at no object of the packages that are loaded,
+    nor at what tests of other files left: millions, which took seconds each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -100,7 +100,7 @@ def reposition_all(move, k, v, dk, dv, dtype, backend, device="cpu"):
     wide = reference.accumulator(dtype)
     move = [x.to(device) if isinstance(x, torch.Tensor) else x for x in move]
     data = (k, dtype), (v, dtype), (dk, wide), (dv, wide)
-    pools = [head_major(ROWS, *x.shape[1:], t, 0, device).copy_(x) for x, t in data]
+    pools = [head_major(*x.shape, t, 0, device).copy_(x) for x, t in data]
     raw.reposition(*move, *pools[:2], backend)
     raw.reposition_backward(*move, *pools[2:], backend)
     return pools

@@ -8,7 +8,7 @@ import pytest
 import torch
 from launches import note_launches
 from models import assert_close, gradients
-from op_cases import ROWS, VIEWS, View, attention_inputs, head_major, inject_inputs, random_attention
+from op_cases import VIEWS, View, attention_inputs, head_major, inject_inputs, random_attention
 from op_runs import attention_all, exact_in_half, inject_all, merge_all, raw, reposition_all, within_budget
 from quantized_cases import BITS, in_bits, run_quantized
 from systems import ANSWERS, QUESTIONS, system
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(ops.available()["triton"] is not None, reason=st
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+POOL = 704  # rows: the program of a tile that nobody reads costs time in the interpreter
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,8 +59,8 @@ def agree(run, dtype, terms, products=torch.float32):
 
 def injecting(inputs):
     dq_rot = exact_in_half(*inputs.q.shape)
-    dk, dv = exact_in_half(2, ROWS, *inputs.k.shape[1:])
-    return lambda dtype, backend, device: inject_all(inputs.to(dtype, device), backend, dq_rot, dk, dv)
+    dk, dv = exact_in_half(2, POOL, *inputs.k.shape[1:])
+    return lambda dtype, backend, device: inject_all(inputs.to(dtype, device), backend, dq_rot, dk, dv, rows=POOL)
 
 
 INJECTS = {
@@ -82,20 +83,20 @@ INJECTS = {
 
 @pytest.mark.parametrize("name", INJECTS)
 def test_inject(name, dtype):
-    inputs = inject_inputs(**INJECTS[name])
+    inputs = inject_inputs(rows=POOL, **INJECTS[name])
     agree(injecting(inputs), dtype, inputs.q.shape[2])
 
 
 @pytest.mark.parametrize("n", [3, 40])
 @pytest.mark.parametrize("missing", ["q_weight", "k_weight"])
 def test_inject_with_one_norm(missing, n):
-    inputs = replace(inject_inputs(n=n), **{missing: None})
+    inputs = replace(inject_inputs(rows=POOL, n=n), **{missing: None})
     agree(injecting(inputs), torch.float32, 64)
 
 
 def test_inject_without_an_epsilon():
     """Of the last tile there are rows that no token has: 21 rows of 256 dimensions, eight in a tile."""
-    agree(injecting(replace(inject_inputs(n=7, heads=(3, 3), D=256), eps=0.0)), torch.float32, 256)
+    agree(injecting(replace(inject_inputs(rows=POOL, n=7, heads=(3, 3), D=256), eps=0.0)), torch.float32, 256)
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def launched(monkeypatch):
 def test_inject_backward_loops_over_its_tiles(launched):
     """As many programs as run at once, not as tiles; one more launch for the weights, none where one program did it all."""
     for n, heads in ((200, (16, 8)), (1, (2, 1))):
-        inputs = inject_inputs(n=n, heads=heads, D=16)
+        inputs = inject_inputs(rows=POOL, n=n, heads=heads, D=16)
         injecting(inputs)(torch.float32, "triton", DEVICE)
     (forward, _), (backward, (programs,)), (weights, grid), *others = launched
     assert (forward, backward, weights, grid) == ("inject_fwd_kernel", "inject_bwd_kernel", "inject_bwd_kernel_weights", (1, 2))
@@ -122,13 +123,13 @@ def test_inject_backward_loops_over_its_tiles(launched):
 def test_inject_with_any_tables(interleaved):
     """Each dimension has a cosine and a sine of its own; nothing assumes that a pair shares them."""
     tables = dict(cos=exact_in_half(5, 48), sin=exact_in_half(5, 48))
-    agree(injecting(replace(inject_inputs(n=5, interleaved=interleaved), **tables)), torch.float32, 64)
+    agree(injecting(replace(inject_inputs(rows=POOL, n=5, interleaved=interleaved), **tables)), torch.float32, 64)
 
 
 def test_inject_into_shorter_pools():
     """float16 pools under float32 queries; no row but the given ones is read or written."""
-    x = inject_inputs(n=9).to(torch.float32, DEVICE)
-    pools = [head_major(ROWS, 2, 64, torch.float16, device=DEVICE) for _ in "kv"]
+    x = inject_inputs(rows=POOL, n=9).to(torch.float32, DEVICE)
+    pools = [head_major(POOL, 2, 64, torch.float16, device=DEVICE) for _ in "kv"]
     want = [p.clone() for p in pools]
     q_rot = raw.inject(x.q, x.k, x.v, *x.rope(), *pools, "triton")
     torch.testing.assert_close(q_rot, raw.inject(x.q, x.k, x.v, *x.rope(), *want, "reference"))
@@ -136,12 +137,12 @@ def test_inject_into_shorter_pools():
         torch.testing.assert_close(a, b, equal_nan=True)
 
     stored = x.slots[x.slots >= 0]
-    grads = [head_major(ROWS, 2, 64, torch.float32, device=DEVICE) for _ in "kv"]
+    grads = [head_major(POOL, 2, 64, torch.float32, device=DEVICE) for _ in "kv"]
     for g in grads:
         g[stored] = 1.0
     assert all(out.isfinite().all() for out in raw.inject_backward(x.q, x.q, x.k, *x.rope(), *grads, "triton"))
     for g in grads:
-        assert (g[stored] == 0).all() and g.isnan().sum() == (ROWS - len(stored)) * 2 * 64
+        assert (g[stored] == 0).all() and g.isnan().sum() == (POOL - len(stored)) * 2 * 64
 
 
 @pytest.mark.parametrize("n, H, D", [(37, 2, 80), (7, 8, 128), (5, 3, 37), (1, 1, 1), (0, 2, 64)])
@@ -173,7 +174,7 @@ def test_merge_states_gradcheck():
 
 def moves(m, Dr, interleaved=False):
     """Rows, some of them copied more than once, and far offsets."""
-    rows = torch.randperm(ROWS)
+    rows = torch.randperm(POOL)
     inv_freq = 1e4 ** (-torch.arange(0, Dr, 2).float() / max(Dr, 1))
     return (
         rows[torch.randint(0, 1 + m // 2, (m,))],
@@ -191,7 +192,7 @@ def moves(m, Dr, interleaved=False):
 )
 def test_reposition(m, H, D, Dr, interleaved, dtype):
     move = moves(m, Dr, interleaved)
-    data = [exact_in_half(ROWS, H, D) for _ in range(4)]
+    data = [exact_in_half(POOL, H, D) for _ in range(4)]
     agree(lambda *where: reposition_all(move, *data, *where), dtype, 8)
 
 
@@ -199,7 +200,7 @@ def test_reposition_leaves_other_rows_alone():
     """Rows-major pools, and NaN in all rows that are not named."""
     src, dst, *rest = moves(9, 64)
     for op, counterpart in ((raw.reposition, reference.reposition), (raw.reposition_backward, reference.reposition_backward)):
-        pools = torch.full((2, ROWS, 2, 64), torch.nan)
+        pools = torch.full((2, POOL, 2, 64), torch.nan)
         pools[:, src], pools[:, dst] = torch.randn(2, 2, 9, 2, 64)
         want = pools.clone()
         counterpart(src, dst, *rest, *want)
@@ -209,9 +210,9 @@ def test_reposition_leaves_other_rows_alone():
 
 
 def test_the_same_bits_every_time():
-    inputs = inject_inputs(heads=(8, 2))
+    inputs = inject_inputs(rows=POOL, heads=(8, 2))
     states = [exact_in_half(*shape) for shape in 2 * ((20, 2, 64), (20, 2))]
-    move, data = moves(20, 64), [exact_in_half(ROWS, 2, 64) for _ in range(4)]
+    move, data = moves(20, 64), [exact_in_half(POOL, 2, 64) for _ in range(4)]
     for run in (
         injecting(inputs),
         lambda *where: merge_all(states, states[0], states[1], *where),
@@ -223,7 +224,7 @@ def test_the_same_bits_every_time():
 
 def test_opcheck():
     grads = [torch.zeros(20, 2, 16, device=DEVICE) for _ in range(2)]
-    x = inject_inputs(n=3, D=16).to(torch.float32, DEVICE)
+    x = inject_inputs(rows=POOL, n=3, D=16).to(torch.float32, DEVICE)
     x.slots = torch.tensor([3, -1, 7], device=DEVICE)
     torch.library.opcheck(raw.inject.default, (x.q, x.k, x.v, *x.rope(), *grads, "triton"))
     torch.library.opcheck(raw.inject_backward.default, (x.q, x.q, x.k, *x.rope(), *grads, "triton"))
@@ -260,7 +261,6 @@ def test_the_interpreter_takes_no_bfloat16_by_itself(monkeypatch):
     assert [served(dtype) for dtype in (*DTYPES, torch.float64)] == [True, True, False, True]
 
 
-POOL = 704  # rows: the program of a tile that nobody reads costs time in the interpreter
 SMALL = [name for name, v in VIEWS.items() if sum(v.queries) < 100 and all(s[0] + s[1] <= POOL for r in v.segments for s in r)]
 
 

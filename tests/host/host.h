@@ -104,8 +104,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 inline float __half2float(__half x) {
   const uint32_t exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  float y = exponent == 31 ? (fraction ? NAN : INFINITY)
-                           : std::ldexp(float(exponent ? fraction | 1024 : fraction), int(exponent ? exponent : 1) - 25);
+  float y = float(fraction) * 0x1p-24f;
+  if (exponent) y = exponent == 31 ? (fraction ? NAN : INFINITY) : __uint_as_float((exponent + 112) << 23 | fraction << 13);
   return x.bits >> 15 ? -y : y;
 }
 inline __half __float2half_rn(float x) {

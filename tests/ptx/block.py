@@ -17,7 +17,7 @@ from ptx.text import Fault
 
 __all__ = ["LIMIT", "Block", "Counts"]
 
-LIMIT = 200_000  # instructions of a program; those of the tests have at most a tenth
+LIMIT = 100_000  # instructions of a program; those of the tests have at most a fifth
 
 
 @dataclass

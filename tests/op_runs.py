@@ -1,7 +1,7 @@
 """One forward and backward of every op on a backend and device, and the error budget that the results are held to."""
 
 import torch
-from op_cases import ROWS, View, as_it_lies, attention_inputs, head_major
+from op_cases import View, as_it_lies, attention_inputs, head_major
 
 from diffmas.ops import reference
 
@@ -75,13 +75,12 @@ def row_makes_nan_of_what_it_sees(backend, name, value, dtype, queries, keys=150
     assert all(torch.equal(x[others], clean[others]) for x, clean in zip(got[:3], want[:3]))
 
 
-def inject_all(inputs, backend, dq_rot, dk, dv, rows=ROWS):
-    n, Hkv, D = inputs.k.shape
+def inject_all(inputs, backend, dq_rot, dk, dv):
     wide = reference.accumulator(inputs.q.dtype)
     device = inputs.q.device
-    k_pool, v_pool = (head_major(rows, Hkv, D, inputs.q.dtype, 7.0, device) for _ in "kv")
+    k_pool, v_pool = (head_major(*dk.shape, inputs.q.dtype, 7.0, device) for _ in "kv")
     q_rot = raw.inject(inputs.q, inputs.k, inputs.v, *inputs.rope(), k_pool, v_pool, backend)
-    dk_pool, dv_pool = (head_major(rows, Hkv, D, wide, 0.0, device).copy_(x) for x in (dk, dv))
+    dk_pool, dv_pool = (head_major(*x.shape, wide, 0.0, device).copy_(x) for x in (dk, dv))
     grads = raw.inject_backward(dq_rot.to(q_rot), inputs.q, inputs.k, *inputs.rope(), dk_pool, dv_pool, backend)
     return q_rot, k_pool, v_pool, *grads, dk_pool, dv_pool
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it does anew for each operation: half of its time."""
+"""Triton's interpreter without what it does anew for each operation: up to half of its time."""
 
 import functools
 

@@ -24,7 +24,7 @@ def run(inputs, dtype, backend, device, wide_tables=False):
     x = inputs.to(dtype, device)
     if wide_tables and dtype != torch.float64 and x.cos is not None:
         x.cos, x.sin = inputs.cos.float().to(device), inputs.sin.float().to(device)
-    return inject_all(x, backend, dq_rot, dk, dv, POOL)
+    return inject_all(x, backend, dq_rot, dk, dv)
 
 
 @pytest.mark.parametrize("wide_tables", [False, True])

@@ -170,7 +170,7 @@ def agree(inputs, dtype, wide_tables=False):
         x = inputs.to(dtype)
         if wide_tables and dtype != torch.float64:
             x.cos, x.sin = inputs.cos.float(), inputs.sin.float()
-        return inject_all(x, backend, dq_rot, dk, dv, POOL)
+        return inject_all(x, backend, dq_rot, dk, dv)
 
     results = run(dtype, "cuda")
     for got, like, want in zip(results, run(dtype, "reference"), run(torch.float64, "reference")):

@@ -181,7 +181,7 @@ def test_inject(name, arch):
     dtype, what = INJECT[name]
     inputs = inject_inputs(**what, rows=48)
     dq_rot, (dk, dv) = exact_in_half(*inputs.q.shape), exact_in_half(2, 48, *inputs.k.shape[1:])
-    run = lambda dtype, name: inject_all(inputs.to(dtype), name, dq_rot, dk, dv, 48)
+    run = lambda dtype, name: inject_all(inputs.to(dtype), name, dq_rot, dk, dv)
     check(run, arch, dtype, inputs.q.shape[2])
 
 

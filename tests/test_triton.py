@@ -60,7 +60,7 @@ def agree(run, dtype, terms, products=torch.float32):
 def injecting(inputs):
     dq_rot = exact_in_half(*inputs.q.shape)
     dk, dv = exact_in_half(2, POOL, *inputs.k.shape[1:])
-    return lambda dtype, backend, device: inject_all(inputs.to(dtype, device), backend, dq_rot, dk, dv, rows=POOL)
+    return lambda dtype, backend, device: inject_all(inputs.to(dtype, device), backend, dq_rot, dk, dv)
 
 
 INJECTS = {
